@@ -1,0 +1,338 @@
+"""Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+from annotated_types import Ge, Gt, Le, Lt
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+MAX_YAML_BYTES = 1 << 20
+
+
+class Settings(BaseModel):
+    """A frozen description of one component: unknown keys, NaN and infinities are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+    shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {}
+    """What a bare value stands for, by field; `field=value` means `field.name=value` where nothing is said."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(model: type[S], file: Path | None = None, words: Sequence[str] = ()) -> S:
+    """Settings from a model's defaults, one YAML file and `key=value` words, the later over the earlier.
+
+    A layer that changes a component's `name` drops what earlier layers said of that component: the temperature of one
+    objective is not the temperature of another. Interpolations such as `${oc.env:HOME}` are refused.
+
+    Raises:
+        ValueError: naming the key, the value, the bound, and the nearest key that exists.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        tree = _merge(model, tree, _expand(model, _read_yaml(file)))
+    tree = _merge(model, tree, _parse_words(model, words))
+    return validate(model, tree)
+
+
+def validate(model: type[S], tree: Mapping[str, Any]) -> S:
+    """Settings from a nested dictionary; raises ValueError in words, as `load` does."""
+    named = _name_defaults(model, tree)
+    _refuse_booleans_for_numbers(model, named)
+    try:
+        return model.model_validate(named)
+    except ValidationError as problem:
+        lines = [_explain(model, tree, error) for error in problem.errors()]
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump_yaml(settings: Settings) -> str:
+    """The whole tree as YAML text that `load` reads back to an equal tree."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+class Key(NamedTuple):
+    """One key of the command line, as `--help` shows it."""
+
+    key: str
+    kind: str
+    default: str
+    doc: str
+    only_for: str
+    """The component's name to which the key belongs, where several share the place; else empty."""
+
+
+def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
+    """Every key of the tree with its type and bounds, default and one line, in the order of the fields."""
+    for name, field in model.model_fields.items():
+        key, members = f"{prefix}{name}", _members(field.annotation)
+        if not members:
+            yield Key(key, _kind(field), _default(field), field.description or "", "")
+        elif set(members) == {None}:
+            yield from keys(members[None], f"{key}.")
+        else:
+            chosen = field.get_default(call_default_factory=True)
+            choices = " | ".join(str(member) for member in members)
+            yield Key(f"{key}.name", choices, str(getattr(chosen, "name", None)), field.description or "", "")
+            for member, settings in members.items():
+                for entry in keys(settings, f"{key}."):
+                    if entry.key != f"{key}.name":
+                        yield entry._replace(only_for=str(member))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; a recipe has at most {MAX_YAML_BYTES:,}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as problem:
+        raise ValueError(f"{file} is not YAML that can be read: {problem}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds a {type(tree).__name__}; a recipe is a list of `key: value` lines")
+    for value in _scalars(tree):
+        _refuse_interpolation(value)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    seen: set[str] = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not of the form key=value{_suggestion(model, word)}")
+        if text == "":
+            raise ValueError(f"{key} has no value; write {key}=null for none")
+        if key in seen:
+            raise ValueError(f"{key} is given twice; keep one of them")
+        seen.add(key)
+        _refuse_interpolation(text)
+        branch: dict[str, Any] = {}
+        leaf = branch
+        *parents, last = key.split(".")
+        for parent in parents:
+            leaf = leaf.setdefault(parent, {})
+        leaf[last] = _value(_field(model, key.split(".")), key, text)
+        tree = _merge(model, tree, _expand(model, branch), same_layer=True)
+    return tree
+
+
+def _value(field: FieldInfo | None, key: str, text: str) -> Any:
+    """The text itself where a text is expected (a folder called 010 stays 010), else what YAML makes of it."""
+    leaves = _leaves(field.annotation) if field else set()
+    if text == "null" and types.NoneType in leaves:
+        return None
+    if field is not None and (_members(field.annotation) or leaves <= {str, Path, types.NoneType}):
+        return text.strip("'\"") if text[:1] in "'\"" else text
+    try:
+        parsed = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(f"value: {text}")))
+    except (YAMLError, OmegaConfBaseException) as problem:
+        raise ValueError(f"{key}={text} cannot be read: {problem}") from None
+    return parsed["value"]
+
+
+def _refuse_interpolation(value: Any) -> None:
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        raise ValueError(f"{value!r}: interpolations and missing values are not read; write the value itself")
+
+
+def _scalars(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list):
+        yield tree
+        return
+    for branch in tree:
+        yield from _scalars(branch)
+
+
+def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Bare values where a component is expected, written out."""
+    expanded: dict[str, Any] = {}
+    for key, value in tree.items():
+        members = _members(model.model_fields[key].annotation) if key in model.model_fields else {}
+        if members and isinstance(value, str | int | float) and not isinstance(value, bool):
+            shorthand = model.shorthands.get(key)
+            expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
+        elif members and isinstance(value, dict):
+            settings = members.get(value.get("name"), next(iter(members.values())))
+            expanded[key] = _expand(settings, value)
+        else:
+            expanded[key] = value
+    return expanded
+
+
+def _merge(
+    model: type[Settings], base: Mapping[str, Any], layer: Mapping[str, Any], *, same_layer: bool = False
+) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in layer.items():
+        before = merged.get(key)
+        if not isinstance(value, dict) or not isinstance(before, dict):
+            merged[key] = value
+            continue
+        field = model.model_fields.get(key)
+        members = _members(field.annotation) if field else {}
+        default = getattr(field.get_default(call_default_factory=True), "name", None) if field else None
+        if not same_layer and value.get("name", before.get("name", default)) != before.get("name", default):
+            before = {}
+        inner = members.get(value.get("name", before.get("name", default)), members.get(None, Settings))
+        merged[key] = _merge(inner, before, value, same_layer=same_layer)
+    return merged
+
+
+def _name_defaults(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the default component's name where a component is described but not named."""
+    named = dict(tree)
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        members = _members(field.annotation) if field else {}
+        if field and members and isinstance(value, dict):
+            default = getattr(field.get_default(call_default_factory=True), "name", None)
+            if None not in members and "name" not in value:
+                value = {"name": default, **value}
+            named[key] = _name_defaults(members.get(value.get("name"), next(iter(members.values()))), value)
+    return named
+
+
+def _refuse_booleans_for_numbers(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> None:
+    # Python's True is the integer 1: without this, `temperature: on` would train with a temperature of 1.
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        members = _members(field.annotation) if field else {}
+        if field and members and isinstance(value, dict):
+            settings = members.get(value.get("name"), members.get(None))
+            if settings:
+                _refuse_booleans_for_numbers(settings, value, f"{prefix}{key}.")
+        elif field and bool not in _leaves(field.annotation) and bool in map(type, _scalars(value)):
+            raise ValueError(
+                f"{prefix}{key}={value}: YAML reads on, off, yes, no, true and false as booleans, and none belongs "
+                "here; if you meant the word itself, quote it"
+            )
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The plain types within an annotation: `tuple[float, float] | None` holds float and NoneType."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    if origin is typing.Annotated:
+        return _leaves(typing.get_args(annotation)[0])
+    arguments = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
+    return set().union(*map(_leaves, arguments)) if arguments else {annotation}
+
+
+def _members(annotation: Any) -> dict[str | None, type[Settings]]:
+    """The components that may stand at a place, by name; a single nameless component stands under None."""
+    found = [leaf for leaf in _ordered_leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, Settings)]
+    if len(found) == 1 and not _is_literal_name(found[0]):
+        return {None: found[0]}
+    return {settings.model_fields["name"].default: settings for settings in found}
+
+
+def _ordered_leaves(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _ordered_leaves(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [leaf for argument in typing.get_args(annotation) for leaf in _ordered_leaves(argument)]
+    return [annotation]
+
+
+def _is_literal_name(settings: type[Settings]) -> bool:
+    field = settings.model_fields.get("name")
+    return field is not None and typing.get_origin(field.annotation) is typing.Literal
+
+
+def _field(model: type[Settings], path: Sequence[str]) -> FieldInfo | None:
+    """The field at a dotted path, in whichever member of a union has it."""
+    field = model.model_fields.get(path[0])
+    if field is None or len(path) == 1:
+        return field
+    found = (_field(settings, path[1:]) for settings in _members(field.annotation).values())
+    return next((inner for inner in found if inner is not None), None)
+
+
+def _kind(field: FieldInfo) -> str:
+    annotation = field.annotation
+    name = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        name = " | ".join(str(value) for value in typing.get_args(annotation))
+    name = name.replace("typing.", "").replace("NoneType", "None").replace("pathlib.", "").replace("None", "null")
+    signs = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
+    for bound in field.metadata:
+        for kind, sign in signs.items():
+            if isinstance(bound, kind):
+                limit = getattr(bound, kind.__name__.lower())
+                name += f" {sign} {limit}"
+    return name
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails) -> str:
+    path: list[str] = []
+    here: Mapping[str | None, type[Settings]] = {None: model}
+    skip = False
+    for part in error["loc"]:
+        # pydantic puts the member's name into the path of a discriminated union; a user never types it.
+        if skip and part in here:
+            here, skip = {None: here[str(part)]}, False
+            continue
+        path.append(str(part))
+        fields = next(iter(here.values())).model_fields if here else {}
+        here = _members(fields[str(part)].annotation) if str(part) in fields else {}
+        skip = bool(here) and None not in here
+    key, value = ".".join(path), error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            return f"there is no key {key}{_suggestion(model, key)}"
+        case "missing":
+            return f"{key} is required: write {key}=…"
+        case "union_tag_invalid":
+            choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
+            near = difflib.get_close_matches(str(error["ctx"]["tag"]), choices, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}{hint}"
+        case "string_type" if isinstance(value, bool | int | float):
+            return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
+        case "value_error":
+            return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        case _:
+            message = error["msg"].removeprefix("Input ").replace("should", "must")
+            return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
+
+
+def _suggestion(model: type[Settings], key: str) -> str:
+    known: dict[str, list[str]] = {}
+    for entry in keys(model):
+        known.setdefault(entry.key, []).append(entry.only_for)
+    if key in known:
+        place = key.rpartition(".")[0]
+        return f" in the chosen {place}; it belongs to {place}.name=" + " or ".join(known[key])
+    places = {name.rpartition(".")[0] for name in known} - {""}
+    if key in places:
+        return f"; did you mean {key}=… ?"
+    ends = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = ends or difflib.get_close_matches(key, known, 1, 0.6)
+    last = {name.rpartition(".")[2]: name for name in known}
+    near = near or [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.6)]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else "; --help lists every key"

@@ -1,0 +1,141 @@
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+
+from contrastive.config import Settings, dump_yaml, keys, load
+
+
+class Small(Settings):
+    """A member of the union."""
+
+    name: Literal["small"] = "small"
+    temperature: float = Field(0.5, gt=0)
+    """How soft."""
+
+
+class Large(Settings):
+    """Another member of the union."""
+
+    name: Literal["large"] = "large"
+    temperature: float = Field(0.07, gt=0)
+    rows: int = Field(10, ge=1)
+    """How many."""
+    limits: tuple[float, float] = (0.0, 1.0)
+
+
+class Inner(Settings):
+    """A single component."""
+
+    rate: float = Field(1e-3, gt=0, le=1)
+    title: str = "plain"
+    sure: bool = False
+
+
+class Tree(Settings):
+    """The whole."""
+
+    part: Annotated[Small | Large, Field(discriminator="name")] = Small()
+    inner: Inner = Inner()
+    seed: int = 0
+    output: str | None = None
+
+
+def yaml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    tree = load(Tree, yaml(tmp_path, "inner: {rate: 0.5}\nseed: 3\n"), ["inner.rate=0.25"])
+    assert (tree.inner.rate, tree.seed) == (0.25, 3)
+
+
+def test_a_new_name_drops_what_was_said_of_the_old_component(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "part: {name: small, temperature: 0.2}\n")
+    assert load(Tree, file, ["part.name=large"]).part == Large()
+    assert load(Tree, file, ["part=large", "part.rows=4"]).part == Large(rows=4)
+    assert load(Tree, file, ["part.rows=4", "part=large"]).part == Large(rows=4)
+    assert load(Tree, file, ["part.name=small"]).part == Small(temperature=0.2)
+
+
+def test_a_new_name_drops_settings_of_a_component_that_the_file_did_not_name(tmp_path: Path) -> None:
+    file = yaml(tmp_path, "part: {temperature: 0.2}\n")
+    assert load(Tree, file).part == Small(temperature=0.2)
+    assert load(Tree, file, ["part=large"]).part == Large()
+
+
+def test_scientific_notation_is_a_number_in_files_and_words(tmp_path: Path) -> None:
+    from_file, from_word = load(Tree, yaml(tmp_path, "inner: {rate: 1e-4}")), load(Tree, None, ["inner.rate=1e-4"])
+    assert from_file.inner.rate == from_word.inner.rate == 1e-4
+
+
+@pytest.mark.parametrize("text", ["010", "on", "12:30", "1e3", "null2"])
+def test_a_text_on_the_command_line_stays_the_text_it_is(text: str) -> None:
+    assert load(Tree, None, [f"inner.title={text}"]).inner.title == text
+
+
+@pytest.mark.parametrize("text", ["on", "010", "12:30", "1"])
+def test_a_text_in_yaml_that_reads_as_a_number_is_refused_by_key(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"inner\.title.*quote"):
+        load(Tree, yaml(tmp_path, f"inner: {{title: {text}}}"))
+
+
+@pytest.mark.parametrize("value", [True, math.nan, math.inf])
+@pytest.mark.parametrize("path", [("inner", "rate"), ("seed",), ("part", "temperature")])
+def test_numbers_refuse_booleans_and_what_is_not_finite(path: tuple[str, ...], value: Any) -> None:
+    words = [f"{'.'.join(path)}={'true' if value is True else '.nan' if math.isnan(value) else '.inf'}"]
+    with pytest.raises(ValueError, match=path[-1]):
+        load(Tree, None, words)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("inner.ratee=1", r"no key inner\.ratee; did you mean inner\.rate\?"),
+        ("rate=1", r"did you mean inner\.rate\?"),
+        ("part.rows=3", r"part\.rows in the chosen part; it belongs to part\.name=large"),
+        ("part=lage", r"part\.name=lage is none of small, large; did you mean large\?"),
+        ("inner.rate=2", r"inner\.rate=2: it must be less than or equal to 1"),
+        ("part.temperature=0", r"part\.temperature=0: it must be greater than 0"),
+        ("inner.rate=fast", r"inner\.rate=fast"),
+        ("seed", r"'seed' is not of the form key=value"),
+        ("seed=", r"seed has no value"),
+        ("inner.title=${oc.env:HOME}", r"interpolations"),
+        ("inner.title=???", r"missing values"),
+        ("quux=1", r"--help lists every key"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_key_the_bound_and_the_way_out(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(Tree, None, [word])
+
+
+def test_a_repeated_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed is given twice"):
+        load(Tree, None, ["seed=1", "seed=2"])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.system ['true']\n", "a: ${b}\n"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"recipe|interpolations"):
+        load(Tree, yaml(tmp_path, text))
+
+
+def test_dumped_settings_load_back_equal(tmp_path: Path) -> None:
+    tree = load(Tree, None, ["part=large", "part.limits=[0.25,0.5]", "inner.title=010", "output=null"])
+    assert tree.part == Large(limits=(0.25, 0.5))
+    assert load(Tree, yaml(tmp_path, dump_yaml(tree))) == tree
+
+
+def test_help_names_every_key_with_type_default_and_line() -> None:
+    listed = {(entry.key, entry.only_for): entry for entry in keys(Tree)}
+    assert listed["part.name", ""].kind == "small | large"
+    assert listed["part.name", ""].default == "small"
+    assert listed["part.rows", "large"].kind == "int ≥ 1"
+    assert listed["part.rows", "large"].doc == "How many."
+    assert listed["inner.rate", ""].default == "0.001"
+    assert listed["output", ""].kind == "str | null"
