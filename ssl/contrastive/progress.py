@@ -1,0 +1,59 @@
+"""What a person sees while it runs: a bar on a terminal, a line now and then anywhere else."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Teller:
+    """Says what happens, on the first process only; the others hold their tongue."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that should not be overlooked."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[None]:
+        """Shows a bar for `update` while the context is open, if this is a terminal."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        columns = TextColumn(f"{title} {{task.percentage:>3.0f}}%"), BarColumn(), TextColumn("{task.fields[status]}")
+        with Progress(*columns, console=self.console, transient=True) as self._bar:
+            self._bar.add_task(title, total=1.0, status="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def update(self, progress: float, status: str) -> None:
+        """Moves the bar to `progress` in [0, 1]; without a terminal, prints the status when some time has passed."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=progress, status=status)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(f"{100 * progress:3.0f}%  {status}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: 45 s, 3 min 05 s, 2 h 10 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
