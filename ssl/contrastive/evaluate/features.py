@@ -1,0 +1,131 @@
+"""What the evaluators work on: one feature vector per image, computed once."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from contrastive import distributed
+from contrastive.data.images import Images
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def extract(
+    backbone: nn.Module,
+    images: Images,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device | str = "cpu",
+    ids: Int[Tensor, " chosen"] | None = None,
+    batch_size: int = 512,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int = 2,
+) -> Float[Tensor, "chosen width"]:
+    """The features of all images, or of those that `ids` names, in that order: float32 on the CPU.
+
+    Over several processes each computes its share and every process gets the whole; no image counts twice. The
+    backbone leaves as it came: modules in evaluation mode only meanwhile, each then back in its own mode; neither its
+    buffers nor the global random generators move.
+
+    Args:
+        backbone: any module from [batch, channels, height, width] to [batch, width].
+        images: a split.
+        prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
+        device: where the backbone is.
+        ids: distinct ids, the same on every process; all images without.
+        batch_size: images per forward pass of each process; bounds the memory.
+        precision: bf16 and fp16 run the backbone under autocast.
+        workers: threads that read ahead.
+
+    Raises:
+        ValueError: if there is no image, an id is named twice, or features are not finite or not one vector per image.
+    """
+    device = torch.device(device)
+    chosen = torch.arange(len(images)) if ids is None else ids.cpu()
+    if not len(chosen):
+        raise ValueError("there is no image to extract features of")
+    if len(torch.unique(chosen)) != len(chosen):
+        raise ValueError("an id is named twice among those to extract features of; name each once")
+    # A last share may be empty, yet its process must know how wide the features are: it computes one that is dropped.
+    own = chosen.tensor_split(distributed.size())[distributed.rank()]
+    computed = own if len(own) else chosen[:1]
+    pieces = []
+    cast = torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    with torch.inference_mode(), _evaluation_mode(backbone), cast:
+        for batch in _read_ahead(images, torch.split(computed, batch_size), workers):
+            features = backbone(prepare(batch.to(device, non_blocking=True)))
+            if features.ndim != 2 or len(features) != len(batch):
+                raise ValueError(
+                    f"the backbone gives {list(features.shape)} for {len(batch)} images, not one vector for each; "
+                    "pool its output"
+                )
+            pieces.append(features.float().cpu())
+    local = torch.cat(pieces)[: len(own)]
+    if distributed.size() > 1:
+        return _gather_by_id(local.to(device), own.to(device), chosen)
+    return _finite(local)
+
+
+def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
+    """The baseline that has learned nothing: the pixels in [0, 1], resized to a square of `size` and flattened."""
+    pieces = []
+    for ids in torch.split(torch.arange(len(images)), batch_size):
+        pixels = images.read(ids).float().div_(255)
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+        pieces.append(pixels.flatten(1))
+    return torch.cat(pieces)
+
+
+def _gather_by_id(local: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
+    features = distributed.gather_uneven(local).cpu()
+    arrived = distributed.gather_uneven(own).cpu()
+    assert len(arrived) == len(chosen), f"{len(arrived)} features for {len(chosen)} images"
+    ordered, places = chosen.sort()
+    assert torch.equal(arrived.sort().values, ordered), "an image was computed twice or not at all"
+    gathered = torch.empty_like(features)
+    gathered[places[torch.searchsorted(ordered, arrived)]] = features
+    return _finite(gathered)
+
+
+def _finite(features: Tensor) -> Tensor:
+    broken = int((~features.isfinite().all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"the features of {broken} of {len(features)} images are not finite; the backbone has diverged, or its "
+            "precision is too low (try fp32)"
+        )
+    return features
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        # Each on its own: `module.train()` would also wake what was frozen on purpose.
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _read_ahead(images: Images, batches: tuple[Tensor, ...], workers: int) -> Iterator[Tensor]:
+    if workers < 1:
+        yield from map(images.read, batches)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for ids in batches:
+            waiting.append(pool.submit(images.read, ids))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,49 @@
+"""Which training images stand aside so that choices can be made without a look at the test images."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def hold_out(
+    labels: Int[Tensor, " images"], *, share: float, seed: int, most: int | None = None
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " held"]]:
+    """Splits labelled images into those kept and those held out, the same share of every class.
+
+    A pure function of the labels and the seed: it draws from a generator of its own. Images labelled −1 are in
+    neither part; a class with a single image is kept; at most `most` images are held out.
+
+    Returns:
+        The indices kept and the indices held out, both ascending.
+
+    Raises:
+        ValueError: if a part would be empty.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.cpu()
+    labelled = (labels >= 0).nonzero().squeeze(1)
+    shuffled = labelled[torch.randperm(len(labelled), generator=generator)]
+    if most is not None and len(labelled):
+        share = min(share, most / len(labelled))
+    held = [members[: int(len(members) * share + 0.5)] for members in _by_class(shuffled, labels) if len(members) > 1]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    if held:
+        chosen[torch.cat(held)] = True
+    kept, apart = ((labels >= 0) & ~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+    if not len(kept) or not len(apart):
+        raise ValueError(
+            f"{len(labelled)} labelled images leave {len(kept)} kept and {len(apart)} held out at a share of "
+            f"{share:g}; give more labelled images, or another share"
+        )
+    return kept, apart
+
+
+def num_classes(*labels: Int[Tensor, " _"]) -> int:
+    """One more than the largest label anywhere, so that a class which only one split has is still a class."""
+    return 1 + max((int(part.max()) for part in labels if len(part)), default=-1)
+
+
+def _by_class(indices: Tensor, labels: Tensor) -> list[Tensor]:
+    order = labels[indices].argsort(stable=True)
+    counts = labels[indices].bincount()
+    return list(torch.split(indices[order], counts[counts > 0].tolist()))

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from contrastive.evaluate.held_out import hold_out
+from contrastive.evaluate.linear import LinearSettings, linear, standard
+from contrastive.evaluate.logistic import LogisticFit, logistic_regression, objective
+
+
+def correlated(num: int, dim: int, classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ill-conditioned features and labels with some noise."""
+    shared = torch.Generator().manual_seed(42)
+    mixing = torch.randn(dim, dim, generator=shared) * torch.logspace(0, -2, dim)[:, None]
+    truth = torch.randn(dim, classes, generator=shared)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num, dim, generator=generator) @ mixing + 3
+    noise = torch.randn(num, classes, generator=generator)
+    return features, ((features - 3) @ truth + 2 * noise).argmax(1)
+
+
+@pytest.mark.parametrize(("dim", "classes"), [(20, 5), (6, 3)])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_optimum_is_that_of_scikit_learn(dim, classes, rotated, monkeypatch):
+    if not rotated:
+        monkeypatch.setattr("contrastive.evaluate.logistic.MOST_DIRECTIONS", 1)
+    features, labels = correlated(300, dim, classes)
+    features = standard(features.double())(features.double())
+    strengths = torch.tensor([1e-3, 1e-2, 0.1, 1.0], dtype=torch.float64)
+    fit = logistic_regression(features, labels, strengths, classes, tolerance=1e-12)
+    assert fit.converged.all()
+    for number, strength in enumerate(strengths.tolist()):
+        theirs = LogisticRegression(C=1 / (strength * 300), tol=1e-9, max_iter=10_000).fit(features, labels)
+        coefficients = torch.from_numpy(theirs.coef_)[None], torch.from_numpy(theirs.intercept_)[None]
+        their_fit = LogisticFit(*coefficients, fit.converged[:1], fit.steps[:1])
+        their_value = objective(their_fit, features, labels, strengths[number, None]).item()
+        own_value = objective(fit, features, labels, strengths)[number].item()
+        assert own_value == pytest.approx(their_value, abs=1e-9)
+        torch.testing.assert_close(fit.weights[number], coefficients[0][0], atol=2e-4, rtol=1e-3)
+        assert fit.predict(features)[number].tolist() == theirs.predict(features).tolist()
+
+
+def test_the_gradient_at_the_optimum_is_zero_by_autograd():
+    features, labels = correlated(200, 8, 4)
+    features = standard(features.double())(features.double())
+    strengths = torch.tensor([1e-2, 1.0], dtype=torch.float64)
+    fit = logistic_regression(features, labels, strengths, 4, tolerance=1e-14)
+    leaf = fit._replace(weights=fit.weights.requires_grad_(), biases=fit.biases.requires_grad_())
+    objective(leaf, features, labels, strengths).sum().backward()
+    assert leaf.weights.grad.abs().max() < 1e-6
+    assert leaf.biases.grad.abs().max() < 1e-6
+
+
+def test_a_grid_solved_at_once_equals_its_parts(monkeypatch):
+    features, labels = correlated(200, 8, 4)
+    features, strengths = standard(features)(features), torch.tensor([1e-2, 0.1, 1.0])
+    together = logistic_regression(features, labels, strengths, 4, tolerance=1e-8)
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_LOGITS", 1)
+    apart = logistic_regression(features, labels, strengths, 4, tolerance=1e-8)
+    torch.testing.assert_close(together.weights, apart.weights, atol=1e-3, rtol=1e-3)
+
+
+def test_float32_comes_within_the_tolerance_of_float64():
+    features, labels = correlated(2000, 40, 10)
+    features, strengths = standard(features)(features), torch.tensor([1e-4, 1e-2, 1.0])
+    single = logistic_regression(features, labels, strengths, 10)
+    double = logistic_regression(features.double(), labels, strengths.double(), 10, tolerance=1e-12)
+    gap = objective(single, features, labels, strengths) - objective(double, features, labels, strengths)
+    assert single.converged.all()
+    assert gap.max() < 1e-4
+
+
+def test_features_that_never_vary_and_more_features_than_images_are_safe():
+    features, labels = correlated(60, 100, 3)
+    features[:, 7], features[:, 8] = 0.1, 0.0
+    scaled = standard(features)(features)
+    assert scaled[:, 7:9].abs().max() == 0
+    unseen = features.clone()
+    unseen[:, 7] = 5
+    assert torch.equal(standard(features)(unseen)[:, 7], torch.zeros(60))
+    fit = logistic_regression(scaled, labels, torch.tensor([1e-2]), 3)
+    assert fit.converged.all()
+    assert fit.weights.isfinite().all()
+    assert fit.weights[0, :, 7:9].abs().max() < 1e-5
+
+
+def test_a_problem_that_is_cut_off_says_so():
+    features, labels = correlated(200, 20, 5)
+    fit = logistic_regression(standard(features)(features), labels, torch.tensor([1e-4, 10.0]), 5, max_steps=5)
+    assert fit.converged.tolist() == [False, True]
+
+
+def test_the_strength_is_the_best_on_the_held_out_part_and_the_probe_is_refitted_on_all():
+    features, labels = correlated(500, 30, 5)
+    labels[::11] = -1
+    test, _ = correlated(100, 30, 5, seed=1)
+    settings = LinearSettings(regularisations=(1e-4, 1e-2, 1.0, 100.0))
+    result = linear(features, labels, test, 5, settings, share=0.3, seed=2)
+    kept, held = hold_out(labels, share=0.3, seed=2)
+    mean, deviation = features[kept].mean(0), features[kept].std(0, correction=0)
+    accuracies = {}
+    for strength in settings.regularisations:
+        model = LogisticRegression(C=1 / (strength * len(kept)), max_iter=10_000, tol=1e-8)
+        model.fit((features[kept] - mean) / deviation, labels[kept])
+        accuracies[strength] = model.score((features[held] - mean) / deviation, labels[held])
+    assert result.regularisation == max(accuracies, key=accuracies.__getitem__)
+    assert result.validation == pytest.approx(max(accuracies.values()), abs=1.01 / len(held))
+    every = labels >= 0
+    mean, deviation = features[every].mean(0), features[every].std(0, correction=0)
+    model = LogisticRegression(C=1 / (result.regularisation * int(every.sum())), max_iter=10_000, tol=1e-8)
+    model.fit((features[every] - mean) / deviation, labels[every])
+    theirs = torch.from_numpy(model.predict((test - mean) / deviation))
+    assert (result.predictions == theirs).float().mean() >= 0.98
