@@ -1,0 +1,58 @@
+"""Where images come from: uint8 squares with stable ids, in an order that is a function of the seed and the step."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import Field
+
+from contrastive.data.cifar import CIFAR10, CIFAR100
+from contrastive.data.fashion_mnist import FashionMNIST
+from contrastive.data.folder import Folder
+from contrastive.data.images import Images, InMemory, Report, Split
+from contrastive.data.loader import Batch, Loader
+from contrastive.data.order import Order, order
+from contrastive.data.paths import nearest
+from contrastive.data.sample import Sample
+from contrastive.data.stl10 import STL10
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "STL10",
+    "Batch",
+    "Data",
+    "FashionMNIST",
+    "Folder",
+    "Images",
+    "InMemory",
+    "Loader",
+    "Order",
+    "Report",
+    "Sample",
+    "Split",
+    "order",
+    "shorthand",
+]
+
+Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder
+Data = Annotated[Sources, Field(discriminator="name")]
+
+
+def shorthand(value: str) -> dict[str, Any]:
+    """What a bare `data=value` stands for: a known name, or else the path of a folder.
+
+    Raises:
+        ValueError: neither such a name nor such a path exists.
+    """
+    known = [source.model_fields["name"].default for source in get_args(Sources)]
+    if value in known:
+        return {"name": value}
+    path = Path(value).expanduser()
+    if path.exists():
+        return {"name": "folder", "path": value}
+    alike = difflib.get_close_matches(value, known, n=1)
+    hint = f" (did you mean {alike[0]}?)" if alike else ""
+    raise ValueError(
+        f"data={value} is neither a known name{hint}: {', '.join(known)}; nor an existing path: {nearest(path)}"
+    )

@@ -1,0 +1,173 @@
+"""From an image file of any kind to a uint8 square, as a person would see it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# A list of our own: Pillow would also try formats that run other programs (EPS) or that any file can be mistaken for.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+ENDINGS = "jpg jpeg jpe jfif png apng gif bmp dib webp tif tiff ppm pgm pbm pnm jp2 avif heic heif"
+SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
+"""Names with these endings are images; HEIC is among them so that it is reported, not silently left out."""
+
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+
+PILLOW_LIMIT = 178_956_970
+"""Pillow refuses more pixels than this by itself."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image, a broken one, or one that is refused; `reason` says which."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+def read_image(
+    path: Path, channels: int, size: int, background: tuple[int, int, int], max_pixels: int
+) -> UInt8[Tensor, "channels size size"]:
+    """The central square of an image file, upright, resized to `size` with antialiasing, in 1 or 3 channels.
+
+    The kind of a file is found in its content, not in its name. Transparency is composited on `background`, 16-bit
+    values are scaled to 8 bits, and of an animation the first frame is taken.
+
+    Raises:
+        UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            _refuse_bombs(image, max_pixels)
+            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
+            image.draft(None, (2 * size, 2 * size))
+            image.load()
+            upright = UPRIGHT.get(_orientation(image))
+            picture = _eight_bits(image, background).convert("L" if channels == 1 else "RGB")
+        if upright is not None:
+            picture = picture.transpose(upright)
+        pixels = np.array(_square(picture, size)).reshape(size, size, channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
+        raise UnreadableImageError(path, _reason(error, path)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def check_header(path: Path, max_pixels: int) -> None:
+    """Open an image without decoding it.
+
+    Raises:
+        UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            _refuse_bombs(image, max_pixels)
+    except Exception as error:
+        raise UnreadableImageError(path, _reason(error, path)) from error
+
+
+def looks_like_an_image(path: Path) -> bool:
+    """Whether a name without an ending, or else the first bytes, are those of an image."""
+    suffix = path.suffix.lower()
+    if suffix:
+        return suffix in SUFFIXES
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Pillow's warnings (odd metadata, its own limit of pixels) to itself; enter it before starting threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _refuse_bombs(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if path.suffix.lower() in {".heic", ".heif"}:
+        return "HEIC is not read; convert it to JPEG or PNG"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown kind" if path.stat().st_size else "the file is empty"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than data.max_pixels allows ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken metadata around a good picture
+        return 1
+
+
+def _eight_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_scaled(np.asarray(image)))
+    if image.has_transparency_data:
+        straight = image.convert("LA") if image.mode == "La" else image
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), straight.convert("RGBA"))
+    return image.convert("L") if image.mode == "1" else image
+
+
+def _scaled(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey values of more than 8 bits as 8 bits.
+
+    Integers from 0 to 65535 are 16-bit values and floats from 0 to 1 are shares of white. Floats from 0 to 255 are
+    8-bit values. Anything else has no agreed scale: its own range is stretched.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("holds NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    white = 65535.0 if values.dtype.kind in "iu" else 1.0 if high <= 1 else 255.0
+    if low < 0 or high > white:
+        start, span = low, max(high - low, 1e-30)
+    else:
+        start, span = 0.0, white
+    return np.asarray(np.rint((values.astype(np.float64) - start) * (255 / span)), np.uint8)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image.crop(box)
+    # One resize of the central square is the resize of the shorter side followed by the crop, at less cost.
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)

@@ -1,0 +1,152 @@
+"""Images that are decoded when they are read, and the threads that read many at once."""
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from contrastive.data.decode import UnreadableImageError, quiet, read_image
+from contrastive.data.images import Names, Report
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a file becomes a square: see `decode.read_image`."""
+
+    channels: int
+    size: int
+    background: tuple[int, int, int]
+    max_pixels: int
+
+    def read(self, path: Path) -> UInt8[Tensor, "channels size size"]:
+        """The image in a file."""
+        return read_image(path, self.channels, self.size, self.background, self.max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Images on disk; what cannot be decoded when its turn comes is grey, warned of and listed in `failed`."""
+
+    root: Path
+    names: Names
+    labels: Int64[Tensor, " images"] | None
+    classes: tuple[str, ...]
+    fingerprint: str
+    decoding: Decoding
+    max_bad: float
+    workers: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        """Channels per pixel."""
+        return self.decoding.channels
+
+    @property
+    def size(self) -> int:
+        """Side of the square, in pixels."""
+        return self.decoding.size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def decode(self, image: int) -> UInt8[Tensor, "channels size size"]:
+        """One image; raises `UnreadableImageError` where the file is broken."""
+        return self.decoding.read(self.root / self.names[image])
+
+    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
+        """The images of these ids, in their order, decoded by `workers` threads.
+
+        Raises:
+            ValueError: more than the share `max_bad` of all images have become unreadable.
+        """
+        pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
+        images = ids.tolist()
+
+        def visit(position: int) -> None:
+            pixels[position] = self.decode(images[position])
+
+        for position, reason in in_threads(visit, len(images), self.workers).items():
+            self.note(self.names[images[position]], reason)
+        return pixels
+
+    def note(self, name: str, reason: str) -> None:
+        """Remember an image that could be opened once and cannot be decoded now.
+
+        Raises:
+            ValueError: these are more than the share `max_bad` of all.
+        """
+        if name in self.failed:
+            return
+        self.failed[name] = reason
+        logger.warning("%s cannot be decoded and is left out: %s", self.root / name, reason)
+        refuse_too_many(self.root, list(self.failed.items()), len(self), self.max_bad)
+
+
+def in_threads(
+    visit: Callable[[int], None], count: int, workers: int, report: Callable[[int, int], None] | None = None
+) -> dict[int, str]:
+    """Call `visit` with 0 to `count - 1` in threads, and return the reasons of those that were unreadable.
+
+    Threads, not processes: decoding and resizing release Python's lock, and threads start at once, where processes
+    first import PyTorch for some seconds, and write where the result is wanted.
+    """
+    failures: dict[int, str] = {}
+
+    def chunk(start: int) -> int:
+        positions = range(start, min(start + CHUNK, count))
+        for position in positions:
+            try:
+                visit(position)
+            except UnreadableImageError as error:
+                failures[position] = error.reason
+        return len(positions)
+
+    starts = range(0, count, CHUNK)
+    with quiet():
+        if workers < 2 or len(starts) < 2:
+            _follow(map(chunk, starts), count, report)
+        else:
+            with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+                futures: list[Future[int]] = [pool.submit(chunk, start) for start in starts]
+                try:
+                    _follow((future.result() for future in as_completed(futures)), count, report)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+    return dict(sorted(failures.items()))
+
+
+def _follow(numbers: Iterable[int], count: int, report: Callable[[int, int], None] | None) -> None:
+    done = 0
+    for number in numbers:
+        done += number
+        if report is not None:
+            report(done, count)
+
+
+def named(report: Report | None, what: str) -> Callable[[int, int], None] | None:
+    """A `report` that always says the same of what is being done."""
+    return None if report is None else lambda done, total: report(what, done, total)
+
+
+def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, max_bad: float) -> None:
+    """Raise a ValueError that lists the first unreadable files where they are more than the share `max_bad`."""
+    if len(unreadable) <= max_bad * total:
+        return
+    lines = [f"  {name}: {reason}" for name, reason in unreadable[:10]]
+    if len(unreadable) > len(lines):
+        lines.append(f"  and {len(unreadable) - len(lines)} more")
+    raise ValueError(
+        f"{len(unreadable)} of {total} images in {root} cannot be read, more than data.max_bad={max_bad:g} allows:\n"
+        + "\n".join(lines)
+        + "\nRepair or remove them, or allow a larger share with data.max_bad"
+    )

@@ -1,0 +1,111 @@
+"""Which images lie in a folder, in an order that no file system decides, and which classes its sub-folders tell."""
+
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from contrastive.data.decode import looks_like_an_image
+from contrastive.data.paths import existing_folder
+
+logger = logging.getLogger(__name__)
+
+
+class Listing(NamedTuple):
+    """The image files of one split: names below the data folder, and the class of each where sub-folders tell it."""
+
+    root: Path
+    names: list[str]
+    labels: list[int] | None
+    classes: tuple[str, ...]
+
+
+def list_images(root: Path, below: str = "", *, follow_links: bool) -> Listing:
+    """All images in the folder `below` of `root` and in its sub-folders, in natural order (2.jpg before 10.jpg).
+
+    Files that are no images by their ending, and everything whose name starts with a dot or `__`, is passed over.
+    Where every image lies in a first-level sub-folder, and there are at least two of those with images, they are the
+    classes, numbered in alphabetical order.
+
+    Raises:
+        ValueError: the folder is missing or may not be read, or holds no image.
+    """
+    start = existing_folder(str(root / below))
+    names, links = _walk(start, follow_links)
+    if not names:
+        hint = f"; {links} symbolic links were passed over (data.follow_links=true follows them)" if links else ""
+        raise ValueError(f"{start} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth){hint}")
+    if links:
+        logger.warning("%s: %d symbolic links were passed over; data.follow_links=true follows them", start, links)
+    names.sort(key=_natural)
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes = tuple(sorted(set(folders)))
+    prefix = f"{below}/" if below else ""
+    full = [prefix + name for name in names]
+    if len(classes) < 2 or "" in classes:
+        return Listing(root, full, None, ())
+    number = {name: index for index, name in enumerate(classes)}
+    return Listing(root, full, [number[folder] for folder in folders], classes)
+
+
+def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
+    """Part a labelled listing in two: the second gets this share of each class, at least one image of two or more.
+
+    An image is chosen by a hash of its name, so that the choice outlives other images that come and go.
+    """
+    assert listing.labels is not None
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(listing.labels):
+        members.setdefault(label, []).append(index)
+    held: set[int] = set()
+    for indices in members.values():
+        count = min(max(round(share * len(indices)), 1), len(indices) - 1)
+        held.update(sorted(indices, key=lambda index: _draw(listing.names[index], seed))[:count])
+    kept = [index for index in range(len(listing.names)) if index not in held]
+    return _part(listing, kept), _part(listing, sorted(held))
+
+
+def _part(listing: Listing, indices: list[int]) -> Listing:
+    assert listing.labels is not None
+    names, labels = [listing.names[i] for i in indices], [listing.labels[i] for i in indices]
+    return listing._replace(names=names, labels=labels)
+
+
+def _draw(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def _walk(start: Path, follow_links: bool) -> tuple[list[str], int]:
+    names: list[str] = []
+    links = 0
+    folders = [""]
+    visited: set[tuple[int, int]] = set()
+    while folders:
+        below = folders.pop()
+        folder = start / below
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            continue  # a loop of links, or a second way to the same folder
+        visited.add((status.st_dev, status.st_ino))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except PermissionError as error:
+            raise ValueError(f"{folder} may not be read: permission denied") from error
+        for entry in entries:
+            name = below + entry.name
+            if entry.name.startswith((".", "__")):
+                continue
+            if entry.is_symlink() and not follow_links:
+                links += 1
+            elif entry.is_dir():
+                folders.append(f"{name}/")
+            elif entry.is_file() and looks_like_an_image(start / name):
+                names.append(name)
+    return names, links

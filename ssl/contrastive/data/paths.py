@@ -1,0 +1,69 @@
+"""Folders that a person names, and the folder for what is downloaded."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from filelock import FileLock
+from pydantic import AfterValidator
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+FolderPath = Annotated[str, AfterValidator(_absolute)]
+"""A folder, made absolute when it is read: a recorded run must not depend on where it was started."""
+
+
+def existing_folder(path: str) -> Path:
+    """The folder at `path`.
+
+    Raises:
+        ValueError: there is none (the message says how far the path leads, and what is spelled alike), it is a file,
+            or it may not be read.
+    """
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            os.scandir(folder).close()
+            return folder
+        if folder.exists():
+            raise ValueError(f"{path} is a file, not a folder of images; its folder is {folder.parent}")
+        raise ValueError(f"{path} does not exist; {nearest(folder)}")
+    except PermissionError as error:
+        raise ValueError(f"{error.filename or path} may not be read: permission denied") from error
+
+
+def nearest(path: Path) -> str:
+    """The half sentence that helps with a wrong path: how far it leads, and what is spelled alike there."""
+    present = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(present).parts[0]
+    alike = difflib.get_close_matches(missing, sorted(os.listdir(present)), n=3)
+    return f"{present} does" + (f", and holds {', '.join(alike)}" if alike else f", but holds nothing like {missing!r}")
+
+
+def cache_folder() -> Path:
+    """Where data sets are downloaded to when no path is given: `contrastive` in PyTorch's cache (`TORCH_HOME`)."""
+    return Path(torch.hub.get_dir()).parent / "contrastive"
+
+
+def download(folder: Path, name: str, fetch: Callable[[], object]) -> None:
+    """Fetch into a folder, one process of the machine at a time; `fetch` must do nothing when all is there.
+
+    Raises:
+        ValueError: it fails; the message says why, and where the files can be put by hand.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{name}.lock"):
+            fetch()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} is not in {folder} and could not be downloaded ({reason}); "
+            f"put it there in torchvision's layout, or say where it is: data.path=FOLDER"
+        ) from error

@@ -1,0 +1,254 @@
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from contrastive.data.decode import UnreadableImageError, check_header, quiet, read_image
+
+WHITE = (255, 255, 255)
+
+
+def read(path: Path, channels: int = 3, size: int = 2, background=WHITE, max_pixels: int = 10**6) -> list:
+    pixels = read_image(path, channels, size, background, max_pixels)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (channels, size, size)
+    assert pixels.is_contiguous()
+    return pixels.tolist()
+
+
+def save(path: Path, values, **options) -> Path:
+    Image.fromarray(np.asarray(values)).save(path, **options)
+    return path
+
+
+def mode(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+GREY = [[0, 100], [200, 255]]
+
+
+def test_grey_is_repeated_over_three_channels(tmp_path):
+    path = save(tmp_path / "a.png", np.array(GREY, np.uint8))
+    assert read(path) == [GREY] * 3
+    assert read(path, channels=1) == [GREY]
+
+
+def test_colour_keeps_its_channels_and_their_order(tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
+    assert read(save(tmp_path / "a.png", values)) == values.transpose(2, 0, 1).tolist()
+
+
+def test_alpha_is_composited_on_the_background_and_hidden_colours_do_not_show(tmp_path):
+    values = np.array([[[9, 9, 9, 0], [200, 100, 0, 255]], [[0, 0, 0, 51], [255, 0, 0, 0]]], np.uint8)
+    path = save(tmp_path / "a.png", values)
+    assert read(path) == [[[255, 200], [204, 255]], [[255, 100], [204, 255]], [[255, 0], [204, 255]]]
+    assert read(path, background=(0, 10, 0)) == [[[0, 200], [0, 0]], [[10, 100], [8, 10]], [[0, 0], [0, 0]]]
+
+
+def test_grey_with_alpha_is_composited(tmp_path):
+    path = save(tmp_path / "a.png", np.array([[[9, 0], [7, 255]], [[0, 51], [100, 255]]], np.uint8))
+    assert mode(path) == "LA"
+    assert read(path, channels=1) == [[[255, 7], [204, 100]]]
+
+
+def test_a_palette_gives_its_colours_and_its_transparency(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(tmp_path / "solid.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+    image.save(tmp_path / "clear.gif", transparency=1)
+    assert read(tmp_path / "solid.png") == [[[10, 40], [70, 40]], [[20, 50], [80, 50]], [[30, 60], [90, 60]]]
+    clear = [[[10, 255], [70, 255]], [[20, 255], [80, 255]], [[30, 255], [90, 255]]]
+    assert read(tmp_path / "clear.png") == clear
+    assert read(tmp_path / "clear.gif") == clear
+
+
+def test_a_transparent_colour_of_a_grey_or_rgb_file_is_composited(tmp_path):
+    Image.fromarray(np.array(GREY, np.uint8)).save(tmp_path / "grey.png", transparency=100)
+    assert read(tmp_path / "grey.png", channels=1) == [[[0, 255], [200, 255]]]
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    Image.fromarray(np.array([[True, False], [False, True]])).save(tmp_path / "a.png")
+    assert mode(tmp_path / "a.png") == "1"
+    assert read(tmp_path / "a.png", channels=1) == [[[255, 0], [0, 255]]]
+
+
+def test_cmyk_is_read_as_colour(tmp_path):
+    values = np.array([[[0, 0, 0, 0], [255, 0, 0, 0]], [[0, 255, 0, 0], [0, 0, 0, 255]]], np.uint8)
+    Image.fromarray(values, "CMYK").save(tmp_path / "a.tif")
+    assert read(tmp_path / "a.tif") == [[[255, 0], [255, 0]], [[255, 255], [0, 0]], [[255, 255], [255, 0]]]
+
+
+SIXTEEN = [[0, 200], [40000, 65535]]
+
+
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tif", "I;16B tif", "I tif", "pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, kind):
+    path = tmp_path / f"a.{kind.split()[-1]}"
+    if kind == "pgm":
+        path.write_bytes(b"P5 2 2 65535\n" + np.array(SIXTEEN, ">u2").tobytes())
+    elif kind == "I;16B tif":
+        Image.frombytes("I;16B", (2, 2), np.array(SIXTEEN, ">u2").tobytes()).save(path)
+    else:
+        save(path, np.array(SIXTEEN, np.int32 if kind.startswith("I ") else np.uint16))
+    assert mode(path) in {"I", "I;16", "I;16B"}
+    assert read(path, channels=1) == [[[0, 1], [156, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[0, 0.2], [0.6, 1]], [[0, 51], [153, 255]]),
+        ([[0, 1.2], [100, 255]], [[0, 1], [100, 255]]),
+        ([[-1, 0], [2, 4]], [[0, 51], [153, 255]]),
+        ([[7000, 7000], [7000, 7000]], [[0, 0], [0, 0]]),
+    ],
+)
+def test_floats_are_shares_of_white_or_grey_values_or_stretched(tmp_path, values, expected):
+    assert read(save(tmp_path / "a.tif", np.array(values, np.float32)), channels=1) == [expected]
+
+
+def test_not_a_number_is_an_error(tmp_path):
+    path = save(tmp_path / "a.tif", np.array([[0, np.nan], [0, 1]], np.float32))
+    with pytest.raises(UnreadableImageError, match=r"a\.tif: holds NaN"):
+        read(path)
+
+
+ORIENTED = {
+    1: [[1, 2], [3, 4]],
+    2: [[2, 1], [4, 3]],
+    3: [[4, 3], [2, 1]],
+    4: [[3, 4], [1, 2]],
+    5: [[1, 3], [2, 4]],
+    6: [[3, 1], [4, 2]],
+    7: [[4, 2], [3, 1]],
+    8: [[2, 4], [1, 3]],
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_a_camera_held_sideways_gives_an_upright_image(tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    options = {"lossless": True} if ending == "webp" else {}
+    Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8) * 50).convert("RGB").save(path, exif=exif, **options)
+    assert read(path, channels=1) == [(np.array(ORIENTED[orientation]) * 50).tolist()]
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    frames = [Image.fromarray(np.full((2, 2), value, np.uint8)) for value in (40, 90, 200)]
+    for ending in ("gif", "png", "webp"):
+        path = tmp_path / f"a.{ending}"
+        options = {"lossless": True} if ending == "webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+        with Image.open(path) as image:
+            assert image.n_frames == 3
+        assert read(path, channels=1) == [[[40, 40], [40, 40]]]
+
+
+def test_the_kind_is_found_in_the_content_not_in_the_name(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.array(GREY, np.uint8)).save(path, format="PNG")
+    assert read(path, channels=1) == [GREY]
+
+
+def test_a_wide_image_is_cropped_in_its_centre_never_squashed(tmp_path):
+    values = np.zeros((8, 40), np.uint8)
+    values[:, 16:24] = np.arange(64).reshape(8, 8) * 4
+    wide, tall = save(tmp_path / "wide.png", values), save(tmp_path / "tall.png", values.T.copy())
+    assert read(wide, 1, 8) == [values[:, 16:24].tolist()]
+    assert read(tall, 1, 8) == [values[:, 16:24].T.tolist()]
+
+
+def test_shrinking_averages_instead_of_skipping_pixels(tmp_path):
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    pixels = torch.tensor(read(save(tmp_path / "a.png", board), 1, 8))
+    assert (pixels - 127.5).abs().max() < 8
+
+
+def test_a_small_image_is_enlarged(tmp_path):
+    assert read(save(tmp_path / "a.png", np.full((3, 5), 77, np.uint8)), 1, 16) == [[[77] * 16] * 16]
+
+
+def test_reading_a_large_jpeg_at_a_fraction_of_its_size_hardly_changes_it(tmp_path):
+    smooth = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(smooth).resize((1600, 1200), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    from_jpeg, from_png = (read_image(tmp_path / f"a.{kind}", 3, 96, WHITE, 10**7).int() for kind in ("jpg", "png"))
+    assert (from_jpeg - from_png).abs().float().mean() < 1.0
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [1001, 10_000, 20_000])
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, side, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    for refuse in (lambda: read(tmp_path / "bomb.png"), lambda: check_header(tmp_path / "bomb.png", 10**6)):
+        with quiet(), pytest.raises(UnreadableImageError, match=r"bomb\.png: .*pixels"):
+            refuse()
+
+
+def test_pillows_warning_of_many_pixels_does_not_leak(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_header(10_000, 10_000))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with quiet(), pytest.raises(UnreadableImageError):
+            read(tmp_path / "bomb.png")
+    assert caught == []
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "gif", "bmp"])
+def test_a_file_cut_short_is_an_error_that_names_it(tmp_path, ending):
+    path = tmp_path / f"cut.{ending}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError, match=r"cut\."):
+        read(path, size=64)
+
+
+def test_other_trouble_names_the_file_and_the_reason(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    for name, reason in [
+        ("empty.png", "empty"),
+        ("text.jpg", "not an image"),
+        ("photo.heic", "convert"),
+        ("gone.png", "no such file"),
+    ]:
+        with pytest.raises(UnreadableImageError, match=f"{name}: .*{reason}"):
+            read(tmp_path / name)
+
+
+def test_eps_which_would_run_a_program_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\n")
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_forbidden_file_says_so(tmp_path):
+    path = save(tmp_path / "a.png", np.array(GREY, np.uint8))
+    path.chmod(0)
+    with pytest.raises(UnreadableImageError, match="permission denied"):
+        read(path)
