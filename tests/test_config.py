@@ -139,3 +139,5 @@ def test_help_names_every_key_with_type_default_and_line() -> None:
     assert listed["part.rows", "large"].doc == "How many."
     assert listed["inner.rate", ""].default == "0.001"
     assert listed["output", ""].kind == "str | null"
+    assert listed["part.limits", "large"].kind == "[float, float]"
+    assert listed["part.limits", "large"].default == "[0.0, 1.0]"

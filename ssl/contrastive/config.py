@@ -3,11 +3,10 @@
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
-from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,7 +85,7 @@ def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
         else:
             chosen = field.get_default(call_default_factory=True)
             choices = " | ".join(str(member) for member in members)
-            yield Key(f"{key}.name", choices, str(getattr(chosen, "name", None)), field.description or "", "")
+            yield Key(f"{key}.name", choices, str(getattr(chosen, "name", "null")), field.description or "", "")
             for member, settings in members.items():
                 for entry in keys(settings, f"{key}."):
                     if entry.key != f"{key}.name":
@@ -254,7 +253,8 @@ def _ordered_leaves(annotation: Any) -> list[Any]:
 
 def _is_literal_name(settings: type[Settings]) -> bool:
     field = settings.model_fields.get("name")
-    return field is not None and typing.get_origin(field.annotation) is typing.Literal
+    annotation = field.annotation if field else None
+    return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
 
 
 def _field(model: type[Settings], path: Sequence[str]) -> FieldInfo | None:
@@ -267,24 +267,36 @@ def _field(model: type[Settings], path: Sequence[str]) -> FieldInfo | None:
 
 
 def _kind(field: FieldInfo) -> str:
-    annotation = field.annotation
-    name = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        name = " | ".join(str(value) for value in typing.get_args(annotation))
-    name = name.replace("typing.", "").replace("NoneType", "None").replace("pathlib.", "").replace("None", "null")
-    signs = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
-    for bound in field.metadata:
-        for kind, sign in signs.items():
-            if isinstance(bound, kind):
-                limit = getattr(bound, kind.__name__.lower())
-                name += f" {sign} {limit}"
-    return name
+    return _type_name(field.annotation) + _bounds(field.metadata)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0]) + _bounds(arguments[1:])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is tuple:
+        return "[" + ", ".join("…" if argument is Ellipsis else _type_name(argument) for argument in arguments) + "]"
+    return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    flat = [inner for bound in metadata for inner in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
+    return "".join(
+        f" {sign} {getattr(bound, name)}" for bound in flat for name, sign in signs.items() if hasattr(bound, name)
+    )
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, tuple):
+        return str([round(number, 4) if isinstance(number, float) else number for number in value])
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -15,8 +15,9 @@ class Teller:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._last_line = 0.0
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
@@ -27,26 +28,35 @@ class Teller:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[None]:
-        """Shows a bar for `update` while the context is open, if this is a terminal."""
+    def bar(self) -> Iterator[None]:
+        """Shows what `update` and `report` say as bars while the context is open, if this is a terminal."""
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
-        columns = TextColumn(f"{title} {{task.percentage:>3.0f}}%"), BarColumn(), TextColumn("{task.fields[status]}")
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._bar.add_task(title, total=1.0, status="")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as self._bars:
             try:
                 yield
             finally:
-                self._bar = None
+                self._bars, self._tasks = None, {}
 
-    def update(self, progress: float, status: str) -> None:
-        """Moves the bar to `progress` in [0, 1]; without a terminal, prints the status when some time has passed."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=progress, status=status)
+    def update(self, what: str, progress: float, status: str = "") -> None:
+        """Moves a bar to `progress` in [0, 1]; without a terminal, prints a line when some time has passed."""
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=1.0, status=status)
+            self._bars.update(self._tasks[what], completed=progress, status=status)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"{100 * progress:3.0f}%  {status}")
+            self.say(f"{what} {100 * progress:3.0f}%  {status}")
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """How far a long reading has come."""
+        self.update(what, done / max(total, 1), f"{done:,} of {total:,}")
 
 
 def duration(seconds: float) -> str:

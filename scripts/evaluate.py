@@ -1,0 +1,8 @@
+"""Measures a run beside raw pixels and random weights, by kNN and a linear probe: evaluate.py RUN [key=value …]."""
+
+import sys
+
+from contrastive.command import evaluate
+
+if __name__ == "__main__":
+    sys.exit(evaluate(sys.argv[1:]))

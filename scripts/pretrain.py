@@ -1,0 +1,8 @@
+"""Pretrains a backbone: accelerate launch scripts/pretrain.py [RECIPE] [key=value …]; --help lists every key."""
+
+import sys
+
+from contrastive.command import pretrain
+
+if __name__ == "__main__":
+    sys.exit(pretrain(sys.argv[1:]))

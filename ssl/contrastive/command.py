@@ -1,0 +1,112 @@
+"""The command lines behind `scripts/`: words are parsed, work is called, errors are said in one sentence."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from contrastive import recipe as recipes
+from contrastive.config import Settings, keys, load
+from contrastive.measure import EvaluateSettings, ExtractSettings
+from contrastive.measure import evaluate as evaluate_run
+from contrastive.measure import extract as extract_features
+from contrastive.pretrain import pretrain as run_recipe
+from contrastive.recipe import Recipe
+from contrastive.run import CONFIG
+
+HELP = {"-h", "--help", "help"}
+WRONG_USE = 2
+
+
+def pretrain(words: Sequence[str]) -> int:
+    """`pretrain.py [RECIPE] [key=value …]`."""
+    usage = "pretrain.py [RECIPE] [key=value …]"
+    about = f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}."
+
+    def run() -> None:
+        given = list(words) if words and "=" not in words[0] else ["", *words]
+        name, rest = given[0] or recipes.QUICKSTART, given[1:]
+        file = recipes.find(name)
+        recipe = load(Recipe, file, rest)
+        if recipe.output is None:
+            rest.append(f"output=runs/{file.stem}")
+        begun = Path(str(load(Recipe, file, rest).output)).expanduser() / CONFIG
+        # resume=true and a folder are enough: what it was begun with stands there.
+        if recipe.resume and not given[0] and begun.is_file():
+            file = begun
+        run_recipe(load(Recipe, file, rest), header=header(f"pretrain.py {shlex.join([name, *rest])}"))
+
+    return _answer(usage, about, Recipe, words, run)
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """`evaluate.py RUN [key=value …]`."""
+    usage = "evaluate.py RUN [key=value …]"
+    about = "RUN is a run folder; the table is also written to RUN/evaluation.json."
+    return _answer(
+        usage,
+        about,
+        EvaluateSettings,
+        words,
+        lambda: evaluate_run(_run(words), load(EvaluateSettings, None, words[1:])),
+    )
+
+
+def extract(words: Sequence[str]) -> int:
+    """`extract.py RUN data=… output=… [key=value …]`."""
+    usage = "extract.py RUN data=/some/folder output=/some/features [key=value …]"
+    about = "RUN is a run folder. Writes features.npy, ids.npy, labels.npy (where there are labels) and manifest.json."
+    return _answer(
+        usage,
+        about,
+        ExtractSettings,
+        words,
+        lambda: extract_features(_run(words), load(ExtractSettings, None, words[1:])),
+    )
+
+
+def header(command: str) -> str:
+    """Comment lines that say how a run came to be: the command, the commit, the machine and the versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a checkout"
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("contrastive", "torch", "timm"))
+    return f"# {command}\n# commit {commit}; {versions}; Python {platform.python_version()}; {platform.platform()}\n"
+
+
+def help_text(usage: str, about: str, model: type[Settings]) -> str:
+    """Every key with its type, default and one line."""
+    lines = [f"usage: {usage}", "", *textwrap.wrap(about, 110), ""]
+    owner = ""
+    for entry in keys(model):
+        if entry.only_for != owner and entry.only_for:
+            lines.append(f"  with {entry.key.rpartition('.')[0]}.name={entry.only_for}:")
+        owner = entry.only_for
+        indent = "    " if owner else "  "
+        lines.append(f"{indent}{entry.key:<28} {entry.kind}, default {entry.default}")
+        lines += textwrap.wrap(entry.doc, 100, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+    return "\n".join(lines)
+
+
+def _run(words: Sequence[str]) -> Path:
+    if not words or "=" in words[0]:
+        raise ValueError("the run folder comes first, for example runs/quickstart")
+    return Path(words[0]).expanduser()
+
+
+def _answer(usage: str, about: str, model: type[Settings], words: Sequence[str], run: Callable[[], object]) -> int:
+    if HELP & set(words):
+        sys.stdout.write(help_text(usage, about, model) + "\n")
+        return 0
+    try:
+        run()
+    except ValueError as problem:
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(problem).splitlines()))
+        return WRONG_USE
+    return 0

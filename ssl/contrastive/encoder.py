@@ -1,0 +1,230 @@
+"""From views to embeddings: a timm backbone, a projector, and the momentum twin of both."""
+
+import copy
+import difflib
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import contrastive.small_models  # noqa: F401  (for its registrations with timm)
+from contrastive.config import Settings
+from contrastive.split_norm import split_batch_norms
+
+DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+class ProjectorSettings(Settings):
+    """The perceptron between the backbone's features and the embeddings; not part of the exported backbone."""
+
+    layers: int = Field(2, ge=0, le=8)
+    """Linear layers; 0 makes the features the embeddings."""
+    hidden: int | None = Field(None, gt=0)
+    """Width of the hidden layers; null is the number of features."""
+    dim: int = Field(128, gt=0)
+    """Dimension of the embeddings."""
+    batch_norm: bool = True
+    """Batch norm after each hidden layer."""
+
+    def build(self, num_features: int) -> nn.Sequential:
+        """The projector for this number of features."""
+        widths = [num_features, *[self.hidden or num_features] * (self.layers - 1), self.dim]
+        modules: list[nn.Module] = []
+        for layer in range(1, self.layers + 1):
+            hidden = layer < self.layers
+            # A bias before a batch norm would be subtracted again.
+            modules.append(nn.Linear(widths[layer - 1], widths[layer], bias=not (hidden and self.batch_norm)))
+            if hidden and self.batch_norm:
+                modules.append(nn.BatchNorm1d(widths[layer]))
+            if hidden:
+                modules.append(nn.ReLU(inplace=True))
+        return nn.Sequential(*modules)
+
+
+class EncoderSettings(Settings):
+    """A backbone by its timm name, and a projector."""
+
+    name: str = "light_resnet"
+    """Any timm model, or local-dir:FOLDER; made for small images: light_resnet, resnet18_small, resnet50_small."""
+    pretrained: bool = False
+    """Start from timm's published weights (downloaded) or, with local-dir:, from the folder's."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: largest probability to skip a block."""
+    batch_norm_splits: int = Field(1, ge=1)
+    """Parts of a process's batch that are normalised apart; for a momentum twin on a single process."""
+    projector: ProjectorSettings = ProjectorSettings()
+    """From the features to the embeddings."""
+
+    def build(self, *, channels: int, size: int) -> "Encoder":
+        """The encoder for square images; its weights come from torch's global generator.
+
+        Raises:
+            ValueError: timm does not know the name, or the model cannot take such images, or has no such option, or
+                its weights cannot be had.
+        """
+        backbone = create_backbone(
+            self.name, channels=channels, size=size, pretrained=self.pretrained, drop_path=self.drop_path
+        )
+        num_features, width = widths(backbone, channels=channels, size=size)
+        projector = self.projector.build(width)
+        dim = self.projector.dim if self.projector.layers else width
+        return Encoder(
+            backbone, projector, num_features=num_features, dim=dim, batch_norm_splits=self.batch_norm_splits
+        )
+
+
+class Encoder(nn.Module):
+    """A timm backbone without classifier, and a projector on its features.
+
+    `num_features` is the width of what the backbone returns, `dim` that of the embeddings. A backbone that has
+    `forward_summary` chooses itself what the projector reads; its features may then be wider.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, projector: nn.Module, *, num_features: int, dim: int, batch_norm_splits: int = 1
+    ) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+        self.num_features, self.dim = num_features, dim
+        self.batch_norm_splits = batch_norm_splits
+        if batch_norm_splits > 1:
+            split_batch_norms(self, batch_norm_splits, interleaved=True)
+
+    def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "views batch dim"]:
+        """Embeddings of the views, not normalised; all views go through in one pass and share batch statistics."""
+        embeddings: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
+        return embeddings.view(*views.shape[:2], -1)
+
+    def features(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
+        """What the backbone makes of normalised images, before the projector."""
+        features: Tensor = self.backbone(images)
+        return features
+
+
+class MomentumTwin(nn.Module):
+    """A copy of an encoder that follows it slowly: w' <- momentum w' + (1 - momentum) w (He et al. 2020, equation 2).
+
+    It starts as an exact copy, shares no storage with the encoder and gets no gradient. Running statistics of batch
+    norms follow as the weights do; counters are copied. (The authors' code leaves the statistics to the twin's own
+    passes; in training mode, in which the twin runs as theirs does, they have no effect.) Where the encoder splits its
+    batch norms, the twin splits them into other parts.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        if encoder.batch_norm_splits > 1:
+            split_batch_norms(self.encoder, encoder.batch_norm_splits, interleaved=False)
+
+    @torch.no_grad()
+    def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "views batch dim"]:
+        """Embeddings of the views, without gradient."""
+        embeddings: Tensor = self.encoder(views)
+        return embeddings
+
+    @torch.no_grad()
+    def update(self, encoder: Encoder, momentum: float) -> None:
+        """One step towards the encoder."""
+        own, other = self.encoder.state_dict(), encoder.state_dict()
+        following = [name for name, value in own.items() if value.is_floating_point()]
+        torch._foreach_lerp_([own[name] for name in following], [other[name] for name in following], 1 - momentum)
+        for name in own.keys() - set(following):
+            own[name].copy_(other[name])
+
+
+def create_backbone(
+    name: str, *, channels: int, size: int, pretrained: bool = False, drop_path: float = 0.0
+) -> nn.Module:
+    """A timm model without classifier, for square images of this size and number of channels.
+
+    Raises:
+        ValueError: timm does not know the name, or the model has no such option, or its weights cannot be had.
+    """
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    if not name.startswith(SOURCES):
+        if not timm.is_model(name.split(".")[0]):
+            raise ValueError(f"timm has no model {name!r}{_nearest(name)}")
+        description = timm.get_pretrained_cfg(name)
+        if description is not None and description.fixed_input_size:
+            options["img_size"] = size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as problem:
+        raise ValueError(f"{name} does not take {', '.join(options)}: {problem}") from problem
+    except Exception as problem:
+        if not pretrained and not name.startswith(SOURCES):
+            raise
+        raise ValueError(
+            f"the weights of {name} cannot be had ({type(problem).__name__}: {problem}); "
+            "is there a network, and does timm publish weights of that name? encoder.pretrained=false starts afresh"
+        ) from problem
+
+
+def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch _"]:
+    """What the projector reads: the backbone's features, or what the backbone has for the purpose."""
+    read: Tensor = getattr(backbone, "forward_summary", backbone)(images)
+    return read
+
+
+@torch.no_grad()
+def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
+    """Widths of the backbone's features and of what the projector reads, by a look: `num_features` is not always true.
+
+    Raises:
+        ValueError: The backbone cannot take such images.
+    """
+    training, images = backbone.training, torch.zeros(1, channels, size, size)
+    # Not inference mode: a tensor that the model caches on its first pass could never carry a gradient.
+    backbone.eval()
+    try:
+        found = [backbone(images), summary(backbone, images)]
+    except (RuntimeError, AssertionError, ValueError) as problem:
+        raise ValueError(
+            f"{type(backbone).__name__} cannot take {size} x {size} pixels of {channels} channels: {problem}; "
+            "set views.size to what it takes, or choose another encoder.name"
+        ) from problem
+    finally:
+        backbone.train(training)
+    for features in found:
+        if features.ndim != 2:
+            raise ValueError(
+                f"{type(backbone).__name__} returns {list(features.shape)}, not one vector per image; "
+                "choose another encoder.name"
+            )
+    return found[0].shape[1], found[1].shape[1]
+
+
+def export(backbone: nn.Module, folder: Path, *, channels: int, size: int, mean: float, std: float) -> None:
+    """Writes the backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+
+    The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
+    that values in [0, 1] are normalised by), and `model.safetensors`.
+    """
+    # A copy: safetensors wants contiguous tensors, not channels_last, and timm the description on the model.
+    model = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format)
+    source = cast("dict[str, Any]", backbone.pretrained_cfg)
+    # Only what describes the model: tag, licence and address are those of weights that these no longer are.
+    description = {name: source[name] for name in DESCRIPTION if name in source}
+    changed = {
+        "input_size": (channels, size, size),
+        "mean": (mean,) * channels,
+        "std": (std,) * channels,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": 0,
+    }
+    model.__dict__["pretrained_cfg"] = description | changed
+    save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def _nearest(name: str) -> str:
+    names = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -1,0 +1,15 @@
+"""The objectives, chosen by name: each contrasts views of one image with other images, and differs in which."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from contrastive.objectives.bank import Bank
+from contrastive.objectives.in_batch import InBatch
+from contrastive.objectives.loss import Loss
+from contrastive.objectives.loss import Objective as ObjectiveModule
+from contrastive.objectives.queue import Queue
+
+Objective = Annotated[InBatch | Queue | Bank, Field(discriminator="name")]
+
+__all__ = ["Bank", "InBatch", "Loss", "Objective", "ObjectiveModule", "Queue"]

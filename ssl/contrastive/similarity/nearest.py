@@ -1,0 +1,86 @@
+"""The nearest keys of each query, exact, in tiles, with a rule for equal values."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from contrastive.similarity.rows import at_least_float32, slices
+
+COLUMNS = 1 << 16
+SCORES = 1 << 23
+"""Scores held at once: 32 MiB, about the third-level cache of a small machine."""
+
+
+@torch.no_grad()
+def top_k(
+    queries: Float[Tensor, "queries dim"],
+    keys: Float[Tensor, "keys dim"],
+    k: int,
+    *,
+    query_ids: Int[Tensor, " queries"] | None = None,
+    key_ids: Int[Tensor, " keys"] | None = None,
+) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
+    """The k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
+
+    Equal values are ordered by index, lower first. Keys that have the query's id are left out; where fewer than k
+    are left, the last values are −inf. Exact, in tiles, in float32 (float64 where the queries are).
+
+    Raises:
+        ValueError: if k is not between 1 and the number of keys, or ids are given on one side only.
+    """
+    if not 1 <= k <= len(keys):
+        raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
+    queries = at_least_float32(queries)
+    values = queries.new_empty(len(queries), k)
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    columns = min(len(keys), COLUMNS)
+    for rows in slices(0, len(queries), SCORES // columns):
+        best = None
+        for span in slices(0, len(keys), columns):
+            scores = queries[rows] @ keys[span].to(queries.dtype).T
+            if query_ids is not None and key_ids is not None:
+                scores.masked_fill_(query_ids[rows, None] == key_ids[span], -torch.inf)
+            found, places = _largest(scores, min(k, scores.shape[1]))
+            places = places + span.start
+            if best is not None:
+                # What was found before stands first: at equal values its index is the lower one.
+                found, places = torch.cat([best[0], found], 1), torch.cat([best[1], places], 1)
+                found, chosen = _largest(found, min(k, found.shape[1]))
+                places = places.gather(1, chosen)
+            best = found, places
+        assert best is not None
+        values[rows], indices[rows] = best
+    return values, indices
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns, largest first, equal values by column."""
+    count = scores.shape[1]
+    if k == count:
+        ordered = scores.sort(dim=1, descending=True, stable=True)
+        return ordered.values, ordered.indices
+    depth = math.isqrt(count // k)
+    if depth >= 4:
+        # Column j is in group j mod `spread`; the k largest are in the k groups with the largest maxima.
+        spread = count // depth
+        maxima, groups = scores[:, : spread * depth].reshape(-1, depth, spread).amax(1).topk(k + 1, dim=1)
+        offsets = torch.arange(0, spread * depth, spread, device=scores.device)
+        rest = torch.arange(spread * depth, count, device=scores.device).expand(len(scores), -1)
+        columns = torch.cat([(groups[:, :k, None] + offsets).flatten(1), rest], 1)
+        values, places = scores.gather(1, columns).topk(k + 1, dim=1)
+        indices = columns.gather(1, places)
+        tied = maxima[:, k] == maxima[:, k - 1]
+    else:
+        values, indices = scores.topk(k + 1, dim=1)
+        tied = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    # topk leaves open how equal values are ordered, and which of them it keeps at the end.
+    tied |= (values[:, 1:] == values[:, :-1]).any(1)
+    values, indices = values[:, :k], indices[:, :k]
+    if tied.any():
+        ordered = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, indices

@@ -1,0 +1,51 @@
+"""Rows of embeddings: their number format, their length, and slices of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def normalize(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+    """Rows of length 1, in float32 (float64 stays float64).
+
+    Rows shorter than 1e-6 are divided by 1e-6: a zero row stays zero, and its gradient finite.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit: Tensor = _Normalize.apply(at_least_float32(embeddings))
+    return unit
+
+
+def at_least_float32(rows: Tensor) -> Tensor:
+    """The rows in float32, or as they are in float64."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of length `step` from `start` to `stop`; the last may be shorter."""
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+class _Normalize(torch.autograd.Function):
+    """Saves its result only, where autograd would save three tensors and allocate two more."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        inverse = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_(min=1e-6).reciprocal_()
+        unit: Tensor = rows * inverse
+        ctx.save_for_backward(unit, inverse)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit, inverse = ctx.saved_tensors
+        (gradient,) = gradients
+        radial = torch.einsum("...d,...d->...", gradient, unit).unsqueeze(-1)
+        # A row below the least length is multiplied by a constant: nothing of its gradient is radial.
+        radial = radial.masked_fill_(inverse >= 1e6, 0)
+        result: Tensor = torch.addcmul(gradient, unit, radial, value=-1).mul_(inverse)
+        return result

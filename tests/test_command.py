@@ -1,0 +1,190 @@
+"""The command lines, as a person types them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from contrastive import command
+from contrastive.data import Sample
+from contrastive.views import plain
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SHORT = ["train.batch_size=32", "train.epochs=0.0064", "train.precision=fp32", "train.preview=2", "train.monitor=0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    assert command.pretrain(["quickstart", *SHORT, f"output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A folder of two classes that anyone can tell apart."""
+    folder = tmp_path / "photographs"
+    for name, brightness in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = np.random.default_rng(index).integers(brightness, brightness + 40, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_help_lists_every_key_once_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.pretrain(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for key in ("output", "seed", "resume", "train.epochs", "train.minutes", "train.batch_size", "encoder.name"):
+        assert shown.count(f"  {key} ") == 1, key
+    assert "quickstart, or a path" in shown or "quickstart" in shown
+    assert "Images per step over all processes together." in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["simclrr"], "neither a recipe"),
+        (["train.epoch=3"], "did you mean train.epochs?"),
+        (["objective=moko"], "none of in_batch, queue, bank"),
+        (["train.batch_size=20000"], "10000 images are fewer than a batch of 20000"),
+        (["encoder.name=resnet18_smal"], "resnet18_small"),
+        (["data=/no/such/place"], "/no/such/place"),
+        (["views.hue=0.1"], "no colours"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert command.pretrain([*words, f"output={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert command.pretrain([f"data={tmp_path / 'empty'}", f"output={tmp_path / 'run'}"]) == 2
+    assert "no image" in capsys.readouterr().err.lower()
+
+
+def test_a_folder_of_photographs_with_broken_ones_just_works(
+    tmp_path: Path, classes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (classes / "dark" / "broken.jpg").write_bytes(b"no image")
+    words = [f"data={classes}", "data.size=32", "data.max_bad=0.1", f"output={tmp_path / 'run'}", *SHORT]
+    words = [word for word in words if "epochs" not in word] + ["train.epochs=2"]
+    assert command.pretrain(words) == 0
+    assert "broken.jpg" in (tmp_path / "run" / "unreadable.txt").read_text()
+    assert command.evaluate([str(tmp_path / "run")]) == 0
+    assert "learned" in capsys.readouterr().out
+    strict = [word if "max_bad" not in word else "data.max_bad=0.001" for word in words]
+    assert command.pretrain([*strict[:-2], f"output={tmp_path / 'other'}"]) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_measured_beside_its_baselines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.evaluate([str(run)]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((run / "evaluation.json").read_text())
+    assert {score["features"] for score in report["scores"]} == {"learned", "random weights", "raw pixels"}
+    assert {score["method"] for score in report["scores"]} == {"knn", "linear"}
+    for score in report["scores"]:
+        assert 0.5 < score["low"] < score["accuracy"] < score["high"] < 1
+        assert f"{100 * score['accuracy']:.1f}" in shown
+
+
+def test_a_run_that_has_not_finished_is_measured_by_its_newest_checkpoint(
+    run: Path, tmp_path: Path, classes: Path
+) -> None:
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "backbone")
+    (unfinished / "done").unlink()
+    words = [f"data={classes}", "data.size=28", "data.channels=1"]
+    assert command.evaluate([str(unfinished), *words]) == 0
+    assert "checkpoints/step-" in json.loads((unfinished / "evaluation.json").read_text())["weights"]
+
+
+def test_images_with_other_channels_than_the_run_are_refused_in_words(
+    run: Path, classes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.evaluate([str(run), f"data={classes}"]) == 2
+    assert "data.channels=1" in capsys.readouterr().err
+
+
+def test_extracted_features_are_those_of_plain_timm(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "features"
+    assert command.extract([str(run), f"output={output}", "split=test"]) == 0
+    features, labels = np.load(output / "features.npy"), np.load(output / "labels.npy")
+    manifest = json.loads((output / "manifest.json").read_text())
+    test = Sample().build().test
+    assert test is not None
+    assert test.labels is not None
+    assert labels.tolist() == test.labels.tolist()
+    assert [entry[2] for entry in manifest["images"]] == list(test.names)
+    backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
+    with torch.inference_mode():
+        expected = backbone(plain(test.read(torch.arange(16)), 28))
+    torch.testing.assert_close(torch.from_numpy(features[:16]), expected, rtol=1e-4, atol=1e-5)
+    assert command.extract([str(run), f"output={output}"]) == 2
+
+
+def test_features_of_a_folder_without_labels_have_names(run: Path, tmp_path: Path, classes: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (classes / "dark").iterdir():
+        shutil.copy(file, flat)
+    output = tmp_path / "features"
+    words = [str(run), f"data={flat}", "data.size=28", "data.channels=1", f"output={output}"]
+    assert command.extract(words) == 0
+    assert np.load(output / "features.npy").shape[0] == 20
+    assert not (output / "labels.npy").exists()
+    assert json.loads((output / "manifest.json").read_text())["images"][2] == ["train", 2, "2.png"]
+
+
+def test_a_run_started_from_the_scripts_folder_stops_at_a_signal_and_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["quickstart", *SHORT[:1], "train.epochs=3", "train.monitor=0", "train.log_every=1", f"output={folder}"]
+    with subprocess.Popen(
+        [sys.executable, "pretrain.py", *words],
+        cwd=SCRIPTS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, shown
+    assert "resume=true" in shown
+    assert list((folder / "checkpoints").glob("step-*"))
+    assert not (folder / "done").exists()
+    before = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert command.pretrain(["resume=true", f"output={folder}", f"train.epochs={(before + 2) / 312}"]) == 0
+    assert (folder / "done").exists()
+
+
+def test_the_documented_launch_of_two_cpu_processes_is_two_processes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command_line = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", str(SCRIPTS / "pretrain.py")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command_line, *SHORT, f"output={folder}"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (folder / "done").exists(), done.stderr
+    assert "batch 32 (16 on each)" in done.stdout
+    assert "2 × cpu" in done.stdout

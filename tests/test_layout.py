@@ -1,0 +1,104 @@
+"""What the checkout looks like: where modules live, which way imports point, and that the README tells the truth."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from contrastive import recipe
+from contrastive.config import load
+from contrastive.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ssl" / "contrastive"
+README = (ROOT / "README.md").read_text()
+LEVELS = [
+    {"config", "distributed"},
+    {"similarity", "small_models", "split_norm"},
+    {"data", "views", "encoder", "objectives", "optim", "run", "progress"},
+    {"evaluate"},
+    {"recipe"},
+    {"launch"},
+    {"pretrain", "measure"},
+    {"command"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def test_ssl_is_still_the_standard_library() -> None:
+    code = "import ssl, asyncio, http.client; assert ssl.OPENSSL_VERSION"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_only_the_package_lives_in_ssl() -> None:
+    assert {path.name for path in (ROOT / "ssl").iterdir()} - {"__pycache__"} == {"contrastive"}
+
+
+def imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [
+        f"contrastive.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "contrastive"
+        for alias in node.names
+    ]
+    return {module.split(".")[1] for module in modules if module.startswith("contrastive.")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if importer == "__init__":
+        assert imported(path) <= {"small_models"}
+        return
+    for name in imported(path) - {importer}:
+        assert LEVEL[name] < LEVEL[importer], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_loads_and_is_named_in_the_readme(name: str) -> None:
+    file = recipe.find(name)
+    assert load(Recipe, file).seed == 0
+    assert file.read_text().startswith("#"), f"{file.name} has no header that says what it claims"
+    assert f"`{name}`" in README
+
+
+def test_every_path_in_the_readmes_tree_exists_and_every_module_is_in_it() -> None:
+    tree = README.split("<!-- tree -->")[1].split("```")[1]
+    places: list[str] = []
+    named: set[str] = set()
+    for line in tree.splitlines():
+        match = re.match(r"(\s*)(\S+)(?:\s{2,}.*)?$", line)
+        if not match:
+            continue
+        depth = len(match[1]) // 2
+        places[depth:] = [match[2].rstrip("/")]
+        path = "/".join(places)
+        assert (ROOT / path).exists(), f"README's tree names {path}"
+        named.add(path)
+    for module in [*PACKAGE.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "configs").glob("*.yaml")]:
+        path = str(module.relative_to(ROOT))
+        assert path in named or module.name == "__init__.py", f"{path} is missing from README's tree"
+
+
+def test_the_recipes_and_the_sample_are_in_the_package_data() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {"configs": "contrastive/configs"}
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_no_workplace_words_in_the_project() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml"} and path != Path(__file__):
+            assert not re.search(r"/work/|/home/[a-z]", path.read_text()), f"{name} names a folder of one machine"

@@ -1,0 +1,181 @@
+"""The whole loop on real images, in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contrastive import pretrain as loop
+from contrastive.config import load
+from contrastive.launch import Stop
+from contrastive.pretrain import pretrain
+from contrastive.recipe import Recipe
+from contrastive.run import newest_checkpoint, read_metrics
+
+SMALL = ["train.batch_size=32", "train.log_every=1", "train.precision=fp32", "train.preview=2", "train.monitor=0"]
+OBJECTIVES = {
+    "in_batch": ["objective=in_batch"],
+    "queue": ["objective=queue", "objective.size=80", "objective.momentum=0.9"],
+    "bank": ["objective=bank"],
+    "nce": ["objective=bank", "objective.estimator=nce", "objective.negatives=50"],
+}
+
+
+def recipe(output: Path, *words: str, steps: int = 6) -> Recipe:
+    # 10,000 images in batches of 32: 312 steps are an epoch.
+    defaults = [*SMALL, f"train.epochs={steps / 312}", f"output={output}"]
+    given = {word.split("=")[0] for word in words}
+    return load(Recipe, None, [*(word for word in defaults if word.split("=")[0] not in given), *words])
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    def agreed(self: Stop) -> bool:
+        self.asked = getattr(self, "asked", -1) + 1
+        self.signal = 15 if self.asked == steps else None
+        return self.signal is not None
+
+    monkeypatch.setattr(Stop, "agreed", agreed)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found, _ = newest_checkpoint(folder / "checkpoints")
+    assert found is not None
+    tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
+    for index, state in found.optimiser["state"].items():
+        tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """The names under which the bits are not the same; NaN equals itself."""
+    assert one.keys() == two.keys()
+    pairs = ((key, torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+    return [key for key, a, b in pairs if not torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    straight = pretrain(recipe(tmp_path / "straight", *OBJECTIVES[name]))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(SystemExit) as ended:
+            pretrain(recipe(tmp_path / "stopped", *OBJECTIVES[name]))
+        assert ended.value.code == 128 + 15
+    resumed = pretrain(recipe(tmp_path / "stopped", "resume=true", *OBJECTIVES[name]))
+    assert differing(content(straight), content(resumed)) == []
+    losses = [[(line["step"], line["loss"]) for line in read_metrics(folder)] for folder in (straight, resumed)]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_complete_and_is_not_begun_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pretrain(recipe(tmp_path / "run", "train.monitor=1", steps=2))
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert {"config.yaml", "metrics.jsonl", "views.png", "done", "tensorboard", "checkpoints"} <= there
+    assert {"backbone/config.json", "backbone/model.safetensors"} <= there
+    assert any("knn" in line for line in read_metrics(folder))
+    with pytest.raises(ValueError, match="resume=true"):
+        pretrain(recipe(tmp_path / "run"))
+    pretrain(recipe(tmp_path / "run", "resume=true"))
+    assert "finished" in capsys.readouterr().out
+
+
+def test_measuring_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:
+    without = pretrain(recipe(tmp_path / "without", steps=4))
+    with_it = pretrain(recipe(tmp_path / "with", "train.monitor=4", steps=4))
+    assert differing(content(without), content(with_it)) == []
+
+
+def test_a_run_goes_on_only_as_it_was_begun(tmp_path: Path) -> None:
+    pretrain(recipe(tmp_path / "run", steps=2))
+    (tmp_path / "run" / "done").unlink()
+    with pytest.raises(ValueError, match=r"objective\.temperature was 0\.1 and is 0\.3"):
+        pretrain(recipe(tmp_path / "run", "resume=true", "objective.temperature=0.3"))
+    with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
+        pretrain(recipe(tmp_path / "run", "resume=true", "seed=1"))
+
+
+def test_a_loss_that_is_not_finite_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    original = loop.train_step
+
+    def spoiled(machine: loop.Machine, images: Any, ids: Any, epoch: int, step: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != 2:
+            return original(machine, images, ids, epoch, step)
+        before = {key: value.clone() for key, value in machine.objective.state_dict().items()}
+        weights = [weight.clone() for weight in machine.encoder.parameters()]
+        forward = type(machine.objective).forward
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(machine.objective),
+                "forward",
+                lambda *arguments: (lambda loss: loss._replace(total=loss.total * torch.inf))(forward(*arguments)),
+            )
+            assert original(machine, images, ids, epoch, step) is None
+        assert all(torch.equal(before[key], value) for key, value in machine.objective.state_dict().items())
+        assert all(torch.equal(a, b) for a, b in zip(weights, machine.encoder.parameters(), strict=True))
+        return None
+
+    monkeypatch.setattr(loop, "train_step", spoiled)
+    folder = pretrain(recipe(tmp_path / "run", "objective=queue", "objective.size=64", steps=4))
+    assert [line["step"] for line in read_metrics(folder)] == [1, 3, 4]
+
+
+def test_a_loss_that_is_never_finite_ends_the_run_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *arguments: None)
+    with pytest.raises(ValueError, match="not finite in 20 steps in a row"):
+        pretrain(recipe(tmp_path / "run", steps=40))
+
+
+def test_the_loss_falls_within_sixty_steps(tmp_path: Path) -> None:
+    folder = pretrain(recipe(tmp_path / "run", "train.batch_size=64", "objective.temperature=0.2", steps=120))
+    losses = [line["loss"] for line in read_metrics(folder)]
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+def test_minutes_take_the_place_of_epochs(tmp_path: Path) -> None:
+    folder = pretrain(recipe(tmp_path / "run", "train.minutes=0.1"))
+    assert 5 < list(read_metrics(folder))[-1]["seconds"] < 12
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_train_as_one(tmp_path: Path, name: str) -> None:
+    # Without batch norm: its statistics are those of each process.
+    words = [
+        "encoder.name=test_vit",
+        "views.size=32",
+        "encoder.projector.batch_norm=false",
+        "optim.name=sgd",
+        "optim.warmup=0",
+    ]
+    words = [*SMALL, *words, *OBJECTIVES[name], f"train.epochs={4 / 312}"]
+    for processes, output in ((1, "one"), (2, "two")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = str(Path(__file__).parents[1] / "scripts" / "pretrain.py")
+        done = subprocess.run(
+            [*command, script, *words, f"output={tmp_path / output}"], capture_output=True, text=True, check=False
+        )
+        assert (tmp_path / output / "done").exists(), done.stderr
+    one, two = content(tmp_path / "one"), content(tmp_path / "two")
+    for key, value in one.items():
+        torch.testing.assert_close(
+            torch.as_tensor(two[key]), torch.as_tensor(value), rtol=1e-3, atol=2e-5, equal_nan=True, msg=key
+        )
+    losses = [[line["loss"] for line in read_metrics(tmp_path / output)] for output in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_the_exported_backbone_is_the_trained_one(tmp_path: Path) -> None:
+    folder = pretrain(recipe(tmp_path / "run", steps=2))
+    exported = load_file(folder / "backbone" / "model.safetensors")
+    trained = {key: value for key, value in content(folder).items() if key.startswith("encoder.backbone.")}
+    assert len(exported) == len(trained)
+    assert all(torch.equal(exported[key.removeprefix("encoder.backbone.")], value) for key, value in trained.items())
+    assert json.loads((folder / "backbone" / "config.json").read_text())["architecture"]
