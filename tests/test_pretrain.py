@@ -17,7 +17,14 @@ from contrastive.pretrain import pretrain
 from contrastive.recipe import Recipe
 from contrastive.run import newest_checkpoint, read_metrics
 
-SMALL = ["train.batch_size=32", "train.log_every=1", "train.precision=fp32", "train.preview=2", "train.monitor=0"]
+SMALL = [
+    "train.batch_size=32",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "train.preview=2",
+    "train.monitor=0",
+    "train.threads=1",
+]
 OBJECTIVES = {
     "in_batch": ["objective=in_batch"],
     "queue": ["objective=queue", "objective.size=80", "objective.momentum=0.9"],

@@ -16,8 +16,8 @@ from contrastive import distributed
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def start(batch_size: int, precision: Precision) -> Accelerator:
-    """The processes, the device and the precision of a run.
+def start(batch_size: int, precision: Precision, threads: int | None = None) -> Accelerator:
+    """The processes, the device, the precision and, on the CPU, the threads of a run.
 
     Raises:
         ValueError: where a launcher started several processes that do not see each other, where the strategy shards
@@ -35,7 +35,7 @@ def start(batch_size: int, precision: Precision) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if on_cpu:
-        _tune_cpu()
+        _tune_cpu(threads or max(1, _cores() // accelerator.state.num_processes))
     processes, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if launched != processes:
         raise ValueError(
@@ -64,7 +64,14 @@ def bf16_pays(on_cpu: bool) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _tune_cpu() -> None:
+def _cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tune_cpu(threads: int) -> None:
+    # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 for every process, also where there is only one.
+    torch.set_num_threads(threads)
     # Numbers below the normal range cost a hundred times the others, and none of them matters.
     torch.set_flush_denormal(True)
     # glibc gives large blocks back to the system after each use, and the page faults of getting them again take a

@@ -50,7 +50,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     Raises:
         ValueError: for what is wrong with the recipe, the images or the launch, before anything is written.
     """
-    accelerator = start(recipe.train.batch_size, recipe.train.precision)
+    accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     teller = Teller(quiet=not accelerator.is_main_process)
     folder = Path(recipe.output or "runs/pretrain").expanduser()
     prepare(folder, resume=recipe.resume)
@@ -306,7 +306,9 @@ def _checkpoint(recipe: Recipe, folder: Path, images: Images, processes: int, te
 def _differences(before: Recipe, now: Recipe) -> list[str]:
     """What the two recipes differ in, beyond the keys that do not change what is learned."""
     free = {"output", "resume", "train.epochs", "train.minutes"}
-    free |= {f"train.{key}" for key in ("workers", "log_every", "monitor", "save_minutes", "keep", "preview")}
+    free |= {
+        f"train.{key}" for key in ("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "preview")
+    }
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     keys = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys]

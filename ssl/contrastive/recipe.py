@@ -34,6 +34,8 @@ class TrainSettings(Settings):
     """Compile the encoder with torch.compile: a slow first step, then faster ones."""
     workers: int = Field(2, ge=0)
     """Processes or threads that decode images, for each process."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of each process on the CPU; null: the cores divided among the processes."""
     log_every: int = Field(10, ge=1)
     """Steps between two lines of metrics."""
     monitor: int = Field(4, ge=0)
