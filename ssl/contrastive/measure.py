@@ -39,6 +39,8 @@ class MeasureSettings(Settings):
 class EvaluateSettings(MeasureSettings):
     """What a run is measured on, and how."""
 
+    baselines: bool = True
+    """Measure random weights and raw pixels too."""
     protocol: ProtocolSettings = ProtocolSettings()
 
 
@@ -99,17 +101,20 @@ def evaluate(folder: Path, settings: EvaluateSettings) -> Evaluation:
             "measuring takes labels and held-out images, and there are none: give data=/a/folder that has one "
             "sub-folder per class"
         )
-    learned, untrained = (_backbone(opened.recipe, train.channels) for _ in range(2))
-    learned.load_state_dict(dict(opened.weights))
+    backbones = {"learned": _backbone(opened.recipe, train.channels)}
+    backbones["learned"].load_state_dict(dict(opened.weights))
+    if settings.baselines:
+        backbones["random weights"] = _backbone(opened.recipe, train.channels)
     kinds: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, backbone in (("learned", learned), ("random weights", untrained)):
+    for name, backbone in backbones.items():
         teller.say(f"encoding {len(train) + len(test):,} images: {name}")
         kinds[name] = (
             _encode(backbone, train, opened.recipe, settings),
             _encode(backbone, test, opened.recipe, settings),
         )
-    size = _size(opened.recipe)
-    kinds["raw pixels"] = features.raw_pixels(train, size), features.raw_pixels(test, size)
+    if settings.baselines:
+        size = _size(opened.recipe)
+        kinds["raw pixels"] = features.raw_pixels(train, size), features.raw_pixels(test, size)
     evaluation = compare(kinds, train.labels, test.labels, settings.protocol, report=teller.say)
     teller.console.print(evaluation.table())
     teller.say(evaluation.verdict())

@@ -32,7 +32,8 @@ def look_up(
     images: UInt8[Tensor, "batch channels height width"], exponent: Float[Tensor, "views batch"]
 ) -> Float[Tensor, "views batch channels height width"]:
     """255 (image / 255) ** exponent, for each view and image its own exponent."""
-    values = torch.arange(256, device=images.device) / 255
-    tables = 255 * values.pow(exponent.unsqueeze(-1))
+    # exp(exponent log x) is three times as fast as a power; the logarithm of 0 is -inf, and its exponential 0 again.
+    logarithms = (torch.arange(256, device=images.device) / 255).log()
+    tables = (exponent.unsqueeze(-1) * logarithms).exp_().mul_(255)
     pixels = images.flatten(1).long().expand(len(exponent), -1, -1)
     return tables.gather(2, pixels).view(len(exponent), *images.shape)
