@@ -10,7 +10,7 @@ check:
 	mypy
 
 test:
-	python -m pytest -m "not slow"
+	python -m pytest -n 2 -m "not slow"
 
 test-slow:
 	python -m pytest -m slow

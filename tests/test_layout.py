@@ -72,7 +72,7 @@ def test_every_recipe_loads_and_is_named_in_the_readme(name: str) -> None:
 
 
 def test_every_path_in_the_readmes_tree_exists_and_every_module_is_in_it() -> None:
-    tree = README.split("<!-- tree -->")[1].split("```")[1]
+    tree = README.split("<!-- tree -->")[1].split("```text\n")[1].split("```")[0]
     places: list[str] = []
     named: set[str] = set()
     for line in tree.splitlines():

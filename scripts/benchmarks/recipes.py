@@ -16,6 +16,8 @@ from benchmarks import harness
 from contrastive import recipe as recipes
 
 SCRIPTS = Path(__file__).parents[1]
+PROTOCOL = "protocol.linear.regularisations=[0.001,0.003,0.01,0.03]"
+"""A part of the grid, for time's sake."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,7 @@ def _measure(
     if not (folder / "evaluation.json").exists():
         words = [f"data={data}", f"seed={seed}", f"train.minutes={minutes}", f"train.threads={threads}"]
         _call("pretrain.py", threads, recipe, *words, "train.monitor=0", f"output={folder}")
-        _call("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}")
+        _call("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}", PROTOCOL)
     report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     report["epochs"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["epoch"]
     return report

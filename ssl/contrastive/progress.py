@@ -14,18 +14,18 @@ class Teller:
     """Says what happens, on the first process only; the others hold their tongue."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from pydantic import Field
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -123,13 +124,13 @@ class Evaluation:
         """A row for each kind of features; for each method the accuracy, its interval and what was chosen."""
         first = self.scores[0]
         title = f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images (%)"
-        table = Table("features", "dim", title=title)
+        table = Table("features", "dim", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.columns[1].justify = "right"
         methods = [method for method in TITLES if any(score.method == method for score in self.scores)]
         for method in methods:
-            table.add_column(TITLES[method], justify="right")
-            table.add_column("95 % interval")
-            table.add_column("chosen")
+            table.add_column(TITLES[method], justify="right", no_wrap=True)
+            table.add_column("95 %", no_wrap=True)
+            table.add_column("chosen", no_wrap=True)
         for kind in dict.fromkeys(score.features for score in self.scores):
             own = {score.method: score for score in self.scores if score.features == kind}
             cells = [kind, str(next(iter(own.values())).dim)]
