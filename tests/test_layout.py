@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from contrastive import recipe
-from contrastive.config import load
+from contrastive.config import keys, load
+from contrastive.measure import EvaluateSettings, ExtractSettings
 from contrastive.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +25,10 @@ LEVELS = [
     {"data", "views", "encoder", "objectives", "optim", "run", "progress"},
     {"evaluate"},
     {"recipe"},
-    {"launch"},
+    {"launch", "clock", "resume"},
     {"pretrain", "measure"},
     {"command"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -94,6 +97,42 @@ def test_the_recipes_and_the_sample_are_in_the_package_data() -> None:
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["force-include"] == {"configs": "contrastive/configs"}
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_every_command_in_the_readme_names_scripts_and_keys_that_exist() -> None:
+    models = {"pretrain": Recipe, "evaluate": EvaluateSettings, "extract": ExtractSettings}
+    checked = 0
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            match = re.search(r"scripts/(\w+)\.py(.*)", line.split("#")[0])
+            if not match:
+                continue
+            assert (ROOT / "scripts" / f"{match[1]}.py").exists(), line
+            if match[1] in models:
+                known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective"}
+                assert {word.split("=")[0] for word in match[2].split() if "=" in word} <= known, line
+                checked += 1
+    assert checked >= 5
+
+
+def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    # The build backend by itself, which is what pip calls.
+    code = f"import hatchling.build; print(hatchling.build.build_wheel({str(tmp_path)!r}))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        names = set(wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    assert {f"contrastive/configs/{name}.yaml" for name in recipe.names()} <= names
+    assert {"contrastive/py.typed", "contrastive/data/sample/train.png", "contrastive/data/sample/LICENSE"} <= names
+    code = (
+        "import contrastive, sys; from contrastive import recipe; from contrastive.data import Sample\n"
+        f"assert contrastive.__file__.startswith({str(tmp_path)!r}), contrastive.__file__\n"
+        "assert 'quickstart' in recipe.names() and recipe.folder().parent.name == 'contrastive'\n"
+        "assert len(Sample().build().train) == 10_000\n"
+        "from contrastive.command import pretrain; sys.exit(pretrain(['--help']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
 
 
 def test_no_workplace_words_in_the_project() -> None:

@@ -1,9 +1,7 @@
 """The loop: images → views → embeddings → objective → gradient → record. It does not know which method it runs."""
 
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from contrastive import distributed
-from contrastive.config import dump_yaml, load
+from contrastive.clock import Clock, Record
+from contrastive.config import dump_yaml
 from contrastive.data import Images, Loader, Order, Split
 from contrastive.encoder import Encoder, MomentumTwin, export
 from contrastive.evaluate.features import extract
@@ -23,7 +22,8 @@ from contrastive.objectives import Loss, ObjectiveModule
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller, duration
 from contrastive.recipe import Recipe
-from contrastive.run import CONFIG, DONE, Checkpoint, Run, newest_checkpoint, prepare
+from contrastive.resume import resumable
+from contrastive.run import CONFIG, DONE, Checkpoint, Run, prepare
 from contrastive.views import MEAN, STD, Views, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
@@ -63,7 +63,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     order = Order(len(split.train), recipe.train.batch_size, recipe.seed)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = _checkpoint(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
+    found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
     machine = build(recipe, accelerator, split.train)
     if found is not None:
         _restore(machine, found)
@@ -189,7 +189,7 @@ def train(
             record.losses += [loss] if loss else []
             progress = clock.progress(step)
             if record.losses and (step == 1 or step % settings.log_every == 0 or progress >= 1):
-                values = record.take(step, machine)
+                values = record.take(step, machine.optimiser.param_groups[0]["lr"])
                 if run is not None:
                     run.log(step, values)
                 left = duration(clock.seconds() * (1 - progress) / progress) if progress else "?"
@@ -210,53 +210,6 @@ def train(
                 saved = clock.seconds()
     save(machine, images, run, step, clock.seconds())
     return step
-
-
-class Clock:
-    """The budget of a run: what has been spent, in seconds of training, and how much that is of the whole."""
-
-    def __init__(self, recipe: Recipe, order: Order, spent: float) -> None:
-        self._minutes = recipe.train.minutes
-        self._steps = max(1, round(recipe.train.epochs * order.steps_per_epoch))
-        self.steps_per_epoch = order.steps_per_epoch
-        self.batch_size = recipe.train.batch_size
-        self._began = time.monotonic() - spent
-
-    def seconds(self) -> float:
-        """Seconds of training so far, the same on all processes."""
-        return distributed.from_first_rank(time.monotonic() - self._began)
-
-    def progress(self, step: int | float) -> float:
-        """How much is done, in [0, 1]: by the clock if the budget is in minutes, else by steps."""
-        return min(1.0, self.seconds() / (60 * self._minutes) if self._minutes else step / self._steps)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time within is not training: it takes nothing from the budget."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
-
-
-class Record:
-    """What has happened since the last line of metrics."""
-
-    def __init__(self, clock: Clock, step: int) -> None:
-        self.losses: list[Loss] = []
-        self._clock, self._step, self._seconds = clock, step, clock.seconds()
-
-    def take(self, step: int, machine: Machine) -> dict[str, float]:
-        """The means over the steps since then and over the processes, and the pace; then it starts anew."""
-        seconds, images = self._clock.seconds(), (step - self._step) * self._clock.batch_size
-        values = {"loss": torch.stack([loss.total for loss in self.losses]).mean()}
-        for term in self.losses[0].terms:
-            values[term] = torch.stack([loss.terms[term].float() for loss in self.losses]).mean()
-        numbers = {key: distributed.mean(value).item() for key, value in values.items()}
-        numbers["images_per_second"] = images / max(seconds - self._seconds, 1e-9)
-        numbers["rate"] = machine.optimiser.param_groups[0]["lr"]
-        numbers["epoch"], numbers["seconds"] = step / self._clock.steps_per_epoch, seconds
-        self.losses, self._step, self._seconds = [], step, seconds
-        return numbers
 
 
 def save(machine: Machine, images: Images, run: Run | None, step: int, seconds: float) -> None:
@@ -281,44 +234,6 @@ def _monitor(machine: Machine, images: Images) -> float:
     assert size is not None
     features = extract(machine.encoder.backbone, images, prepare=partial(plain, size=size), device=device, ids=chosen)
     return monitor_knn(features, images.labels[chosen], seed=machine.recipe.seed)
-
-
-def _checkpoint(recipe: Recipe, folder: Path, images: Images, processes: int, teller: Teller) -> Checkpoint | None:
-    """The newest checkpoint, if what it was made with is what goes on now."""
-    found, damaged = newest_checkpoint(folder / "checkpoints")
-    for line in damaged:
-        teller.warn(line)
-    if not (folder / CONFIG).exists():
-        return found
-    differences = _differences(load(Recipe, folder / CONFIG), recipe)
-    if differences:
-        raise ValueError(f"a run goes on as it was begun, but {'; '.join(differences)}; start another with output=…")
-    if found is not None and found.facts["images"] != images.fingerprint:
-        raise ValueError(
-            "the images are not those that the run was begun with (files were added, removed or changed), so that "
-            "ids would mean other images; start another run with output=…"
-        )
-    if found is not None and found.facts["processes"] != processes:
-        teller.warn(f"begun on {found.facts['processes']} processes, goes on with {processes}: the same global batch")
-    return found
-
-
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """What the two recipes differ in, beyond the keys that do not change what is learned."""
-    free = {"output", "resume", "train.epochs", "train.minutes"}
-    free |= {
-        f"train.{key}" for key in ("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "preview")
-    }
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _restore(machine: Machine, found: Checkpoint) -> None:

@@ -128,7 +128,7 @@ class Evaluation:
         table.columns[1].justify = "right"
         methods = [method for method in TITLES if any(score.method == method for score in self.scores)]
         for method in methods:
-            table.add_column(TITLES[method], justify="right", no_wrap=True)
+            table.add_column(TITLES[method].split()[0], justify="right", no_wrap=True)
             table.add_column("95 %", no_wrap=True)
             table.add_column("chosen", no_wrap=True)
         for kind in dict.fromkeys(score.features for score in self.scores):
