@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from contrastive import pretrain as loop
 from contrastive.config import load
 from contrastive.launch import Stop
+from contrastive.measure import EvaluateSettings, evaluate
 from contrastive.pretrain import pretrain
-from contrastive.recipe import Recipe
+from contrastive.recipe import Recipe, find
 from contrastive.run import newest_checkpoint, read_metrics
 
 SMALL = [
@@ -145,6 +146,23 @@ def test_the_loss_falls_within_sixty_steps(tmp_path: Path) -> None:
     folder = pretrain(recipe(tmp_path / "run", "train.batch_size=64", "objective.temperature=0.2", steps=120))
     losses = [line["loss"] for line in read_metrics(folder)]
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(("splits", "warned"), [(1, True), (2, False)])
+def test_a_twin_that_shares_batch_statistics_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], splits: int, warned: bool
+) -> None:
+    words = [*OBJECTIVES["queue"], f"encoder.batch_norm_splits={splits}"]
+    pretrain(recipe(tmp_path / "run", *words, steps=1))
+    assert ("normalise the same batch" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_features_ahead_of_raw_pixels_and_random_weights(tmp_path: Path) -> None:
+    words = ["train.epochs=10", "train.monitor=0", f"output={tmp_path / 'run'}"]
+    pretrain(load(Recipe, find("quickstart"), words))
+    evaluation = evaluate(tmp_path / "run", EvaluateSettings())
+    assert all(difference.low > 0 for difference in evaluation.differences), evaluation.verdict()
 
 
 def test_minutes_take_the_place_of_epochs(tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     torch.manual_seed(recipe.seed)
     views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
     encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+    # A split batch norm is split on purpose: synchronising it would undo that.
+    synchronised = accelerator.num_processes > 1 and recipe.encoder.batch_norm_splits == 1
+    if synchronised and accelerator.device.type == "cuda":
         encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
@@ -272,6 +274,7 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
     processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
     each = f" ({recipe.train.batch_size // processes} on each)" if processes > 1 else ""
     budget = f"{recipe.train.minutes:g} minutes" if recipe.train.minutes else f"{recipe.train.epochs:g} epochs"
+    budget += f", {order.steps_per_epoch:,} steps an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
     teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
     teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
@@ -284,3 +287,9 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
         f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
     )
     teller.say(f"run        {Path(recipe.output or '').resolve()}")
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in machine.encoder.modules())
+    if machine.twin is not None and normed and processes == 1 and recipe.encoder.batch_norm_splits == 1:
+        teller.warn(
+            "the encoder and its twin normalise the same batch, through which the loss can be lowered without "
+            "learning anything (He et al. 2020, section 3.3); encoder.batch_norm_splits=2 hides it"
+        )
