@@ -80,6 +80,23 @@ def test_a_mistake_is_one_sentence_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interrupt_while_images_are_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sample, "build", interrupted)
+    assert command.pretrain(["quickstart", f"output={tmp_path / 'run'}"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
+def test_a_place_that_may_not_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert command.pretrain([*SHORT, f"output={tmp_path / 'file' / 'run'}"]) == 2
+    assert "file" in capsys.readouterr().err
+
+
 def test_an_empty_folder_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert command.pretrain([f"data={tmp_path / 'empty'}", f"output={tmp_path / 'run'}"]) == 2

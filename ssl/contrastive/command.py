@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -106,7 +107,10 @@ def _answer(usage: str, about: str, model: type[Settings], words: Sequence[str],
         return 0
     try:
         run()
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         sys.stderr.write("".join(f"error: {line}\n" for line in str(problem).splitlines()))
         return WRONG_USE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing is lost that had been saved\n")
+        return 128 + signal.SIGINT
     return 0
