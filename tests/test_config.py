@@ -1,6 +1,6 @@
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -28,6 +28,8 @@ class Large(Settings):
 
 class Inner(Settings):
     """A single component."""
+
+    hints: ClassVar[dict[str, str]] = {"speed": "nothing moves here; use inner.rate"}
 
     rate: float = Field(1e-3, gt=0, le=1)
     title: str = "plain"
@@ -102,6 +104,7 @@ def test_numbers_refuse_booleans_and_what_is_not_finite(path: tuple[str, ...], v
         ("inner.rate=2", r"inner\.rate=2: it must be less than or equal to 1"),
         ("part.temperature=0", r"part\.temperature=0: it must be greater than 0"),
         ("inner.rate=fast", r"inner\.rate=fast"),
+        ("inner.speed=4", r"there is no key inner\.speed: nothing moves here; use inner\.rate"),
         ("seed", r"'seed' is not of the form key=value"),
         ("seed=", r"seed has no value"),
         ("inner.title=${oc.env:HOME}", r"interpolations"),

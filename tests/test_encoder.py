@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from contrastive.encoder import EncoderSettings, MomentumTwin, ProjectorSettings, create_backbone, export
+from contrastive.encoder import (
+    EncoderSettings,
+    MomentumTwin,
+    PredictorSettings,
+    ProjectorSettings,
+    create_backbone,
+    export,
+)
 from contrastive.split_norm import split_batch_norms
 
 TINY = {"projector": ProjectorSettings(hidden=16, dim=8)}
@@ -36,7 +43,7 @@ def test_any_backbone_gives_embeddings_of_the_asked_dimension(name, channels, si
     encoder = build(name, channels, size)
     assert encoder.num_features == features
     assert encoder.features(torch.randn(2, channels, size, size)).shape == (2, features)
-    embeddings = encoder(torch.randn(3, 2, channels, size, size))
+    embeddings = encoder(torch.randn(3, 2, channels, size, size)).embeddings
     assert embeddings.shape == (3, 2, encoder.dim) == (3, 2, 8)
     embeddings.square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
@@ -59,9 +66,9 @@ def test_all_views_go_through_in_one_pass():
     calls = []
     encoder.backbone.stem.register_forward_hook(lambda *_: calls.append(1))
     views = torch.randn(3, 4, 1, 28, 28)
-    embeddings = encoder.eval()(views)
+    embeddings = encoder.eval()(views).embeddings
     assert len(calls) == 1
-    assert torch.allclose(embeddings[1], encoder(views[1:2])[0], atol=1e-5)
+    assert torch.allclose(embeddings[1], encoder(views[1:2]).embeddings[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,32 @@ def test_the_projector_has_the_asked_layers(layers, batch_norm, kinds):
     encoder = build(projector=ProjectorSettings(layers=layers, batch_norm=batch_norm, hidden=12, dim=8))
     assert [type(module).__name__ for module in encoder.projector] == kinds
     assert encoder.dim == (8 if layers else 128)
-    assert encoder(torch.randn(2, 2, 1, 28, 28)).shape == (2, 2, encoder.dim)
+    assert encoder(torch.randn(2, 2, 1, 28, 28)).embeddings.shape == (2, 2, encoder.dim)
+
+
+def test_without_a_predictor_the_projections_are_the_embeddings():
+    encoder = build()
+    embedded = encoder(torch.randn(2, 4, 1, 28, 28))
+    assert torch.equal(embedded.embeddings, embedded.projections)
+    assert not any(name.startswith("predictor") for name in encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds"), [(1, ["Linear"]), (2, ["Linear", "BatchNorm1d", "ReLU", "Linear"])], ids=["1", "2"]
+)
+def test_a_predictor_makes_the_embeddings_from_the_projections(layers, kinds):
+    encoder = build(predictor=PredictorSettings(layers=layers, hidden=12)).eval()
+    assert [type(module).__name__ for module in encoder.predictor] == kinds
+    embeddings, projections = encoder(torch.randn(3, 2, 1, 28, 28))
+    assert embeddings.shape == projections.shape == (3, 2, 8)
+    assert torch.equal(encoder.predictor(projections.flatten(0, 1)).view_as(embeddings), embeddings)
+    encoder.train()(torch.randn(2, 4, 1, 28, 28)).embeddings.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_a_predictor_leaves_the_weights_of_the_rest_as_they_are():
+    plain, predicting = build(), build(predictor=PredictorSettings(layers=2))
+    assert all(torch.equal(predicting.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
@@ -143,6 +175,15 @@ def test_the_twin_follows_with_its_momentum():
     assert all(torch.equal(twin.encoder.state_dict()[name], value) for name, value in encoder.state_dict().items())
 
 
+def test_the_twin_of_an_encoder_with_a_predictor_gives_projections_and_has_none():
+    encoder = build(predictor=PredictorSettings(layers=2), batch_norm_splits=2)
+    twin = MomentumTwin(encoder)
+    assert twin.encoder.state_dict().keys() == {n for n in encoder.state_dict() if not n.startswith("predictor")}
+    views = torch.randn(2, 4, 1, 28, 28)
+    assert torch.equal(twin.eval()(views), encoder.eval()(views).projections)
+    twin.update(encoder, 0.5)
+
+
 # Split batch norms
 
 
@@ -175,8 +216,8 @@ def test_splitting_keeps_the_names_in_the_state(name, channels):
     whole, split = build(name, channels, 32), build(name, channels, 32, batch_norm_splits=2)
     split.load_state_dict(whole.state_dict())
     views = torch.randn(2, 4, channels, 32, 32)
-    assert torch.equal(split.eval()(views), whole.eval()(views))
-    assert not torch.allclose(split.train()(views), whole.train()(views), atol=1e-3)
+    assert torch.equal(split.eval()(views).embeddings, whole.eval()(views).embeddings)
+    assert not torch.allclose(split.train()(views).embeddings, whole.train()(views).embeddings, atol=1e-3)
 
 
 def test_the_twin_groups_samples_otherwise_than_the_encoder():
@@ -184,12 +225,15 @@ def test_the_twin_groups_samples_otherwise_than_the_encoder():
     twin = MomentumTwin(encoder)
     views = torch.randn(1, 8, 1, 28, 28)
     # What a sample becomes depends on the samples of its own part only.
-    for model, companions, strangers in ((encoder, (2, 4, 6), (1, 3, 5, 7)), (twin, (1, 2, 3), (4, 5, 6, 7))):
-        reference = model(views)[0, 0]
+    for embed, companions, strangers in (
+        (lambda views: encoder(views).embeddings, (2, 4, 6), (1, 3, 5, 7)),
+        (twin, (1, 2, 3), (4, 5, 6, 7)),
+    ):
+        reference = embed(views)[0, 0]
         for group, same in ((strangers, True), (companions, False)):
             changed = views.clone()
             changed[0, list(group)] += 1
-            assert torch.allclose(model(changed)[0, 0], reference, atol=1e-5) == same
+            assert torch.allclose(embed(changed)[0, 0], reference, atol=1e-5) == same
 
 
 def test_too_few_samples_for_the_parts_are_refused():
@@ -292,5 +336,5 @@ def test_the_projector_reads_the_last_stage_only():
     encoder = build().eval()
     images = torch.randn(2, 1, 28, 28)
     last = encoder.backbone.forward_features(images)[1]
-    assert torch.allclose(encoder(images[None])[0], encoder.projector(last.mean((2, 3))), atol=1e-6)
+    assert torch.allclose(encoder(images[None]).embeddings[0], encoder.projector(last.mean((2, 3))), atol=1e-6)
     assert encoder.projector[0].in_features == 128

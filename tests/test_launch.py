@@ -1,11 +1,31 @@
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from contrastive.launch import Stop, start
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "train.batch_size=32",
+    "train.epochs=0.0064",
+    "train.precision=fp32",
+    "train.preview=2",
+    "train.monitor=0",
+    "train.threads=1",
+]
+
+
+def in_the_readme(*parts: str) -> list[str]:
+    """The commands that hold all of the parts."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if all(part in line for part in parts)]
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,6 +33,13 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
     start(8, "fp32")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 but 1 process is seen"):
+        start(8, "fp32")
+
+
+def test_gradient_accumulation_is_refused_as_a_way_to_more_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What `accelerate launch --gradient_accumulation_steps 4` hands to its processes.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"4 gradient accumulation steps.*train\.chunk"):
         start(8, "fp32")
 
 
@@ -45,3 +72,46 @@ def test_an_indivisible_batch_names_a_batch_that_divides(tmp_path: object) -> No
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("parts", "machines"),
+    [
+        (["accelerate launch", "--num_machines 2"], 2),
+        pytest.param(["torchrun", "--nnodes 2"], 2, marks=pytest.mark.slow),
+        pytest.param(["torchrun --standalone"], 1, marks=pytest.mark.slow),
+    ],
+    ids=["accelerate, two machines", "torchrun, two machines", "torchrun"],
+)
+def test_the_readmes_commands_for_many_gpus_and_machines_make_one_run(
+    tmp_path: Path, parts: list[str], machines: int
+) -> None:
+    # As they stand, but for what a machine without GPUs has to change: the numbers of processes, and who is node0.
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    each = 2 // machines
+    changes = {
+        r"--num_processes \d+": "--num_processes 2",
+        r"--nproc-per-node \d+": f"--nproc-per-node {each}",
+        "node0": "127.0.0.1",
+        "29500": str(port),
+        r"\boutput=\S+": "",
+    }
+    commands = in_the_readme(*parts)
+    assert len(commands) == machines
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    started = []
+    for command in commands:
+        for pattern, replacement in changes.items():
+            command = re.sub(pattern, replacement, command)
+        words = [*command.split(), *SHORT, f"output={tmp_path / 'run'}"]
+        started.append(
+            subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    shown = "".join(process.communicate(timeout=300)[0] for process in started)
+    assert (tmp_path / "run" / "done").exists(), shown
+    assert "batch 32 (16 on each)" in shown
+    assert "2 × cpu" in shown

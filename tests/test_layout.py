@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from contrastive import recipe
 from contrastive.config import keys, load
@@ -21,11 +24,13 @@ PACKAGE = ROOT / "ssl" / "contrastive"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
     {"config", "distributed"},
-    {"similarity", "small_models", "split_norm"},
-    {"data", "views", "encoder", "objectives", "optim", "run", "progress"},
+    {"similarity", "small_models", "split_norm", "checkpoints"},
+    {"data", "views", "encoder", "objectives", "optim", "run", "progress", "health"},
     {"evaluate"},
     {"recipe"},
-    {"launch", "clock", "resume"},
+    {"launch", "clock", "resume", "scale"},
+    {"machine"},
+    {"step"},
     {"pretrain", "measure"},
     {"command"},
     {"__main__"},
@@ -99,20 +104,41 @@ def test_the_recipes_and_the_sample_are_in_the_package_data() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
+def commands() -> list[str]:
+    """The lines of the README's shell blocks, each whole and without its comment."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def test_every_command_in_the_readme_names_scripts_and_keys_that_exist() -> None:
     models = {"pretrain": Recipe, "evaluate": EvaluateSettings, "extract": ExtractSettings}
     checked = 0
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
-        for line in block.splitlines():
-            match = re.search(r"scripts/(\w+)\.py(.*)", line.split("#")[0])
-            if not match:
-                continue
-            assert (ROOT / "scripts" / f"{match[1]}.py").exists(), line
-            if match[1] in models:
-                known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective"}
-                assert {word.split("=")[0] for word in match[2].split() if "=" in word} <= known, line
-                checked += 1
+    for line in commands():
+        match = re.search(r"scripts/(\w+)\.py(.*)", line)
+        if not match:
+            continue
+        assert (ROOT / "scripts" / f"{match[1]}.py").exists(), line
+        if match[1] in models:
+            known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective"}
+            assert {word.split("=")[0] for word in match[2].split() if "=" in word} <= known, line
+            checked += 1
     assert checked >= 5
+
+
+def test_every_launch_in_the_readme_is_one_that_its_launcher_understands() -> None:
+    launchers = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
+    launched = Counter[str]()
+    for line in commands():
+        for launcher, parser in launchers.items():
+            _, found, words = line.partition(f"{launcher} ")
+            if not found:
+                continue
+            given = parser.parse_args(words.split())
+            assert given.training_script in {"scripts/pretrain.py", "contrastive"}, line
+            assert not any(word.startswith("-") for word in given.training_script_args), line
+            launched[launcher] += 1
+    assert launched["accelerate launch"] >= 6
+    assert launched["torchrun"] >= 3
 
 
 def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:

@@ -47,6 +47,21 @@ def test_the_groups_of_every_optimiser_differ_in_decay_alone(name):
     assert optimiser.param_groups[0]["lr"] == optimiser.param_groups[1]["lr"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_parameters_of_an_objective_are_the_last_group_without_decay_or_adaptation(name):
+    objective = nn.Linear(3, 5, bias=False)
+    settings = OptimSettings(name=name, weight_decay=0.1, rate=0.5, scale="none", momentum=0.0)
+    optimiser = settings.build(small(), objective, batch_size=256)
+    assert [len(group["params"]) for group in optimiser.param_groups] == [2, 4, 1]
+    group = optimiser.param_groups[-1]
+    assert group["params"][0] is objective.weight
+    assert (group["weight_decay"], group["lr"], group["peak_rate"]) == (0.0, 0.5, 0.5)
+    before, objective.weight.grad = objective.weight.detach().clone(), torch.full((5, 3), 0.25)
+    optimiser.step()
+    step = 0.5 if name == "adamw" else 0.125
+    torch.testing.assert_close(objective.weight.detach(), before - step)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_lars_is_the_papers_update_and_leaves_norms_and_biases_to_plain_momentum(decay):
     module = small()

@@ -1,12 +1,14 @@
 """The engine against slow, obvious double loops in float64."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from contrastive.similarity import log_sum_exp, nearest, normalize, softmax, top_k
+from contrastive.similarity.threads import on_all_cores
 
 DISTINCT = torch.arange(30)
 VIEWS = torch.arange(15).repeat(2)
@@ -32,6 +34,11 @@ def oracle(queries: Tensor, keys: Tensor, temperature: float, query_ids: Tensor,
         scores = [queries[i] @ keys[j] / temperature for j in range(len(keys)) if query_ids[i] != key_ids[j]]
         results.append(torch.stack(scores).logsumexp(0) if scores else queries[i].sum() * 0 - torch.inf)
     return torch.stack(results)
+
+
+def oracle_matrix(queries: Tensor, keys: Tensor, temperature: float, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    scores = (queries @ keys.T / temperature).masked_fill(query_ids[:, None] == key_ids, -torch.inf)
+    return scores.logsumexp(1)
 
 
 def gradients(values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -250,3 +257,49 @@ def test_top_k_leaves_equal_ids_out() -> None:
 def test_top_k_refuses_a_k_that_the_keys_cannot_give(k: int) -> None:
     with pytest.raises(ValueError, match=f"k {k} must be between 1 and the number of keys, 4"):
         top_k(unit_rows(3), unit_rows(4), k)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_bit(two_threads: None) -> None:
+    embeddings, keys = unit_rows(2100).float(), unit_rows(4700, seed=1).float()
+    ids, key_ids = torch.arange(1050).repeat(2), torch.arange(4700) % 1500
+
+    def everything() -> list[Tensor]:
+        z, k = embeddings.clone().requires_grad_(), keys.clone().requires_grad_()
+        symmetric = log_sum_exp(z, None, 0.1, query_ids=ids)
+        between = log_sum_exp(z, k, 0.1, query_ids=ids, key_ids=key_ids)
+        cold = log_sum_exp(z, k, 0.005, query_ids=ids, key_ids=key_ids)
+        results = [symmetric, between, cold]
+        return [*results, *torch.autograd.grad(sum(result.sum() for result in results), [z, k])]
+
+    on_two = everything()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(everything(), on_two, strict=True))
+    exact = oracle_matrix(embeddings.double(), keys.double(), 0.1, ids, key_ids)
+    torch.testing.assert_close(on_two[1].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_failure_on_one_thread_is_raised(two_threads: None) -> None:
+    def fail() -> None:
+        raise ValueError("a piece failed")
+
+    with pytest.raises(ValueError, match="a piece failed"):
+        on_all_cores([lambda: None, fail], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_bfloat16_keys_give_the_exact_value_of_their_rows_and_a_gradient_close_to_it(cold: bool) -> None:
+    temperature = 0.004 if cold else 0.07
+    queries, keys = unit_rows(60, 16).float().requires_grad_(), unit_rows(3000, 16, seed=1).bfloat16()
+    found, expected = (log_sum_exp(queries, rows, temperature) for rows in (keys, keys.float()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients_ = [torch.autograd.grad(value.sum(), queries)[0] for value in (found, expected)]
+    assert (gradients_[0] - gradients_[1]).norm() < 3e-3 * gradients_[1].norm()

@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
+from contrastive.checkpoints import Checkpoint
 from contrastive.config import load
 from contrastive.data import InMemory, Order, Sample
 from contrastive.launch import Stop, bf16_pays, start
-from contrastive.pretrain import Machine, build, train
+from contrastive.machine import Machine, build
+from contrastive.pretrain import train
 from contrastive.progress import Teller
 from contrastive.recipe import QUICKSTART, Recipe, folder
-from contrastive.run import Checkpoint, Run
+from contrastive.run import Run
 from contrastive.views import MEAN, STD
 
 
@@ -122,7 +124,7 @@ def _passes(machine: Machine, images: InMemory, steps: int) -> None:
     views = machine.views(images.read(ids).to(device), ids.to(device), 0)
     machine.forward.train()
     for _ in range(steps):
-        embeddings = machine.forward(views)
+        embeddings = machine.forward(views).embeddings
         embeddings.backward(torch.ones_like(embeddings))
         machine.optimiser.zero_grad(set_to_none=True)
 
@@ -153,7 +155,7 @@ def lightly(recipe: Recipe, encoder: nn.Module, images: InMemory, size: int) -> 
         for views in loader:
             first, second = (view.to(device, non_blocking=True) for view in views)
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                z0, z1 = encoder(first[None])[0], encoder(second[None])[0]
+                z0, z1 = (encoder(view[None]).embeddings[0] for view in (first, second))
             loss = criterion(z0.float(), z1.float())
             loss.backward()
             optimiser.step()

@@ -19,7 +19,7 @@ class Clock:
         self._minutes = recipe.train.minutes
         self._steps = max(1, round(recipe.train.epochs * order.steps_per_epoch))
         self.steps_per_epoch = order.steps_per_epoch
-        self.batch_size = recipe.train.batch_size
+        self.images = order.images
         self._began = time.monotonic() - spent
 
     def seconds(self) -> float:
@@ -47,11 +47,13 @@ class Record:
 
     def take(self, step: int, rate: float) -> dict[str, float]:
         """The means over the steps since then and over the processes, and the pace; then it starts anew."""
-        seconds, images = self._clock.seconds(), (step - self._step) * self._clock.batch_size
-        values = {"loss": torch.stack([loss.total for loss in self.losses]).mean()}
+        seconds, images = self._clock.seconds(), self._clock.images(step) - self._clock.images(self._step)
+        means = {"loss": torch.stack([loss.total.float() for loss in self.losses]).mean()}
         for term in self.losses[0].terms:
-            values[term] = torch.stack([loss.terms[term].float() for loss in self.losses]).mean()
-        numbers = {key: distributed.mean(value).item() for key, value in values.items()}
+            means[term] = torch.stack([loss.terms[term].float() for loss in self.losses]).mean()
+        # All at once: each travels and is waited for otherwise.
+        together = distributed.mean(torch.stack(list(means.values())))
+        numbers = dict(zip(means, together.tolist(), strict=True))
         numbers["images_per_second"] = images / max(seconds - self._seconds, 1e-9)
         numbers["rate"] = rate
         numbers["epoch"], numbers["seconds"] = step / self._clock.steps_per_epoch, seconds

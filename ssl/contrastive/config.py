@@ -26,6 +26,8 @@ class Settings(BaseModel):
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {}
     """What a bare value stands for, by field; `field=value` means `field.name=value` where nothing is said."""
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What to say to whoever looks for a key that does not exist, in place of the nearest key that does."""
 
 
 S = TypeVar("S", bound=Settings)
@@ -316,7 +318,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
     key, value = ".".join(path), error["input"]
     match error["type"]:
         case "extra_forbidden":
-            return f"there is no key {key}{_suggestion(model, key)}"
+            return f"there is no key {key}{_hint(model, path) or _suggestion(model, key)}"
         case "missing":
             return f"{key} is required: write {key}=…"
         case "union_tag_invalid":
@@ -331,6 +333,16 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
         case _:
             message = error["msg"].removeprefix("Input ").replace("should", "must")
             return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
+
+
+def _hint(model: type[Settings], path: Sequence[str]) -> str:
+    """What the settings at a dotted path say of a key that they do not have."""
+    places = [model]
+    for part in path[:-1]:
+        fields = [place.model_fields[part] for place in places if part in place.model_fields]
+        places = [settings for field in fields for settings in _members(field.annotation).values()]
+    found = [place.hints[path[-1]] for place in places if path[-1] in place.hints]
+    return f": {found[0]}" if found else ""
 
 
 def _suggestion(model: type[Settings], key: str) -> str:

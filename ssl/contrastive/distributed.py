@@ -1,10 +1,35 @@
-"""The world of processes: every function works alike with and without an initialised `torch.distributed`."""
+"""The world of processes: every function works alike with and without an initialised `torch.distributed`.
 
+Tensors that travel may have another first axis on every process, empty ones included.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_meters: list["Traffic"] = []
+
+
+class Traffic:
+    """What the other processes have sent to this one."""
+
+    received = 0
+    """Bytes, as a ring carries them."""
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts the bytes that reach this process while it is open."""
+    meter = Traffic()
+    _meters.append(meter)
+    try:
+        yield meter
+    finally:
+        _meters.remove(meter)
 
 
 def rank() -> int:
@@ -17,37 +42,76 @@ def size() -> int:
     return dist.get_world_size() if _initialised() else 1
 
 
-def gather(local: Tensor) -> Tensor:
+def share(count: int, rank_: int | None = None, size_: int | None = None) -> slice:
+    """The part of `count` things that belongs to a process (this one): consecutive, and alike to one thing."""
+    number, processes = rank() if rank_ is None else rank_, size() if size_ is None else size_
+    return slice(number * count // processes, (number + 1) * count // processes)
+
+
+def counts(count: int) -> list[int]:
+    """What each process passed as `count`, in rank order."""
+    if size() == 1:
+        return [count]
+    found: list[int] = _all_gather(torch.tensor([count], device=_device())).tolist()
+    return found
+
+
+def gather(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """The tensors of all processes, concatenated in rank order along the first axis, with gradient.
 
-    Every process passes the same shape. In backward the gradients that all processes have for one process's slice
-    are summed and sent home. With a loss that is the mean over the local anchors, the mean over processes that DDP
-    takes is then the gradient one process would have with the whole batch.
+    In backward the gradients that all processes have for one process's slice are summed and sent home. With a loss
+    that is the mean over the local anchors, the mean over processes that DDP takes is then the gradient one process
+    would have with the whole batch. `lengths` are those of all processes, where they are known already.
     """
     if size() == 1:
         return local
-    gathered: Tensor = _Gather.apply(local)
+    gathered: Tensor = _Gather.apply(local, list(lengths or counts(len(local))))
     return gathered
 
 
 @torch.no_grad()
-def gather_without_gradient(local: Tensor) -> Tensor:
-    """The tensors of all processes (of one shape), concatenated in rank order along the first axis; no gradient."""
+def gather_without_gradient(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """The tensors of all processes, concatenated in rank order along the first axis; no gradient."""
     local = local.detach()
-    return local if size() == 1 else _all_gather(local)
+    return local if size() == 1 else _gather(local, lengths or counts(len(local)))
 
 
 @torch.no_grad()
-def gather_uneven(local: Tensor) -> Tensor:
-    """The tensors of all processes, whose first axes may differ, concatenated in rank order; no gradient."""
+def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The sum over processes of what all have for all, of which each keeps its own slice; no gradient.
+
+    The inverse way of `gather`: `whole` holds `lengths[r]` rows for process r.
+    """
+    if size() == 1:
+        return whole.detach()
+    longest = max(lengths)
+    pieces = whole.detach()
+    if len(set(lengths)) > 1:
+        pieces = whole.new_zeros(size(), longest, *whole.shape[1:])
+        for place, piece in zip(pieces, whole.split(list(lengths)), strict=True):
+            place[: len(piece)] = piece
+        pieces = pieces.flatten(0, 1)
+    own = pieces.new_empty(longest, *pieces.shape[1:])
+    if longest:
+        dist.reduce_scatter_tensor(own, pieces.contiguous())
+    _note(pieces, 1)
+    return own[: lengths[rank()]]
+
+
+@torch.no_grad()
+def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
+    """What the other processes sent to this one, in rank order; no gradient.
+
+    `local` holds `outgoing[r]` rows for process r, and `incoming[r]` rows arrive from it.
+    """
     local = local.detach()
     if size() == 1:
         return local
-    lengths = _all_gather(torch.tensor([len(local)], device=local.device)).tolist()
-    padded = local.new_zeros(max(lengths), *local.shape[1:])
-    padded[: len(local)] = local
-    pieces = _all_gather(padded).view(size(), *padded.shape)
-    return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)])
+    arrived = local.new_empty(sum(incoming), *local.shape[1:])
+    dist.all_to_all_single(arrived, local.contiguous(), list(incoming), list(outgoing))
+    for meter in _meters:
+        meter.received += (len(arrived) - incoming[rank()]) * local[:1].nbytes
+    return arrived
 
 
 @torch.no_grad()
@@ -56,6 +120,17 @@ def total(value: Tensor) -> Tensor:
     value = value.detach().clone()
     if size() > 1:
         dist.all_reduce(value)
+        _note(value, 2)
+    return value
+
+
+@torch.no_grad()
+def maximum(value: Tensor) -> Tensor:
+    """The maximum over processes, elementwise; no gradient."""
+    value = value.detach().clone()
+    if size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        _note(value, 2)
     return value
 
 
@@ -83,6 +158,16 @@ def from_first_rank(value: float) -> float:
     return float(number.item())
 
 
+def texts(text: str) -> list[str]:
+    """What each process says, in rank order."""
+    if size() == 1:
+        return [text]
+    letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_device())
+    lengths = counts(len(letters))
+    pieces = gather_without_gradient(letters, lengths).cpu().split(lengths)
+    return [bytes(piece.tolist()).decode() for piece in pieces]
+
+
 def barrier() -> None:
     """Returns once every process has come here."""
     any_rank(False)
@@ -90,21 +175,36 @@ def barrier() -> None:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        return _all_gather(local)
+    def forward(ctx: Any, local: Tensor, lengths: list[int]) -> Tensor:
+        ctx.lengths = lengths
+        return _gather(local, lengths)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous(memory_format=torch.contiguous_format).clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(size())[rank()]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return scatter_sum(gradients[0], ctx.lengths), None
+
+
+def _gather(local: Tensor, lengths: Sequence[int]) -> Tensor:
+    if len(set(lengths)) == 1:
+        return _all_gather(local)
+    padded = local.new_zeros(max(lengths), *local.shape[1:])
+    padded[: len(local)] = local
+    pieces = _all_gather(padded).view(size(), *padded.shape)
+    return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)])
 
 
 def _all_gather(local: Tensor) -> Tensor:
     gathered = local.new_empty(size() * len(local), *local.shape[1:])
     if len(local):
         dist.all_gather_into_tensor(gathered, local.contiguous())
+    _note(gathered, 1)
     return gathered
+
+
+def _note(tensor: Tensor, rounds: int) -> None:
+    """A ring sends each process all but one part of the whole in a round; a sum for all takes two rounds."""
+    for meter in _meters:
+        meter.received += rounds * tensor.numel() * tensor.element_size() * (size() - 1) // size()
 
 
 def _device() -> torch.device:

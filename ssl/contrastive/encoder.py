@@ -1,9 +1,11 @@
-"""From views to embeddings: a timm backbone, a projector, and the momentum twin of both."""
+"""From views to embeddings: a timm backbone, a projector, perhaps a predictor, and the momentum twin."""
 
 import copy
 import difflib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -34,17 +36,27 @@ class ProjectorSettings(Settings):
 
     def build(self, num_features: int) -> nn.Sequential:
         """The projector for this number of features."""
-        widths = [num_features, *[self.hidden or num_features] * (self.layers - 1), self.dim]
-        modules: list[nn.Module] = []
-        for layer in range(1, self.layers + 1):
-            hidden = layer < self.layers
-            # A bias before a batch norm would be subtracted again.
-            modules.append(nn.Linear(widths[layer - 1], widths[layer], bias=not (hidden and self.batch_norm)))
-            if hidden and self.batch_norm:
-                modules.append(nn.BatchNorm1d(widths[layer]))
-            if hidden:
-                modules.append(nn.ReLU(inplace=True))
-        return nn.Sequential(*modules)
+        hidden = [self.hidden or num_features] * (self.layers - 1)
+        return _perceptron([num_features, *hidden, self.dim][: self.layers + 1], batch_norm=self.batch_norm)
+
+
+class PredictorSettings(Settings):
+    """A perceptron that guesses one view's projection from another's; what it guesses has the projections' dimension.
+
+    Only objectives that contrast predictions with projections want one.
+    """
+
+    layers: int = Field(0, ge=0, le=8)
+    """Linear layers; 0: no predictor."""
+    hidden: int | None = Field(None, gt=0)
+    """Width of the hidden layers; null is the dimension of the projections."""
+    batch_norm: bool = True
+    """Batch norm after each hidden layer."""
+
+    def build(self, dim: int) -> nn.Sequential:
+        """The predictor for projections of this dimension; empty, which changes nothing, without layers."""
+        hidden = [self.hidden or dim] * (self.layers - 1)
+        return _perceptron([dim, *hidden, dim][: self.layers + 1], batch_norm=self.batch_norm)
 
 
 class EncoderSettings(Settings):
@@ -60,6 +72,8 @@ class EncoderSettings(Settings):
     """Parts of a process's batch that are normalised apart; for a momentum twin on a single process."""
     projector: ProjectorSettings = ProjectorSettings()
     """From the features to the embeddings."""
+    predictor: PredictorSettings = PredictorSettings()
+    """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
 
     def build(self, *, channels: int, size: int) -> "Encoder":
         """The encoder for square images; its weights come from torch's global generator.
@@ -75,31 +89,53 @@ class EncoderSettings(Settings):
         projector = self.projector.build(width)
         dim = self.projector.dim if self.projector.layers else width
         return Encoder(
-            backbone, projector, num_features=num_features, dim=dim, batch_norm_splits=self.batch_norm_splits
+            backbone,
+            projector,
+            self.predictor.build(dim),
+            num_features=num_features,
+            dim=dim,
+            batch_norm_splits=self.batch_norm_splits,
         )
 
 
+class Embedded(NamedTuple):
+    """What an encoder makes of views, not normalised."""
+
+    embeddings: Float[Tensor, "views batch dim"]
+    """What the loss is of: the predictions where there is a predictor, or the projections."""
+    projections: Float[Tensor, "views batch dim"]
+    """The projector's output; without a predictor the same tensor."""
+
+
 class Encoder(nn.Module):
-    """A timm backbone without classifier, and a projector on its features.
+    """A timm backbone without classifier, a projector on its features, and a predictor, which may be empty.
 
     `num_features` is the width of what the backbone returns, `dim` that of the embeddings. A backbone that has
     `forward_summary` chooses itself what the projector reads; its features may then be wider.
     """
 
     def __init__(
-        self, backbone: nn.Module, projector: nn.Module, *, num_features: int, dim: int, batch_norm_splits: int = 1
+        self,
+        backbone: nn.Module,
+        projector: nn.Sequential,
+        predictor: nn.Sequential,
+        *,
+        num_features: int,
+        dim: int,
+        batch_norm_splits: int = 1,
     ) -> None:
         super().__init__()
-        self.backbone, self.projector = backbone, projector
+        self.backbone, self.projector, self.predictor = backbone, projector, predictor
         self.num_features, self.dim = num_features, dim
         self.batch_norm_splits = batch_norm_splits
         if batch_norm_splits > 1:
             split_batch_norms(self, batch_norm_splits, interleaved=True)
 
-    def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "views batch dim"]:
-        """Embeddings of the views, not normalised; all views go through in one pass and share batch statistics."""
-        embeddings: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
-        return embeddings.view(*views.shape[:2], -1)
+    def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Embedded:
+        """Embeddings and projections of the views; all views go through in one pass and share batch statistics."""
+        projections: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
+        embeddings: Tensor = self.predictor(projections)
+        return Embedded(embeddings.view(*views.shape[:2], -1), projections.view(*views.shape[:2], -1))
 
     def features(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
         """What the backbone makes of normalised images, before the projector."""
@@ -113,20 +149,21 @@ class MomentumTwin(nn.Module):
     It starts as an exact copy, shares no storage with the encoder and gets no gradient. Running statistics of batch
     norms follow as the weights do; counters are copied. (The authors' code leaves the statistics to the twin's own
     passes; in training mode, in which the twin runs as theirs does, they have no effect.) Where the encoder splits its
-    batch norms, the twin splits them into other parts.
+    batch norms, the twin splits them into other parts. It has no predictor: what is predicted are its projections.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder.predictor = nn.Sequential()
         if encoder.batch_norm_splits > 1:
             split_batch_norms(self.encoder, encoder.batch_norm_splits, interleaved=False)
 
     @torch.no_grad()
     def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "views batch dim"]:
-        """Embeddings of the views, without gradient."""
-        embeddings: Tensor = self.encoder(views)
-        return embeddings
+        """Projections of the views, without gradient."""
+        embedded: Embedded = self.encoder(views)
+        return embedded.projections
 
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
@@ -223,6 +260,19 @@ def export(backbone: nn.Module, folder: Path, *, channels: int, size: int, mean:
     }
     model.__dict__["pretrained_cfg"] = description | changed
     save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
+    modules: list[nn.Module] = []
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=2):
+        hidden = layer < len(widths)
+        # A bias before a batch norm would be subtracted again.
+        modules.append(nn.Linear(inputs, outputs, bias=not (hidden and batch_norm)))
+        if hidden and batch_norm:
+            modules.append(nn.BatchNorm1d(outputs))
+        if hidden:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
 
 
 def _nearest(name: str) -> str:

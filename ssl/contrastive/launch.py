@@ -21,7 +21,8 @@ def start(batch_size: int, precision: Precision, threads: int | None = None) -> 
 
     Raises:
         ValueError: where a launcher started several processes that do not see each other, where the strategy shards
-            the encoder, and where the global batch does not divide over the processes.
+            the encoder, where gradients are to be accumulated, and where the global batch does not divide over the
+            processes.
     """
     on_cpu = not torch.accelerator.is_available()
     if precision == "auto":
@@ -48,6 +49,12 @@ def start(batch_size: int, precision: Precision, threads: int | None = None) -> 
         raise ValueError(
             f"{accelerator.distributed_type.value} shards the encoder, which the momentum twin and the export need "
             "whole; start with `accelerate launch --multi_gpu`, which is plain data parallelism"
+        )
+    if accelerator.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"accelerate was told of {accelerator.gradient_accumulation_steps} gradient accumulation steps, which add "
+            "no negatives: each part of the batch would be contrasted with itself alone; leave them out, and set "
+            "train.batch_size to the whole batch and train.chunk to what fits in memory"
         )
     if batch_size % processes:
         raise ValueError(

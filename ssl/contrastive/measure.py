@@ -13,13 +13,14 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import Settings, load
 from contrastive.data import Data, Images, Split, shorthand
 from contrastive.evaluate import features
 from contrastive.evaluate.scores import Evaluation, ProtocolSettings, compare
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
-from contrastive.run import CONFIG, newest_checkpoint
+from contrastive.run import CONFIG
 from contrastive.views import MEAN, STD, plain
 
 
@@ -79,7 +80,7 @@ def open_run(folder: Path) -> Opened:
     if exported.is_file():
         description = json.loads((folder / "backbone" / "config.json").read_text())["pretrained_cfg"]
         return Opened(recipe, exported, load_file(exported), description["input_size"][0])
-    found, _ = newest_checkpoint(folder / "checkpoints")
+    found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
     if found is None:
         raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
     encoder, prefix = found.parts["encoder"], "backbone."

@@ -48,11 +48,16 @@ class OptimSettings(Settings):
         scale = self.scale or ("none" if self.name == "adamw" else "linear")
         return rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scale]
 
-    def build(self, module: nn.Module, *, batch_size: int) -> torch.optim.Optimizer:
+    def build(self, module: nn.Module, objective: nn.Module | None = None, *, batch_size: int) -> torch.optim.Optimizer:
         """The optimiser of a module's trainable parameters at its peak rate, which `set_rate` then follows.
+
+        Parameters that an objective owns, one row per image over all processes, are the last group: without weight
+        decay, which would pull at rows whose image did not come, and without LARS' adaptation, whose norm would be
+        that of this process's rows.
 
         Args:
             module: whose parameters move; one that does not require a gradient stays.
+            objective: what else has parameters, most have none.
             batch_size: images per step over all processes.
 
         Raises:
@@ -67,10 +72,14 @@ class OptimSettings(Settings):
             {"params": decayed, "weight_decay": decay, "peak_rate": rate},
             {"params": spared, "weight_decay": 0.0, "peak_rate": rate},
         ]
+        owned = list(objective.parameters()) if objective is not None else []
+        groups.append({"params": owned, "weight_decay": 0.0, "peak_rate": rate})
         groups = [group for group in groups if group["params"]]
         if self.name == "adamw":
             # One kernel for all tensors where there is one: on the CPU more than twice as fast as a loop.
-            fused = all(parameter.device.type in {"cpu", "cuda", "mps", "xpu"} for parameter in [*decayed, *spared])
+            fused = all(
+                parameter.device.type in {"cpu", "cuda", "mps", "xpu"} for parameter in [*decayed, *spared, *owned]
+            )
             return torch.optim.AdamW(groups, lr=rate, betas=self.betas, fused=fused)
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=rate, momentum=self.momentum)

@@ -1,47 +1,33 @@
 """The loop: images → views → embeddings → objective → gradient → record. It does not know which method it runs."""
 
-import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 
 from contrastive import distributed
+from contrastive.checkpoints import Checkpoint, optimiser_shards, save_checkpoint
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
 from contrastive.data import Images, Loader, Order, Split
-from contrastive.encoder import Encoder, MomentumTwin, export
+from contrastive.encoder import export
 from contrastive.evaluate.features import extract
 from contrastive.evaluate.knn import monitor_knn
+from contrastive.health import Watch, figures, glimpse, similarities
 from contrastive.launch import Stop, start
-from contrastive.objectives import Loss, ObjectiveModule
+from contrastive.machine import Machine, batches, build, cautions
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller, duration
 from contrastive.recipe import Recipe
-from contrastive.resume import resumable
-from contrastive.run import CONFIG, DONE, Checkpoint, Run, prepare
-from contrastive.views import MEAN, STD, Views, plain
+from contrastive.resume import check_lengths, resumable
+from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
+from contrastive.scale import in_words, scale
+from contrastive.step import Taken, train_step
+from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
 MAX_SKIPPED_STEPS = 20
-
-
-class Machine(NamedTuple):
-    """The parts that move during a run, on their device, alike on every process."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    views: Views
-    encoder: Encoder
-    forward: nn.Module
-    """The encoder as Accelerate wraps it: what a step calls."""
-    twin: MomentumTwin | None
-    objective: ObjectiveModule
-    optimiser: Any
+LINES_PER_HISTOGRAM = 10
 
 
 def pretrain(recipe: Recipe, *, header: str = "") -> Path:
@@ -52,7 +38,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     teller = Teller(quiet=not accelerator.is_main_process)
-    folder = Path(recipe.output or "runs/pretrain").expanduser()
+    folder = _folder(recipe)
     prepare(folder, resume=recipe.resume)
     if (folder / DONE).exists():
         teller.say(f"{folder} is finished: nothing is left to do")
@@ -60,10 +46,11 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
 
     with teller.bar():
         split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
-    order = Order(len(split.train), recipe.train.batch_size, recipe.seed)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
+    begun_on = found.facts["processes"] if found else None
+    order = batches(recipe, len(split.train), accelerator.num_processes, begun_on)
     machine = build(recipe, accelerator, split.train)
     if found is not None:
         _restore(machine, found)
@@ -94,61 +81,6 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     return folder
 
 
-def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
-    """All parts of a run for a set of images."""
-    torch.manual_seed(recipe.seed)
-    views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
-    encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
-    # A split batch norm is split on purpose: synchronising it would undo that.
-    synchronised = accelerator.num_processes > 1 and recipe.encoder.batch_norm_splits == 1
-    if synchronised and accelerator.device.type == "cuda":
-        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    encoder = encoder.to(accelerator.device)
-    if recipe.train.channels_last:
-        encoder = encoder.to(memory_format=torch.channels_last)
-    objective = recipe.objective.build(dim=encoder.dim, num_images=len(images), seed=recipe.seed)
-    twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
-    optimiser = recipe.optim.build(encoder, batch_size=recipe.train.batch_size)
-    forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
-    device = accelerator.device
-    return Machine(recipe, accelerator, views.to(device), encoder, forward, twin, objective.to(device), optimiser)
-
-
-def train_step(machine: Machine, images: Tensor, ids: Tensor, epoch: int, step: int) -> Loss | None:
-    """One update: images → views → embeddings → loss → gradient → weights → memory; None if it had to be skipped.
-
-    Args:
-        machine: the parts.
-        images: uint8 [batch, channels, height, width], this process's share.
-        ids: int64 [batch], what the images are called.
-        epoch: the pass over the images; with the ids it determines the views.
-        step: the number of updates before this one; it determines the noise.
-    """
-    recipe, accelerator, twin, objective = machine.recipe, machine.accelerator, machine.twin, machine.objective
-    views = machine.views(images, ids, epoch)
-    embeddings = machine.forward(views).float()
-    targets = None
-    if twin is not None:
-        with torch.no_grad(), accelerator.autocast():
-            targets = twin(views).float()
-    loss: Loss = objective(embeddings, ids, targets, step)
-    accelerator.backward(loss.total)
-    # All processes agree, and nothing has moved yet: one that skipped alone would leave the others' path.
-    skip = distributed.any_rank(not math.isfinite(loss.total.item()))
-    if not skip:
-        if recipe.optim.clip is not None:
-            accelerator.clip_grad_norm_(machine.encoder.parameters(), recipe.optim.clip)
-        machine.optimiser.step()
-        skip = accelerator.optimizer_step_was_skipped
-    machine.optimiser.zero_grad(set_to_none=True)
-    if skip:
-        return None
-    objective.update(embeddings.detach(), ids, targets)
-    if twin is not None and recipe.objective.twin_momentum is not None:
-        twin.update(machine.encoder, recipe.objective.twin_momentum)
-    return Loss(loss.total.detach(), loss.terms)
-
-
 def train(
     machine: Machine,
     images: Images,
@@ -165,6 +97,7 @@ def train(
     saved = clock.seconds()
     measured = int(clock.progress(step) * settings.monitor)
     record, skipped = Record(clock, step), 0
+    watch = Watch(min(settings.batch_size, machine.encoder.dim))
     monitored = images.labels is not None and int((images.labels >= 0).sum()) >= MIN_MONITOR_IMAGES
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.size(), workers=settings.workers, start=step
@@ -176,24 +109,25 @@ def train(
                 break
             # The middle of the step: at its beginning a warm-up's first rate is zero, and the step would be wasted.
             set_rate(machine.optimiser, cosine(clock.progress(step + 0.5), recipe.optim.warmup))
-            # Dropout and drop path draw from the global generator: keyed here, a resumed step draws alike.
-            torch.manual_seed((recipe.seed << 32) + step * distributed.size() + distributed.rank())
-            loss = train_step(
+            taken = train_step(
                 machine, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
             )
             step += 1
-            skipped = 0 if loss else skipped + 1
+            skipped = 0 if taken else skipped + 1
             if skipped >= MAX_SKIPPED_STEPS:
                 raise ValueError(
                     f"the loss was not finite in {skipped} steps in a row, up to step {step:,}; the newest checkpoint "
                     "is sound: resume it, or start anew with a lower optim.rate or train.precision=fp32"
                 )
-            record.losses += [loss] if loss else []
+            record.losses += [taken.loss] if taken else []
             progress = clock.progress(step)
             if record.losses and (step == 1 or step % settings.log_every == 0 or progress >= 1):
                 values = record.take(step, machine.optimiser.param_groups[0]["lr"])
+                values |= _look(taken, step, run, step % (LINES_PER_HISTOGRAM * settings.log_every) == 0 or step == 1)
                 if run is not None:
                     run.log(step, values)
+                for warning in watch.warnings(progress, values["epoch"], values):
+                    teller.warn(warning)
                 left = duration(clock.seconds() * (1 - progress) / progress) if progress else "?"
                 pace = f"{values['images_per_second']:,.0f} images/s"
                 teller.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {pace}  {left} left")
@@ -215,16 +149,35 @@ def train(
 
 
 def save(machine: Machine, images: Images, run: Run | None, step: int, seconds: float) -> None:
-    """Writes a checkpoint on the first process, while the others wait."""
+    """Writes a checkpoint: the first process what is equal on all, every process the part that only it holds."""
+    lengths = machine.objective.shards()
+    parts = {"encoder": machine.encoder.state_dict(), "objective": machine.objective.state_dict()}
+    if machine.twin is not None:
+        parts["twin"] = machine.twin.state_dict()
+    sharded = [(parameter, lengths[name]) for name, parameter in machine.objective.named_parameters()]
+    shards = {f"objective.{name}": length for name, length in lengths.items()}
+    shards |= optimiser_shards(machine.optimiser, sharded)
+    facts = {"seconds": seconds, "images": images.fingerprint, "processes": distributed.size()}
+    facts["channels"] = images.channels
+    checkpoint = Checkpoint(step, parts, machine.optimiser.state_dict(), facts, shards)
+    keep = machine.recipe.train.keep
     if run is not None:
-        parts: dict[str, Mapping[str, Tensor]] = {"encoder": machine.encoder.state_dict()}
-        parts["objective"] = machine.objective.state_dict()
-        if machine.twin is not None:
-            parts["twin"] = machine.twin.state_dict()
-        facts = {"seconds": seconds, "images": images.fingerprint, "processes": distributed.size()}
-        facts["channels"] = images.channels
-        run.save(Checkpoint(step, parts, machine.optimiser.state_dict(), facts), keep=machine.recipe.train.keep)
-    distributed.barrier()
+        run.save(checkpoint, keep=keep)
+    else:
+        save_checkpoint(_folder(machine.recipe) / CHECKPOINTS, checkpoint, keep=keep)
+
+
+def _look(taken: Taken | None, step: int, run: Run | None, with_histograms: bool) -> dict[str, float]:
+    """The figures of the embeddings' health, on the process that writes them; collective."""
+    if taken is None:
+        return {}
+    seen = glimpse(taken.embeddings, taken.ids, taken.targets)
+    if run is None:
+        return {}
+    if with_histograms:
+        for name, values in similarities(seen).items():
+            run.histogram(f"similarity/{name}", values, step)
+    return figures(seen)
 
 
 def _monitor(machine: Machine, images: Images) -> float:
@@ -239,11 +192,16 @@ def _monitor(machine: Machine, images: Images) -> float:
 
 
 def _restore(machine: Machine, found: Checkpoint) -> None:
+    check_lengths(found, machine.objective.shards())
     machine.encoder.load_state_dict(dict(found.parts["encoder"]))
     machine.objective.load_state_dict(dict(found.parts["objective"]))
     if machine.twin is not None:
         machine.twin.load_state_dict(dict(found.parts["twin"]))
     machine.optimiser.load_state_dict(found.optimiser)
+
+
+def _folder(recipe: Recipe) -> Path:
+    return Path(recipe.output or "runs/pretrain").expanduser()
 
 
 def _open(machine: Machine, folder: Path, split: Split, found: Checkpoint | None, header: str, teller: Teller) -> Run:
@@ -272,7 +230,9 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
     """Says what will run, so that a mistake is seen before hours have gone by."""
     recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
     processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
-    each = f" ({recipe.train.batch_size // processes} on each)" if processes > 1 else ""
+    local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
+    each = f" ({local} on each)" if processes > 1 else ""
+    each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
     budget = f"{recipe.train.minutes:g} minutes" if recipe.train.minutes else f"{recipe.train.epochs:g} epochs"
     budget += f", {order.steps_per_epoch:,} steps an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
@@ -282,14 +242,13 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
         f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"
     )
     teller.say(f"objective  {recipe.objective.name}")
+    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
+    cost = in_words(scale(recipe.objective, images=len(train), processes=processes, **sizes))
+    teller.say(f"negatives  {'at most ' if recipe.ids == 'labels' else ''}{cost}")
     teller.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
     )
     teller.say(f"run        {Path(recipe.output or '').resolve()}")
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in machine.encoder.modules())
-    if machine.twin is not None and normed and processes == 1 and recipe.encoder.batch_norm_splits == 1:
-        teller.warn(
-            "the encoder and its twin normalise the same batch, through which the loss can be lowered without "
-            "learning anything (He et al. 2020, section 3.3); encoder.batch_norm_splits=2 hides it"
-        )
+    for caution in cautions(machine):
+        teller.warn(caution)

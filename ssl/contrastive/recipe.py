@@ -5,27 +5,45 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contrastive.config import Settings
 from contrastive.data import Data, Sample, shorthand
 from contrastive.encoder import EncoderSettings
-from contrastive.objectives import InBatch, Objective
+from contrastive.objectives import Bank, InBatch, Objective, Supervised
 from contrastive.optim import OptimSettings
 from contrastive.views import ViewsSettings
 
 QUICKSTART = "quickstart"
+ACCUMULATION = (
+    "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
+    "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
+)
 
 
 class TrainSettings(Settings):
     """How long, how much at once, and how often something is written."""
+
+    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("accumulate", "accumulation", "accumulation_steps", "gradient_accumulation", "gradient_accumulation_steps"),
+        ACCUMULATION,
+    )
 
     epochs: float = Field(100, gt=0)
     """Passes over the images; a part of one is allowed."""
     minutes: float | None = Field(None, gt=0)
     """Wall-clock minutes of training, in place of epochs; the schedule then follows the clock."""
     batch_size: int = Field(256, ge=2)
-    """Images per step over all processes together."""
+    """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
+    whatever the chunks and the processes."""
+    chunk: int | None = Field(None, ge=1)
+    """Images per forward pass on each process, where a batch is beyond its memory: the same gradient for one more
+    forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time."""
+    keep_views: bool = False
+    """Keep the views of all chunks for the second pass, instead of making them again with less memory."""
+    drop_last: bool = True
+    """Leave out the rest of an epoch that does not fill a batch, another one each time. If false it is a smaller batch,
+    unless it has fewer than 2 images for each process (and for each part of a split batch norm)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the encoder; auto: bf16 where the device is built for it. Objectives are always fp32."""
     channels_last: bool = True
@@ -56,7 +74,8 @@ class Recipe(Settings):
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
+    """Go on from the newest whole checkpoint in the run folder. On another number of processes the rows of a bank or
+    queue are shared out anew, bit for bit; a queue with per_process=true, whose length would change, is refused."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Weights, order, views and noise all follow from it."""
     data: Data = Sample()
@@ -65,8 +84,33 @@ class Recipe(Settings):
     encoder: EncoderSettings = EncoderSettings()
     objective: Objective = InBatch()
     """What is learned from."""
+    ids: Literal["images", "labels"] = "images"
+    """What makes two embeddings positives of each other: views of the same image, or images of the same label. An image
+    without a label is then alone in its class."""
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _one_row_per_image(self) -> "Recipe":
+        if self.ids == "labels" and isinstance(self.objective, Bank):
+            raise ValueError(
+                "ids=labels does not go with objective=bank, which has one row per image; use objective=supervised or "
+                "objective=queue for positives of the same label, or ids=images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_to_contrast(self) -> "Recipe":
+        fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
+        if isinstance(self.objective, Supervised) and self.ids == "images":
+            fewest = 2
+        if given < fewest or (most is not None and given > most):
+            bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
+            raise ValueError(
+                f"views.num_views={given}, but objective={self.objective.name} contrasts {bound} of each image; "
+                f"set views.num_views={fewest}"
+            )
+        return self
 
 
 def folder() -> Path:

@@ -1,42 +1,28 @@
 """The run folder: what a run writes, how it is resumed, and how it never loses what it has."""
 
-import hashlib
 import json
 import math
-import os
-import shutil
+import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-CONFIG, METRICS, DONE = "config.yaml", "metrics.jsonl", "done"
+from contrastive import distributed
+from contrastive.checkpoints import Checkpoint, save_checkpoint, sync, together
 
-
-class Checkpoint(NamedTuple):
-    """Everything that a run needs to go on as if it had never stopped.
-
-    `parts` are state dictionaries by the name of their owner (encoder, objective, …); `optimiser` is an optimiser's
-    state dictionary; `facts` are JSON values (seconds spent, fingerprint of the data, …).
-    """
-
-    step: int
-    parts: Mapping[str, Mapping[str, Tensor]]
-    optimiser: Mapping[str, Any]
-    facts: Mapping[str, Any]
+CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 
 
 class Run:
-    """A folder that is written by one process: the configuration, metrics, TensorBoard events and checkpoints."""
+    """A folder that the first process writes: the configuration, metrics, TensorBoard events and checkpoints.
+
+    Of a checkpoint every process writes a part: while the first one saves, the others call `save_checkpoint`.
+    """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         """Opens the folder to write on from a step; metrics of later steps, of a run that was cut off, are dropped."""
@@ -67,10 +53,14 @@ class Run:
         self._writer.add_image(name, picture, step)
         self._writer.flush()
 
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Writes how some values are distributed to TensorBoard."""
+        self._writer.add_histogram(name, values.float().cpu(), step)
+
     def save(self, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
         """Writes a checkpoint beside the older ones, whole or not at all; then the oldest beyond `keep` go."""
         self._writer.flush()
-        return save_checkpoint(self.folder / "checkpoints", checkpoint, keep=keep)
+        return save_checkpoint(self.folder / CHECKPOINTS, checkpoint, keep=keep)
 
     def close(self) -> None:
         """Closes the files; the run can still be resumed."""
@@ -84,11 +74,21 @@ class Run:
 
 
 def prepare(folder: Path, *, resume: bool) -> None:
-    """Checks that a run may be written here, before anything is done; creates nothing.
+    """Checks that a run may be written here, before anything is done; leaves no file.
+
+    All processes call it together: each must see the same folder, for each writes its part of a checkpoint there.
 
     Raises:
-        ValueError: if the folder holds anything and `resume` is false, or if it is complete already.
+        ValueError: if the folder holds anything and `resume` is false, if it holds something else than a run, or if it
+            is not the same folder for all processes.
     """
+    with together():
+        _check_content(folder, resume=resume)
+    if distributed.size() > 1:
+        _check_shared(folder)
+
+
+def _check_content(folder: Path, *, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={folder} is a file; name a folder that does not exist yet")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -100,61 +100,24 @@ def prepare(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"output={folder} holds {state}; add resume=true to go on with it, or output=… for a new one")
 
 
-def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Writes `place/step-…`: aside first, synced, then renamed; a cut at any moment leaves the older ones whole.
-
-    Raises:
-        ValueError: if `keep` is below 1.
-    """
-    if keep < 1:
-        raise ValueError(f"keep={keep}: at least 1 checkpoint must stay, or nothing could be resumed")
-    place.mkdir(parents=True, exist_ok=True)
-    target = place / f"step-{checkpoint.step:09d}"
-    aside = place / f".{target.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+def _check_shared(folder: Path) -> None:
+    """Every process leaves a token of this start, and the first one must find all of them."""
+    start = distributed.texts(secrets.token_hex(8))[0]
+    own = folder / f".start-{start}-{distributed.rank()}"
     try:
-        aside.mkdir()
-        for part, tensors in checkpoint.parts.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside / f"{part}.safetensors")
-        torch.save(dict(checkpoint.optimiser), aside / "optimiser.pt")
-        (aside / "facts.json").write_text(json.dumps(dict(checkpoint.facts), indent=1))
-        files = {file.name: _digest(file) for file in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"step": checkpoint.step, "sha256": files}, indent=1))
-        for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(place)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for old in sorted(place.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
-
-
-def newest_checkpoint(place: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line in words about each newer one that is not."""
-    skipped: list[str] = []
-    for folder in sorted(place.glob("step-*"), reverse=True):
-        try:
-            return _read_checkpoint(folder), skipped
-        except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as problem:
-            skipped.append(f"{folder.name} is damaged and was passed over: {problem}")
-    return None, skipped
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, digest in manifest["sha256"].items():
-        if _digest(folder / name) != digest:
-            raise ValueError(f"{name} is not what was written")
-    parts = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    # weights_only: a checkpoint from elsewhere must not be able to run code.
-    optimiser = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(manifest["step"], parts, optimiser, json.loads((folder / "facts.json").read_text()))
+        with together():
+            folder.mkdir(parents=True, exist_ok=True)
+            own.touch()
+        there = [(folder / f".start-{start}-{number}").exists() for number in range(distributed.size())]
+        seen = json.loads(distributed.texts(json.dumps(there))[0])
+    finally:
+        own.unlink(missing_ok=True)
+    absent = [str(number) for number, found in enumerate(seen) if not found]
+    if absent:
+        raise ValueError(
+            f"output={folder} is not one folder for all {distributed.size()} processes: the first does not see what "
+            f"processes {', '.join(absent)} write there; name a folder on a file system that all machines share"
+        )
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -171,22 +134,8 @@ def _step_of(line: str) -> float:
         return math.inf  # a line that was cut off in the middle
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with suppress(PermissionError):  # Windows opens no folder
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _write_whole(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.partial")
     aside.write_text(text)
-    _sync(aside)
+    sync(aside)
     aside.replace(file)

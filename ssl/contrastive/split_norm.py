@@ -1,10 +1,18 @@
-"""Batch norm over parts of the batch, as separate devices would have it."""
+"""Batch norm that a momentum twin cannot be seen through: over parts of the batch, or shuffled between processes."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from contrastive import distributed
+
+# Keeps this stream apart from every other that is seeded with (seed, step, chunk).
+STREAM = int.from_bytes(b"shuffle", "big")
 
 
 def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> None:
@@ -14,7 +22,7 @@ def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> N
     in the state dict stay what they were, and what calls the modules does not change.
 
     On one device, queries and keys of the same images share batch statistics, by which they find each other without a
-    look at the images (He et al. 2020, section 3.3; their cure, shuffling between devices, needs several). Split
+    look at the images (He et al. 2020, section 3.3; their cure, `Shuffle`, needs several processes). Split
     differently, they do not: interleaved parts take every splits-th sample, the others are blocks, so that a sample
     has other company in a twin with blocks than in an encoder with interleaved parts.
     """
@@ -75,3 +83,60 @@ def _split_class(kind: type) -> type:
     if kind not in _split_classes:
         _split_classes[kind] = type(f"Split{kind.__name__}", (SplitBatchNorm, kind), {})
     return _split_classes[kind]
+
+
+class Shuffle(NamedTuple):
+    """An exchange of samples between processes, and the way back.
+
+    Each process encodes as many samples as it has, but others: keys then share their batch statistics with other keys
+    than their queries do with queries, and do not give away which query is theirs (He et al. 2020, section 3.3,
+    "shuffling BN"). Their code gathers all images on every process; here each travels only where it is needed.
+    """
+
+    sent: Int64[Tensor, " samples"]
+    """The own samples in the order in which they leave, and come home."""
+    outgoing: Sequence[int]
+    """How many leave for each process."""
+    places: Int64[Tensor, " samples"]
+    """Where those stand that arrive, process by process."""
+    incoming: Sequence[int]
+    """How many arrive from each process."""
+
+    @classmethod
+    def draw(cls, samples: int, key: Sequence[int]) -> "Shuffle":
+        """One permutation of the samples of all processes, which depends on the key alone; collective.
+
+        Args:
+            samples: how many this process has; the others may have another number.
+            key: numbers that are equal on all processes and differ from step to step.
+        """
+        lengths = torch.tensor(distributed.counts(samples))
+        drawn = np.random.default_rng([STREAM, *key]).permutation(int(lengths.sum()))
+        permutation, own = torch.from_numpy(drawn), distributed.rank()
+        # The sample permutation[place] is encoded by the process that the place belongs to.
+        owners = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        from_own, to_own = owners[permutation] == own, owners == own
+        senders = owners[permutation[to_own]]
+        return cls(
+            sent=permutation[from_own] - lengths[:own].sum(),
+            outgoing=owners[from_own].bincount(minlength=len(lengths)).tolist(),
+            places=senders.argsort(stable=True),
+            incoming=senders.bincount(minlength=len(lengths)).tolist(),
+        )
+
+    def away(self, local: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples ..."]:
+        """The samples that this process encodes, for its own; without gradient; collective."""
+        return _exchange(local, self.sent, self.outgoing, self.places, self.incoming)
+
+    def home(self, encoded: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples ..."]:
+        """What has become of the own samples, in their order, for what this process has encoded; collective."""
+        return _exchange(encoded, self.places, self.incoming, self.sent, self.outgoing)
+
+
+@torch.no_grad()
+def _exchange(
+    tensor: Tensor, leaving: Tensor, outgoing: Sequence[int], arriving: Tensor, incoming: Sequence[int]
+) -> Tensor:
+    placed = torch.empty_like(tensor)
+    placed[arriving] = distributed.exchange(tensor[leaving], outgoing, incoming)
+    return placed

@@ -51,6 +51,13 @@ def test_batches_from_disk_are_those_from_memory_with_any_number_of_workers(tmp_
     assert equal(take(resumed, 3), straight[4:])
 
 
+def test_a_smaller_last_batch_reaches_every_rank_from_workers_too(tmp_path):
+    folder(tmp_path, 15)
+    for rank, lengths in enumerate([[2, 2, 2, 1, 2], [2, 2, 2, 2, 2]]):
+        loader = Loader(images(tmp_path), Order(15, 4, 1, smallest=2), rank=rank, size=2, workers=2)
+        assert [len(batch.ids) for batch in take(loader, 5)] == lengths
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_breaks_later_is_replaced_under_the_others_id(tmp_path, workers, caplog):
     disk, order = images(folder(tmp_path)), Order(13, 13, 0)

@@ -52,16 +52,45 @@ def test_the_dropped_rest_differs_between_epochs():
     assert len({frozenset(ids) for ids in seen}) > 1
 
 
-def test_the_ranks_share_each_global_batch_without_gap_or_overlap():
-    whole = take(Loader(images(13), Order(13, 4, 0)), 7)
-    shares = [take(Loader(images(13), Order(13, 4, 0), rank=rank, size=2), 7) for rank in range(2)]
-    assert [(epoch, left + right) for (epoch, left), (_, right) in zip(*shares, strict=True)] == whole
+@pytest.mark.parametrize(("count", "sizes"), [(12, [4, 4, 4]), (13, [4, 4, 4]), (14, [4, 4, 4, 2]), (15, [4, 4, 4, 3])])
+def test_the_rest_of_an_epoch_is_a_last_batch_if_it_is_large_enough(count, sizes):
+    batches, steps = Order(count, 4, seed=0, smallest=2), len(sizes)
+    assert batches.steps_per_epoch == steps
+    for epoch in range(3):
+        found = [batches.batch(epoch * steps + step) for step in range(steps)]
+        assert [at for at, _ in found] == [epoch] * steps
+        assert [len(ids) for _, ids in found] == sizes
+        assert len(torch.cat([ids for _, ids in found]).unique()) == sum(sizes)
+        assert torch.equal(torch.cat([ids for _, ids in found]), order(count, 0, epoch)[: sum(sizes)])
 
 
+def test_the_images_of_the_steps_before_are_counted():
+    for batches in (Order(14, 4, 0), Order(14, 4, 0, smallest=2)):
+        sizes = [len(batches.batch(step)[1]) for step in range(9)]
+        assert [batches.images(step) for step in range(10)] == [sum(sizes[:step]) for step in range(10)]
+
+
+@pytest.mark.parametrize(("count", "size"), [(13, 2), (14, 2), (15, 2), (27, 4), (26, 4)])
+def test_the_ranks_share_each_global_batch_without_gap_or_overlap(count, size):
+    batches = [Order(count, 4 * size // 2, 0, smallest=size) for _ in range(size + 1)]
+    whole = take(Loader(images(count), batches[-1]), 9)
+    shares = [take(Loader(images(count), batches[rank], rank=rank, size=size), 9) for rank in range(size)]
+    for (epoch, ids), *parts in zip(whole, *shares, strict=True):
+        assert [at for at, _ in parts] == [epoch] * size
+        assert [image for _, part in parts for image in part] == ids
+        lengths = [len(part) for _, part in parts]
+        assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize("smallest", [None, 1])
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
-def test_a_run_resumed_at_any_step_sees_what_a_straight_run_sees(start):
-    straight = take(Loader(images(13), Order(13, 4, 0)), 8)
-    assert take(Loader(images(13), Order(13, 4, 0), start=start), 8 - start) == straight[start:]
+def test_a_run_resumed_at_any_step_sees_what_a_straight_run_sees(start, smallest):
+    def batches():
+        return Order(13, 4, 0, smallest=smallest)
+
+    straight = take(Loader(images(13), batches()), 8)
+    assert take(Loader(images(13), batches(), start=start), 8 - start) == straight[start:]
 
 
 def test_a_batch_holds_the_pixels_of_its_ids():

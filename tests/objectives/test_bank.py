@@ -1,14 +1,15 @@
 """Instance discrimination, exact and by NCE, against double loops; the bank's rows against their rule by hand."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Bank
-from contrastive.objectives.bank import BankObjective
-from contrastive.objectives.noise import noise_contrast, normaliser_from_noise
+from contrastive.objectives import Bank, noise
+from contrastive.objectives.bank import BankObjective, ParametricObjective
+from contrastive.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
 DIM, IMAGES = 5, 12
 
@@ -28,10 +29,23 @@ def unit(row: Tensor) -> Tensor:
     return row / row.norm()
 
 
-def noise_of(bank: BankObjective, batch_size: int, step: int) -> Tensor:
-    """The draws of one step as [batch, m]."""
-    drawn = bank._noise_ids(batch_size, step)
-    return drawn.expand(batch_size, -1) if drawn.ndim == 1 else drawn
+def noise_of(bank: BankObjective, images: int, step: int) -> Noise:
+    """The draw of one step."""
+    per_image = None if bank.settings.shared else images
+    return Noise(bank.rows, 0, IMAGES, count=bank.settings.negatives, images=per_image, seed=bank.seed, step=step)
+
+
+def drawn_by(bank: BankObjective, images: int, step: int) -> Tensor:
+    """The draws of one step as [images, m]."""
+    drawn = noise_of(bank, images, step).ids
+    return drawn.expand(images, -1) if drawn.ndim == 1 else drawn
+
+
+def given(rows: Tensor, drawn: Tensor) -> Noise:
+    """Noise that was not drawn but given."""
+    noise = Noise(rows, 0, len(rows), count=drawn.shape[-1], images=None, seed=0, step=0)
+    noise.ids = drawn
+    return noise
 
 
 def exact_oracle(embeddings: Tensor, ids: Tensor, rows: Tensor, temperature: float) -> Tensor:
@@ -76,13 +90,17 @@ def test_exact_loss_and_gradient_equal_the_double_loop(views: int, temperature: 
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("negatives", [1, 9, 40])
-def test_nce_loss_and_gradient_equal_the_double_loop(views: int, shared: bool, negatives: int) -> None:
+@pytest.mark.parametrize("dense", [0, 64], ids=["gathered", "dense"])
+def test_nce_loss_and_gradient_equal_the_double_loop(
+    views: int, shared: bool, negatives: int, dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "DENSE", dense)
     bank = build(estimator="nce", shared=shared, negatives=negatives, normaliser=30.0)
     ids = torch.tensor([3, 11, 3, 0])
     for step in range(3):
         z = batch(views=views, seed=step)
         found = bank(z, ids, None, step)
-        expected = nce_oracle(z, ids, bank.rows, noise_of(bank, 4, step), 30.0, 0.07)
+        expected = nce_oracle(z, ids, bank.rows, drawn_by(bank, 4, step), 30.0, 0.07)
         torch.testing.assert_close(found.total, expected, rtol=1e-11, atol=1e-11)
         gradients = torch.autograd.grad(found.total, z), torch.autograd.grad(expected, z)
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
@@ -95,7 +113,7 @@ def test_nce_where_every_row_is_as_likely_as_noise_has_its_known_value() -> None
     rows, m, n = torch.ones(50, 1, dtype=torch.float64), 16, 50
     anchors, ids = torch.ones(3, 1, dtype=torch.float64), torch.arange(3)
     noise, log_z = torch.arange(10, 10 + m), torch.tensor(1 / 0.5 + math.log(n), dtype=torch.float64)
-    found = noise_contrast(anchors, anchors[:, 0], ids, rows, noise, log_z, 0.5)
+    found = noise_contrast(anchors, anchors[:, 0], ids, given(rows, noise), log_z, 0.5, [3])
     expected = math.log(1 + m) + m * math.log(1 + 1 / m)
     torch.testing.assert_close(found, torch.full((3,), expected, dtype=torch.float64))
 
@@ -106,7 +124,9 @@ def test_noise_never_holds_the_own_image(shared: bool) -> None:
     anchors, ids = rows.clone(), torch.arange(4)
     for step in range(50):
         drawn = torch.randint(4, (3,) if shared else (4, 3), generator=torch.Generator().manual_seed(step))
-        found = noise_contrast(anchors, torch.ones(4).double(), ids, rows, drawn, torch.tensor(0.0).double(), 0.1)
+        found = noise_contrast(
+            anchors, torch.ones(4).double(), ids, given(rows, drawn), torch.tensor(0.0).double(), 0.1, [4]
+        )
         # All other rows are orthogonal: each counts log(1 + e^(0 − log(m/n))), the own row would count over 10.
         own = drawn == ids[:, None]
         expected = torch.log1p(torch.tensor(0.75 * math.exp(-10))) + (~own).sum(1) * math.log1p(4 / 3)
@@ -114,14 +134,12 @@ def test_noise_never_holds_the_own_image(shared: bool) -> None:
 
 
 def test_anchors_in_pieces_give_the_same_noise_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contrastive.objectives import noise
-
     z, ids = batch(7), torch.arange(7)
-    for shared in (True, False):
-        bank = build(estimator="nce", shared=shared, negatives=9)
+    for shared, estimator in itertools.product((True, False), ("nce", "infonce")):
+        bank = build(estimator=estimator, shared=shared, negatives=9)
         whole = bank(z, ids, None, 0).total
         with monkeypatch.context() as patch:
-            patch.setattr(noise, "SCORES", 20)
+            patch.setattr(noise, "NUMBERS", 20)
             pieces = bank(z, ids, None, 0).total
         torch.testing.assert_close(pieces, whole)
         torch.testing.assert_close(torch.autograd.grad(pieces, z), torch.autograd.grad(whole, z))
@@ -139,8 +157,9 @@ def test_the_normaliser_from_noise_is_right_on_average() -> None:
     anchors = z[0] / z[0].norm(dim=1, keepdim=True)
     ids = torch.tensor([3, 11, 3, 0])
     positives = (anchors * bank.rows[ids]).sum(1)
-    drawn = torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0))
-    found = normaliser_from_noise(anchors, positives, ids, bank.rows, drawn, 0.5)
+    noise = given(bank.rows, torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0)))
+    others = log_sum_over_noise(anchors, ids, noise, 0.5, [4])
+    found = normaliser_from_noise(others, positives, noise.own_hits(ids, 0), noise, 0.5)
     torch.testing.assert_close(found, (anchors @ bank.rows.T / 0.5).logsumexp(1), rtol=0, atol=0.02)
 
 
@@ -201,7 +220,7 @@ def test_buffers_are_changed_in_place_and_saved_whole() -> None:
         bank(batch(seed=step), ids, None, step)
         bank.update(batch(seed=step), ids, None)
     assert {name: value.data_ptr() for name, value in bank.named_buffers()} == addresses
-    assert bank.state_dict().keys() == {"rows", "log_normaliser"}
+    assert bank.state_dict().keys() == {"rows", "written", "steps", "log_normaliser"}
     restored.load_state_dict(bank.state_dict())
     assert torch.equal(bank(batch(), ids, None, 7).total, restored(batch(), ids, None, 7).total)
 
@@ -209,18 +228,169 @@ def test_buffers_are_changed_in_place_and_saved_whole() -> None:
 def test_draws_depend_on_seed_and_step_alone_and_leave_the_global_generator() -> None:
     state = torch.get_rng_state()
     bank = build(estimator="nce", negatives=50)
-    first = bank._noise_ids(4, 3)
-    bank._noise_ids(4, 4)
-    assert torch.equal(first, bank._noise_ids(9, 3))
-    assert not torch.equal(first, bank._noise_ids(4, 4))
-    assert not torch.equal(first, build(1, estimator="nce", negatives=50)._noise_ids(4, 3))
+    first = noise_of(bank, 4, 3).ids
+    assert torch.equal(first, noise_of(bank, 9, 3).ids)
+    assert not torch.equal(first, noise_of(bank, 4, 4).ids)
+    assert not torch.equal(first, noise_of(build(1, estimator="nce", negatives=50), 4, 3).ids)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(build(0).rows, build(1).rows)
 
 
-@pytest.mark.parametrize("settings", [{}, {"estimator": "nce"}, {"estimator": "nce", "shared": False, "negatives": 8}])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("dense", [0, 64], ids=["gathered", "dense"])
+def test_the_softmax_over_drawn_rows_equals_the_double_loop(
+    views: int, shared: bool, temperature: float, dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "DENSE", dense)
+    bank = build(estimator="infonce", shared=shared, negatives=9, temperature=temperature)
+    ids = torch.tensor([3, 11, 3, 0])
+    for step in range(3):
+        z = batch(views=views, seed=step)
+        losses = []
+        for view in z:
+            for embedding, own, drawn in zip(view, ids.tolist(), drawn_by(bank, 4, step).tolist(), strict=True):
+                scores = [unit(embedding) @ bank.rows[j] / temperature for j in [own, *(j for j in drawn if j != own)]]
+                losses.append(torch.stack(scores).logsumexp(0) - scores[0])
+        found, expected = bank(z, ids, None, step), torch.stack(losses).mean()
+        torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(found.total, z), torch.autograd.grad(expected, z)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+        hits = sum(
+            j == own for own, row in zip(ids.tolist(), drawn_by(bank, 4, step).tolist(), strict=True) for j in row
+        )
+        torch.testing.assert_close(found.terms["negatives"].item(), 9 - hits / 4)
+        bank.update(z, ids, None)
+
+
+def test_the_softmax_over_all_rows_drawn_once_is_the_exact_one() -> None:
+    z, ids, bank = batch(), torch.tensor([3, 11, 3, 0]), build(temperature=0.2)
+    anchors, anchor_ids = (z / z.norm(dim=2, keepdim=True)).flatten(0, 1), ids.repeat(2)
+    others = log_sum_over_noise(anchors, anchor_ids, given(bank.rows, torch.arange(IMAGES)), 0.2, [4])
+    positives = (anchors * bank.rows[anchor_ids]).sum(1) / 0.2
+    torch.testing.assert_close((torch.logaddexp(others, positives) - positives).mean(), bank(z, ids, None, 0).total)
+
+
+def test_an_anchor_whose_noise_is_all_its_own_row_has_no_loss() -> None:
+    bank = build(estimator="infonce", negatives=2)
+    z, ids = batch(1), torch.tensor([5])
+    anchors = (z / z.norm(dim=2, keepdim=True)).flatten(0, 1)
+    others = log_sum_over_noise(anchors, ids.repeat(2), given(bank.rows, torch.tensor([5, 5])), 0.1, [1])
+    assert others.isneginf().all()
+    assert torch.autograd.grad(others.exp().sum(), z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "nce", "infonce"])
+def test_the_proximal_term_is_the_squared_distance_to_the_own_row(estimator: str) -> None:
+    z, ids = batch(), torch.tensor([3, 11, 3, 0])
+    without, with_it = (build(estimator=estimator, proximal=weight, normaliser=30.0) for weight in (0.0, 1.7))
+    distances = [(unit(z[v, b]) - without.rows[ids[b]]).square().sum() for v in range(2) for b in range(4)]
+    expected = without(z, ids, None, 0).total + 1.7 * torch.stack(distances).mean()
+    found = with_it(z, ids, None, 0).total
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights(views: int) -> None:
+    objective = Bank(estimator="parametric", temperature=0.2).build(dim=DIM, num_images=IMAGES, seed=0).double()
+    assert isinstance(objective, ParametricObjective)
+    with torch.no_grad():
+        objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
+    z, ids = batch(views=views), torch.tensor([3, 11, 3, 0])
+    found, expected = objective(z, ids, None, 0).total, exact_oracle(z, ids, objective.weight, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [z, objective.weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), rtol=1e-9, atol=1e-12
+    )
+    before = objective.weight.detach().clone()
+    objective.update(z, ids, None)
+    assert torch.equal(objective.weight, before)
+
+
+def test_the_parametric_softmax_begins_with_the_rows_of_the_bank() -> None:
+    parametric = Bank(estimator="parametric").build(dim=DIM, num_images=IMAGES, seed=4)
+    assert torch.equal(
+        parametric.state_dict()["weight"], Bank().build(dim=DIM, num_images=IMAGES, seed=4).state_dict()["rows"]
+    )
+
+
+@pytest.mark.parametrize("settings", [{"storage": "bfloat16"}, {"proximal": 1.0}])
+def test_what_is_for_stored_rows_is_refused_for_learned_ones(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="learns its weights by the optimiser"):
+        Bank.model_validate({"estimator": "parametric", **settings})
+
+
+@pytest.mark.parametrize("estimator", ["exact", "nce", "infonce"])
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_a_bank_in_16_bits_differs_by_their_rounding_only(estimator: str, storage: str) -> None:
+    settings = {"estimator": estimator, "negatives": 20, "normaliser": 30.0, "temperature": 0.2}
+    wide, narrow = (
+        Bank.model_validate({**settings, "storage": kind}).build(dim=DIM, num_images=IMAGES, seed=0)
+        for kind in ("float32", storage)
+    )
+    assert narrow.state_dict()["rows"].dtype == getattr(torch, storage)
+    ids = torch.tensor([3, 11, 3, 0])
+    for step in range(4):
+        z = batch(seed=step).detach().float().requires_grad_()
+        losses = [bank(z, ids, None, step).total for bank in (wide, narrow)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
+        gradients = [torch.autograd.grad(loss, z)[0] for loss in losses]
+        assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+        for bank in (wide, narrow):
+            bank.update(z, ids, None)
+    norms = narrow.state_dict()["rows"].float().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(IMAGES), rtol=0, atol=1e-2)
+
+
+def test_an_exact_normaliser_is_refreshed_every_so_many_steps() -> None:
+    bank, ids = build(estimator="nce", normaliser="exact", normaliser_every=3, temperature=0.3), torch.arange(4)
+    values = []
+    for step in range(7):
+        values.append(bank(batch(seed=step), ids, None, step).terms["normaliser"].item())
+        bank.update(batch(seed=step), ids, None)
+    assert values[0] == pytest.approx(values[1])
+    assert values[1] == pytest.approx(values[2])
+    assert len({round(value, 6) for value in values}) == 3
+
+
+def test_staleness_is_the_mean_number_of_steps_since_a_row_was_written() -> None:
+    bank, last = build(), [0] * IMAGES
+    for step in range(1, 6):
+        ids = torch.tensor([step, step + 1, 0, step])
+        bank.update(batch(seed=step), ids, None)
+        for row in ids.tolist():
+            last[row] = step
+        expected = sum(step - written for written in last) / IMAGES
+        found = bank(batch(), torch.arange(4), None, step).terms["staleness"]
+        assert found.item() == pytest.approx(expected)
+
+
+def test_what_an_anchor_can_learn_is_bounded_by_the_logarithm_of_the_rows() -> None:
+    terms = build()(batch(), torch.arange(4), None, 0).terms
+    assert terms["ceiling"].item() == pytest.approx(math.log(IMAGES))
+    assert terms["negatives"].item() == IMAGES - 1
+    loss = build()(batch(), torch.arange(4), None, 0).total.item()
+    assert terms["information"].item() == pytest.approx(math.log(IMAGES) - loss)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"storage": "bfloat16"},
+        {"estimator": "nce"},
+        {"estimator": "nce", "shared": False, "negatives": 8},
+        {"estimator": "infonce"},
+        {"estimator": "infonce", "shared": False, "negatives": 8},
+        {"estimator": "parametric"},
+    ],
+)
 def test_low_temperature_and_zero_rows_stay_finite(settings: dict[str, object]) -> None:
-    bank, z = build(temperature=0.01, **settings).float(), torch.zeros(2, 4, DIM, requires_grad=True)
+    bank = Bank.model_validate({"temperature": 0.01, **settings}).build(dim=DIM, num_images=IMAGES, seed=0)
+    z = torch.zeros(2, 4, DIM, requires_grad=True)
     for step in range(3):
         loss = bank(z, torch.arange(4), None, step).total
         assert loss.isfinite()
@@ -228,7 +398,7 @@ def test_low_temperature_and_zero_rows_stay_finite(settings: dict[str, object]) 
         bank.update(z, torch.arange(4), None)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "nce"])
+@pytest.mark.parametrize("estimator", ["exact", "nce", "infonce"])
 def test_autocast_changes_nothing(estimator: str) -> None:
     bank, z = build(estimator=estimator).float(), batch().detach().float()
     plain = bank(z, torch.arange(4), None, 0).total

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.objectives import InBatch
-from contrastive.objectives.in_batch import nt_xent
+from contrastive.objectives.in_batch import debiased, nt_xent
 
 
 def embeddings(views: int = 2, batch: int = 7, dim: int = 5) -> Tensor:
@@ -17,7 +18,14 @@ def embeddings(views: int = 2, batch: int = 7, dim: int = 5) -> Tensor:
     return torch.randn(views, batch, dim, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-def oracle(views: Tensor, ids: Tensor, temperature: float, decoupled: bool) -> Tensor:
+def oracle(
+    views: Tensor,
+    ids: Tensor,
+    temperature: float,
+    decoupled: bool = False,
+    positive_probability: float = 0.0,
+    hardness: float = 0.0,
+) -> Tensor:
     rows = [(v, b, views[v, b] / views[v, b].norm()) for v in range(len(views)) for b in range(len(ids))]
     losses = []
     for v, b, anchor in rows:
@@ -25,32 +33,119 @@ def oracle(views: Tensor, ids: Tensor, temperature: float, decoupled: bool) -> T
             if c != b or w == v:
                 continue
             numerator = torch.exp(anchor @ positive / temperature)
-            denominator = sum(torch.exp(anchor @ z / temperature) for _, k, z in rows if ids[k] != ids[b])
+            negatives = torch.stack([torch.exp(anchor @ z / temperature) for _, k, z in rows if ids[k] != ids[b]])
+            importance = negatives**hardness
+            denominator = (importance * negatives).sum() / importance.mean()
+            expected = positive_probability * len(negatives) * numerator
+            least = len(negatives) * math.exp(-1 / temperature)
+            denominator = ((denominator - expected) / (1 - positive_probability)).clamp(min=least)
             losses.append(-torch.log(numerator / (denominator + (0 if decoupled else numerator))))
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("views", [2, 3])
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decoupled": True},
+        {"positive_probability": 0.1},
+        {"hardness": 1.5},
+        {"hardness": 0.5, "positive_probability": 0.3},
+        {"hardness": 0.5, "decoupled": True},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("ids", [range(7), [4, 4, 9, 4, 1, 0, 9]], ids=["distinct", "repeated"])
 def test_loss_and_gradient_equal_the_double_loop(
-    views: int, decoupled: bool, temperature: float, ids: list[int]
+    views: int, options: dict[str, Any], temperature: float, ids: list[int]
 ) -> None:
     z, numbers = embeddings(views), torch.tensor(list(ids))
-    found, expected = (
-        nt_xent(z, numbers, temperature, decoupled=decoupled).total,
-        oracle(z, numbers, temperature, decoupled),
-    )
+    found, expected = nt_xent(z, numbers, temperature, **options).total, oracle(z, numbers, temperature, **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("positive_probability", [0.0, 0.2])
+def test_hardness_goes_to_the_unweighted_sum_as_it_goes_to_zero(positive_probability: float) -> None:
+    z, ids = embeddings(), torch.arange(7)
+    losses = [
+        nt_xent(z, ids, 0.5, hardness=hardness, positive_probability=positive_probability).total
+        for hardness in (0.0, 1e-7)
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+
+
+def test_the_debiased_loss_goes_to_nt_xent_as_the_probability_goes_to_zero() -> None:
+    z, ids = embeddings(), torch.arange(7)
+    found = nt_xent(z, ids, 0.5, positive_probability=1e-9).total
+    torch.testing.assert_close(found, nt_xent(z, ids, 0.5).total, rtol=1e-6, atol=1e-6)
+
+
+def test_great_hardness_leaves_the_hardest_negative_alone() -> None:
+    z, ids = embeddings(), torch.arange(7)
+    found = nt_xent(z, ids, 0.5, hardness=1000.0).total
+    rows = F.normalize(z.flatten(0, 1), dim=1)
+    similarities = rows @ rows.T / 0.5
+    own = ids.repeat(2)[:, None] == ids.repeat(2)
+    hardest = similarities.masked_fill(own, -torch.inf).amax(1) + math.log(12)
+    positives = similarities[torch.arange(14), (torch.arange(14) + 7) % 14]
+    torch.testing.assert_close(found, F.softplus(hardest - positives).mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_where_every_negative_may_be_a_positive_the_least_sum_holds_and_has_no_gradient() -> None:
+    # Of Σ = 8 e^0 nearly all, 0.9 · 8 e^2, is expected to be positives: less than nothing is left.
+    z = torch.eye(5, dtype=torch.float64).repeat(2, 1, 1)
+    found = nt_xent(z, torch.arange(5), 0.5, positive_probability=0.9).total
+    torch.testing.assert_close(found.item(), math.log1p((8 * math.exp(-2)) / math.exp(2)))
+    # 2 · 0.9 e^0.5 = 2.967 of e^1 = 2.718, and of 2.98: ten times what is left there is 0.12, and the least is 0.27.
+    negatives = torch.tensor([1.0, math.log(2.98)], dtype=torch.float64, requires_grad=True)
+    positives = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+    left = debiased(negatives, positives, torch.full((2,), 2.0, dtype=torch.float64), 0.9, 0.5)
+    torch.testing.assert_close(left.detach(), torch.full((2,), math.log(2) - 2, dtype=torch.float64))
+    assert not any(gradient.any() for gradient in torch.autograd.grad(left.sum(), [negatives, positives]))
+
+
+@pytest.mark.parametrize("options", [{"positive_probability": 0.1}, {"hardness": 1.0, "positive_probability": 0.1}])
+def test_the_corrected_sum_is_finite_where_what_is_left_vanishes(options: dict[str, Any]) -> None:
+    # The sums and what is expected of positives in them differ by rounding only, on either side.
+    view = torch.ones(8, 4)
+    noise = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    for scale in (0.0, 1e-4, 1e-3, 1e-2):
+        for probability in (0.1, 0.5, 0.99):
+            z = (torch.stack([view, view]) + scale * noise).requires_grad_()
+            loss = nt_xent(z, torch.arange(8), 0.01, **options | {"positive_probability": probability}).total
+            assert loss.isfinite()
+            assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_a_decoupled_loss_with_a_corrected_sum_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"positive_probability 0\.1 exclude each other.*set decoupled=false"):
+        InBatch(decoupled=True, positive_probability=0.1)
+
+
+@pytest.mark.parametrize(("key", "value"), [("positive_probability", 1.0), ("hardness", -0.1)])
+def test_options_out_of_bounds_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=key):
+        InBatch(**{key: value})
+
+
+def test_only_the_plain_loss_is_called_a_bound_on_information() -> None:
+    z, ids = embeddings(), torch.tensor([1, 1, 1, 4, 5, 6, 7])
+    plain = nt_xent(z, ids, 0.1)
+    ceiling = math.log(1 + (3 * 8 + 4 * 12) / 7)
+    torch.testing.assert_close(plain.terms["ceiling"].item(), ceiling)
+    torch.testing.assert_close(plain.terms["information"].item(), ceiling - plain.total.item())
+    for options in ({"decoupled": True}, {"hardness": 1.0}, {"positive_probability": 0.1}):
+        assert nt_xent(z, ids, 0.1, **options).terms.keys() == {"positive_similarity", "negatives"}
+
+
 def test_the_module_passes_its_settings_on() -> None:
     z, ids = embeddings(), torch.arange(7)
-    for settings in (InBatch(), InBatch(temperature=0.3, decoupled=True)):
-        found = settings.build(dim=5, num_images=7, seed=0)(z, ids, None, 0).total
-        assert torch.equal(found, nt_xent(z, ids, settings.temperature, decoupled=settings.decoupled).total)
+    for options in ({}, {"decoupled": True}, {"positive_probability": 0.2, "hardness": 2.0}):
+        found = InBatch(temperature=0.3, **options).build(dim=5, num_images=7, seed=0)(z, ids, None, 0).total
+        assert torch.equal(found, nt_xent(z, ids, 0.3, **options).total)
 
 
 def test_the_length_of_an_embedding_does_not_matter() -> None:
@@ -71,39 +166,58 @@ def test_negatives_are_counted_without_repeated_images() -> None:
     torch.testing.assert_close(terms["negatives"].item(), (3 * 8 + 4 * 12) / 7)
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"decoupled": True},
+    {"positive_probability": 0.1},
+    {"hardness": 1.0},
+    {"hardness": 1.0, "positive_probability": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_identical_views_at_a_low_temperature_stay_finite(decoupled: bool, temperature: float) -> None:
+def test_identical_views_at_a_low_temperature_stay_finite(options: dict[str, Any], temperature: float) -> None:
     view = embeddings().detach()[0].float()
     z = torch.stack([view, view]).requires_grad_()
-    loss = nt_xent(z, torch.arange(7), temperature, decoupled=decoupled).total
-    wide = nt_xent(z.double(), torch.arange(7), temperature, decoupled=decoupled).total
+    loss = nt_xent(z, torch.arange(7), temperature, **options).total
+    wide = nt_xent(z.double(), torch.arange(7), temperature, **options).total
     torch.testing.assert_close(loss.double(), wide, rtol=1e-5, atol=1e-5)
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_zero_rows_and_a_batch_without_negatives_stay_finite(decoupled: bool) -> None:
+@pytest.mark.parametrize("options", OPTIONS)
+def test_zero_rows_and_a_batch_without_negatives_stay_finite(options: dict[str, Any]) -> None:
     z = torch.zeros(2, 3, 4, requires_grad=True)
     for ids in (torch.tensor([0, 1, 2]), torch.tensor([5, 5, 5])):
-        loss = nt_xent(z, ids, 0.1, decoupled=decoupled).total
+        loss = nt_xent(z, ids, 0.1, **options).total
         (gradient,) = torch.autograd.grad(loss, z)
         assert loss.isfinite()
         assert gradient.isfinite().all()
+    assert loss == 0
+
+
+def test_an_anchor_without_negatives_beside_others_adds_nothing() -> None:
+    z, ids = embeddings(views=2, batch=2), torch.tensor([3, 3])
+    for options in OPTIONS:
+        loss = nt_xent(z, ids, 0.1, **options).total
+        assert loss == 0
+        assert not torch.autograd.grad(loss, z)[0].any()
 
 
 def test_one_negative_is_enough() -> None:
     z = embeddings(batch=2)
-    torch.testing.assert_close(nt_xent(z, torch.arange(2), 0.5).total, oracle(z, torch.arange(2), 0.5, False))
+    torch.testing.assert_close(nt_xent(z, torch.arange(2), 0.5).total, oracle(z, torch.arange(2), 0.5))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, options: dict[str, Any]) -> None:
     z, ids = embeddings().detach().to(dtype), torch.arange(7)
     with torch.autocast("cpu", dtype=dtype):
-        loss = nt_xent(z, ids, 0.07).total
+        loss = nt_xent(z, ids, 0.07, **options).total
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, nt_xent(z.float(), ids, 0.07).total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, nt_xent(z.float(), ids, 0.07, **options).total, rtol=1e-6, atol=1e-6)
 
 
 def test_one_view_is_refused() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Queue
+from contrastive.objectives import Loss, Queue
 from contrastive.objectives.queue import QueueObjective
 
 DIM = 5
@@ -23,6 +23,23 @@ def batch(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return online.requires_grad_(), twin
 
 
+def seen(queue: QueueObjective, online: Tensor, twin: Tensor) -> tuple[Tensor, Tensor]:
+    """What encoder and twin see: both views with symmetry, else one each."""
+    return (online, twin) if queue.settings.symmetric else (online[:1], twin[1:])
+
+
+def call(queue: QueueObjective, online: Tensor, ids: Tensor, twin: Tensor, step: int = 0) -> Loss:
+    embeddings, targets = seen(queue, online, twin)
+    loss = queue(embeddings, ids, targets, step)
+    assert isinstance(loss, Loss)
+    return loss
+
+
+def update(queue: QueueObjective, online: Tensor, ids: Tensor, twin: Tensor) -> None:
+    embeddings, targets = seen(queue, online, twin)
+    queue.update(embeddings, ids, targets)
+
+
 def unit(row: Tensor) -> Tensor:
     return row / row.norm()
 
@@ -37,7 +54,7 @@ def oracle(
             positive = torch.exp(query @ unit(twin[key_view, i]) / queue.settings.temperature)
             negatives = [
                 torch.exp(query @ row / queue.settings.temperature)
-                for row, other in zip(queue.rows, queue.ids, strict=True)
+                for row, other in zip(queue.queue.rows, queue.queue.ids, strict=True)
                 if other != own
             ]
             losses.append(-torch.log(positive / (positive + sum(negatives))))
@@ -52,11 +69,11 @@ def test_loss_and_gradient_equal_the_double_loop(symmetric: bool, temperature: f
     for seed in range(4):
         online, twin = batch(4, seed)
         directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
-        found, expected = queue(online, ids, twin, seed).total, oracle(online, twin, ids, queue, directions)
+        found, expected = call(queue, online, ids, twin, seed).total, oracle(online, twin, ids, queue, directions)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         gradients = torch.autograd.grad(found, online), torch.autograd.grad(expected, online)
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-        queue.update(online, ids + seed, twin)
+        update(queue, online, ids + seed, twin)
 
 
 @pytest.mark.parametrize(
@@ -64,58 +81,58 @@ def test_loss_and_gradient_equal_the_double_loop(symmetric: bool, temperature: f
 )
 def test_the_queue_wraps_at_any_batch_size(size: int, counts: list[int]) -> None:
     queue = build(size)
-    expected_rows, expected_ids = list(queue.rows.clone()), [-1] * size
+    expected_rows, expected_ids = list(queue.queue.rows.clone()), [-1] * size
     place = received = 0
     for seed, count in enumerate(counts):
         online, twin = batch(count, seed)
         ids = torch.arange(count) + 100 * seed
-        queue.update(online, ids, twin)
+        update(queue, online, ids, twin)
         for key, number in zip(twin[1], ids.tolist(), strict=True):
             expected_rows[place], expected_ids[place] = unit(key), number
             place, received = (place + 1) % size, received + 1
-        torch.testing.assert_close(queue.rows, torch.stack(expected_rows))
-        assert queue.ids.tolist() == expected_ids
-        assert queue.pointer == place
-        assert queue.filled == min(received, size)
+        torch.testing.assert_close(queue.queue.rows, torch.stack(expected_rows))
+        assert queue.queue.ids.tolist() == expected_ids
+        assert queue.queue.pointer == place
+        assert queue.queue.filled == min(received, size)
 
 
 def test_all_rows_have_length_one_at_the_start_and_after_updates() -> None:
     queue = build(20)
-    assert (queue.ids == -1).all()
-    torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(20, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert (queue.queue.ids == -1).all()
+    torch.testing.assert_close(queue.queue.rows.norm(dim=1), torch.ones(20, dtype=torch.float64), rtol=1e-6, atol=1e-6)
     for seed in range(10):
         online, twin = batch(6, seed)
-        queue.update(online, torch.arange(6), twin)
-    torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(20, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        update(queue, online, torch.arange(6), twin)
+    torch.testing.assert_close(queue.queue.rows.norm(dim=1), torch.ones(20, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_a_stored_key_of_the_same_image_is_no_negative() -> None:
     queue = build(4)
     online, twin = batch(4)
-    queue.update(online, torch.tensor([1, 2, 3, 4]), twin)
-    seen, unseen = (
-        queue(online, torch.tensor([1, 2, 3, 4]), twin, 0),
-        queue(online, torch.tensor([5, 6, 7, 8]), twin, 0),
+    update(queue, online, torch.tensor([1, 2, 3, 4]), twin)
+    known, unknown = (
+        call(queue, online, torch.tensor([1, 2, 3, 4]), twin, 0),
+        call(queue, online, torch.tensor([5, 6, 7, 8]), twin, 0),
     )
-    assert seen.total < unseen.total
-    torch.testing.assert_close(seen.total, oracle(online, twin, torch.tensor([1, 2, 3, 4]), queue, [(0, 1)]))
+    assert known.total < unknown.total
+    torch.testing.assert_close(known.total, oracle(online, twin, torch.tensor([1, 2, 3, 4]), queue, [(0, 1)]))
 
 
 def test_the_loss_sees_the_old_queue_and_changes_nothing() -> None:
     queue = build(symmetric=True)
     before = {name: value.clone() for name, value in queue.state_dict().items()}
     online, twin = batch(4)
-    loss = queue(online, torch.arange(4), twin, 0).total
+    loss = call(queue, online, torch.arange(4), twin, 0).total
     assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
-    expected = torch.autograd.grad(queue(online, torch.arange(4), twin, 0).total, online)
-    queue.update(online, torch.arange(4), twin)  # even before backward
+    expected = torch.autograd.grad(call(queue, online, torch.arange(4), twin, 0).total, online)
+    update(queue, online, torch.arange(4), twin)  # even before backward
     torch.testing.assert_close(torch.autograd.grad(loss, online), expected)
 
 
 def test_the_twin_receives_no_gradient() -> None:
     online, twin = batch(4)
     twin.requires_grad_()
-    build()(online, torch.arange(4), twin, 0).total.backward()
+    call(build(), online, torch.arange(4), twin).total.backward()
     assert twin.grad is None
     assert online.grad is not None
 
@@ -125,12 +142,12 @@ def test_buffers_are_changed_in_place_and_saved_whole() -> None:
     addresses = {name: value.data_ptr() for name, value in queue.named_buffers()}
     for seed in range(3):
         online, twin = batch(4, seed)
-        queue.update(online, torch.arange(4), twin)
+        update(queue, online, torch.arange(4), twin)
     assert {name: value.data_ptr() for name, value in queue.named_buffers()} == addresses
     restored.load_state_dict(queue.state_dict())
-    assert {"rows", "ids", "pointer", "filled"} == queue.state_dict().keys()
+    assert {"queue.rows", "queue.ids", "queue.pointer", "queue.filled"} == queue.state_dict().keys()
     for objective in (queue, restored):
-        objective.update(*batch(4, 9)[:1], torch.arange(4), batch(4, 9)[1])
+        update(objective, batch(4, 9)[0], torch.arange(4), batch(4, 9)[1])
     assert all(torch.equal(value, restored.state_dict()[name]) for name, value in queue.state_dict().items())
 
 
@@ -140,8 +157,8 @@ def test_the_seed_alone_decides_the_first_rows() -> None:
     first = build(seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(first.rows, build(seed=5).rows)
-    assert not torch.equal(first.rows, build(seed=6).rows)
+    assert torch.equal(first.queue.rows, build(seed=5).queue.rows)
+    assert not torch.equal(first.queue.rows, build(seed=6).queue.rows)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -149,18 +166,18 @@ def test_low_temperature_and_zero_rows_stay_finite(symmetric: bool) -> None:
     queue = build(symmetric=symmetric, temperature=0.01).float()
     online, twin = torch.zeros(2, 4, DIM, requires_grad=True), torch.zeros(2, 4, DIM)
     for _ in range(3):
-        loss = queue(online, torch.arange(4), twin, 0).total
+        loss = call(queue, online, torch.arange(4), twin, 0).total
         assert loss.isfinite()
         assert torch.autograd.grad(loss, online)[0].isfinite().all()
-        queue.update(online, torch.arange(4), twin)
+        update(queue, online, torch.arange(4), twin)
 
 
 def test_autocast_changes_nothing() -> None:
     queue = build().float()
     online, twin = (views.detach().float() for views in batch(4))
-    plain = queue(online, torch.arange(4), twin, 0).total
+    plain = call(queue, online, torch.arange(4), twin, 0).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = queue(online, torch.arange(4), twin, 0).total
+        inside = call(queue, online, torch.arange(4), twin, 0).total
     assert inside.dtype == torch.float32
     assert torch.equal(plain, inside)
 
@@ -169,5 +186,27 @@ def test_missing_targets_and_another_number_of_views_are_refused() -> None:
     online, twin = batch(4)
     with pytest.raises(ValueError, match="momentum twin"):
         build()(online, torch.arange(4), None, 0)
-    with pytest.raises(ValueError, match="2 views of each image, not 3"):
-        build()(torch.cat([online, online[:1]]), torch.arange(4), torch.cat([twin, twin[:1]]), 0)
+    with pytest.raises(ValueError, match="1 of the encoder and 1 of the twin are not 2 and 2"):
+        build(symmetric=True)(online[:1], torch.arange(4), twin[:1], 0)
+
+
+def test_with_a_size_for_each_process_one_process_has_that_size() -> None:
+    assert len(Queue(size=7, per_process=True).build(dim=DIM, num_images=9, seed=0).state_dict()["queue.rows"]) == 7
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_a_queue_in_16_bits_differs_by_their_rounding_only(storage: str) -> None:
+    settings = {"size": 64, "symmetric": True}
+    wide, narrow = (
+        Queue.model_validate({**settings, "storage": kind}).build(dim=DIM, num_images=100, seed=0)
+        for kind in ("float32", storage)
+    )
+    assert isinstance(wide, QueueObjective)
+    assert isinstance(narrow, QueueObjective)
+    assert narrow.queue.rows.dtype == getattr(torch, storage)
+    for seed in range(3):
+        online, twin = (views.detach().float() for views in batch(6, seed))
+        losses = [call(queue, online, torch.arange(6), twin).total for queue in (wide, narrow)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=5e-3)
+        update(wide, online, torch.arange(6), twin)
+        update(narrow, online, torch.arange(6), twin)

@@ -12,6 +12,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from contrastive import distributed
 from contrastive.data.decode import UnreadableImageError, quiet
 from contrastive.data.files import Files
 from contrastive.data.images import Images
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Iterates without end over one rank's share of the global batches, from step `start` on.
+    """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
 
     Images in memory are indexed; images on disk are decoded ahead by `workers` processes, which end with the iterator.
     On a machine with CUDA the batches are pinned, so that `.to(device, non_blocking=True)` does not wait.
@@ -63,8 +64,7 @@ class Loader:
         self.start = start
         self.workers = workers
         self.timeout = timeout
-        share = order.batch_size // size
-        self._share = slice(rank * share, (rank + 1) * share)
+        self.rank, self.size = rank, size
         self._pin = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -75,7 +75,8 @@ class Loader:
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         for step in count(self.start):
             epoch, ids = self.order.batch(step)
-            yield epoch, ids[self._share].tolist()
+            # Of a smaller last batch some ranks get one image more than others.
+            yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
 
     def _from_memory(self, images: Images) -> Iterator[Batch]:
         for epoch, share in self._plan():

@@ -18,14 +18,21 @@ def order(num_images: int, seed: int, epoch: int) -> Int64[Tensor, " images"]:
 class Order:
     """The global batches of an endless run over `num_images` images, found by their step.
 
-    An epoch has `num_images // batch_size` batches; the rest of its order (another rest in each epoch) is dropped, so
-    that every batch is full, no id comes twice in an epoch, and all ranks take equally many steps.
+    No id comes twice in an epoch. The rest of an epoch's order that does not fill a batch (another rest in each epoch)
+    is dropped, or is a smaller last batch if it has at least `smallest` images; in either case the batches depend on
+    these numbers alone, so that all ranks take equally many steps.
+
+    Args:
+        num_images: how many there are; their ids are the numbers below it.
+        batch_size: images of a full batch.
+        seed: with the epoch it determines the order.
+        smallest: the fewest images of a last batch; None drops each that is not full.
 
     Raises:
         ValueError: fewer images than a batch.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, *, smallest: int | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"a batch of {batch_size} images is empty; use at least 1")
         if num_images < batch_size:
@@ -36,7 +43,10 @@ class Order:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
-        self.steps_per_epoch = num_images // batch_size
+        full, rest = divmod(num_images, batch_size)
+        kept = rest if smallest is not None and rest >= max(smallest, 1) else 0
+        self.steps_per_epoch = full + (kept > 0)
+        self.images_per_epoch = full * batch_size + kept
         self._epoch = -1
         self._ids = torch.empty(0, dtype=torch.int64)
 
@@ -46,3 +56,8 @@ class Order:
         if epoch != self._epoch:
             self._epoch, self._ids = epoch, order(self.num_images, self.seed, epoch)
         return epoch, self._ids[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def images(self, step: int) -> int:
+        """How many images the steps before this one took."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return epoch * self.images_per_epoch + index * self.batch_size

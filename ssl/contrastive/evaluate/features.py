@@ -85,8 +85,8 @@ def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Te
 
 
 def _gather_by_id(local: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
-    features = distributed.gather_uneven(local).cpu()
-    arrived = distributed.gather_uneven(own).cpu()
+    features = distributed.gather_without_gradient(local).cpu()
+    arrived = distributed.gather_without_gradient(own).cpu()
     assert len(arrived) == len(chosen), f"{len(arrived)} features for {len(chosen)} images"
     ordered, places = chosen.sort()
     assert torch.equal(arrived.sort().values, ordered), "an image was computed twice or not at all"

@@ -8,8 +8,10 @@ from contrastive.objectives.bank import Bank
 from contrastive.objectives.in_batch import InBatch
 from contrastive.objectives.loss import Loss
 from contrastive.objectives.loss import Objective as ObjectiveModule
+from contrastive.objectives.nearest_neighbours import NearestNeighbours
 from contrastive.objectives.queue import Queue
+from contrastive.objectives.supervised import Supervised
 
-Objective = Annotated[InBatch | Queue | Bank, Field(discriminator="name")]
+Objective = Annotated[InBatch | Queue | Bank | Supervised | NearestNeighbours, Field(discriminator="name")]
 
-__all__ = ["Bank", "InBatch", "Loss", "Objective", "ObjectiveModule", "Queue"]
+__all__ = ["Bank", "InBatch", "Loss", "NearestNeighbours", "Objective", "ObjectiveModule", "Queue", "Supervised"]

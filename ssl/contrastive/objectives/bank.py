@@ -1,17 +1,26 @@
-"""A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or by NCE."""
+"""A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
 
-import hashlib
 import math
 from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from contrastive import distributed
-from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Temperature, cross_entropy, float32_island
-from contrastive.objectives.noise import log_mean_exp, noise_contrast, normaliser_from_noise
+from contrastive.objectives.loss import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+    information,
+)
+from contrastive.objectives.noise import Noise, log_mean_exp, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from contrastive.objectives.shards import Storage, fetch, owned, unit_rows
 from contrastive.similarity import log_sum_exp, normalize
 
 NORMALISER_DECAY = 0.9
@@ -21,7 +30,9 @@ class Bank(ObjectiveSettings):
     """Non-parametric instance discrimination (Wu et al. 2018), each image a class of its own.
 
     The defaults are the paper's for ImageNet, but for the estimator: one pass over all rows gives the exact softmax
-    and its gradient, at less than the cost of gathering 4,096 rows per image, so NCE is an option and not a need.
+    and its gradient, so that estimating it is an option and not a need. The negatives of each anchor are all other
+    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
+    its share of the rows; they do not grow with gradient accumulation.
     """
 
     name: Literal["bank"] = "bank"
@@ -29,40 +40,62 @@ class Bank(ObjectiveSettings):
     """Divides the similarities; smaller: harder negatives count more."""
     momentum: float = Field(0.5, ge=0, lt=1)
     """Share of its old value a row keeps when its image was seen."""
-    estimator: Literal["exact", "nce"] = "exact"
-    """Softmax over all rows, or noise-contrastive estimation of it from a few."""
+    proximal: float = Field(0.0, ge=0)
+    """Weight of the squared distance to the image's own row, which slows the embeddings (Wu et al. 2018, 3.3)."""
+    storage: Storage = "float32"
+    """Number format of the rows; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
+    estimator: Literal["exact", "nce", "infonce", "parametric"] = "exact"
+    """Softmax over all rows; noise-contrastive estimation; softmax over rows drawn; or learned weights for rows."""
     negatives: int = Field(4096, gt=0)
-    """Noise rows per anchor (nce)."""
+    """Noise rows per anchor (nce, infonce)."""
+    shared: bool = True
+    """One draw of noise rows for the whole batch instead of one per image: far cheaper, equal on average."""
     normaliser: Literal["exact", "first_batch", "ema"] | Annotated[float, Field(gt=0)] = "ema"
     """The softmax's denominator Z: over all rows, from the first batch, its moving average, or a number (nce)."""
-    shared: bool = True
-    """One draw of noise rows for the whole batch instead of one per image: far cheaper, equal on average (nce)."""
+    normaliser_every: int = Field(1, gt=0)
+    """Steps between two sums over all rows, where the normaliser is exact (nce)."""
+
+    @model_validator(mode="after")
+    def _parametric_alone(self) -> "Bank":
+        if self.estimator == "parametric" and (self.storage != "float32" or self.proximal):
+            raise ValueError(
+                f"storage={self.storage} and proximal={self.proximal} are for rows that embeddings move; "
+                "estimator=parametric learns its weights by the optimiser: leave both out"
+            )
+        return self
 
     def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
-        """The objective, with a bank of `num_images` random unit rows drawn from `seed`: the same on every process."""
-        return BankObjective(self, dim=dim, num_images=num_images, seed=seed)
+        """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
+        kind = ParametricObjective if self.estimator == "parametric" else BankObjective
+        return kind(self, dim=dim, num_images=num_images, seed=seed)
 
 
 class BankObjective(Objective):
-    """The bank's state: one unit row per image, and log Z (NaN until the first update, for NCE only).
+    """The bank's state: unit rows, when each was last written, the steps so far, and log Z (NaN until it is known).
 
-    Every process holds the same whole bank: each applies the embeddings of all processes, in rank order.
+    Each process holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
+    seen travels to the rows it belongs to.
     """
 
     rows: Tensor
+    written: Tensor
+    steps: Tensor
     log_normaliser: Tensor
-    row_ids: Tensor
 
     def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int) -> None:
         super().__init__()
-        self.settings = settings
-        self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("rows", normalize(torch.randn(num_images, dim, generator=generator)))
+        self.settings, self.num_images, self.seed = settings, num_images, seed
+        self.own = distributed.share(num_images)
+        self.register_buffer("rows", unit_rows(self.own, dim, seed=seed, storage=settings.storage))
+        self.register_buffer("written", torch.zeros(len(self.rows), dtype=torch.int32))
+        self.register_buffer("steps", torch.tensor(0, dtype=torch.int32))
         # The logarithm: at a temperature of 0.01 Z itself would leave float32.
         self.register_buffer("log_normaliser", torch.tensor(math.nan))
-        self.register_buffer("row_ids", torch.arange(num_images), persistent=False)
         self._pending_log_normaliser: Tensor | None = None
+
+    def shards(self) -> dict[str, int]:
+        """The rows and when they were written."""
+        return {"rows": self.num_images, "written": self.num_images}
 
     @float32_island
     def forward(
@@ -77,23 +110,38 @@ class BankObjective(Objective):
         Raises:
             ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
         """
-        self._check(ids)
-        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(len(embeddings))
-        positives = (anchors * self.rows[anchor_ids]).sum(1)
-        terms = {"positive_similarity": positives.detach().mean()}
-        if self.settings.estimator == "exact":
-            losses = instance_softmax(
-                anchors, positives, anchor_ids, self.rows, self.row_ids, self.settings.temperature
-            )
+        _check(ids, self.num_images)
+        settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_rows = fetch(self.rows, self.own.start, ids, lengths).to(anchors.dtype).repeat(views, 1)
+        positives = (anchors * own_rows).sum(1)
+        terms = {"positive_similarity": positives.detach().mean(), "staleness": self.staleness()}
+        if settings.estimator == "exact":
+            row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
+            losses = instance_softmax(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
+            negatives = torch.full_like(positives, self.num_images - 1)
         else:
-            noise = self._noise_ids(len(ids), step).to(ids.device)
-            log_normaliser = self._estimate(anchors.detach(), positives.detach(), anchor_ids, noise)
-            self._pending_log_normaliser = log_normaliser
-            losses = noise_contrast(
-                anchors, positives, anchor_ids, self.rows, noise, log_normaliser, self.settings.temperature
+            noise = Noise(
+                self.rows,
+                self.own.start,
+                self.num_images,
+                count=settings.negatives,
+                images=None if settings.shared else sum(lengths),
+                seed=self.seed,
+                step=step,
             )
-            terms["normaliser"] = log_normaliser.exp()
-        return Loss(losses.mean(), terms)
+            own_hits = noise.own_hits(ids, sum(lengths[: distributed.rank()])).repeat(views)
+            negatives = (settings.negatives - own_hits).to(positives.dtype)
+            losses, log_normaliser = self._estimated(anchors, positives, anchor_ids, noise, own_hits, lengths, step)
+            if log_normaliser is not None:
+                self._pending_log_normaliser = log_normaliser
+                terms["normaliser"] = log_normaliser.exp()
+        if settings.estimator != "nce":
+            terms |= information(losses.detach().mean(), 1 + negatives.mean())
+        terms["negatives"] = negatives.mean()
+        if settings.proximal:
+            losses = losses + settings.proximal * (anchors - own_rows).square().sum(1)
+        return Loss(average(losses), terms)
 
     @torch.no_grad()
     def update(
@@ -107,40 +155,61 @@ class BankObjective(Objective):
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
         comes more than once, in views, in the batch or on several processes, is averaged first.
         """
-        self._check(ids)
-        means = distributed.gather_without_gradient(normalize(embeddings).mean(0)).to(self.rows.dtype)
-        seen, places = torch.unique(distributed.gather_without_gradient(ids), return_inverse=True)
+        _check(ids, self.num_images)
+        lengths = distributed.counts(len(ids))
+        means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
+        places = distributed.gather_without_gradient(ids, lengths) - self.own.start
+        here = owned(self.rows, places)
+        seen, index = torch.unique(places[here], return_inverse=True)
         # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
-        sums = means.new_zeros(len(seen), means.shape[1]).index_put_((places,), means, accumulate=True)
-        counts = means.new_zeros(len(seen)).index_put_((places,), means.new_ones(len(places)), accumulate=True)
+        sums = means.new_zeros(len(seen), means.shape[1]).index_put_((index,), means[here], accumulate=True)
+        counts = means.new_zeros(len(seen)).index_put_((index,), means.new_ones(len(index)), accumulate=True)
         momentum = self.settings.momentum
-        moved = momentum * self.rows[seen] + (1 - momentum) * sums / counts.unsqueeze(1)
-        self.rows.index_copy_(0, seen, normalize(moved))
+        moved = momentum * self.rows[seen].to(sums.dtype) + (1 - momentum) * sums / counts.unsqueeze(1)
+        self.steps += 1
+        self.rows.index_copy_(0, seen, normalize(moved).to(self.rows.dtype))
+        self.written.index_copy_(0, seen, self.steps.expand(len(seen)))
         if self._pending_log_normaliser is not None:
             self.log_normaliser.copy_(self._pending_log_normaliser)
             self._pending_log_normaliser = None
 
-    def _check(self, ids: Tensor) -> None:
-        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.rows):
-            raise ValueError(
-                f"the bank has one row per image, ids 0 to {len(self.rows) - 1}; the batch holds ids from "
-                f"{int(ids.min())} to {int(ids.max())}; build the bank with the number of training images"
-            )
+    def staleness(self) -> Float[Tensor, ""]:
+        """The mean number of steps since this process's rows were written: how far the bank is behind the encoder."""
+        return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
 
-    def _noise_ids(self, batch: int, step: int) -> Tensor:
-        """The step's noise, uniform over all rows with replacement: one draw for all, or this process's part."""
-        key = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        count = self.settings.negatives
-        if self.settings.shared:
-            return torch.randint(len(self.rows), (count,), generator=generator)
-        # The whole batch's draws on every process, so that an image's noise does not depend on their number.
-        drawn = torch.randint(len(self.rows), (distributed.size() * batch, count), generator=generator)
-        return drawn[distributed.rank() * batch : (distributed.rank() + 1) * batch]
+    def _estimated(
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        ids: Tensor,
+        noise: Noise,
+        own_hits: Tensor,
+        lengths: list[int],
+        step: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The losses by noise rows, and for NCE the step's log Z, the same on every process."""
+        temperature, rule = self.settings.temperature, self.settings.normaliser
+        if self.settings.estimator == "infonce":
+            others = log_sum_over_noise(anchors, ids, noise, temperature, lengths)
+            return cross_entropy(others, positives / temperature), None
+        due = step % self.settings.normaliser_every == 0
+        with torch.no_grad():
+            if not isinstance(rule, str):
+                log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
+            elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
+                log_normaliser = self.log_normaliser.clone()
+            else:
+                if rule == "exact":
+                    logarithms = log_sum_exp(anchors.detach(), self.rows, temperature)
+                else:
+                    others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
+                    logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
+                log_normaliser = self._averaged(logarithms)
+        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature, lengths)
+        return losses, log_normaliser
 
-    @torch.no_grad()
-    def _estimate(self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
-        """The step's log Z by the chosen rule; the same on every process.
+    def _averaged(self, logarithms: Tensor) -> Tensor:
+        """The step's log Z from its anchors' estimates, over all processes and, by the rule, over steps.
 
         The original takes the mean over the first batch's scores, positives among them, and keeps it for ever: right
         only while the rows are random, before the first epoch is over. The moving average is the default: it follows
@@ -148,19 +217,55 @@ class BankObjective(Objective):
         noise rows and is precise already, so it forgets with 0.9, and in the logarithm, which falls as fast as it
         rises: Z grows and shrinks by orders of magnitude while the first rows replace the random ones.
         """
-        rule, temperature, stored = self.settings.normaliser, self.settings.temperature, self.log_normaliser
-        if not isinstance(rule, str):
-            return torch.full_like(stored, math.log(rule))
-        if rule == "exact":
-            logarithms = log_sum_exp(anchors, self.rows, temperature)
-        else:
-            logarithms = normaliser_from_noise(anchors, positives, ids, self.rows, noise, temperature)
-        local = log_mean_exp(logarithms).to(stored.dtype)
-        fresh = log_mean_exp(distributed.gather_without_gradient(local.reshape(1)))
-        if rule == "exact":
+        stored = self.log_normaliser
+        fresh = log_mean_exp(distributed.gather_without_gradient(logarithms)).to(stored.dtype)
+        if self.settings.normaliser != "ema":
             return fresh
-        kept = stored if rule == "first_batch" else NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh
-        return torch.where(stored.isnan(), fresh, kept)
+        return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
+
+
+class ParametricObjective(Objective):
+    """The parametric softmax that the paper compares with: one learned weight per image, spread over the processes.
+
+    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights begin as
+    the bank's rows do, are free in length, and are moved by the optimiser; their gradient on each process is the sum
+    over the processes' losses.
+    """
+
+    def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int) -> None:
+        super().__init__()
+        self.settings, self.num_images = settings, num_images
+        self.own = distributed.share(num_images)
+        self.weight = nn.Parameter(unit_rows(self.own, dim, seed=seed))
+
+    def shards(self) -> dict[str, int]:
+        """The weights."""
+        return {"weight": self.num_images}
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The cross-entropy of this process's anchors, each image its own class, the mean over views.
+
+        Raises:
+            ValueError: if an id is not one of the images (checked on CPU).
+        """
+        _check(ids, self.num_images)
+        views, lengths = len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
+        products = (anchors * own_weights).sum(1)
+        row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
+        losses = instance_softmax(anchors, products, anchor_ids, self.weight, row_ids, self.settings.temperature)
+        negatives = torch.tensor(float(self.num_images - 1), device=ids.device)
+        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
+        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
+        return Loss(average(losses), terms | information(losses.detach().mean(), 1 + negatives))
 
 
 def instance_softmax(
@@ -171,9 +276,17 @@ def instance_softmax(
     row_ids: Int[Tensor, " rows"],
     temperature: float,
 ) -> Float[Tensor, " anchors"]:
-    """Cross-entropy of the softmax over all rows (Wu et al. 2018, equation 2), the anchor's own row as its class.
+    """Cross-entropy of the softmax over the rows of all processes, the anchor's own row as its class.
 
-    `positives` are the products of the anchors with their own rows.
+    That is equation 2 of Wu et al. 2018. `positives` are the products of the anchors with their own rows.
     """
     others = log_sum_exp(anchors, rows, temperature, query_ids=ids, key_ids=row_ids)
     return cross_entropy(others, positives / temperature)
+
+
+def _check(ids: Tensor, num_images: int) -> None:
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_images:
+        raise ValueError(
+            f"the bank has one row per image, ids 0 to {num_images - 1}; the batch holds ids from "
+            f"{int(ids.min())} to {int(ids.max())}; build the bank with the number of training images"
+        )

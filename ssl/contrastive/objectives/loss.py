@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contrastive import distributed
 from contrastive.config import Settings
 
 P = ParamSpec("P")
@@ -36,6 +37,24 @@ def cross_entropy(
     """
     # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
     return F.softplus(negatives - positives, threshold=40)
+
+
+def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
+    """This process's part of the mean over the anchors of all processes: the mean of the parts is that mean.
+
+    It is the local mean where all processes have equally many anchors, and stays exact where a last batch is uneven.
+    """
+    return losses.sum() * (distributed.size() / sum(distributed.counts(len(losses))))
+
+
+def information(loss: Float[Tensor, ""], candidates: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """What an InfoNCE loss says about the mutual information of two views: a lower bound, and its ceiling, in nats.
+
+    I ≥ log N − loss (van den Oord et al. 2018, section 2.3), with N candidates for each anchor, the positive among
+    them; the bound can never say more than log N.
+    """
+    ceiling = candidates.detach().log()
+    return {"information": ceiling - loss.detach(), "ceiling": ceiling}
 
 
 def float32_island(function: Callable[P, R]) -> Callable[P, R]:
@@ -72,6 +91,13 @@ class Objective(nn.Module, ABC):
     ) -> None:
         """Moves the memory after a step that was taken; an objective without memory has nothing to do."""
 
+    def shards(self) -> dict[str, int]:
+        """The length over all processes of what is spread over them, by its name in the state dictionary.
+
+        Each process holds the part `distributed.share(length)` of the first axis; all other state is equal everywhere.
+        """
+        return {}
+
 
 class ObjectiveSettings(Settings):
     """What the settings of all objectives have in common."""
@@ -80,6 +106,26 @@ class ObjectiveSettings(Settings):
     def twin_momentum(self) -> float | None:
         """Share of its old weights that a momentum twin keeps at each step; none: there is no twin."""
         return None
+
+    @property
+    def fewest_views(self) -> int:
+        """How many views of each image it needs at least."""
+        return 1
+
+    @property
+    def most_views(self) -> int | None:
+        """How many views of each image it can use; none: any number."""
+        return None
+
+    @property
+    def splits_views(self) -> bool:
+        """Whether the encoder sees view 0 only and the twin view 1 only, instead of both seeing both."""
+        return False
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the twin's batch norms are to see other companies of images than the encoder's, across processes."""
+        return False
 
 
 def _warn_if_tiny(temperature: float) -> float:

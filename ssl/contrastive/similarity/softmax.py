@@ -1,25 +1,33 @@
 """The log of sums of exponentials over all pairs of embeddings, exact, in tiles, with its own backward.
 
-Three ideas carry it. *Sorted by id*, equal ids lie beside each other, so that a mask is needed only where the ids of
+Five ideas carry it. *Sorted by id*, equal ids lie beside each other, so that a mask is needed only where the ids of
 a tile's rows and columns meet, whatever the ids stand for. *Powers of two*: with log₂e folded into the scale,
 exp(s/τ) is exp2 of the product itself, at a third of exp's price on CPU. *No shift*: the exponentials are summed as
 they are, and only where a sum leaves the safe range of the number format (for unit vectors never at a temperature of
-0.03 or above) is the work done again with a running maximum. All three lose nothing: the results are exact.
+0.03 or above) is the work done again with a running maximum. *A core for a tile*: tiles are dealt out to the cores,
+by a rule that does not depend on their number, so that results do not either. *A process for its keys*: queries
+travel to the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys,
+the processes share out the pairs. All five lose nothing: the results are exact.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from contrastive import distributed
 from contrastive.similarity.rows import at_least_float32, slices
+from contrastive.similarity.threads import on_all_cores
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
+PIECES = 64
+"""Pieces of work that a sum over many keys is cut into, where there are as many."""
 
 
 def log_sum_exp(
@@ -32,12 +40,17 @@ def log_sum_exp(
 ) -> Float[Tensor, " queries"]:
     """For each query, the log of the sum of exp(query · key / temperature) over the keys that have another id.
 
+    The keys are those of all processes: each passes its own queries and its own keys, any number of them, and gets
+    the values of its own queries. All processes must call together.
+
     Without `keys` the queries are the keys: each product then serves a row and a column, at half the price. Without
     ids every key counts. Where no key is left the value is −inf and its gradient zero. Memory grows with the number
     of embeddings, never with the number of pairs.
 
     Everything is computed in float32, also under autocast, or in float64 where the queries are; keys of a narrower
-    type are widened tile by tile. Differentiable once, in the queries and, where they ask for it, in the keys.
+    type are widened tile by tile. (Only the gradient of queries against bfloat16 keys weighs these by bfloat16
+    weights, which moves it by less than 1e-4 of its length.) Differentiable once, in the queries and, where they ask
+    for it, in the keys; in backward, too, all processes must come together.
 
     Raises:
         ValueError: if the temperature is not above 0, or ids are missing.
@@ -52,13 +65,14 @@ def log_sum_exp(
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
     with torch.autocast(queries.device.type, enabled=False):
         queries = at_least_float32(queries)
+        lengths = distributed.counts(len(queries))
         if keys is None:
-            result: Tensor = _SymmetricLogSumExp.apply(queries, query_ids, temperature)
+            result: Tensor
+            result, safe = _SymmetricLogSumExp.apply(queries, query_ids, temperature, lengths)
+            if safe:
+                return result
             keys, key_ids = queries, query_ids
-        else:
-            result = _LogSumExp.apply(queries, keys, query_ids, key_ids, temperature, False)
-        if not _is_safe(result):
-            result = _LogSumExp.apply(queries, keys, query_ids, key_ids, temperature, True)
+        result = _LogSumExp.apply(queries, keys, query_ids, key_ids, temperature, lengths)
     return result
 
 
@@ -69,39 +83,48 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        order, ids = _order(ids)
+    def forward(
+        ctx: Any, embeddings: Tensor, ids: Tensor, temperature: float, lengths: list[int]
+    ) -> tuple[Tensor, bool]:
+        order, ids = _order(distributed.gather_without_gradient(ids, lengths))
         # Both sides scaled by one root: their products are the exponents of two.
         scale = math.sqrt(LOG2_E / temperature)
-        rows = _take(embeddings, order).mul(scale)
+        rows = _take(distributed.gather_without_gradient(embeddings, lengths), order).mul(scale)
         sums = rows.new_zeros(len(rows))
-        for a, b, exponentials in _symmetric_exponentials(rows, ids):
+
+        def add(a: slice, b: slice, exponentials: Tensor) -> None:
             sums[a] += exponentials.sum(1)
             if a != b:
                 sums[b] += exponentials.sum(0)
+
+        _each_pair(rows, ids, add)
+        sums = distributed.total(sums)
         ctx.save_for_backward(rows, ids, order, sums)
-        ctx.scale = scale
-        result: Tensor = _put(sums.log(), order)
-        return result
+        ctx.scale, ctx.lengths = scale, lengths
+        logarithms = sums.log()
+        return _own(_put(logarithms, order), lengths), _is_safe(logarithms)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, ids, order, sums = ctx.saved_tensors
-        shares = _take(gradients[0], order) / sums
+        assert gradients[0] is not None
+        shares = _take(distributed.gather_without_gradient(gradients[0], ctx.lengths), order) / sums
         gradient = torch.zeros_like(rows)
-        buffer = _buffer(rows)
-        for a, b, weights in _symmetric_exponentials(rows, ids):
-            pairs = buffer[: weights.numel()].view_as(weights)
-            weights.mul_(torch.add(shares[a, None], shares[b], out=pairs))
+
+        def add(a: slice, b: slice, exponentials: Tensor) -> None:
+            weights = exponentials.mul_(shares[a, None] + shares[b])
             gradient[a].addmm_(weights, rows[b])
             if a != b:
                 gradient[b].addmm_(weights.T, rows[a])
-        return _put(gradient.mul_(ctx.scale * LN_2), order), None, None
+
+        _each_pair(rows, ids, add)
+        whole = _put(gradient.mul_(ctx.scale * LN_2), order)
+        return distributed.scatter_sum(whole, ctx.lengths), None, None, None
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Online softmax: one pass gives the log-sum-exp and the softmax-weighted mean of the keys, its gradient.
+    """One pass gives the log-sum-exp and the softmax-weighted mean of the keys, its gradient in the queries.
 
     A second pass, in backward, is needed only where the keys want their gradient too.
     """
@@ -114,49 +137,111 @@ class _LogSumExp(torch.autograd.Function):
         query_ids: Tensor | None,
         key_ids: Tensor | None,
         temperature: float,
-        running_maximum: bool,
+        lengths: list[int],
     ) -> Tensor:
-        query_order, query_ids = _order(query_ids) if query_ids is not None else (None, None)
-        key_order, key_ids = _order(key_ids) if key_ids is not None else (None, None)
-        rows = _take(queries, query_order).mul(LOG2_E / temperature)
-        sums = rows.new_zeros(len(rows), 1)
-        # Below every score, yet finite: where no key is left, 2^(−inf − maximum) is 0 and not NaN.
-        maximum = torch.full_like(sums, torch.finfo(rows.dtype).min if running_maximum else 0.0)
-        weighted = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        for a, _, tile, scores in _scores(rows, keys, query_ids, key_ids, key_order):
-            if running_maximum:
-                highest = torch.maximum(maximum[a], scores.amax(1, keepdim=True))
-                shrink = torch.exp2(maximum[a] - highest)
-                maximum[a] = highest
-                sums[a] *= shrink
-                if weighted is not None:
-                    weighted[a] *= shrink
-                scores.sub_(highest)
-            exponentials = scores.exp2_()
-            sums[a] += exponentials.sum(1, keepdim=True)
-            if weighted is not None:
-                weighted[a].addmm_(exponentials, tile)
-        result: Tensor = sums.log2().add_(maximum).mul_(LN_2).squeeze(1)
+        query_order, key_order = None, None
+        if query_ids is not None and key_ids is not None:
+            query_order, query_ids = _order(distributed.gather_without_gradient(query_ids, lengths))
+            key_order, key_ids = _order(key_ids)
+        rows = _take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
+        pairs = _Pairs(rows, keys, query_ids, key_ids, key_order)
+        for running_maximum in (False, True):
+            found = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
+            logarithms = found.sums.log2().add_(found.maximum).mul_(LN_2).squeeze(1)
+            if _is_safe(logarithms):
+                break
         mean = None
-        if weighted is not None:
-            mean = _put(weighted.div_(sums.clamp_(min=torch.finfo(sums.dtype).tiny)), query_order)
-        ctx.temperature = temperature
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(mean, rows, keys, query_ids, key_ids, query_order, key_order, result)
-        else:
-            ctx.save_for_backward(mean)
-        return _put(result, query_order)
+        if found.weighted is not None:
+            tiny = torch.finfo(rows.dtype).tiny
+            mean = distributed.scatter_sum(_put(found.weighted, query_order), lengths)
+            mean /= _own(_put(found.sums, query_order), lengths).clamp(min=tiny)
+        ctx.temperature, ctx.lengths = temperature, lengths
+        rest = (rows, keys, query_ids, key_ids, query_order, key_order, logarithms) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(mean, *rest)
+        return _own(_put(logarithms, query_order), lengths)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mean, *rest = ctx.saved_tensors
+        (gradient,) = gradients
         query_gradient = key_gradient = None
         if mean is not None:
-            query_gradient = mean * (gradients[0] / ctx.temperature).unsqueeze(1)
+            query_gradient = mean * (gradient / ctx.temperature).unsqueeze(1)
         if rest:
-            key_gradient = _key_gradient(gradients[0], *rest)
+            key_gradient = _key_gradient(distributed.gather_without_gradient(gradient, ctx.lengths), *rest)
         return query_gradient, key_gradient, None, None, None, None
+
+
+class _Sums(NamedTuple):
+    """Sums of powers of two over some keys: the true sums are 2^maximum times these."""
+
+    maximum: Tensor
+    sums: Tensor
+    weighted: Tensor | None
+    """The keys, weighted by their powers and added."""
+
+
+def _sum_over_keys(pairs: "_Pairs", running_maximum: bool, with_keys: bool) -> _Sums:
+    """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
+    height, columns = pairs.pieces()
+    works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
+    found = on_all_cores(works, pairs.rows.device)
+    joined = [_join(found[first : first + len(columns)]) for first in range(0, len(found), len(columns))]
+    maximum, sums = (torch.cat([getattr(part, name) for part in joined]) for name in ("maximum", "sums"))
+    weighted = torch.cat([part.weighted for part in joined if part.weighted is not None]) if with_keys else None
+    if running_maximum and distributed.size() > 1:
+        highest = distributed.maximum(maximum)
+        shrink = torch.exp2(maximum - highest)
+        maximum, sums = highest, sums * shrink
+        if weighted is not None:
+            weighted *= shrink
+    return _Sums(maximum, distributed.total(sums), weighted)
+
+
+def _sum_over_piece(pairs: "_Pairs", a: slice, columns: slice, running_maximum: bool, with_keys: bool) -> _Sums:
+    sums = pairs.rows.new_zeros(a.stop - a.start, 1)
+    # Below every score, yet finite: where no key is left, 2^(−inf − maximum) is 0 and not NaN.
+    maximum = torch.full_like(sums, torch.finfo(sums.dtype).min if running_maximum else 0.0)
+    weighted = sums.new_zeros(len(sums), pairs.rows.shape[1]) if with_keys else None
+    for _, tile, scores in pairs.scores(a, columns):
+        if running_maximum:
+            highest = torch.maximum(maximum, scores.amax(1, keepdim=True))
+            shrink = torch.exp2(maximum - highest)
+            maximum = highest
+            sums *= shrink
+            if weighted is not None:
+                weighted *= shrink
+            scores.sub_(highest)
+        exponentials = scores.exp2_()
+        sums += exponentials.sum(1, keepdim=True)
+        if weighted is not None:
+            _add_weighted(weighted, exponentials, tile)
+    return _Sums(maximum, sums, weighted)
+
+
+def _add_weighted(weighted: Tensor, exponentials: Tensor, tile: Tensor) -> None:
+    if tile.dtype == torch.bfloat16 and weighted.dtype == torch.float32 and _multiplies_bfloat16(tile.device):
+        weighted += torch.mm(exponentials.bfloat16(), tile)
+    else:
+        weighted.addmm_(exponentials, tile.to(weighted.dtype))
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _join(parts: Sequence[_Sums]) -> _Sums:
+    """The sums over several sets of keys."""
+    maximum = torch.stack([part.maximum for part in parts]).amax(0)
+    shrink = [torch.exp2(part.maximum - maximum) for part in parts]
+    sums = torch.stack([part.sums * factor for part, factor in zip(parts, shrink, strict=True)]).sum(0)
+    weighted = None
+    for part, factor in zip(parts, shrink, strict=True):
+        if part.weighted is not None:
+            part.weighted.mul_(factor)
+            weighted = part.weighted if weighted is None else weighted.add_(part.weighted)
+    return _Sums(maximum, sums, weighted)
 
 
 def _key_gradient(
@@ -167,52 +252,105 @@ def _key_gradient(
     key_ids: Tensor | None,
     query_order: Tensor | None,
     key_order: Tensor | None,
-    result: Tensor,
+    logarithms: Tensor,
 ) -> Tensor:
     """Softmaxᵀ · (gradient · queries) / τ, with the softmax recomputed tile by tile."""
-    exponent = result.mul(LOG2_E).masked_fill_(result.isneginf(), 0).unsqueeze(1)
+    exponent = logarithms.mul(LOG2_E).masked_fill_(logarithms.isneginf(), 0).unsqueeze(1)
     weighted_rows = rows * (_take(gradient, query_order) * LN_2).unsqueeze(1)
     found = rows.new_zeros(len(keys), rows.shape[1])
-    for a, b, _, scores in _scores(rows, keys, query_ids, key_ids, key_order):
-        found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
+    pairs = _Pairs(rows, keys, query_ids, key_ids, key_order)
+
+    def add(columns: slice) -> None:
+        for a in slices(0, len(rows), _tile_shape(rows.device)[0]):
+            for b, _, scores in pairs.scores(a, columns):
+                found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
+
+    on_all_cores([partial(add, columns) for columns in _cut(len(keys), PIECES)], rows.device)
     return _put(found, key_order).to(keys.dtype)
 
 
-def _symmetric_exponentials(rows: Tensor, ids: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """2^(row · row) for each pair of tiles a ≤ b, zero where the ids are equal, in one buffer used again.
+class _Pairs:
+    """Sorted queries and keys whose ids are sorted by `key_order`, and their products, tile by tile."""
 
-    The tiles on the diagonal are the low ones, for half of their work is done twice.
+    def __init__(
+        self, rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
+    ) -> None:
+        self.rows, self.keys, self.key_order = rows, keys, key_order
+        self.row_ids, self.key_ids = row_ids, key_ids
+
+    def pieces(self) -> tuple[list[slice], list[slice]]:
+        """Queries and keys cut so that there are enough pieces for all cores; by their numbers alone."""
+        height, width = _tile_shape(self.rows.device)
+        a = list(slices(0, len(self.rows), height)) or [slice(0, 0)]
+        if self.rows.device.type != "cpu":
+            return a, [slice(0, len(self.keys))]
+        wanted = min(PIECES // len(a), len(self.keys) // (4 * width))
+        return a, _cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
+
+    def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each tile of keys and its products with the queries, −inf where ids are equal, in one buffer used again."""
+        height, width = _tile_shape(self.rows.device)
+        buffer = self.rows.new_empty(height * width)
+        # Few queries: longer tiles, of as many products.
+        tiles = list(slices(columns.start, columns.stop, height * width // max(min(a.stop - a.start, height), 1)))
+        meetings = None
+        if self.row_ids is not None and self.key_ids is not None:
+            meetings = _meetings(self.row_ids, self.key_ids, tiles)
+        for index, b in enumerate(tiles):
+            tile = self.keys[b] if self.key_order is None else self.keys[self.key_order[b]]
+            scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
+            if meetings is not None and self.row_ids is not None and self.key_ids is not None:
+                _exclude(scores, a, b, meetings[index], self.row_ids, self.key_ids)
+            yield b, tile, scores
+
+
+def _each_pair(rows: Tensor, ids: Tensor, add: Any) -> None:
+    """Calls `add(a, b, 2^(row · row))` for this process's part of all pairs of tiles, a = b or a before b.
+
+    The exponentials are zero where the ids are equal, and in a buffer that is used again. The chunks of rows meet as
+    the teams of a tournament do: in each round every chunk has one other, so that the pairs of a round, spread over
+    the cores, never write to the same rows; and each process plays its part of every round.
     """
-    height, width = _tile_shape(rows)
-    tiles = []
-    for a in slices(0, len(rows), height):
-        tiles += [(a, a), *((a, b) for b in slices(a.stop, len(rows), width))]
-    meetings = _meetings(ids, ids, [b for _, b in tiles])
-    buffer = _buffer(rows)
-    for (a, b), meeting in zip(tiles, meetings, strict=True):
-        scores = _multiply(rows[a], rows[b], buffer)
-        _exclude(scores, a, b, meeting, ids, ids)
-        yield a, b, scores.exp2_()
+    processes = distributed.size()
+    count = 2 * processes * max(1, round(len(rows) / (2 * processes * _tile_shape(rows.device)[1])))
+    chunks = _cut(len(rows), count)
+    halves = [(slice(c.start, (c.start + c.stop) // 2), slice((c.start + c.stop) // 2, c.stop)) for c in chunks]
+    columns = [part for chunk, pair in zip(chunks, halves, strict=True) for part in (chunk, *pair)]
+    columns = [b for b in columns if b.stop > b.start]
+    meetings = dict(zip([(b.start, b.stop) for b in columns], _meetings(ids, ids, columns), strict=True))
+
+    def play(tiles: Sequence[tuple[slice, slice]]) -> None:
+        buffer = rows.new_empty(max((a.stop - a.start) * (b.stop - b.start) for a, b in tiles) if tiles else 0)
+        for a, b in tiles:
+            if a.stop > a.start and b.stop > b.start:
+                scores = _multiply(rows[a], rows[b], buffer)
+                _exclude(scores, a, b, meetings[b.start, b.stop], ids, ids)
+                add(a, b, scores.exp2_())
+
+    def tiles_of(i: int, j: int) -> list[tuple[slice, slice]]:
+        first, second = min(i, j), max(i, j)
+        if first == second:
+            top, bottom = halves[first]
+            return [(top, top), (bottom, bottom), (top, bottom)]
+        return [(half, chunks[second]) for half in halves[first]]
+
+    own = distributed.share(count)
+    on_all_cores([partial(play, tiles_of(i, i)) for i in range(own.start, own.stop)], rows.device)
+    matches = distributed.share(count // 2)
+    for turn in range(count - 1):
+        # The circle method: the last chunk stays, the others move on by one place from round to round.
+        places = [count - 1, *((turn + place) % (count - 1) for place in range(count - 1))]
+        games = [(places[place], places[count - 1 - place]) for place in range(matches.start, matches.stop)]
+        on_all_cores([partial(play, tiles_of(i, j)) for i, j in games], rows.device)
 
 
-def _scores(
-    rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Each tile of keys with its products with a tile of rows, −inf where the ids are equal, in one buffer used again.
+def _cut(count: int, pieces: int) -> list[slice]:
+    return [distributed.share(count, piece, pieces) for piece in range(pieces)]
 
-    `key_ids` are sorted; `key_order` says where in `keys` they stand.
-    """
-    height = max(min(len(rows), _tile_shape(rows)[0]), 1)
-    columns = list(slices(0, len(keys), math.prod(_tile_shape(rows)) // height))
-    meetings = _meetings(row_ids, key_ids, columns) if row_ids is not None and key_ids is not None else None
-    buffer = _buffer(rows)
-    for a in slices(0, len(rows), height):
-        for index, b in enumerate(columns):
-            tile = (keys[b] if key_order is None else keys[key_order[b]]).to(rows.dtype)
-            scores = _multiply(rows[a], tile, buffer)
-            if meetings is not None and row_ids is not None and key_ids is not None:
-                _exclude(scores, a, b, meetings[index], row_ids, key_ids)
-            yield a, b, tile, scores
+
+def _own(whole: Tensor, lengths: list[int]) -> Tensor:
+    own: Tensor = whole.split(lengths)[distributed.rank()]
+    return own
 
 
 def _meetings(row_ids: Tensor, key_ids: Tensor, tiles: Sequence[slice]) -> list[list[int]]:
@@ -236,14 +374,9 @@ def _multiply(rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(rows, columns.T, out=buffer[: shape[0] * shape[1]].view(shape))
 
 
-def _buffer(rows: Tensor) -> Tensor:
-    height, width = _tile_shape(rows)
-    return rows.new_empty(height * max(height, width))
-
-
-def _tile_shape(rows: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tile: on CPU its scores stay in the cache between passes; on a GPU launches cost more."""
-    return (512, 1024) if rows.device.type == "cpu" else (8192, 8192)
+def _tile_shape(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile: a CPU core keeps its scores in its own cache; on a GPU launches cost more."""
+    return (256, 512) if device.type == "cpu" else (8192, 8192)
 
 
 def _order(ids: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -1,0 +1,146 @@
+"""The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
+
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from contrastive.data import Images, Order
+from contrastive.encoder import Encoder, MomentumTwin
+from contrastive.objectives import ObjectiveModule
+from contrastive.recipe import Recipe
+from contrastive.views import Views
+
+
+class Machine(NamedTuple):
+    """The parts that move during a run, on their device, alike on every process."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    views: Views
+    encoder: Encoder
+    forward: nn.Module
+    """The encoder as Accelerate wraps it: what a step calls."""
+    twin: MomentumTwin | None
+    objective: ObjectiveModule
+    optimiser: Any
+    names: Tensor | None
+    """What the objective gets as the id of each image (int64, [images]), where that is not its index."""
+    shuffled: bool
+    """Whether the twin's samples are exchanged between the processes, for the sake of its batch norms."""
+
+
+def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
+    """All parts of a run for a set of images.
+
+    Raises:
+        ValueError: if a part cannot be built for the images, or does not go with another.
+    """
+    torch.manual_seed(recipe.seed)
+    names = label_names(images) if recipe.ids == "labels" else None
+    views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
+    encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
+    chunk, smallest = recipe.train.chunk, smallest_part(encoder)
+    if chunk is not None and chunk < smallest:
+        raise ValueError(
+            f"train.chunk={chunk}: the encoder's batch norms need at least {smallest} images at a time; "
+            f"use train.chunk={smallest} or more, or an encoder without batch norm"
+        )
+    split, several = recipe.encoder.batch_norm_splits > 1, accelerator.num_processes > 1
+    shuffled = several and not split and recipe.objective.shuffles and has_batch_norm(encoder)
+    # A batch norm that is split or shuffled is to see a part of the batch only: synchronising it would undo that.
+    if several and not split and not shuffled and accelerator.device.type == "cuda":
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    encoder = encoder.to(accelerator.device)
+    if recipe.train.channels_last:
+        encoder = encoder.to(memory_format=torch.channels_last)
+    objective = recipe.objective.build(dim=encoder.dim, num_images=len(images), seed=recipe.seed)
+    objective, views = objective.to(accelerator.device), views.to(accelerator.device)
+    twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
+    optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
+    forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
+    if names is not None:
+        names = names.to(accelerator.device)
+    return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled)
+
+
+def batches(recipe: Recipe, num_images: int, processes: int, begun_on: int | None = None) -> Order:
+    """The batches of a run; with `train.drop_last=false` a smaller last one, unless it is too small to be trained on.
+
+    It is kept where each process gets 2 images of it at least, for each part of a split batch norm.
+
+    Args:
+        recipe: the recipe.
+        num_images: how many images there are.
+        processes: over how many processes a batch is shared.
+        begun_on: the number of processes of the run that is resumed.
+
+    Raises:
+        ValueError: if there are too few images, or if an epoch has another number of steps than it was begun with.
+    """
+
+    def order(number: int) -> Order:
+        smallest = None if recipe.train.drop_last else 2 * recipe.encoder.batch_norm_splits * number
+        return Order(num_images, recipe.train.batch_size, recipe.seed, smallest=smallest)
+
+    found = order(processes)
+    if begun_on is not None and order(begun_on).steps_per_epoch != found.steps_per_epoch:
+        raise ValueError(
+            f"the last batch of an epoch ({num_images % recipe.train.batch_size} images) is large enough for either "
+            f"{begun_on} processes, on which the run was begun, or {processes}, so that its steps would mean other "
+            f"images; resume it on {begun_on}"
+        )
+    return found
+
+
+def label_names(images: Images) -> Int64[Tensor, " images"]:
+    """An id for each image that it shares with the images of its label; each image without a label has its own.
+
+    Raises:
+        ValueError: if no image has a label.
+    """
+    labels = images.labels
+    if labels is None or not bool((labels >= 0).any()):
+        raise ValueError(
+            "ids=labels makes images of the same label positives of each other, but these images have no labels; put "
+            "them into one folder for each class, or use ids=images"
+        )
+    return torch.where(labels >= 0, labels, labels.max() + 1 + torch.arange(len(labels)))
+
+
+def smallest_part(encoder: Encoder) -> int:
+    """The fewest images that may pass the encoder by themselves in training: 2 for each part of a batch norm."""
+    return 2 * encoder.batch_norm_splits if has_batch_norm(encoder) else 1
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether samples that pass the module together in training change each other."""
+    return any(isinstance(child, _BatchNorm) for child in module.modules())
+
+
+def cautions(machine: Machine) -> list[str]:
+    """What does not forbid a run, but should be known before it begins."""
+    recipe, processes = machine.recipe, machine.accelerator.num_processes
+    chunk, normed, local = recipe.train.chunk, has_batch_norm(machine.encoder), recipe.train.batch_size // processes
+    said = []
+    if chunk is not None and chunk >= local:
+        said.append(f"train.chunk={chunk} changes nothing: a process has no more than {local} images of a batch")
+    elif chunk is not None and normed:
+        joined = processes if any(isinstance(child, nn.SyncBatchNorm) for child in machine.encoder.modules()) else 1
+        said.append(
+            "batch norms normalise each chunk by its own statistics, of about "
+            f"{chunk * joined} images and not of {local * joined}: in "
+            "this alone the gradient is not that of the whole batch; an encoder without batch norm has exactly that one"
+        )
+    if machine.twin is not None and normed and not machine.shuffled and recipe.encoder.batch_norm_splits == 1:
+        cure = "encoder.batch_norm_splits=2 hides it"
+        if processes > 1:
+            cure = f"objective.shuffle=true, where the objective has it, or {cure}"
+        said.append(
+            "the encoder and its twin normalise the same batch, through which the loss can be lowered without "
+            f"learning anything (He et al. 2020, section 3.3); {cure}"
+        )
+    return said
