@@ -12,6 +12,7 @@ import platform
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +113,14 @@ def peak_mebibytes(prepare: Callable[..., Work], *arguments: object) -> float | 
 def available_mebibytes() -> float:
     """Memory (MiB) that can be had without swapping; infinite where the system does not say."""
     status = Path("/proc/meminfo")
-    return _kibibytes(status, "MemAvailable") / 1024 if status.exists() else float("inf")
+    return kibibytes(status, "MemAvailable") / 1024 if status.exists() else float("inf")
+
+
+def script(name: str, threads: int, *words: str) -> None:
+    """Runs one of the scripts as a user would; what it prints is not shown, its errors are."""
+    command = [sys.executable, str(Path(__file__).parents[1] / name), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def machine(packages: Sequence[str] = ()) -> dict[str, str]:
@@ -125,7 +133,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     found = {
         "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "memory": f"{_kibibytes(memory, 'MemTotal') / 2**20:.1f} GiB" if memory.exists() else "unknown",
+        "memory": f"{kibibytes(memory, 'MemTotal') / 2**20:.1f} GiB" if memory.exists() else "unknown",
         "load": f"{os.getloadavg()[0]:.2f} (one minute)" if hasattr(os, "getloadavg") else "unknown",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
     }
@@ -183,12 +191,13 @@ def _peak(sender: Connection, prepare: Callable[..., Work], arguments: tuple[obj
     if not status.exists():
         raise RuntimeError("peak memory is read from /proc, which this system lacks; run on Linux")
     reset.write_text("5")
-    before = _kibibytes(status, "VmRSS")
+    before = kibibytes(status, "VmRSS")
     work()
-    sender.send((_kibibytes(status, "VmHWM") - before) / 1024)
+    sender.send((kibibytes(status, "VmHWM") - before) / 1024)
 
 
-def _kibibytes(file: Path, key: str) -> float:
+def kibibytes(file: Path, key: str) -> float:
+    """A figure of a file of /proc, by its name (VmRSS, VmHWM, MemTotal, …)."""
     return float(next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(f"{key}:")))
 
 

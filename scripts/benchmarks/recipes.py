@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ from typing import Any
 from benchmarks import harness
 from contrastive import recipe as recipes
 
-SCRIPTS = Path(__file__).parents[1]
 PROTOCOL = "protocol.linear.regularisations=[0.001,0.003,0.01,0.03]"
 """A part of the grid, for time's sake."""
 
@@ -65,18 +62,11 @@ def _measure(
     folder = place / f"{data}-{recipe}-{seed}"
     if not (folder / "evaluation.json").exists():
         words = [f"data={data}", f"seed={seed}", f"train.minutes={minutes}", f"train.threads={threads}"]
-        _call("pretrain.py", threads, recipe, *words, "train.monitor=0", f"output={folder}")
-        _call("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}", PROTOCOL)
+        harness.script("pretrain.py", threads, recipe, *words, "train.monitor=0", f"output={folder}")
+        harness.script("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}", PROTOCOL)
     report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     report["epochs"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["epoch"]
     return report
-
-
-def _call(script: str, threads: int, *words: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *words], check=True, env=environment, stdout=subprocess.DEVNULL
-    )
 
 
 def _row(data: str, name: str, reports: Sequence[dict[str, Any]], kind: str) -> dict[str, harness.Value]:
