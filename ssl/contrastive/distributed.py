@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since torch 2.14, where the older ones warn.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _meters: list["Traffic"] = []
 
 
@@ -93,7 +96,7 @@ def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
         pieces = pieces.flatten(0, 1)
     own = pieces.new_empty(longest, *pieces.shape[1:])
     if longest:
-        dist.reduce_scatter_tensor(own, pieces.contiguous())
+        _reduce_scatter(own, pieces.contiguous())
     _note(pieces, 1)
     return own[: lengths[rank()]]
 
@@ -196,7 +199,7 @@ def _gather(local: Tensor, lengths: Sequence[int]) -> Tensor:
 def _all_gather(local: Tensor) -> Tensor:
     gathered = local.new_empty(size() * len(local), *local.shape[1:])
     if len(local):
-        dist.all_gather_into_tensor(gathered, local.contiguous())
+        _gather_into(gathered, local.contiguous())
     _note(gathered, 1)
     return gathered
 
