@@ -12,7 +12,7 @@ from torch import Tensor
 from contrastive import distributed
 from contrastive.objectives import Bank, InBatch, NearestNeighbours, Queue, Supervised, noise
 from contrastive.objectives.loss import ObjectiveSettings
-from contrastive.similarity import log_sum_exp, softmax
+from contrastive.similarity import log_sum_exp, pairs, softmax
 
 BATCHES, INPUTS, DIM, IMAGES = [8, 8, 5, 8], 6, 5, 41
 """The third batch is uneven on 2 and on 4 processes; neither bank nor queue divides evenly."""
@@ -130,7 +130,7 @@ def work(rank: int, size: int, folder: str) -> None:
     noise.DENSE = 0
     for name in GATHERED:
         found[f"{name}, gathered"] = train(*OBJECTIVES[name])
-    softmax._tile_shape = lambda device: (2, 3)
+    pairs.tile_shape = softmax.tile_shape = lambda device: (2, 3)
     found["small tiles"] = train(*OBJECTIVES["in_batch, three views"])
     found["keys with gradient"] = keys_with_gradient()
     local = torch.arange(6.0).view(3, 2) + 10 * rank

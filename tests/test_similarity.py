@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.similarity import log_sum_exp, nearest, normalize, softmax, top_k
+from contrastive.similarity import log_sum_exp, nearest, normalize, pairs, softmax, top_k
 from contrastive.similarity.threads import on_all_cores
 
 DISTINCT = torch.arange(30)
@@ -21,7 +21,8 @@ IDS = {"distinct": DISTINCT, "views": VIEWS, "reversed": VIEWS.flip(0), "classes
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result must not depend on the tiles, whatever remains at the edges."""
     if request.param is not None:
-        monkeypatch.setattr(softmax, "_tile_shape", lambda rows: request.param)
+        for module in (pairs, softmax):
+            monkeypatch.setattr(module, "tile_shape", lambda device: request.param)
 
 
 def unit_rows(count: int, dim: int = 5, seed: int = 0) -> Tensor:
@@ -291,7 +292,8 @@ def test_a_failure_on_one_thread_is_raised(two_threads: None) -> None:
 def test_16_bit_keys_give_the_value_and_gradient_of_their_rows(
     native: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(softmax, "_as_bfloat16", lambda rows, keys: native and keys.dtype == torch.bfloat16)
+    for module in (pairs, softmax):
+        monkeypatch.setattr(module, "as_bfloat16", lambda rows, keys: native and keys.dtype == torch.bfloat16)
     queries, ids = unit_rows(60, 16).float().requires_grad_(), torch.arange(60)
     for kind in (torch.bfloat16, torch.float16):
         keys = unit_rows(3000, 16, seed=1).to(kind)

@@ -11,7 +11,7 @@ the processes share out the pairs. All five lose nothing: the results are exact.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contrastive import distributed
+from contrastive.similarity.pairs import PIECES, Pairs, as_bfloat16, cut, each_pair, order_of, put, take, tile_shape
 from contrastive.similarity.rows import at_least_float32, slices
 from contrastive.similarity.threads import on_all_cores
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
-PIECES = 64
-"""Pieces of work that a sum over many keys is cut into, where there are as many."""
 
 
 def log_sum_exp(
@@ -88,10 +87,10 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     def forward(
         ctx: Any, embeddings: Tensor, ids: Tensor, temperature: float, lengths: list[int]
     ) -> tuple[Tensor, bool]:
-        order, ids = _order(distributed.gather_without_gradient(ids, lengths))
+        order, ids = order_of(distributed.gather_without_gradient(ids, lengths))
         # Both sides scaled by one root: their products are the exponents of two.
         scale = math.sqrt(LOG2_E / temperature)
-        rows = _take(distributed.gather_without_gradient(embeddings, lengths), order).mul(scale)
+        rows = take(distributed.gather_without_gradient(embeddings, lengths), order).mul(scale)
         sums = rows.new_zeros(len(rows))
 
         def add(a: slice, b: slice, exponentials: Tensor) -> None:
@@ -99,19 +98,19 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             if a != b:
                 sums[b] += exponentials.sum(0)
 
-        _each_pair(rows, ids, add)
+        each_pair(rows, ids, add)
         sums = distributed.total(sums)
         ctx.save_for_backward(rows, ids, order, sums)
         ctx.scale, ctx.lengths = scale, lengths
         logarithms = sums.log()
-        return _own(_put(logarithms, order), lengths), _is_safe(logarithms)
+        return _own(put(logarithms, order), lengths), _is_safe(logarithms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, ids, order, sums = ctx.saved_tensors
         assert gradients[0] is not None
-        shares = _take(distributed.gather_without_gradient(gradients[0], ctx.lengths), order) / sums
+        shares = take(distributed.gather_without_gradient(gradients[0], ctx.lengths), order) / sums
         gradient = torch.zeros_like(rows)
 
         def add(a: slice, b: slice, exponentials: Tensor) -> None:
@@ -120,8 +119,8 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             if a != b:
                 gradient[b].addmm_(weights.T, rows[a])
 
-        _each_pair(rows, ids, add)
-        whole = _put(gradient.mul_(ctx.scale * LN_2), order)
+        each_pair(rows, ids, add)
+        whole = put(gradient.mul_(ctx.scale * LN_2), order)
         return distributed.scatter_sum(whole, ctx.lengths), None, None, None
 
 
@@ -143,10 +142,10 @@ class _LogSumExp(torch.autograd.Function):
     ) -> Tensor:
         query_order, key_order = None, None
         if query_ids is not None and key_ids is not None:
-            query_order, query_ids = _order(distributed.gather_without_gradient(query_ids, lengths))
-            key_order, key_ids = _order(key_ids)
-        rows = _take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
-        pairs = _Pairs(rows, keys, query_ids, key_ids, key_order)
+            query_order, query_ids = order_of(distributed.gather_without_gradient(query_ids, lengths))
+            key_order, key_ids = order_of(key_ids)
+        rows = take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
+        pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
         for running_maximum in (False, True):
             found = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
             logarithms = found.sums.log2().add_(found.maximum).mul_(LN_2).squeeze(1)
@@ -155,12 +154,12 @@ class _LogSumExp(torch.autograd.Function):
         mean = None
         if found.weighted is not None:
             tiny = torch.finfo(rows.dtype).tiny
-            mean = distributed.scatter_sum(_put(found.weighted, query_order), lengths)
-            mean /= _own(_put(found.sums, query_order), lengths).clamp(min=tiny)
+            mean = distributed.scatter_sum(put(found.weighted, query_order), lengths)
+            mean /= _own(put(found.sums, query_order), lengths).clamp(min=tiny)
         ctx.temperature, ctx.lengths = temperature, lengths
         rest = (rows, keys, query_ids, key_ids, query_order, key_order, logarithms) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(mean, *rest)
-        return _own(_put(logarithms, query_order), lengths)
+        return _own(put(logarithms, query_order), lengths)
 
     @staticmethod
     @once_differentiable
@@ -184,7 +183,7 @@ class _Sums(NamedTuple):
     """The keys, weighted by their powers and added."""
 
 
-def _sum_over_keys(pairs: "_Pairs", running_maximum: bool, with_keys: bool) -> _Sums:
+def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sums:
     """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
     height, columns = pairs.pieces()
     works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
@@ -201,7 +200,7 @@ def _sum_over_keys(pairs: "_Pairs", running_maximum: bool, with_keys: bool) -> _
     return _Sums(maximum, distributed.total(sums), weighted)
 
 
-def _sum_over_piece(pairs: "_Pairs", a: slice, columns: slice, running_maximum: bool, with_keys: bool) -> _Sums:
+def _sum_over_piece(pairs: Pairs, a: slice, columns: slice, running_maximum: bool, with_keys: bool) -> _Sums:
     sums = pairs.rows.new_zeros(a.stop - a.start, 1)
     # Below every score, yet finite: where no key is left, 2^(−inf − maximum) is 0 and not NaN.
     maximum = torch.full_like(sums, torch.finfo(sums.dtype).min if running_maximum else 0.0)
@@ -223,17 +222,10 @@ def _sum_over_piece(pairs: "_Pairs", a: slice, columns: slice, running_maximum: 
 
 
 def _add_weighted(weighted: Tensor, exponentials: Tensor, tile: Tensor) -> None:
-    if _as_bfloat16(weighted, tile):
+    if as_bfloat16(weighted, tile):
         weighted += torch.mm(exponentials.bfloat16(), tile)
     else:
         weighted.addmm_(exponentials, tile.to(weighted.dtype))
-
-
-def _as_bfloat16(rows: Tensor, keys: Tensor) -> bool:
-    """Whether products are taken in bfloat16, which a CPU with instructions for it does twice as fast."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32 or keys.dtype != torch.bfloat16:
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _join(parts: Sequence[_Sums]) -> _Sums:
@@ -261,160 +253,22 @@ def _key_gradient(
 ) -> Tensor:
     """Softmaxᵀ · (gradient · queries) / τ, with the softmax recomputed tile by tile."""
     exponent = logarithms.mul(LOG2_E).masked_fill_(logarithms.isneginf(), 0).unsqueeze(1)
-    weighted_rows = rows * (_take(gradient, query_order) * LN_2).unsqueeze(1)
+    weighted_rows = rows * (take(gradient, query_order) * LN_2).unsqueeze(1)
     found = rows.new_zeros(len(keys), rows.shape[1])
-    pairs = _Pairs(rows, keys, query_ids, key_ids, key_order)
+    pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
 
     def add(columns: slice) -> None:
-        for a in slices(0, len(rows), _tile_shape(rows.device)[0]):
+        for a in slices(0, len(rows), tile_shape(rows.device)[0]):
             for b, _, scores in pairs.scores(a, columns):
                 found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
 
-    on_all_cores([partial(add, columns) for columns in _cut(len(keys), PIECES)], rows.device)
-    return _put(found, key_order).to(keys.dtype)
-
-
-class _Pairs:
-    """Sorted queries and keys whose ids are sorted by `key_order`, and their products, tile by tile."""
-
-    def __init__(
-        self, rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
-    ) -> None:
-        self.rows, self.keys, self.key_order = rows, keys, key_order
-        self.row_ids, self.key_ids = row_ids, key_ids
-        self.narrow_rows = rows.bfloat16() if _as_bfloat16(rows, keys) else None
-
-    def pieces(self) -> tuple[list[slice], list[slice]]:
-        """Queries and keys cut so that there are enough pieces for all cores; by their numbers alone."""
-        height, width = _tile_shape(self.rows.device)
-        a = list(slices(0, len(self.rows), height)) or [slice(0, 0)]
-        if self.rows.device.type != "cpu":
-            return a, [slice(0, len(self.keys))]
-        wanted = min(PIECES // len(a), len(self.keys) // (2 * width))
-        return a, _cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
-
-    def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each tile of keys and its products with the queries, −inf where ids are equal, in one buffer used again."""
-        height, width = _tile_shape(self.rows.device)
-        buffer = self.rows.new_empty(height * width)
-        narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
-        # Few queries: longer tiles, of as many products.
-        tiles = list(slices(columns.start, columns.stop, height * width // max(min(a.stop - a.start, height), 1)))
-        meetings = None
-        if self.row_ids is not None and self.key_ids is not None:
-            meetings = _meetings(self.row_ids, self.key_ids, tiles)
-        for index, b in enumerate(tiles):
-            tile = self.keys[b] if self.key_order is None else self.keys[self.key_order[b]]
-            if narrow is not None and self.narrow_rows is not None:
-                scores = _multiply(self.narrow_rows[a], tile, narrow)
-                scores = buffer[: scores.numel()].view_as(scores).copy_(scores)
-            else:
-                scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
-            if meetings is not None and self.row_ids is not None and self.key_ids is not None:
-                _exclude(scores, a, b, meetings[index], self.row_ids, self.key_ids)
-            yield b, tile, scores
-
-
-def _each_pair(rows: Tensor, ids: Tensor, add: Any) -> None:
-    """Calls `add(a, b, 2^(row · row))` for this process's part of all pairs of tiles, a = b or a before b.
-
-    The exponentials are zero where the ids are equal, and in a buffer that is used again. The chunks of rows meet as
-    the teams of a tournament do: in each round every chunk has one other, so that the pairs of a round, spread over
-    the cores, never write to the same rows; and each process plays its part of every round.
-    """
-    height, width = _tile_shape(rows.device)
-    processes = distributed.size()
-    # Enough chunks for a core each, also of few rows.
-    width = width if len(rows) >= 16 * width * processes else -(-width // 2)
-    count = 2 * processes * max(1, round(len(rows) / (2 * processes * width)))
-    chunks = _cut(len(rows), count)
-
-    def tiles_of(i: int, j: int) -> list[tuple[slice, slice]]:
-        first, second = chunks[min(i, j)], chunks[max(i, j)]
-        parts = slices(first.start, first.stop, height)
-        if i != j:
-            return [(part, second) for part in parts]
-        # On the diagonal each part meets itself, where half of the work is done twice, and what comes after it.
-        return [tile for part in parts for tile in ((part, part), (part, slice(part.stop, first.stop)))]
-
-    def play(i: int, j: int) -> None:
-        tiles = [(a, b) for a, b in tiles_of(i, j) if a.stop > a.start and b.stop > b.start]
-        meetings = _meetings(ids, ids, [b for _, b in tiles])
-        buffer = rows.new_empty(max((math.prod(map(_length, tile)) for tile in tiles), default=0))
-        for (a, b), meeting in zip(tiles, meetings, strict=True):
-            scores = _multiply(rows[a], rows[b], buffer)
-            _exclude(scores, a, b, meeting, ids, ids)
-            add(a, b, scores.exp2_())
-
-    own = distributed.share(count)
-    on_all_cores([partial(play, i, i) for i in range(own.start, own.stop)], rows.device)
-    matches = distributed.share(count // 2)
-    for turn in range(count - 1):
-        # The circle method: the last chunk stays, the others move on by one place from round to round.
-        places = [count - 1, *((turn + place) % (count - 1) for place in range(count - 1))]
-        games = [(places[place], places[count - 1 - place]) for place in range(matches.start, matches.stop)]
-        on_all_cores([partial(play, i, j) for i, j in games], rows.device)
-
-
-def _cut(count: int, pieces: int) -> list[slice]:
-    return [distributed.share(count, piece, pieces) for piece in range(pieces)]
-
-
-def _length(part: slice) -> int:
-    length: int = part.stop - part.start
-    return length
+    on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
+    return put(found, key_order).to(keys.dtype)
 
 
 def _own(whole: Tensor, lengths: list[int]) -> Tensor:
     own: Tensor = whole.split(lengths)[distributed.rank()]
     return own
-
-
-def _meetings(row_ids: Tensor, key_ids: Tensor, tiles: Sequence[slice]) -> list[list[int]]:
-    """For each tile of keys the first and last row whose id may be in it; all ids sorted."""
-    lowest, highest = key_ids[[b.start for b in tiles]], key_ids[[b.stop - 1 for b in tiles]]
-    first = torch.searchsorted(row_ids, lowest)
-    last = torch.searchsorted(row_ids, highest, right=True)
-    meetings: list[list[int]] = torch.stack([first, last], 1).tolist()
-    return meetings
-
-
-def _exclude(scores: Tensor, a: slice, b: slice, meeting: list[int], row_ids: Tensor, key_ids: Tensor) -> None:
-    first, last = max(meeting[0], a.start), min(meeting[1], a.stop)
-    if first < last:
-        equal = row_ids[first:last, None] == key_ids[b]
-        scores[first - a.start : last - a.start].masked_fill_(equal, -torch.inf)
-
-
-def _multiply(rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
-    shape = len(rows), len(columns)
-    return torch.mm(rows, columns.T, out=buffer[: shape[0] * shape[1]].view(shape))
-
-
-def _tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile: a CPU core keeps its scores in its own cache; on a GPU launches cost more."""
-    return (256, 1536) if device.type == "cpu" else (8192, 8192)
-
-
-def _order(ids: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The order that sorts the ids (None where they are sorted) and the sorted ids."""
-    if bool((ids[1:] >= ids[:-1]).all()):
-        return None, ids
-    ids, order = ids.sort(stable=True)
-    return order, ids
-
-
-def _take(rows: Tensor, order: Tensor | None) -> Tensor:
-    return rows if order is None else rows[order]
-
-
-def _put(rows: Tensor, order: Tensor | None) -> Tensor:
-    """The inverse of `_take`."""
-    if order is None:
-        return rows
-    placed = torch.empty_like(rows)
-    placed[order] = rows
-    return placed
 
 
 def _is_safe(logarithms: Tensor) -> bool:
