@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.similarity import log_sum_exp, nearest, normalize, pairs, softmax, top_k
+from contrastive.similarity import log_sum_exp, nearest, normalize, pairs, softmax, threads, top_k
 from contrastive.similarity.threads import on_all_cores
 
 DISTINCT = torch.arange(30)
@@ -252,7 +252,8 @@ def test_top_k_refuses_a_k_that_the_keys_cannot_give(k: int) -> None:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(threads, "LEAST_PRODUCTS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -284,7 +285,7 @@ def test_a_failure_on_one_thread_is_raised(two_threads: None) -> None:
         raise ValueError("a piece failed")
 
     with pytest.raises(ValueError, match="a piece failed"):
-        on_all_cores([lambda: None, fail], torch.device("cpu"))
+        on_all_cores([lambda: None, fail], torch.device("cpu"), 1)
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -13,12 +13,19 @@ from typing import TypeVar
 import torch
 
 R = TypeVar("R")
+LEAST_PRODUCTS = 1 << 25
+"""Pairs below which the pieces take turns: threads of one's own keep OpenMP's from waiting actively, for good, and the
+convolutions of a training step then cost more than the pieces gain."""
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def on_all_cores(works: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
-    """The results in order, without gradient; on the CPU on as many threads as torch may use, elsewhere in turn."""
+def on_all_cores(works: Sequence[Callable[[], R]], device: torch.device, products: int) -> list[R]:
+    """The results in order, without gradient; on the CPU on as many threads as torch may use, elsewhere in turn.
+
+    In turn also where all the work, of which these may be a part, is about fewer than 33 million products.
+    """
     threads = min(torch.get_num_threads(), len(works)) if device.type == "cpu" else 1
+    threads = threads if products >= LEAST_PRODUCTS else 1
     if threads < 2:
         with torch.no_grad():
             return [work() for work in works]
