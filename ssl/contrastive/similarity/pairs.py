@@ -76,10 +76,10 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
 
     def tiles_of(i: int, j: int) -> list[tuple[slice, slice]]:
         first, second = chunks[min(i, j)], chunks[max(i, j)]
-        parts = slices(first.start, first.stop, height)
         if i != j:
-            return [(part, second) for part in parts]
+            return [(part, second) for part in slices(first.start, first.stop, height)]
         # On the diagonal each part meets itself, where half of the work is done twice, and what comes after it.
+        parts = slices(first.start, first.stop, max(1, min(height, -(-_length(first) // 2))))
         return [tile for part in parts for tile in ((part, part), (part, slice(part.stop, first.stop)))]
 
     def play(i: int, j: int) -> None:
