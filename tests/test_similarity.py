@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.similarity import log_sum_exp, nearest, normalize, pairs, softmax, threads, top_k
+from contrastive.similarity import log_sum_exp, nearest, normalize, pairs, softmax, top_k
 from contrastive.similarity.threads import on_all_cores
 
 DISTINCT = torch.arange(30)
@@ -252,8 +252,7 @@ def test_top_k_refuses_a_k_that_the_keys_cannot_give(k: int) -> None:
 
 
 @pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(threads, "LEAST_PRODUCTS", 0)
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -280,12 +279,22 @@ def test_the_number_of_threads_changes_no_bit(two_threads: None) -> None:
     torch.testing.assert_close(on_two[1].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_each_core_has_one_thread_and_the_caller_keeps_its_own(two_threads: None) -> None:
+    def own_threads() -> int:
+        _ = torch.randn(512, 512) @ torch.randn(512, 512)
+        return torch.get_num_threads()
+
+    for _ in range(2):
+        assert on_all_cores([own_threads] * 4, torch.device("cpu")) == [1, 1, 1, 1]
+        assert torch.get_num_threads() == 2
+
+
 def test_a_failure_on_one_thread_is_raised(two_threads: None) -> None:
     def fail() -> None:
         raise ValueError("a piece failed")
 
     with pytest.raises(ValueError, match="a piece failed"):
-        on_all_cores([lambda: None, fail], torch.device("cpu"), 1)
+        on_all_cores([lambda: None, fail], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("native", [True, False])

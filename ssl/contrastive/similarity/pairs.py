@@ -92,13 +92,13 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
             add(a, b, scores.exp2_())
 
     own = distributed.share(count)
-    on_all_cores([partial(play, i, i) for i in range(own.start, own.stop)], rows.device, len(rows) ** 2)
+    on_all_cores([partial(play, i, i) for i in range(own.start, own.stop)], rows.device)
     matches = distributed.share(count // 2)
     for turn in range(count - 1):
         # The circle method: the last chunk stays, the others move on by one place from round to round.
         places = [count - 1, *((turn + place) % (count - 1) for place in range(count - 1))]
         games = [(places[place], places[count - 1 - place]) for place in range(matches.start, matches.stop)]
-        on_all_cores([partial(play, i, j) for i, j in games], rows.device, len(rows) ** 2)
+        on_all_cores([partial(play, i, j) for i, j in games], rows.device)
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:

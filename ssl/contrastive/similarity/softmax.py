@@ -4,10 +4,10 @@ Five ideas carry it. *Sorted by id*, equal ids lie beside each other, so that a 
 a tile's rows and columns meet, whatever the ids stand for. *Powers of two*: with log₂e folded into the scale,
 exp(s/τ) is exp2 of the product itself, at a third of exp's price on CPU. *No shift*: the exponentials are summed as
 they are, and only where a sum leaves the safe range of the number format (for unit vectors never at a temperature of
-0.03 or above) is the work done again with a running maximum. *A core for a tile*: where there are many, tiles are
-dealt out to the cores, by a rule that does not depend on their number. *A process for its keys*: queries travel to
-the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys, the
-processes share out the pairs. All five lose nothing: the results are exact.
+0.03 or above) is the work done again with a running maximum. *A core for a tile*: tiles are dealt out to the cores,
+by a rule that does not depend on their number, so that results do not either. *A process for its keys*: queries
+travel to the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys,
+the processes share out the pairs. All five lose nothing: the results are exact.
 """
 
 import math
@@ -187,7 +187,7 @@ def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sum
     """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
     height, columns = pairs.pieces()
     works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
-    found = on_all_cores(works, pairs.rows.device, len(pairs.rows) * len(pairs.keys))
+    found = on_all_cores(works, pairs.rows.device)
     joined = [_join(found[first : first + len(columns)]) for first in range(0, len(found), len(columns))]
     maximum, sums = (torch.cat([getattr(part, name) for part in joined]) for name in ("maximum", "sums"))
     weighted = torch.cat([part.weighted for part in joined if part.weighted is not None]) if with_keys else None
@@ -262,7 +262,7 @@ def _key_gradient(
             for b, _, scores in pairs.scores(a, columns):
                 found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
 
-    on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device, len(rows) * len(keys))
+    on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
     return put(found, key_order).to(keys.dtype)
 
 

@@ -13,19 +13,12 @@ from typing import TypeVar
 import torch
 
 R = TypeVar("R")
-LEAST_PRODUCTS = 1 << 25
-"""Pairs below which the pieces take turns: threads of one's own keep OpenMP's from waiting actively, for good, and the
-convolutions of a training step then cost more than the pieces gain."""
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def on_all_cores(works: Sequence[Callable[[], R]], device: torch.device, products: int) -> list[R]:
-    """The results in order, without gradient; on the CPU on as many threads as torch may use, elsewhere in turn.
-
-    In turn also where all the work, of which these may be a part, is about fewer than 33 million products.
-    """
+def on_all_cores(works: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
+    """The results in order, without gradient; on the CPU on as many threads as torch may use, elsewhere in turn."""
     threads = min(torch.get_num_threads(), len(works)) if device.type == "cpu" else 1
-    threads = threads if products >= LEAST_PRODUCTS else 1
     if threads < 2:
         with torch.no_grad():
             return [work() for work in works]
@@ -47,6 +40,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _begin(together: Barrier) -> None:
     torch.set_num_threads(1)
+    # Asked now, or the thread takes with its first operation the number that was set last anywhere, and each of these
+    # threads gets some of OpenMP's, which then keep those of the main thread from waiting actively.
+    torch.get_num_threads()
     torch.set_grad_enabled(False)  # each thread has its own switch, and the pieces are differentiated by hand
     # Numbers below the normal range cost a hundred times the others, and a sum of exponentials never needs them.
     torch.set_flush_denormal(True)
