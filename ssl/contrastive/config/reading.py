@@ -1,35 +1,22 @@
-"""Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
+"""Settings from defaults, one YAML file and `key=value` words, with what is wrong said in words."""
 
 import difflib
 import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
+from contrastive.config.keys import hint_for, suggestion_for
+from contrastive.config.settings import Settings, field_at, leaves_of, members_of
+
 MAX_YAML_BYTES = 1 << 20
-
-
-class Settings(BaseModel):
-    """A frozen description of one component: unknown keys, NaN and infinities are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
-    )
-
-    shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {}
-    """What a bare value stands for, by field; `field=value` means `field.name=value` where nothing is said."""
-    hints: ClassVar[Mapping[str, str]] = {}
-    """What to say to whoever looks for a key that does not exist, in place of the nearest key that does."""
-
-
 S = TypeVar("S", bound=Settings)
 
 
@@ -65,35 +52,6 @@ def dump_yaml(settings: Settings) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
 
 
-class Key(NamedTuple):
-    """One key of the command line, as `--help` shows it."""
-
-    key: str
-    kind: str
-    default: str
-    doc: str
-    only_for: str
-    """The component's name to which the key belongs, where several share the place; else empty."""
-
-
-def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
-    """Every key of the tree with its type and bounds, default and one line, in the order of the fields."""
-    for name, field in model.model_fields.items():
-        key, members = f"{prefix}{name}", _members(field.annotation)
-        if not members:
-            yield Key(key, _kind(field), _default(field), field.description or "", "")
-        elif set(members) == {None}:
-            yield from keys(members[None], f"{key}.")
-        else:
-            chosen = field.get_default(call_default_factory=True)
-            choices = " | ".join(str(member) for member in members)
-            yield Key(f"{key}.name", choices, str(getattr(chosen, "name", "null")), field.description or "", "")
-            for member, settings in members.items():
-                for entry in keys(settings, f"{key}."):
-                    if entry.key != f"{key}.name":
-                        yield entry._replace(only_for=str(member))
-
-
 def _read_yaml(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_YAML_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes; a recipe has at most {MAX_YAML_BYTES:,}")
@@ -115,7 +73,7 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         key = key.strip().lstrip("-")
         if not equals or not key:
-            raise ValueError(f"{word!r} is not of the form key=value{_suggestion(model, word)}")
+            raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word)}")
         if text == "":
             raise ValueError(f"{key} has no value; write {key}=null for none")
         if key in seen:
@@ -127,17 +85,17 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for parent in parents:
             leaf = leaf.setdefault(parent, {})
-        leaf[last] = _value(_field(model, key.split(".")), key, text)
+        leaf[last] = _value(field_at(model, key.split(".")), key, text)
         tree = _merge(model, tree, _expand(model, branch), same_layer=True)
     return tree
 
 
 def _value(field: FieldInfo | None, key: str, text: str) -> Any:
     """The text itself where a text is expected (a folder called 010 stays 010), else what YAML makes of it."""
-    leaves = _leaves(field.annotation) if field else set()
+    leaves = leaves_of(field.annotation) if field else set()
     if text == "null" and types.NoneType in leaves:
         return None
-    if field is not None and (_members(field.annotation) or leaves <= {str, Path, types.NoneType}):
+    if field is not None and (members_of(field.annotation) or leaves <= {str, Path, types.NoneType}):
         return text.strip("'\"") if text[:1] in "'\"" else text
     try:
         parsed = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(f"value: {text}")))
@@ -165,7 +123,7 @@ def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Bare values where a component is expected, written out."""
     expanded: dict[str, Any] = {}
     for key, value in tree.items():
-        members = _members(model.model_fields[key].annotation) if key in model.model_fields else {}
+        members = members_of(model.model_fields[key].annotation) if key in model.model_fields else {}
         if members and isinstance(value, str | int | float) and not isinstance(value, bool):
             shorthand = model.shorthands.get(key)
             expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
@@ -187,7 +145,7 @@ def _merge(
             merged[key] = value
             continue
         field = model.model_fields.get(key)
-        members = _members(field.annotation) if field else {}
+        members = members_of(field.annotation) if field else {}
         default = getattr(field.get_default(call_default_factory=True), "name", None) if field else None
         if not same_layer and value.get("name", before.get("name", default)) != before.get("name", default):
             before = {}
@@ -201,7 +159,7 @@ def _name_defaults(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, 
     named = dict(tree)
     for key, value in tree.items():
         field = model.model_fields.get(key)
-        members = _members(field.annotation) if field else {}
+        members = members_of(field.annotation) if field else {}
         if field and members and isinstance(value, dict):
             default = getattr(field.get_default(call_default_factory=True), "name", None)
             if None not in members and "name" not in value:
@@ -214,92 +172,16 @@ def _refuse_booleans_for_numbers(model: type[Settings], tree: Mapping[str, Any],
     # Python's True is the integer 1: without this, `temperature: on` would train with a temperature of 1.
     for key, value in tree.items():
         field = model.model_fields.get(key)
-        members = _members(field.annotation) if field else {}
+        members = members_of(field.annotation) if field else {}
         if field and members and isinstance(value, dict):
             settings = members.get(value.get("name"), members.get(None))
             if settings:
                 _refuse_booleans_for_numbers(settings, value, f"{prefix}{key}.")
-        elif field and bool not in _leaves(field.annotation) and bool in map(type, _scalars(value)):
+        elif field and bool not in leaves_of(field.annotation) and bool in map(type, _scalars(value)):
             raise ValueError(
                 f"{prefix}{key}={value}: YAML reads on, off, yes, no, true and false as booleans, and none belongs "
                 "here; if you meant the word itself, quote it"
             )
-
-
-def _leaves(annotation: Any) -> set[Any]:
-    """The plain types within an annotation: `tuple[float, float] | None` holds float and NoneType."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Literal:
-        return {type(value) for value in typing.get_args(annotation)}
-    if origin is typing.Annotated:
-        return _leaves(typing.get_args(annotation)[0])
-    arguments = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
-    return set().union(*map(_leaves, arguments)) if arguments else {annotation}
-
-
-def _members(annotation: Any) -> dict[str | None, type[Settings]]:
-    """The components that may stand at a place, by name; a single nameless component stands under None."""
-    found = [leaf for leaf in _ordered_leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, Settings)]
-    if len(found) == 1 and not _is_literal_name(found[0]):
-        return {None: found[0]}
-    return {settings.model_fields["name"].default: settings for settings in found}
-
-
-def _ordered_leaves(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _ordered_leaves(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [leaf for argument in typing.get_args(annotation) for leaf in _ordered_leaves(argument)]
-    return [annotation]
-
-
-def _is_literal_name(settings: type[Settings]) -> bool:
-    field = settings.model_fields.get("name")
-    annotation = field.annotation if field else None
-    return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
-
-
-def _field(model: type[Settings], path: Sequence[str]) -> FieldInfo | None:
-    """The field at a dotted path, in whichever member of a union has it."""
-    field = model.model_fields.get(path[0])
-    if field is None or len(path) == 1:
-        return field
-    found = (_field(settings, path[1:]) for settings in _members(field.annotation).values())
-    return next((inner for inner in found if inner is not None), None)
-
-
-def _kind(field: FieldInfo) -> str:
-    return _type_name(field.annotation) + _bounds(field.metadata)
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " | ".join(str(value) for value in arguments)
-    if origin is typing.Annotated:
-        return _type_name(arguments[0]) + _bounds(arguments[1:])
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(_type_name, arguments))
-    if origin is tuple:
-        return "[" + ", ".join("…" if argument is Ellipsis else _type_name(argument) for argument in arguments) + "]"
-    return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
-
-
-def _bounds(metadata: Iterable[Any]) -> str:
-    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    flat = [inner for bound in metadata for inner in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
-    return "".join(
-        f" {sign} {getattr(bound, name)}" for bound in flat for name, sign in signs.items() if hasattr(bound, name)
-    )
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, tuple):
-        return str([round(number, 4) if isinstance(number, float) else number for number in value])
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails) -> str:
@@ -313,12 +195,12 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
             continue
         path.append(str(part))
         fields = next(iter(here.values())).model_fields if here else {}
-        here = _members(fields[str(part)].annotation) if str(part) in fields else {}
+        here = members_of(fields[str(part)].annotation) if str(part) in fields else {}
         skip = bool(here) and None not in here
     key, value = ".".join(path), error["input"]
     match error["type"]:
         case "extra_forbidden":
-            return f"there is no key {key}{_hint(model, path) or _suggestion(model, key)}"
+            return f"there is no key {key}{hint_for(model, path) or suggestion_for(model, key)}"
         case "missing":
             return f"{key} is required: write {key}=…"
         case "union_tag_invalid":
@@ -333,30 +215,3 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
         case _:
             message = error["msg"].removeprefix("Input ").replace("should", "must")
             return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
-
-
-def _hint(model: type[Settings], path: Sequence[str]) -> str:
-    """What the settings at a dotted path say of a key that they do not have."""
-    places = [model]
-    for part in path[:-1]:
-        fields = [place.model_fields[part] for place in places if part in place.model_fields]
-        places = [settings for field in fields for settings in _members(field.annotation).values()]
-    found = [place.hints[path[-1]] for place in places if path[-1] in place.hints]
-    return f": {found[0]}" if found else ""
-
-
-def _suggestion(model: type[Settings], key: str) -> str:
-    known: dict[str, list[str]] = {}
-    for entry in keys(model):
-        known.setdefault(entry.key, []).append(entry.only_for)
-    if key in known:
-        place = key.rpartition(".")[0]
-        return f" in the chosen {place}; it belongs to {place}.name=" + " or ".join(known[key])
-    places = {name.rpartition(".")[0] for name in known} - {""}
-    if key in places:
-        return f"; did you mean {key}=… ?"
-    ends = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = ends or difflib.get_close_matches(key, known, 1, 0.6)
-    last = {name.rpartition(".")[2]: name for name in known}
-    near = near or [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.6)]
-    return f"; did you mean {' or '.join(near[:3])}?" if near else "; --help lists every key"
