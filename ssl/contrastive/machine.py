@@ -1,5 +1,6 @@
 """The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,10 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
     optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
-    forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
     if names is not None:
         names = names.to(accelerator.device)
     return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled)
