@@ -69,8 +69,8 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
     """
     height, width = tile_shape(rows.device)
     processes = distributed.size()
-    # Enough chunks for a core each, also of few rows.
-    width = width if len(rows) >= 16 * width * processes else -(-width // 2)
+    # Enough chunks for many cores, also of few rows, but none below what a product needs to be efficient.
+    width = min(width, max(2 * height, len(rows) // (16 * processes)))
     count = 2 * processes * max(1, round(len(rows) / (2 * processes * width)))
     chunks = cut(len(rows), count)
 
