@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl" / "contrastive"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
-    {"config", "distributed"},
+    {"config", "distributed", "keyed"},
     {"similarity", "small_models", "split_norm", "checkpoints"},
     {"data", "views", "encoder", "objectives", "optim", "run", "progress", "health"},
     {"evaluate"},

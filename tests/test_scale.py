@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive import distributed
-from contrastive.objectives import Bank, InBatch, NearestNeighbours, Objective, Queue, Supervised
+from contrastive.objectives import Bank, InBatch, NearestNeighbours, Objective, Population, Queue, Supervised
 from contrastive.scale import Scale, amount, in_words, scale
 
 BATCH, DIM, IMAGES = 64, 24, 203
@@ -74,7 +74,7 @@ def step(objective: Any, settings: Objective, number: int, num_views: int) -> Te
 
 
 def build(settings: Objective) -> Any:
-    return settings.build(dim=DIM, num_images=IMAGES, seed=0)
+    return settings.build(dim=DIM, population=Population.each(IMAGES), seed=0)
 
 
 def work(rank: int, processes: int, folder: str) -> None:

@@ -320,19 +320,24 @@ def test_labels_that_are_not_there_are_refused_as_ids() -> None:
         load(Recipe, None, ["ids=labels", "objective=bank"])
 
 
+def several(count: int) -> InMemory:
+    return InMemory(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), [""] * count, None, (), "f")
+
+
 def test_a_last_batch_is_kept_where_each_process_gets_two_images() -> None:
     words = [*SMALL, "train.batch_size=12"][1:]
     kept = load(Recipe, None, [*words, "train.drop_last=false"])
     steps = [
-        [batches(kept, count, processes).steps_per_epoch for count in (24, 25, 26, 27, 28)] for processes in (1, 2)
+        [batches(kept, several(count), processes).steps_per_epoch for count in (24, 25, 26, 27, 28)]
+        for processes in (1, 2)
     ]
     assert steps == [[2, 2, 3, 3, 3], [2, 2, 2, 2, 3]]
     split = load(Recipe, None, [*words, "train.drop_last=false", "encoder.batch_norm_splits=2"])
-    assert [batches(split, count, 1).steps_per_epoch for count in (27, 28)] == [2, 3]
-    assert batches(load(Recipe, None, words), 35, 1).steps_per_epoch == 2
-    assert batches(kept, 28, 2, begun_on=1).steps_per_epoch == 3
+    assert [batches(split, several(count), 1).steps_per_epoch for count in (27, 28)] == [2, 3]
+    assert batches(load(Recipe, None, words), several(35), 1).steps_per_epoch == 2
+    assert batches(kept, several(28), 2, begun_on=1).steps_per_epoch == 3
     with pytest.raises(ValueError, match=r"2 images.*either 1 processes, .* or 2, .*resume it on 1"):
-        batches(kept, 26, 2, begun_on=1)
+        batches(kept, several(26), 2, begun_on=1)
 
 
 @pytest.mark.parametrize("key", ["accumulate", "gradient_accumulation_steps"])

@@ -9,9 +9,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from contrastive.data import Images, Order
+from contrastive.data import ClassOrder, Images, Order
 from contrastive.encoder import Encoder, MomentumTwin
-from contrastive.objectives import ObjectiveModule
+from contrastive.objectives import ObjectiveModule, Population
 from contrastive.recipe import Recipe
 from contrastive.views import Views
 
@@ -58,7 +58,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
-    objective = recipe.objective.build(dim=encoder.dim, num_images=len(images), seed=recipe.seed)
+    population = Population.each(len(images)) if names is None else Population(names)
+    objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
     optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
@@ -71,20 +72,24 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled)
 
 
-def batches(recipe: Recipe, num_images: int, processes: int, begun_on: int | None = None) -> Order:
+def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:
     """The batches of a run; with `train.drop_last=false` a smaller last one, unless it is too small to be trained on.
 
-    It is kept where each process gets 2 images of it at least, for each part of a split batch norm.
+    It is kept where each process gets 2 images of it at least, for each part of a split batch norm. With
+    `train.images_per_class` the batches are made by the labels.
 
     Args:
         recipe: the recipe.
-        num_images: how many images there are.
+        images: what there is to train on.
         processes: over how many processes a batch is shared.
         begun_on: the number of processes of the run that is resumed.
 
     Raises:
         ValueError: if there are too few images, or if an epoch has another number of steps than it was begun with.
     """
+    num_images, per_class = len(images), recipe.train.images_per_class
+    if per_class is not None:
+        return ClassOrder(labels_of(images), recipe.train.batch_size, per_class, recipe.seed)
 
     def order(number: int) -> Order:
         smallest = None if recipe.train.drop_last else 2 * recipe.encoder.batch_norm_splits * number
@@ -103,6 +108,20 @@ def batches(recipe: Recipe, num_images: int, processes: int, begun_on: int | Non
 def label_names(images: Images) -> Int64[Tensor, " images"]:
     """An id for each image that it shares with the images of its label; each image without a label has its own.
 
+    The ids are numbered without gaps, as rows of class weights are.
+
+    Raises:
+        ValueError: if no image has a label.
+    """
+    labels = labels_of(images)
+    alone = labels.max() + 1 + torch.arange(len(labels))
+    ids: Tensor = torch.where(labels >= 0, labels, alone).unique(return_inverse=True)[1]
+    return ids
+
+
+def labels_of(images: Images) -> Int64[Tensor, " images"]:
+    """The labels of images that have some.
+
     Raises:
         ValueError: if no image has a label.
     """
@@ -112,7 +131,7 @@ def label_names(images: Images) -> Int64[Tensor, " images"]:
             "ids=labels makes images of the same label positives of each other, but these images have no labels; put "
             "them into one folder for each class, or use ids=images"
         )
-    return torch.where(labels >= 0, labels, labels.max() + 1 + torch.arange(len(labels)))
+    return labels
 
 
 def smallest_part(encoder: Encoder) -> int:

@@ -9,7 +9,7 @@ from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, optimiser_shards, save_checkpoint
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
-from contrastive.data import Images, Loader, Order, Split
+from contrastive.data import ClassOrder, Images, Loader, Order, Split, leave_out
 from contrastive.encoder import export
 from contrastive.evaluate.features import extract
 from contrastive.evaluate.knn import monitor_knn
@@ -46,11 +46,12 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
 
     with teller.bar():
         split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
+    split = split._replace(train=leave_out(split.train, recipe.unseen))
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
     begun_on = found.facts["processes"] if found else None
-    order = batches(recipe, len(split.train), accelerator.num_processes, begun_on)
+    order = batches(recipe, split.train, accelerator.num_processes, begun_on)
     machine = build(recipe, accelerator, split.train)
     if found is not None:
         _restore(machine, found)
@@ -154,7 +155,8 @@ def save(machine: Machine, images: Images, run: Run | None, step: int, seconds: 
     parts = {"encoder": machine.encoder.state_dict(), "objective": machine.objective.state_dict()}
     if machine.twin is not None:
         parts["twin"] = machine.twin.state_dict()
-    sharded = [(parameter, lengths[name]) for name, parameter in machine.objective.named_parameters()]
+    owned = machine.objective.named_parameters()
+    sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(machine.optimiser, sharded)
     facts = {"seconds": seconds, "images": images.fingerprint, "processes": distributed.size()}
@@ -252,3 +254,8 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
     teller.say(f"run        {Path(recipe.output or '').resolve()}")
     for caution in cautions(machine):
         teller.warn(caution)
+    if isinstance(order, ClassOrder) and order.left_out:
+        teller.warn(
+            f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
+            "images, and are left out of training"
+        )

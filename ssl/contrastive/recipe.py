@@ -39,6 +39,9 @@ class TrainSettings(Settings):
     chunk: int | None = Field(None, ge=1)
     """Images per forward pass on each process, where a batch is beyond its memory: the same gradient for one more
     forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time."""
+    images_per_class: int | None = Field(None, ge=1)
+    """Images of each class in a batch, which then has batch_size / images_per_class different classes (with
+    ids=labels); null: images as they come. An epoch is as many batches as can be filled so."""
     keep_views: bool = False
     """Keep the views of all chunks for the second pass, instead of making them again with less memory."""
     drop_last: bool = True
@@ -87,6 +90,8 @@ class Recipe(Settings):
     ids: Literal["images", "labels"] = "images"
     """What makes two embeddings positives of each other: views of the same image, or images of the same label. An image
     without a label is then alone in its class."""
+    unseen: tuple[int | str, ...] = ()
+    """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
 
@@ -96,6 +101,24 @@ class Recipe(Settings):
             raise ValueError(
                 "ids=labels does not go with objective=bank, which has one row per image; use objective=supervised or "
                 "objective=queue for positives of the same label, or ids=images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_in_a_batch(self) -> "Recipe":
+        size, number = self.train.batch_size, self.train.images_per_class
+        if number is None:
+            return self
+        if self.ids != "labels":
+            raise ValueError(f"train.images_per_class={number} needs classes; set ids=labels, or leave it out")
+        if not self.train.drop_last:
+            raise ValueError(
+                f"train.images_per_class={number} makes whole batches only; leave train.drop_last=false out"
+            )
+        if size % number or size < number:
+            nearest = max(round(size / number), 1) * number
+            raise ValueError(
+                f"train.batch_size={size} is no multiple of train.images_per_class={number}; use {nearest}"
             )
         return self
 

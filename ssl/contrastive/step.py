@@ -76,9 +76,9 @@ def gradient(
     dropout alike in both passes. The memory is that of one chunk, and the price one more forward pass. Only batch
     norms see a difference: they normalise each chunk by its own statistics, which they follow once per chunk.
 
-    Gradients of the encoder are means over the processes, by DDP. Parameters that an objective owns are spread over
-    the processes, and what reaches them is the sum over processes of the gradients of local means: it is divided by
-    their number.
+    Gradients of the encoder are means over the processes, by DDP. So are those of parameters that an objective has
+    alike on all processes. What reaches parameters that are spread over the processes is the sum over processes of the
+    gradients of local means: it is divided by their number.
     """
     pieces = num_chunks(machine, len(ids))
     named = ids if machine.names is None else machine.names[ids]
@@ -102,8 +102,13 @@ def gradient(
                 torch.autograd.backward(_encode(machine, queries, step, chunk).embeddings, cached)
                 # Before the next views are made.
                 del queries
-    for parameter in machine.objective.parameters():
-        if parameter.grad is not None:
+    spread = machine.objective.shards()
+    for name, parameter in machine.objective.named_parameters():
+        # Alike on all processes, so all must come together here, also one whose anchors did not use it.
+        if name not in spread:
+            gradient_here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = distributed.mean(gradient_here)
+        elif parameter.grad is not None:
             parameter.grad /= distributed.size()
     return Taken(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Bank, noise
+from contrastive.objectives import Bank, Population, noise
 from contrastive.objectives.bank import BankObjective, ParametricObjective
 from contrastive.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
@@ -15,7 +15,7 @@ DIM, IMAGES = 5, 12
 
 
 def build(seed: int = 0, **settings: object) -> BankObjective:
-    objective = Bank.model_validate(settings).build(dim=DIM, num_images=IMAGES, seed=seed).double()
+    objective = Bank.model_validate(settings).build(dim=DIM, population=Population.each(IMAGES), seed=seed).double()
     assert isinstance(objective, BankObjective)
     return objective
 
@@ -294,7 +294,11 @@ def test_the_proximal_term_is_the_squared_distance_to_the_own_row(estimator: str
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights(views: int) -> None:
-    objective = Bank(estimator="parametric", temperature=0.2).build(dim=DIM, num_images=IMAGES, seed=0).double()
+    objective = (
+        Bank(estimator="parametric", temperature=0.2)
+        .build(dim=DIM, population=Population.each(IMAGES), seed=0)
+        .double()
+    )
     assert isinstance(objective, ParametricObjective)
     with torch.no_grad():
         objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
@@ -311,9 +315,10 @@ def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights
 
 
 def test_the_parametric_softmax_begins_with_the_rows_of_the_bank() -> None:
-    parametric = Bank(estimator="parametric").build(dim=DIM, num_images=IMAGES, seed=4)
+    parametric = Bank(estimator="parametric").build(dim=DIM, population=Population.each(IMAGES), seed=4)
     assert torch.equal(
-        parametric.state_dict()["weight"], Bank().build(dim=DIM, num_images=IMAGES, seed=4).state_dict()["rows"]
+        parametric.state_dict()["weight"],
+        Bank().build(dim=DIM, population=Population.each(IMAGES), seed=4).state_dict()["rows"],
     )
 
 
@@ -328,7 +333,7 @@ def test_what_is_for_stored_rows_is_refused_for_learned_ones(settings: dict[str,
 def test_a_bank_in_16_bits_differs_by_their_rounding_only(estimator: str, storage: str) -> None:
     settings = {"estimator": estimator, "negatives": 20, "normaliser": 30.0, "temperature": 0.2}
     wide, narrow = (
-        Bank.model_validate({**settings, "storage": kind}).build(dim=DIM, num_images=IMAGES, seed=0)
+        Bank.model_validate({**settings, "storage": kind}).build(dim=DIM, population=Population.each(IMAGES), seed=0)
         for kind in ("float32", storage)
     )
     assert narrow.state_dict()["rows"].dtype == getattr(torch, storage)
@@ -389,7 +394,9 @@ def test_what_an_anchor_can_learn_is_bounded_by_the_logarithm_of_the_rows() -> N
     ],
 )
 def test_low_temperature_and_zero_rows_stay_finite(settings: dict[str, object]) -> None:
-    bank = Bank.model_validate({"temperature": 0.01, **settings}).build(dim=DIM, num_images=IMAGES, seed=0)
+    bank = Bank.model_validate({"temperature": 0.01, **settings}).build(
+        dim=DIM, population=Population.each(IMAGES), seed=0
+    )
     z = torch.zeros(2, 4, DIM, requires_grad=True)
     for step in range(3):
         loss = bank(z, torch.arange(4), None, step).total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import InBatch
+from contrastive.objectives import InBatch, Population
 from contrastive.objectives.in_batch import debiased, nt_xent
 
 
@@ -144,7 +144,11 @@ def test_only_the_plain_loss_is_called_a_bound_on_information() -> None:
 def test_the_module_passes_its_settings_on() -> None:
     z, ids = embeddings(), torch.arange(7)
     for options in ({}, {"decoupled": True}, {"positive_probability": 0.2, "hardness": 2.0}):
-        found = InBatch(temperature=0.3, **options).build(dim=5, num_images=7, seed=0)(z, ids, None, 0).total
+        found = (
+            InBatch(temperature=0.3, **options)
+            .build(dim=5, population=Population.each(7), seed=0)(z, ids, None, 0)
+            .total
+        )
         assert torch.equal(found, nt_xent(z, ids, 0.3, **options).total)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import NearestNeighbours
+from contrastive.objectives import NearestNeighbours, Population
 
 DISTINCT, REPEATED = list(range(7)), [4, 4, 9, 4, 1, 0, 9]
 
@@ -16,7 +16,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def build(size: int = 12, temperature: float = 0.1, dim: int = 5):
     settings = NearestNeighbours(size=size, temperature=temperature)
-    return settings.build(dim=dim, num_images=7, seed=0).double()
+    return settings.build(dim=dim, population=Population.each(7), seed=0).double()
 
 
 def oracle(predictions: Tensor, projections: Tensor, ids: Tensor, support: Tensor, temperature: float) -> Tensor:

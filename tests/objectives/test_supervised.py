@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import Supervised
+from contrastive.objectives import Population, Supervised
 from contrastive.objectives.in_batch import nt_xent
 from contrastive.objectives.supervised import class_sums, supervised_contrast
 
@@ -121,7 +121,7 @@ def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dty
 
 def test_the_module_passes_its_settings_on() -> None:
     z, ids = embeddings(), torch.arange(7) % 3
-    found = Supervised(temperature=0.3).build(dim=5, num_images=7, seed=0)(z, ids, None, 0).total
+    found = Supervised(temperature=0.3).build(dim=5, population=Population.each(7), seed=0)(z, ids, None, 0).total
     assert torch.equal(found, supervised_contrast(z, ids, 0.3).total)
 
 

@@ -7,11 +7,13 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from contrastive.data.cifar import CIFAR10, CIFAR100
+from contrastive.data.class_order import ClassOrder
 from contrastive.data.fashion_mnist import FashionMNIST
 from contrastive.data.folder import Folder
 from contrastive.data.images import Images, InMemory, Report, Split
 from contrastive.data.loader import Batch, Loader
 from contrastive.data.order import Order, order
+from contrastive.data.part import leave_out, of_classes, select
 from contrastive.data.paths import nearest
 from contrastive.data.sample import Sample
 from contrastive.data.stl10 import STL10
@@ -21,6 +23,7 @@ __all__ = [
     "CIFAR100",
     "STL10",
     "Batch",
+    "ClassOrder",
     "Data",
     "FashionMNIST",
     "Folder",
@@ -31,7 +34,10 @@ __all__ = [
     "Report",
     "Sample",
     "Split",
+    "leave_out",
+    "of_classes",
     "order",
+    "select",
     "shorthand",
 ]
 

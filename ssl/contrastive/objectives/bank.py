@@ -13,6 +13,7 @@ from contrastive.objectives.loss import (
     Loss,
     Objective,
     ObjectiveSettings,
+    Population,
     Temperature,
     average,
     cross_entropy,
@@ -64,10 +65,10 @@ class Bank(ObjectiveSettings):
             )
         return self
 
-    def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
         kind = ParametricObjective if self.estimator == "parametric" else BankObjective
-        return kind(self, dim=dim, num_images=num_images, seed=seed)
+        return kind(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
 class BankObjective(Objective):

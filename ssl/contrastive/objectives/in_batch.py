@@ -6,13 +6,14 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from contrastive import distributed
 from contrastive.objectives.loss import (
     Loss,
     Objective,
     ObjectiveSettings,
+    Population,
     Temperature,
     average,
     cross_entropy,
@@ -20,11 +21,13 @@ from contrastive.objectives.loss import (
     information,
 )
 from contrastive.similarity import log_sum_exp, normalize
+from contrastive.similarity.rows import at_least_float32
 
 
 class InBatch(ObjectiveSettings):
     """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three other ways to count negatives.
 
+    With the bilinear score it is the loss of contrastive predictive coding (van den Oord et al. 2018, equations 3, 4).
     The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
     with the batch and the processes, and not with gradient accumulation.
     """
@@ -38,6 +41,18 @@ class InBatch(ObjectiveSettings):
     """How often a negative is in truth of the anchor's class, for which the sum is corrected (Chuang et al. 2020)."""
     hardness: float = Field(0.0, ge=0)
     """Weigh negatives by how similar they are, exp(hardness · similarity / temperature) (Robinson et al. 2021)."""
+    score: Literal["cosine", "bilinear"] = "cosine"
+    """Similarity of unit embeddings; or zᵀ W c of embeddings as they are, with a learned matrix W (CPC)."""
+
+    @model_validator(mode="after")
+    def _has_a_least_score(self) -> "InBatch":
+        if self.score == "bilinear" and self.positive_probability:
+            raise ValueError(
+                f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the corrected "
+                "sum is kept above what the least possible score would give, and a bilinear score has none; set "
+                "score=cosine or positive_probability=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_bounded_gradients(self) -> "InBatch":
@@ -54,17 +69,19 @@ class InBatch(ObjectiveSettings):
         """A positive is another view."""
         return 2
 
-    def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
-        """The objective; it has no state, so the arguments change nothing."""
-        return InBatchObjective(self)
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
+        return InBatchObjective(self, dim=dim)
 
 
 class InBatchObjective(Objective):
-    """The in-batch loss with its settings; it keeps no state."""
+    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all processes."""
 
-    def __init__(self, settings: InBatch) -> None:
+    def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
         self.settings = settings
+        if settings.score == "bilinear":
+            self.matrix = nn.Parameter(torch.eye(dim))
 
     def forward(
         self,
@@ -75,6 +92,15 @@ class InBatchObjective(Objective):
     ) -> Loss:
         """The loss of this process's anchors against the embeddings of all processes."""
         settings = self.settings
+        if settings.score == "bilinear":
+            return bilinear_contrast(
+                embeddings,
+                ids,
+                self.matrix,
+                settings.temperature,
+                decoupled=settings.decoupled,
+                hardness=settings.hardness,
+            )
         return nt_xent(
             embeddings,
             ids,
@@ -108,17 +134,64 @@ def nt_xent(
     Raises:
         ValueError: if there is one view only.
     """
-    views, batch, _ = embeddings.shape
+    return _contrast(
+        normalize(embeddings),
+        None,
+        ids,
+        temperature,
+        decoupled=decoupled,
+        positive_probability=positive_probability,
+        hardness=hardness,
+    )
+
+
+@float32_island
+def bilinear_contrast(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    matrix: Float[Tensor, "dim dim"],
+    temperature: float,
+    *,
+    decoupled: bool = False,
+    hardness: float = 0.0,
+) -> Loss:
+    """InfoNCE as contrastive predictive coding scores it: f(z, c) = exp(zᵀ W c) (van den Oord et al. 2018, equation 3).
+
+    Each embedding is once the context c, with the other views of its image as positives and all embeddings of another
+    id, on every process, as negatives: as in `nt_xent`, with another similarity. Embeddings keep their length. W is
+    the matrix divided by the dimension and the temperature: with the identity, and embeddings of unit variance in each
+    dimension, scores begin on the scale of cosines. The matrix learns whatever else there is to them.
+
+    Raises:
+        ValueError: if there is one view only.
+    """
+    keys = at_least_float32(embeddings)
+    queries = keys @ matrix.T / len(matrix)
+    return _contrast(queries, keys, ids, temperature, decoupled=decoupled, hardness=hardness)
+
+
+def _contrast(
+    queries: Tensor,
+    keys: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    *,
+    decoupled: bool,
+    positive_probability: float = 0.0,
+    hardness: float,
+) -> Loss:
+    """The loss of all queries against the keys; without `keys` the queries are the keys, and of length 1."""
+    views, batch, _ = queries.shape
     if views < 2:
         raise ValueError(
             f"an in-batch loss contrasts 2 views or more of each image, not {views}; set views.num_views=2"
         )
-    embeddings = normalize(embeddings)
     # Each ordered pair of views: [anchor's view, positive's view, image].
-    similarities = torch.einsum("vbd,wbd->vwb", embeddings, embeddings)
-    positives = similarities[~torch.eye(views, dtype=torch.bool, device=ids.device)].view(views, views - 1, batch)
+    similarities = torch.einsum("vbd,wbd->vwb", queries, queries if keys is None else keys)
+    pairs = ~torch.eye(views, dtype=torch.bool, device=ids.device)
+    positives = similarities[pairs].view(views, views - 1, batch)
     counts = (views * other_images(ids)).to(positives.dtype)
-    negatives = _negatives(embeddings, ids, temperature, hardness, counts)
+    negatives = _negatives(queries, keys, ids, temperature, hardness, counts)
     negatives, logits = negatives.unsqueeze(1).expand_as(positives), positives / temperature
     if positive_probability:
         negatives = debiased(negatives, logits, counts, positive_probability, temperature)
@@ -127,7 +200,8 @@ def nt_xent(
     else:
         losses = cross_entropy(negatives, logits)
     total = average(losses.mean(1).flatten())
-    terms = {"positive_similarity": positives.detach().mean(), "negatives": counts.mean()}
+    cosines = positives if keys is None else _cosines(keys)[pairs]
+    terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
     if not (decoupled or positive_probability or hardness):
         terms |= information(total, counts.mean() + 1)
     return Loss(total, terms)
@@ -170,17 +244,28 @@ def other_images(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
 
 
 def _negatives(
-    embeddings: Tensor, ids: Tensor, temperature: float, hardness: float, counts: Tensor
+    queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
 ) -> Float[Tensor, "views batch"]:
     """The log of the sum over each anchor's negatives; with hardness N times their weighted mean.
 
     The weights e^(βs/τ) join the terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as
     in the authors' code.
     """
-    views, batch, _ = embeddings.shape
-    anchors, anchor_ids = embeddings.flatten(0, 1), ids.repeat(views)
-    sums = log_sum_exp(anchors, None, temperature / (1 + hardness), query_ids=anchor_ids).view(views, batch)
+    views, batch, _ = queries.shape
+    anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)
+    others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
+
+    def logarithms(temperature: float) -> Tensor:
+        found = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
+        return found.view(views, batch)
+
+    sums = logarithms(temperature / (1 + hardness))
     if not hardness:
         return sums
-    weights = log_sum_exp(anchors, None, temperature / hardness, query_ids=anchor_ids).view(views, batch)
-    return (sums - weights + counts.log()).where(counts > 0, -torch.inf)
+    return (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
+
+
+@torch.no_grad()
+def _cosines(embeddings: Tensor) -> Float[Tensor, "views views batch"]:
+    unit = normalize(embeddings)
+    return torch.einsum("vbd,wbd->vwb", unit, unit)

@@ -28,6 +28,30 @@ class Loss(NamedTuple):
     """Detached scalars of this process."""
 
 
+class Population(NamedTuple):
+    """What an objective may know of all images before the first step."""
+
+    ids: Int[Tensor, " images"]
+    """What each image goes by: its own number, or that of its class; from 0, without gaps."""
+    values: Float[Tensor, "images numbers"] | None = None
+    """Continuous labels of each image, where the recipe has them."""
+
+    @staticmethod
+    def each(count: int) -> "Population":
+        """So many images, of which each is its own class."""
+        return Population(torch.arange(count))
+
+    @property
+    def size(self) -> int:
+        """How many different ids there are."""
+        return int(self.ids.max()) + 1
+
+    @property
+    def frequencies(self) -> Int[Tensor, " ids"]:
+        """How many images have each id."""
+        return self.ids.bincount()
+
+
 def cross_entropy(
     negatives: Float[Tensor, "*anchors"], positives: Float[Tensor, "*anchors"]
 ) -> Float[Tensor, "*anchors"]:
@@ -101,6 +125,10 @@ class Objective(nn.Module, ABC):
 
 class ObjectiveSettings(Settings):
     """What the settings of all objectives have in common."""
+
+    @abstractmethod
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective for embeddings of `dim` dimensions; what is random in it follows from `seed`."""
 
     @property
     def twin_momentum(self) -> float | None:

@@ -14,6 +14,7 @@ from contrastive.objectives.loss import (
     Loss,
     Objective,
     ObjectiveSettings,
+    Population,
     Temperature,
     average,
     cross_entropy,
@@ -41,7 +42,7 @@ class NearestNeighbours(ObjectiveSettings):
         """A positive is another view."""
         return 2
 
-    def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective with an empty support set."""
         return NearestNeighboursObjective(self, dim=dim, seed=seed)
 

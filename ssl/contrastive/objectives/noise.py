@@ -190,7 +190,7 @@ class _LogSumOverNoise(torch.autograd.Function):
         if weighted is not None:
             weighted = distributed.scatter_sum(weighted * shrink, world.lengths)
             tiny = torch.finfo(sums.dtype).tiny
-            ctx.save_for_backward(weighted.div_(sums.clamp(min=tiny) * temperature))
+            ctx.save_for_backward(weighted.div_((sums * temperature).clamp(min=tiny)))
         highest_own: Tensor = highest.split(world.lengths)[distributed.rank()]
         return sums.log().add_(highest_own).squeeze(1)
 

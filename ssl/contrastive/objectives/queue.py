@@ -12,6 +12,7 @@ from contrastive.objectives.loss import (
     Loss,
     Objective,
     ObjectiveSettings,
+    Population,
     Temperature,
     average,
     cross_entropy,
@@ -71,7 +72,7 @@ class Queue(ObjectiveSettings):
         """Whether the twin's batch is shuffled between processes."""
         return self.shuffle
 
-    def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
         return QueueObjective(self, dim=dim, seed=seed)
 

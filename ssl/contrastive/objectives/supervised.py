@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Temperature, float32_island
+from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, Temperature, float32_island
 from contrastive.similarity import log_sum_exp, normalize
 
 
@@ -21,7 +21,7 @@ class Supervised(ObjectiveSettings):
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
 
-    def build(self, *, dim: int, num_images: int, seed: int) -> Objective:
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state, so the arguments change nothing."""
         return SupervisedObjective(self)
 

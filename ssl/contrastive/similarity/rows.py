@@ -24,6 +24,30 @@ def at_least_float32(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
+def unit_distance(products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    """Euclidean distances of unit rows from their products: √(2 − 2 s).
+
+    Never less than the root of the number format's epsilon, with a zero gradient there: that of a root would have no
+    bound where two rows coincide.
+    """
+    return (2 - 2 * products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
+
+
+def squared_distance_rows(
+    rows: Float[Tensor, "rows dim"], others: Float[Tensor, "others dim"]
+) -> tuple[Float[Tensor, "rows wide"], Float[Tensor, "others wide"]]:
+    """Two sets of longer rows whose products are the squared distances of the given ones: |a|² + |b|² − 2 a·b.
+
+    Both sets are moved by the others' mean first, so that little is lost where their common part is large. Rounding
+    may leave products of equal rows slightly below 0.
+    """
+    centre = others.detach().mean(0)
+    rows, others = rows - centre, others - centre
+    lengths, widths = rows.square().sum(1, keepdim=True), others.square().sum(1, keepdim=True)
+    left = torch.cat([-2 * rows, lengths, torch.ones_like(lengths)], 1)
+    return left, torch.cat([others, torch.ones_like(widths), widths], 1)
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """Consecutive slices of length `step` from `start` to `stop`; the last may be shorter."""
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
