@@ -1,4 +1,4 @@
-"""Measures a run beside raw pixels and random weights, by kNN and a linear probe: evaluate.py RUN [key=value …]."""
+"""Measures a run beside raw pixels and random weights: kNN, linear probe, retrieval …: evaluate.py RUN [key=value]."""
 
 import sys
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from contrastive import command
 from contrastive.data import Sample
+from contrastive.distances import LinearMetric
 from contrastive.views import plain
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -112,20 +113,81 @@ def test_a_folder_of_photographs_with_broken_ones_just_works(
     assert "broken.jpg" in (tmp_path / "run" / "unreadable.txt").read_text()
     assert command.evaluate([str(tmp_path / "run")]) == 0
     assert "learned" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {score["method"] for score in report["scores"]} == {"knn", "linear"}
+    assert report["figures"] == []
     assert command.pretrain([*words, f"output={tmp_path / 'other'}"]) == 2
     assert "broken.jpg" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_is_measured_beside_its_baselines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.evaluate([str(run), *QUICK]) == 0
-    shown = capsys.readouterr().out
-    report = json.loads((run / "evaluation.json").read_text())
+@pytest.fixture
+def unseen(run: Path, tmp_path: Path) -> Path:
+    """A run whose recipe says that it left three classes out of training."""
+    folder = shutil.copytree(run, tmp_path / "unseen")
+    text = (folder / "config.yaml").read_text()
+    assert "unseen: []" in text
+    (folder / "config.yaml").write_text(text.replace("unseen: []", "unseen: [Sandal, 7, Bag]"))
+    return folder
+
+
+def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_classes(
+    unseen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.evaluate([str(unseen), *QUICK]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    report = json.loads((unseen / "evaluation.json").read_text())
     assert {score["features"] for score in report["scores"]} == {"learned", "random weights", "raw pixels"}
     assert {score["method"] for score in report["scores"]} == {"knn", "linear"}
     for score in report["scores"]:
         assert 0.5 < score["low"] < score["accuracy"] < score["high"] < 1
         assert f"{100 * score['accuracy']:.1f}" in shown
+    assert "Retrieval by cosine among 600 test images of 3 classes never seen in training" in shown
+    assert "by Recall@1, learned features" in shown
+    assert report["gallery"]["names"] == ["Sandal", "Sneaker", "Bag"]
+    assert {score["num_test"] for score in report["scores"]} == {2000}
+    assert [row["features"] for row in report["figures"]] == ["learned", "random weights", "raw pixels"]
+    for row in report["figures"]:
+        assert f"{100 * row['values']['MAP@R']:.1f}" in shown
+
+
+def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tasks=clustering,retrieval", "classes=[Sandal, 0, 1]", "metric=mahalanobis", "data.name=sample"]
+    assert command.evaluate([str(unseen), *words, "baselines=false"]) == 0
+    report = json.loads((unseen / "evaluation.json").read_text())
+    assert report["metric"]["name"] == "mahalanobis"
+    assert report["scores"] == []
+    assert [row["task"] for row in report["figures"]] == ["retrieval", "clustering"]
+    assert report["gallery"]["origin"] == "some of them seen in training"
+    metric = LinearMetric.load(unseen / "metrics" / "mahalanobis" / "learned.safetensors")
+    assert metric.settings["name"] == "mahalanobis"
+    assert metric.weights.shape[1] == report["figures"][0]["dim"]
+    assert command.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null"]) == 0
+    assert "of 3 classes never seen in training" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tasks=retreival"], "did you mean retrieval?"),
+        (["tasks=[knn, lineal]"], "did you mean linear?"),
+        (["task=knn"], "did you mean tasks?"),
+        (["metric=mahalanobs"], "did you mean mahalanobis?"),
+        (["tasks=retrieval", "classes=Sneker"], "did you mean Sneaker?"),
+        (["tasks=retrieval", "classes=12"], "class 12 is not one of the 10 classes"),
+        (["tasks=retrieval", "classes=7"], "name 2 classes or more"),
+        (["tasks=verification", "protocol.verification.folds=4000"], "pairs of the same class"),
+        (["tasks=retrieval", "metric=mahalanobis", "classes=[0,1,2,3,4,5,6,7,8]"], "leave more classes to it"),
+    ],
+)
+def test_a_mistake_in_what_is_measured_is_one_sentence_before_any_image_is_encoded(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert command.evaluate([str(run), *words]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert "encoding" not in shown.out
 
 
 def test_a_run_that_has_not_finished_is_measured_by_its_newest_checkpoint(

@@ -10,19 +10,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.objectives import Bank, InBatch, NearestNeighbours, Population, Queue, Supervised, noise
+from contrastive.objectives import (
+    Bank,
+    Contrastive,
+    InBatch,
+    LogRatio,
+    Margin,
+    MarginSoftmax,
+    NearestNeighbours,
+    NoiseContrastive,
+    NPair,
+    Population,
+    Queue,
+    Ranking,
+    Supervised,
+    Triplet,
+    noise,
+)
 from contrastive.objectives.loss import ObjectiveSettings
+from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, SemiHard
 from contrastive.similarity import log_sum_exp, pairs, softmax
 
 BATCHES, INPUTS, DIM, IMAGES = [8, 8, 5, 8], 6, 5, 41
 """The third batch is uneven on 2 and on 4 processes; neither bank nor queue divides evenly."""
-OBJECTIVES: dict[str, tuple[ObjectiveSettings, int]] = {
+OBJECTIVES: dict[str, tuple[ObjectiveSettings, int] | tuple[ObjectiveSettings, int, bool]] = {
     "in_batch": (InBatch(), 2),
     "in_batch, decoupled": (InBatch(decoupled=True), 2),
     "in_batch, three views": (InBatch(temperature=0.5), 3),
     "in_batch, cold": (InBatch(temperature=0.01), 2),
     "in_batch, debiased": (InBatch(positive_probability=0.1), 2),
     "in_batch, hard": (InBatch(temperature=0.5, positive_probability=0.1, hardness=1.0), 2),
+    "in_batch, bilinear": (InBatch(score="bilinear", temperature=20.0), 2),
+    "in_batch, bilinear, hard": (InBatch(score="bilinear", temperature=20.0, hardness=0.5, decoupled=True), 3),
     "supervised": (Supervised(), 2),
     "supervised, three views": (Supervised(temperature=0.5), 3),
     "nearest_neighbours": (NearestNeighbours(size=27), 2),
@@ -45,18 +64,50 @@ OBJECTIVES: dict[str, tuple[ObjectiveSettings, int]] = {
     "bank, infonce, noise per image": (Bank(estimator="infonce", negatives=12, shared=False), 2),
     "bank, infonce, one noise row": (Bank(estimator="infonce", negatives=1, shared=False), 2),
     "bank, parametric": (Bank(estimator="parametric", temperature=0.2), 2),
+    "margin_softmax": (MarginSoftmax(), 2),
+    "margin_softmax, of any length": (MarginSoftmax(preset="sphereface"), 1),
+    "noise_contrastive": (NoiseContrastive(negatives=12, temperature=0.5), 2),
+    "noise_contrastive, one noise row": (NoiseContrastive(negatives=1, power=0.0, normaliser=3.0), 1),
+    "noise_contrastive, sampling": (NoiseContrastive(negatives=60, correction=False, temperature=0.5), 2),
+    "n_pair": (NPair(), 2),
+    "n_pair, three views, both ways round": (NPair(symmetric=True, norm_penalty=0.1), 3),
+    "n_pair, one_vs_one": (NPair(form="one_vs_one"), 2),
+    "log_ratio, values": (LogRatio(), 2, True),
+    "log_ratio, one view, values": (LogRatio(squared="embeddings"), 1, True),
+    "ranking, squared_error": (Ranking(loss="squared_error"), 2),
+    "ranking, cross_entropy": (Ranking(loss="cross_entropy"), 2),
+    "ranking, rank_net": (Ranking(loss="rank_net"), 3),
+    "ranking, hinge": (Ranking(loss="hinge"), 3),
+    "ranking, list_net": (Ranking(loss="list_net"), 2),
+    "ranking, list_mle": (Ranking(loss="list_mle"), 3),
+    "ranking, hinge, values": (Ranking(loss="hinge"), 2, True),
+    "ranking, list_mle, values": (Ranking(loss="list_mle"), 1, True),
+    "contrastive": (Contrastive(), 2),
+    "contrastive, un-normalised": (Contrastive(margin=5.0, squared=False, normalized=False, average="all"), 2),
+    "contrastive, random": (Contrastive(sampling=Random(positives="random"), average="all"), 2),
+    "contrastive, distance-weighted": (Contrastive(margin=1.4, sampling=DistanceWeighted()), 2),
+    "triplet": (Triplet(margin=1.0), 2),
+    "triplet, all": (Triplet(sampling=All()), 2),
+    "triplet, all, soft": (Triplet(sampling=All(), soft=True, squared=False, normalized=False), 2),
+    "triplet, hard, one view": (Triplet(sampling=Hard(), squared=False), 1),
+    "triplet, easy, three views": (Triplet(sampling=Easy(), average="all", margin=1.0), 3),
+    "margin": (Margin(), 2),
+    "margin, a boundary for each id": (Margin(beta_per="class", nu=0.1, sampling=SemiHard()), 2),
+    "margin, all": (Margin(sampling=All(), nu=0.1), 2),
 }
+STATELESS = ("in_batch", "supervised", "n_pair", "ranking", "contrastive", "triplet")
 GATHERED = ("bank, nce, noise per image", "bank, infonce, noise per image")
 PROCESSES = (2, 4)
 
 
-def train(settings: ObjectiveSettings, views: int, *, double: bool = True) -> dict[str, Any]:
+def train(settings: ObjectiveSettings, views: int, labelled: bool = False, *, double: bool = True) -> dict[str, Any]:
     """A few steps of a linear encoder on this process's share of fixed batches; figures are means over processes."""
     dtype = torch.float64 if double else torch.float32
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     twin = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(dtype)
-    objective = settings.build(dim=DIM, population=Population.each(IMAGES), seed=3)
+    values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2).to(dtype) if labelled else None
+    objective = settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values), seed=3)
     objective = objective.double() if double else objective
     learned = [weight, *objective.parameters()]
     losses, gradients = [], []
@@ -75,7 +126,8 @@ def train(settings: ObjectiveSettings, views: int, *, double: bool = True) -> di
         gradients.append(distributed.mean(found[0]))
         losses.append(distributed.mean(loss))
         with torch.no_grad():
-            weight -= gradients[-1]
+            # Embeddings that are not normalised would grow without bound.
+            weight -= gradients[-1] * (1e-3 if isinstance(settings, NPair) else 1)
             for (name, parameter), gradient in zip(objective.named_parameters(), found[1:], strict=True):
                 # What is spread over the processes has the sum of their gradients, what is alike on all a part of it.
                 parameter -= gradient / distributed.size() if name in objective.shards() else distributed.mean(gradient)
@@ -182,12 +234,13 @@ def test_several_processes_have_the_loss_and_gradient_of_one(name: str, ranks: l
     for rank in ranks:
         for key in ("losses", "gradients"):
             assert difference(rank[name], alone, key) < 1e-10
-            # At a temperature of 0.01 float32 itself is no better than 2e-6 after a few steps.
-            if "cold" not in name:
+            # At a temperature of 0.01 float32 itself is no better than 2e-6 after a few steps. Nor is it for products
+            # of long embeddings, which are exponents, and for small distances.
+            if not name.startswith(("n_pair", "log_ratio")) and "cold" not in name:
                 assert difference(rank[f"{name} in float32"], narrow, key) < 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if not name.startswith(("in_batch", "supervised"))])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if not name.startswith(STATELESS)])
 def test_what_is_spread_over_the_processes_is_together_what_one_has(name: str, ranks: list[dict[str, Any]]) -> None:
     alone = by_one(name)
     assert ranks[0][name].keys() == alone.keys() != {"losses", "gradients"}
@@ -309,6 +362,7 @@ def test_a_total_leaves_its_input_alone() -> None:
 
 
 def test_what_is_spread_is_named() -> None:
-    for settings, _ in OBJECTIVES.values():
-        objective = settings.build(dim=DIM, population=Population.each(IMAGES), seed=0)
+    for settings, *_ in OBJECTIVES.values():
+        population = Population(torch.arange(IMAGES), torch.arange(1.0 * IMAGES).unsqueeze(1))
+        objective = settings.build(dim=DIM, population=population, seed=0)
         assert objective.shards().keys() <= objective.state_dict().keys()

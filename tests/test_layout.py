@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -17,6 +18,7 @@ from torch.distributed.run import get_args_parser
 from contrastive import recipe
 from contrastive.config import keys, load
 from contrastive.measure import EvaluateSettings, ExtractSettings
+from contrastive.objectives import Objective
 from contrastive.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 LEVELS = [
     {"config", "distributed", "keyed"},
     {"similarity", "small_models", "split_norm", "checkpoints"},
-    {"data", "views", "encoder", "objectives", "optim", "run", "progress", "health"},
+    {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
     {"evaluate"},
     {"recipe"},
     {"launch", "clock", "resume", "scale"},
@@ -79,6 +81,18 @@ def test_every_recipe_loads_and_is_named_in_the_readme(name: str) -> None:
     assert f"`{name}`" in README
 
 
+def test_every_objective_has_its_line_among_the_recipes_and_every_recipe_its_objective() -> None:
+    table = (ROOT / "configs" / "README.md").read_text().split("<!-- objectives -->\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert all(len(row) == 5 and all(row) for row in rows)
+    found = {row[0].strip("`"): [word.strip(" `") for word in row[3].split(",")] for row in rows}
+    settings = get_args(get_args(Objective)[0])
+    assert found.keys() == {member.model_fields["name"].default for member in settings}
+    for objective, recipes in found.items():
+        assert {load(Recipe, recipe.find(name)).objective.name for name in recipes} == {objective}
+    assert sorted(name for recipes in found.values() for name in recipes) == recipe.names()
+
+
 def test_every_path_in_the_readmes_tree_exists_and_every_module_is_in_it() -> None:
     tree = README.split("<!-- tree -->")[1].split("```text\n")[1].split("```")[0]
     places: list[str] = []
@@ -119,7 +133,7 @@ def test_every_command_in_the_readme_names_scripts_and_keys_that_exist() -> None
             continue
         assert (ROOT / "scripts" / f"{match[1]}.py").exists(), line
         if match[1] in models:
-            known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective"}
+            known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective", "metric"}
             assert {word.split("=")[0] for word in match[2].split() if "=" in word} <= known, line
             checked += 1
     assert checked >= 5

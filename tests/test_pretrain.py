@@ -35,6 +35,10 @@ OBJECTIVES = {
     "bank": ["objective=bank"],
     "nce": ["objective=bank", "objective.estimator=nce", "objective.negatives=50"],
     "parametric": ["objective=bank", "objective.estimator=parametric"],
+    "triplet": ["objective=triplet", "objective.sampling=distance_weighted"],
+    "margin": ["objective=margin", "ids=labels", "train.images_per_class=4"],
+    "log_ratio": ["objective=log_ratio", "values=pixels"],
+    "noise_contrastive": ["objective=noise_contrastive", "objective.negatives=50"],
 }
 CHUNKS = [*OBJECTIVES["queue"], "train.chunk=5", "train.batch_size=16", "train.drop_last=false", "train.epochs=2"]
 

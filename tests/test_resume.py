@@ -41,6 +41,10 @@ OBJECTIVES = {
     "queue": ["objective=queue", "objective.size=50", "objective.momentum=0.9"],
     "nce": ["objective=bank", "objective.estimator=nce", "objective.negatives=50"],
     "parametric": ["objective=bank", "objective.estimator=parametric", "optim.name=sgd"],
+    # Batches of four classes by four images; the boundary β is learned alike on both processes.
+    "margin": ["objective=margin", "ids=labels", "views.num_views=1", "train.images_per_class=4"],
+    # Five rows of class weights on each process, with AdamW's averages of their gradients.
+    "margin_softmax": ["objective=margin_softmax", "ids=labels", "views.num_views=1"],
 }
 SHARDED = {
     "bank": {"objective.rows", "objective.written"},

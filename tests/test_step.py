@@ -44,6 +44,9 @@ OBJECTIVES = {
     "nce": ["objective=bank", "objective.estimator=nce", "objective.negatives=9"],
     "parametric": ["objective=bank", "objective.estimator=parametric"],
     "labels": ["objective=queue", "objective.size=20", "ids=labels"],
+    "margin": ["objective=margin", "ids=labels"],
+    "margin_softmax": ["objective=margin_softmax", "ids=labels"],
+    "bilinear": ["objective=in_batch", "objective.score=bilinear"],
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.data import ClassOrder, Images, Order
+from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
 from contrastive.objectives import ObjectiveModule, Population
 from contrastive.recipe import Recipe
@@ -58,7 +59,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
-    population = Population.each(len(images)) if names is None else Population(names)
+    values = None if recipe.values is None else values_of(images, recipe.values)
+    population = Population(torch.arange(len(images)) if names is None else names, values)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None

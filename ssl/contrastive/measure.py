@@ -1,27 +1,51 @@
 """What is done with a run when it has ended: its features are compared with baselines, and extracted."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import Settings, load
-from contrastive.data import Data, Images, Split, shorthand
+from contrastive.data import Data, Images, Split, of_classes, shorthand
+from contrastive.distances import LinearMetric
 from contrastive.evaluate import features
-from contrastive.evaluate.scores import Evaluation, ProtocolSettings, compare
+from contrastive.evaluate.compare import check, compare, takes_training
+from contrastive.evaluate.metric import Cosine, Metric
+from contrastive.evaluate.protocol import Gallery, ProtocolSettings, Task
+from contrastive.evaluate.scores import Evaluation
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
 from contrastive.views import MEAN, STD, plain
+
+FOREIGN = "of other data than the run's"
+
+
+def _listed(value: object) -> object:
+    """Several words as a person types them: one, a,b or [a, b]."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.strip("[]").split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+def _tasks(value: object) -> object:
+    words = _listed(value)
+    known = list(get_args(Task))
+    for word in words if isinstance(words, list | tuple) else ():
+        if word not in known:
+            near = difflib.get_close_matches(str(word), known, 1, 0.5)
+            raise ValueError(f"{word!r} is none of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return words
 
 
 class MeasureSettings(Settings):
@@ -42,6 +66,14 @@ class EvaluateSettings(MeasureSettings):
 
     baselines: bool = True
     """Measure random weights and raw pixels too."""
+    tasks: Annotated[tuple[Task, ...] | None, BeforeValidator(_tasks)] = Field(None, min_length=1)
+    """What is measured, one or several with commas; null: knn, linear, and retrieval if the run has unseen classes."""
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = Field(None, min_length=1)
+    """Classes, by name or number, whose test images are looked up, clustered and verified among each other; null: those
+    that the run left out of training (its unseen), or else all."""
+    metric: Metric = Cosine()
+    """The distance by which neighbours are found. All but cosine and euclidean are fitted on labelled training images,
+    without those of the classes named or unseen, for each kind of features, and kept in RUN/metrics."""
     protocol: ProtocolSettings = ProtocolSettings()
 
 
@@ -102,25 +134,49 @@ def evaluate(folder: Path, settings: EvaluateSettings) -> Evaluation:
             "measuring takes labels and held-out images, and there are none: give data=/a/folder that has one "
             "sub-folder per class"
         )
+    tasks = settings.tasks or (("knn", "linear", "retrieval") if opened.recipe.unseen else ("knn", "linear"))
+    gallery = _gallery(train, test, opened.recipe, settings)
+    check(tasks, gallery, train.labels, test.labels, settings.protocol, settings.metric)
+    encoded = takes_training(tasks, settings.metric)
     backbones = {"learned": _backbone(opened.recipe, train.channels)}
     backbones["learned"].load_state_dict(dict(opened.weights))
     if settings.baselines:
         backbones["random weights"] = _backbone(opened.recipe, train.channels)
-    kinds: dict[str, tuple[Tensor, Tensor]] = {}
+    kinds: dict[str, tuple[Tensor | None, Tensor]] = {}
     for name, backbone in backbones.items():
-        teller.say(f"encoding {len(train) + len(test):,} images: {name}")
+        teller.say(f"encoding {len(test) + len(train) * encoded:,} images: {name}")
         kinds[name] = (
-            _encode(backbone, train, opened.recipe, settings),
+            _encode(backbone, train, opened.recipe, settings) if encoded else None,
             _encode(backbone, test, opened.recipe, settings),
         )
     if settings.baselines:
         size = _size(opened.recipe)
-        kinds["raw pixels"] = features.raw_pixels(train, size), features.raw_pixels(test, size)
-    evaluation = compare(kinds, train.labels, test.labels, settings.protocol, report=teller.say)
-    teller.console.print(evaluation.table())
+        kinds["raw pixels"] = features.raw_pixels(train, size) if encoded else None, features.raw_pixels(test, size)
+
+    def keep(kind: str, fitted: LinearMetric) -> None:
+        file = folder / "metrics" / settings.metric.name / f"{kind.replace(' ', '_')}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fitted.save(file)
+
+    with teller.bar():
+        evaluation = compare(
+            kinds,
+            train.labels,
+            test.labels,
+            settings.protocol,
+            tasks=tasks,
+            gallery=gallery,
+            metric=settings.metric,
+            keep=keep,
+            report=teller.say,
+            progress=teller.report,
+        )
+    for table in evaluation.tables():
+        teller.console.print(table)
     teller.say(evaluation.verdict())
     source = {"weights": opened.source.relative_to(folder).as_posix(), "sha256": _digest(opened.source)}
     report = {**source, "images": [train.fingerprint, test.fingerprint], **evaluation.to_json()}
+    report["gallery"]["names"] = [train.classes[number] for number in report["gallery"]["classes"]]
     (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return evaluation
 
@@ -177,6 +233,20 @@ def _images(opened: Opened, settings: MeasureSettings, teller: Teller) -> Split:
             f"for a folder, data.channels={opened.channels} reads them so"
         )
     return split
+
+
+def _gallery(train: Images, test: Images, recipe: Recipe, settings: EvaluateSettings) -> Gallery:
+    """The test images of the classes asked for, or of those that the run has never seen, or of all."""
+    others = torch.arange(len(train))
+    own = settings.data is None or settings.data == recipe.data
+    asked = settings.classes or (recipe.unseen if own else ())
+    if not asked:
+        return Gallery(torch.arange(len(test)), "seen in training" if own else FOREIGN, others)
+    named = of_classes(train, asked)
+    unseen = of_classes(train, recipe.unseen) if own and recipe.unseen else others[:0]
+    new = torch.isin(named, unseen)
+    origin = "never seen in training" if new.all() else f"{'some of them ' if new.any() else ''}seen in training"
+    return Gallery(of_classes(test, asked), origin if own else FOREIGN, others[~torch.isin(others, named)])
 
 
 def _backbone(recipe: Recipe, channels: int) -> nn.Module:

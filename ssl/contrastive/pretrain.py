@@ -245,7 +245,8 @@ def _describe(machine: Machine, split: Split, order: Order, teller: Teller) -> N
     )
     teller.say(f"objective  {recipe.objective.name}")
     sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
-    cost = in_words(scale(recipe.objective, images=len(train), processes=processes, **sizes))
+    ids = len(train) if machine.names is None else int(machine.names.max()) + 1
+    cost = in_words(scale(recipe.objective, images=ids, processes=processes, **sizes))
     teller.say(f"negatives  {'at most ' if recipe.ids == 'labels' else ''}{cost}")
     teller.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "

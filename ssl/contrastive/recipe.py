@@ -9,12 +9,26 @@ from pydantic import Field, model_validator
 
 from contrastive.config import Settings
 from contrastive.data import Data, Sample, shorthand
+from contrastive.data.values import ValuesSource
 from contrastive.encoder import EncoderSettings
-from contrastive.objectives import Bank, InBatch, Objective, Supervised
+from contrastive.objectives import (
+    Bank,
+    Contrastive,
+    InBatch,
+    LogRatio,
+    Margin,
+    NPair,
+    Objective,
+    Ranking,
+    Supervised,
+    Triplet,
+)
 from contrastive.optim import OptimSettings
 from contrastive.views import ViewsSettings
 
 QUICKSTART = "quickstart"
+POSITIVES_IN_BATCH = (Contrastive, Margin, NPair, Supervised, Triplet)
+"""Objectives whose positives are other images of the batch, or other views: one view of each image has none."""
 ACCUMULATION = (
     "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
     "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
@@ -90,6 +104,10 @@ class Recipe(Settings):
     ids: Literal["images", "labels"] = "images"
     """What makes two embeddings positives of each other: views of the same image, or images of the same label. An image
     without a label is then alone in its class."""
+    values: ValuesSource | None = None
+    """Continuous labels, for objectives that compare distances with theirs: pixels (each image's 7 × 7 thumbnail),
+    labels (its thumbnail and its class), or a file of numbers: .npy with a row for each training image, or .csv with
+    their names (a header, then name, numbers)."""
     unseen: tuple[int | str, ...] = ()
     """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()
@@ -101,6 +119,26 @@ class Recipe(Settings):
             raise ValueError(
                 "ids=labels does not go with objective=bank, which has one row per image; use objective=supervised or "
                 "objective=queue for positives of the same label, or ids=images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _values_and_what_compares_them(self) -> "Recipe":
+        name = self.objective.name
+        if isinstance(self.objective, LogRatio) and self.values is None:
+            raise ValueError(
+                f"objective={name} compares distances with those of continuous labels, and there are none; set "
+                "values=pixels, values=labels, or values=FILE with numbers for each image"
+            )
+        if self.values is not None and not isinstance(self.objective, LogRatio | Ranking):
+            raise ValueError(
+                f"values={self.values} is not for objective={name}, which compares no continuous labels; leave it "
+                "out, or use objective=log_ratio or objective=ranking"
+            )
+        if self.values is not None and self.ids == "labels":
+            raise ValueError(
+                f"values={self.values} belong to images, and with ids=labels the objective knows classes alone; use "
+                "ids=images, and values=labels to have classes among the values"
             )
         return self
 
@@ -125,7 +163,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
         fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
-        if isinstance(self.objective, Supervised) and self.ids == "images":
+        ranks_images = isinstance(self.objective, Ranking) and self.values is None
+        if (ranks_images or isinstance(self.objective, POSITIVES_IN_BATCH)) and self.ids == "images":
             fewest = 2
         if given < fewest or (most is not None and given > most):
             bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"

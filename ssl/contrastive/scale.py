@@ -11,7 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-from contrastive.objectives import Bank, InBatch, NearestNeighbours, Objective, Queue, Supervised
+from contrastive.objectives import (
+    Bank,
+    Contrastive,
+    InBatch,
+    LogRatio,
+    Margin,
+    MarginSoftmax,
+    NearestNeighbours,
+    NoiseContrastive,
+    NPair,
+    Objective,
+    Queue,
+    Ranking,
+    Supervised,
+    Triplet,
+)
 from contrastive.objectives.noise import DENSE
 
 NUMBER, ID, STEP = 4, 8, 4
@@ -38,7 +53,7 @@ def scale(settings: Objective, *, images: int, views: int, batch: int, dim: int,
 
     Args:
         settings: the objective's.
-        images: how many there are to train on, N.
+        images: how many there are to train on, N; for class weights, how many classes.
         views: of each image in a step.
         batch: images of a step over all processes, B.
         dim: of the embeddings, D.
@@ -51,13 +66,31 @@ def scale(settings: Objective, *, images: int, views: int, batch: int, dim: int,
         return queue(settings, views=views, batch=batch, dim=dim, processes=processes)
     if isinstance(settings, NearestNeighbours):
         return nearest_neighbours(settings, views=views, batch=batch, dim=dim, processes=processes)
+    if isinstance(settings, NoiseContrastive):
+        return noise_contrastive(settings, images=images, views=views, batch=batch, dim=dim, processes=processes)
+    if isinstance(settings, MarginSoftmax):
+        # The margin is a matter of the anchors' own weights, so it costs what the softmax without it does.
+        plain = Bank(estimator="parametric")
+        return bank(plain, images=images, views=views, batch=batch, dim=dim, processes=processes)
+    if isinstance(settings, NPair):
+        return n_pair(settings, views=views, batch=batch, dim=dim, processes=processes)
+    if isinstance(settings, LogRatio | Ranking | Contrastive | Triplet | Margin):
+        return all_pairs(settings, views=views, batch=batch, dim=dim, processes=processes)
     return in_batch(settings, views=views, batch=batch, dim=dim, processes=processes)
 
 
 def in_batch(settings: InBatch | Supervised, *, views: int, batch: int, dim: int, processes: int) -> Scale:
-    """Every image of the batch against every other, each pair once: it keeps nothing."""
+    """Every image of the batch against every other, each pair once: it keeps nothing.
+
+    A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
+    """
     anchors = views * batch
     sums = 2 if isinstance(settings, InBatch) and settings.hardness else 1
+    if isinstance(settings, InBatch) and settings.score == "bilinear":
+        # In backward the sums' gradients go to all keys, whose own gradient stays.
+        traffic = sums * (_softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
+        products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
+        return Scale(views * (batch - 1), 0, 0, _received(traffic, processes), products // processes)
     # Forward: ids and embeddings to all, the sums to all. Backward: the sums' gradients to all, the embeddings' home.
     traffic = sums * anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
     # Ids tell how many negatives there are. With classes, their sums travel too: one row for each id of a process.
@@ -121,6 +154,47 @@ def bank(settings: Bank, *, images: int, views: int, batch: int, dim: int, proce
     return Scale(negatives, rows, memory, _received(traffic, processes), products // processes)
 
 
+def noise_contrastive(
+    settings: NoiseContrastive, *, images: int, views: int, batch: int, dim: int, processes: int
+) -> Scale:
+    """Every anchor against the noise, whose rows go to all processes; taken to be all different and evenly spread."""
+    anchors, rows, noise = views * batch, -(-images // processes), min(settings.count, images)
+    # Ids go to the anchors' own rows, and these back; then all noise rows go to all. In backward come the gradients.
+    traffic = batch * (ID + 2 * NUMBER * dim) + 2 * processes * -(-noise // processes) * NUMBER * dim
+    products = 3 * anchors * noise * dim
+    return Scale(settings.count, rows, rows * NUMBER * dim, _received(traffic, processes), products // processes)
+
+
+def n_pair(settings: NPair, *, views: int, batch: int, dim: int, processes: int) -> Scale:
+    """The first of each pair against the second of all: pairs of views, or of one view of two images of a class."""
+    pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
+    sides = 2 if settings.symmetric else 1
+    anchors = sides * pairs
+    traffic, products = _gathered_traffic(views, batch, dim), 3 * anchors**2 * dim
+    if settings.form == "multi_class":
+        # The softmax by itself; in backward its sums' gradients go to all keys, whose own gradient stays.
+        traffic += _softmax_traffic(anchors, dim) + anchors * NUMBER
+        products = 4 * anchors**2 * dim
+    return Scale(sides * (pairs - of_an_id), 0, 0, _received(traffic, processes), products // processes)
+
+
+def all_pairs(
+    settings: LogRatio | Ranking | Contrastive | Triplet | Margin, *, views: int, batch: int, dim: int, processes: int
+) -> Scale:
+    """Every embedding against all of the batch, each process for its own; the distances of labels are not counted."""
+    anchors = views * batch
+    # Squared distances are products of longer rows.
+    spherical = (
+        settings.normalized if isinstance(settings, Contrastive | Triplet) else not isinstance(settings, LogRatio)
+    )
+    width = dim if spherical else dim + 2
+    # Pairs within the margin are counted before they are weighed.
+    counted = isinstance(settings, Contrastive) and (settings.average == "active" or settings.sampling.name == "all")
+    passes = 4 if counted else 3
+    traffic = _gathered_traffic(views, batch, dim)
+    return Scale(views * (batch - 1), 0, 0, _received(traffic, processes), passes * anchors**2 * width // processes)
+
+
 def in_words(found: Scale) -> str:
     """A line about it, as the log has it."""
     parts = [f"{found.negatives:,} per anchor"]
@@ -143,6 +217,11 @@ def amount(count: int) -> str:
 def _softmax_traffic(anchors: int, dim: int) -> int:
     """Anchors and their ids go to all rows, the sums to all processes, and the weighted rows home."""
     return anchors * (ID + NUMBER * dim + 2 * NUMBER + NUMBER * dim)
+
+
+def _gathered_traffic(views: int, batch: int, dim: int) -> int:
+    """Embeddings and the ids of images go to all, and the embeddings' gradients home."""
+    return batch * ID + views * batch * 2 * NUMBER * dim
 
 
 def _noise_traffic(settings: Bank, anchors: int, dim: int) -> int:

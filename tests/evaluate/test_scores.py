@@ -5,9 +5,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from contrastive.evaluate.compare import compare
+from contrastive.evaluate.intervals import paired_difference, wilson
 from contrastive.evaluate.knn import KnnSettings
 from contrastive.evaluate.linear import LinearSettings
-from contrastive.evaluate.scores import Evaluation, ProtocolSettings, compare, paired_difference, wilson
+from contrastive.evaluate.protocol import ProtocolSettings
+from contrastive.evaluate.scores import Evaluation
 
 PROTOCOL = ProtocolSettings(
     knn=KnnSettings(neighbours=(1, 10, 50), temperatures=(0.07, 0.3)),
@@ -76,7 +79,7 @@ def test_the_record_is_json_and_the_table_shows_every_kind_with_its_choice(evalu
     assert record["protocol"]["linear"]["regularisations"] == [1e-3, 0.1, 10.0]
     assert record["verdict"] == evaluation.verdict()
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation.table())
+    console.print(evaluation.tables()[0])
     console.file.close()
     shown = console.export_text()
     for score in evaluation.scores:

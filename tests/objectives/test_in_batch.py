@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.objectives import InBatch, Population
-from contrastive.objectives.in_batch import debiased, nt_xent
+from contrastive.objectives.in_batch import InBatchObjective, bilinear_contrast, debiased, nt_xent
 
 
 def embeddings(views: int = 2, batch: int = 7, dim: int = 5) -> Tensor:
@@ -277,3 +277,95 @@ def test_it_equals_pytorch_metric_learning(views: int) -> None:
     z = embeddings(views, batch=20, dim=16).detach().float()
     expected = loss(z.flatten(0, 1), torch.arange(20).repeat(views))
     torch.testing.assert_close(nt_xent(z, torch.arange(20), 0.2).total, expected, rtol=1e-6, atol=1e-6)
+
+
+def bilinear_oracle(
+    views: Tensor, ids: Tensor, matrix: Tensor, temperature: float, decoupled: bool = False, hardness: float = 0.0
+) -> Tensor:
+    rows = [(v, b, views[v, b]) for v in range(len(views)) for b in range(len(ids))]
+    losses = []
+    for v, b, context in rows:
+        for w, c, positive in rows:
+            if c != b or w == v:
+                continue
+            numerator = torch.exp(positive @ matrix @ context / len(matrix) / temperature)
+            negatives = torch.stack(
+                [torch.exp(z @ matrix @ context / len(matrix) / temperature) for _, k, z in rows if ids[k] != ids[b]]
+            )
+            importance = negatives**hardness
+            denominator = (importance * negatives).sum() / importance.mean()
+            losses.append(-torch.log(numerator / (denominator + (0 if decoupled else numerator))))
+    return torch.stack(losses).mean()
+
+
+def some_matrix() -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(5, 5, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"hardness": 1.5}, {"hardness": 0.5, "decoupled": True}])
+@pytest.mark.parametrize("ids", [range(7), [4, 4, 9, 4, 1, 0, 9]], ids=["distinct", "repeated"])
+def test_the_bilinear_loss_and_its_gradients_equal_the_double_loop(
+    views: int, options: dict[str, Any], ids: list[int]
+) -> None:
+    z, numbers, matrix = embeddings(views), torch.tensor(list(ids)), some_matrix()
+    found = bilinear_contrast(z, numbers, matrix, 0.3, **options).total
+    expected = bilinear_oracle(z, numbers, matrix, 0.3, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [z, matrix]), torch.autograd.grad(expected, [z, matrix]), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"hardness": 1.5}])
+def test_with_the_identity_and_embeddings_of_unit_variance_the_bilinear_loss_is_nt_xent(
+    options: dict[str, Any],
+) -> None:
+    z, ids = embeddings(), torch.arange(7)
+    objective = InBatch(score="bilinear", temperature=0.2, **options).build(
+        dim=5, population=Population.each(7), seed=0
+    )
+    found = objective.double()(F.normalize(z, dim=2) * math.sqrt(5), ids, None, 0)
+    expected = nt_xent(z, ids, 0.2, **options)
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.terms, expected.terms, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_bilinear_score_has_a_matrix_alike_on_all_processes() -> None:
+    bilinear = InBatch(score="bilinear").build(dim=5, population=Population.each(7), seed=0)
+    assert isinstance(bilinear, InBatchObjective)
+    assert {name: tuple(value.shape) for name, value in bilinear.named_parameters()} == {"matrix": (5, 5)}
+    assert bilinear.shards() == {}
+    assert not list(InBatch().build(dim=5, population=Population.each(7), seed=0).parameters())
+
+
+def test_a_bilinear_score_with_a_corrected_sum_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"positive_probability 0\.1 and score=bilinear exclude.*set score=cosine"):
+        InBatch(score="bilinear", positive_probability=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"hardness": 1.0}])
+def test_the_bilinear_loss_is_finite_for_zero_long_and_lonely_embeddings(options: dict[str, Any]) -> None:
+    matrix = some_matrix().detach().float().requires_grad_()
+    for z in (torch.zeros(2, 3, 5), 300 * embeddings(batch=3).detach().float(), torch.ones(2, 3, 5)):
+        for ids in (torch.arange(3), torch.tensor([5, 5, 5])):
+            leaf = z.clone().requires_grad_()
+            loss = bilinear_contrast(leaf, ids, matrix, 0.1, **options).total
+            assert loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, [leaf, matrix]))
+    assert loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bilinear_score_is_computed_in_float32(dtype: torch.dtype) -> None:
+    z, ids, matrix = embeddings().detach().to(dtype), torch.arange(7), some_matrix().float()
+    with torch.autocast("cpu", dtype=dtype):
+        found = bilinear_contrast(z, ids, matrix, 0.3).total
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, bilinear_contrast(z.float(), ids, matrix, 0.3).total, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bilinear_loss_of_one_view_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not 1; set views\.num_views=2"):
+        bilinear_contrast(embeddings(views=1), torch.arange(7), some_matrix(), 0.1)

@@ -128,7 +128,9 @@ def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
             shorthand = model.shorthands.get(key)
             expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
         elif members and isinstance(value, dict):
-            settings = members.get(value.get("name"), next(iter(members.values())))
+            # A word may speak of a part of a component that another layer names: whichever has the part will do.
+            partly = (settings for settings in members.values() if value.keys() <= settings.model_fields.keys())
+            settings = members.get(value.get("name"), next(partly, next(iter(members.values()))))
             expanded[key] = _expand(settings, value)
         else:
             expanded[key] = value

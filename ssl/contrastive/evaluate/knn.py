@@ -3,14 +3,17 @@
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from contrastive.config import Settings
 from contrastive.evaluate.held_out import hold_out, num_classes
+from contrastive.evaluate.nearness import Nearness, searchable
 from contrastive.similarity import top_k
+
+MOST_HELD_OUT = 10_000
+"""Training images held out for the choice: more would make it dearer, and hardly better."""
 
 
 class KnnSettings(Settings):
@@ -56,12 +59,14 @@ def predict(
     classes: int,
     query_ids: Int[Tensor, " queries"] | None = None,
     bank_ids: Int[Tensor, " bank"] | None = None,
+    nearness: Nearness = "cosine",
 ) -> Int[Tensor, "neighbours temperatures queries"]:
     """The predicted class of every query for every pair of a grid, from one search for the most neighbours.
 
-    Features are normalised here. A number of neighbours above the size of the bank means the whole bank. Rows of the
-    bank labelled −1 are left out, and so are those with the query's id where ids are given. Equal scores go to the
-    lowest class, equal similarities to the lowest row.
+    A vote weighs exp(similarity / temperature): of the cosine, for which features are normalised here, or of their
+    Euclidean distance, as `nearness.searchable` defines its similarity. A number of neighbours above the size of the
+    bank means the whole bank. Rows of the bank labelled −1 are left out, and so are those with the query's id where ids
+    are given. Equal scores go to the lowest class, equal similarities to the lowest row.
 
     Raises:
         ValueError: if the queries are the bank and no ids are given: each would find itself.
@@ -75,13 +80,8 @@ def predict(
     if not len(bank):
         raise ValueError("the bank holds no labelled image")
     most = min(max(neighbours), len(bank))
-    similarities, places = top_k(
-        F.normalize(queries, dim=1, eps=1e-6),
-        F.normalize(bank, dim=1, eps=1e-6),
-        most,
-        query_ids=query_ids,
-        key_ids=bank_ids,
-    )
+    left, right = searchable(queries, bank, nearness)
+    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids)
     found = labels[places]
     chosen = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
     # Votes add up: going from fewer to more neighbours, each neighbour is counted once per temperature.
@@ -108,7 +108,8 @@ def knn(
     *,
     share: float = 0.2,
     seed: int = 0,
-    most: int = 10_000,
+    most: int = MOST_HELD_OUT,
+    nearness: Nearness = "cosine",
 ) -> KnnResult:
     """Predicts the test images from all training images, with the pair chosen on a held-out part of these.
 
@@ -123,6 +124,7 @@ def knn(
         share: part of each class that is held out for the choice.
         seed: of the draw of that part.
         most: at most so many images are held out.
+        nearness: cosine, or Euclidean distance of the features as they are.
     """
     kept, held = hold_out(train_labels, share=share, seed=seed, most=most)
     grid = settings.neighbours, settings.temperatures
@@ -135,11 +137,14 @@ def knn(
         classes=classes,
         query_ids=held,
         bank_ids=kept,
+        nearness=nearness,
     )
     hits = (guesses == train_labels[held]).sum(2).flatten()
     best = int(hits.argmax())
     k, temperature = grid[0][best // len(grid[1])], grid[1][best % len(grid[1])]
-    predictions = predict(test, train, train_labels, neighbours=(k,), temperatures=(temperature,), classes=classes)
+    predictions = predict(
+        test, train, train_labels, neighbours=(k,), temperatures=(temperature,), classes=classes, nearness=nearness
+    )
     # The bank of the final vote may be smaller than the k that was asked for.
     k = min(k, int((train_labels >= 0).sum()))
     return KnnResult(predictions[0, 0], k, temperature, hits[best].item() / len(held))

@@ -48,9 +48,9 @@ class InBatch(ObjectiveSettings):
     def _has_a_least_score(self) -> "InBatch":
         if self.score == "bilinear" and self.positive_probability:
             raise ValueError(
-                f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the corrected "
-                "sum is kept above what the least possible score would give, and a bilinear score has none; set "
-                "score=cosine or positive_probability=0"
+                f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the "
+                "corrected sum is kept above what the least possible score would give, and a bilinear score has none; "
+                "set score=cosine or positive_probability=0"
             )
         return self
 

@@ -73,14 +73,19 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         columns = torch.cat([(groups[:, :k, None] + offsets).flatten(1), rest], 1)
         values, places = scores.gather(1, columns).topk(k + 1, dim=1)
         indices = columns.gather(1, places)
-        tied = maxima[:, k] == maxima[:, k - 1]
+        cut = maxima[:, k] == maxima[:, k - 1]
     else:
         values, indices = scores.topk(k + 1, dim=1)
-        tied = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        cut = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     # topk leaves open how equal values are ordered, and which of them it keeps at the end.
-    tied |= (values[:, 1:] == values[:, :-1]).any(1)
+    tied = (values[:, 1:k] == values[:, : k - 1]).any(1)
+    cut |= values[:, k] == values[:, k - 1]
     values, indices = values[:, :k], indices[:, :k]
     if tied.any():
-        ordered = scores[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+        found = indices[tied].sort(dim=1).values
+        ordered = scores[tied].gather(1, found).sort(dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = ordered.values, found.gather(1, ordered.indices)
+    if cut.any():
+        ordered = scores[cut].sort(dim=1, descending=True, stable=True)
+        values[cut], indices[cut] = ordered.values[:, :k], ordered.indices[:, :k]
     return values, indices

@@ -1,0 +1,155 @@
+"""Every objective at equal time: retrieval on five classes after training on the images of the other five."""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import harness
+
+UNSEEN = (5, 6, 7, 8, 9)
+FIGURES = ("Recall@1", "MAP@R", "NDCG@10")
+
+
+class Case(NamedTuple):
+    """A way of training, as words of the command line."""
+
+    positives: str
+    """What makes two images alike: views of one image, or images of one label."""
+    words: tuple[str, ...]
+    """The recipe and what is changed in it."""
+
+
+VIEWS: Mapping[str, str] = {
+    "in_batch: NT-Xent": "simclr",
+    "in_batch: decoupled": "quickstart",
+    "in_batch: bilinear score (CPC)": "simclr objective.score=bilinear",
+    "queue": "moco",
+    "bank: exact softmax": "instance_discrimination",
+    "bank: NCE": "instance_discrimination_nce",
+    "nearest_neighbours": "nnclr",
+    "contrastive": "siamese_instances",
+    "triplet, semi-hard": "facenet_instances",
+    "margin, distance-weighted": "margin_distance_weighted_instances",
+    "n_pair": "n_pair_instances",
+    "log_ratio of thumbnails": "log_ratio values=pixels",
+    "ranking: ListNet": "list_net ids=images",
+    "noise_contrastive: NCE": "noise_contrastive",
+    "noise_contrastive: word2vec": "noise_contrastive objective.correction=false",
+    "margin_softmax: ArcFace, a class per image": "arcface_instances",
+}
+LABELS: Mapping[str, str] = {
+    "supervised": "supervised",
+    "contrastive": "siamese",
+    "triplet, semi-hard": "facenet",
+    "margin, distance-weighted": "margin_distance_weighted",
+    "n_pair: multi-class": "n_pair",
+    "n_pair: one-vs-one": "n_pair objective.form=one_vs_one",
+    "log_ratio of labels": "log_ratio",
+    "ranking: squared error": "list_net objective.loss=squared_error",
+    "ranking: cross-entropy": "list_net objective.loss=cross_entropy",
+    "ranking: RankNet": "list_net objective.loss=rank_net",
+    "ranking: hinge": "list_net objective.loss=hinge",
+    "ranking: ListNet": "list_net",
+    "ranking: ListMLE": "list_net objective.loss=list_mle",
+    "noise_contrastive: NCE": "noise_contrastive ids=labels",
+    "noise_contrastive: word2vec": "noise_contrastive ids=labels objective.correction=false",
+    "margin_softmax: NormFace": "arcface objective.preset=norm_face",
+    "margin_softmax: SphereFace": "sphereface",
+    "margin_softmax: CosFace": "cosface",
+    "margin_softmax: ArcFace": "arcface",
+    "margin_softmax: combined": "arcface objective.preset=combined_1",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and for how long."""
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training, for each run (1)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each objective (3)")
+    parser.add_argument("--data", default="fashion_mnist", help="the images (fashion_mnist)")
+    parser.add_argument("--only", nargs="+", default=[], help="objectives whose line begins so (all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores (1)")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; those already measured there are not run again")
+
+
+def run(options: argparse.Namespace) -> harness.Report:
+    """Trains and measures every objective from the command line, as a user would."""
+    cases = {f"{name} (views)": Case("views", tuple(words.split())) for name, words in VIEWS.items()}
+    cases |= {f"{name} (labels)": Case("labels", tuple(words.split())) for name, words in LABELS.items()}
+    chosen = {name: case for name, case in cases.items() if not options.only or name.startswith(tuple(options.only))}
+    measured = train_and_measure(chosen, options)
+    rows: list[dict[str, harness.Value]] = []
+    for positives in ("views", "labels"):
+        rows += [
+            {"positives": positives, "objective": name.rpartition(" (")[0], **row(measured[name], "learned")}
+            for name, case in chosen.items()
+            if case.positives == positives
+        ]
+    return harness.Report(
+        title="Objectives at equal time, retrieval among classes not seen in training",
+        rows=rows + baselines(measured, {"positives": "–"}),
+        notes=notes(options),
+        packages=("timm",),
+    )
+
+
+def notes(options: argparse.Namespace) -> tuple[str, ...]:
+    """What was done, in words."""
+    return (
+        f"{options.minutes:g} minutes of training on classes 0 to 4 for each run, {options.jobs} runs at once.",
+        "Retrieval among the test images of classes 5 to 9 by the backbone's features.",
+        "In %: median (smallest-largest) over seeds.",
+    )
+
+
+def train_and_measure(cases: Mapping[str, Case], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """For each case the evaluations of its runs, one for each seed; the first run of each seed measures baselines."""
+    jobs = list(product(range(options.seeds), cases))
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        place, first = options.keep or Path(scratch), next(iter(cases))
+
+        def measure(job: tuple[int, str]) -> dict[str, Any]:
+            seed, name = job
+            folder = place / f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}"
+            report = folder / "evaluation.json"
+            if not report.exists():
+                recipe, *words = cases[name].words
+                words += [f"data={options.data}", f"unseen={list(UNSEEN)}".replace(" ", ""), f"seed={seed}"]
+                words += [f"train.minutes={options.minutes}", f"train.threads={threads}", "train.monitor=0"]
+                harness.script("pretrain.py", threads, recipe, *words, "train.preview=0", f"output={folder}")
+                wanted = f"baselines={str(name == first).lower()}"
+                harness.script("evaluate.py", threads, str(folder), "tasks=[retrieval]", wanted)
+            found: dict[str, Any] = json.loads(report.read_text())
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            return found | {"epochs": max(line["epoch"] for line in lines if "epoch" in line)}
+
+        reports = list(pool.map(measure, jobs))
+    return {name: [found for job, found in zip(jobs, reports, strict=True) if job[1] == name] for name in cases}
+
+
+def row(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, harness.Value]:
+    """Epochs and figures of one kind of features over seeds."""
+    found = [scores(report, kind) for report in reports]
+    epochs = harness.Spread.of([report["epochs"] for report in reports]).median if kind == "learned" else None
+    figures = {name: harness.Spread.of([100 * entry[name] for entry in found]) for name in FIGURES}
+    return {"epochs": epochs, **figures, "seeds": len(found)}
+
+
+def baselines(measured: Mapping[str, Sequence[Mapping[str, Any]]], first: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Random weights, drawn by each seed, and raw pixels."""
+    reports = next(iter(measured.values()))
+    return [{**first, "objective": kind, **row(reports, kind)} for kind in ("random weights", "raw pixels")]
+
+
+def scores(report: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """The retrieval figures of one kind of features."""
+    found: dict[str, float] = next(
+        entry["values"] for entry in report["figures"] if (entry["features"], entry["task"]) == (kind, "retrieval")
+    )
+    return found

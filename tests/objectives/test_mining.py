@@ -1,0 +1,285 @@
+"""Sampling against loops over all triples, and what is drawn against its density."""
+
+import math
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triples import REPEATED, by_loops, embeddings, prepared, sampled, table_of
+
+from contrastive import recipe
+from contrastive.config import load
+from contrastive.objectives.mining import (
+    All,
+    DistanceWeighted,
+    Easy,
+    Hard,
+    Random,
+    Sampling,
+    SemiHard,
+    choose,
+    refuse_off_sphere,
+    sampling,
+)
+from contrastive.objectives.mining.distance_weighted import draw, log_weights
+from contrastive.recipe import Recipe
+
+FIXED: dict[str, type[Any]] = {"all": All, "easy": Easy, "semi_hard": SemiHard, "hard": Hard}
+DRAWN: list[Sampling] = [Random(), Random(positives="random"), DistanceWeighted(), DistanceWeighted(farthest=None)]
+EVERY: list[Sampling] = [*(kind() for kind in FIXED.values()), *DRAWN]
+
+
+def name_of(value: object) -> str:
+    return str(getattr(value, "name", value))
+
+
+@pytest.mark.parametrize("few", [0, 32])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("which", ["all", "easy", "hard"])
+@pytest.mark.parametrize("name", FIXED)
+def test_the_triples_are_those_of_loops_over_all(
+    name: str, which: Any, normalized: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "FEW", few)
+    z = embeddings().detach()
+    expected = by_loops(name, which, table_of(z, normalized=normalized), REPEATED.repeat(2))
+    assert sampled(FIXED[name](positives=which), prepared(z, REPEATED, normalized=normalized)) == expected
+    assert len(expected) >= 15
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7])
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_the_split_into_tiles_changes_nothing_not_even_what_is_drawn(kind: Sampling, tile: int) -> None:
+    batch = prepared(embeddings(), REPEATED)
+    assert sampled(kind, batch, tile) == sampled(kind, batch)
+
+
+@pytest.mark.parametrize("kind", DRAWN, ids=name_of)
+def test_what_is_drawn_follows_from_seed_and_step(kind: Sampling) -> None:
+    z = embeddings()
+    first, again = (sampled(kind, prepared(z, REPEATED, seed=1, step=5)) for _ in range(2))
+    assert first == again
+    assert first != sampled(kind, prepared(z, REPEATED, seed=1, step=6))
+    assert first != sampled(kind, prepared(z, REPEATED, seed=2, step=5))
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_positives_share_the_id_and_negatives_never_do(kind: Sampling) -> None:
+    ids = REPEATED.repeat(2).tolist()
+    for step in range(20):
+        triples = sampled(kind, prepared(embeddings(seed=step), REPEATED, step=step))
+        assert triples
+        for a, p, n in triples:
+            assert a != p
+            assert ids[a] == ids[p] != ids[n]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@pytest.mark.parametrize(
+    ("views", "ids"), [(1, torch.arange(10)), (2, torch.full((10,), 4))], ids=["no positives", "no negatives"]
+)
+def test_without_positives_or_negatives_there_are_no_triples(kind: Sampling, views: int, ids: Tensor) -> None:
+    batch = prepared(embeddings(views), ids)
+    assert sampled(kind, batch) == []
+    products = batch.anchors @ batch.candidates.T
+    figures = choose(kind, batch, slice(0, len(products)), products).figures.tolist()
+    pairs = 0 if views == 1 else 20 * (1 if kind.positives != "all" else 19)
+    assert figures == [pairs, pairs, 0]
+
+
+def test_a_positive_farther_than_all_negatives_is_left_out_and_counted() -> None:
+    z = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    batch = prepared(z, torch.tensor([0, 0, 1]))
+    triples = choose(SemiHard(), batch, slice(0, 3), batch.anchors @ batch.candidates.T)
+    assert triples.figures.tolist() == [2, 2, 0]
+    assert not triples.chosen.any()
+
+
+def test_a_negative_as_far_as_the_positive_is_not_semi_hard() -> None:
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]]], dtype=torch.float64)
+    assert sampled(SemiHard(), prepared(z, torch.tensor([0, 0, 1, 1])))[:1] == [(0, 1, 3)]
+
+
+def test_the_default_of_hard_is_batch_hard() -> None:
+    z = embeddings().detach()
+    assert sampled(Hard(), prepared(z, REPEATED)) == by_loops("hard", "hard", table_of(z), REPEATED.repeat(2))
+
+
+def test_random_negatives_are_all_equally_likely_and_so_are_random_positives() -> None:
+    batch, counts, positives, rounds = prepared(embeddings()[:, :6], REPEATED[:6]), Counter[int](), Counter[int](), 2000
+    products = batch.anchors[:1] @ batch.candidates.T
+    for step in range(rounds):
+        triples = choose(Random(positives="random"), batch._replace(key=(0, step)), slice(0, 1), products)
+        positives[int(triples.positives)] += 1
+        counts[int(triples.negatives)] += 1
+    ids = REPEATED[:6].repeat(2)
+    negatives = (ids != 3).nonzero()[:, 0].tolist()
+    assert sorted(counts) == negatives
+    assert sorted(positives) == [p for p in range(12) if ids[p] == 3 and p]
+    for found in (counts, positives):
+        chance = 1 / len(found)
+        deviation = math.sqrt(rounds * chance * (1 - chance))
+        assert all(abs(number - rounds * chance) < 4.5 * deviation for number in found.values())
+
+
+def density(d: float, n: int) -> float:
+    return d ** (n - 2) * (1 - d * d / 4) ** ((n - 3) / 2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 16, 128])
+def test_the_weights_are_the_inverse_of_the_density_of_distances(n: int) -> None:
+    d = torch.linspace(0.3, 1.9, 17, dtype=torch.float64)
+    weights = log_weights(1 - d.square() / 2, n, 0.5)
+    weights = (weights - weights.max()).exp()
+    expected = torch.tensor([1 / density(max(float(x), 0.5), n) for x in d], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected / expected.max(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_density_is_that_of_random_points_on_the_sphere() -> None:
+    for n in (2, 3, 8):
+        points = torch.nn.functional.normalize(
+            torch.randn(2, 200_000, n, generator=torch.Generator().manual_seed(n)), dim=2
+        )
+        distances = (points[0] - points[1]).norm(dim=1)
+        edges = torch.linspace(0.2, 1.8, 9)
+        found = torch.histogram(distances, edges).hist
+        grid = torch.linspace(0.2, 1.8, 801, dtype=torch.float64)
+        middles = (grid[1:] + grid[:-1]) / 2
+        expected = torch.tensor([density(float(d), n) for d in middles]).view(8, 100).sum(1)
+        torch.testing.assert_close(found / found.sum(), expected / expected.sum(), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_finite_where_points_coincide_or_are_opposite(dim: int, dtype: torch.dtype) -> None:
+    cosines = torch.tensor([1.0, 1.0 + 1e-6, 0.0, -1.0, -1.0 - 1e-6], dtype=dtype)
+    assert log_weights(cosines, dim, 0.5).isfinite().all()
+    assert log_weights(cosines, dim, 1e-3).isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5, 16])
+@pytest.mark.parametrize("farthest", [1.4, None])
+def test_draws_are_as_frequent_as_their_weights(dim: int, farthest: float | None) -> None:
+    distances = torch.tensor([[0.0, 0.2, 0.6, 0.7, 0.9, 1.1, 1.3, 1.35, 1.5, 1.7]], dtype=torch.float64)
+    uniform = (torch.arange(100_000) + 0.5)[None] / 100_000
+    # The first is the anchor itself, the fourth of its class.
+    places, there = draw(1 - distances.square() / 2, torch.tensor([[0, 3]]), uniform, dim, 0.5, farthest)
+    assert there.all()
+    expected = torch.tensor([1 / density(max(float(d), 0.5), dim) for d in distances[0]], dtype=torch.float64)
+    expected[[0, 3]] = 0
+    if farthest is not None:
+        expected[distances[0] >= farthest] = 0
+    found = places[0].bincount(minlength=10) / 100_000
+    torch.testing.assert_close(found.double(), expected / expected.sum(), rtol=0, atol=1e-4)
+
+
+def test_a_row_of_far_candidates_beside_one_with_a_near_candidate_keeps_its_weights() -> None:
+    # Divided by the largest weight of both rows, e^91 at 128 dimensions, the second row's would all be zero.
+    distances = torch.tensor([[0.0, 0.5, 1.3], [0.0, 1.35, 1.3]])
+    uniform = ((torch.arange(10_000) + 0.5) / 10_000).repeat(2, 1)
+    places, there = draw(1 - distances.square() / 2, torch.zeros(2, 1, dtype=torch.int64), uniform, 128, 0.5, 1.4)
+    assert there.all()
+    assert (places[0] == 1).all()
+    ratio = density(1.3, 128) / density(1.35, 128)
+    assert (places[1] == 1).float().mean().item() == pytest.approx(ratio / (1 + ratio), abs=1e-3)
+
+
+def test_a_share_of_nearly_one_draws_the_last_candidate_and_not_what_follows_it() -> None:
+    distances = torch.tensor([[0.0, 0.9, 1.0, 1.6, 0.7]])
+    last = torch.tensor([[0.0, 1 - 2.0**-24, 1.0]])
+    places, _ = draw(1 - distances.square() / 2, torch.tensor([[0, 4]]), last, 16, 0.5, 1.4)
+    assert places.tolist() == [[1, 2, 2]]
+
+
+def test_a_row_without_a_candidate_draws_from_all_its_negatives_alike_and_is_counted() -> None:
+    # The anchor and its positive are at one pole, the others at the other, beyond the farthest candidate.
+    z = torch.tensor([[[1.0, 0], [1.0, 0.1], [-1.0, 0], [-1.0, 0.1], [-1.0, 0.2]]], dtype=torch.float64)
+    batch, counts = prepared(z, torch.tensor([0, 0, 1, 2, 3])), Counter[int]()
+    products = batch.anchors[:1] @ batch.candidates.T
+    for step in range(1500):
+        triples = choose(DistanceWeighted(), batch._replace(key=(0, step)), slice(0, 1), products)
+        assert triples.figures.tolist() == [1, 0, 1]
+        assert triples.negatives is not None
+        counts[int(triples.negatives)] += 1
+    assert sorted(counts) == [2, 3, 4]
+    assert all(abs(number - 500) < 4.5 * math.sqrt(1500 * 2 / 9) for number in counts.values())
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_equal_and_opposite_points_draw_negatives_too(kind: Sampling, dim: int) -> None:
+    point = torch.ones(dim)
+    z = torch.stack([point, point, -point, -point, point, -point])[None]
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    triples = sampled(kind, prepared(z, ids))
+    assert all(ids[a] == ids[p] != ids[n] for a, p, n in triples)
+    assert triples or kind.name == "semi_hard"
+
+
+def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        miners = pytest.importorskip("pytorch_metric_learning.miners")
+    z, ids = embeddings(batch=10, dim=5).detach(), REPEATED.repeat(2)
+    rows = z.flatten(0, 1)
+    # It keeps all negatives between the positive and the margin, and we the nearest; a margin of 2 keeps them all.
+    theirs = list(zip(*(part.tolist() for part in miners.TripletMarginMiner(2.0, "semihard")(rows, ids)), strict=True))
+    ours = sampled(SemiHard(), prepared(z, REPEATED))
+    assert set(ours) <= set(theirs)
+    assert {(a, p) for a, p, _ in ours} == {(a, p) for a, p, _ in theirs}
+    # "Hard" there are negatives nearer than the positive, so that batch-hard has the nearest of them, where there are.
+    hard = list(zip(*(part.tolist() for part in miners.BatchHardMiner()(rows, ids)), strict=True))
+    assert sampled(Hard(), prepared(z, REPEATED)) == hard
+
+
+def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        miners = pytest.importorskip("pytorch_metric_learning.miners")
+        utilities = pytest.importorskip("pytorch_metric_learning.utils.loss_and_miner_utils")
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        utilities, "get_random_triplet_indices", lambda *a, weights, **k: seen.append(weights) or (torch.zeros(0),) * 3
+    )
+    z = embeddings(batch=10, dim=5).detach()
+    miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4)(z.flatten(0, 1), REPEATED.repeat(2))
+    batch, shares = prepared(z, REPEATED), 50_000
+    uniform = ((torch.arange(shares) + 0.5) / shares).repeat(20, 1)
+    products = batch.anchors @ batch.candidates.T
+    places, there = draw(products, batch.classes.mates(slice(0, 20)), uniform, 5, 0.5, 1.4)
+    found = torch.stack([row.bincount(minlength=20) for row in places]) / shares
+    # In few dimensions one maximum for all rows does no harm; a row without candidates is NaN there.
+    assert there.all()
+    torch.testing.assert_close(found.double(), seen[0], rtol=0, atol=1e-4)
+
+
+def test_a_bound_below_the_cutoff_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"farthest 0\.4 must be beyond cutoff 0\.5; set farthest=null"):
+        DistanceWeighted(farthest=0.4)
+
+
+def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
+    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
+        refuse_off_sphere(DistanceWeighted(), False)
+    refuse_off_sphere(DistanceWeighted(), True)
+    refuse_off_sphere(Random(), False)
+
+
+@pytest.mark.parametrize("name", ["siamese", "facenet", "margin_distance_weighted"])
+def test_each_recipe_takes_any_sampling_on_the_command_line(name: str) -> None:
+    for file in (recipe.find(name), recipe.find(f"{name}_instances")):
+        chosen = load(Recipe, file, ["objective.sampling=hard", "objective.sampling.positives=easy"]).objective
+        assert chosen.sampling == Hard(positives="easy")
+        words = ["objective.sampling.name=distance_weighted", "objective.sampling.farthest=null"]
+        assert load(Recipe, file, words).objective.sampling == DistanceWeighted(farthest=None)
+    with pytest.raises(ValueError, match=r"objective\.sampling\.name=harder is none of .* did you mean hard\?"):
+        load(Recipe, recipe.find(name), ["objective.sampling=harder"])
+
+
+@pytest.mark.parametrize("name", ["siamese_instances", "facenet_instances", "margin_distance_weighted_instances"])
+def test_one_view_of_each_image_by_itself_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 views of each image; set views\.num_views=2"):
+        load(Recipe, recipe.find(name), ["views.num_views=1"])
