@@ -223,6 +223,9 @@ FORMULAS: dict[str, tuple[Objective, dict[str, int]]] = {
     "queue": (Queue(size=640, storage="float16"), {"V": 1, "K": 640, "s": 2}),
     "bank, exact": (Bank(), {"V": 2, "s": 4}),
     "bank, nce": (Bank(estimator="nce", negatives=96, storage="bfloat16"), {"V": 2, "m": 96, "s": 2}),
+    "triplet": (Triplet(), {"V": 2}),
+    "margin_softmax": (MarginSoftmax(), {"V": 1}),
+    "noise_contrastive": (NoiseContrastive(negatives=96), {"V": 2, "m": 96}),
 }
 
 

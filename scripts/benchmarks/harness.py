@@ -123,6 +123,15 @@ def script(name: str, threads: int, *words: str) -> None:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
+def commands(threads: int, *lines: Sequence[str]) -> None:
+    """Runs several scripts one after the other as `script` does, but in one process, which imports torch once."""
+    code = "import sys, json; from contrastive import command\n"
+    code += "for name, *words in json.loads(sys.argv[1]):\n    getattr(command, name)(words) and sys.exit(1)"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", code, json.dumps(lines)]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
 def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     """Processor, memory, load and versions: what a reader needs to judge the figures."""
     cpu = platform.processor() or platform.machine()

@@ -71,14 +71,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What is trained, and for how long."""
     parser.add_argument("--minutes", type=float, default=1.0, help="of training, for each run (1)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each objective (3)")
-    parser.add_argument("--data", default="fashion_mnist", help="the images (fashion_mnist)")
+    parser.add_argument("--data", default="sample", help="the images to train on (sample)")
+    parser.add_argument("--gallery", default="fashion_mnist", help="the images to look up (fashion_mnist)")
     parser.add_argument("--only", nargs="+", default=[], help="objectives whose line begins so (all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores (1)")
     parser.add_argument("--keep", type=Path, help="folder for the runs; those already measured there are not run again")
 
 
 def run(options: argparse.Namespace) -> harness.Report:
-    """Trains and measures every objective from the command line, as a user would."""
+    """Trains and measures every objective by the words of the command line."""
     cases = {f"{name} (views)": Case("views", tuple(words.split())) for name, words in VIEWS.items()}
     cases |= {f"{name} (labels)": Case("labels", tuple(words.split())) for name, words in LABELS.items()}
     chosen = {name: case for name, case in cases.items() if not options.only or name.startswith(tuple(options.only))}
@@ -101,8 +102,8 @@ def run(options: argparse.Namespace) -> harness.Report:
 def notes(options: argparse.Namespace) -> tuple[str, ...]:
     """What was done, in words."""
     return (
-        f"{options.minutes:g} minutes of training on classes 0 to 4 for each run, {options.jobs} runs at once.",
-        "Retrieval among the test images of classes 5 to 9 by the backbone's features.",
+        f"{options.minutes:g} minutes of training on classes 0 to 4 of {options.data} for each run, {options.jobs} at once.",
+        f"Retrieval among the test images of classes 5 to 9 of {options.gallery} by the backbone's features.",
         "In %: median (smallest-largest) over seeds.",
     )
 
@@ -122,9 +123,10 @@ def train_and_measure(cases: Mapping[str, Case], options: argparse.Namespace) ->
                 recipe, *words = cases[name].words
                 words += [f"data={options.data}", f"unseen={list(UNSEEN)}".replace(" ", ""), f"seed={seed}"]
                 words += [f"train.minutes={options.minutes}", f"train.threads={threads}", "train.monitor=0"]
-                harness.script("pretrain.py", threads, recipe, *words, "train.preview=0", f"output={folder}")
+                training = ["pretrain", recipe, *words, "train.preview=0", f"output={folder}"]
                 wanted = f"baselines={str(name == first).lower()}"
-                harness.script("evaluate.py", threads, str(folder), "tasks=[retrieval]", wanted)
+                looked_up = [f"data={options.gallery}", f"classes={list(UNSEEN)}".replace(" ", "")]
+                harness.commands(threads, training, ["evaluate", str(folder), "tasks=[retrieval]", *looked_up, wanted])
             found: dict[str, Any] = json.loads(report.read_text())
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             return found | {"epochs": max(line["epoch"] for line in lines if "epoch" in line)}
