@@ -249,5 +249,5 @@ def test_numbers_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_without_the_correction_there_is_little_noise_unless_it_is_given() -> None:
-    assert [NoiseContrastive(correction=correction).count for correction in (True, False)] == [1024, 16]
+    assert [NoiseContrastive(correction=correction).count for correction in (True, False)] == [1024, 5]
     assert NoiseContrastive(correction=False, negatives=5).count == 5

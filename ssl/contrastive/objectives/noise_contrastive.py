@@ -47,7 +47,7 @@ class NoiseContrastive(ObjectiveSettings):
     """Embeddings and rows of length 1; if false, of their own lengths, as in the papers."""
     negatives: int | None = Field(None, gt=0)
     """Rows drawn as noise, k: with replacement, and once for all anchors, of all processes. Null: 1,024 with the
-    correction, which evens them out, and 16 without, where each weighs as much as the anchor's own row."""
+    correction, which evens them out, and 5 without (as word2vec), where each weighs as much as the anchor's own row."""
     power: float = Field(0.75, ge=0)
     """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
     correction: bool = True
@@ -59,7 +59,7 @@ class NoiseContrastive(ObjectiveSettings):
     @property
     def count(self) -> int:
         """How many rows are drawn as noise."""
-        return self.negatives or (1024 if self.correction else 16)
+        return self.negatives or (1024 if self.correction else 5)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
