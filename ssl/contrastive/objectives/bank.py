@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive import distributed
+from contrastive.objectives.learned_rows import LearnedRows
 from contrastive.objectives.loss import (
     Loss,
     Objective,
@@ -67,8 +68,9 @@ class Bank(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
-        kind = ParametricObjective if self.estimator == "parametric" else BankObjective
-        return kind(self, dim=dim, num_images=len(population.ids), seed=seed)
+        if self.estimator == "parametric":
+            return ParametricObjective(self, dim=dim, population=population, seed=seed)
+        return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
 class BankObjective(Objective):
@@ -225,23 +227,16 @@ class BankObjective(Objective):
         return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
 
 
-class ParametricObjective(Objective):
+class ParametricObjective(LearnedRows):
     """The parametric softmax that the paper compares with: one learned weight per image, spread over the processes.
 
     P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights begin as
-    the bank's rows do, are free in length, and are moved by the optimiser; their gradient on each process is the sum
-    over the processes' losses.
+    the bank's rows do and are free in length.
     """
 
-    def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int) -> None:
-        super().__init__()
-        self.settings, self.num_images = settings, num_images
-        self.own = distributed.share(num_images)
-        self.weight = nn.Parameter(unit_rows(self.own, dim, seed=seed))
-
-    def shards(self) -> dict[str, int]:
-        """The weights."""
-        return {"weight": self.num_images}
+    def __init__(self, settings: Bank, *, dim: int, population: Population, seed: int) -> None:
+        super().__init__(population, dim=dim, seed=seed)
+        self.settings = settings
 
     @float32_island
     def forward(
@@ -256,14 +251,13 @@ class ParametricObjective(Objective):
         Raises:
             ValueError: if an id is not one of the images (checked on CPU).
         """
-        _check(ids, self.num_images)
+        self.check(ids)
         views, lengths = len(embeddings), distributed.counts(len(ids))
         anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
         own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
         products = (anchors * own_weights).sum(1)
-        row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
-        losses = instance_softmax(anchors, products, anchor_ids, self.weight, row_ids, self.settings.temperature)
-        negatives = torch.tensor(float(self.num_images - 1), device=ids.device)
+        losses = instance_softmax(anchors, products, anchor_ids, self.weight, self.own_ids(), self.settings.temperature)
+        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
         similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
         terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
         return Loss(average(losses), terms | information(losses.detach().mean(), 1 + negatives))
