@@ -19,12 +19,14 @@ def term(span: slice, products: Tensor, margin: Tensor, weights: Tensor) -> tupl
     return hinge.square().sum(), torch.stack([(hinge > 0).sum(), torch.tensor(len(own))])
 
 
+@pytest.mark.parametrize("few", [0, 1], ids=["by products", "pair by pair"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("numbers", [1, 33, 1 << 18])
 def test_value_gradient_and_figures_are_those_of_the_whole_matrix(
-    threads: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+    few: int, threads: int, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "NUMBERS", numbers)
+    monkeypatch.setattr(tiles, "FEW", few)
     anchors, candidates, before = rows(13), rows(11, seed=1), torch.get_num_threads()
     margin, weights = torch.tensor([0.3], dtype=torch.float64, requires_grad=True), rows(11, 1, 2).squeeze(1)
     weights = weights.detach().requires_grad_()

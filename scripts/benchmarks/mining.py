@@ -60,9 +60,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=SIZES, metavar="N", help=f"embeddings in the batch ({sizes})"
     )
-    parser.add_argument(
-        "--patience", type=float, default=100.0, metavar="S", help="seconds that a step of the rival may take (100)"
-    )
 
 
 def run(options: argparse.Namespace) -> harness.Report:
@@ -70,7 +67,7 @@ def run(options: argparse.Namespace) -> harness.Report:
     rows: list[dict[str, harness.Value]] = []
     for case in CASES:
         for size in options.sizes:
-            rows += _measure(case, size, options.repetitions, options.patience)
+            rows += _measure(case, size, options.repetitions)
     return harness.Report(
         title=f"A step of mined triplets and pairs, forward and backward, float32, d = {DIM}",
         rows=rows,
@@ -79,7 +76,7 @@ def run(options: argparse.Namespace) -> harness.Report:
     )
 
 
-def _measure(case: str, size: int, repetitions: int, patience: float) -> list[dict[str, harness.Value]]:
+def _measure(case: str, size: int, repetitions: int) -> list[dict[str, harness.Value]]:
     works = {OURS: prepare(OURS, case, size)}
     skipped = ""
     needed, there = CASES[case].needed(size) / MEBIBYTE, harness.available_mebibytes()
@@ -87,11 +84,7 @@ def _measure(case: str, size: int, repetitions: int, patience: float) -> list[di
         skipped = f"needs about {needed / 1024:,.0f} GiB, {there / 1024:,.0f} GiB are free"
     else:
         try:
-            expected = _expected_seconds(case, size)
-            if expected > patience:
-                skipped = f"a step would take about {expected:,.0f} s"
-            else:
-                works[THEIRS] = prepare(THEIRS, case, size)
+            works[THEIRS] = prepare(THEIRS, case, size)
         except harness.RivalMissingError as problem:
             skipped = str(problem)
     times = harness.seconds(works, repetitions)
@@ -111,13 +104,6 @@ def _measure(case: str, size: int, repetitions: int, patience: float) -> list[di
             row["seconds"] = skipped
         rows.append(row)
     return rows
-
-
-def _expected_seconds(case: str, size: int) -> float:
-    """What a step of the rival will take, by the growth of its time from an eighth to a quarter of the size."""
-    works = {str(part): prepare(THEIRS, case, size // part) for part in (8, 4)}
-    eighth, quarter = (found.median for found in harness.seconds(works, 1).values())
-    return quarter * max(quarter / eighth, 1.0) ** 2
 
 
 def prepare(name: str, case: str, size: int) -> Callable[[], object]:

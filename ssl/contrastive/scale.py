@@ -181,7 +181,10 @@ def n_pair(settings: NPair, *, views: int, batch: int, dim: int, processes: int)
 def all_pairs(
     settings: LogRatio | Ranking | Contrastive | Triplet | Margin, *, views: int, batch: int, dim: int, processes: int
 ) -> Scale:
-    """Every embedding against all of the batch, each process for its own; the distances of labels are not counted."""
+    """Every embedding against all of the batch, each process for its own; the distances of labels are not counted.
+
+    The products are those of a GPU: on a CPU the gradient of a few sampled pairs takes none, which leaves a third.
+    """
     anchors = views * batch
     # Squared distances are products of longer rows.
     spherical = (
