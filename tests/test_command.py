@@ -198,7 +198,7 @@ def test_a_run_that_has_not_finished_is_measured_by_its_newest_checkpoint(
     (unfinished / "done").unlink()
     words = [f"data={classes}", "data.size=28", "data.channels=1"]
     assert command.evaluate([str(unfinished), *words]) == 0
-    assert "checkpoints/step-" in json.loads((unfinished / "evaluation.json").read_text())["weights"]
+    assert "checkpoints/step-" in json.loads((unfinished / "evaluation.json").read_text())["weights"]["file"]
 
 
 def test_images_with_other_channels_than_the_run_are_refused_in_words(

@@ -17,7 +17,8 @@ from torch.distributed.run import get_args_parser
 
 from contrastive import recipe
 from contrastive.config import keys, load
-from contrastive.measure import EvaluateSettings, ExtractSettings
+from contrastive.extract import ExtractSettings
+from contrastive.measure import EvaluateSettings
 from contrastive.objectives import Objective
 from contrastive.recipe import Recipe
 
@@ -30,10 +31,12 @@ LEVELS = [
     {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
     {"evaluate"},
     {"recipe"},
-    {"launch", "clock", "resume", "scale"},
-    {"machine"},
-    {"step"},
+    {"launch", "clock", "resume", "scale", "opened"},
+    {"machine", "extract"},
+    {"step", "features"},
+    {"report"},
     {"pretrain", "measure"},
+    {"compare_runs", "finetune"},
     {"command"},
     {"__main__"},
 ]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from contrastive import recipe as recipes
 from contrastive.config import Settings, keys, load
-from contrastive.measure import EvaluateSettings, ExtractSettings
+from contrastive.extract import ExtractSettings
+from contrastive.extract import extract as extract_features
+from contrastive.measure import EvaluateSettings
 from contrastive.measure import evaluate as evaluate_run
-from contrastive.measure import extract as extract_features
 from contrastive.pretrain import pretrain as run_recipe
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG

@@ -72,6 +72,8 @@ def compare(
     scores: list[Score] = []
     figures: list[Figures] = []
     hits: dict[tuple[Task, str], Tensor] = {}
+    predictions: dict[str, Tensor] = {}
+    of_each: dict[str, Tensor] = {}
     for kind, (train, test) in features.items():
         if train is not None:
             _check(kind, train, train_labels, "training")
@@ -83,12 +85,18 @@ def compare(
             keep(kind, measured.fitted)
         if train is not None:
             found = _classify(kind, (train, test[labelled]), measured, train_labels, test_labels, tasks, protocol)
-            scores += [score for score, _ in found]
-            hits |= {(score.method, kind): right for score, right in found}
-        for own, right in _group(kind, measured, shown, test_labels[shown], tasks, protocol):
+            truth = test_labels[labelled]
+            for score, guesses in found:
+                scores.append(score)
+                right = hits[score.method, kind] = guesses == truth
+                predictions[f"{score.method}/{kind}"] = _among(guesses, labelled, len(test_labels))
+                of_each[f"{score.method}/{kind}"] = _among(right, labelled, len(test_labels))
+        for own, correct, queries in _group(kind, measured, shown, test_labels[shown], tasks, protocol):
             figures.append(own)
-            if right is not None:
-                hits[own.task, kind] = right
+            if correct is not None:
+                hits[own.task, kind] = correct
+            if correct is not None and queries is not None:
+                of_each[f"{own.task}/{kind}"] = _among(correct, shown[queries], len(test_labels))
     first, *baselines = features
     differences = [
         Difference(first, baseline, task, *paired_difference(hits[task, first], hits[task, baseline]))
@@ -98,7 +106,7 @@ def compare(
     ]
     order = list(dict.fromkeys(own.task for own in figures))
     figures.sort(key=lambda own: order.index(own.task))
-    return Evaluation(protocol, metric, tuple(scores), tuple(figures), tuple(differences), facts)
+    return Evaluation(protocol, metric, tuple(scores), tuple(figures), tuple(differences), facts, predictions, of_each)
 
 
 def check(
@@ -156,7 +164,7 @@ def _classify(
     tasks: Sequence[Task],
     protocol: ProtocolSettings,
 ) -> list[tuple[Score, Tensor]]:
-    """The scores of kNN and of the linear probe, each with which test images were right."""
+    """The scores of kNN and of the linear probe, each with the predicted classes of the labelled test images."""
     labelled = test_labels >= 0
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
     num_train, share, seed = int((train_labels >= 0).sum()), protocol.held_out, protocol.seed
@@ -177,34 +185,34 @@ def _classify(
         )
         right = near.predictions == truth
         chosen = {"neighbours": near.neighbours, "temperature": near.temperature}
-        found.append((_score(kind, "knn", right, near.validation, counts, chosen), right))
+        found.append((_score(kind, "knn", right, near.validation, counts, chosen), near.predictions))
     if "linear" in tasks:
         probe = linear(features[0], train_labels, features[1], classes, protocol.linear, share=share, seed=seed)
         right = probe.predictions == truth
         chosen = {"regularisation": probe.regularisation}
-        found.append((_score(kind, "linear", right, probe.validation, counts, chosen), right))
+        found.append((_score(kind, "linear", right, probe.validation, counts, chosen), probe.predictions))
     return found
 
 
 def _group(
     kind: str, measured: Measured, shown: Tensor, labels: Tensor, tasks: Sequence[Task], protocol: ProtocolSettings
-) -> list[tuple[Figures, Tensor | None]]:
-    """The figures of the tasks among test images, each with which queries or pairs were right."""
+) -> list[tuple[Figures, Tensor | None, Tensor | None]]:
+    """The figures of the tasks among test images, which queries or pairs were right, and which images the queries."""
     gallery, dim, nearness = measured.test[shown], measured.test.shape[1], measured.nearness
-    found: list[tuple[Figures, Tensor | None]] = []
+    found: list[tuple[Figures, Tensor | None, Tensor | None]] = []
     if "retrieval" in tasks:
         # Recall@1 is what features are compared by.
         grid = tuple(sorted({1, *protocol.retrieval.recall_at}))
         looked_at = protocol.retrieval.model_copy(update={"recall_at": grid})
         result = retrieve(gallery, labels, settings=looked_at, nearness=nearness)
-        found.append((tell.of_retrieval(kind, dim, result, looked_at), result.recall[0]))
+        found.append((tell.of_retrieval(kind, dim, result, looked_at), result.recall[0], result.queries))
     if "clustering" in tasks:
         groups = clustering(gallery, labels, protocol.clustering, nearness=nearness, seed=protocol.seed)
-        found.append((tell.of_clustering(kind, dim, groups, len(gallery)), None))
+        found.append((tell.of_clustering(kind, dim, groups, len(gallery)), None, None))
     if "verification" in tasks:
         pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
         judged = verify(gallery, pairs, protocol.verification, nearness=nearness)
-        found.append((tell.of_verification(kind, dim, judged), judged.correct))
+        found.append((tell.of_verification(kind, dim, judged), judged.correct, None))
     return found
 
 
@@ -214,6 +222,13 @@ def _score(
     correct = int(hits.sum())
     low, high = wilson(correct, len(hits))
     return Score(kind, method, correct / len(hits), low, high, validation, **counts, **chosen)
+
+
+def _among(values: Tensor, images: Tensor, count: int) -> Tensor:
+    """Values of some of the images, at their places among all; −1 elsewhere."""
+    placed = torch.full((count,), -1)
+    placed[images] = values.long()
+    return placed
 
 
 def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:

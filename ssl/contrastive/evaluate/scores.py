@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from jaxtyping import Int64
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from contrastive.evaluate import figures as tell
 from contrastive.evaluate.figures import Figures
@@ -85,6 +87,10 @@ class Evaluation:
     differences: tuple[Difference, ...]
     gallery: Mapping[str, Any]
     """How many images were compared with each other, of which classes (by number), and what is to be said of these."""
+    predictions: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
+    """The class of each test image by "knn/learned" and so on; −1 where its own is not known."""
+    hits: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
+    """Of each test image, by "knn/learned", "retrieval/learned" and so on: 1 right, 0 wrong, −1 not asked."""
 
     def verdict(self) -> str:
         """What may be concluded, in one sentence: where the features win, where they lose, where nobody can tell."""
