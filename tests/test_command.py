@@ -211,7 +211,7 @@ def test_images_with_other_channels_than_the_run_are_refused_in_words(
 def test_extracted_features_are_those_of_plain_timm(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "features"
     assert command.extract([str(run), f"output={output}", "split=test"]) == 0
-    features, labels = np.load(output / "features.npy"), np.load(output / "labels.npy")
+    features, labels = np.load(output / "backbone.npy"), np.load(output / "labels.npy")
     manifest = json.loads((output / "manifest.json").read_text())
     test = Sample().build().test
     assert test is not None
@@ -233,7 +233,7 @@ def test_features_of_a_folder_without_labels_have_names(run: Path, tmp_path: Pat
     output = tmp_path / "features"
     words = [str(run), f"data={flat}", "data.size=28", "data.channels=1", f"output={output}"]
     assert command.extract(words) == 0
-    assert np.load(output / "features.npy").shape[0] == 20
+    assert np.load(output / "backbone.npy").shape[0] == 20
     assert not (output / "labels.npy").exists()
     assert json.loads((output / "manifest.json").read_text())["images"][2] == ["train", 2, "2.png"]
 

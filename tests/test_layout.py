@@ -18,6 +18,7 @@ from torch.distributed.run import get_args_parser
 from contrastive import recipe
 from contrastive.config import keys, load
 from contrastive.extract import ExtractSettings
+from contrastive.finetune import FinetuneSettings
 from contrastive.measure import EvaluateSettings
 from contrastive.objectives import Objective
 from contrastive.recipe import Recipe
@@ -70,7 +71,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if importer == "__init__":
-        assert imported(path) <= {"small_models"}
+        assert imported(path) <= {"small_models", "features"}
         return
     for name in imported(path) - {importer}:
         assert LEVEL[name] < LEVEL[importer], f"{path.name} imports {name}"
@@ -128,7 +129,12 @@ def commands() -> list[str]:
 
 
 def test_every_command_in_the_readme_names_scripts_and_keys_that_exist() -> None:
-    models = {"pretrain": Recipe, "evaluate": EvaluateSettings, "extract": ExtractSettings}
+    models = {
+        "pretrain": Recipe,
+        "evaluate": EvaluateSettings,
+        "extract": ExtractSettings,
+        "finetune": FinetuneSettings,
+    }
     checked = 0
     for line in commands():
         match = re.search(r"scripts/(\w+)\.py(.*)", line)
@@ -151,7 +157,8 @@ def test_every_launch_in_the_readme_is_one_that_its_launcher_understands() -> No
             if not found:
                 continue
             given = parser.parse_args(words.split())
-            assert given.training_script in {"scripts/pretrain.py", "contrastive"}, line
+            launched_scripts = {"scripts/pretrain.py", "scripts/evaluate.py", "scripts/extract.py", "contrastive"}
+            assert given.training_script in launched_scripts, line
             assert not any(word.startswith("-") for word in given.training_script_args), line
             launched[launcher] += 1
     assert launched["accelerate launch"] >= 6
@@ -167,6 +174,7 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         wheel.extractall(tmp_path / "site")
     assert {f"contrastive/configs/{name}.yaml" for name in recipe.names()} <= names
     assert {"contrastive/py.typed", "contrastive/data/sample/train.png", "contrastive/data/sample/LICENSE"} <= names
+    assert {f"contrastive/report/{name}" for name in ("template.html", "style.css", "map.js")} <= names
     code = (
         "import contrastive, sys; from contrastive import recipe; from contrastive.data import Sample\n"
         f"assert contrastive.__file__.startswith({str(tmp_path)!r}), contrastive.__file__\n"

@@ -1,10 +1,15 @@
-"""The command lines without a checkout: `accelerate launch -m contrastive pretrain …`, and evaluate and extract."""
+"""The command lines without a checkout: `accelerate launch -m contrastive pretrain …`, evaluate, extract, finetune."""
 
 import sys
 
 from contrastive import command
 
-COMMANDS = {"pretrain": command.pretrain, "evaluate": command.evaluate, "extract": command.extract}
+COMMANDS = {
+    "pretrain": command.pretrain,
+    "evaluate": command.evaluate,
+    "extract": command.extract,
+    "finetune": command.finetune,
+}
 
 if __name__ == "__main__":
     name, *words = sys.argv[1:] or ["--help"]

@@ -8,12 +8,17 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from contrastive import recipe as recipes
+from contrastive.compare_runs import compare_runs
 from contrastive.config import Settings, keys, load
 from contrastive.extract import ExtractSettings
 from contrastive.extract import extract as extract_features
+from contrastive.finetune import FinetuneSettings
+from contrastive.finetune import finetune as finetune_model
+from contrastive.finetune import folder_of as finetuned_folder
 from contrastive.measure import EvaluateSettings
 from contrastive.measure import evaluate as evaluate_run
 from contrastive.pretrain import pretrain as run_recipe
@@ -46,29 +51,64 @@ def pretrain(words: Sequence[str]) -> int:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """`evaluate.py RUN [key=value …]`."""
-    usage = "evaluate.py RUN [key=value …]"
-    about = "RUN is a run folder; the table is also written to RUN/evaluation.json."
-    return _answer(
-        usage,
-        about,
-        EvaluateSettings,
-        words,
-        lambda: evaluate_run(_run(words), load(EvaluateSettings, None, words[1:])),
+    """`evaluate.py RUN [RUN …] [key=value …]`."""
+    usage = "evaluate.py RUN [RUN …] [key=value …]"
+    about = (
+        "RUN is a run folder; the table is also written to RUN/evaluation.json. Several are compared: seeds of one "
+        "method are taken together, and methods have their differences from the first with intervals."
     )
+
+    def run() -> None:
+        folder = _run(words)
+        others = [Path(word).expanduser() for word in takewhile(lambda word: "=" not in word, words[1:])]
+        settings = load(EvaluateSettings, None, words[1 + len(others) :])
+        if others:
+            compare_runs([folder, *others], settings)
+        elif settings.comparison is not None:
+            raise ValueError(f"comparison={settings.comparison} is for several runs, and there is one; name another")
+        else:
+            evaluate_run(folder, settings)
+
+    return _answer(usage, about, EvaluateSettings, words, run)
 
 
 def extract(words: Sequence[str]) -> int:
-    """`extract.py RUN data=… output=… [key=value …]`."""
-    usage = "extract.py RUN data=/some/folder output=/some/features [key=value …]"
-    about = "RUN is a run folder. Writes features.npy, ids.npy, labels.npy (where there are labels) and manifest.json."
-    return _answer(
-        usage,
-        about,
-        ExtractSettings,
-        words,
-        lambda: extract_features(_run(words), load(ExtractSettings, None, words[1:])),
+    """`extract.py RUN|TIMM data=… output=… [key=value …]`."""
+    usage = "extract.py RUN|TIMM data=/some/folder output=/some/features [key=value …]"
+    about = (
+        "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false) or "
+        "local-dir:FOLDER. Writes LAYER.npy for each layer (backbone.npy), labels.npy where there are labels, and "
+        "manifest.json with the name of each row's image. The same words go on where they were interrupted."
     )
+
+    def run() -> None:
+        if not words or "=" in words[0]:
+            raise ValueError("a run folder or a timm model comes first, for example runs/quickstart or resnet18")
+        extract_features(words[0], load(ExtractSettings, None, words[1:]))
+
+    return _answer(usage, about, ExtractSettings, words, run)
+
+
+def finetune(words: Sequence[str]) -> int:
+    """`finetune.py RUN|TIMM [data=…] [key=value …]`."""
+    usage = "finetune.py RUN|TIMM data=/some/folder [key=value …]"
+    about = (
+        "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false). Writes a "
+        "classifier in timm's format, result.json, confusion.png and mistakes.png to runs/NAME-finetuned."
+    )
+
+    def run() -> None:
+        if not words or "=" in words[0]:
+            raise ValueError("a run folder or a timm model comes first, for example runs/quickstart or resnet18")
+        given, rest = words[0], words[1:]
+        settings = load(FinetuneSettings, None, rest)
+        begun = finetuned_folder(given, settings) / CONFIG
+        # resume=true is enough: what it was begun with stands in the folder.
+        if settings.resume and begun.is_file():
+            settings = load(FinetuneSettings, begun, rest)
+        finetune_model(given, settings, header=header(f"finetune.py {shlex.join(words)}"))
+
+    return _answer(usage, about, FinetuneSettings, words, run)
 
 
 def header(command: str) -> str:

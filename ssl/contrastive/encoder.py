@@ -239,11 +239,22 @@ def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
     return found[0].shape[1], found[1].shape[1]
 
 
-def export(backbone: nn.Module, folder: Path, *, channels: int, size: int, mean: float, std: float) -> None:
-    """Writes the backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+def export(
+    backbone: nn.Module,
+    folder: Path,
+    *,
+    channels: int,
+    size: int,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+    interpolation: str = "bilinear",
+    classes: Sequence[str] = (),
+) -> None:
+    """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
 
     The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
-    that values in [0, 1] are normalised by), and `model.safetensors`.
+    that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
+    its classes in `config.json` too.
     """
     # A copy: safetensors wants contiguous tensors, not channels_last, and timm the description on the model.
     model = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format)
@@ -252,14 +263,14 @@ def export(backbone: nn.Module, folder: Path, *, channels: int, size: int, mean:
     description = {name: source[name] for name in DESCRIPTION if name in source}
     changed = {
         "input_size": (channels, size, size),
-        "mean": (mean,) * channels,
-        "std": (std,) * channels,
-        "interpolation": "bilinear",
+        "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
+        "std": std if isinstance(std, tuple) else (std,) * channels,
+        "interpolation": interpolation,
         "crop_pct": 1.0,
-        "num_classes": 0,
+        "num_classes": len(classes),
     }
     model.__dict__["pretrained_cfg"] = description | changed
-    save_for_hf(model, str(folder), safe_serialization=True)
+    save_for_hf(model, str(folder), {"label_names": list(classes)}, safe_serialization=True)
 
 
 def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:

@@ -1,107 +1,329 @@
-"""Features of images, computed once by a backbone that has learned something, and kept as a file."""
+"""Features of images, computed once by a backbone that has learned something, and kept as files."""
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
+from contrastive import distributed
+from contrastive.checkpoints import together
 from contrastive.config import Settings
 from contrastive.data import Data, Images, Split, shorthand
-from contrastive.evaluate import features
-from contrastive.opened import Opened, open_run
+from contrastive.evaluate import exports, features, stored
+from contrastive.evaluate.filling import Part, entries, fill, labels_of
+from contrastive.evaluate.layers import BACKBONE, PROJECTOR, Layers, OneLayer, widths_of
+from contrastive.launch import start
+from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
+
+LABELS = "labels.npy"
+
+
+def _listed(value: object) -> object:
+    return [word.strip() for word in value.strip("[]").split(",")] if isinstance(value, str) else value
 
 
 class EncodeSettings(Settings):
-    """What all have in common that encode images by a run's backbone."""
+    """What all have in common that encode images by a backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
 
     data: Data | None = None
-    """The images; null: the run's own."""
+    """The images; null: the run's own, or for a timm model the bundled sample."""
     batch_size: int = Field(256, ge=1)
-    """Images encoded at once."""
+    """Images encoded at once by each process; the features depend on it by rounding alone."""
+    precision: features.Precision = "fp32"
+    """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32."""
     workers: int = Field(2, ge=0)
-    """Threads that decode images."""
+    """Threads that decode images, for each process."""
 
 
 class ExtractSettings(EncodeSettings):
     """What features are extracted from, and where they go."""
 
     output: str
-    """The folder that is written; it must not exist yet."""
+    """The folder that is written. Where the same features were begun they go on, and where they are complete nothing is
+    done."""
+    overwrite: bool = False
+    """Replace what other features the output folder holds."""
     split: Literal["all", "train", "test"] = "all"
     """Which of the images; all: the training images, then the held-out ones."""
+    layers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((BACKBONE,), min_length=1)
+    """What is kept, one or several with commas: backbone, projector (of a run), or a module of the backbone by its
+    name, whose maps are averaged: layer3, blocks.5."""
+    pretrained: bool | None = None
+    """For a timm name: true for its published weights (downloaded), false for random ones."""
+    size: int | None = Field(None, ge=1)
+    """Side of the square that the backbone sees, in pixels; null: what it was trained on."""
+    parquet: bool = False
+    """Write features.parquet too: split, id, name, label and a column for each layer (needs pyarrow)."""
+    faiss: bool = False
+    """Write LAYER.fvecs too: vectors of unit length, as faiss reads them."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of each process on the CPU; null: the cores divided among the processes."""
 
 
-def extract(folder: Path, settings: ExtractSettings) -> Path:
-    """Writes the features of images by a run's backbone: features.npy, labels.npy where there are any, manifest.json.
+def extract(given: str | Path, settings: ExtractSettings) -> Path:
+    """Writes features of images by a run's or a timm model's backbone, over all processes; returns the folder.
 
-    Row i of features.npy, float32, belongs to the i-th entry of the manifest's `images`, which have a split, an id and
-    a name.
+    LAYER.npy is float32 [images, width] for each layer, labels.npy int64 [images] with -1 where an image has none
+    (absent where none has one), and manifest.json tells where they come from, and of each row its split, id and name.
+    What was interrupted goes on where it was, what is complete and still true is left as it is.
 
     Raises:
-        ValueError: if the run cannot be read, the output exists, or the split is empty.
+        ValueError: if the model, the images or a layer cannot be had, the output holds other things, or the disk is
+            full; before anything is written.
     """
+    accelerator = start(None, "fp32", settings.threads)
+    teller = Teller(quiet=not accelerator.is_main_process)
     output = Path(settings.output).expanduser()
-    if output.exists():
-        raise ValueError(f"output={output} exists already; name a folder that does not")
-    teller, opened = Teller(), open_run(folder)
+    check_place(output)
+    if settings.parquet:
+        exports.check_parquet()
+    opened = open_model(str(given), pretrained=settings.pretrained, size=settings.size)
+    layers, origin = layers_of(opened, settings.layers)
+    widths = widths_of(layers, opened.blank())
     split = images_of(opened, settings, teller)
-    chosen = {"train": split.train, "test": split.test}
-    parts = {name: part for name, part in chosen.items() if part is not None and settings.split in ("all", name)}
-    if not parts:
-        raise ValueError(f"split={settings.split}: these images have no held-out part; use split=all")
-    backbone = opened.backbone()
-    rows = torch.cat([encode(opened, backbone, part, settings) for part in parts.values()])
-    labels = [part.labels if part.labels is not None else torch.full((len(part),), -1) for part in parts.values()]
-    images = [[name, index, part.names[index]] for name, part in parts.items() for index in range(len(part))]
-    assert len(rows) == len(images), f"{len(rows)} features for {len(images)} images"
-    manifest = {
-        "run": str(folder.resolve()),
-        "weights": opened.origin,
-        "input": opened.transform,
-        "fingerprints": {name: part.fingerprint for name, part in parts.items()},
-        "classes": list(split.train.classes),
-        "unreadable": [list(entry) for entry in split.unreadable],
-        "columns": ["split", "id", "name"],
-        "images": images,
-    }
-    output.mkdir(parents=True)
-    np.save(output / "features.npy", rows.numpy())
-    if any(part.labels is not None for part in parts.values()):
-        np.save(output / "labels.npy", torch.cat(labels).numpy())
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    teller.say(f"{len(rows):,} × {rows.shape[1]} features: {output / 'features.npy'}")
+    parts = _parts(split, settings.split)
+    key = _key(opened, origin, settings, parts, widths)
+    wanted = [exports.TABLE] * settings.parquet + [f"{name}.fvecs" for name in settings.layers] * settings.faiss
+    with stored.held(output, key, replace=settings.overwrite, copies=1 + settings.parquet + settings.faiss) as complete:
+        if complete and all((output / name).is_file() for name in wanted):
+            teller.say(f"{output} is up to date")
+            return output
+        if not complete:
+            _fill(output, key, opened, layers, parts, settings, teller)
+        with together():
+            if distributed.rank() == 0:
+                _publish(output, key, opened, split, parts, wanted)
+    for layer in key["layers"].values():
+        rows, width = layer["shape"]
+        teller.say(f"{rows:,} × {width:,} features: {output / layer['file']}")
     return output
+
+
+def features_of(
+    opened: Opened,
+    images: Images,
+    settings: EncodeSettings,
+    teller: Teller,
+    *,
+    layer: str = BACKBONE,
+    untrained: bool = False,
+    cache: Path | None = None,
+) -> Tensor:
+    """The features of all images by one layer: float32 [images, width] on the CPU, the same on every process.
+
+    They come from a sub-folder of the cache if they are there and still true: the weights, the input, the images'
+    fingerprint and the precision are compared. Otherwise they are computed over all processes and kept there, in place
+    of those that are true no longer; what comes from there is mapped into memory, not read. A cache that cannot be
+    written to, or that another process is writing to, is done without.
+
+    Args:
+        opened: a run or a timm model.
+        images: what is encoded.
+        settings: how it is encoded; its data are not looked at.
+        teller: told how far it has come.
+        layer: as in `Layers`.
+        untrained: the backbone as it was before its first step, a baseline.
+        cache: the folder of all cached features, RUN/features for example; None: none are kept.
+
+    Raises:
+        ValueError: for an unknown layer, or features that are not finite.
+    """
+    layers, origin = layers_of(opened, (layer,), untrained=untrained)
+    said = f"encoding {len(images):,} images: {'random weights' if untrained else opened.name}"
+    if cache is not None:
+        parts = [Part("images", images, 0)]
+        key = _key(opened, origin, settings, parts, widths_of(layers, opened.blank()))
+        folder = cache / f"{layer}{'-untrained' * untrained}-{images.fingerprint[:16]}"
+        with ExitStack() as stack:
+            problem: Exception | None = None
+            try:
+                complete = stack.enter_context(stored.held(folder, key, replace=True))
+            except (OSError, ValueError) as raised:
+                problem = raised
+            if problem is None:
+                if not complete:
+                    teller.say(said)
+                    _fill(folder, key, opened, layers, parts, settings, teller)
+                    with together():
+                        if distributed.rank() == 0:
+                            stored.finish(folder, [f"{layer}.npy"], key, ())
+                return stored.mapped(folder / f"{layer}.npy")
+        teller.warn(f"features are not kept: {problem}")
+    teller.say(said)
+    return _in_memory(opened, OneLayer(layers), images, settings)
+
+
+def encode(opened: Opened, backbone: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
+    """The features of all images by a backbone of the opened kind: float32 [images, width], on the CPU."""
+    return _in_memory(opened, backbone, images, settings)
 
 
 def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split:
     """The images that were asked for, as the backbone can see them.
 
     Raises:
-        ValueError: if they cannot be read, or have other channels than the backbone takes.
+        ValueError: if they are not named, cannot be read, or have other channels than the backbone takes.
     """
+    data = settings.data or (opened.recipe.data if opened.recipe is not None else None)
+    if data is None:
+        raise ValueError(f"{opened.name} has no images of its own; say which with data=…, a folder or a known name")
     with teller.bar():
-        split = (settings.data or opened.recipe.data).build(workers=settings.workers, report=teller.report)
-    if split.train.channels != opened.channels:
+        split = data.build(workers=settings.workers, report=teller.report)
+    # Grey images are shown in grey to a backbone that has learned from colour.
+    if split.train.channels > opened.channels:
         raise ValueError(
-            f"the images have {split.train.channels} channels, but the run has learned from {opened.channels}: "
+            f"the images have {split.train.channels} channels, but {opened.name} has learned from {opened.channels}: "
             f"for a folder, data.channels={opened.channels} reads them so"
         )
     return split
 
 
-def encode(opened: Opened, backbone: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
-    """The features of all images by a backbone of the opened run's kind: float32 [images, width], on the CPU."""
+def check_place(output: Path) -> None:
+    """Checks that features may be written to a folder, before anything is done.
+
+    Raises:
+        ValueError: if it is a file, holds other things than features, or may not be written to.
+    """
+    existing = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output={output}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output={output}: {existing} may not be written to; name another folder")
+    if output.is_dir() and not stored.ours(output) and any(output.iterdir()):
+        raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
+
+
+def layers_of(opened: Opened, names: tuple[str, ...], *, untrained: bool = False) -> tuple[Layers, dict[str, Any]]:
+    """What reads layers of an opened model, on its device, and where the weights come from, as JSON values.
+
+    Raises:
+        ValueError: for a name that is no layer, or a projector that cannot be had.
+    """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    backbone = backbone.to(device)
-    if opened.recipe.train.channels_last:
-        backbone = backbone.to(memory_format=torch.channels_last)
-    size, workers = settings.batch_size, settings.workers
-    return features.extract(backbone, images, prepare=opened.prepare, device=device, batch_size=size, workers=workers)
+    backbone = opened.untrained() if untrained else opened.backbone()
+    origin: dict[str, Any] = dict(opened.origin)
+    if untrained:
+        origin = {"untrained": True, "sha256": digest_of(backbone.state_dict())}
+    projector = opened.projector() if PROJECTOR in names and not untrained else None
+    if projector is not None:
+        origin["projector"] = projector.origin
+    layers = Layers(backbone, names, None if projector is None else projector.module).to(device)
+    return layers.to(memory_format=_memory_format(opened)), origin
+
+
+def _memory_format(opened: Opened) -> torch.memory_format:
+    channels_last = opened.recipe is None or opened.recipe.train.channels_last
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _parts(split: Split, chosen: str) -> list[Part]:
+    """The parts of a split that were chosen, one after the other."""
+    parts: list[Part] = []
+    for name, images in (("train", split.train), ("test", split.test)):
+        if images is not None and chosen in ("all", name):
+            first = parts[-1].first + len(parts[-1].images) if parts else 0
+            parts.append(Part(name, images, first))
+    if not parts:
+        raise ValueError(f"split={chosen}: these images have no held-out part; use split=all")
+    return parts
+
+
+def _key(
+    opened: Opened,
+    origin: Mapping[str, Any],
+    settings: EncodeSettings,
+    parts: Sequence[Part],
+    widths: Mapping[str, int],
+) -> dict[str, Any]:
+    """Everything from which the features follow, rounding aside, as JSON values."""
+    total = sum(len(part.images) for part in parts)
+    return {
+        "weights": dict(origin),
+        "input": opened.transform,
+        "precision": settings.precision,
+        "fingerprints": {part.name: part.images.fingerprint for part in parts},
+        "layers": {
+            name: {"file": f"{name}.npy", "shape": [total, width], "dtype": "float32"} for name, width in widths.items()
+        },
+    }
+
+
+def _fill(
+    folder: Path,
+    key: Mapping[str, Any],
+    opened: Opened,
+    layers: Layers,
+    parts: Sequence[Part],
+    settings: EncodeSettings,
+    teller: Teller,
+) -> None:
+    with teller.bar():
+        fill(
+            folder,
+            layers,
+            parts,
+            prepare=opened.prepare,
+            precision=settings.precision,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            say=teller.say,
+            update=teller.update,
+        )
+
+
+def _publish(
+    output: Path, key: Mapping[str, Any], opened: Opened, split: Split, parts: Sequence[Part], wanted: Sequence[str]
+) -> None:
+    """Writes what stands beside complete rows: labels, exports and, last, the manifest."""
+    place = output / stored.PARTIAL
+    place.mkdir(exist_ok=True)
+    unreadable = [list(entry) for entry in split.unreadable] + stored.remarks(output)
+    before = stored.described(output)
+    if before is not None:
+        unreadable = before["unreadable"]
+    files = [layer["file"] for layer in key["layers"].values()]
+    labels = labels_of(parts)
+    if labels is not None:
+        np.save(place / LABELS, labels)
+        files.append(LABELS)
+    there = {name: [place / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
+    rows = {name: np.load(next(filter(Path.exists, files)), mmap_mode="r") for name, files in there.items()}
+    if exports.TABLE in wanted:
+        exports.write_parquet(place / exports.TABLE, rows, entries(parts), labels)
+    for name, values in rows.items():
+        if f"{name}.fvecs" in wanted:
+            exports.write_vectors(place / f"{name}.fvecs", values)
+    files += dict.fromkeys([*wanted, *((before or {}).get("files", ()))])
+    manifest = {
+        "model": opened.name if opened.folder is None else str(opened.folder.resolve()),
+        **key,
+        "classes": list(split.train.classes),
+        "unreadable": unreadable,
+        "versions": {name: version(name) for name in ("contrastive", "torch", "timm")},
+        "columns": ["split", "id", "name"],
+    }
+    stored.finish(output, list(dict.fromkeys(files)), manifest, entries(parts))
+
+
+def _in_memory(opened: Opened, module: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    module = module.to(device).to(memory_format=_memory_format(opened))
+    return features.extract(
+        module,
+        images,
+        prepare=opened.prepare,
+        device=device,
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        workers=settings.workers,
+    )

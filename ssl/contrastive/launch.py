@@ -16,8 +16,10 @@ from contrastive import distributed
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def start(batch_size: int, precision: Precision, threads: int | None = None) -> Accelerator:
+def start(batch_size: int | None, precision: Precision, threads: int | None = None) -> Accelerator:
     """The processes, the device, the precision and, on the CPU, the threads of a run.
+
+    `batch_size` is that of all processes together; None where no batch is shared out over them.
 
     Raises:
         ValueError: where a launcher started several processes that do not see each other, where the strategy shards
@@ -56,7 +58,7 @@ def start(batch_size: int, precision: Precision, threads: int | None = None) -> 
             "no negatives: each part of the batch would be contrasted with itself alone; leave them out, and set "
             "train.batch_size to the whole batch and train.chunk to what fits in memory"
         )
-    if batch_size % processes:
+    if batch_size is not None and batch_size % processes:
         raise ValueError(
             f"train.batch_size={batch_size} is the batch of all {processes} processes together and does not divide by "
             f"them; use {max(1, round(batch_size / processes)) * processes}"

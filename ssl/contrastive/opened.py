@@ -1,93 +1,283 @@
-"""A backbone that has learned something, read back with what it takes to encode images by it."""
+"""A backbone with what it takes to encode images by it: a run's, read back, or one that timm has."""
 
+import dataclasses
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
 import torch
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
+from contrastive.encoder import SOURCES, create_backbone, widths
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
-from contrastive.views import MEAN, STD, plain
+from contrastive.views import MEAN, STD, Interpolation, plain
+
+HUB = ("hf-hub:", "hf_hub:")
+LOCAL = "local-dir:"
+SEED = 0
+"""What random weights of a timm model follow from."""
 
 
-@dataclass(frozen=True)
+class Projector(NamedTuple):
+    """A run's projector with its learned weights."""
+
+    module: nn.Module
+    origin: dict[str, Any]
+    """Where its weights come from, as JSON values that change when they do."""
+
+
+@dataclass(frozen=True, eq=False)
 class Opened:
-    """A run, read back."""
+    """A backbone that images are encoded by; `open_model` and `open_run` make it."""
 
-    folder: Path
-    recipe: Recipe
-    source: Path
-    """The file that the weights come from."""
-    weights: Mapping[str, Tensor]
-    """The backbone's."""
+    name: str
+    """The run folder or the timm name, as it was given."""
     channels: int
     """What the backbone sees: 1 for grey, 3 for colour."""
-
-    @property
-    def size(self) -> int:
-        """Side of the square that the backbone sees, in pixels."""
-        assert self.recipe.views.size is not None, "a run's configuration is resolved"
-        return self.recipe.views.size
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Where the weights come from, as JSON values that change when they do."""
-        return {"file": self.source.relative_to(self.folder).as_posix(), "sha256": digest(self.source)}
+    size: int
+    """Side of the square that the backbone sees, in pixels."""
+    origin: Mapping[str, Any]
+    """Where the weights come from, as JSON values that change when they do."""
+    weights: Mapping[str, Tensor] = field(repr=False)
+    """The backbone's."""
+    mean: float | tuple[float, ...]
+    """Of values in [0, 1], over all channels or of each: what the input is centred by."""
+    std: float | tuple[float, ...]
+    """Of values in [0, 1], over all channels or of each: what the input is divided by."""
+    interpolation: Interpolation
+    """How images of another size are resized."""
+    create: Callable[[], nn.Module] = field(repr=False)
+    """Makes the backbone with the weights that its first step would find."""
+    folder: Path | None = None
+    """The run folder; None for a timm model."""
+    recipe: Recipe | None = None
+    """The run's; None for a timm model."""
 
     @property
     def transform(self) -> dict[str, Any]:
         """What is done to an image before it is encoded, as JSON values."""
-        return {"channels": self.channels, "size": self.size, "mean": MEAN, "std": STD}
+        mean, std = (list(value) if isinstance(value, tuple) else value for value in (self.mean, self.std))
+        described = {"channels": self.channels, "size": self.size, "mean": mean, "std": std}
+        return described | {"interpolation": self.interpolation}
 
-    def prepare(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels _ _"]:
-        """The backbone's input, on the images' device."""
-        return plain(images, self.size)
+    def prepare(self, images: UInt8[Tensor, "batch _ height width"]) -> Float[Tensor, "batch channels size size"]:
+        """The backbone's input, on the images' device; grey images are shown to a backbone for colour as grey."""
+        prepared = plain(images, self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
+        return prepared.expand(-1, self.channels, -1, -1)
+
+    def blank(self) -> Float[Tensor, "1 channels size size"]:
+        """One input of the backbone's kind, to see what it makes of such."""
+        return torch.zeros(1, self.channels, self.size, self.size)
 
     def backbone(self) -> nn.Module:
-        """The backbone with its learned weights."""
+        """The backbone with the weights that were opened."""
         backbone = self.untrained()
         backbone.load_state_dict(dict(self.weights))
         return backbone
 
     def untrained(self) -> nn.Module:
-        """The backbone as it was before its first step."""
-        torch.manual_seed(self.recipe.seed)
-        return self.recipe.encoder.build(channels=self.channels, size=self.size).backbone
+        """The backbone as it was before its first step; torch's global generator does not move."""
+        with torch.random.fork_rng(devices=[]):
+            return self.create()
+
+    def projector(self) -> Projector:
+        """The projector that the run's backbone was trained with, from its newest checkpoint; collective.
+
+        Raises:
+            ValueError: if this is no run, there is no checkpoint any more, or it is of another backbone than this.
+        """
+        if self.folder is None or self.recipe is None:
+            raise ValueError(f"{self.name} is a timm model, which has no projector; only a run has one")
+        found, _ = newest_checkpoint(self.folder / "checkpoints", only=("encoder",))
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no checkpoint, in which alone a projector is kept; leave the projector out, or "
+                "keep RUN/checkpoints beside RUN/backbone"
+            )
+        state = found.parts["encoder"]
+        if any(not torch.equal(value, state[f"backbone.{key}"]) for key, value in self.weights.items()):
+            raise ValueError(
+                f"{self.folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
+                f"{self.origin['file']}, so that its projector does not belong to them; go on with the run to its end"
+            )
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.recipe.encoder.build(channels=self.channels, size=self.size)
+        encoder.load_state_dict(dict(state))
+        file = _encoder_file(self.folder, found.step)
+        return Projector(encoder.projector, {"file": file.relative_to(self.folder).as_posix(), "sha256": digest(file)})
 
 
-def open_run(folder: Path) -> Opened:
-    """Reads a run's recipe and its backbone, or the newest checkpoint's if the run has not finished.
+def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> Opened:
+    """A run by its folder, or a timm model by its name, `local-dir:FOLDER` and `hf-hub:NAME` included.
+
+    Args:
+        given: a run folder that exists is a run; anything else is a timm name.
+        pretrained: for a timm name it must be said: true for its published weights, which may be downloaded; false
+            for random ones, always the same. A run has learned its own weights.
+        size: side of the square that the backbone sees, in pixels; by default what it was trained on.
 
     Raises:
-        ValueError: if this is no run folder, or one without any weights yet.
+        ValueError: for an unknown name or folder, without weights, for a `pretrained` that is missing or does not
+            apply, and for a size that the backbone cannot take.
+    """
+    path = Path(given).expanduser()
+    if (path / CONFIG).is_file():
+        if pretrained is not None:
+            raise ValueError(
+                f"pretrained={str(pretrained).lower()} is for timm models; {given} is a run and has learned its own "
+                "weights: leave it out"
+            )
+        return open_run(path, size=size)
+    if not given.startswith(SOURCES) and not timm.is_model(given.partition(".")[0]):
+        raise ValueError(_unknown(given, path))
+    if pretrained is None:
+        raise ValueError(
+            f"{given} is a timm model: say pretrained=true for its published weights (downloaded where they are not "
+            "kept yet) or pretrained=false for random ones"
+        )
+    return _open_timm(given, pretrained, size)
+
+
+def open_run(folder: Path, *, size: int | None = None) -> Opened:
+    """Reads a run's recipe and its backbone, or the newest checkpoint's if the run has not finished; collective.
+
+    Raises:
+        ValueError: if this is no run folder, or one without any weights yet, or its backbone cannot take the size.
     """
     if not (folder / CONFIG).is_file():
-        near = sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG}")) if folder.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise ValueError(f"{folder} is no run folder: it holds no {CONFIG}{hint}")
+        raise ValueError(f"{folder} is no run folder: it holds no {CONFIG}{_runs_nearby(folder)}")
     recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / "model.safetensors"
     if exported.is_file():
         description = json.loads((folder / "backbone" / "config.json").read_text())["pretrained_cfg"]
-        return Opened(folder, recipe, exported, load_file(exported), description["input_size"][0])
-    found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
-    if found is None:
-        raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-    encoder, prefix = found.parts["encoder"], "backbone."
-    weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
-    source = folder / "checkpoints" / f"step-{found.step:09d}" / "encoder.safetensors"
-    return Opened(folder, recipe, source, weights, found.facts["channels"])
+        source, weights, channels = exported, load_file(exported), description["input_size"][0]
+    else:
+        found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
+        if found is None:
+            raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
+        encoder, prefix = found.parts["encoder"], "backbone."
+        weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
+        source, channels = _encoder_file(folder, found.step), found.facts["channels"]
+    assert recipe.views.size is not None, "a run's configuration is resolved"
+    opened = Opened(
+        name=str(folder),
+        channels=channels,
+        size=size or recipe.views.size,
+        origin={"file": source.relative_to(folder).as_posix(), "sha256": digest(source)},
+        weights=weights,
+        mean=MEAN,
+        std=STD,
+        interpolation="bilinear",
+        create=partial(_of_recipe, recipe, channels, size or recipe.views.size),
+        folder=folder,
+        recipe=recipe,
+    )
+    if size is not None and size != recipe.views.size:
+        try:
+            widths(opened.backbone(), channels=channels, size=size)
+        except (RuntimeError, ValueError) as problem:
+            raise ValueError(
+                f"size={size}: the backbone of {folder}, trained on {recipe.views.size} pixels, cannot take that; "
+                "leave size out"
+            ) from problem
+    return opened
 
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 over names, types, shapes and values of weights, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, value in weights.items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _open_timm(name: str, pretrained: bool, size: int | None) -> Opened:
+    described = _description(name)
+    channels, side = described["input_size"][0], size or described["input_size"][-1]
+    create = partial(_of_timm, name, channels, side)
+    with torch.random.fork_rng(devices=[]):
+        backbone = create(pretrained=pretrained)
+        widths(backbone, channels=channels, size=side)
+    weights = backbone.state_dict()
+    return Opened(
+        name=name,
+        channels=channels,
+        size=side,
+        origin={"timm": name, "pretrained": pretrained, "sha256": digest_of(weights)},
+        weights=weights,
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
+        # What else timm names, it names for few models, and torch does not resize by it.
+        interpolation="bilinear" if described["interpolation"] == "bilinear" else "bicubic",
+        create=create,
+    )
+
+
+def _of_recipe(recipe: Recipe, channels: int, size: int) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    return recipe.encoder.build(channels=channels, size=size).backbone
+
+
+def _of_timm(name: str, channels: int, size: int, *, pretrained: bool = False) -> nn.Module:
+    torch.manual_seed(SEED)
+    return create_backbone(name, channels=channels, size=size, pretrained=pretrained)
+
+
+def _description(name: str) -> dict[str, Any]:
+    """What timm tells of a model's input: input_size, mean, std, interpolation."""
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL)).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name}: {folder} is no folder in timm's format: it holds no config.json")
+        return dict(json.loads((folder / "config.json").read_text())["pretrained_cfg"])
+    try:
+        if name.startswith(HUB):
+            return dict(load_model_config_from_hf(name.partition(":")[2])[0])
+        found = timm.get_pretrained_cfg(name)
+    except Exception as problem:
+        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        hint = f"; it has {', '.join(known)}" if known else ""
+        raise ValueError(f"{name} cannot be had ({type(problem).__name__}: {problem}){hint}") from problem
+    if found is None:
+        raise ValueError(f"timm does not say what {name} takes as its input; choose another model")
+    return dataclasses.asdict(found)
+
+
+def _encoder_file(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:09d}" / "encoder.safetensors"
+
+
+def _unknown(given: str, path: Path) -> str:
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        return f"{given} is no run folder but a model in timm's format: write {LOCAL}{given}"
+    near = difflib.get_close_matches(given, timm.list_models(), n=3)
+    hint = f"; timm has {' and '.join(near)}" if near else ""
+    kind = f"a folder without {CONFIG}" if path.is_dir() else "a file" if path.exists() else "no folder that exists"
+    return f"{given} is neither a run ({kind}) nor a model that timm knows{hint}{_runs_nearby(path)}"
+
+
+def _runs_nearby(folder: Path) -> str:
+    """What to say of run folders in and beside a folder, and in runs/, the most alike first."""
+    places = [place for place in (folder, folder.parent, Path("runs")) if place.is_dir()]
+    found = dict.fromkeys(str(file.parent) for place in places for file in sorted(place.glob(f"*/{CONFIG}")))
+    alike = difflib.get_close_matches(str(folder), found, 3, 0.6)
+    shown = list(dict.fromkeys([*alike, *found]))
+    return f"; there are {', '.join(shown[:5])}{' …' if len(shown) > 5 else ''}" if shown else ""

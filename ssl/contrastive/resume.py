@@ -1,16 +1,21 @@
 """Whether a run may go on from its folder: the same settings, the same images."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, newest_checkpoint
-from contrastive.config import load
+from contrastive.config import Settings, load
 from contrastive.data import Images
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS, CONFIG
+
+FREE_IN_TRAINING = (
+    *("epochs", "minutes", "workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_views"),
+    "preview",
+)
 
 
 def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, teller: Teller) -> Checkpoint | None:
@@ -27,9 +32,8 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, tell
         teller.warn(line)
     if not (folder / CONFIG).exists():
         return found
-    differences = _differences(load(Recipe, folder / CONFIG), recipe)
-    if differences:
-        raise ValueError(f"a run goes on as it was begun, but {'; '.join(differences)}; start another with output=…")
+    free = {"output", "resume", *(f"train.{key}" for key in FREE_IN_TRAINING)}
+    check_settings(load(Recipe, folder / CONFIG), recipe, free)
     if found is not None and found.facts["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files were added, removed or changed), so that "
@@ -64,16 +68,22 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
             )
 
 
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """What the two recipes differ in, beyond the keys that do not change what is learned."""
-    free = {"output", "resume", "train.epochs", "train.minutes"}
-    free |= {
-        f"train.{key}"
-        for key in ("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_views", "preview")
-    }
+def check_settings(before: Settings, now: Settings, free: Collection[str]) -> None:
+    """Refuses to go on with other settings than a run was begun with.
+
+    Args:
+        before: those of the run.
+        now: those of the resumption.
+        free: the dotted keys that do not change what is learned.
+
+    Raises:
+        ValueError: naming each difference.
+    """
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     keys = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys]
+    if keys:
+        differences = "; ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys)
+        raise ValueError(f"a run goes on as it was begun, but {differences}; start another with output=…")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

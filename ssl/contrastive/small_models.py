@@ -86,6 +86,10 @@ class LightResNet(nn.Module):
         """Logits, or the features if there are no classes."""
         return self.forward_head(self.forward_features(x))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which parameters are one layer, from the stem on, as timm's layer-wise rates ask."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
     def get_classifier(self) -> nn.Module:
         """The last layer, as timm names it."""
         return self.head

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from contrastive.evaluate.held_out import hold_out
+from contrastive.evaluate.held_out import hold_out, num_classes
 from contrastive.evaluate.knn import KnnSettings, knn, monitor_knn, predict, weighted_vote
 
 
@@ -39,6 +41,42 @@ def test_predictions_equal_a_double_loop_in_float64(k, temperature):
     grid = predict(queries, bank, labels, neighbours=(3, k), temperatures=(0.5, temperature), classes=4)
     assert grid[1, 1].tolist() == oracle(queries, bank, labels, k, temperature)
     assert grid[0, 0].tolist() == oracle(queries, bank, labels, 3, 0.5)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (90, 0.5), (400, 0.2)])
+def test_predictions_equal_those_of_scikit_learn(k, temperature):
+    bank, labels = clusters(300, 5, noise=2.5)
+    queries, _ = clusters(150, 5, noise=2.5, seed=1)
+    oracle = KNeighborsClassifier(
+        min(k, 300), metric="cosine", weights=lambda distances: np.exp((1 - distances) / temperature)
+    ).fit(bank.double().numpy(), labels.numpy())
+    guesses = predict(queries, bank, labels, neighbours=(7, k), temperatures=(temperature, 2.0), classes=6)
+    assert guesses[1, 0].tolist() == oracle.predict(queries.double().numpy()).tolist()
+
+
+def test_a_class_that_only_the_test_images_have_is_predicted_by_none_and_counted_as_wrong():
+    train, labels = clusters(120, 3, noise=0.1)
+    test, truth = clusters(40, 4, noise=0.1, seed=1)
+    result = knn(train, labels, test, num_classes(labels, truth), KnnSettings())
+    assert num_classes(labels, truth) == 4
+    assert set(result.predictions.tolist()) <= {0, 1, 2}
+    known = truth < 3
+    assert torch.equal(result.predictions[known], truth[known])
+
+
+def test_no_more_neighbours_vote_than_the_bank_has():
+    train, labels = clusters(50, 2, noise=0.1)
+    result = knn(train, labels, train[:10] + 0.01, 2, KnnSettings(neighbours=(1000,)))
+    assert result.neighbours == 50
+
+
+def test_many_classes_and_many_queries_are_counted_part_by_part_with_the_same_result(monkeypatch):
+    bank, labels = clusters(200, 30, noise=1.5)
+    queries, _ = clusters(70, 30, noise=1.5, seed=1)
+    options = {"neighbours": (1, 9, 40), "temperatures": (0.07, 0.2), "classes": 30}
+    whole = predict(queries, bank, labels, **options)
+    monkeypatch.setattr("contrastive.evaluate.knn.SCORES", 90)
+    assert torch.equal(predict(queries, bank, labels, **options), whole)
 
 
 def test_the_order_of_the_grid_does_not_change_the_votes():

@@ -1,11 +1,13 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from contrastive.evaluate.held_out import hold_out
 from contrastive.evaluate.linear import LinearSettings, linear, standard
-from contrastive.evaluate.logistic import LogisticFit, logistic_regression, objective
+from contrastive.evaluate.logistic import LogisticFit, logistic_regression, objective, principal_axes
 
 
 def correlated(num: int, dim: int, classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,14 +32,14 @@ def test_the_optimum_is_that_of_scikit_learn(dim, classes, rotated, monkeypatch)
     fit = logistic_regression(features, labels, strengths, classes, tolerance=1e-12)
     assert fit.converged.all()
     for number, strength in enumerate(strengths.tolist()):
-        theirs = LogisticRegression(C=1 / (strength * 300), tol=1e-9, max_iter=10_000).fit(features, labels)
-        coefficients = torch.from_numpy(theirs.coef_)[None], torch.from_numpy(theirs.intercept_)[None]
+        model = LogisticRegression(C=1 / (strength * 300), tol=1e-9, max_iter=10_000).fit(features, labels)
+        coefficients = torch.from_numpy(model.coef_)[None], torch.from_numpy(model.intercept_)[None]
         their_fit = LogisticFit(*coefficients, fit.converged[:1], fit.steps[:1])
         their_value = objective(their_fit, features, labels, strengths[number, None]).item()
         own_value = objective(fit, features, labels, strengths)[number].item()
         assert own_value == pytest.approx(their_value, abs=1e-9)
         torch.testing.assert_close(fit.weights[number], coefficients[0][0], atol=2e-4, rtol=1e-3)
-        assert fit.predict(features)[number].tolist() == theirs.predict(features).tolist()
+        assert fit.predict(features)[number].tolist() == model.predict(features).tolist()
 
 
 def test_the_gradient_at_the_optimum_is_zero_by_autograd():
@@ -70,6 +72,43 @@ def test_float32_comes_within_the_tolerance_of_float64():
     assert gap.max() < 1e-4
 
 
+def test_a_mask_of_images_gives_the_fit_on_those_images():
+    features, labels = correlated(200, 8, 4)
+    features = standard(features.double())(features.double())
+    used = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.7
+    strengths = torch.tensor([1e-2, 0.1, 1e-2], dtype=torch.float64)
+    together = logistic_regression(features, labels, strengths, 4, used=used, tolerance=1e-13)
+    for number, seen in enumerate(used):
+        alone = logistic_regression(features[seen], labels[seen], strengths[[number]], 4, tolerance=1e-13)
+        torch.testing.assert_close(together.weights[number], alone.weights[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.biases[number], alone.biases[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("images", [3000, 30])
+def test_the_start_and_the_axes_change_the_way_and_not_the_minimum(images, monkeypatch):
+    features, labels = correlated(images, 40, 4)
+    features = standard(features.double())(features.double())
+    strength = torch.tensor([1e-2], dtype=torch.float64)
+    fit = logistic_regression(features, labels, strength, 4, tolerance=1e-13)
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_SEEN", 50)
+    roughly = logistic_regression(features, labels, strength, 4, tolerance=1e-3)
+    again = logistic_regression(features, labels, strength, 4, start=roughly, tolerance=1e-13)
+    elsewhere = logistic_regression(features, labels, strength, 4, axes=torch.eye(40).double(), tolerance=1e-13)
+    for other in (again, elsewhere):
+        torch.testing.assert_close(other.weights, fit.weights, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(other.biases, fit.biases, atol=1e-5, rtol=1e-4)
+    assert logistic_regression(features, labels, strength, 4, start=fit, tolerance=1e-9).steps.tolist() == [0]
+
+
+def test_principal_axes_are_orthonormal_and_hold_all_there_is():
+    for images in (30, 300):
+        features, _ = correlated(images, 40, 4)
+        axes = principal_axes(features)
+        assert axes.shape == (40, min(images, 40))
+        torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(features @ axes @ axes.T, features, atol=1e-4, rtol=1e-4)
+
+
 def test_features_that_never_vary_and_more_features_than_images_are_safe():
     features, labels = correlated(60, 100, 3)
     features[:, 7], features[:, 8] = 0.1, 0.0
@@ -97,17 +136,24 @@ def test_the_strength_is_the_best_on_the_held_out_part_and_the_probe_is_refitted
     settings = LinearSettings(regularisations=(1e-4, 1e-2, 1.0, 100.0))
     result = linear(features, labels, test, 5, settings, share=0.3, seed=2)
     kept, held = hold_out(labels, share=0.3, seed=2)
-    mean, deviation = features[kept].mean(0), features[kept].std(0, correction=0)
     accuracies = {}
     for strength in settings.regularisations:
-        model = LogisticRegression(C=1 / (strength * len(kept)), max_iter=10_000, tol=1e-8)
-        model.fit((features[kept] - mean) / deviation, labels[kept])
-        accuracies[strength] = model.score((features[held] - mean) / deviation, labels[held])
+        model = theirs(strength, len(kept)).fit(features[kept], labels[kept])
+        accuracies[strength] = model.score(features[held], labels[held])
     assert result.regularisation == max(accuracies, key=accuracies.__getitem__)
     assert result.validation == pytest.approx(max(accuracies.values()), abs=1.01 / len(held))
     every = labels >= 0
-    mean, deviation = features[every].mean(0), features[every].std(0, correction=0)
-    model = LogisticRegression(C=1 / (result.regularisation * int(every.sum())), max_iter=10_000, tol=1e-8)
-    model.fit((features[every] - mean) / deviation, labels[every])
-    theirs = torch.from_numpy(model.predict((test - mean) / deviation))
-    assert (result.predictions == theirs).float().mean() >= 0.98
+    model = theirs(result.regularisation, int(every.sum())).fit(features[every], labels[every])
+    assert (result.predictions == torch.from_numpy(model.predict(test))).float().mean() >= 0.98
+
+
+def test_a_single_strength_is_not_chosen_and_needs_no_held_out_part():
+    features = correlated(3, 5, 3)[0]
+    result = linear(features, torch.tensor([0, 1, 2]), features, 3, LinearSettings(regularisations=(1e-3,)))
+    assert result.predictions.tolist() == [0, 1, 2]
+    assert result.validation != result.validation
+
+
+def theirs(strength: float, images: int) -> Pipeline:
+    """The same probe by scikit-learn, whose standardisation too sees nothing but what it is fitted on."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * images), max_iter=10_000, tol=1e-8))

@@ -61,15 +61,23 @@ def read_image(
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
             image.draft(None, (2 * size, 2 * size))
             image.load()
-            upright = UPRIGHT.get(_orientation(image))
-            picture = _eight_bits(image, background).convert("L" if channels == 1 else "RGB")
-        if upright is not None:
-            picture = picture.transpose(upright)
-        pixels = np.array(_square(picture, size)).reshape(size, size, channels)
+            pixels = square_of(image, channels, size, background)
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
         raise UnreadableImageError(path, _reason(error, path)) from error
+    return pixels
+
+
+def square_of(
+    image: Image.Image, channels: int, size: int, background: tuple[int, int, int]
+) -> UInt8[Tensor, "channels size size"]:
+    """The central square of a picture, upright, resized to `size` with antialiasing, in 1 or 3 channels."""
+    upright = UPRIGHT.get(_orientation(image))
+    picture = _eight_bits(image, background).convert("L" if channels == 1 else "RGB")
+    if upright is not None:
+        picture = picture.transpose(upright)
+    pixels = np.array(_square(picture, size)).reshape(size, size, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

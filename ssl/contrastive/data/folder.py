@@ -11,8 +11,9 @@ from contrastive.config import Settings
 from contrastive.data.decode import PILLOW_LIMIT, check_header
 from contrastive.data.files import Decoding, Files, in_threads, named, refuse_too_many
 from contrastive.data.images import Images, InMemory, Names, Report, Split, fingerprint
+from contrastive.data.labels import labelled, read_labels
 from contrastive.data.listing import Listing, hold_out, list_images
-from contrastive.data.paths import FolderPath, existing_folder
+from contrastive.data.paths import FilePath, FolderPath, existing_folder
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -30,6 +31,10 @@ class Folder(Settings):
 
     path: FolderPath
     """The folder; with one sub-folder per class its images have labels, for measuring."""
+
+    labels: FilePath | None = None
+    """CSV file with a header, then in each line an image's name below the folder, such as a/1.jpg, and its label, in
+    place of classes by sub-folders; an image that it leaves out has no label."""
 
     test: FolderPath | None = None
     """Folder of held-out images, one sub-folder per class; none: test or val beside train, or else `holdout`."""
@@ -86,7 +91,7 @@ class Folder(Settings):
     def _listings(self) -> tuple[Listing, Listing | None]:
         root = existing_folder(self.path)
         if self.test is not None:
-            train = list_images(root, follow_links=self.follow_links)
+            (train,) = self._labelled(list_images(root, follow_links=self.follow_links))
             test = list_images(Path(self.test), follow_links=self.follow_links)
             if test.labels is None:
                 raise ValueError(f"{self.test} has no sub-folder per class, so nothing can be measured on it")
@@ -94,23 +99,31 @@ class Folder(Settings):
         folders = {child.name.lower(): child.name for child in sorted(root.iterdir()) if child.is_dir()}
         beside = [folders[name] for name in HELD_OUT_FOLDERS if name in folders]
         if "train" in folders and beside:
-            train = list_images(root, folders["train"], follow_links=self.follow_links)
-            for name in beside:
-                test = list_images(root, name, follow_links=self.follow_links)
-                if test.labels is not None:
+            train, *tests = self._labelled(
+                *(list_images(root, name, follow_links=self.follow_links) for name in (folders["train"], *beside))
+            )
+            for test in tests:
+                if test.labels is not None and max(test.labels) >= 0:
                     return train, _with_classes_of(train, test)
         else:
-            train = list_images(root, follow_links=self.follow_links)
+            (train,) = self._labelled(list_images(root, follow_links=self.follow_links))
         if train.labels is None or self.holdout == 0:
             return train, None
         train, test = hold_out(train, self.holdout, self.holdout_seed)
         return train, test if test.names else None
 
+    def _labelled(self, *listings: Listing) -> tuple[Listing, ...]:
+        """The listings with the labels of the table, where there is one."""
+        if self.labels is None:
+            return listings
+        table = read_labels(Path(self.labels), [name for listing in listings for name in listing.names])
+        return tuple(labelled(listing, table) for listing in listings)
+
     def _read(
         self, listing: Listing, in_memory: bool, workers: int, report: Report | None
     ) -> tuple[Images, list[tuple[str, str]]]:
         root, names = listing.root, listing.names
-        decoding = Decoding(self.channels, self.size, self._colour(), self.max_pixels)
+        decoding = self.decoding()
         sizes = [0] * len(names)
         pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
@@ -130,11 +143,17 @@ class Folder(Settings):
                 pixels[target] = pixels[index]
         kept_names = Names(names[index] for index in kept)
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
-        mark = fingerprint(chain([decoding], ((names[index], sizes[index]) for index in kept)))
+        # Classes by sub-folders are in the names already.
+        table = [] if self.labels is None or listing.labels is None else [listing.classes, listing.labels]
+        mark = fingerprint(chain([decoding], ((names[index], sizes[index]) for index in kept), table))
         bad = [(names[index], reason) for index, reason in failures.items()]
         if in_memory:
             return InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad
         return Files(root, kept_names, labels, listing.classes, mark, decoding, self.max_bad, workers), bad
+
+    def decoding(self) -> Decoding:
+        """How a file becomes a square."""
+        return Decoding(self.channels, self.size, self._colour(), self.max_pixels)
 
     def _colour(self) -> tuple[int, int, int]:
         if isinstance(self.background, str):
@@ -154,5 +173,5 @@ def _with_classes_of(train: Listing, test: Listing) -> Listing:
             f"it has {', '.join(train.classes[:5])}{' ...' if len(train.classes) > 5 else ''}"
         )
     number = {name: index for index, name in enumerate(train.classes)}
-    labels = [number[test.classes[label]] for label in test.labels]
+    labels = [label if label < 0 else number[test.classes[label]] for label in test.labels]
     return test._replace(labels=labels, classes=train.classes)

@@ -44,7 +44,7 @@ class Images(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Sixty-four hexadecimal digits that change when an image is added, removed, renamed or replaced."""
+        """Sixty-four hexadecimal digits that change when an image is added, removed, renamed, replaced, relabelled."""
 
     def __len__(self) -> int: ...
 

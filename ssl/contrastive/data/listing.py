@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
-    """The image files of one split: names below the data folder, and the class of each where sub-folders tell it."""
+    """The image files of one split: names below the data folder, and the class of each, -1 where it has none."""
 
     root: Path
     names: list[str]
@@ -53,12 +53,14 @@ def list_images(root: Path, below: str = "", *, follow_links: bool) -> Listing:
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
     """Part a labelled listing in two: the second gets this share of each class, at least one image of two or more.
 
-    An image is chosen by a hash of its name, so that the choice outlives other images that come and go.
+    An image is chosen by a hash of its name, so that the choice outlives other images that come and go. Images without
+    a label, -1, stay in the first part.
     """
     assert listing.labels is not None
     members: dict[int, list[int]] = {}
     for index, label in enumerate(listing.labels):
-        members.setdefault(label, []).append(index)
+        if label >= 0:
+            members.setdefault(label, []).append(index)
     held: set[int] = set()
     for indices in members.values():
         count = min(max(round(share * len(indices)), 1), len(indices) - 1)

@@ -17,6 +17,8 @@ def _absolute(path: str) -> str:
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
 """A folder, made absolute when it is read: a recorded run must not depend on where it was started."""
+FilePath = FolderPath
+"""A file, likewise."""
 
 
 def existing_folder(path: str) -> Path:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contrastive.distances import LinearMetric
 from contrastive.evaluate import figures as tell
+from contrastive.evaluate.augmented import AugmentedResult
 from contrastive.evaluate.clustering import clustering
 from contrastive.evaluate.figures import Figures
 from contrastive.evaluate.held_out import hold_out, num_classes
@@ -35,6 +36,7 @@ def compare(
     gallery: Gallery | None = None,
     metric: Metric | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
+    augmented: Callable[[str], AugmentedResult] | None = None,
     report: Callable[[str], object] | None = None,
     progress: Report | None = None,
 ) -> Evaluation:
@@ -54,6 +56,7 @@ def compare(
         gallery: which test images are compared with each other; all without.
         metric: the distance by which neighbours are found; the cosine without.
         keep: given each fitted metric, by kind of features.
+        augmented: the probe on augmented images of a kind of features, which takes its backbone; if it is a task.
         report: told what is measured next.
         progress: told how far a fit has come.
 
@@ -86,6 +89,8 @@ def compare(
         if train is not None:
             found = _classify(kind, (train, test[labelled]), measured, train_labels, test_labels, tasks, protocol)
             truth = test_labels[labelled]
+            if "augmented" in tasks and augmented is not None:
+                found.append(_augmented(kind, augmented(kind), truth, labelled, train_labels, test.shape[1]))
             for score, guesses in found:
                 scores.append(score)
                 right = hits[score.method, kind] = guesses == truth
@@ -141,7 +146,7 @@ def check(
 
 def takes_training(tasks: Sequence[Task], metric: Metric) -> bool:
     """Whether the features of training images are needed."""
-    return bool({"knn", "linear"} & set(tasks)) or is_fitted(metric)
+    return bool({"knn", "linear", "augmented"} & set(tasks)) or is_fitted(metric)
 
 
 def _fitting(gallery: Gallery, labels: Tensor, protocol: ProtocolSettings) -> Tensor:
@@ -192,6 +197,14 @@ def _classify(
         chosen = {"regularisation": probe.regularisation}
         found.append((_score(kind, "linear", right, probe.validation, counts, chosen), probe.predictions))
     return found
+
+
+def _augmented(
+    kind: str, probe: AugmentedResult, truth: Tensor, labelled: Tensor, train_labels: Tensor, dim: int
+) -> tuple[Score, Tensor]:
+    counts = {"num_train": int((train_labels >= 0).sum()), "num_test": len(truth), "dim": dim}
+    guesses, chosen = probe.predictions[labelled], {"rate": probe.rate, "decay": probe.decay}
+    return _score(kind, "augmented", guesses == truth, probe.validation, counts, chosen), guesses
 
 
 def _group(

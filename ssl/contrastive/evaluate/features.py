@@ -1,19 +1,22 @@
 """What the evaluators work on: one feature vector per image, computed once."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from contrastive import distributed
 from contrastive.data.images import Images
 
+Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,7 +28,7 @@ def extract(
     device: torch.device | str = "cpu",
     ids: Int[Tensor, " chosen"] | None = None,
     batch_size: int = 512,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     workers: int = 2,
 ) -> Float[Tensor, "chosen width"]:
     """The features of all images, or of those that `ids` names, in that order: float32 on the CPU.
@@ -54,23 +57,59 @@ def extract(
     if len(torch.unique(chosen)) != len(chosen):
         raise ValueError("an id is named twice among those to extract features of; name each once")
     # A last share may be empty, yet its process must know how wide the features are: it computes one that is dropped.
-    own = chosen.tensor_split(distributed.size())[distributed.rank()]
-    computed = own if len(own) else chosen[:1]
-    pieces = []
-    cast = torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
-    with torch.inference_mode(), _evaluation_mode(backbone), cast:
-        for batch in _read_ahead(images, torch.split(computed, batch_size), workers):
-            features = backbone(prepare(batch.to(device, non_blocking=True)))
-            if features.ndim != 2 or len(features) != len(batch):
-                raise ValueError(
-                    f"the backbone gives {list(features.shape)} for {len(batch)} images, not one vector for each; "
-                    "pool its output"
-                )
-            pieces.append(features.float().cpu())
-    local = torch.cat(pieces)[: len(own)]
+    # Shares are whole batches: whatever the number of processes, an image has the same company.
+    batches = torch.split(chosen, batch_size)
+    batches = batches[distributed.share(len(batches))]
+    own = torch.cat([chosen[:0], *batches])
+    batches = batches or (chosen[:1],)
+    passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
+    local = torch.empty(0)
+    done = 0
+    for ids_of_batch, rows in passes:
+        if not done:
+            # Whole from the first: joined at the end, all batches would take the memory twice.
+            local = torch.empty(max(len(own), 1), rows.shape[1])
+        local[done : done + len(ids_of_batch)] = rows
+        done += len(ids_of_batch)
+    local = local[: len(own)]
     if distributed.size() > 1:
-        return _gather_by_id(local.to(device), own.to(device), chosen)
-    return _finite(local)
+        local = _gather_by_id(local.to(device), own.to(device), chosen)
+    check_finite(local)
+    return local
+
+
+def encoded(
+    module: nn.Module,
+    images: Images,
+    batches: Sequence[Int[Tensor, " _"]],
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    workers: int = 2,
+) -> Iterator[tuple[Int[Tensor, " _"], Any]]:
+    """What a module makes of batches of images: their ids, and float32 tensors on the CPU, as the module nests them.
+
+    The module leaves as it came, as `extract` says. `batches` are ids; the other arguments are those of `extract`.
+
+    Raises:
+        ValueError: if the module does not give one vector per image.
+    """
+    device = torch.device(device)
+    previous: tuple[Tensor, Any] | None = None
+    cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    with evaluation_mode(module):
+        for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
+            # Not around the loop: a generator's context would rule its caller between two batches.
+            with torch.inference_mode(), cast():
+                made = module(prepare(pixels.to(device, non_blocking=True)))
+            # What a device computes arrives when the next batch is under way there.
+            if previous is not None:
+                yield previous[0], tree_map(_arrived, previous[1])
+            tree_map(partial(_check_vectors, len(ids)), made)
+            previous = ids, made
+        if previous is not None:
+            yield previous[0], tree_map(_arrived, previous[1])
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
@@ -92,21 +131,36 @@ def _gather_by_id(local: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
     assert torch.equal(arrived.sort().values, ordered), "an image was computed twice or not at all"
     gathered = torch.empty_like(features)
     gathered[places[torch.searchsorted(ordered, arrived)]] = features
-    return _finite(gathered)
+    return gathered
 
 
-def _finite(features: Tensor) -> Tensor:
+def check_finite(features: Tensor) -> None:
+    """Raises a ValueError where a feature is not a finite number."""
+    # One pass that makes nothing: what is not finite leaves its mark on the sum.
+    if bool(features.sum().isfinite()):
+        return
     broken = int((~features.isfinite().all(1)).sum())
     if broken:
         raise ValueError(
             f"the features of {broken} of {len(features)} images are not finite; the backbone has diverged, or its "
             "precision is too low (try fp32)"
         )
-    return features
+
+
+def _arrived(made: Tensor) -> Tensor:
+    return made.float().cpu()
+
+
+def _check_vectors(count: int, made: Tensor) -> None:
+    if made.ndim != 2 or len(made) != count:
+        raise ValueError(
+            f"the backbone gives {list(made.shape)} for {count} images, not one vector for each; pool its output"
+        )
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The module and all in it in evaluation mode while it is open; then each in its own mode again."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -117,7 +171,7 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _read_ahead(images: Images, batches: tuple[Tensor, ...], workers: int) -> Iterator[Tensor]:
+def _read_ahead(images: Images, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     if workers < 1:
         yield from map(images.read, batches)
         return

@@ -1,5 +1,6 @@
 """Weighted nearest neighbours (Wu et al. 2018, section 3.4): the features as they are, nothing is trained."""
 
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
@@ -11,9 +12,13 @@ from contrastive.config import Settings
 from contrastive.evaluate.held_out import hold_out, num_classes
 from contrastive.evaluate.nearness import Nearness, searchable
 from contrastive.similarity import top_k
+from contrastive.similarity.rows import slices
+from contrastive.similarity.threads import on_all_cores
 
 MOST_HELD_OUT = 10_000
 """Training images held out for the choice: more would make it dearer, and hardly better."""
+SCORES = 1 << 17
+"""Scores of queries and classes held at once by a core: 1 MiB, so that all votes of a query are counted in a cache."""
 
 
 class KnnSettings(Settings):
@@ -60,13 +65,15 @@ def predict(
     query_ids: Int[Tensor, " queries"] | None = None,
     bank_ids: Int[Tensor, " bank"] | None = None,
     nearness: Nearness = "cosine",
+    shared: bool = False,
 ) -> Int[Tensor, "neighbours temperatures queries"]:
     """The predicted class of every query for every pair of a grid, from one search for the most neighbours.
 
     A vote weighs exp(similarity / temperature): of the cosine, for which features are normalised here, or of their
     Euclidean distance, as `nearness.searchable` defines its similarity. A number of neighbours above the size of the
     bank means the whole bank. Rows of the bank labelled −1 are left out, and so are those with the query's id where ids
-    are given. Equal scores go to the lowest class, equal similarities to the lowest row.
+    are given. Equal scores go to the lowest class, equal similarities to the lowest row. With `shared` all processes,
+    which hold the same, come together: each searches its share of the bank, and all get the whole answer.
 
     Raises:
         ValueError: if the queries are the bank and no ids are given: each would find itself.
@@ -81,21 +88,26 @@ def predict(
         raise ValueError("the bank holds no labelled image")
     most = min(max(neighbours), len(bank))
     left, right = searchable(queries, bank, nearness)
-    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids)
+    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, shared=shared)
     found = labels[places]
     chosen = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
     # Votes add up: going from fewer to more neighbours, each neighbour is counted once per temperature.
     ascending = sorted(range(len(neighbours)), key=lambda place: neighbours[place])
-    for rows in torch.split(torch.arange(len(queries)), max(1, (1 << 24) // classes)):
+
+    def vote(rows: slice) -> None:
         nearest = similarities[rows, :1]
         relative = similarities[rows] - nearest.masked_fill(nearest.isinf(), 0)
         for column, temperature in enumerate(temperatures):
-            scores, counted = torch.zeros(len(rows), classes, dtype=torch.float64), 0
+            scores, counted = relative.new_zeros(len(relative), classes, dtype=torch.float64), 0
             for place in ascending:
                 segment = slice(counted, min(neighbours[place], most))
                 scores += weighted_vote(relative[:, segment], found[rows, segment], temperature, classes)
                 chosen[place, column, rows] = scores.argmax(1)
                 counted = segment.stop
+
+    at_once = SCORES if similarities.device.type == "cpu" else 128 * SCORES
+    parts = slices(0, len(queries), max(1, at_once // max(classes, most)))
+    on_all_cores([partial(vote, rows) for rows in parts], similarities.device)
     return chosen
 
 
@@ -110,6 +122,7 @@ def knn(
     seed: int = 0,
     most: int = MOST_HELD_OUT,
     nearness: Nearness = "cosine",
+    shared: bool = False,
 ) -> KnnResult:
     """Predicts the test images from all training images, with the pair chosen on a held-out part of these.
 
@@ -125,6 +138,7 @@ def knn(
         seed: of the draw of that part.
         most: at most so many images are held out.
         nearness: cosine, or Euclidean distance of the features as they are.
+        shared: all processes, which hold the same, search together: see `predict`.
     """
     kept, held = hold_out(train_labels, share=share, seed=seed, most=most)
     grid = settings.neighbours, settings.temperatures
@@ -138,12 +152,20 @@ def knn(
         query_ids=held,
         bank_ids=kept,
         nearness=nearness,
+        shared=shared,
     )
     hits = (guesses == train_labels[held]).sum(2).flatten()
     best = int(hits.argmax())
     k, temperature = grid[0][best // len(grid[1])], grid[1][best % len(grid[1])]
     predictions = predict(
-        test, train, train_labels, neighbours=(k,), temperatures=(temperature,), classes=classes, nearness=nearness
+        test,
+        train,
+        train_labels,
+        neighbours=(k,),
+        temperatures=(temperature,),
+        classes=classes,
+        nearness=nearness,
+        shared=shared,
     )
     # The bank of the final vote may be smaller than the k that was asked for.
     k = min(k, int((train_labels >= 0).sum()))

@@ -10,9 +10,13 @@ from torch import Tensor
 MEMORY = 20
 """Pairs of steps and gradient changes that L-BFGS remembers."""
 MOST_DIRECTIONS = 2048
-"""Above so many features the eigenvectors cost more than they save."""
+"""Above so many features the principal axes cost more than they save."""
+MOST_SEEN = 16_384
+"""Images that the principal axes are found from: any axes leave the minimum where it is."""
 MOST_LOGITS = 1 << 26
 """Numbers in one array of logits (256 MB); a larger grid is fitted part by part."""
+TILE = 1024
+"""Images whose logits are one product: for few rows of weights that is quicker than all images at once."""
 
 
 class LogisticFit(NamedTuple):
@@ -50,78 +54,123 @@ def logistic_regression(
     regularisations: Float[Tensor, " grid"],
     classes: int,
     *,
+    used: Bool[Tensor, "grid images"] | None = None,
+    start: LogisticFit | None = None,
+    axes: Float[Tensor, "dim directions"] | None = None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
 ) -> LogisticFit:
-    """Minimises mean cross-entropy + regularisation / 2 × |weights|² for every regularisation, from zero.
+    """Minimises mean cross-entropy + regularisation / 2 × |weights|² for every regularisation.
 
     L-BFGS on all problems at once, so that each step is two large matrix products; problems that have converged leave.
-    Two things make it short. The variables are turned to the eigenvectors of the features' second moments, where the
-    Hessian is nearly diagonal, and its diagonal there (mean p(1 - p) × eigenvalue + regularisation) is what L-BFGS
-    starts each direction from; the penalty does not change under a rotation. And logits move along a line by an
-    addition, so that a line search costs no product. Deterministic; in the precision of the features.
+    Two things make it short. The variables are turned to the principal axes of the features, where the Hessian is
+    nearly the Kronecker product of mean(diag p - p pᵀ) and each direction's mean square, plus the regularisation, which
+    does not change under a rotation; its inverse, exact at weights of zero, is what L-BFGS starts each direction from.
+    And logits move along a line by an addition, so that a line search costs no product. Deterministic; in the precision
+    of the features.
 
     Args:
         features: centred, best standardised.
         labels: classes from 0.
         regularisations: strengths, > 0.
         classes: their number.
+        used: the images that each problem is fitted on; all without.
+        start: where each problem starts; from zero without.
+        axes: what `principal_axes` finds, where the features or nearly the same ones have been given to it before.
         tolerance: a problem is done when its expected decrease (half of gradient × step, in nats) is below this.
         max_steps: after so many steps a problem is given back as it is, not converged.
     """
-    rotated, rotation, moments = _rotate(features)
-    group = max(1, MOST_LOGITS // (len(features) * classes))
+    axes = principal_axes(features) if axes is None else axes
+    inputs = features @ axes if axes.shape[1] else features
+    # The bias is a weight of one more feature, which is 1 everywhere.
+    moments = torch.cat([torch.linalg.vector_norm(inputs, dim=0).square() / len(inputs), inputs.new_ones(1)])
+    first = features.new_zeros(len(regularisations), classes, len(moments))
+    if start is not None:
+        first[..., :-1], first[..., -1] = start.weights @ axes if axes.shape[1] else start.weights, start.biases
+    # The weight of each image in each problem's mean.
+    shares = features.new_full((len(regularisations), 1), 1 / len(features))
+    if used is not None:
+        shares = used / used.sum(1, keepdim=True, dtype=features.dtype)
+    targets = F.one_hot(labels, classes).T.to(features.dtype)
+    size = max(1, MOST_LOGITS // (len(features) * classes))
+    groups = zip(
+        *(torch.split(each, size) for each in (regularisations.to(features.dtype), shares, first)), strict=True
+    )
     parts = [
-        _fit(rotated, moments, labels, strengths, classes, tolerance, max_steps)
-        for strengths in torch.split(regularisations.to(features.dtype), group)
+        _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps)
+        for strengths, share, begun in groups
     ]
     solved, converged, steps = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    weights = solved[..., :-1] @ rotation.T if rotation is not None else solved[..., :-1]
+    weights = solved[..., :-1] @ axes.T if axes.shape[1] else solved[..., :-1]
     # All biases may move together without a change: the middle one of all equal answers.
     biases = solved[..., -1] - solved[..., -1].mean(1, keepdim=True)
     return LogisticFit(weights, biases, converged, steps)
 
 
-def _rotate(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Features along their principal directions with a last column of ones; the rotation; each column's mean square."""
-    ones = features.new_ones(len(features), 1)
-    if features.shape[1] > MOST_DIRECTIONS:
-        moments = features.square().mean(0)
-        return torch.cat([features, ones], 1), None, torch.cat([moments, ones[0]])
-    moments, rotation = torch.linalg.eigh((features.T @ features / len(features)).double())
-    # With fewer images than features, nothing lies along the other directions: their weights are 0 at the minimum.
-    present = slice(max(0, features.shape[1] - len(features)), None)
-    rotation = rotation[:, present].to(features.dtype)
-    moments = torch.cat([moments[present].clamp(min=0).to(features.dtype), ones[0]])
-    return torch.cat([features @ rotation, ones], 1), rotation, moments
+def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim directions"]:
+    """Orthonormal directions, as columns: the eigenvectors of the features' second moments, of evenly spread images.
+
+    With fewer images than features, only those along which something lies, for the weights along the others are 0 at
+    the minimum. No directions at all where there are so many features that their own axes are to be used.
+    """
+    images, dim = features.shape
+    if min(images, dim) > MOST_DIRECTIONS:
+        return features.new_empty(dim, 0)
+    if images >= dim:
+        seen = features[:: max(1, images // MOST_SEEN)]
+        axes: Tensor = torch.linalg.eigh(seen.T @ seen / len(seen))[1]
+        return axes
+    # The roots of squares that rounding has spoilt would be no directions.
+    rows = features.double()
+    squares, left = torch.linalg.eigh(rows @ rows.T)
+    present = squares > 1e-10 * squares[-1]
+    axes = rows.T @ (left[:, present] / squares[present].sqrt())
+    return axes.to(features.dtype)
 
 
 def _fit(
-    inputs: Tensor, moments: Tensor, labels: Tensor, strengths: Tensor, classes: int, tolerance: float, max_steps: int
+    inputs: Tensor,
+    moments: Tensor,
+    targets: Tensor,
+    strengths: Tensor,
+    shares: Tensor,
+    begun: Tensor,
+    tolerance: float,
+    max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solves the problems of some strengths: weights [grid, classes, dim + 1], converged [grid], steps [grid]."""
-    images, dim = inputs.shape
-    columns = inputs.T.contiguous()
-    targets = F.one_hot(labels, classes).T.to(inputs.dtype)
+    images, classes, dim = len(inputs), len(targets), len(moments)
     penalty = strengths[:, None, None].repeat(1, 1, dim)
     penalty[..., -1] = 0
-    solved = inputs.new_zeros(len(strengths), classes, dim)
+    solved = torch.empty_like(begun)
     converged = torch.zeros(len(strengths), dtype=torch.bool)
     steps = torch.full((len(strengths),), max_steps)
     active = torch.arange(len(strengths))
 
-    def gradient_at(weights: Tensor, probabilities: Tensor) -> Tensor:
-        residual = (probabilities - targets).view(-1, images)
-        return (residual @ inputs).view(-1, classes, dim).div_(images).add_(penalty * weights)
+    tiles = inputs.split(TILE)
 
-    weights = torch.zeros_like(solved)
-    logits = inputs.new_zeros(len(strengths), classes, images)
+    def logits_of(weights: Tensor) -> Tensor:
+        rows = weights.reshape(-1, dim)
+        logits = rows.new_empty(len(rows), images)
+        for tile, part in zip(tiles, logits.split(TILE, 1), strict=True):
+            torch.addmm(rows[:, -1:], rows[:, :-1], tile.T, out=part)
+        return logits.view(-1, classes, images)
+
+    def gradient_at(weights: Tensor, probabilities: Tensor) -> Tensor:
+        residual = ((probabilities - targets) * shares[:, None]).view(-1, images)
+        gradient = torch.cat([residual @ inputs, residual.sum(1, keepdim=True)], 1)
+        return gradient.view(-1, classes, dim).add_(penalty * weights)
+
+    weights, logits = begun, logits_of(begun)
     probabilities = torch.softmax(logits, 1)
     gradient = gradient_at(weights, probabilities)
     past: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in range(max_steps):
-        spread = (probabilities * (1 - probabilities)).mean(2, keepdim=True)
-        direction = _quasi_newton(gradient, 1 / (spread * moments + penalty).clamp_(min=1e-12), past)
+        # It settles soon, and with many classes its eigenvectors are dear.
+        if step & (step - 1) == 0:
+            spread, modes = _spread(probabilities, shares)
+            scale = 1 / (spread[..., None] * moments + penalty)
+        direction = _quasi_newton(gradient, modes, scale, past)
         slope = _dot(gradient, direction)
         done = -slope / 2 <= tolerance
         if done.any():
@@ -131,10 +180,11 @@ def _fit(
                 return solved, converged, steps
             active, penalty, past = active[left], penalty[left], [(s[left], y[left], r[left]) for s, y, r in past]
             weights, logits, gradient = weights[left], logits[left], gradient[left]
-            direction, slope = direction[left], slope[left]
-        moved = (direction.reshape(-1, dim) @ columns).view(-1, classes, images)
-        linear = _dot(penalty * weights, direction) - (moved * targets).sum(1).mean(1)
-        length, probabilities = _line_search(logits, moved, linear, _dot(penalty * direction, direction), slope)
+            direction, slope, shares = direction[left], slope[left], shares[left]
+            modes, scale = modes[left], scale[left]
+        moved = logits_of(direction)
+        linear = _dot(penalty * weights, direction) - ((moved * targets).sum(1) * shares).sum(1)
+        length, probabilities = _line_search(logits, moved, shares, linear, _dot(penalty * direction, direction), slope)
         change = length[:, None, None] * direction
         logits.addcmul_(length[:, None, None], moved)
         weights = weights + change
@@ -148,20 +198,31 @@ def _fit(
     return solved, converged, steps
 
 
-def _quasi_newton(gradient: Tensor, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from a diagonal of one's own."""
+def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of mean(diag p - p pᵀ), one matrix over the classes for each problem."""
+    weighted = probabilities * shares[:, None]
+    spread = torch.diag_embed(weighted.sum(2)) - weighted @ probabilities.transpose(1, 2)
+    values, modes = torch.linalg.eigh(spread)
+    # Along the direction of all classes alike it is 0, and nothing ever lies there.
+    return values.clamp(min=1e-6 / spread.shape[1]), modes
+
+
+def _quasi_newton(gradient: Tensor, modes: Tensor, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from a matrix diagonal in the modes of classes."""
     direction, shares = gradient.clone(), []
     for change, bend, inverse in reversed(past):
         share = (inverse * _dot(change, direction))[:, None, None]
         direction.addcmul_(share, bend, value=-1)
         shares.append(share)
-    direction *= scale
+    direction = modes @ ((modes.transpose(1, 2) @ direction) * scale)
     for (change, bend, inverse), share in zip(past, reversed(shares), strict=True):
         direction.addcmul_(share - (inverse * _dot(bend, direction))[:, None, None], change)
     return direction.neg_()
 
 
-def _line_search(logits: Tensor, moved: Tensor, linear: Tensor, square: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def _line_search(
+    logits: Tensor, moved: Tensor, shares: Tensor, linear: Tensor, square: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
     """How far to go: to where the slope has fallen to half, by Newton's method in a bracket; the probabilities there.
 
     The problem is convex along the line, so the sign of the slope tells on which side of the minimum a point lies; the
@@ -173,11 +234,11 @@ def _line_search(logits: Tensor, moved: Tensor, linear: Tensor, square: Tensor, 
         probabilities = torch.softmax(torch.addcmul(logits, length[:, None, None], moved), 1)
         weighted = probabilities * moved
         mean = weighted.sum(1)
-        here = mean.mean(1) + linear + length * square
+        here = (mean * shares).sum(1) + linear + length * square
         enough = here.abs() <= 0.5 * slope.abs()
         if enough.all() or attempt == 19:
             break
-        curvature = (weighted.mul_(moved).sum(1) - mean.square()).mean(1) + square
+        curvature = ((weighted.mul_(moved).sum(1) - mean.square()) * shares).sum(1) + square
         low, high = torch.where(here < 0, length, low), torch.where(here > 0, length, high)
         newton = length - here / curvature
         middle = torch.where(high.isinf(), 2 * length, (low + high) / 2)

@@ -7,13 +7,14 @@ from pydantic import Field
 from torch import Tensor
 
 from contrastive.config import Settings
+from contrastive.evaluate.augmented import AugmentedSettings
 from contrastive.evaluate.clustering import ClusteringSettings
 from contrastive.evaluate.knn import KnnSettings
 from contrastive.evaluate.linear import LinearSettings
 from contrastive.evaluate.retrieval import RetrievalSettings
 from contrastive.evaluate.verification import VerificationSettings
 
-Task = Literal["knn", "linear", "retrieval", "clustering", "verification"]
+Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification"]
 
 
 class ProtocolSettings(Settings):
@@ -21,6 +22,7 @@ class ProtocolSettings(Settings):
 
     knn: KnnSettings = KnnSettings()
     linear: LinearSettings = LinearSettings()
+    augmented: AugmentedSettings = AugmentedSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     clustering: ClusteringSettings = ClusteringSettings()
     verification: VerificationSettings = VerificationSettings()

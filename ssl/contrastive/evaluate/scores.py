@@ -15,11 +15,12 @@ from contrastive.evaluate.figures import Figures
 from contrastive.evaluate.metric import Cosine, Metric
 from contrastive.evaluate.protocol import ProtocolSettings, Task
 
-Method = Literal["knn", "linear"]
-TITLES: Mapping[Method, str] = {"knn": "kNN", "linear": "linear probe"}
+Method = Literal["knn", "linear", "augmented"]
+TITLES: Mapping[Method, str] = {"knn": "kNN", "linear": "linear probe", "augmented": "augmented probe"}
 COMPARED: Mapping[Task, str] = {
     "knn": "kNN",
     "linear": "linear probe",
+    "augmented": "augmented probe",
     "retrieval": "Recall@1",
     "verification": "verification",
 }
@@ -44,12 +45,16 @@ class Score:
     neighbours: int | None = None
     temperature: float | None = None
     regularisation: float | None = None
+    rate: float | None = None
+    decay: float | None = None
 
     @property
     def choice(self) -> str:
         """What was chosen, in a few characters."""
         if self.method == "knn":
             return f"k {self.neighbours}, T {self.temperature:g}"
+        if self.method == "augmented":
+            return f"rate {self.rate:g}, decay {self.decay:g}"
         return f"λ {self.regularisation:g}"
 
 

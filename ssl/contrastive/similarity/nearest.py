@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contrastive import distributed
+from contrastive.similarity import candidates
 from contrastive.similarity.rows import at_least_float32, slices
 
 COLUMNS = 1 << 16
@@ -21,11 +23,15 @@ def top_k(
     *,
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
+    shared: bool = False,
 ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
     """The k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
 
     Equal values are ordered by index, lower first. Keys that have the query's id are left out; where fewer than k
     are left, the last values are −inf. Exact, in tiles, in float32 (float64 where the queries are).
+
+    With `shared` all processes, which hold the same queries and keys, come together: each looks through its share of
+    the keys, and all get the whole answer. It is that of one process; the last bit of a value may differ.
 
     Raises:
         ValueError: if k is not between 1 and the number of keys, or ids are given on one side only.
@@ -35,6 +41,49 @@ def top_k(
     if (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
     queries = at_least_float32(queries)
+    if shared and distributed.size() > 1:
+        return _of_all_processes(queries, keys, k, query_ids, key_ids)
+    return _of_this_process(queries, keys, k, query_ids, key_ids)
+
+
+def _of_all_processes(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    own = distributed.share(len(keys))
+    keys, key_ids = keys[own], key_ids[own] if key_ids is not None else None
+    few = min(k, len(keys))
+    found, places = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    places = places.to(queries.device)
+    if few:
+        found, places = _of_this_process(queries, keys, few, query_ids, key_ids)
+    lengths = distributed.counts(few)
+    values = queries.new_empty(len(queries), k)
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    for rows in slices(0, len(queries), max(1, SCORES // sum(lengths))):
+        pieces = (distributed.gather_without_gradient(part[rows].T, lengths) for part in (found, places + own.start))
+        gathered, origins = (piece.T for piece in pieces)
+        # Processes have consecutive keys, so what is of equal value stands in the order of the indices already.
+        ordered = gathered.sort(dim=1, descending=True, stable=True)
+        values[rows], indices[rows] = ordered.values[:, :k], origins.gather(1, ordered.indices[:, :k])
+    return values, indices
+
+
+def _of_this_process(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not candidates.pays(queries, keys, k):
+        return _of_all_products(queries, keys, k, query_ids, key_ids)
+    values, indices, proved = candidates.search(queries, keys, k, query_ids, key_ids)
+    if not proved.all():
+        rest = (~proved).nonzero().squeeze(1)
+        ids = query_ids[rest] if query_ids is not None else None
+        values[rest], indices[rest] = _of_all_products(queries[rest], keys, k, ids, key_ids)
+    return values, indices
+
+
+def _of_all_products(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
     values = queries.new_empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     columns = min(len(keys), COLUMNS)

@@ -2,7 +2,7 @@
 
 from contrastive.views.colour import RandomColour
 from contrastive.views.geometry import RandomWindow
-from contrastive.views.pipeline import MEAN, STD, Views, plain
+from contrastive.views.pipeline import MEAN, STD, Interpolation, Views, plain
 from contrastive.views.settings import ViewsSettings
 
-__all__ = ["MEAN", "STD", "RandomColour", "RandomWindow", "Views", "ViewsSettings", "plain"]
+__all__ = ["MEAN", "STD", "Interpolation", "RandomColour", "RandomWindow", "Views", "ViewsSettings", "plain"]

@@ -1,6 +1,6 @@
 """A batch of images becomes V views of each, on the images' device."""
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -16,6 +16,7 @@ from contrastive.views.tone import RandomTone
 # The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an
 # exported backbone's transform is known without the data; networks with batch norm do not care for more.
 MEAN, STD = 0.5, 0.25
+Interpolation = Literal["bilinear", "bicubic"]
 
 # Where each stage's parameters stand in the sequence of draws, with room to grow: one that is added or left out does
 # not change the draws of the others.
@@ -90,9 +91,25 @@ class Views(nn.Module):
 
 
 @torch.no_grad()
-def plain(images: UInt8[Tensor, "batch channels height width"], size: int) -> Float[Tensor, "batch channels size size"]:
-    """The view for evaluation: the whole image, resized (antialiased) if it must be, normalised as the views are."""
+def plain(
+    images: UInt8[Tensor, "batch channels height width"],
+    size: int,
+    *,
+    mean: float | tuple[float, ...] = MEAN,
+    std: float | tuple[float, ...] = STD,
+    interpolation: Interpolation = "bilinear",
+) -> Float[Tensor, "batch _ size size"]:
+    """The view for evaluation: the whole image, resized (antialiased) if it must be, and normalised.
+
+    By default as the views are; or by a mean and a standard deviation of values in [0, 1] for each channel, as other
+    backbones were trained. Grey images then get as many channels as there are means.
+    """
     scaled = images.to(torch.float32)
     if images.shape[-2:] != (size, size):
-        scaled = F.interpolate(scaled, (size, size), mode="bilinear", antialias=True)
-    return scaled.mul_(1 / (255 * STD)).sub_(MEAN / STD)
+        scaled = F.interpolate(scaled, (size, size), mode=interpolation, antialias=True)
+        if interpolation == "bicubic":
+            scaled = scaled.clamp_(0, 255)  # it overshoots at edges, where an 8-bit image would not
+    if isinstance(mean, float) and isinstance(std, float):
+        return scaled.mul_(1 / (255 * std)).sub_(mean / std)
+    means, deviations = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    return (scaled / 255 - means) / deviations

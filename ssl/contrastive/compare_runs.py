@@ -1,0 +1,292 @@
+"""Several runs are compared: seeds of one method together, methods side by side, on the same test images."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from contrastive import distributed
+from contrastive.checkpoints import together
+from contrastive.data import Images, Split
+from contrastive.evaluate.figures import LEADING
+from contrastive.evaluate.geometry import IMAGES, Geometry, neighbourhood_overlap
+from contrastive.evaluate.methods import methods
+from contrastive.evaluate.protocol import Task
+from contrastive.evaluate.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
+from contrastive.extract import features_of, images_of
+from contrastive.launch import start
+from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, evaluate, planned
+from contrastive.opened import Opened, open_run
+from contrastive.progress import Teller
+from contrastive.recipe import Recipe
+
+NEIGHBOURS = 10
+"""Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
+BASELINES = ("random weights", "raw pixels")
+
+
+class Shared(NamedTuple):
+    """What all runs are measured on."""
+
+    shown: Images
+    """The test images; where there are none, those that the runs have learned from."""
+    fingerprints: list[str]
+    labelled: bool
+    """Whether there are labels, and held-out images."""
+
+
+class Measured(NamedTuple):
+    """A run with what was measured of it."""
+
+    opened: Opened
+    record: Mapping[str, Any]
+    """Its evaluation.json."""
+    outcomes: Mapping[str, Tensor]
+    """Its outcomes.safetensors."""
+
+
+def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Comparison:
+    """Prints one table of several runs: mean and spread over seeds, differences with a paired bootstrap interval.
+
+    Runs whose configuration is equal but for seed and output are seeds of one method, and the first run's method is
+    what the others are compared with. A run is measured first where it has not been yet, or where its weights, images
+    or protocol are others by now; nothing else is written into a run.
+
+    Raises:
+        ValueError: if a run cannot be read, is given twice, holds another's weights or has other images than the rest;
+            if what is asked for takes labels that are not there; or if nothing is left that all were measured by.
+    """
+    start(None, "fp32")
+    teller = Teller(quiet=distributed.rank() > 0)
+    _check_different(folders)
+    file = None if settings.comparison is None else Path(settings.comparison).expanduser()
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"comparison={file} cannot be written; name a file in a folder that exists")
+    runs = [open_run(folder) for folder in folders]
+    _check_weights(runs)
+    images = _images(runs, settings, teller)
+    looks = {look for opened in runs for look in planned(settings, _recipe(opened), labelled=images.labelled)}
+    stale = [measured_before(opened, images, settings) is None for opened in runs]
+    for number, (opened, again) in enumerate(zip(runs, stale, strict=True), 1):
+        # A file system may show a record to one process before another.
+        if distributed.any_rank(again):
+            teller.say(f"measuring {opened.name}, run {number} of {len(runs)}")
+            evaluate(folders[number - 1], settings, quiet=True)
+    with together():
+        rows, notes = side_by_side([_read(opened) for opened in runs], looks, baselines=settings.baselines)
+    seed = settings.protocol.seed
+    overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, teller) if "geometry" in looks else ((), 0)
+    comparison = Comparison(rows, differences(rows, seed=seed), len(images.shown), overlaps, neighbours, notes)
+    with together():
+        if distributed.rank() == 0:
+            _tell(comparison, teller)
+            if file is not None:
+                file.write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
+    return comparison
+
+
+def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) -> Measured | None:
+    """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
+    try:
+        found = _read(opened)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    record, looks = found.record, planned(settings, _recipe(opened), labelled=images.labelled)
+    asked: dict[str, Any] = {
+        "weights": dict(opened.origin),
+        "images": images.fingerprints,
+        "precision": settings.precision,
+        "protocol": settings.protocol.model_dump(mode="json"),
+        "metric": settings.metric.model_dump(mode="json"),
+    }
+    if set(LEADING) & set(looks):
+        asked["classes"] = None if settings.classes is None else list(settings.classes)
+    if "fractions" in looks:
+        asked["few"] = settings.few.model_dump(mode="json")
+    if any(record.get(key) != value for key, value in asked.items()):
+        return None
+    done = {(score["method"], score["features"]) for score in record.get("scores", ())}
+    done |= {(figures["task"], figures["features"]) for figures in record.get("figures", ())}
+    done |= {("fractions", kind) for kind in record.get("fractions", ())}
+    done |= {("geometry", own["features"]) for own in record.get("geometry", ())}
+    wanted = {(look, kind) for look in looks for kind in ("learned", *(BASELINES if settings.baselines else ()))}
+    return found if wanted <= done else None
+
+
+def side_by_side(
+    runs: Sequence[Measured], looks: Collection[str], *, baselines: bool
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """A row for each method, then for each baseline, of what all runs were measured by; and what is to be noted.
+
+    Raises:
+        ValueError: if there is nothing that all runs were measured by.
+    """
+    notes = [f"{run.opened.name}: {text}" for run in runs for text in run.record.get("warnings", ())]
+    kinds = ("learned", *BASELINES) if baselines else ("learned",)
+    values = [{kind: figures_of(run.record, kind, looks) for kind in kinds} for run in runs]
+    titles = dict.fromkeys(title for own in values for title in own["learned"])
+    shared = [title for title in titles if all(title in own[kind] for own in values for kind in kinds)]
+    if missing := [title for title in titles if title not in shared]:
+        notes.append(f"{', '.join(missing)}: left out, for not all runs were measured so; tasks=… names it for all")
+    if len({json.dumps(run.record.get("gallery", {}).get("classes")) for run in runs}) > 1:
+        # What is looked up among other classes is harder or easier.
+        if grouped := [title for title in shared if title in {FIGURES[task] for task in LEADING}]:
+            notes.append(
+                f"{', '.join(grouped)}: left out, for the runs were measured so on other classes than each other; "
+                "classes=… names the same ones for all"
+            )
+        shared = [title for title in shared if title not in grouped]
+    lying = "geometry" in looks and all(run.record.get("geometry") for run in runs)
+    if not shared and not lying:
+        raise ValueError("\n".join(["there is nothing that all these runs were measured by", *dict.fromkeys(notes)]))
+    named = methods(
+        [_recipe(run.opened).model_dump(mode="json", exclude={"seed", "output", "resume"}) for run in runs],
+        [run.opened.name for run in runs],
+    )
+    rows = [
+        _row(name, "learned", [runs[place] for place in places], [values[place] for place in places], shared, lying)
+        for name, places in named.items()
+    ]
+    for kind in kinds[1:]:
+        groups: dict[str, dict[int, int]] = {}
+        for place, run in enumerate(runs):
+            same, seed = _same_baseline(kind, run.opened)
+            groups.setdefault(same, {}).setdefault(seed, place)
+        for group in groups.values():
+            places = list(group.values())
+            of = next(name for name, own in named.items() if places[0] in own)
+            name = kind if len(groups) == 1 else f"{kind} ({of})"
+            own_runs, own_values = [runs[place] for place in places], [values[place] for place in places]
+            rows.append(_row(name, kind, own_runs, own_values, shared, lying))
+    return tuple(rows), tuple(dict.fromkeys(notes))
+
+
+def _row(
+    name: str,
+    kind: str,
+    runs: Sequence[Measured],
+    values: Sequence[Mapping[str, Mapping[str, float]]],
+    shared: Sequence[str],
+    lying: bool,
+) -> Row:
+    hits: dict[Task, Tensor] = {}
+    for task, title in FIGURES.items():
+        if title in shared and all(f"hits/{task}/{kind}" in run.outcomes for run in runs):
+            each = torch.stack([run.outcomes[f"hits/{task}/{kind}"] for run in runs])
+            hits[task] = each[:, each[0] >= 0] == 1
+    found = [Geometry(**own) for run in runs for own in run.record.get("geometry", ()) if own["features"] == kind]
+    return Row(
+        name,
+        tuple(run.opened.name for run in runs),
+        tuple(_recipe(run.opened).seed for run in runs),
+        {title: tuple(own[kind][title] for own in values) for title in shared},
+        tuple(found) if lying else (),
+        kind != "learned",
+        hits,
+    )
+
+
+def _recipe(opened: Opened) -> Recipe:
+    assert opened.recipe is not None, "only runs are compared"
+    return opened.recipe
+
+
+def _same_baseline(kind: str, opened: Opened) -> tuple[str, int]:
+    """What a baseline follows from but for the seed, and the seed: equal for runs that share it."""
+    if kind == "raw pixels":
+        return str(opened.size), 0
+    own, seen = _recipe(opened).encoder, (opened.size, opened.channels)
+    return repr((own.name, own.pretrained, own.drop_path, seen)), _recipe(opened).seed
+
+
+def _check_different(folders: Sequence[Path]) -> None:
+    if len(folders) < 2:
+        raise ValueError("a comparison takes 2 runs or more")
+    places = [folder.resolve() for folder in folders]
+    twice = [str(folder) for place, folder in enumerate(folders) if places[place] in places[:place]]
+    if twice:
+        raise ValueError(f"{', '.join(dict.fromkeys(twice))} is given twice; name each run once")
+
+
+def _check_weights(runs: Sequence[Opened]) -> None:
+    seen: dict[str, Opened] = {}
+    for opened in runs:
+        before = seen.setdefault(opened.origin["sha256"], opened)
+        if before is not opened:
+            raise ValueError(
+                f"{opened.name} holds the same weights as {before.name}: one is a copy, and no run of its own to be "
+                "compared; leave one of them out"
+            )
+
+
+def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) -> Shared:
+    # Runs of the same images need not read them again.
+    splits: dict[str, Split] = {}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for opened in runs:
+        same = repr((settings.data or _recipe(opened).data, opened.channels))
+        if same not in splits:
+            splits[same] = images_of(opened, settings, teller)
+        parts = [part.fingerprint for part in splits[same][:2] if part is not None]
+        found.setdefault(tuple(parts), []).append(opened.name)
+    if len(found) > 1:
+        groups = " | ".join(", ".join(names) for names in found.values())
+        raise ValueError(
+            f"the images of these runs are not the same: {groups} (| stands between runs of different images); give "
+            "data=… so that all are measured on the same ones"
+        )
+    train, test, _ = next(iter(splits.values()))
+    labelled = train.labels is not None and test is not None and test.labels is not None
+    return Shared(train if test is None else test, list(next(iter(found))), labelled)
+
+
+def _read(opened: Opened) -> Measured:
+    assert opened.folder is not None
+    record = json.loads((opened.folder / EVALUATION).read_text())
+    return Measured(opened, record, load_file(opened.folder / OUTCOMES))
+
+
+def _overlaps(
+    rows: Sequence[Row], runs: Sequence[Opened], shown: Images, settings: EvaluateSettings, teller: Teller
+) -> tuple[tuple[Overlap, ...], int]:
+    """The neighbours that first runs of the methods have in common, and the first two runs of each."""
+    k = min(NEIGHBOURS, len(shown) - 2)
+    if k < 1:
+        return (), 0
+    by_name = {opened.name: opened for opened in runs}
+    methods = [row for row in rows if not row.baseline]
+    drawn = torch.randperm(len(shown), generator=torch.Generator().manual_seed(settings.protocol.seed))[:IMAGES]
+    drawn = drawn.sort().values
+
+    def features(name: str) -> Tensor:
+        opened = by_name[name]
+        cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
+        return features_of(opened, shown, settings, teller, cache=cache)[drawn]
+
+    firsts = {row.name: features(row.runs[0]) for row in methods}
+    found = []
+    for place, row in enumerate(methods):
+        if len(row.runs) > 1:
+            share = neighbourhood_overlap(firsts[row.name], features(row.runs[1]), k)
+            found.append(Overlap(row.name, row.name, share))
+        for other in methods[place + 1 :]:
+            share = neighbourhood_overlap(firsts[row.name], firsts[other.name], k)
+            found.append(Overlap(row.name, other.name, share))
+    return tuple(found), k
+
+
+def _tell(comparison: Comparison, teller: Teller) -> None:
+    for table in comparison.tables():
+        teller.console.print(table)
+    for row in comparison.rows:
+        if not row.baseline:
+            seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+            teller.say(f"{row.name}: {', '.join(row.runs)} ({seeds})")
+    teller.say(comparison.verdict())
+    for note in comparison.notes:
+        teller.warn(note)

@@ -1,0 +1,70 @@
+"""The classes of images from a table: a CSV file with a header, then a name and a label in each line."""
+
+import csv
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from contrastive.data.listing import Listing
+from contrastive.data.paths import nearest
+
+UNLABELLED = -1
+
+
+def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
+    """The label of each image that a table names, by the image's name; an image that it leaves out has none.
+
+    The first line names the columns; the first two columns are the name and the label, further ones are passed over.
+
+    Args:
+        path: the CSV file, in UTF-8.
+        names: the images that there are.
+
+    Raises:
+        ValueError: naming the line: for a name that is no image's or stands twice, an empty label, or a missing column;
+            or if there is no such file, or it labels no image.
+    """
+    if path.is_dir():
+        raise ValueError(f"data.labels={path} is a folder; name a CSV file")
+    if not path.is_file():
+        raise ValueError(f"data.labels={path} does not exist; {nearest(path)}")
+    lines: dict[str, int] = {}
+    labels: dict[str, str] = {}
+    known = set(names)
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            if len(header) < 2:
+                raise ValueError(f"{path}: the first line must name the columns: the image's name, then its label")
+            if header[0] in known:
+                raise ValueError(f"{path}: the first line must name the columns, but {header[0]} is an image")
+            for row in reader:
+                if not row:
+                    continue
+                line = f"{path}, line {reader.line_num}"
+                if len(row) < 2:
+                    raise ValueError(f"{line}: one column, where a name and a label should stand")
+                name, label = row[0], row[1].strip()
+                if name in lines:
+                    raise ValueError(f"{line}: {name} stands in line {lines[name]} already")
+                if name not in known:
+                    alike = difflib.get_close_matches(name, known, 1, 0.5)
+                    hint = f"did you mean {alike[0]}?" if alike else "names are those below the folder, a/b/1.jpg"
+                    raise ValueError(f"{line}: {name!r} is not among the {len(known):,} images; {hint}")
+                if not label:
+                    raise ValueError(f"{line}: {name} has an empty label; leave the line out if it has none")
+                lines[name], labels[name] = reader.line_num, label
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not labels:
+        raise ValueError(f"{path} labels no image: below the header there must be lines of a name and a label")
+    return labels
+
+
+def labelled(listing: Listing, labels: Mapping[str, str]) -> Listing:
+    """The listing with the classes of a table, in alphabetical order, in place of what its sub-folders tell."""
+    classes = tuple(sorted(set(labels.values())))
+    number = {name: index for index, name in enumerate(classes)}
+    found = [number[labels[name]] if name in labels else UNLABELLED for name in listing.names]
+    return listing._replace(labels=found, classes=classes)

@@ -1,0 +1,321 @@
+"""Features kept as files: written by several processes at once, taken up again after a cut, known when stale.
+
+A folder that is complete has a manifest.json, written last. Until then everything lies in its sub-folder `.partial`,
+where each process notes the rows that it has safely written.
+"""
+
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from contrastive import distributed
+from contrastive.checkpoints import sync, together
+
+MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
+KEY, DONE, ANY_DONE = "key.json", "done-{:05d}.txt", "done-*.txt"
+REMARK = "remark "
+IMAGES = ' "images": ['
+SECONDS_BETWEEN_FLUSHES = 2.0
+WAITING_WRITES = 4
+"""Batches that may wait for the disk before the next one is encoded: they bound the memory."""
+
+State = Literal["absent", "begun", "complete"]
+
+
+def state(folder: Path, key: Mapping[str, Any]) -> State:
+    """How far the features of this key have come in a folder.
+
+    Args:
+        folder: may not exist.
+        key: JSON values from which the features follow; those that were written with another key are stale.
+
+    Raises:
+        ValueError: if the features there have another key, naming what differs.
+    """
+    found = described(folder)
+    begun = folder / PARTIAL / KEY
+    progress: State = "complete" if found is not None else "begun"
+    if found is None and begun.is_file():
+        found = json.loads(begun.read_text())
+    if found is None:
+        return "absent"
+    changed = differences({name: found.get(name) for name in key}, json.loads(json.dumps(key)))
+    if changed:
+        raise ValueError("; ".join(changed))
+    return progress
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder holds features, complete or begun."""
+    return (folder / MANIFEST).is_file() or (folder / PARTIAL).is_dir()
+
+
+@contextmanager
+def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1) -> Iterator[bool]:
+    """Holds a folder for the features of a key while it is open; tells whether they are complete; collective.
+
+    Where they are not, they are begun, or those that were begun are left as they are.
+
+    Args:
+        folder: is made where it does not exist.
+        key: as in `state`, with the files and shapes under "layers".
+        replace: delete the features of another key.
+        copies: how many times the space of the features is needed.
+
+    Raises:
+        ValueError: if it holds features of another key, or another program holds it, or the disk has no room; on the
+            first process, and an OSError on the others.
+        OSError: if it cannot be written to.
+    """
+    existed, complete = folder.exists(), False
+    with ExitStack() as stack:
+        try:
+            with together():
+                if distributed.rank() == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.callback((folder / LOCK).unlink, missing_ok=True)
+                    try:
+                        stack.enter_context(FileLock(folder / LOCK, timeout=0))
+                    except Timeout as problem:
+                        stack.pop_all()
+                        raise ValueError(f"{folder} is being written by another program; wait for it") from problem
+                    complete = _ready(folder, key, replace, copies)
+        except BaseException:
+            stack.close()
+            if not existed and distributed.rank() == 0:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        yield distributed.any_rank(complete)
+
+
+def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int) -> bool:
+    try:
+        found = state(folder, key)
+    except ValueError as problem:
+        if not replace:
+            raise ValueError(
+                f"{folder} holds other features: {problem}; overwrite=true replaces them, or name another output"
+            ) from problem
+        remove(folder)
+        found = "absent"
+    shapes = {name: layer["shape"] for name, layer in key["layers"].items()}
+    needed = sum(4 * rows * width for rows, width in shapes.values()) * (copies - (found != "absent"))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: the features take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free")
+    if found == "absent":
+        _begin(folder, key, shapes)
+    return found == "complete"
+
+
+def described(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of complete features says, without the list of images; None where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    lines = []
+    with (folder / MANIFEST).open() as file:
+        for line in file:
+            # Of millions of images the rest would take gigabytes.
+            if line.rstrip("\n") == IMAGES:
+                lines.append(f"{IMAGES}]}}")
+                break
+            lines.append(line)
+    try:
+        content = json.loads("".join(lines))
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({problem})") from problem
+    return {name: value for name, value in content.items() if name != "images"}
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """In words, which values of two nested mappings differ: "input.size was 28 and is 32"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = dict.fromkeys([*old, *new])
+        return [
+            line
+            for key in names
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    if old == new:
+        return []
+    if old is None or new is None:
+        return [f"{name} was {'absent' if old is None else 'there'} and is {'absent' if new is None else 'there'}"]
+    return [f"{name} was {_brief(old)} and is {_brief(new)}"]
+
+
+def remove(folder: Path) -> None:
+    """Deletes features, complete or begun, and nothing else that lies in the folder."""
+    found = described(folder) or {}
+    # First of all: what is half deleted must not look complete.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    for file in found.get("files", ()):
+        (folder / file).unlink(missing_ok=True)
+
+
+def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which rows have been safely written, by any process."""
+    done = np.zeros(total, dtype=np.bool_)
+    for file in (folder / PARTIAL).glob(ANY_DONE):
+        for line in file.read_text().split("\n")[:-1]:
+            # A line that was cut off in the middle, and ended when the work was taken up again, has no third word.
+            match line.split():
+                case [start, stop, "done"]:
+                    done[int(start) : int(stop)] = True
+    return done
+
+
+def remarks(folder: Path) -> list[Any]:
+    """What the processes have remarked, each value once."""
+    lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in file.read_text().split("\n")]
+    found = dict.fromkeys(line for line in lines if line.startswith(REMARK))
+    return [json.loads(line.removeprefix(REMARK)) for line in found]
+
+
+class Writer:
+    """One process's pen: writes batches of rows in a thread, and notes them once they are safely on the disk.
+
+    As a context it ends with everything written and noted that was put, also when an exception ends it.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._stack = ExitStack()
+        place = folder / PARTIAL
+        self._files = {}
+        for name in names:
+            array = np.load(place / f"{name}.npy", mmap_mode="r")
+            file = self._stack.enter_context((place / f"{name}.npy").open("r+b"))
+            self._files[name] = (file, array.offset, array.shape[1])
+            del array
+        self._done = self._stack.enter_context((place / DONE.format(distributed.rank())).open("a"))
+        self._done.write("\n" if self._done.tell() else "")
+        self._unsafe: list[str] = []
+        self._flushed = monotonic()
+        self._waiting: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+
+    def put(self, start: int, rows: Mapping[str, Tensor]) -> None:
+        """Hands over rows from number `start` on, by the names of the files; waits where the disk is far behind.
+
+        Raises:
+            OSError: if earlier rows could not be written.
+        """
+        self._waiting.append(self._pool.submit(self._write, start, rows))
+        while len(self._waiting) > WAITING_WRITES:
+            self._waiting.popleft().result()
+
+    def remark(self, value: Any) -> None:
+        """Notes a JSON value for `remarks`, which the folder keeps until it is complete."""
+        self._pool.submit(self._unsafe.append, f"{REMARK}{json.dumps(value)}\n")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with self._stack:
+                self._pool.shutdown()
+                for write in self._waiting:
+                    write.result()
+                self._flush()
+        finally:
+            self._waiting.clear()
+
+    def _write(self, start: int, rows: Mapping[str, Tensor]) -> None:
+        count = 0
+        for name, values in rows.items():
+            file, offset, width = self._files[name]
+            content, count = values.numpy(), len(values)
+            assert content.dtype == np.float32, content.dtype
+            assert content.shape[1] == width, content.shape
+            file.seek(offset + start * content.itemsize * width)
+            file.write(np.ascontiguousarray(content).data)
+        self._unsafe.append(f"{start} {start + count} done\n")
+        if monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
+            self._flush()
+
+    def _flush(self) -> None:
+        for file in (*(file for file, _, _ in self._files.values()), None):
+            if file is None:
+                self._done.writelines(self._unsafe)
+            written = self._done if file is None else file
+            written.flush()
+            os.fsync(written.fileno())
+        self._unsafe.clear()
+        self._flushed = monotonic()
+
+
+def finish(
+    folder: Path, names: Sequence[str], manifest: Mapping[str, Any], images: Iterable[Sequence[str | int]]
+) -> None:
+    """Moves complete files to their place and writes the manifest, last; called by one process.
+
+    Args:
+        folder: whose features are complete.
+        names: the files in `.partial` to keep.
+        manifest: JSON values, the key among them.
+        images: for each row its entry in the manifest, streamed.
+    """
+    for name in names:
+        if (folder / PARTIAL / name).exists():  # or a cut came between the moves
+            (folder / PARTIAL / name).replace(folder / name)
+    head = json.dumps({**manifest, "files": list(names)}, indent=1)
+
+    def lines() -> Iterable[str]:
+        yield head.removesuffix("\n}") + f",\n{IMAGES}"
+        for number, entry in enumerate(images):
+            yield f"{',' if number else ''}\n  {json.dumps(list(entry))}"
+        yield "\n ]\n}\n"
+
+    write_whole(folder / MANIFEST, lines())
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+
+
+def mapped(file: Path) -> Tensor:
+    """The rows of a .npy file, mapped into memory: they are read from the disk when they are used."""
+    # Copy on write: torch warns of arrays that cannot be written to, and the file stays as it is.
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def write_whole(file: Path, content: Iterable[str]) -> None:
+    """Writes a text file that is there in whole or not at all, whenever a cut comes."""
+    aside = file.with_name(f".{file.name}.partial")
+    with aside.open("w") as opened:
+        opened.writelines(content)
+    sync(aside)
+    aside.replace(file)
+    sync(file.parent)
+
+
+def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Makes the files NAME.npy, with their space on the disk, so that a full disk is found now."""
+    place = folder / PARTIAL
+    # What was cut off before the key was written is nothing to go on from.
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for name, shape in shapes.items():
+        array = np.lib.format.open_memmap(place / f"{name}.npy", "w+", np.float32, tuple(shape))
+        size = array.nbytes + array.offset
+        del array
+        if hasattr(os, "posix_fallocate") and size:
+            with (place / f"{name}.npy").open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    write_whole(place / KEY, [json.dumps(key, indent=1)])
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) > 40 else text

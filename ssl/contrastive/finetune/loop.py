@@ -1,0 +1,267 @@
+"""The loop of fine-tuning, to be read and to be copied: labelled images → views → mixing → logits → gradient."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from contrastive import distributed, keyed
+from contrastive.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
+from contrastive.config import dump_yaml, load
+from contrastive.data import Loader, Order
+from contrastive.finetune.classifier import create_optimiser, train_mode
+from contrastive.finetune.result import measure
+from contrastive.finetune.settings import FinetuneSettings
+from contrastive.finetune.task import Task, first_model, model_input, outputs, task_of
+from contrastive.launch import Stop, start
+from contrastive.opened import open_model
+from contrastive.optim import cosine, set_rate
+from contrastive.progress import Teller
+from contrastive.resume import check_settings
+from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
+
+FREE = {"output", "resume", "epochs", "min_steps", "minutes", "workers", "threads", "log_every", "save_minutes", "keep"}
+"""Settings that may change when a run goes on."""
+
+
+def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
+    """Trains a classifier from a run or a timm model; writes its folder and returns it.
+
+    On Ctrl-C, SIGTERM or SIGUSR1 it saves, then raises SystemExit.
+
+    Raises:
+        ValueError: for what is wrong with the model, the settings, the labels or the folder, before anything is
+            written; and for a loss that is not finite.
+    """
+    accelerator = start(None, settings.precision, settings.threads)
+    teller = Teller(quiet=not accelerator.is_main_process)
+    folder = folder_of(given, settings)
+    prepare(folder, resume=settings.resume)
+    if (folder / DONE).exists():
+        teller.say(f"{folder} is finished: nothing is left to do")
+        return folder
+    opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
+    task = task_of(settings, opened, accelerator.num_processes, teller)
+    found = _resumable(folder, task, teller) if settings.resume else None
+    model = first_model(task, accelerator.device)
+    # No process may look at the folder after the first one has begun to write to it.
+    distributed.barrier()
+    run = _open(folder, task, header, found) if accelerator.is_main_process else None
+    _describe(task, model, accelerator, folder, teller)
+    try:
+        with Stop() as stop:
+            facts = train(model, task, accelerator, folder, run, teller, found, stop)
+        if stop.signal is None:
+            measure(model, task, facts, run, teller, header)
+    finally:
+        if run is not None:
+            run.close()
+    distributed.barrier()
+    accelerator.end_training()
+    if stop.signal is not None:
+        teller.say(f"stopped at step {facts['step']:,}, saved; the same words with resume=true go on from there")
+        raise SystemExit(128 + stop.signal)
+    return folder
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    accelerator: Accelerator,
+    folder: Path,
+    run: Run | None,
+    teller: Teller,
+    found: Checkpoint | None,
+    stop: Stop,
+) -> dict[str, Any]:
+    """Steps to the end of the budget or to a signal; leaves the best weights so far in the model, returns its facts."""
+    settings, opened, device = task.settings, task.opened, accelerator.device
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    views = settings.views.build(size=opened.size, channels=task.images.channels, seed=settings.seed).to(device)
+    mixing = float(settings.mixup + settings.cutmix > 0)
+    mix = Mixup(
+        settings.mixup,
+        settings.cutmix,
+        prob=mixing,
+        label_smoothing=settings.label_smoothing,
+        num_classes=len(task.images.classes),
+    )
+    loss_of = SoftTargetCrossEntropy()
+    optimiser: Any = create_optimiser(
+        model, rate=settings.rate, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
+    )
+    # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began.
+    average = ModelEmaV3(model, decay=settings.ema, use_warmup=True)
+    best = copied(average.module)
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        forward, optimiser = accelerator.prepare(model, optimiser)
+
+    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_step": 0, "best_accuracy": None}
+    if found is not None:
+        model.load_state_dict(dict(found.parts["model"]))
+        average.module.load_state_dict(dict(found.parts["average"]))
+        optimiser.load_state_dict(found.optimiser)
+        best = {key: value.to(device) for key, value in found.parts["best"].items()}
+        facts |= {key: found.facts[key] for key in facts}
+    step, began = facts["step"], time.monotonic() - facts["seconds"]
+    order = Order(len(task.images), task.batch_size, settings.seed)
+    steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps)
+
+    def seconds() -> float:
+        return distributed.from_first_rank(time.monotonic() - began)
+
+    def progress(step: int | float) -> float:
+        return min(1.0, seconds() / (60 * settings.minutes) if settings.minutes else step / steps)
+
+    def save() -> None:
+        parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
+        known = facts | {"step": step, "seconds": seconds()} | task.origin
+        save_checkpoint(
+            folder / CHECKPOINTS, Checkpoint(step, parts, optimiser.state_dict(), known), keep=settings.keep
+        )
+
+    loader = Loader(
+        task.images,
+        order,
+        rank=distributed.rank(),
+        size=distributed.size(),
+        workers=settings.workers,
+        start=step,
+    )
+    labels, losses = task.labels.to(device), []
+    checked, saved = int(progress(step) * settings.checks), seconds()
+    train_mode(model)
+    with teller.bar():
+        for images, ids, epoch in loader:
+            if progress(step) >= 1 or stop.agreed():
+                break
+            set_rate(optimiser, cosine(progress(step + 0.5), settings.warmup))
+            ids = ids.to(device, non_blocking=True)
+            inputs = model_input(opened, views(images.to(device, non_blocking=True), ids, epoch)[0])
+            with draws_of(settings.seed, step):
+                inputs, targets = mix(inputs, labels[ids])
+                loss: Tensor = loss_of(forward(inputs), targets)
+            accelerator.backward(loss)
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+            average.update(model, step)
+            losses.append(loss.detach())
+            done = progress(step)
+            if step % settings.log_every == 0 or done >= 1:
+                mean, losses = distributed.mean(torch.stack(losses).mean()).item(), []
+                if not math.isfinite(mean):
+                    raise ValueError(
+                        f"the loss is {mean} at step {step:,}; use a lower rate than rate={settings.rate:g}"
+                    )
+                if run is not None:
+                    rate = optimiser.param_groups[-1]["lr"]
+                    run.log(step, {"loss": mean, "rate": rate, "epoch": step / order.steps_per_epoch})
+                teller.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
+            if int(done * settings.checks) > checked:
+                checked = int(done * settings.checks)
+                accuracy = _accuracy(average.module, task)
+                # Of equals the later one, which averages over more; with none held out, that is the last one.
+                if accuracy is None or accuracy >= (facts["best_accuracy"] or 0.0):
+                    best = copied(average.module)
+                    facts |= {"best_step": step, "best_accuracy": accuracy}
+                if run is not None and accuracy is not None:
+                    run.log(step, {"held_out": accuracy})
+            if seconds() - saved > 60 * settings.save_minutes:
+                save()
+                saved = seconds()
+    save()
+    model.load_state_dict(best)
+    epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
+    return facts | {"step": step, "seconds": seconds()} | epochs
+
+
+def folder_of(given: str, settings: FinetuneSettings) -> Path:
+    """The folder that is written."""
+    ending = "scratch" if settings.scratch else "finetuned"
+    return Path(settings.output or f"runs/{Path(given).name}-{ending}").expanduser()
+
+
+@contextmanager
+def draws_of(seed: int, step: int) -> Iterator[None]:
+    """Keys what draws from global generators, timm's mixing and dropout, so that a resumed step draws alike."""
+    before = np.random.get_state()
+    # Mixing must be the same on all processes; dropout must not.
+    np.random.seed(keyed.hashed(seed, step) % 2**32)
+    torch.manual_seed(keyed.hashed(seed, step, distributed.rank()) >> 1)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as it is now."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def _accuracy(model: nn.Module, task: Task) -> float | None:
+    """The accuracy on the images that are held out."""
+    if not len(task.held_out):
+        return None
+    logits = outputs(model, task, task.split.train, task.held_out)
+    return (logits.argmax(1) == task.held_out_labels).double().mean().item()
+
+
+def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
+    """The newest checkpoint of a run with the same settings, images and weights; None: there is none yet."""
+    found, damaged = newest_checkpoint(folder / CHECKPOINTS)
+    for line in damaged:
+        teller.warn(line)
+    if (folder / CONFIG).exists():
+        check_settings(load(FinetuneSettings, folder / CONFIG), task.settings, FREE)
+    changed = [key for key, value in task.origin.items() if found is not None and found.facts[key] != value]
+    if changed:
+        raise ValueError(
+            f"other {' and '.join(changed)} than the run was begun with; start another with output=…, or go on with "
+            "the same model, images and number of processes"
+        )
+    return found
+
+
+def _open(folder: Path, task: Task, header: str, found: Checkpoint | None) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).exists():
+        (folder / CONFIG).write_text(header + dump_yaml(task.settings))
+    run = Run(folder, step=found.step if found else 0)
+    if found is None:
+        run.text("config", dump_yaml(task.settings))
+    return run
+
+
+def _describe(task: Task, model: nn.Module, accelerator: Accelerator, folder: Path, teller: Teller) -> None:
+    """Says what will run, so that a mistake is seen before time has gone by."""
+    settings, trained, held = task.settings, len(task.images), len(task.held_out)
+    moving = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs"
+    floor = "" if settings.minutes else f", at least {settings.min_steps} steps"
+    weights = "random weights" if settings.scratch else "learned weights"
+    teller.say(f"images     {trained:,} to train on, {held:,} held out, {len(task.images.classes)} classes")
+    teller.say(f"model      {task.opened.name}, {weights}, {settings.mode}: {moving:,} parameters move")
+    teller.say(
+        f"training   {budget}{floor}, batch {task.batch_size}, {accelerator.num_processes} × {accelerator.device}"
+    )
+    teller.say(f"run        {folder.resolve()}")
+    if task.split.unreadable:
+        teller.warn(f"{len(task.split.unreadable)} files could not be read and were left out")
+    if settings.held_out and not held:
+        teller.warn("there are too few labels of each class to hold any out: the last checkpoint is kept, unchosen")

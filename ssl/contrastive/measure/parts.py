@@ -1,0 +1,202 @@
+"""What is measured of a run: features of each kind, and what is found of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from contrastive import distributed
+from contrastive.checkpoints import newest_checkpoint
+from contrastive.data import Images, Split, leave_out, of_classes, select
+from contrastive.distances import LinearMetric
+from contrastive.evaluate import features, fractions, geometry
+from contrastive.evaluate.augmented import AugmentedResult, augmented_probe
+from contrastive.evaluate.compare import compare
+from contrastive.evaluate.held_out import num_classes
+from contrastive.evaluate.map import flat_map
+from contrastive.evaluate.protocol import Gallery, Task
+from contrastive.evaluate.scores import Evaluation
+from contrastive.evaluate.two_views import Pixels, two_views
+from contrastive.extract import features_of
+from contrastive.measure.settings import EvaluateSettings
+from contrastive.objectives import Bank
+from contrastive.opened import Opened
+from contrastive.progress import Teller
+from contrastive.recipe import Recipe
+from contrastive.run import CHECKPOINTS
+
+FEATURES = "features"
+FOREIGN = "of other data than the run's"
+PAIRED, MAPPED = 2_000, 2_000
+"""Images of which two views are made, and images on a map: more would take longer and show no more."""
+Kinds = dict[str, tuple[Tensor | None, Tensor]]
+"""Features by kind: of the training images, where they are needed, and of those that are shown."""
+
+
+def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSettings) -> Gallery:
+    """The test images of the classes asked for, or of those that the run has never seen, or of all."""
+    others = torch.arange(len(train))
+    own = settings.data is None or settings.data == recipe.data
+    asked = settings.classes or (recipe.unseen if own else ())
+    if not asked:
+        return Gallery(torch.arange(len(test)), "seen in training" if own else FOREIGN, others)
+    named = of_classes(train, asked)
+    unseen = of_classes(train, recipe.unseen) if own and recipe.unseen else others[:0]
+    new = torch.isin(named, unseen)
+    origin = "never seen in training" if new.all() else f"{'some of them ' if new.any() else ''}seen in training"
+    return Gallery(of_classes(test, asked), origin if own else FOREIGN, others[~torch.isin(others, named)])
+
+
+def kinds_of(
+    opened: Opened, training: Images | None, shown: Images, settings: EvaluateSettings, teller: Teller
+) -> Kinds:
+    """Of each kind, the features of the training images, where they are needed, and of those that are shown."""
+    cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
+
+    def by(images: Images, *, untrained: bool) -> Tensor:
+        return features_of(opened, images, settings, teller, untrained=untrained, cache=cache)
+
+    kinds: Kinds = {}
+    for kind, untrained in (("learned", False), ("random weights", True)):
+        if settings.baselines or not untrained:
+            rows = None if training is None else by(training, untrained=untrained)
+            kinds[kind] = rows, by(shown, untrained=untrained)
+    if settings.baselines:
+        pixels = None if training is None else features.raw_pixels(training, opened.size)
+        kinds["raw pixels"] = pixels, features.raw_pixels(shown, opened.size)
+    return kinds
+
+
+def comparison(
+    folder: Path,
+    opened: Opened,
+    split: Split,
+    kinds: Kinds,
+    labels: tuple[Tensor, Tensor],
+    settings: EvaluateSettings,
+    tasks: Sequence[Task],
+    gallery: Gallery,
+    teller: Teller,
+) -> Evaluation:
+    """Every kind of features by the tasks that compare it with labels."""
+
+    def keep(kind: str, fitted: LinearMetric) -> None:
+        if distributed.rank() == 0:
+            file = folder / "metrics" / settings.metric.name / f"{kind.replace(' ', '_')}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fitted.save(file)
+
+    def augmented(kind: str) -> AugmentedResult:
+        assert split.test is not None
+        device, classes = _device(), num_classes(*labels)
+        return augmented_probe(
+            _backbone_of(opened, kind).to(device),
+            split.train,
+            split.test,
+            opened.prepare,
+            settings.protocol.augmented,
+            classes,
+            share=settings.protocol.held_out,
+            seed=settings.protocol.seed,
+            device=device,
+            workers=settings.workers,
+            report=teller.report,
+        )
+
+    return compare(
+        kinds,
+        *labels,
+        settings.protocol,
+        tasks=tasks,
+        gallery=gallery,
+        metric=settings.metric,
+        keep=keep,
+        augmented=augmented,
+        report=teller.say,
+        progress=teller.report,
+    )
+
+
+def few_labels(
+    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, teller: Teller
+) -> dict[str, tuple[fractions.FractionResult, ...]]:
+    """The probe of each kind of features on few labels."""
+    own, test_labels = labels
+    classes, found = num_classes(own, test_labels), {}
+    for kind, (train, test) in kinds.items():
+        assert train is not None
+        teller.say(f"few labels: {kind}")
+        found[kind] = fractions.fractions(
+            train, own, test, test_labels, classes, settings.few, seed=settings.protocol.seed
+        )
+    return found
+
+
+def geometries_of(
+    opened: Opened, recipe: Recipe, kinds: Kinds, shown: Images, settings: EvaluateSettings, teller: Teller
+) -> tuple[geometry.Geometry, ...]:
+    """How each kind lies; views are those of the run's own recipe."""
+    seed = settings.protocol.seed
+    if len(shown) < 2:
+        return ()
+    teller.say("geometry")
+    device = _device()
+    pairs = recipe.views.model_copy(update={"num_views": 2})
+    views = pairs.build(size=shown.size, channels=shown.channels, seed=recipe.seed).to(device)
+    ids = _some(len(shown), PAIRED, seed)
+    found = []
+    for kind, (_, rows) in kinds.items():
+        backbone = _backbone_of(opened, kind).to(device)
+        both = two_views(backbone, views, shown, ids, device=device, batch_size=settings.batch_size)
+        found.append(geometry.geometry(kind, rows, both, seed=seed))
+    return tuple(found)
+
+
+def _backbone_of(opened: Opened, kind: str) -> nn.Module:
+    """What makes the features of a kind."""
+    return {"learned": opened.backbone, "random weights": opened.untrained, "raw pixels": Pixels}[kind]()
+
+
+def _device() -> torch.device:
+    """Where images are encoded."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def stale_rows(
+    opened: Opened, recipe: Recipe, train: Images, settings: EvaluateSettings, teller: Teller
+) -> geometry.Staleness | None:
+    """How far a bank's rows are behind what the encoder makes of their images; None without a bank, or its images."""
+    assert opened.folder is not None
+    own = settings.data is None or settings.data == recipe.data
+    if not own or not isinstance(recipe.objective, Bank) or recipe.objective.estimator == "parametric":
+        return None
+    found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
+    images = leave_out(train, recipe.unseen)
+    if found is None or len(rows := found.parts["objective"]["rows"]) != len(images):
+        return None
+    ids = (
+        torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.protocol.seed))[:PAIRED]
+        .sort()
+        .values
+    )
+    fresh = features_of(opened, select(images, ids), settings, teller, layer="projector", cache=None)
+    return geometry.staleness(rows[ids].float(), fresh)
+
+
+def _some(count: int, most: int, seed: int) -> Tensor:
+    """At most so many ids, drawn by the seed, ascending."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+
+
+def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller) -> dict[str, tuple[Tensor, Tensor]]:
+    """Maps of some of the images shown, by the learned features."""
+    rows, seed = kinds["learned"][1], settings.protocol.seed
+    if len(rows) < 2 or distributed.rank() > 0:
+        return {}
+    ids = _some(len(rows), MAPPED, seed)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for method in settings.maps:
+        teller.say(f"map of {len(ids):,} images: {method}")
+        found[method] = ids, flat_map(rows[ids], method, seed=seed)
+    return found

@@ -1,0 +1,60 @@
+"""What a run is measured on, and how."""
+
+import difflib
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from contrastive.evaluate import fractions
+from contrastive.evaluate.map import Method
+from contrastive.evaluate.metric import Cosine, Metric
+from contrastive.evaluate.protocol import ProtocolSettings, Task
+from contrastive.extract import EncodeSettings
+
+Look = Literal[Task, "fractions", "geometry"]
+
+
+def _listed(value: object) -> object:
+    """Several words as a person types them: one, a,b or [a, b]."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.strip("[]").split(",") if word.strip()]
+    return [value] if isinstance(value, int) else value
+
+
+def _looks(value: object) -> object:
+    words = _listed(value)
+    known = [word for part in get_args(Look) for word in get_args(part) or (part,)]
+    for word in words if isinstance(words, list | tuple) else ():
+        if word not in known:
+            near = difflib.get_close_matches(str(word), known, 1, 0.5)
+            raise ValueError(f"{word!r} is none of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return words
+
+
+class EvaluateSettings(EncodeSettings):
+    """What a run is measured on, and how."""
+
+    baselines: bool = True
+    """Measure random weights and raw pixels too."""
+    tasks: Annotated[tuple[Look, ...] | None, BeforeValidator(_looks)] = Field(None, min_length=1)
+    """What is measured, one or several with commas: knn, linear, fractions (the probe from few labels), augmented (the
+    probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, clustering, verification,
+    geometry; null: knn, linear, fractions and geometry, and retrieval if the run has unseen classes; without labels
+    geometry."""
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = Field(None, min_length=1)
+    """Classes, by name or number, whose test images are looked up, clustered and verified among each other; null: those
+    that the run left out of training (its unseen), or else all."""
+    metric: Metric = Cosine()
+    """The distance by which neighbours are found. All but cosine and euclidean are fitted on labelled training images,
+    without those of the classes named or unseen, for each kind of features, and kept in RUN/metrics."""
+    protocol: ProtocolSettings = ProtocolSettings()
+    few: fractions.FractionSettings = fractions.FractionSettings()
+    """How many labels the probe is given where they are few."""
+    cache: bool = True
+    """Keep features in RUN/features, and take them from there while weights, images and transform are the same."""
+    report: bool = True
+    """Write RUN/report.html and its pictures for TensorBoard."""
+    maps: Annotated[tuple[Method, ...], BeforeValidator(_listed)] = ("tsne", "pca")
+    """Maps of the features in the report, the first shown first: pca, tsne, umap (needs umap-learn); [] for none."""
+    comparison: str | None = None
+    """A JSON file that the comparison of several runs is written to."""

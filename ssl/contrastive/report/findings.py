@@ -1,0 +1,74 @@
+"""What a report tells of: a run, what was measured on it, and the images to show it by."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from contrastive import keyed
+from contrastive.data import Images
+from contrastive.evaluate.fractions import FractionResult
+from contrastive.evaluate.geometry import Geometry, Staleness
+from contrastive.evaluate.scores import Evaluation
+
+
+class Findings(NamedTuple):
+    """A run and all that is known of it; what is None or empty is left out of the report."""
+
+    folder: Path
+    """The run; its configuration, metrics, preview and list of unreadable files are read from here."""
+    train: Images
+    test: Images | None
+    features: Mapping[str, tuple[Tensor | None, Tensor]]
+    """By kind, the learned ones first: of the training images (None if not computed) and of the images shown."""
+    evaluation: Evaluation | None
+    """None without labels."""
+    geometry: tuple[Geometry, ...] = ()
+    fractions: Mapping[str, tuple[FractionResult, ...]] = {}
+    """The linear probe on few labels, by kind of features."""
+    staleness: Staleness | None = None
+    points: Mapping[str, tuple[Tensor, Tensor]] = {}
+    """Maps of the learned features by method: ids among the images shown [m], and their points [m, 2]."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> Images:
+        """The images that pictures are made of: the test images, or the training images where there are no others."""
+        return self.train if self.test is None else self.test
+
+    @property
+    def kind(self) -> str:
+        """What the learned features are called."""
+        return next(iter(self.features))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that training and shown images have, as far as they have names."""
+        return max(self.train.classes, self.shown.classes, key=len)
+
+    def class_name(self, number: int) -> str:
+        """What to call a class: its name, or its number where it has none."""
+        if number < 0:
+            return "no class"
+        return printable(self.classes[number]) if number < len(self.classes) else f"class {number}"
+
+
+def printable(text: str) -> str:
+    """A text as a page can hold it: control characters, and what is no valid UTF-8, are replaced."""
+    if text.isprintable():
+        return text
+    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() or letter == " " else "\ufffd" for letter in whole)
+
+
+def drawn(ids: Int64[Tensor, " images"], most: int, *key: int) -> Int64[Tensor, " drawn"]:
+    """At most so many of some distinct ids, in an order that is a pure function of each id and the key."""
+    return ids[keyed.uniform(ids, *key).argsort(stable=True)[:most]]
+
+
+def has_labels(labels: Tensor | None) -> bool:
+    """Whether any image has a class."""
+    return labels is not None and bool(torch.any(labels >= 0))

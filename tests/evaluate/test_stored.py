@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from contrastive.evaluate import stored
+
+ROWS = torch.arange(12.0).view(6, 2)
+
+
+def key(**changes: object) -> dict[str, object]:
+    layers = {"backbone": {"file": "backbone.npy", "shape": [6, 2], "dtype": "float32"}}
+    return {"weights": {"sha256": "a" * 64}, "input": {"size": 28}, "layers": layers, **changes}
+
+
+def write(folder: Path, *rows: slice) -> None:
+    with stored.Writer(folder, ["backbone"]) as writer:
+        for part in rows:
+            writer.put(part.start, {"backbone": ROWS[part]})
+
+
+def complete(folder: Path) -> None:
+    with stored.held(folder, key(), replace=False):
+        write(folder, slice(0, 6))
+        stored.finish(folder, ["backbone.npy"], key(), [("train", 0, "a"), ("train", 1, "b")])
+
+
+def test_rows_that_were_put_are_there_in_their_places_once_the_folder_is_complete(tmp_path: Path) -> None:
+    with stored.held(tmp_path / "out", key(), replace=False) as there:
+        assert not there
+        write(tmp_path / "out", slice(4, 6), slice(0, 4))
+        assert not (tmp_path / "out" / "backbone.npy").exists()
+        stored.finish(tmp_path / "out", ["backbone.npy"], key(), [])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["backbone.npy", "manifest.json"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "backbone.npy"), ROWS.numpy())
+    mapped = stored.mapped(tmp_path / "out" / "backbone.npy")
+    mapped += 1  # the file stays as it is
+    assert torch.equal(stored.mapped(tmp_path / "out" / "backbone.npy"), ROWS)
+    with stored.held(tmp_path / "out", key(), replace=False) as there:
+        assert there
+
+
+def test_only_rows_that_were_safely_written_count_after_a_cut(tmp_path: Path) -> None:
+    with stored.held(tmp_path, key(), replace=False):
+        write(tmp_path, slice(2, 4))
+    log = tmp_path / ".partial" / "done-00000.txt"
+    # What a kill in the middle of a line leaves, and what another process wrote.
+    log.write_text(log.read_text() + "4 6 do")
+    (tmp_path / ".partial" / "done-00001.txt").write_text("0 1 done\n")
+    assert stored.rows_done(tmp_path, 6).tolist() == [True, False, True, True, False, False]
+    with stored.held(tmp_path, key(), replace=False) as there:
+        assert not there
+        write(tmp_path, slice(4, 6))
+    assert stored.rows_done(tmp_path, 6).tolist() == [True, False, True, True, True, True]
+
+
+def test_a_failure_in_the_middle_keeps_what_was_put_before_it(tmp_path: Path) -> None:
+    def cut() -> None:
+        with stored.Writer(tmp_path, ["backbone"]) as writer:
+            writer.put(0, {"backbone": ROWS[:3]})
+            writer.remark(["broken.png", "cut short"])
+            raise KeyboardInterrupt
+
+    with stored.held(tmp_path, key(), replace=False), pytest.raises(KeyboardInterrupt):
+        cut()
+    assert stored.rows_done(tmp_path, 6).sum() == 3
+    assert stored.remarks(tmp_path) == [["broken.png", "cut short"]]
+
+
+def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with stored.held(tmp_path, key(), replace=False):
+        monkeypatch.setattr(stored.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path, slice(0, 3))
+        assert not stored.rows_done(tmp_path, 6).any()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_features_of_another_key_are_refused_with_what_differs_or_replaced(tmp_path: Path, finished: bool) -> None:
+    if finished:
+        complete(tmp_path)
+    else:
+        with stored.held(tmp_path, key(), replace=False):
+            write(tmp_path, slice(0, 3))
+    (tmp_path / "notes.txt").write_text("mine")
+    other = key(weights={"sha256": "b" * 64, "projector": {"sha256": "c"}}, input={"size": 32})
+    words = (
+        r'weights\.sha256 was "a{11}… and is "b{11}…; weights\.projector was absent and is there; '
+        r"input\.size was 28 and is 32; overwrite=true replaces them"
+    )
+    with pytest.raises(ValueError, match=words), stored.held(tmp_path, other, replace=False):
+        pass
+    with stored.held(tmp_path, other, replace=True) as there:
+        assert not there
+        assert not stored.rows_done(tmp_path, 6).any()
+        assert not (tmp_path / "backbone.npy").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_cut_between_the_last_files_and_the_manifest_is_healed(tmp_path: Path) -> None:
+    with stored.held(tmp_path, key(), replace=False):
+        write(tmp_path, slice(0, 6))
+        (tmp_path / ".partial" / "backbone.npy").replace(tmp_path / "backbone.npy")
+    with stored.held(tmp_path, key(), replace=False) as there:
+        assert not there
+        assert stored.rows_done(tmp_path, 6).all()
+        stored.finish(tmp_path, ["backbone.npy"], key(), [])
+    assert stored.described(tmp_path) == {**key(), "files": ["backbone.npy"]}
+
+
+def test_the_manifest_is_json_and_is_described_without_its_images(tmp_path: Path) -> None:
+    complete(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content == {**key(), "files": ["backbone.npy"], "images": [["train", 0, "a"], ["train", 1, "b"]]}
+    assert stored.described(tmp_path) == {**key(), "files": ["backbone.npy"]}
+    (tmp_path / "manifest.json").write_text('{"weights"')
+    with pytest.raises(ValueError, match="is damaged"):
+        stored.described(tmp_path)
+
+
+def test_a_folder_is_held_by_one_program_at_a_time(tmp_path: Path) -> None:
+    with (
+        stored.held(tmp_path, key(), replace=False),
+        pytest.raises(ValueError, match="is being written by another program"),
+        stored.held(tmp_path, key(), replace=False),
+    ):
+        pass
+    complete(tmp_path)
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    huge = key(layers={"backbone": {"file": "backbone.npy", "shape": [10**9, 10**6], "dtype": "float32"}})
+    with pytest.raises(ValueError, match=r"take 3725290\.30 GiB"), stored.held(tmp_path / "x", huge, replace=False):
+        pass
+    assert not (tmp_path / "x").exists()
