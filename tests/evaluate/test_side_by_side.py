@@ -1,6 +1,7 @@
 """Methods side by side: what is called what, what is said of it, and what is written."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from rich.console import Console
 from contrastive.evaluate.bootstrap import bootstrap_differences
 from contrastive.evaluate.geometry import Geometry
 from contrastive.evaluate.methods import methods
-from contrastive.evaluate.side_by_side import Comparison, Overlap, Row, differences, figures_of, spread_of
+from contrastive.evaluate.protocol import Task
+from contrastive.evaluate.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of, spread_of
 
 QUEUE = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 100}}
 BATCH = {"objective": {"name": "in_batch", "temperature": 0.1}, "train": {"epochs": 100}}
@@ -113,6 +115,10 @@ def test_a_record_is_read_by_the_tasks_asked_for():
     }
     assert figures_of(record, "learned", ("linear", "geometry")) == {}
     assert figures_of({}, "learned", ("knn",)) == {}
+
+
+def test_every_task_has_its_figure_in_the_table():
+    assert set(FIGURES) == set(get_args(Task))
 
 
 def test_a_single_value_has_no_spread():

@@ -42,6 +42,7 @@ def compare(
 ) -> Evaluation:
     """Measures every kind of features by the same tasks and the same protocol.
 
+    All processes come together, with the same features, and get the same evaluation: neighbours are searched by all.
     Test labels meet predictions at the very end; nothing is chosen by them. Images labelled −1 are left out. A fitted
     metric sees the gallery's training images without those that are held out for the choice of k and temperature, so
     that the choice is not made on images that it has already pulled together; the linear probe does without it.
@@ -187,6 +188,7 @@ def _classify(
             share=share,
             seed=seed,
             nearness=measured.nearness,
+            shared=True,
         )
         right = near.predictions == truth
         chosen = {"neighbours": near.neighbours, "temperature": near.temperature}

@@ -67,7 +67,7 @@ class Difference:
     method: Task
     difference: float
     low: float
-    """Lower end of the 95 % interval for paired proportions (Agresti and Min 2005)."""
+    """Lower end of the 95 % interval: of paired proportions (Agresti and Min 2005) within a run, else by bootstrap."""
     high: float
 
     def __str__(self) -> str:

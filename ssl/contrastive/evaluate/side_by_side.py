@@ -19,6 +19,7 @@ from contrastive.evaluate.scores import COMPARED, Difference
 FIGURES: Mapping[Task, str] = {
     "knn": "kNN",
     "linear": "linear",
+    "augmented": "augmented",
     "retrieval": "Recall@1",
     "clustering": "AMI",
     "verification": "verification",

@@ -30,6 +30,7 @@ FEATURES = "features"
 FOREIGN = "of other data than the run's"
 PAIRED, MAPPED = 2_000, 2_000
 """Images of which two views are made, and images on a map: more would take longer and show no more."""
+FEWEST_MAPPED = 3
 Kinds = dict[str, tuple[Tensor | None, Tensor]]
 """Features by kind: of the training images, where they are needed, and of those that are shown."""
 
@@ -192,7 +193,7 @@ def _some(count: int, most: int, seed: int) -> Tensor:
 def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller) -> dict[str, tuple[Tensor, Tensor]]:
     """Maps of some of the images shown, by the learned features."""
     rows, seed = kinds["learned"][1], settings.protocol.seed
-    if len(rows) < 2 or distributed.rank() > 0:
+    if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
         return {}
     ids = _some(len(rows), MAPPED, seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}

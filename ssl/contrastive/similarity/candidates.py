@@ -22,7 +22,7 @@ from torch import Tensor
 from contrastive.similarity.rows import slices
 from contrastive.similarity.threads import on_all_cores
 
-ROWS = 4096
+ROWS = 8192
 """Queries of a tile, at most: the more of them, the more often a key's row is read while it is in a cache."""
 COLUMN_BITS = 10
 COLUMNS = 1 << COLUMN_BITS
@@ -31,7 +31,7 @@ GROUP = 16
 """Products of the first tile of which only the largest is looked at, for a first floor."""
 BLOCK = 1 << 23
 """Numbers of the keys that are copied at once, 32 MiB, and half as much in bfloat16."""
-CHANCE = 3.0
+CHANCE = 4.0
 """Standard deviations by which the number of keys above a floor may fall short."""
 FEWEST_QUERIES, FEWEST_KEYS, SHARE = 1 << 9, 1 << 13, 64
 """Queries, keys, and keys per neighbour, from which on candidates are faster than a look at all products."""
