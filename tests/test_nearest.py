@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.evaluate.knn import KnnSettings, knn
+from contrastive.evaluate.retrieval import retrieve
 from contrastive.similarity import candidates, nearest, normalize, top_k
 from contrastive.similarity.candidates import search
 
@@ -166,6 +167,8 @@ def shared_answers(shared: bool) -> dict[str, Tensor]:
     features[:900, 0] += 3 * (labels == 2)
     result = knn(features[:900], labels, features[900:], 8, KnnSettings(neighbours=(1, 20, 2000)), shared=shared)
     numbers = torch.tensor([result.neighbours, result.temperature, result.validation], dtype=torch.float64)
+    ranked = retrieve(features[:900], labels, shared=shared)
+    found |= {"retrieval: recall": ranked.recall, "retrieval: MAP@R": ranked.map_at_r}
     return found | {"kNN: predictions": result.predictions, "kNN: numbers": numbers}
 
 

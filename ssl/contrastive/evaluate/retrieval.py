@@ -54,6 +54,7 @@ def retrieve(
     settings: RetrievalSettings | None = None,
     nearness: Nearness = "cosine",
     block: int | None = None,
+    shared: bool = False,
 ) -> RetrievalResult:
     """Looks up each query among the references and finds how high those of its class stand, exactly, in float64.
 
@@ -73,6 +74,8 @@ def retrieve(
         settings: grids of k; a k beyond the number of references means all of them.
         nearness: cosine, or Euclidean distance of the features as they are.
         block: queries ranked at once; without, as many as keep the memory small. It changes no result.
+        shared: all processes, which hold the same, come together: each searches its share of the references, and all
+            get the whole answer.
 
     Raises:
         ValueError: if ids or labels are given on one side only, the queries are the references without ids, or no
@@ -113,7 +116,12 @@ def retrieve(
         rows = order[start : start + (block or max(1, HITS // depth))]
         start += len(rows)
         similarities, places = top_k(
-            left[rows], right, depth, query_ids=ids[rows] if ids is not None else None, key_ids=reference_ids
+            left[rows],
+            right,
+            depth,
+            query_ids=ids[rows] if ids is not None else None,
+            key_ids=reference_ids,
+            shared=shared,
         )
         hits = (reference_labels[places] == labels[rows, None]) & (similarities > -torch.inf)
         for index, k in enumerate(settings.recall_at):

@@ -29,8 +29,8 @@ COLUMNS = 1 << COLUMN_BITS
 """Keys of a tile."""
 GROUP = 16
 """Products of the first tile of which only the largest is looked at, for a first floor."""
-BLOCK = 1 << 23
-"""Numbers of the keys that are copied at once, 32 MiB, and half as much in bfloat16."""
+BLOCK = 1 << 22
+"""Numbers of the keys that are copied at once, 16 MiB, and half as much in bfloat16."""
 CHANCE = 4.0
 """Standard deviations by which the number of keys above a floor may fall short."""
 FEWEST_QUERIES, FEWEST_KEYS, SHARE = 1 << 9, 1 << 13, 64
@@ -68,11 +68,10 @@ class _Queries(NamedTuple):
     """No key whose value reaches it was passed over; infinite where the query is given up."""
 
     @classmethod
-    def of(cls, rows: Tensor, k: int, ids: Tensor | None, centre: Tensor, kind: torch.dtype) -> "_Queries":
+    def of(cls, rows: Tensor, ids: Tensor | None, best: Tensor, centre: Tensor, kind: torch.dtype) -> "_Queries":
         narrow, lengths = rows.to(kind), rows.norm(dim=1)
         floor = torch.full((len(rows),), -torch.inf)
         floor[~((lengths > LENGTHS[0]) & (lengths < LENGTHS[1]))] = torch.inf
-        best = torch.full((len(rows), k), EMPTY)
         return cls(rows, narrow, lengths, (rows - narrow.float()).norm(dim=1), rows @ centre, ids, best, floor)
 
 
@@ -104,8 +103,9 @@ def search(queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     threads, dim = torch.get_num_threads(), keys.shape[1]
     height = math.ceil(len(queries) / (threads * math.ceil(len(queries) / (threads * ROWS))))
+    best = torch.full((len(queries), k), EMPTY)
     parts = [
-        _Queries.of(queries[rows], k, query_ids[rows] if query_ids is not None else None, centre, kind)
+        _Queries.of(queries[rows], query_ids[rows] if query_ids is not None else None, best[rows], centre, kind)
         for rows in slices(0, len(queries), height)
     ]
     width = min(max(BLOCK // max(dim, 1) // COLUMNS, 1), math.ceil(len(keys) / COLUMNS)) * COLUMNS
@@ -117,9 +117,11 @@ def search(queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_
                 part.floor.fill_(torch.inf)
             break
         on_all_cores([partial(_look, part, block, span.start, len(keys)) for part in parts], queries.device)
-    values = torch.cat([_decode(part.best) for part in parts])
+    values = queries.new_empty(len(queries), k)
+    for rows in slices(0, len(queries), COLUMNS):
+        values[rows] = _decode(best[rows])
     proved = values[:, -1] >= torch.cat([part.floor for part in parts])
-    return Found(values, torch.cat([part.best.bitwise_and_(LOW) for part in parts]), proved)
+    return Found(values, best.bitwise_and_(LOW), proved)
 
 
 def multiplies_bfloat16() -> bool:
