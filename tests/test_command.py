@@ -29,8 +29,15 @@ SHORT = [
     "train.monitor=0",
     "train.threads=1",
 ]
-# One regularisation, so that a probe costs seconds.
-QUICK = ["protocol.linear.regularisations=[0.1]", "protocol.knn.neighbours=[10]"]
+# One regularisation, one map and few labels once, so that all of it costs seconds.
+QUICK = [
+    "protocol.linear.regularisations=[0.1]",
+    "protocol.knn.neighbours=[10]",
+    "few.shares=[0.01]",
+    "few.shots=[]",
+    "few.draws=2",
+    "maps=pca",
+]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +159,13 @@ def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_cl
 
 
 def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["tasks=clustering,retrieval", "classes=[Sandal, 0, 1]", "metric=mahalanobis", "data.name=sample"]
+    words = [
+        "tasks=clustering,retrieval",
+        "classes=[Sandal, 0, 1]",
+        "metric=mahalanobis",
+        "data.name=sample",
+        "maps=[]",
+    ]
     assert command.evaluate([str(unseen), *words, "baselines=false"]) == 0
     report = json.loads((unseen / "evaluation.json").read_text())
     assert report["metric"]["name"] == "mahalanobis"
@@ -162,7 +175,7 @@ def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pyt
     metric = LinearMetric.load(unseen / "metrics" / "mahalanobis" / "learned.safetensors")
     assert metric.settings["name"] == "mahalanobis"
     assert metric.weights.shape[1] == report["figures"][0]["dim"]
-    assert command.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null"]) == 0
+    assert command.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null", "maps=[]"]) == 0
     assert "of 3 classes never seen in training" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ def test_metrics_are_lines_and_curves_from_the_first_step_and_never_double_back(
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
+    # Event files are read in the order of their names, which begin with the second in which they were opened.
+    time.sleep(1.1)
     second = Run(tmp_path, step=2)
     second.log(3, {"loss": 9.0})
     second.finish()
