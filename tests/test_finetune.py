@@ -32,7 +32,7 @@ from contrastive.finetune.classifier import create_optimiser, freeze, set_classe
 from contrastive.finetune.loop import draws_of
 from contrastive.finetune.task import task_of
 from contrastive.launch import Stop
-from contrastive.opened import open_model
+from contrastive.opened import open_model, open_run
 from contrastive.progress import Teller
 from contrastive.run import read_metrics
 from contrastive.views import plain
@@ -156,6 +156,12 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 # What is left behind
+
+
+def test_a_classifier_is_no_run_and_its_features_are_extracted_from_its_own_folder(tuned: Path) -> None:
+    with pytest.raises(ValueError, match="fine-tuned classifier, not a run"):
+        open_run(tuned)
+    assert open_model(f"local-dir:{tuned / 'classifier'}", pretrained=True).channels == 1
 
 
 def test_the_classifier_is_timms_own_and_predicts_what_the_result_says(tuned: Path, images: Path) -> None:

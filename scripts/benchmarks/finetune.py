@@ -84,7 +84,7 @@ def _rows(pretrained: Path, place: Path, options: argparse.Namespace) -> list[Ma
             for fraction, rate in product(options.fractions, RATES)
         }
         best = {fraction: max(RATES, key=partial(held_out, fraction)) for fraction in options.fractions}
-        budgets = (1, options.longer)
+        budgets = sorted({1, options.longer})
         plain = {
             (times, *pair): pool.submit(scratch, best[pair[0]], times, *pair) for times, pair in product(budgets, pairs)
         }

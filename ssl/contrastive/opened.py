@@ -21,7 +21,7 @@ from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
 from contrastive.encoder import SOURCES, create_backbone, widths
 from contrastive.recipe import Recipe
-from contrastive.run import CONFIG
+from contrastive.run import CLASSIFIER, CONFIG
 from contrastive.views import MEAN, STD, Interpolation, plain
 
 HUB = ("hf-hub:", "hf_hub:")
@@ -158,6 +158,11 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no run folder: it holds no {CONFIG}{_runs_nearby(folder)}")
+    if (folder / CLASSIFIER).is_dir():
+        raise ValueError(
+            f"{folder} is a fine-tuned classifier, not a run; what is extracted or fine-tuned from it is "
+            f"{LOCAL}{folder / CLASSIFIER}, with pretrained=true"
+        )
     recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / "model.safetensors"
     if exported.is_file():
         description = json.loads((folder / "backbone" / "config.json").read_text())["pretrained_cfg"]
@@ -277,7 +282,8 @@ def _unknown(given: str, path: Path) -> str:
 def _runs_nearby(folder: Path) -> str:
     """What to say of run folders in and beside a folder, and in runs/, the most alike first."""
     places = [place for place in (folder, folder.parent, Path("runs")) if place.is_dir()]
-    found = dict.fromkeys(str(file.parent) for place in places for file in sorted(place.glob(f"*/{CONFIG}")))
+    runs = [file.parent for place in places for file in sorted(place.glob(f"*/{CONFIG}"))]
+    found = dict.fromkeys(str(run) for run in runs if not (run / CLASSIFIER).is_dir())
     alike = difflib.get_close_matches(str(folder), found, 3, 0.6)
     shown = list(dict.fromkeys([*alike, *found]))
     return f"; there are {', '.join(shown[:5])}{' …' if len(shown) > 5 else ''}" if shown else ""

@@ -16,6 +16,8 @@ from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, save_checkpoint, sync, together
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
+CLASSIFIER = "classifier"
+"""What a fine-tuned run has in place of a backbone."""
 
 
 class Run:

@@ -1,7 +1,7 @@
 """What was measured: features beside their baselines, by one protocol, and what may be concluded from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -133,8 +133,11 @@ class Evaluation:
         }
 
     def tables(self) -> list[Table]:
-        """One table for kNN and linear probe, and one for each task that compares test images with each other."""
-        tables = [self._accuracies()] if self.scores else []
+        """A table of kNN and linear probe, one of the augmented probe, one of each task that compares test images."""
+        tables = []
+        for beside in (("knn", "linear"), ("augmented",)):
+            scores = [score for score in self.scores if score.method in beside]
+            tables += [self._accuracies(scores)] if scores else []
         for task in dict.fromkeys(figures.task for figures in self.figures):
             own = [figures for figures in self.figures if figures.task == task]
             tables.append(tell.table(self._title(own[0]), own))
@@ -149,19 +152,19 @@ class Evaluation:
             f"{len(self.gallery['classes'])} classes {self.gallery['origin']}{apart} (%)"
         )
 
-    def _accuracies(self) -> Table:
-        first = self.scores[0]
+    def _accuracies(self, scores: Sequence[Score]) -> Table:
+        first = scores[0]
         by = "" if isinstance(self.metric, Cosine) else f", kNN by {self.metric.name}"
         title = f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images{by} (%)"
         table = Table("features", "dim", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.columns[1].justify = "right"
-        methods = [method for method in TITLES if any(score.method == method for score in self.scores)]
+        methods = [method for method in TITLES if any(score.method == method for score in scores)]
         for method in methods:
             table.add_column(TITLES[method].split()[0], justify="right", no_wrap=True)
             table.add_column("95 %", no_wrap=True)
             table.add_column("chosen", no_wrap=True)
-        for kind in dict.fromkeys(score.features for score in self.scores):
-            own = {score.method: score for score in self.scores if score.features == kind}
+        for kind in dict.fromkeys(score.features for score in scores):
+            own = {score.method: score for score in scores if score.features == kind}
             cells = [kind, str(next(iter(own.values())).dim)]
             for method in methods:
                 score = own[method]

@@ -12,7 +12,7 @@ from contrastive.evaluate.confusion import confusion, confusion_picture, mistake
 from contrastive.evaluate.intervals import wilson
 from contrastive.finetune.task import Task, outputs
 from contrastive.progress import Teller
-from contrastive.run import Run
+from contrastive.run import CLASSIFIER, Run
 
 RESULT = "result.json"
 MISTAKES = 24
@@ -31,7 +31,7 @@ def measure(
     settings, opened, classes = task.settings, task.opened, task.images.classes
     export(
         model,
-        run.folder / "classifier",
+        run.folder / CLASSIFIER,
         channels=opened.channels,
         size=opened.size,
         mean=opened.mean,
