@@ -145,7 +145,7 @@ def test_two_processes_measure_what_one_does(run: Path, photographs: Path, tmp_p
     for processes in (1, 2):
         folder = shutil.copytree(run, tmp_path / f"run-{processes}")
         words = [str(folder), f"data={photographs}", *SMALL, "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
-        words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]", "maps=[]"]
+        words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         script = [*launcher, str(SCRIPTS / "evaluate.py"), *words, "batch_size=16"]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
