@@ -163,11 +163,6 @@ def features_of(
     return _in_memory(opened, OneLayer(layers), images, settings)
 
 
-def encode(opened: Opened, backbone: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
-    """The features of all images by a backbone of the opened kind: float32 [images, width], on the CPU."""
-    return _in_memory(opened, backbone, images, settings)
-
-
 def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split:
     """The images that were asked for, as the backbone can see them.
 
