@@ -1,5 +1,6 @@
 """Features once: as files that several processes write, that go on after a cut, and that know when they are stale."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,9 @@ from PIL import Image
 from contrastive import command
 from contrastive.config import load
 from contrastive.data import Sample, select
-from contrastive.evaluate import filling
+from contrastive.evaluate import filling, stored
 from contrastive.evaluate.features import encoded
-from contrastive.extract import EncodeSettings, ExtractSettings, extract, features_of
+from contrastive.extract import EncodeSettings, ExtractSettings, extract, features_of, images_of
 from contrastive.opened import open_run
 from contrastive.progress import Teller
 from contrastive.views import plain
@@ -334,3 +336,50 @@ def test_onnx_gives_the_same_features(run: Path, tmp_path: Path) -> None:
     (features,) = session.run(None, {"images": images.numpy()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(features), backbone(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_before_the_manifest_leaves_nothing_to_encode_and_is_finished(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = words(folder, tmp_path / "out")
+    extract(run, settings(*given))
+    whole = (tmp_path / "out" / "manifest.json").read_bytes(), (tmp_path / "out" / "backbone.npy").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "write_whole", refuse(stored.write_whole, "manifest.json"))
+        with pytest.raises(OSError, match="No space left"):
+            extract(run, settings(*given))
+    assert (tmp_path / "out" / "backbone.npy").exists()
+    extract(run, settings(*given))
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == whole[0]
+    assert (tmp_path / "out" / "backbone.npy").read_bytes() == whole[1]
+
+
+def refuse(write: Callable[..., None], name: str) -> Callable[..., None]:
+    def full(file: Path, content: Iterable[str]) -> None:
+        if file.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, content)
+
+    return full
+
+
+def test_features_of_images_that_cannot_be_read_now_are_not_kept(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, cache = shutil.copytree(folder, tmp_path / "images"), tmp_path / "features"
+    given = settings(*words(own, tmp_path / "x", "data.memory=0", "data.max_bad=0.5"))
+    split = images_of(open_run(run), given, QUIET)
+    lost = own / split.train.names[0]
+    content = lost.read_bytes()
+    lost.write_bytes(b"")
+    for _ in range(2):
+        grey = features_of(open_run(run), split.train, EncodeSettings(batch_size=16), Teller(), cache=cache)
+        assert "are not kept" in " ".join(capsys.readouterr().out.split())
+        assert not list(cache.rglob("*.npy"))
+    lost.write_bytes(content)
+    split = images_of(open_run(run), given, QUIET)
+    again = features_of(open_run(run), split.train, EncodeSettings(batch_size=16), QUIET, cache=cache)
+    assert not torch.equal(grey[0], again[0])
+    assert torch.equal(grey[1:], again[1:])
+    assert len(list(cache.rglob("*.npy"))) == 1

@@ -27,7 +27,7 @@ from contrastive.config import load
 from contrastive.data import Folder
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.intervals import wilson
-from contrastive.finetune import FinetuneSettings, finetune
+from contrastive.finetune import FinetuneSettings, finetune, loop
 from contrastive.finetune.classifier import create_optimiser, freeze, set_classes, set_head, train_mode
 from contrastive.finetune.loop import draws_of
 from contrastive.finetune.task import task_of
@@ -553,3 +553,43 @@ def test_pictures_are_drawn_for_any_number_of_classes_and_any_names(classes: int
     for count, channels in ((0, 1), (1, 3), (7, 1)):
         drawn = mistakes_picture(torch.zeros(count, channels, 8, 8, dtype=torch.uint8), [(names[0], names[1])] * count)
         assert drawn.dtype == torch.uint8
+
+
+def test_the_classifier_is_measured_in_full_precision_whatever_it_was_trained_in(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(loop, "measure", lambda model, *_: seen.append(model))
+    short = [word for word in SHORT if not word.startswith("precision")]
+    words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *short]
+    finetune(TINY, load(FinetuneSettings, None, [*words, "precision=bf16", f"output={tmp_path / 'bf16'}"]))
+    inputs = torch.rand(4, 1, 20, 20)
+    with torch.inference_mode():
+        measured = seen[0](inputs)
+    again = tiny_without_batch_norm(in_chans=1, num_classes=3).eval()
+    again.load_state_dict(seen[0].state_dict())
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured, again(inputs), atol=1e-5, rtol=0)
+
+
+def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(loop, "_accuracy", lambda model, task: looked.append(len(looked)) or 0.5)
+    # The budget ends between two steps, and no share of it is reached at the end of one.
+    words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
+    words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]
+    finetune(TINY, load(FinetuneSettings, None, [*words, "minutes=0.01", "checks=1", f"output={tmp_path / 'short'}"]))
+    facts = json.loads((tmp_path / "short" / "result.json").read_text())
+    assert looked
+    assert facts["best_step"] == facts["step"]
+
+
+def test_a_folder_whose_fine_tuning_was_interrupted_is_no_run(images: Path, tmp_path: Path) -> None:
+    words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
+    finetune(TINY, load(FinetuneSettings, None, [*words, f"output={tmp_path / 'begun'}"]))
+    for file in (tmp_path / "begun" / "classifier").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="is a fine-tuned classifier, not a run"):
+        open_run(tmp_path / "begun")

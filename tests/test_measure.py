@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
@@ -19,6 +19,7 @@ from contrastive import command
 from contrastive.evaluate.held_out import hold_out
 from contrastive.evaluate.two_views import Pixels, two_views
 from contrastive.views import ViewsSettings, plain
+from small_run import small_run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 FEW = ["few.draws=2", "few.shares=[0.5]", "few.shots=[2]", "maps=pca"]
@@ -140,11 +141,14 @@ def test_a_second_look_takes_features_from_the_cache_and_says_the_same(
     assert json.loads((folder / "evaluation.json").read_text()) == records[0]
 
 
-def test_two_processes_measure_what_one_does(run: Path, photographs: Path, tmp_path: Path) -> None:
+def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) -> None:
     records, outcomes = [], []
+    own = [f"data={photographs}", *SMALL[:2], "train.batch_size=32", "train.epochs=1", "train.precision=fp32"]
+    bank = ["objective=bank", "views.num_views=1", "train.monitor=0", f"output={tmp_path / 'run'}"]
+    assert command.pretrain(["quickstart", *own, *bank]) == 0
     for processes in (1, 2):
-        folder = shutil.copytree(run, tmp_path / f"run-{processes}")
-        words = [str(folder), f"data={photographs}", *SMALL, "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{processes}")
+        words = [str(folder), *SMALL[2:], "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
         words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         script = [*launcher, str(SCRIPTS / "evaluate.py"), *words, "batch_size=16"]
@@ -154,6 +158,7 @@ def test_two_processes_measure_what_one_does(run: Path, photographs: Path, tmp_p
         outcomes.append(load_file(folder / "outcomes.safetensors"))
     # Sums over pairs are added up in another order.
     shapes = [record.pop("geometry") for record in records]
+    assert records[0]["staleness"]["images"] == 81
     assert records[0] == records[1]
     for one, two in zip(*shapes, strict=True):
         assert one.pop("features") == two.pop("features")
@@ -181,7 +186,7 @@ def test_two_views_are_those_that_a_run_would_see_whatever_the_batch() -> None:
     ids = torch.tensor([4, 0, 2])
     made = views(Noise().read(ids), ids, 0)
     for size in (1, 2, 8):
-        first, second = two_views(Pixels(), views, Noise(), ids, batch_size=size)
+        first, second = two_views(Pixels(), views, Noise(), ids, channels=1, batch_size=size)
         torch.testing.assert_close(first, (made[0] * 0.25 + 0.5).flatten(1))
         torch.testing.assert_close(second, (made[1] * 0.25 + 0.5).flatten(1))
 
@@ -189,3 +194,22 @@ def test_two_views_are_those_that_a_run_would_see_whatever_the_batch() -> None:
 def test_pixels_of_the_plain_view_are_the_images_own() -> None:
     images = Noise().read(torch.arange(5))
     torch.testing.assert_close(Pixels()(plain(images, 16)), images.flatten(1) / 255)
+
+
+def test_a_run_that_has_learned_from_colour_is_measured_on_grey_images(photographs: Path, tmp_path: Path) -> None:
+    small_run(tmp_path / "run", "views.saturation=0.4", "views.greyscale=0.2", channels=3)
+    words = [str(tmp_path / "run"), f"data={photographs}", *SMALL, "tasks=geometry", "report=false"]
+    assert command.evaluate(words) == 0
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert all(row["alignment"] >= 0 for row in record["geometry"])
+
+
+def test_a_bank_whose_projector_is_lost_is_measured_without_its_rows(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    weights = load_file(folder / "backbone" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "backbone" / "model.safetensors")
+    assert command.evaluate([str(folder), "tasks=geometry", "baselines=false", "report=false", "cache=false"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["staleness"] is None
+    assert "is of other weights than" in " ".join(capsys.readouterr().out.split())

@@ -20,14 +20,16 @@ from contrastive.evaluate.protocol import Task
 from contrastive.evaluate.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
 from contrastive.extract import features_of, images_of
 from contrastive.launch import start
-from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, evaluate, planned
-from contrastive.opened import Opened, open_run
+from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, Look, evaluate, planned
+from contrastive.opened import Opened, digest, open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
 BASELINES = ("random weights", "raw pixels")
+DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, SafetensorError, TypeError)
+"""What a record raises that evaluate has not written, beside ValueError."""
 
 
 class Shared(NamedTuple):
@@ -78,7 +80,13 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
             teller.say(f"measuring {opened.name}, run {number} of {len(runs)}")
             evaluate(folders[number - 1], settings, quiet=True)
     with together():
-        rows, notes = side_by_side([_read(opened) for opened in runs], looks, baselines=settings.baselines)
+        try:
+            rows, notes = side_by_side([_read(opened) for opened in runs], looks, baselines=settings.baselines)
+        except DAMAGE as problem:
+            raise ValueError(
+                f"the {EVALUATION} of a run is damaged ({type(problem).__name__}: {problem}); delete it, and the run "
+                "is measured anew"
+            ) from problem
     seed = settings.protocol.seed
     overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, teller) if "geometry" in looks else ((), 0)
     comparison = Comparison(rows, differences(rows, seed=seed), len(images.shown), overlaps, neighbours, notes)
@@ -92,11 +100,18 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
 
 def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) -> Measured | None:
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
+    looks = planned(settings, _recipe(opened), labelled=images.labelled)
     try:
         found = _read(opened)
-    except (OSError, ValueError, SafetensorError):
+        return found if _holds(found.record, opened, images, settings, looks) else None
+    except (*DAMAGE, OSError, ValueError):
         return None
-    record, looks = found.record, planned(settings, _recipe(opened), labelled=images.labelled)
+
+
+def _holds(
+    record: Mapping[str, Any], opened: Opened, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]
+) -> bool:
+    """Whether a record is of these weights and images, and has all that is asked for."""
     asked: dict[str, Any] = {
         "weights": dict(opened.origin),
         "images": images.fingerprints,
@@ -109,13 +124,13 @@ def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) 
     if "fractions" in looks:
         asked["few"] = settings.few.model_dump(mode="json")
     if any(record.get(key) != value for key, value in asked.items()):
-        return None
+        return False
     done = {(score["method"], score["features"]) for score in record.get("scores", ())}
     done |= {(figures["task"], figures["features"]) for figures in record.get("figures", ())}
     done |= {("fractions", kind) for kind in record.get("fractions", ())}
     done |= {("geometry", own["features"]) for own in record.get("geometry", ())}
     wanted = {(look, kind) for look in looks for kind in ("learned", *(BASELINES if settings.baselines else ()))}
-    return found if wanted <= done else None
+    return wanted <= done
 
 
 def side_by_side(
@@ -248,6 +263,8 @@ def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) 
 def _read(opened: Opened) -> Measured:
     assert opened.folder is not None
     record = json.loads((opened.folder / EVALUATION).read_text())
+    if not isinstance(record, dict) or record.get("outcomes") != digest(opened.folder / OUTCOMES):
+        raise ValueError(f"{opened.folder / EVALUATION} is not the record of {OUTCOMES}; evaluate the run anew")
     return Measured(opened, record, load_file(opened.folder / OUTCOMES))
 
 

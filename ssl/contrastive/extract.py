@@ -154,6 +154,8 @@ def features_of(
                 if not complete:
                     teller.say(said)
                     _fill(folder, key, opened, layers, parts, settings, teller)
+                    if stored.remarks(folder):
+                        return _not_kept(folder, layer, teller)
                     with together():
                         if distributed.rank() == 0:
                             stored.finish(folder, [f"{layer}.npy"], key, ())
@@ -161,6 +163,17 @@ def features_of(
         teller.warn(f"features are not kept: {problem}")
     teller.say(said)
     return _in_memory(opened, OneLayer(layers), images, settings)
+
+
+def _not_kept(folder: Path, layer: str, teller: Teller) -> Tensor:
+    """Features some of which are those of a grey square: used now, and computed anew when the files can be read."""
+    count = len(stored.remarks(folder))
+    teller.warn(f"{count} images could not be read now, and stand as grey; so these features are not kept")
+    features = stored.mapped(folder / stored.PARTIAL / f"{layer}.npy")
+    distributed.barrier()
+    if distributed.rank() == 0:
+        stored.remove(folder)
+    return features
 
 
 def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split:

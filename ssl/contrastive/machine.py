@@ -1,11 +1,12 @@
 """The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int64
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +16,8 @@ from contrastive.encoder import Encoder, MomentumTwin
 from contrastive.objectives import ObjectiveModule, Population
 from contrastive.recipe import Recipe
 from contrastive.views import Views
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Machine(NamedTuple):
@@ -55,7 +58,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     shuffled = several and not split and recipe.objective.shuffles and has_batch_norm(encoder)
     # A batch norm that is split or shuffled is to see a part of the batch only: synchronising it would undo that.
     if several and not split and not shuffled and accelerator.device.type == "cuda":
-        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        encoder = synchronised(encoder)
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
@@ -139,6 +142,15 @@ def labels_of(images: Images) -> Int64[Tensor, " images"]:
 def smallest_part(encoder: Encoder) -> int:
     """The fewest images that may pass the encoder by themselves in training: 2 for each part of a batch norm."""
     return 2 * encoder.batch_norm_splits if has_batch_norm(encoder) else 1
+
+
+def synchronised(module: M) -> M:
+    """The module with batch norms that normalise by the batch of all processes.
+
+    By timm: where a norm of its kind has its activation inside, torch's conversion would lose that.
+    """
+    converted: M = convert_sync_batchnorm(module)
+    return converted
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -58,8 +58,8 @@ class Opened:
     """Of values in [0, 1], over all channels or of each: what the input is divided by."""
     interpolation: Interpolation
     """How images of another size are resized."""
-    create: Callable[[], nn.Module] = field(repr=False)
-    """Makes the backbone with the weights that its first step would find."""
+    create: Callable[..., nn.Module] = field(repr=False)
+    """Makes the backbone with the weights that its first step would find; `pretrained=False`: with random ones."""
     folder: Path | None = None
     """The run folder; None for a timm model."""
     recipe: Recipe | None = None
@@ -83,7 +83,9 @@ class Opened:
 
     def backbone(self) -> nn.Module:
         """The backbone with the weights that were opened."""
-        backbone = self.untrained()
+        # Whatever it began with is overwritten, and would perhaps have to be downloaded.
+        with torch.random.fork_rng(devices=[]):
+            backbone = self.create(pretrained=False)
         backbone.load_state_dict(dict(self.weights))
         return backbone
 
@@ -113,7 +115,8 @@ class Opened:
                 f"{self.origin['file']}, so that its projector does not belong to them; go on with the run to its end"
             )
         with torch.random.fork_rng(devices=[]):
-            encoder = self.recipe.encoder.build(channels=self.channels, size=self.size)
+            random = self.recipe.encoder.model_copy(update={"pretrained": False})
+            encoder = random.build(channels=self.channels, size=self.size)
         encoder.load_state_dict(dict(state))
         file = _encoder_file(self.folder, found.step)
         return Projector(encoder.projector, {"file": file.relative_to(self.folder).as_posix(), "sha256": digest(file)})
@@ -236,9 +239,12 @@ def _open_timm(name: str, pretrained: bool, size: int | None) -> Opened:
     )
 
 
-def _of_recipe(recipe: Recipe, channels: int, size: int) -> nn.Module:
+def _of_recipe(recipe: Recipe, channels: int, size: int, *, pretrained: bool | None = None) -> nn.Module:
     torch.manual_seed(recipe.seed)
-    return recipe.encoder.build(channels=channels, size=size).backbone
+    encoder = recipe.encoder
+    if pretrained is not None:
+        encoder = encoder.model_copy(update={"pretrained": pretrained})
+    return encoder.build(channels=channels, size=size).backbone
 
 
 def _of_timm(name: str, channels: int, size: int, *, pretrained: bool = False) -> nn.Module:

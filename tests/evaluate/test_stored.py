@@ -138,3 +138,50 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"take 3725290\.30 GiB"), stored.held(tmp_path / "x", huge, replace=False):
         pass
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "files", [["../mine.npy"], ["/tmp/mine.npy"], [".."], ["notes.txt"], [3], "backbone.npy", None]
+)
+def test_a_strangers_manifest_names_no_file_that_could_be_removed(tmp_path: Path, files: object) -> None:
+    folder, mine = tmp_path / "features", tmp_path / "mine.npy"
+    complete(folder)
+    mine.write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content, "files": files}))
+    with pytest.raises(ValueError, match="its files are not named, or lie elsewhere"):
+        stored.described(folder)
+    with stored.held(folder, key(), replace=True) as there:
+        assert not there
+    assert mine.read_text() == (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "other", "manifest"])
+def test_what_is_not_as_the_manifest_says_is_not_complete_and_can_be_replaced(tmp_path: Path, damage: str) -> None:
+    complete(tmp_path)
+    rows = tmp_path / "backbone.npy"
+    match damage:
+        case "gone":
+            rows.unlink()
+        case "short":
+            rows.write_bytes(rows.read_bytes()[:-1])
+        case "other":
+            np.save(rows, np.zeros((6, 3), np.float32))
+        case "manifest":
+            (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"backbone\.npy (cannot be read|holds float32 \[6, 3\])|is damaged"):
+        stored.state(tmp_path, key())
+    with stored.held(tmp_path, key(), replace=True) as there:
+        assert not there
+        assert not stored.rows_done(tmp_path, 6).any()
+
+
+def test_the_lock_goes_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    release = stored.FileLock.release
+    monkeypatch.setattr(
+        stored.FileLock, "release", lambda lock, **given: (held.append(Path(lock.lock_file).exists()), release(lock))
+    )
+    complete(tmp_path)
+    assert held[0] is False

@@ -1,10 +1,11 @@
 """What the evaluators work on: one feature vector per image, computed once."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from contrastive import distributed
+from contrastive.data.files import Files
 from contrastive.data.images import Images
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
+    """The work was asked to end before it was done."""
 
 
 def extract(
@@ -30,6 +36,7 @@ def extract(
     batch_size: int = 512,
     precision: Precision = "fp32",
     workers: int = 2,
+    stopped: Callable[[], bool] | None = None,
 ) -> Float[Tensor, "chosen width"]:
     """The features of all images, or of those that `ids` names, in that order: float32 on the CPU.
 
@@ -46,9 +53,11 @@ def extract(
         batch_size: images per forward pass of each process; bounds the memory.
         precision: bf16 and fp16 run the backbone under autocast.
         workers: threads that read ahead.
+        stopped: asked before each batch whether to end; all processes together, which must answer alike.
 
     Raises:
         ValueError: if there is no image, an id is named twice, or features are not finite or not one vector per image.
+        Stopped: on all processes, once `stopped` says so.
     """
     device = torch.device(device)
     chosen = torch.arange(len(images)) if ids is None else ids.cpu()
@@ -59,18 +68,24 @@ def extract(
     # A last share may be empty, yet its process must know how wide the features are: it computes one that is dropped.
     # Shares are whole batches: whatever the number of processes, an image has the same company.
     batches = torch.split(chosen, batch_size)
+    rounds = max(1, -(-len(batches) // distributed.size()))
     batches = batches[distributed.share(len(batches))]
     own = torch.cat([chosen[:0], *batches])
     batches = batches or (chosen[:1],)
     passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
     local = torch.empty(0)
     done = 0
-    for ids_of_batch, rows in passes:
-        if not done:
-            # Whole from the first: joined at the end, all batches would take the memory twice.
-            local = torch.empty(max(len(own), 1), rows.shape[1])
-        local[done : done + len(ids_of_batch)] = rows
-        done += len(ids_of_batch)
+    with closing(passes):
+        # All processes go as many rounds as the one with the most batches, so that they are asked together.
+        for _ in range(rounds):
+            if stopped is not None and stopped():
+                raise Stopped
+            for ids_of_batch, rows in islice(passes, 1):
+                if not done:
+                    # Whole from the first: joined at the end, all batches would take the memory twice.
+                    local = torch.empty(max(len(own), 1), rows.shape[1])
+                local[done : done + len(ids_of_batch)] = rows
+                done += len(ids_of_batch)
     local = local[: len(own)]
     if distributed.size() > 1:
         local = _gather_by_id(local.to(device), own.to(device), chosen)
@@ -87,7 +102,7 @@ def encoded(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     workers: int = 2,
-) -> Iterator[tuple[Int[Tensor, " _"], Any]]:
+) -> Generator[tuple[Int[Tensor, " _"], Any]]:
     """What a module makes of batches of images: their ids, and float32 tensors on the CPU, as the module nests them.
 
     The module leaves as it came, as `extract` says. `batches` are ids; the other arguments are those of `extract`.
@@ -172,7 +187,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _read_ahead(images: Images, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
-    if workers < 1:
+    # What lies in memory is read in no time, and threads would only take the cores from the backbone.
+    if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)
         return
     with ThreadPoolExecutor(workers) as pool:

@@ -79,6 +79,8 @@ def fill(
     done = stored.rows_done(folder, total)
     # None may write before all have read.
     distributed.barrier()
+    if done.all():
+        return
     if done.any():
         say(f"{int(done.sum()):,} of {total:,} images are there already; going on with the others")
     grid = [
@@ -95,7 +97,8 @@ def fill(
         for part in parts:
             batches = [ids for owner, ids in own if owner is part]
             failed: dict[str, str] = getattr(part.images, "failed", {})
-            noted = len(failed)
+            # Also what could not be read before now, for another backbone.
+            noted = 0
             for ids, rows in features.encoded(
                 layers, part.images, batches, prepare=prepare, device=device, precision=precision, workers=workers
             ):

@@ -48,7 +48,7 @@ class Staleness:
 def geometry(
     kind: str,
     features: Float[Tensor, "images dim"],
-    views: tuple[Float[Tensor, "pairs dim"], Float[Tensor, "pairs dim"]] | None,
+    views: tuple[Float[Tensor, "pairs wide"], Float[Tensor, "pairs wide"]] | None,
     *,
     seed: int,
 ) -> Geometry:

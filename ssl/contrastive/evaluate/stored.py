@@ -6,6 +6,7 @@ where each process notes the rows that it has safely written.
 
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from contrastive.checkpoints import sync, together
 
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEY, DONE, ANY_DONE = "key.json", "done-{:05d}.txt", "done-*.txt"
+PLAIN = re.compile(r"\w[\w.-]*\.(npy|parquet|fvecs)")
+"""The files that stand beside a manifest, in the folder itself."""
 REMARK = "remark "
 IMAGES = ' "images": ['
 SECONDS_BETWEEN_FLUSHES = 2.0
@@ -42,7 +45,7 @@ def state(folder: Path, key: Mapping[str, Any]) -> State:
         key: JSON values from which the features follow; those that were written with another key are stale.
 
     Raises:
-        ValueError: if the features there have another key, naming what differs.
+        ValueError: if the features there have another key, naming what differs, or are not what their manifest says.
     """
     found = described(folder)
     begun = folder / PARTIAL / KEY
@@ -54,6 +57,9 @@ def state(folder: Path, key: Mapping[str, Any]) -> State:
     changed = differences({name: found.get(name) for name in key}, json.loads(json.dumps(key)))
     if changed:
         raise ValueError("; ".join(changed))
+    if progress == "complete":
+        for layer in key["layers"].values():
+            _check_rows(folder / layer["file"], layer["shape"])
     return progress
 
 
@@ -85,12 +91,12 @@ def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1
             with together():
                 if distributed.rank() == 0:
                     folder.mkdir(parents=True, exist_ok=True)
-                    stack.callback((folder / LOCK).unlink, missing_ok=True)
                     try:
                         stack.enter_context(FileLock(folder / LOCK, timeout=0))
                     except Timeout as problem:
-                        stack.pop_all()
                         raise ValueError(f"{folder} is being written by another program; wait for it") from problem
+                    # While it is held: afterwards it may be another program's.
+                    stack.callback((folder / LOCK).unlink, missing_ok=True)
                     complete = _ready(folder, key, replace, copies)
         except BaseException:
             stack.close()
@@ -135,8 +141,12 @@ def described(folder: Path) -> dict[str, Any] | None:
             lines.append(line)
     try:
         content = json.loads("".join(lines))
-    except json.JSONDecodeError as problem:
+    except (json.JSONDecodeError, RecursionError) as problem:
         raise ValueError(f"{folder / MANIFEST} is damaged ({problem})") from problem
+    files = content.get("files") if isinstance(content, dict) else None
+    # They are moved and removed by these names, and the folder may be a stranger's.
+    if not isinstance(files, list) or not all(isinstance(name, str) and PLAIN.fullmatch(name) for name in files):
+        raise ValueError(f"{folder / MANIFEST} is damaged (its files are not named, or lie elsewhere)")
     return {name: value for name, value in content.items() if name != "images"}
 
 
@@ -158,7 +168,9 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 def remove(folder: Path) -> None:
     """Deletes features, complete or begun, and nothing else that lies in the folder."""
-    found = described(folder) or {}
+    found: dict[str, Any] = {}
+    with suppress(ValueError):
+        found = described(folder) or {}
     # First of all: what is half deleted must not look complete.
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
@@ -314,6 +326,15 @@ def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[i
             with (place / f"{name}.npy").open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
     write_whole(place / KEY, [json.dumps(key, indent=1)])
+
+
+def _check_rows(file: Path, shape: Sequence[int]) -> None:
+    try:
+        rows = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as problem:
+        raise ValueError(f"{file.name} cannot be read ({problem})") from problem
+    if rows.shape != tuple(shape) or rows.dtype != np.float32:
+        raise ValueError(f"{file.name} holds {rows.dtype} {list(rows.shape)}, not float32 {list(shape)}")
 
 
 def _brief(value: Any) -> str:

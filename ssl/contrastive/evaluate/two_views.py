@@ -16,17 +16,20 @@ def two_views(
     images: Images,
     ids: Int64[Tensor, " chosen"],
     *,
+    channels: int,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> tuple[Float[Tensor, "chosen width"], Float[Tensor, "chosen width"]]:
-    """The features of the first two views of the images that `ids` names, float32 on the CPU.
+    """The features of the first two views, of so many channels, of the images that `ids` names, float32 on the CPU.
 
     Views are a function of their seed and the images' ids: those of the first epoch of a run that saw these images.
     """
     first, second = [], []
     with evaluation_mode(backbone):
         for part in ids.split(batch_size):
-            made = views(images.read(part).to(device), part.to(device), 0)
+            # Grey images are shown in grey to a backbone that has learned from colour.
+            pixels = images.read(part).to(device).expand(-1, channels, -1, -1)
+            made = views(pixels, part.to(device), 0)
             first.append(backbone(made[0]).float().cpu())
             second.append(backbone(made[1]).float().cpu())
     return torch.cat(first), torch.cat(second)

@@ -25,11 +25,12 @@ from contrastive.finetune.result import measure
 from contrastive.finetune.settings import FinetuneSettings
 from contrastive.finetune.task import Task, first_model, model_input, outputs, task_of
 from contrastive.launch import Stop, start
+from contrastive.machine import synchronised
 from contrastive.opened import open_model
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller
 from contrastive.resume import check_settings
-from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
+from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, Run, prepare
 
 FREE = {"output", "resume", "epochs", "min_steps", "minutes", "workers", "threads", "log_every", "save_minutes", "keep"}
 """Settings that may change when a run goes on."""
@@ -61,9 +62,9 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
     _describe(task, model, accelerator, folder, teller)
     try:
         with Stop() as stop:
-            facts = train(model, task, accelerator, folder, run, teller, found, stop)
+            best, facts = train(model, task, accelerator, folder, run, teller, found, stop)
         if stop.signal is None:
-            measure(model, task, facts, run, teller, header)
+            measure(best, task, facts, run, teller, header)
     finally:
         if run is not None:
             run.close()
@@ -84,11 +85,11 @@ def train(
     teller: Teller,
     found: Checkpoint | None,
     stop: Stop,
-) -> dict[str, Any]:
-    """Steps to the end of the budget or to a signal; leaves the best weights so far in the model, returns its facts."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its facts."""
     settings, opened, device = task.settings, task.opened, accelerator.device
     if accelerator.num_processes > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronised(model)
     views = settings.views.build(size=opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mixing = float(settings.mixup + settings.cutmix > 0)
     mix = Mixup(
@@ -134,6 +135,16 @@ def train(
             folder / CHECKPOINTS, Checkpoint(step, parts, optimiser.state_dict(), known), keep=settings.keep
         )
 
+    def check() -> None:
+        nonlocal best
+        accuracy = _accuracy(average.module, task)
+        # Of equals the later one, which averages over more; with none held out, that is the last one.
+        if accuracy is None or accuracy >= (facts["best_accuracy"] or 0.0):
+            best = copied(average.module)
+            facts.update(best_step=step, best_accuracy=accuracy)
+        if run is not None and accuracy is not None:
+            run.log(step, {"held_out": accuracy})
+
     loader = Loader(
         task.images,
         order,
@@ -143,7 +154,7 @@ def train(
         start=step,
     )
     labels, losses = task.labels.to(device), []
-    checked, saved = int(progress(step) * settings.checks), seconds()
+    checked, tested, saved = int(progress(step) * settings.checks), step, seconds()
     train_mode(model)
     with teller.bar():
         for images, ids, epoch in loader:
@@ -173,27 +184,24 @@ def train(
                     run.log(step, {"loss": mean, "rate": rate, "epoch": step / order.steps_per_epoch})
                 teller.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
             if int(done * settings.checks) > checked:
-                checked = int(done * settings.checks)
-                accuracy = _accuracy(average.module, task)
-                # Of equals the later one, which averages over more; with none held out, that is the last one.
-                if accuracy is None or accuracy >= (facts["best_accuracy"] or 0.0):
-                    best = copied(average.module)
-                    facts |= {"best_step": step, "best_accuracy": accuracy}
-                if run is not None and accuracy is not None:
-                    run.log(step, {"held_out": accuracy})
+                checked, tested = int(done * settings.checks), step
+                check()
             if seconds() - saved > 60 * settings.save_minutes:
                 save()
                 saved = seconds()
+    if stop.signal is None and tested < step:
+        check()
     save()
-    model.load_state_dict(best)
+    # Not the model itself, which Accelerate has given the precision of the training.
+    average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
-    return facts | {"step": step, "seconds": seconds()} | epochs
+    return average.module, facts | {"step": step, "seconds": seconds()} | epochs
 
 
 def folder_of(given: str, settings: FinetuneSettings) -> Path:
     """The folder that is written."""
     ending = "scratch" if settings.scratch else "finetuned"
-    return Path(settings.output or f"runs/{Path(given).name}-{ending}").expanduser()
+    return Path(settings.output or f"runs/{Path(given).resolve().name}-{ending}").expanduser()
 
 
 @contextmanager
@@ -239,7 +247,8 @@ def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
 
 
 def _open(folder: Path, task: Task, header: str, found: Checkpoint | None) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
+    # It tells a run from a classifier, also while there is none yet.
+    (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():
         (folder / CONFIG).write_text(header + dump_yaml(task.settings))
     run = Run(folder, step=found.step if found else 0)

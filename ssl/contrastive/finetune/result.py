@@ -10,6 +10,7 @@ from contrastive.data import Images
 from contrastive.encoder import export
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.intervals import wilson
+from contrastive.evaluate.stored import write_whole
 from contrastive.finetune.task import Task, outputs
 from contrastive.progress import Teller
 from contrastive.run import CLASSIFIER, Run
@@ -50,11 +51,11 @@ def measure(
     if facts["best_accuracy"] is not None:
         epoch, accuracy = facts["best_epoch"], 100 * facts["best_accuracy"]
         said.append(f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right")
-    (run.folder / RESULT).write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(run.folder / RESULT, [json.dumps(record, indent=1), "\n"])
     run.finish()
     for line in said:
         teller.say(line)
-    teller.say(f"finished: the classifier is in {run.folder / 'classifier'}, beside {RESULT} and the pictures")
+    teller.say(f"finished: the classifier is in {run.folder / CLASSIFIER}, beside {RESULT} and the pictures")
 
 
 def _measured(

@@ -15,6 +15,7 @@ from contrastive.data import Split
 from contrastive.evaluate import fractions, geometry
 from contrastive.evaluate.compare import check, takes_training
 from contrastive.evaluate.protocol import Task
+from contrastive.evaluate.stored import write_whole
 from contrastive.extract import images_of
 from contrastive.launch import start
 from contrastive.measure.parts import (
@@ -28,7 +29,7 @@ from contrastive.measure.parts import (
     stale_rows,
 )
 from contrastive.measure.settings import EvaluateSettings, Look
-from contrastive.opened import Opened, open_run
+from contrastive.opened import Opened, digest, open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.report import Findings, write_report
@@ -158,10 +159,9 @@ def _write(findings: Findings, opened: Opened, settings: EvaluateSettings) -> No
     report["geometry"] = [asdict(own) for own in findings.geometry]
     report["staleness"] = asdict(findings.staleness) if findings.staleness is not None else None
     report["warnings"] = list(findings.warnings)
-    # The record goes first and comes last, so that it never stands beside outcomes that are not its own.
+    # The record goes first and comes last, and knows its outcomes: another evaluation may be writing beside this one.
     record = findings.folder / EVALUATION
     record.unlink(missing_ok=True)
     save_file({name: value.contiguous() for name, value in outcomes.items()}, findings.folder / OUTCOMES)
-    aside = record.with_name(f".{record.name}.partial")
-    aside.write_text(json.dumps(report, indent=1) + "\n")
-    aside.replace(record)
+    report["outcomes"] = digest(findings.folder / OUTCOMES)
+    write_whole(record, [json.dumps(report, indent=1), "\n"])

@@ -144,12 +144,14 @@ def geometries_of(
     teller.say("geometry")
     device = _device()
     pairs = recipe.views.model_copy(update={"num_views": 2})
-    views = pairs.build(size=shown.size, channels=shown.channels, seed=recipe.seed).to(device)
+    views = pairs.build(size=shown.size, channels=opened.channels, seed=recipe.seed).to(device)
     ids = _some(len(shown), PAIRED, seed)
     found = []
     for kind, (_, rows) in kinds.items():
         backbone = _backbone_of(opened, kind).to(device)
-        both = two_views(backbone, views, shown, ids, device=device, batch_size=settings.batch_size)
+        both = two_views(
+            backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
+        )
         found.append(geometry.geometry(kind, rows, both, seed=seed))
     return tuple(found)
 
@@ -167,22 +169,28 @@ def _device() -> torch.device:
 def stale_rows(
     opened: Opened, recipe: Recipe, train: Images, settings: EvaluateSettings, teller: Teller
 ) -> geometry.Staleness | None:
-    """How far a bank's rows are behind what the encoder makes of their images; None without a bank, or its images."""
+    """How far a bank's rows are behind what the encoder makes of their images; None without a bank, or its images.
+
+    Collective: each process has its part of the rows, and gives those that were drawn of them.
+    """
     assert opened.folder is not None
     own = settings.data is None or settings.data == recipe.data
     if not own or not isinstance(recipe.objective, Bank) or recipe.objective.estimator == "parametric":
         return None
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(train, recipe.unseen)
-    if found is None or len(rows := found.parts["objective"]["rows"]) != len(images):
+    if found is None or found.facts["images"] != images.fingerprint:
         return None
-    ids = (
-        torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.protocol.seed))[:PAIRED]
-        .sort()
-        .values
-    )
-    fresh = features_of(opened, select(images, ids), settings, teller, layer="projector", cache=None)
-    return geometry.staleness(rows[ids].float(), fresh)
+    ids, mine = _some(len(images), PAIRED, settings.protocol.seed), distributed.share(len(images))
+    try:
+        fresh = features_of(opened, select(images, ids), settings, teller, layer="projector", cache=None)
+    except ValueError as problem:
+        teller.warn(f"the rows of the memory bank are not compared with fresh embeddings: {problem}")
+        return None
+    drawn = ids[(ids >= mine.start) & (ids < mine.stop)] - mine.start
+    rows = found.parts["objective"]["rows"][drawn].float().to(_device())
+    rows = distributed.gather_without_gradient(rows, distributed.counts(len(rows))).cpu()
+    return geometry.staleness(rows, fresh)
 
 
 def _some(count: int, most: int, seed: int) -> Tensor:

@@ -98,8 +98,11 @@ def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
     return [(term, printable(text)) for term, text in said]
 
 
-def warnings_of(history: History) -> list[str]:
-    """What was wrong with the run as its metrics show it: collapse and chance, in the words it was said in, and NaN."""
+def warnings_of(history: History, widest: int) -> list[str]:
+    """What was wrong with the run as its metrics show it: collapse and chance, in the words it was said in, and NaN.
+
+    `widest` is the width of the features, which are what the objective gets where there is no projector.
+    """
     said: list[str] = []
     recipe, metrics = history.recipe, [line for line in history.metrics if "loss" in line]
     if not metrics:
@@ -108,7 +111,9 @@ def warnings_of(history: History) -> list[str]:
     if lost:
         said.append(f"the loss was not finite in {lost:,} of {len(metrics):,} lines of metrics")
     if recipe is not None:
-        watch = Watch(min(recipe.train.batch_size, recipe.encoder.projector.dim))
+        projector = recipe.encoder.projector
+        dim = projector.dim if projector.layers else widest
+        watch = Watch(min(recipe.train.batch_size, dim))
         for line in metrics:
             finite = {key: value for key, value in line.items() if math.isfinite(value)}
             said += watch.warnings(_progress(recipe, line, metrics[-1]), line.get("epoch", 0.0), finite)

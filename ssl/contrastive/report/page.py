@@ -111,7 +111,7 @@ def _render(shown: dict[str, Any]) -> str:
 
 def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
-    said = [*findings.warnings, *warnings_of(history)]
+    said = [*findings.warnings, *warnings_of(history, findings.features[findings.kind][1].shape[1])]
     if unreadable:
         one = len(unreadable) == 1
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
