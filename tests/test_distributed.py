@@ -30,6 +30,7 @@ from contrastive.objectives import (
 from contrastive.objectives.loss import ObjectiveSettings
 from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, SemiHard
 from contrastive.similarity import log_sum_exp, pairs, softmax
+from processes import start
 
 BATCHES, INPUTS, DIM, IMAGES = [8, 8, 5, 8], 6, 5, 41
 """The third batch is uneven on 2 and on 4 processes; neither bank nor queue divides evenly."""
@@ -219,7 +220,7 @@ def work(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=PROCESSES, ids=lambda size: f"{size} processes")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
-    torch.multiprocessing.spawn(work, args=(size, str(folder)), nprocs=size)
+    start(work, (size, str(folder)), count=size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 

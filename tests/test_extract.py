@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from contrastive.extract import EncodeSettings, ExtractSettings, extract, featur
 from contrastive.opened import open_run
 from contrastive.progress import Teller
 from contrastive.views import plain
+from processes import launched
 from small_run import small_run
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "extract.py"
@@ -170,6 +172,11 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_had_not_been(
     assert not (tmp_path / "cut" / ".partial").exists()
 
 
+def extract_and_tell(told: Path, *given: str) -> int:
+    with Path(f"{told}-{os.environ['RANK']}").open("w") as file, redirect_stdout(file):
+        return command.extract(given)
+
+
 def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, folder: Path, tmp_path: Path) -> None:
     extract(run, settings(*words(folder, tmp_path / "one", "layers=backbone,projector", "threads=1")))
     given = words(folder, tmp_path / "two", "layers=backbone,projector", "threads=1")
@@ -182,12 +189,9 @@ def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, 
     for name in ("backbone.npy", "projector.npy"):
         np.load(tmp_path / "two" / ".partial" / name, mmap_mode="r+")[16:] = 7
         np.load(tmp_path / "two" / ".partial" / name, mmap_mode="r+")[:8] = 7
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(run), *given], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.count("8 of 43 images are there already") == 1, done.stdout
+    launched(extract_and_tell, tmp_path / "told", str(run), *given)
+    assert (tmp_path / "told-0").read_text().count("8 of 43 images are there already") == 1
+    assert not (tmp_path / "told-1").read_text()
     for name in ("backbone.npy", "projector.npy", "labels.npy", "manifest.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 

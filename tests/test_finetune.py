@@ -1,9 +1,7 @@
 """Fine-tuning: choice of labels, modes, rates, the loop and what it leaves behind."""
 
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
@@ -36,6 +33,7 @@ from contrastive.opened import open_model, open_run
 from contrastive.progress import Teller
 from contrastive.run import read_metrics
 from contrastive.views import plain
+from processes import launched
 
 CLASSES = ("dark", "light", "striped")
 SHORT = [
@@ -287,12 +285,8 @@ def test_draws_are_keyed_by_the_step_and_leave_numpys_generator_where_it_was() -
 # Several processes
 
 
-def pair(rank: int, port: int, images: str, output: str, words: tuple[str, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def learn(images: str, output: str, words: tuple[str, ...]) -> None:
     finetune(TINY, settings(Path(output), *tiny_words(images), *words))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def tiny_words(images: str) -> list[str]:
@@ -300,11 +294,8 @@ def tiny_words(images: str) -> list[str]:
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path, images: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
     words = ("rate=0.01", "fraction=0.5", "mixup=0")
-    torch.multiprocessing.spawn(pair, args=(port, str(images), str(tmp_path / "two"), words), nprocs=2)
+    launched(learn, str(images), str(tmp_path / "two"), words)
     finetune(TINY, settings(tmp_path / "one", *tiny_words(str(images)), *words))
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     for key in one:

@@ -17,6 +17,7 @@ from contrastive.pretrain import pretrain
 from contrastive.recipe import Recipe
 from contrastive.run import read_metrics
 from contrastive.similarity import normalize
+from processes import start
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -171,7 +172,7 @@ def look(rank: int, folder: str) -> None:
 
 
 def test_a_glimpse_is_of_all_processes_and_the_same_on_each(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(look, args=(str(tmp_path),), nprocs=2)
+    start(look, (str(tmp_path),), count=2)
     generator = torch.Generator().manual_seed(0)
     alone = glimpse(torch.randn(2, 7, 5, generator=generator), torch.arange(7))
     for rank in range(2):

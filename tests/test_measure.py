@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from contrastive import command
 from contrastive.evaluate.held_out import hold_out
 from contrastive.evaluate.two_views import Pixels, two_views
 from contrastive.views import ViewsSettings, plain
+from processes import launched
 from small_run import small_run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -150,10 +149,7 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{processes}")
         words = [str(folder), *SMALL[2:], "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
         words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = [*launcher, str(SCRIPTS / "evaluate.py"), *words, "batch_size=16"]
-        done = subprocess.run(script, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        launched(command.evaluate, [*words, "batch_size=16"], count=processes)
         records.append(json.loads((folder / "evaluation.json").read_text()))
         outcomes.append(load_file(folder / "outcomes.safetensors"))
     # Sums over pairs are added up in another order.

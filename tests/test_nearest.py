@@ -13,6 +13,7 @@ from contrastive.evaluate.knn import KnnSettings, knn
 from contrastive.evaluate.retrieval import retrieve
 from contrastive.similarity import candidates, nearest, normalize, top_k
 from contrastive.similarity.candidates import search
+from processes import start
 
 QUERIES, KEYS, DIM = 530, 9300, 24
 
@@ -183,7 +184,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("shared")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    start(work, (str(folder),), count=2)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,8 +1,6 @@
 """The whole loop on real images, in small."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from contrastive import command
 from contrastive import pretrain as loop
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
@@ -20,6 +19,7 @@ from contrastive.measure import EvaluateSettings, evaluate
 from contrastive.pretrain import pretrain
 from contrastive.recipe import Recipe, find
 from contrastive.run import read_metrics
+from processes import launched
 
 SMALL = [
     "train.batch_size=32",
@@ -204,12 +204,8 @@ def test_two_processes_train_as_one(tmp_path: Path, name: str) -> None:
     else:
         words += [*SMALL[1:], *CHUNKS, f"data={images(tmp_path / 'images')}"]
     for processes, output in ((1, "one"), (2, "two")):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = str(Path(__file__).parents[1] / "scripts" / "pretrain.py")
-        done = subprocess.run(
-            [*command, script, *words, f"output={tmp_path / output}"], capture_output=True, text=True, check=False
-        )
-        assert (tmp_path / output / "done").exists(), done.stderr
+        launched(command.pretrain, [*words, f"output={tmp_path / output}"], count=processes)
+        assert (tmp_path / output / "done").exists()
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     for key, value in one.items():
         torch.testing.assert_close(

@@ -30,6 +30,7 @@ from contrastive.objectives import (
 from contrastive.objectives.mining import DistanceWeighted, Hard
 from contrastive.scale import Scale, amount, in_words, scale
 from contrastive.similarity import tiles
+from processes import start
 
 BATCH, DIM, IMAGES = 64, 24, 203
 VIEWS = {"n_pair, five views, both ways round": 5, "supervised": 3, "nearest_neighbours": 3, "bank": 1}
@@ -140,7 +141,7 @@ def work(rank: int, processes: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
+    start(work, (request.param, str(folder)), count=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

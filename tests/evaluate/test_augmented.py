@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from contrastive.data import InMemory, order
 from contrastive.evaluate.augmented import AugmentedResult, AugmentedSettings, Cropped, Heads, augmented_probe
 from contrastive.evaluate.held_out import hold_out
 from contrastive.views import Views, ViewsSettings
+from processes import start
 
 SETTINGS = AugmentedSettings(epochs=3, batch_size=16, rates=(0.1, 3.0), decays=(0.0, 1e-2))
 WHOLE = {"crop_scale": (1.0, 1.0), "flip": 0.0}
@@ -157,7 +157,7 @@ def _part(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_result_of_one(tmp_path: Path):
-    torch.multiprocessing.spawn(_part, (2, str(tmp_path)), nprocs=2)
+    start(_part, (2, str(tmp_path)), count=2)
     alone = probe(striped(33))
     for rank in range(2):
         predictions, *chosen = torch.load(tmp_path / f"{rank}.pt")

@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
 
 from contrastive.evaluate.features import extract, raw_pixels
+from processes import start
 
 
 class Grid:
@@ -99,7 +99,7 @@ def _share(rank: int, world: int, folder: str) -> None:
 
 
 def test_thirteen_images_on_two_processes_equal_one(tmp_path: Path):
-    torch.multiprocessing.spawn(_share, (2, str(tmp_path)), nprocs=2)
+    start(_share, (2, str(tmp_path)), count=2)
     alone = extract(backbone(), Grid(), prepare=prepare, batch_size=3)
     for rank in range(2):
         every, few = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
