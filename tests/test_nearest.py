@@ -12,7 +12,7 @@ from contrastive import distributed
 from contrastive.evaluate.knn import KnnSettings, knn
 from contrastive.evaluate.retrieval import retrieve
 from contrastive.similarity import candidates, nearest, normalize, top_k
-from contrastive.similarity.candidates import search
+from contrastive.similarity.candidates import Keys, search
 from processes import start
 
 QUERIES, KEYS, DIM = 530, 9300, 24
@@ -57,7 +57,7 @@ def products(queries: Tensor, keys: Tensor) -> Tensor:
 @pytest.mark.parametrize("data", DATA)
 def test_candidates_give_what_a_sort_of_all_products_gives(data: str, k: int, kind: None, small: None) -> None:
     queries, keys = DATA[data](QUERIES, 0), DATA[data](KEYS, 1)
-    found = search(queries, keys, k, None, None)
+    found = search(queries, Keys(keys, None, None), k, None)
     assert found.proved.float().mean() > 0.9
     values, indices = top_k(queries, keys, k)
     everything = products(queries, keys)
@@ -105,7 +105,7 @@ def test_a_floor_that_was_too_high_is_noticed_and_the_query_is_done_again(monkey
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
     expected = top_k(queries, keys, 50)
     monkeypatch.setattr(candidates, "_place", lambda k, share: max(1, int(k * share * 0.9)))
-    assert not search(queries, keys, 50, None, None).proved.any()
+    assert not search(queries, Keys(keys, None, None), 50, None).proved.any()
     values, indices = top_k(queries, keys, 50)
     torch.testing.assert_close(values, expected[0])
     assert (indices == expected[1]).float().mean() > 0.999
@@ -115,20 +115,37 @@ def test_a_floor_that_was_too_high_is_noticed_and_the_query_is_done_again(monkey
 def test_rows_that_no_bound_holds_for_are_searched_without_candidates(odd: float) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
     queries[3], keys[77] = odd, odd
-    found = search(queries, keys, 20, None, None)
+    found = search(queries, Keys(keys, None, None), 20, None)
     assert not found.proved[3]
     assert odd == 0.0 or not found.proved.any()
     values, _ = top_k(queries, keys, 20)
-    expected = nearest._of_all_products(queries, keys, 20, None, None)[0]
+    expected = nearest._of_all_products(queries, Keys(keys, None, None), 20, None)[0]
     torch.testing.assert_close(values, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["by candidates", "by all products"])
+def test_cosines_are_products_of_rows_of_length_one(few: bool) -> None:
+    make = DATA["of many lengths"]
+    queries, keys = make(300 if few else QUERIES, 0), make(KEYS, 1)
+    keys[5], keys[7] = 0.0, 1e-9
+    assert candidates.pays(queries, keys, 20) is not few
+    before = keys.clone()
+    values, indices = top_k(3 * queries, keys, 20, cosine=True)
+    expected = top_k(normalize(queries), normalize(keys), 21)
+    torch.testing.assert_close(values, expected[0][:, :20], atol=1e-6, rtol=0)
+    # Where two keys are equally near but for rounding, either may come first.
+    apart = (expected[0][:, :-1] - expected[0][:, 1:] > 1e-6).all(1)
+    assert apart.sum() > 100
+    assert torch.equal(indices[apart], expected[1][apart, :20])
+    assert torch.equal(keys, before)
 
 
 def test_a_value_depends_on_its_two_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
-    found = search(queries, keys, 30, None, None)
+    found = search(queries, Keys(keys, None, None), 30, None)
     monkeypatch.setattr(candidates, "BLOCK", 2048 * DIM)
     monkeypatch.setattr(candidates, "ROWS", 100)
-    again = search(queries[8:], keys, 30, None, None)
+    again = search(queries[8:], Keys(keys, None, None), 30, None)
     both = found.proved[8:] & again.proved
     assert both.float().mean() > 0.9
     assert torch.equal(found.values[8:][both], again.values[both])

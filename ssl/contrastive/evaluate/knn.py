@@ -87,8 +87,9 @@ def predict(
     if not len(bank):
         raise ValueError("the bank holds no labelled image")
     most = min(max(neighbours), len(bank))
-    left, right = searchable(queries, bank, nearness)
-    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, shared=shared)
+    cosine = nearness == "cosine"
+    left, right = (queries, bank) if cosine else searchable(queries, bank, nearness)
+    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, cosine=cosine, shared=shared)
     found = labels[places]
     chosen = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
     # Votes add up: going from fewer to more neighbours, each neighbour is counted once per temperature.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrastive.data import Images
 from contrastive.report.findings import Findings, drawn
-from contrastive.similarity import normalize, top_k
+from contrastive.similarity import top_k
 
 NEIGHBOURS = 8
 RANDOM, WRONG = 6, 6
@@ -79,11 +79,12 @@ def look_up(findings: Findings, ids: Int64[Tensor, " queries"], k: int = NEIGHBO
     shown = findings.features[findings.kind][1]
     everything = torch.arange(len(place.features))
     cosines, places = top_k(
-        normalize(shown[ids].float()),
-        normalize(place.features.float()),
+        shown[ids],
+        place.features,
         k,
         query_ids=ids if place.own else None,
         key_ids=everything if place.own else None,
+        cosine=True,
     )
     of_found = _labels(place.images)[places]
     own = labels[ids]

@@ -41,6 +41,20 @@ EMPTY = torch.iinfo(torch.int64).max
 LOW = 0xFFFFFFFF
 
 
+class Keys(NamedTuple):
+    """The rows that are searched."""
+
+    rows: Tensor
+    ids: Tensor | None
+    lengths: Tensor | None
+    """By which each row is divided before it is multiplied; None: by nothing."""
+
+    def part(self, span: slice) -> "Keys":
+        """Some of them."""
+        ids, lengths = (None if of_each is None else of_each[span] for of_each in self[1:])
+        return Keys(self.rows[span], ids, lengths)
+
+
 class Found(NamedTuple):
     """The k best keys of each query as far as they are known."""
 
@@ -75,7 +89,7 @@ class _Queries(NamedTuple):
         return cls(rows, narrow, lengths, (rows - narrow.float()).norm(dim=1), rows @ centre, ids, best, floor)
 
 
-class _Keys(NamedTuple):
+class _Block(NamedTuple):
     """Some keys, in random order."""
 
     rows: Tensor
@@ -95,28 +109,29 @@ def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
     return fits and len(queries) >= FEWEST_QUERIES and max(FEWEST_KEYS, SHARE * k) <= len(keys) < LOW
 
 
-def search(queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None) -> Found:
+def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> Found:
     """The k keys with the largest products, in float32, equal values by index; where it is proved, see `top_k`."""
     _silence()
     kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    centre = keys.mean(0)
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
-    threads, dim = torch.get_num_threads(), keys.shape[1]
+    count, dim = keys.rows.shape
+    centre = keys.rows.mean(0) if keys.lengths is None else keys.rows.T @ (1 / (count * keys.lengths))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
     height = math.ceil(len(queries) / (threads * math.ceil(len(queries) / (threads * ROWS))))
     best = torch.full((len(queries), k), EMPTY)
     parts = [
         _Queries.of(queries[rows], query_ids[rows] if query_ids is not None else None, best[rows], centre, kind)
         for rows in slices(0, len(queries), height)
     ]
-    width = min(max(BLOCK // max(dim, 1) // COLUMNS, 1), math.ceil(len(keys) / COLUMNS)) * COLUMNS
-    copies = keys.new_empty(width, dim), keys.new_empty(width, dim, dtype=kind)
-    for span in slices(0, len(keys), width):
-        block = _block(keys, order[span], centre, copies, key_ids)
+    width = min(max(BLOCK // max(dim, 1) // COLUMNS, 1), math.ceil(count / COLUMNS)) * COLUMNS
+    copies = keys.rows.new_empty(width, dim), keys.rows.new_empty(width, dim, dtype=kind)
+    for span in slices(0, count, width):
+        block = _block(keys, order[span], centre, copies)
         if not LENGTHS[0] < block.length < LENGTHS[1]:
             for part in parts:
                 part.floor.fill_(torch.inf)
             break
-        on_all_cores([partial(_look, part, block, span.start, len(keys)) for part in parts], queries.device)
+        on_all_cores([partial(_look, part, block, span.start, count) for part in parts], queries.device)
     values = queries.new_empty(len(queries), k)
     for rows in slices(0, len(queries), COLUMNS):
         values[rows] = _decode(best[rows])
@@ -129,13 +144,13 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _block(
-    keys: Tensor, indices: Tensor, centre: Tensor, copies: tuple[Tensor, Tensor], key_ids: Tensor | None
-) -> _Keys:
+def _block(keys: Keys, indices: Tensor, centre: Tensor, copies: tuple[Tensor, Tensor]) -> _Block:
     rows, narrow = copies[0][: len(indices)], copies[1]
 
     def fill(part: slice) -> Tensor:
-        torch.index_select(keys, 0, indices[part], out=rows[part])
+        torch.index_select(keys.rows, 0, indices[part], out=rows[part])
+        if keys.lengths is not None:
+            rows[part] /= keys.lengths[indices[part], None]
         centred = rows[part] - centre
         narrow[part] = centred
         rounded = narrow[part].float()
@@ -143,12 +158,12 @@ def _block(
         return torch.stack(lengths)
 
     parts = [partial(fill, part) for part in slices(0, len(indices), COLUMNS)]
-    lengths = torch.stack(on_all_cores(parts, keys.device)).amax(0).tolist()
+    lengths = torch.stack(on_all_cores(parts, rows.device)).amax(0).tolist()
     narrow[len(indices) :] = 0
-    return _Keys(rows, narrow, indices, key_ids[indices] if key_ids is not None else None, *lengths)
+    return _Block(rows, narrow, indices, keys.ids[indices] if keys.ids is not None else None, *lengths)
 
 
-def _look(queries: _Queries, keys: _Keys, seen: int, count: int) -> None:
+def _look(queries: _Queries, keys: _Block, seen: int, count: int) -> None:
     """Looks some queries up in a block of keys; `seen` of all `count` keys were looked at before."""
     margin = queries.lengths * keys.error + queries.errors * keys.narrow_length
     # What the sums of both products, that with the centre and the lengths may lose in float32 at most, and more.

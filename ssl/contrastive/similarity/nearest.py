@@ -8,7 +8,8 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.similarity import candidates
-from contrastive.similarity.rows import at_least_float32, slices
+from contrastive.similarity.candidates import Keys
+from contrastive.similarity.rows import at_least_float32, normalize, slices
 
 COLUMNS = 1 << 16
 SCORES = 1 << 23
@@ -23,12 +24,16 @@ def top_k(
     *,
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
+    cosine: bool = False,
     shared: bool = False,
 ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
     """The k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
 
     Equal values are ordered by index, lower first. Keys that have the query's id are left out; where fewer than k
     are left, the last values are −inf. Exact, in tiles, in float32 (float64 where the queries are).
+
+    With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, where they are shorter): keys are
+    normalised tile by tile, and never copied as a whole.
 
     With `shared` all processes, which hold the same queries and keys, come together: each looks through its share of
     the keys, and all get the whole answer. It is that of one process; the last bit of a value may differ.
@@ -40,22 +45,21 @@ def top_k(
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
     if (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
-    queries = at_least_float32(queries)
+    queries = normalize(queries) if cosine else at_least_float32(queries)
+    given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
     if shared and distributed.size() > 1:
-        return _of_all_processes(queries, keys, k, query_ids, key_ids)
-    return _of_this_process(queries, keys, k, query_ids, key_ids)
+        return _of_all_processes(queries, given, k, query_ids)
+    return _of_this_process(queries, given, k, query_ids)
 
 
-def _of_all_processes(
-    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    own = distributed.share(len(keys))
-    keys, key_ids = keys[own], key_ids[own] if key_ids is not None else None
-    few = min(k, len(keys))
+def _of_all_processes(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    own = distributed.share(len(keys.rows))
+    keys = keys.part(own)
+    few = min(k, len(keys.rows))
     found, places = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     places = places.to(queries.device)
     if few:
-        found, places = _of_this_process(queries, keys, few, query_ids, key_ids)
+        found, places = _of_this_process(queries, keys, few, query_ids)
     lengths = distributed.counts(few)
     values = queries.new_empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -68,31 +72,30 @@ def _of_all_processes(
     return values, indices
 
 
-def _of_this_process(
-    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if not candidates.pays(queries, keys, k):
-        return _of_all_products(queries, keys, k, query_ids, key_ids)
-    values, indices, proved = candidates.search(queries, keys, k, query_ids, key_ids)
+def _of_this_process(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not candidates.pays(queries, keys.rows, k):
+        return _of_all_products(queries, keys, k, query_ids)
+    values, indices, proved = candidates.search(queries, keys, k, query_ids)
     if not proved.all():
         rest = (~proved).nonzero().squeeze(1)
         ids = query_ids[rest] if query_ids is not None else None
-        values[rest], indices[rest] = _of_all_products(queries[rest], keys, k, ids, key_ids)
+        values[rest], indices[rest] = _of_all_products(queries[rest], keys, k, ids)
     return values, indices
 
 
-def _of_all_products(
-    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     values = queries.new_empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    columns = min(len(keys), COLUMNS)
+    columns = min(len(keys.rows), COLUMNS)
     for rows in slices(0, len(queries), SCORES // columns):
         best = None
-        for span in slices(0, len(keys), columns):
-            scores = queries[rows] @ keys[span].to(queries.dtype).T
-            if query_ids is not None and key_ids is not None:
-                scores.masked_fill_(query_ids[rows, None] == key_ids[span], -torch.inf)
+        for span in slices(0, len(keys.rows), columns):
+            tile = keys.part(span)
+            scores = queries[rows] @ tile.rows.to(queries.dtype).T
+            if tile.lengths is not None:
+                scores /= tile.lengths
+            if query_ids is not None and tile.ids is not None:
+                scores.masked_fill_(query_ids[rows, None] == tile.ids, -torch.inf)
             found, places = _largest(scores, min(k, scores.shape[1]))
             places = places + span.start
             if best is not None:
