@@ -20,7 +20,7 @@ from contrastive.evaluate.fractions import FractionSettings, fractions
 
 SCRATCH = ("scratch=true", "mode=full", "layer_decay=1")
 """Random weights: no reason to spare the first layers, and no features for a head to begin from."""
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (0.001, 0.003, 0.01, 0.03)
 EPOCHS, STEPS = 20, 300
 """The budget of both: passes over the labelled images, and fewest steps."""
 

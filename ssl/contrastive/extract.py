@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from contrastive import distributed
 from contrastive.checkpoints import together
-from contrastive.config import Settings
+from contrastive.config import Settings, as_list
 from contrastive.data import Data, Images, Split, shorthand
 from contrastive.evaluate import exports, features, stored
 from contrastive.evaluate.filling import Part, entries, fill, labels_of
@@ -24,10 +24,6 @@ from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
 
 LABELS = "labels.npy"
-
-
-def _listed(value: object) -> object:
-    return [word.strip() for word in value.strip("[]").split(",")] if isinstance(value, str) else value
 
 
 class EncodeSettings(Settings):
@@ -55,7 +51,7 @@ class ExtractSettings(EncodeSettings):
     """Replace what other features the output folder holds."""
     split: Literal["all", "train", "test"] = "all"
     """Which of the images; all: the training images, then the held-out ones."""
-    layers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((BACKBONE,), min_length=1)
+    layers: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field((BACKBONE,), min_length=1)
     """What is kept, one or several with commas: backbone, projector (of a run), or a module of the backbone by its
     name, whose maps are averaged: layer3, blocks.5."""
     pretrained: bool | None = None

@@ -2,6 +2,6 @@
 
 from contrastive.config.keys import Key, keys
 from contrastive.config.reading import dump_yaml, load, validate
-from contrastive.config.settings import Settings
+from contrastive.config.settings import Settings, as_list
 
-__all__ = ["Key", "Settings", "dump_yaml", "keys", "load", "validate"]
+__all__ = ["Key", "Settings", "as_list", "dump_yaml", "keys", "load", "validate"]

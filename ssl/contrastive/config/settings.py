@@ -22,6 +22,13 @@ class Settings(BaseModel):
     """What to say to whoever looks for a key that does not exist, in place of the nearest key that does."""
 
 
+def as_list(value: object) -> object:
+    """Several words as a person types them, for a field that takes a list: one, or a,b or [a, b]."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.strip("[]").split(",") if word.strip()]
+    return [value] if isinstance(value, int) else value
+
+
 def members_of(annotation: Any) -> dict[str | None, type[Settings]]:
     """The components that may stand at a place, by name; a single nameless component stands under None."""
     found = [leaf for leaf in _ordered_leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, Settings)]

@@ -152,10 +152,14 @@ class Evaluation:
             f"{len(self.gallery['classes'])} classes {self.gallery['origin']}{apart} (%)"
         )
 
+    def accuracy_title(self, first: Score) -> str:
+        """What the table of accuracies is called, by one of them."""
+        by = "" if isinstance(self.metric, Cosine) else f", kNN by {self.metric.name}"
+        return f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images{by} (%)"
+
     def _accuracies(self, scores: Sequence[Score]) -> Table:
         first = scores[0]
-        by = "" if isinstance(self.metric, Cosine) else f", kNN by {self.metric.name}"
-        title = f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images{by} (%)"
+        title = self.accuracy_title(first)
         table = Table("features", "dim", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.columns[1].justify = "right"
         methods = [method for method in TITLES if any(score.method == method for score in scores)]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from contrastive.config import as_list
 from contrastive.evaluate import fractions
 from contrastive.evaluate.map import Method
 from contrastive.evaluate.metric import Cosine, Metric
@@ -14,15 +15,8 @@ from contrastive.extract import EncodeSettings
 Look = Literal[Task, "fractions", "geometry"]
 
 
-def _listed(value: object) -> object:
-    """Several words as a person types them: one, a,b or [a, b]."""
-    if isinstance(value, str):
-        return [word.strip() for word in value.strip("[]").split(",") if word.strip()]
-    return [value] if isinstance(value, int) else value
-
-
 def _looks(value: object) -> object:
-    words = _listed(value)
+    words = as_list(value)
     known = [word for part in get_args(Look) for word in get_args(part) or (part,)]
     for word in words if isinstance(words, list | tuple) else ():
         if word not in known:
@@ -41,7 +35,7 @@ class EvaluateSettings(EncodeSettings):
     probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, clustering, verification,
     geometry; null: knn, linear, fractions and geometry, and retrieval if the run has unseen classes; without labels
     geometry."""
-    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = Field(None, min_length=1)
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(as_list)] = Field(None, min_length=1)
     """Classes, by name or number, whose test images are looked up, clustered and verified among each other; null: those
     that the run left out of training (its unseen), or else all."""
     metric: Metric = Cosine()
@@ -54,7 +48,7 @@ class EvaluateSettings(EncodeSettings):
     """Keep features in RUN/features, and take them from there while weights, images and transform are the same."""
     report: bool = True
     """Write RUN/report.html and its pictures for TensorBoard."""
-    maps: Annotated[tuple[Method, ...], BeforeValidator(_listed)] = ("tsne", "pca")
+    maps: Annotated[tuple[Method, ...], BeforeValidator(as_list)] = ("tsne", "pca")
     """Maps of the features in the report, the first shown first: pca, tsne, umap (needs umap-learn); [] for none."""
     comparison: str | None = None
     """A JSON file that the comparison of several runs is written to."""

@@ -80,8 +80,8 @@ def _accuracies(evaluation: Evaluation) -> list[Sheet]:
         "The share of test images whose class is found, with its 95 % interval over draws of the test images. "
         "k, temperature T and strength λ were chosen on a part of the training images."
     )
-    title = f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images (%)"
-    return [Sheet(title, meaning, ("dim", *(TITLES[method] for method in methods)), tuple(rows))]
+    columns = ("dim", *(TITLES[method] for method in methods))
+    return [Sheet(evaluation.accuracy_title(first), meaning, columns, tuple(rows))]
 
 
 def _figures(evaluation: Evaluation) -> list[Sheet]:
