@@ -88,15 +88,22 @@ def test_a_mistake_is_one_sentence_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupt_while_images_are_read_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_while_images_are_read_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    number = signal.Signals[name]
+
     def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(Sample, "build", interrupted)
-    assert command.pretrain(["quickstart", f"output={tmp_path / 'run'}"]) == 128 + signal.SIGINT
-    assert capsys.readouterr().err.startswith("interrupted")
+    assert command.pretrain(["quickstart", f"output={tmp_path / 'run'}"]) == 128 + number
+    said = capsys.readouterr().err
+    assert said.startswith(f"stopped by {name}")
+    assert said.endswith("resume=true go on from there\n")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_may_not_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -126,6 +127,56 @@ def test_a_repeated_key_is_refused() -> None:
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"recipe|interpolations"):
         load(Tree, yaml(tmp_path, text))
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LAUGHS, "line 1: anchors and aliases .* are not read"),
+        ("a: *b", "anchors and aliases"),
+        ("seed: &x 3", "anchors and aliases"),
+        ("inner: {<<: {rate: 1}}", "merges"),
+        ("seed: !!int 3", r"tags \(!\) are not read"),
+        ("seed: !!python/object/apply:os.system ['touch planted']", "tags"),
+        ("seed: !!python/object/apply:pathlib.Path [x]", "tags"),
+        ("[" * 5000, "nested more than 20 deep"),
+        ("".join(" " * depth + "a:\n" for depth in range(50)), "nested more than 20 deep"),
+        ("a: [" + "1, " * 30_000 + "]", "more than 20,000 keys and values"),
+        (f"seed: {'1' * 5000}", "longer than 4,096 letters"),
+        (f"{'k' * 5000}: 1", "longer than 4,096 letters"),
+        ("seed: " + "1:" * 3000, "longer than 4,096 letters"),
+        ("a" * (1 << 20) + "b", "more than 1,048,576 bytes"),
+        ("seed: 1\nseed: 2", "found duplicate key seed"),
+        ("1: 1\n'1': 2", "a key stands twice among 1"),
+        ("seed: 1\0", "not YAML that can be read"),
+        (b"seed: \xff\xfe", "no text in UTF-8"),
+        ("inner: {1: 2}", r"there is no key inner\.1"),
+        ("? [a]\n: 1", "not YAML that can be read"),
+        ("seed: ${oc.env:HOME}", "interpolations"),
+    ],
+)
+def test_a_hostile_recipe_is_one_sentence_and_takes_a_moment(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load(Tree, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in ((tmp_path / "pipe.yaml", "a pipe"), (tmp_path, "a folder"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(ValueError, match=f"is no recipe: .* is {kind} and no file"):
+            load(Tree, path)
+
+
+@pytest.mark.parametrize("text", ["&a [*a]", "!!python/name:os.system", "[" * 100])
+def test_a_hostile_word_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match=r"inner\.rate=.* cannot be read"):
+        load(Tree, None, [f"inner.rate={text}"])
 
 
 def test_dumped_settings_load_back_equal(tmp_path: Path) -> None:

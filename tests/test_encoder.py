@@ -136,7 +136,7 @@ def test_weights_that_cannot_be_had_are_an_error_in_words(monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
     with pytest.raises(ValueError, match=r"of resnet18 cannot be had .*no route to host.*encoder\.pretrained=false"):
         build("resnet18", 3, 32, pretrained=True)
-    with pytest.raises(ValueError, match="weights of local-dir:/nowhere cannot be had"):
+    with pytest.raises(ValueError, match="/nowhere is no folder in timm's format"):
         build("local-dir:/nowhere", 3, 32)
 
 

@@ -138,6 +138,42 @@ def test_a_loss_above_log_n_that_falls_is_not_warned_of() -> None:
         assert watch.warnings(line / 50, line / 10, values) == []
 
 
+def told_of_losses(losses: list[float], ceiling: float | None = None) -> list[str]:
+    """What is said over a run with these losses, of which the first tenth is its warm-up."""
+    watch, said = Watch(32), []
+    for line, loss in enumerate(losses):
+        values = {"loss": loss}
+        if ceiling is not None:
+            values |= {"information": ceiling - loss, "ceiling": ceiling}
+        said += watch.warnings(line / len(losses), 5 * line / len(losses), values)
+    return said
+
+
+def test_a_loss_that_diverges_is_warned_of_once() -> None:
+    (said,) = told_of_losses([5.5] * 5 + [2.0] * 20 + [11.1] * 25, 5.5)
+    assert said.startswith("the loss has diverged: it is 11.10, and a guess would give 5.50; try a lower optim.rate")
+    (said,) = told_of_losses([5.5] * 5 + [2.0] * 20 + [4.0] * 25, 5.5)
+    assert said.startswith("the loss is far above the run's best: it shows 1.50 nats, of 3.50 that it had reached")
+    (said,) = told_of_losses([0.9, 0.8, 0.8, 0.7, 0.7] + [0.3] * 20 + [1.9] * 25)
+    assert said.startswith("the loss has diverged: it is 1.9, and was at most 0.9 in the warm-up")
+
+
+@pytest.mark.parametrize(
+    ("losses", "ceiling"),
+    [
+        ([5.5] * 5 + [2.0, 4.5] * 22, 5.5),
+        # A queue of random rows is easy at first, until it is filled with embeddings that resemble each other.
+        ([0.1, 0.3, 1.0, 3.0, 5.0] + [8.0] * 10 + [7.0 - line / 10 for line in range(35)], 8.3),
+        # With semi-hard negatives the loss stays where it is, and may rise as only the hard ones remain.
+        ([0.3] * 5 + [0.2] * 20 + [0.35] * 25, None),
+        ([-0.3] * 5 + [0.2] * 45, None),
+    ],
+    ids=["unsteady", "queue", "hard negatives", "below zero"],
+)
+def test_a_loss_that_rises_without_diverging_is_not_warned_of(losses: list[float], ceiling: float | None) -> None:
+    assert [text for text in told_of_losses(losses, ceiling) if "log N" not in text] == []
+
+
 @pytest.mark.parametrize(
     ("progress", "epoch", "values"),
     [

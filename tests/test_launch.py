@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from contrastive.launch import Stop, start
+from contrastive.launch import SIGNALS, Interrupted, Stop, start
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -53,12 +53,49 @@ def test_a_signal_asks_and_the_old_handler_comes_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.agreed()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+def test_a_second_interrupt_ends_at_once_whatever_is_being_done() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from contrastive.launch import Stop\n"
+        "with Stop():\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "        print('goes on', flush=True)\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    finally:\n"
+        "        time.sleep(600)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "goes on\n", "")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_waits_for_nothing_at_once(number: int) -> None:
+    with pytest.raises(Interrupted) as ended, Stop(at_once=True):
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+
+
+def test_a_signal_that_nobody_asked_for_is_not_lost() -> None:
+    passed: list[str] = []
+
+    def unasked() -> None:
+        with Stop():
+            signal.raise_signal(signal.SIGUSR1)
+        passed.append("the end")
+
+    def failing() -> None:
+        with Stop():
+            signal.raise_signal(signal.SIGUSR1)
+            raise ZeroDivisionError
+
+    with pytest.raises(Interrupted) as ended, Stop(at_once=True):
+        unasked()
+    assert (ended.value.signal, passed) == (signal.SIGUSR1, [])
+    # What went wrong is more to be told than that it was asked to end.
+    with pytest.raises(ZeroDivisionError), Stop(at_once=True):
+        failing()
 
 
 def test_an_indivisible_batch_names_a_batch_that_divides(tmp_path: object) -> None:

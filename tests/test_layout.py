@@ -27,17 +27,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl" / "contrastive"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
+    {"untrusted"},
     {"config", "distributed", "keyed"},
-    {"similarity", "small_models", "split_norm", "checkpoints"},
+    {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder"},
     {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
     {"evaluate"},
     {"recipe"},
     {"launch", "clock", "resume", "scale", "opened"},
     {"machine", "extract"},
-    {"step", "features"},
+    {"not_finite"},
+    {"step", "features", "ready"},
     {"report"},
     {"pretrain", "measure"},
-    {"compare_runs", "finetune"},
+    {"check", "compare_runs", "finetune"},
     {"command"},
     {"__main__"},
 ]

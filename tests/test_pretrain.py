@@ -1,6 +1,8 @@
 """The whole loop on real images, in small."""
 
+import itertools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
 from contrastive.launch import Stop
 from contrastive.measure import EvaluateSettings, evaluate
+from contrastive.objectives.in_batch import InBatchObjective
 from contrastive.pretrain import pretrain
 from contrastive.recipe import Recipe, find
 from contrastive.run import read_metrics
@@ -53,7 +56,7 @@ def recipe(output: Path, *words: str, steps: int = 6) -> Recipe:
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     def agreed(self: Stop) -> bool:
         self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked == steps else None
+        self.signal = 15 if self.asked >= steps else None
         return self.signal is not None
 
     monkeypatch.setattr(Stop, "agreed", agreed)
@@ -127,38 +130,96 @@ def test_a_run_goes_on_only_as_it_was_begun(tmp_path: Path) -> None:
         pretrain(recipe(tmp_path / "run", "resume=true", "seed=1"))
 
 
-def test_a_loss_that_is_not_finite_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-    original = loop.train_step
+def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The loss of the steps with these numbers, from 0, is not finite."""
+    forward = InBatchObjective.forward
 
-    def spoiled(machine: loop.Machine, images: Any, ids: Any, epoch: int, step: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls != 2:
-            return original(machine, images, ids, epoch, step)
-        before = {key: value.clone() for key, value in machine.objective.state_dict().items()}
-        weights = [weight.clone() for weight in machine.encoder.parameters()]
-        forward = type(machine.objective).forward
+    def spoiled(self: InBatchObjective, embeddings: Any, ids: Any, targets: Any, step: int) -> Any:
+        loss = forward(self, embeddings, ids, targets, step)
+        return loss._replace(total=loss.total * torch.nan) if step in numbers else loss
+
+    monkeypatch.setattr(InBatchObjective, "forward", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, 1, 3)
+    folder = pretrain(recipe(tmp_path / "run", steps=5))
+    assert [(line["step"], line["skipped"]) for line in read_metrics(folder)] == [(1, 0), (3, 1), (5, 2)]
+    assert capsys.readouterr().out.count("step 2 was skipped: the loss (loss) and the gradient of encoder.") == 1
+    assert not (folder / "not_finite.json").exists()
+
+
+def test_a_loss_that_is_never_finite_ends_the_run_with_a_report_and_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, *range(4, 99))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(SystemExit):
+            pretrain(recipe(tmp_path / "run", steps=40))
+    before = content(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"20 steps in a row were skipped, up to step 26: .*not_finite\.json"):
+        pretrain(recipe(tmp_path / "run", "resume=true", steps=40))
+    assert differing(before, content(tmp_path / "run")) == []
+    report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert (report["step"], report["processes"][0]["loss"]["loss"]) == (25, "nan")
+    assert len(report["processes"][0]["images"]) == 32
+    assert {image["name"].partition("/")[0] for image in report["processes"][0]["images"]} == {"train"}
+
+
+def test_a_line_of_metrics_is_the_same_when_the_run_was_stopped_between_two_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    words = ["train.log_every=4"]
+    pretrain(recipe(tmp_path / "straight", *words, steps=9))
+    before = 0
+    for step in (3, 6, 7):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                type(machine.objective),
-                "forward",
-                lambda *arguments: (lambda loss: loss._replace(total=loss.total * torch.inf))(forward(*arguments)),
-            )
-            assert original(machine, images, ids, epoch, step) is None
-        assert all(torch.equal(before[key], value) for key, value in machine.objective.state_dict().items())
-        assert all(torch.equal(a, b) for a, b in zip(weights, machine.encoder.parameters(), strict=True))
-        return None
-
-    monkeypatch.setattr(loop, "train_step", spoiled)
-    folder = pretrain(recipe(tmp_path / "run", "objective=queue", "objective.size=64", steps=4))
-    assert [line["step"] for line in read_metrics(folder)] == [1, 3, 4]
+            stop_after(patch, step - before)
+            with pytest.raises(SystemExit):
+                pretrain(recipe(tmp_path / "stopped", *words, f"resume={str(step > 3).lower()}", steps=9))
+        before = step
+    pretrain(recipe(tmp_path / "stopped", *words, "resume=true", steps=9))
+    lines = [
+        [{key: value for key, value in line.items() if "second" not in key} for line in read_metrics(tmp_path / name)]
+        for name in ("straight", "stopped")
+    ]
+    assert [line["step"] for line in lines[0] if "loss" in line] == [1, 4, 8, 9]
+    assert lines[0] == lines[1]
 
 
-def test_a_loss_that_is_never_finite_ends_the_run_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *arguments: None)
-    with pytest.raises(ValueError, match="not finite in 20 steps in a row"):
-        pretrain(recipe(tmp_path / "run", steps=40))
+def test_a_measurement_that_a_signal_cuts_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MAX_MONITOR_IMAGES", 1_100)
+    straight = pretrain(recipe(tmp_path / "straight", "train.monitor=2", steps=4))
+    extract = loop.extract
+
+    def cut_off(*arguments: Any, stopped: Any, **options: Any) -> Any:
+        calls = itertools.count()
+
+        def later() -> bool:
+            if next(calls) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return bool(stopped())
+
+        return extract(*arguments, stopped=later, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "extract", cut_off)
+        with pytest.raises(SystemExit) as ended:
+            pretrain(recipe(tmp_path / "stopped", "train.monitor=2", steps=4))
+        assert ended.value.code == 128 + signal.SIGTERM
+    assert not any("knn" in line for line in read_metrics(tmp_path / "stopped"))
+    resumed = pretrain(recipe(tmp_path / "stopped", "resume=true", "train.monitor=2", steps=4))
+    measured = [
+        [(line["step"], line["knn"]) for line in read_metrics(folder) if "knn" in line]
+        for folder in (straight, resumed)
+    ]
+    assert measured[0] == measured[1]
+    assert [step for step, _ in measured[0]] == [2, 4]
+    assert differing(content(straight), content(resumed)) == []
 
 
 def test_the_loss_falls_within_sixty_steps(tmp_path: Path) -> None:

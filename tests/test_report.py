@@ -9,7 +9,7 @@ import torch
 
 from contrastive.data import InMemory
 from contrastive.evaluate.compare import compare
-from contrastive.report import Findings, write_report
+from contrastive.report import Findings, training_curves, write_report
 from contrastive.report.neighbours import queries
 from report_findings import features, findings, images, run_folder
 
@@ -190,6 +190,37 @@ def test_what_people_have_named_is_only_text(tmp_path: Path) -> None:
     assert data["classes"] == plain
     assert data["names"] == plain * 10
     assert all(text in page.text for text in plain)
+
+
+def test_what_a_stranger_wrote_into_a_run_is_only_text(tmp_path: Path) -> None:
+    given = findings(tmp_path / HOSTILE[0].replace("/", "∕"))
+    lines = [{"step": 1, "loss": 1.0, **dict.fromkeys((*HOSTILE[:5], "\ud800"), 0.5)}, {"step": 2, "huge": 10**400}]
+    (given.folder / "metrics.jsonl").write_text(
+        "\n".join([*map(json.dumps, lines), "[" * 99_999, '{"step": NaN}', "3"])
+    )
+    config = (given.folder / "config.yaml").read_text().replace("unseen: []", f"unseen: [{json.dumps(HOSTILE[1])}]")
+    (given.folder / "config.yaml").write_text(config)
+    (given.folder / "done").write_text(HOSTILE[2] + "\n" * 9)
+    (given.folder / "unreadable.txt").write_text(f"{HOSTILE[1]}\t{HOSTILE[2]}\n" + "a" * 5000)
+    page = report(given)
+    assert len(page.scripts) == 2
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not [tag for tag, attributes in page.elements if tag in ("iframe", "object", "embed", "base", "form")]
+    assert all((attributes.get("src") or "data:").startswith("data:") for _, attributes in page.elements)
+    assert HOSTILE[1] in page.text
+
+
+def test_a_picture_of_views_that_is_none_of_a_run_is_left_out(tmp_path: Path) -> None:
+    given = findings(tmp_path / "run")
+    with (given.folder / "views.png").open("wb") as file:
+        file.truncate(1 << 34)
+    assert "views" not in report(given).sections()
+
+
+def test_metrics_of_very_many_kinds_are_not_all_drawn(tmp_path: Path) -> None:
+    metrics = [{"step": 1.0, "loss": 1.0, **{f"x{number}": 1.0 for number in range(5000)}}]
+    first, more = training_curves.panels(metrics)
+    assert (len(first), len(more)) == (1, training_curves.MOST_PANELS)
 
 
 def test_without_labels_nothing_is_scored_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
-from contrastive.checkpoints import Checkpoint
+from contrastive.checkpoints import Checkpoint, Saver
 from contrastive.config import load
 from contrastive.data import InMemory, Order, Sample
 from contrastive.launch import Stop, bf16_pays, start
@@ -74,7 +74,7 @@ def _measure(size: int, case: Case, repetitions: int) -> list[dict[str, harness.
     images = _images(size, case.channels, case.batch_size * case.steps)
     machine = build(recipe, accelerator, images)
     with tempfile.TemporaryDirectory() as scratch:
-        log = Unsaved(Path(scratch))
+        log = Run(Path(scratch))
         works: dict[str, Callable[[], object]] = {
             "encoder alone": partial(_passes, machine, images, case.steps),
             "contrastive": partial(_loop, machine, images, log),
@@ -104,18 +104,17 @@ def _measure(size: int, case: Case, repetitions: int) -> list[dict[str, harness.
     return rows
 
 
-class Unsaved(Run):
-    """A run that writes its metrics but no checkpoints: those come once in minutes, not once in steps."""
+class Unsaved(Saver):
+    """Writes no checkpoints: those come once in minutes, not once in steps."""
 
-    def save(self, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    def begin(self, checkpoint: Checkpoint, *, before: Callable[[], object] | None = None) -> None:
         """Writes nothing."""
-        return self.folder
 
 
 def _loop(machine: Machine, images: InMemory, log: Run) -> None:
     order = Order(len(images), machine.recipe.train.batch_size, machine.recipe.seed)
     with Stop() as stop:
-        train(machine, images, order, log, Teller(quiet=True), None, stop)
+        train(machine, images, order, log, Unsaved(log.folder), Teller(quiet=True), None, stop)
 
 
 def _passes(machine: Machine, images: InMemory, steps: int) -> None:

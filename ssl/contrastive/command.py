@@ -1,9 +1,9 @@
 """The command lines behind `scripts/`: words are parsed, work is called, errors are said in one sentence."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from contrastive import distributed
 from contrastive import recipe as recipes
+from contrastive.check import check as check_recipe
 from contrastive.compare_runs import compare_runs
 from contrastive.config import Settings, keys, load
 from contrastive.extract import ExtractSettings
@@ -19,6 +21,7 @@ from contrastive.extract import extract as extract_features
 from contrastive.finetune import FinetuneSettings
 from contrastive.finetune import finetune as finetune_model
 from contrastive.finetune import folder_of as finetuned_folder
+from contrastive.launch import Interrupted, Stop, lost_process
 from contrastive.measure import EvaluateSettings
 from contrastive.measure import evaluate as evaluate_run
 from contrastive.pretrain import pretrain as run_recipe
@@ -26,13 +29,21 @@ from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
 
 HELP = {"-h", "--help", "help"}
+CHECK = "--check"
 WRONG_USE = 2
+LOST_PROCESS = 3
+AGAIN, RESUME = "the same words go on from there", "the same words with resume=true go on from there"
 
 
 def pretrain(words: Sequence[str]) -> int:
-    """`pretrain.py [RECIPE] [key=value …]`."""
-    usage = "pretrain.py [RECIPE] [key=value …]"
-    about = f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}."
+    """`pretrain.py [RECIPE] [--check] [key=value …]`."""
+    usage = "pretrain.py [RECIPE] [--check] [key=value …]"
+    about = (
+        f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}. --check "
+        "verifies recipe, images, memory and disk by two steps and a checkpoint, tells how long the run will take, and "
+        "leaves nothing behind."
+    )
+    checks, words = CHECK in words, [word for word in words if word != CHECK]
 
     def run() -> None:
         given = list(words) if words and "=" not in words[0] else ["", *words]
@@ -45,9 +56,12 @@ def pretrain(words: Sequence[str]) -> int:
         # resume=true and a folder are enough: what it was begun with stands there.
         if recipe.resume and not given[0] and begun.is_file():
             file = begun
+        if checks:
+            check_recipe(load(Recipe, file, rest))
+            return
         run_recipe(load(Recipe, file, rest), header=header(f"pretrain.py {shlex.join([name, *rest])}"))
 
-    return _answer(usage, about, Recipe, words, run)
+    return _answer(usage, about, Recipe, words, run, goes_on=RESUME)
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -69,7 +83,7 @@ def evaluate(words: Sequence[str]) -> int:
         else:
             evaluate_run(folder, settings)
 
-    return _answer(usage, about, EvaluateSettings, words, run)
+    return _answer(usage, about, EvaluateSettings, words, run, goes_on=AGAIN)
 
 
 def extract(words: Sequence[str]) -> int:
@@ -86,7 +100,7 @@ def extract(words: Sequence[str]) -> int:
             raise ValueError("a run folder or a timm model comes first, for example runs/quickstart or resnet18")
         extract_features(words[0], load(ExtractSettings, None, words[1:]))
 
-    return _answer(usage, about, ExtractSettings, words, run)
+    return _answer(usage, about, ExtractSettings, words, run, goes_on=AGAIN)
 
 
 def finetune(words: Sequence[str]) -> int:
@@ -108,7 +122,7 @@ def finetune(words: Sequence[str]) -> int:
             settings = load(FinetuneSettings, begun, rest)
         finetune_model(given, settings, header=header(f"finetune.py {shlex.join(words)}"))
 
-    return _answer(usage, about, FinetuneSettings, words, run)
+    return _answer(usage, about, FinetuneSettings, words, run, goes_on=RESUME)
 
 
 def header(command: str) -> str:
@@ -142,16 +156,37 @@ def _run(words: Sequence[str]) -> Path:
     return Path(words[0]).expanduser()
 
 
-def _answer(usage: str, about: str, model: type[Settings], words: Sequence[str], run: Callable[[], object]) -> int:
+def _answer(
+    usage: str, about: str, model: type[Settings], words: Sequence[str], run: Callable[[], object], *, goes_on: str
+) -> int:
+    """Runs a command and says in a sentence what went wrong; `goes_on` tells how to go on after a signal."""
     if HELP & set(words):
         sys.stdout.write(help_text(usage, about, model) + "\n")
         return 0
     try:
-        run()
+        with Stop(at_once=True):
+            run()
     except (ValueError, OSError) as problem:
-        sys.stderr.write("".join(f"error: {line}\n" for line in str(problem).splitlines()))
+        _say("".join(f"error: {line}\n" for line in str(problem).splitlines()))
         return WRONG_USE
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing is lost that had been saved\n")
-        return 128 + signal.SIGINT
+    except Interrupted as asked:
+        if int(os.environ.get("RANK", "0")) == 0:
+            _say(f"stopped by {asked.signal.name}: what had been saved stays, and {goes_on}\n")
+        return 128 + asked.signal
+    except RuntimeError as problem:
+        if not lost_process(problem):
+            raise
+        reason = str(problem).strip().partition("\n")[0]
+        _say(
+            f"error: process {distributed.rank()} ends, for another process has died or does not answer ({reason}); "
+            f"what had been saved stays, and {goes_on}\n"
+        )
+        # Not by the way of others: the threads of a process group may wait for the one that is lost.
+        os._exit(LOST_PROCESS)
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from contrastive import distributed
@@ -24,6 +23,8 @@ from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings
 from contrastive.opened import Opened, digest, open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
+from contrastive.untrusted.arrays import read_tensors
+from contrastive.untrusted.files import read_json
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
@@ -262,10 +263,10 @@ def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) 
 
 def _read(opened: Opened) -> Measured:
     assert opened.folder is not None
-    record = json.loads((opened.folder / EVALUATION).read_text())
-    if not isinstance(record, dict) or record.get("outcomes") != digest(opened.folder / OUTCOMES):
+    record = read_json(opened.folder / EVALUATION)
+    if record.get("outcomes") != digest(opened.folder / OUTCOMES):
         raise ValueError(f"{opened.folder / EVALUATION} is not the record of {OUTCOMES}; evaluate the run anew")
-    return Measured(opened, record, load_file(opened.folder / OUTCOMES))
+    return Measured(opened, record, read_tensors(opened.folder / OUTCOMES))
 
 
 def _overlaps(

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 import contrastive.small_models  # noqa: F401  (for its registrations with timm)
 from contrastive.config import Settings
 from contrastive.split_norm import split_batch_norms
+from contrastive.timm_folder import HUB, LOCAL, WEIGHTS, hub_folder, read_folder
+from contrastive.untrusted.arrays import read_tensors
+from contrastive.untrusted.files import shown
 
 DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
-SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+WIDEST = 16_384
+"""Numbers of a layer: beyond it one layer alone would take a gigabyte."""
 
 
 class ProjectorSettings(Settings):
@@ -27,9 +31,9 @@ class ProjectorSettings(Settings):
 
     layers: int = Field(2, ge=0, le=8)
     """Linear layers; 0 makes the features the embeddings."""
-    hidden: int | None = Field(None, gt=0)
+    hidden: int | None = Field(None, gt=0, le=WIDEST)
     """Width of the hidden layers; null is the number of features."""
-    dim: int = Field(128, gt=0)
+    dim: int = Field(128, gt=0, le=WIDEST)
     """Dimension of the embeddings."""
     batch_norm: bool = True
     """Batch norm after each hidden layer."""
@@ -48,7 +52,7 @@ class PredictorSettings(Settings):
 
     layers: int = Field(0, ge=0, le=8)
     """Linear layers; 0: no predictor."""
-    hidden: int | None = Field(None, gt=0)
+    hidden: int | None = Field(None, gt=0, le=WIDEST)
     """Width of the hidden layers; null is the dimension of the projections."""
     batch_norm: bool = True
     """Batch norm after each hidden layer."""
@@ -63,9 +67,11 @@ class EncoderSettings(Settings):
     """A backbone by its timm name, and a projector."""
 
     name: str = "light_resnet"
-    """Any timm model, or local-dir:FOLDER; made for small images: light_resnet, resnet18_small, resnet50_small."""
+    """Any timm model, local-dir:FOLDER, or hf-hub:OWNER/NAME; made for small images: light_resnet, resnet18_small,
+    resnet50_small."""
     pretrained: bool = False
-    """Start from timm's published weights (downloaded) or, with local-dir:, from the folder's."""
+    """Start from timm's published weights (downloaded) or, with local-dir:, from the folder's; only with it is a
+    network used."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: largest probability to skip a block."""
     batch_norm_splits: int = Field(1, ge=1)
@@ -180,27 +186,43 @@ def create_backbone(
 ) -> nn.Module:
     """A timm model without classifier, for square images of this size and number of channels.
 
+    Of a folder, and of a model on the hub, config.json is believed as `timm_folder` tells, and weights come from
+    model.safetensors alone. Without `pretrained` no network is used.
+
     Raises:
         ValueError: timm does not know the name, or the model has no such option, or its weights cannot be had.
     """
-    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
-    if not name.startswith(SOURCES):
-        if not timm.is_model(name.split(".")[0]):
-            raise ValueError(f"timm has no model {name!r}{_nearest(name)}")
+    if name.startswith(HUB):
+        if not pretrained:
+            raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
+        name = f"{LOCAL}{hub_folder(name)}"
+    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0}
+    model = name
+    if name.startswith(LOCAL):
+        found = read_folder(Path(name.removeprefix(LOCAL)).expanduser())
+        model, fixed = found.architecture, found.described.fixed_input_size
+        options |= found.options(pretrained=pretrained)
+        if pretrained:
+            # Looked at before timm does: a damaged file is then told in words.
+            read_tensors(found.folder / WEIGHTS)
+    if not timm.is_model(model.split(".")[0]):
+        raise ValueError(f"timm has no model {shown(repr(model))}{_nearest(model)}")
+    if model == name:
         description = timm.get_pretrained_cfg(name)
-        if description is not None and description.fixed_input_size:
-            options["img_size"] = size
+        fixed = description is not None and description.fixed_input_size
+    if fixed:
+        options["img_size"] = size
     if drop_path:
         options["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        return timm.create_model(model, **options)
     except TypeError as problem:
-        raise ValueError(f"{name} does not take {', '.join(options)}: {problem}") from problem
+        raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
     except Exception as problem:
-        if not pretrained and not name.startswith(SOURCES):
+        if not pretrained and model == name:
             raise
         raise ValueError(
-            f"the weights of {name} cannot be had ({type(problem).__name__}: {problem}); "
+            f"the weights of {shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}); "
             "is there a network, and does timm publish weights of that name? encoder.pretrained=false starts afresh"
         ) from problem
 
@@ -287,5 +309,5 @@ def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
 
 
 def _nearest(name: str) -> str:
-    names = difflib.get_close_matches(name, timm.list_models(), n=3)
+    names = difflib.get_close_matches(name[:200], timm.list_models(), n=3)
     return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -26,6 +26,10 @@ LEAST_INFORMATION = 0.01
 PASSES = 3
 """Passes over the images after which a loss should say something: until then a memory bank's rows are mostly noise,
 against which the loss is above log N and rises before it falls."""
+FAR = 2.0
+"""How many times the loss of a guess, or the highest loss of the warm-up, a loss is that has diverged."""
+LEARNED = 0.1
+"""Share of its ceiling that information must have reached, so that losing half of it again says something."""
 WARM_UP = 0.1
 """Share of the run in which nothing is judged, for untrained embeddings resemble collapsed ones; and in which
 information that has not risen rests."""
@@ -116,10 +120,13 @@ class Watch:
         self._highest_rank = highest_rank
         self._shown: Counter[str] = Counter()
         self._past: deque[tuple[float, float]] = deque()
+        self._most, self._highest = -math.inf, -math.inf
 
     def warnings(self, progress: float, epoch: float, values: Mapping[str, float]) -> list[str]:
         """What is to be said after a line of metrics.
 
+        The signs are embeddings that collapse, a loss at log N, and a loss that has diverged: it is far above what a
+        guess would give, or has lost half of what it knew; where it knows no guess, it is far above its own beginning.
         A sign counts once a tenth of the run is over and five lines in a row have shown it. A loss at log N counts
         where it has rested for a tenth of the run, and after three passes over the images or half of the run.
 
@@ -130,9 +137,13 @@ class Watch:
         """
         rests = self._rests(progress, values)
         if progress < WARM_UP:
+            self._highest = max(self._highest, values.get("loss", -math.inf))
             return []
-        signs = {"spread": _collapsed(values), "rank": _flat(values, self._highest_rank)}
-        signs["information"] = _at_chance(values) if rests and (epoch >= PASSES or progress >= 0.5) else None
+        self._most = max(self._most, values.get("information", -math.inf))
+        signs = {"divergence": _diverged(values, self._most, self._highest)}
+        signs |= {"spread": _collapsed(values), "rank": _flat(values, self._highest_rank)}
+        judged = rests and (epoch >= PASSES or progress >= 0.5) and signs["divergence"] is None
+        signs["information"] = _at_chance(values) if judged else None
         said = []
         for name, text in signs.items():
             # Beyond the patience the count stays where it is: what was said once is not said again.
@@ -173,6 +184,22 @@ def _flat(values: Mapping[str, float], highest: int) -> str | None:
         f"the embeddings have collapsed to a line: their effective rank is {rank:.1f} of at most {highest}; try a "
         "lower optim.rate or optim.weight_decay"
     )
+
+
+def _diverged(values: Mapping[str, float], most: float, highest: float) -> str | None:
+    """`most` is the highest information of the run, `highest` the highest loss of its warm-up."""
+    cure = "try a lower optim.rate, a longer optim.warmup or optim.clip=1; an older checkpoint may still be good"
+    loss, information, ceiling = (values.get(name, math.nan) for name in ("loss", "information", "ceiling"))
+    if information < (1 - FAR) * ceiling:
+        return f"the loss has diverged: it is {ceiling - information:.2f}, and a guess would give {ceiling:.2f}; {cure}"
+    if most > LEARNED * ceiling and information < most / 2:
+        return (
+            f"the loss is far above the run's best: it shows {information:.2f} nats, of {most:.2f} that it had reached "
+            f"(at most {ceiling:.2f}); {cure}"
+        )
+    if math.isnan(information) and 0 < FAR * highest < loss:
+        return f"the loss has diverged: it is {loss:.3g}, and was at most {highest:.3g} in the warm-up; {cure}"
+    return None
 
 
 def _at_chance(values: Mapping[str, float]) -> str | None:

@@ -1,9 +1,7 @@
 """A backbone with what it takes to encode images by it: a run's, read back, or one that timm has."""
 
-import dataclasses
 import difflib
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,19 +11,18 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
-from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
-from contrastive.encoder import SOURCES, create_backbone, widths
+from contrastive.encoder import create_backbone, widths
 from contrastive.recipe import Recipe
 from contrastive.run import CLASSIFIER, CONFIG
+from contrastive.timm_folder import HUB, LOCAL, SOURCES, WEIGHTS, Described, hub_folder, read_folder
+from contrastive.untrusted.arrays import read_tensors
+from contrastive.untrusted.files import check_links, shown
 from contrastive.views import MEAN, STD, Interpolation, plain
 
-HUB = ("hf-hub:", "hf_hub:")
-LOCAL = "local-dir:"
 SEED = 0
 """What random weights of a timm model follow from."""
 
@@ -44,6 +41,8 @@ class Opened:
 
     name: str
     """The run folder or the timm name, as it was given."""
+    model: str
+    """What `create_backbone` makes it by, without a network: a timm name, or the folder that describes it."""
     channels: int
     """What the backbone sees: 1 for grey, 3 for colour."""
     size: int
@@ -86,7 +85,12 @@ class Opened:
         # Whatever it began with is overwritten, and would perhaps have to be downloaded.
         with torch.random.fork_rng(devices=[]):
             backbone = self.create(pretrained=False)
-        backbone.load_state_dict(dict(self.weights))
+        try:
+            backbone.load_state_dict(dict(self.weights))
+        except RuntimeError as problem:
+            raise ValueError(
+                f"{shown(self.name)}: the weights are not those of {shown(self.model)}: {shown(problem)}"
+            ) from problem
         return backbone
 
     def untrained(self) -> nn.Module:
@@ -115,7 +119,7 @@ class Opened:
                 f"{self.origin['file']}, so that its projector does not belong to them; go on with the run to its end"
             )
         with torch.random.fork_rng(devices=[]):
-            random = self.recipe.encoder.model_copy(update={"pretrained": False})
+            random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
             encoder = random.build(channels=self.channels, size=self.size)
         encoder.load_state_dict(dict(state))
         file = _encoder_file(self.folder, found.step)
@@ -156,8 +160,12 @@ def open_model(given: str, *, pretrained: bool | None = None, size: int | None =
 def open_run(folder: Path, *, size: int | None = None) -> Opened:
     """Reads a run's recipe and its backbone, or the newest checkpoint's if the run has not finished; collective.
 
+    The run may be a stranger's: nothing is read from outside of its folder but what its recipe names as images, no
+    network is used, and no code of it runs.
+
     Raises:
-        ValueError: if this is no run folder, or one without any weights yet, or its backbone cannot take the size.
+        ValueError: if this is no run folder, or one without any weights yet, or a file of it is damaged or a link out
+            of it, or its backbone cannot take the size.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no run folder: it holds no {CONFIG}{_runs_nearby(folder)}")
@@ -166,20 +174,27 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
             f"{folder} is a fine-tuned classifier, not a run; what is extracted or fine-tuned from it is "
             f"{LOCAL}{folder / CLASSIFIER}, with pretrained=true"
         )
-    recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / "model.safetensors"
+    check_links(folder)
+    recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / WEIGHTS
+    if recipe.views.size is None:
+        raise ValueError(f"{shown(folder / CONFIG)} is not a run's: its views.size is not said")
+    model = recipe.encoder.name
     if exported.is_file():
-        description = json.loads((folder / "backbone" / "config.json").read_text())["pretrained_cfg"]
-        source, weights, channels = exported, load_file(exported), description["input_size"][0]
+        described = read_folder(folder / "backbone").described
+        source, weights, channels = exported, read_tensors(exported), described.input_size[0]
+        model = f"{LOCAL}{folder / 'backbone'}" if model.startswith(SOURCES) else model
     else:
         found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
         if found is None:
             raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
         encoder, prefix = found.parts["encoder"], "backbone."
         weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
-        source, channels = _encoder_file(folder, found.step), found.facts["channels"]
-    assert recipe.views.size is not None, "a run's configuration is resolved"
+        source, channels = _encoder_file(folder, found.step), int(found.facts.get("channels", 0))
+        if channels not in (1, 3):
+            raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(channels)} channels")
     opened = Opened(
         name=str(folder),
+        model=model,
         channels=channels,
         size=size or recipe.views.size,
         origin={"file": source.relative_to(folder).as_posix(), "sha256": digest(source)},
@@ -187,7 +202,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         mean=MEAN,
         std=STD,
         interpolation="bilinear",
-        create=partial(_of_recipe, recipe, channels, size or recipe.views.size),
+        create=partial(_of_recipe, recipe, model, channels, size or recipe.views.size),
         folder=folder,
         recipe=recipe,
     )
@@ -218,32 +233,41 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def _open_timm(name: str, pretrained: bool, size: int | None) -> Opened:
-    described = _description(name)
-    channels, side = described["input_size"][0], size or described["input_size"][-1]
-    create = partial(_of_timm, name, channels, side)
+    if name.startswith(HUB) and not pretrained:
+        raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
+    model = f"{LOCAL}{hub_folder(name)}" if name.startswith(HUB) else name
+    described = _description(model)
+    channels, side = described.input_size[0], size or described.input_size[-1]
+    create = partial(_of_timm, model, channels, side)
     with torch.random.fork_rng(devices=[]):
         backbone = create(pretrained=pretrained)
         widths(backbone, channels=channels, size=side)
     weights = backbone.state_dict()
     return Opened(
         name=name,
+        model=model,
         channels=channels,
         size=side,
         origin={"timm": name, "pretrained": pretrained, "sha256": digest_of(weights)},
         weights=weights,
-        mean=tuple(described["mean"]),
-        std=tuple(described["std"]),
+        mean=described.mean,
+        std=described.std,
         # What else timm names, it names for few models, and torch does not resize by it.
-        interpolation="bilinear" if described["interpolation"] == "bilinear" else "bicubic",
+        interpolation="bilinear" if described.interpolation == "bilinear" else "bicubic",
         create=create,
     )
 
 
-def _of_recipe(recipe: Recipe, channels: int, size: int, *, pretrained: bool | None = None) -> nn.Module:
+def _of_recipe(recipe: Recipe, model: str, channels: int, size: int, *, pretrained: bool | None = None) -> nn.Module:
     torch.manual_seed(recipe.seed)
     encoder = recipe.encoder
+    if pretrained is None and encoder.pretrained and encoder.name.startswith(SOURCES):
+        raise ValueError(
+            f"the run began with the weights of {shown(encoder.name)}, which lie outside of its folder and are not "
+            "looked for; leave that baseline out with baselines=false"
+        )
     if pretrained is not None:
-        encoder = encoder.model_copy(update={"pretrained": pretrained})
+        encoder = encoder.model_copy(update={"name": model, "pretrained": pretrained})
     return encoder.build(channels=channels, size=size).backbone
 
 
@@ -252,24 +276,19 @@ def _of_timm(name: str, channels: int, size: int, *, pretrained: bool = False) -
     return create_backbone(name, channels=channels, size=size, pretrained=pretrained)
 
 
-def _description(name: str) -> dict[str, Any]:
-    """What timm tells of a model's input: input_size, mean, std, interpolation."""
+def _description(name: str) -> Described:
+    """What timm tells of a model's input."""
     if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL)).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{name}: {folder} is no folder in timm's format: it holds no config.json")
-        return dict(json.loads((folder / "config.json").read_text())["pretrained_cfg"])
+        return read_folder(Path(name.removeprefix(LOCAL)).expanduser()).described
     try:
-        if name.startswith(HUB):
-            return dict(load_model_config_from_hf(name.partition(":")[2])[0])
         found = timm.get_pretrained_cfg(name)
     except Exception as problem:
         known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
         hint = f"; it has {', '.join(known)}" if known else ""
-        raise ValueError(f"{name} cannot be had ({type(problem).__name__}: {problem}){hint}") from problem
+        raise ValueError(f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}){hint}") from problem
     if found is None:
-        raise ValueError(f"timm does not say what {name} takes as its input; choose another model")
-    return dataclasses.asdict(found)
+        raise ValueError(f"timm does not say what {shown(name)} takes as its input; choose another model")
+    return Described.model_validate(found, from_attributes=True)
 
 
 def _encoder_file(folder: Path, step: int) -> Path:

@@ -79,6 +79,8 @@ class TrainSettings(Settings):
     """Minutes between two checkpoints."""
     keep: int = Field(2, ge=1)
     """Checkpoints that stay; the older ones go after a new one is safe."""
+    keep_best: bool = True
+    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy that `monitor` has found."""
     preview: int = Field(8, ge=0)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
@@ -91,8 +93,11 @@ class Recipe(Settings):
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the run folder. On another number of processes the rows of a bank or
-    queue are shared out anew, bit for bit; a queue with per_process=true, whose length would change, is refused."""
+    """Go on from the newest whole checkpoint in the run folder, bit for bit."""
+    elastic: bool = False
+    """Let a run go on with another number of processes than its checkpoint was written by: from the same sample and
+    with the same global batch, but not bit for bit. The rows of a bank or queue are shared out anew; a queue with
+    per_process=true, whose length would change, is refused."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Weights, order, views and noise all follow from it."""
     data: Data = Sample()

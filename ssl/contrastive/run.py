@@ -2,77 +2,182 @@
 
 import json
 import math
+import os
 import secrets
+import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, save_checkpoint, sync, together
+from contrastive.checkpoints import sync, together
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
 """What a fine-tuned run has in place of a backbone."""
+HISTOGRAM_BINS = 100
+MOST_KEPT = 1 << 26
+"""Bytes that are kept in memory where a disk is full: days of metrics."""
 
 
 class Run:
-    """A folder that the first process writes: the configuration, metrics, TensorBoard events and checkpoints.
+    """A folder that the first process writes: the configuration, metrics and TensorBoard events.
 
-    Of a checkpoint every process writes a part: while the first one saves, the others call `save_checkpoint`.
+    A disk that is full never ends a run: what cannot be written is kept, told of once, and written when there is room.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0) -> None:
-        """Opens the folder to write on from a step; metrics of later steps, of a run that was cut off, are dropped."""
+    def __init__(self, folder: Path, *, step: int = 0, warn: Callable[[str], object] = warnings.warn) -> None:
+        """Opens the folder to write on from a step.
+
+        What a run that was cut off has written of later steps is dropped: its lines of metrics and, by an event that
+        TensorBoard knows, its points in the curves.
+
+        Args:
+            folder: the run folder.
+            step: that of the checkpoint that is gone on from; 0: the run begins.
+            warn: hears that something cannot be written.
+        """
         self.folder = folder
-        metrics = folder / METRICS
+        self._warn = warn
+        metrics, events = folder / METRICS, folder / "tensorboard"
         if metrics.exists():
             kept = [line for line in metrics.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             _write_whole(metrics, "".join(kept))
-        self._metrics = metrics.open("a")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if not step:
+            # Of an attempt that was cut off before its first checkpoint, which begins anew.
+            for file in events.glob("events.out.tfevents.*"):
+                file.unlink()
+        events.mkdir(parents=True, exist_ok=True)
+        self._metrics = _Growing(metrics)
+        # They are read in the order of their names, and a run may be cut off and resumed within one second.
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._events = _Growing(events / name)
+        self._records = RecordWriter(self._events)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:
+            self._add(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and one point to each TensorBoard curve; NaN is written as null."""
         values = {key: float(value) for key, value in values.items()}
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, **line}) + "\n")
-        self._metrics.flush()
+        self._metrics.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._save_what_can_be(self._metrics)
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            self._show(summary.scalar(key, value), step)
 
     def text(self, name: str, text: str) -> None:
         """Writes a text to TensorBoard."""
-        self._writer.add_text(name, f"```\n{text}\n```", 0)
+        self._show(summary.text(name, f"```\n{text}\n```"), 0)
 
     def picture(self, name: str, picture: Tensor, step: int = 0) -> None:
         """Writes a picture, uint8 [3, height, width], to `name.png` in the folder and to TensorBoard."""
-        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(self.folder / f"{name}.png")
-        self._writer.add_image(name, picture, step)
-        self._writer.flush()
+        file = self.folder / f"{name}.png"
+        try:
+            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file)
+        except OSError as problem:
+            self._warn(f"{file} could not be written: {problem}")
+        self._show(summary.image(name, picture, dataformats="CHW"), step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Writes how some values are distributed to TensorBoard."""
-        self._writer.add_histogram(name, values.float().cpu(), step)
+        values = values.float().cpu()
+        values = values[values.isfinite()]
+        if len(values):
+            self._show(summary.histogram(name, values, HISTOGRAM_BINS), step)
 
-    def save(self, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-        """Writes a checkpoint beside the older ones, whole or not at all; then the oldest beyond `keep` go."""
-        self._writer.flush()
-        return save_checkpoint(self.folder / CHECKPOINTS, checkpoint, keep=keep)
+    def sync(self) -> None:
+        """Returns once all lines and points are on the disk; a checkpoint counts only after that.
+
+        From any thread, beside those who log.
+
+        Raises:
+            OSError: if metrics cannot be written; after a resume they would be missing.
+        """
+        self._metrics.sync()
+        self._save_what_can_be(self._events)
+        with suppress(OSError):
+            self._events.sync()
 
     def close(self) -> None:
         """Closes the files; the run can still be resumed."""
-        self._metrics.close()
-        self._writer.close()
+        for file in (self._metrics, self._events):
+            self._save_what_can_be(file)
+            lost = file.close()
+            if lost:
+                self._warn(f"{lost:,} bytes are missing at the end of {file.path}")
 
     def finish(self) -> None:
         """Closes the files and writes `done`, the last thing a run that is complete ever writes."""
         self.close()
         _write_whole(self.folder / DONE, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+
+    def _show(self, shown: Summary, step: int) -> None:
+        self._add(Event(wall_time=time.time(), step=step, summary=shown))
+
+    def _add(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._save_what_can_be(self._events)
+
+    def _save_what_can_be(self, file: "_Growing") -> None:
+        """Writes what a file keeps; warns when that begins to fail."""
+        before = file.failing
+        try:
+            file.flush()
+        except OSError as problem:
+            if not before:
+                self._warn(f"{file.path} cannot be written ({problem}): its lines are kept until they can be")
+
+
+class _Growing:
+    """A file that grows at its end, of which a full disk tears no line: what it does not take waits in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failing = False
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        self._kept = bytearray()
+        # A checkpoint's thread syncs while the loop logs.
+        self._lock = threading.Lock()
+
+    def write(self, content: bytes) -> None:
+        """Keeps a whole line or record; beyond what memory is meant for, it is dropped."""
+        with self._lock:
+            if len(self._kept) < MOST_KEPT:
+                self._kept += content
+
+    def flush(self) -> None:
+        """Writes what is kept; raises OSError where the disk takes less, and keeps the rest."""
+        with self._lock:
+            self.failing = bool(self._kept)
+            while self._kept and self._descriptor >= 0:
+                del self._kept[: os.write(self._descriptor, self._kept)]
+            self.failing = bool(self._kept)
+
+    def sync(self) -> None:
+        """Returns once everything is on the disk; raises OSError where it cannot be."""
+        self.flush()
+        os.fsync(self._descriptor)
+
+    def close(self) -> int:
+        """Closes the file, if it is open; returns how many bytes it did not take."""
+        if self._descriptor < 0:
+            return 0
+        os.close(self._descriptor)
+        self._descriptor = -1
+        return len(self._kept)
 
 
 def prepare(folder: Path, *, resume: bool) -> None:
@@ -132,12 +237,16 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # a line that was cut off in the middle
 
 
 def _write_whole(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    sync(aside)
-    aside.replace(file)
+    try:
+        aside.write_text(text)
+        sync(aside)
+        aside.replace(file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise

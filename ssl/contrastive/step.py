@@ -1,18 +1,20 @@
 """One update: images → views → embeddings → loss → gradient → weights → memory, all at once or in chunks."""
 
 import hashlib
-import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from contrastive import distributed
 from contrastive.encoder import Embedded
 from contrastive.machine import Machine, smallest_part
-from contrastive.objectives import Loss, ObjectiveModule
+from contrastive.not_finite import Skipped, skipped
+from contrastive.objectives import Loss
 from contrastive.split_norm import Shuffle
 
 
@@ -32,8 +34,11 @@ def train_step(
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
-) -> Taken | None:
-    """One update of the weights and, after it, of what the objective remembers; None if it had to be skipped.
+) -> Taken | Skipped:
+    """One update of the weights and, after it, of what the objective remembers.
+
+    Where the loss or a gradient is not finite on any process, all of them skip the step, and it leaves no trace: not in
+    the weights, nor in the optimiser, the objective's memory, the twin, or the statistics of batch norms.
 
     Args:
         machine: the parts.
@@ -43,18 +48,31 @@ def train_step(
         step: the number of updates before this one; it determines the noise.
     """
     recipe, accelerator, twin = machine.recipe, machine.accelerator, machine.twin
+    # Passes in training move the running statistics. An objective's passes move nothing: only its updates do.
+    passed = [machine.encoder] if twin is None else [machine.encoder, twin]
+    before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
     taken = gradient(machine, images, ids, epoch, step)
-    finite = math.isfinite(taken.loss.total.item()) and _finite_gradient(machine.objective)
-    # All processes agree, and nothing has moved yet: one that skipped alone would leave the others' path.
-    skip = distributed.any_rank(not finite)
-    if not skip:
-        if recipe.optim.clip is not None:
-            accelerator.clip_grad_norm_(machine.encoder.parameters(), recipe.optim.clip)
-        machine.optimiser.step()
-        skip = accelerator.optimizer_step_was_skipped
+    # What fp16 has scaled; nothing otherwise.
+    accelerator.unscale_gradients(machine.optimiser)
+    norm = _norm(machine.encoder.parameters(), accelerator.device)
+    numbers = taken.loss.total, norm, _norm(machine.objective.parameters(), accelerator.device)
+    judged = torch.stack([number.isfinite() for number in numbers])
+    # All processes agree, and nothing else has moved yet: one that skipped alone would leave the others' path.
+    if distributed.any_rank(not bool(judged.all())):
+        embeddings = taken.embeddings.isfinite().all(2).all(0)
+        loss = {"loss": taken.loss.total, **taken.loss.terms}
+        found = skipped(machine, step, epoch, ids, _finite_views(machine, images, ids, epoch), embeddings, loss)
+        for buffer, value in before:
+            buffer.copy_(value)
+        if accelerator.scaler is not None:
+            # As its own step would have done: in fp16 a scale that is too high is the usual reason.
+            accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
+        machine.optimiser.zero_grad(set_to_none=True)
+        return found
+    if recipe.optim.clip is not None:
+        clip_grads_with_norm_(machine.encoder.parameters(), recipe.optim.clip, norm)
+    machine.optimiser.step()
     machine.optimiser.zero_grad(set_to_none=True)
-    if skip:
-        return None
     machine.objective.update(taken.embeddings, taken.ids, taken.targets)
     if twin is not None and recipe.objective.twin_momentum is not None:
         twin.update(machine.encoder, recipe.objective.twin_momentum)
@@ -198,6 +216,14 @@ def _full(embeddings: Tensor) -> Tensor:
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
-def _finite_gradient(objective: ObjectiveModule) -> bool:
-    gradients = [parameter.grad for parameter in objective.parameters() if parameter.grad is not None]
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)
+def _norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of a whole gradient: it is finite if all numbers are, and none is beyond 1e19."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+
+
+def _finite_views(machine: Machine, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+    """Whether the views of each image are finite, made anew, with the memory of a chunk."""
+    pieces = num_chunks(machine, len(ids))
+    chunks = zip(images.tensor_split(pieces), ids.tensor_split(pieces), strict=True)
+    return torch.cat([machine.views(*chunk, epoch).isfinite().flatten(2).all(2).all(0) for chunk in chunks])

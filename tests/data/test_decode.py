@@ -1,6 +1,8 @@
+import contextlib
 import errno
 import os
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -192,11 +194,97 @@ def test_reading_a_large_jpeg_at_a_fraction_of_its_size_hardly_changes_it(tmp_pa
 
 
 def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed text", "profile", "unknown"])
+def test_a_picture_with_a_huge_appendix_is_read_or_refused_without_much_memory(tmp_path, kind):
+    small = save(tmp_path / "small.png", np.array(GREY, np.uint8)).read_bytes()
+    bomb = zlib.compress(bytes(1 << 28), 9)
+    appendix = {
+        "text": chunk(b"tEXt", b"k\0" + b"a" * (1 << 22)),
+        "compressed text": chunk(b"zTXt", b"k\0\0" + bomb),
+        "profile": chunk(b"iCCP", b"k\0\0" + bomb),
+        "unknown": chunk(b"xxXx", bytes(1 << 22)),
+    }
+    path = tmp_path / "large.png"
+    path.write_bytes(small[:33] + appendix[kind] + small[33:])
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UnreadableImageError):
+            assert read(path, channels=1) == [GREY]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_an_animation_with_a_million_frames_one_is_looked_at(tmp_path):
+    frames = [Image.fromarray(np.full((2, 2), value, np.uint8)) for value in (40, 90)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    start = content.rindex(b"\x21\xf9")
+    (tmp_path / "a.gif").write_bytes(content[:start] + content[start:-1] * 1_000_000 + b";")
+    assert read(tmp_path / "a.gif", channels=1) == [[[40, 40], [40, 40]]]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"acTL") - 4
+    claimed = chunk(b"acTL", struct.pack(">II", 1_000_000, 0))
+    (tmp_path / "a.png").write_bytes(content[:start] + claimed + content[start + len(claimed) :])
+    assert read(tmp_path / "a.png", channels=1) == [[[40, 40], [40, 40]]]
+
+
+HEADERS = {
+    "tif": b"II*\0\x08\0\0\0\2\0" + struct.pack("<HHII", 256, 4, 1, 20_000) + struct.pack("<HHII", 257, 4, 1, 20_000),
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0x80, 0, 0) + bytes(6) + b",",
+    "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 1, 1, 0, 0),
+    "ppm": b"P6 20000 20000 255\n",
+    "webp": b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + b"\x1f\x4e\0" * 2,
+}
+
+
+@pytest.mark.parametrize("ending", [*HEADERS, "jp2", "jpg", "avif"])
+def test_a_small_file_that_claims_many_pixels_is_refused_whatever_its_kind(tmp_path, ending, monkeypatch):
+    path = tmp_path / f"bomb.{ending}"
+    if ending in HEADERS:
+        path.write_bytes(HEADERS[ending] + bytes(40))
+    else:
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path)
+        content = bytearray(path.read_bytes())
+        if ending == "jpg":
+            start = content.index(b"\xff\xc0") + 5
+            content[start : start + 4] = struct.pack(">HH", 20_000, 20_000)
+        elif ending == "jp2":
+            start = content.index(b"ihdr") + 4
+            content[start : start + 8] = struct.pack(">II", 20_000, 20_000)
+        else:
+            start = content.index(b"ispe") + 8
+            content[start : start + 8] = struct.pack(">II", 16_000, 16_000)
+        path.write_bytes(content)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    with quiet(), pytest.raises(UnreadableImageError, match=r"bomb\."):
+        read(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, kind in ((tmp_path / "pipe.png", "pipe"), (tmp_path, "folder"), (Path("/dev/zero"), "device")):
+        for refuse in (lambda path=path: read(path), lambda path=path: check_header(path, 10**6)):
+            with pytest.raises(UnreadableImageError, match=f"is a {kind} and no file"):
+                refuse()
+
+
+def test_an_image_that_takes_more_memory_than_there_is_is_left_out_like_any_other(tmp_path, monkeypatch):
+    def exhaust(image):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", exhaust)
+    with pytest.raises(UnreadableImageError, match="more memory than there is"):
+        read(save(tmp_path / "a.png", np.array(GREY, np.uint8)))
 
 
 @pytest.mark.parametrize("side", [1001, 10_000, 20_000])
@@ -252,9 +340,9 @@ def test_a_forbidden_file_says_so(tmp_path, monkeypatch):
     path.chmod(0)
     if os.geteuid() == 0:  # who may read everything gets the answer that everybody else gets
 
-        def refuse(self, *arguments, **options):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        def refuse(path, *arguments, **options):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UnreadableImageError, match="permission denied"):
         read(path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive.data import Folder, InMemory, shorthand
+from contrastive.data import Folder, InMemory, listed, shorthand
 from contrastive.data.files import Files
 
 
@@ -224,6 +224,54 @@ def test_links_are_passed_over_unless_allowed_and_loops_end(tmp_path, caplog):
     assert list(build(root).train.names) == ["in/1.png"]
     assert "4 symbolic links were passed over" in caplog.text
     assert list(build(root, follow_links=True).train.names) == ["file.png", "in/1.png", "out/2.png"]
+
+
+def test_links_in_a_circle_end_as_links_that_were_passed_over(tmp_path, caplog):
+    picture(tmp_path / "1.png")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "round.png").symlink_to("about.png")
+    (tmp_path / "about.png").symlink_to("round.png")
+    assert list(build(tmp_path, follow_links=True).train.names) == ["1.png"]
+
+
+HOSTILE = (
+    "line\nbreak.png",
+    "\x1b[31mred.png",
+    "'\"quotes`.png",
+    "\udcff\udcfe.png",
+    "\u202egnp.exe.png",
+    "<b>$(x).png",
+)
+
+
+def test_names_of_any_kind_are_read_and_shown_as_one_line_that_no_terminal_obeys(tmp_path, caplog):
+    for number, name in enumerate(HOSTILE):
+        picture(tmp_path / name, number)
+    images = build(tmp_path, memory=0, max_bad=0.9).train
+    assert set(images.names) == set(HOSTILE)
+    for name in HOSTILE:
+        (tmp_path / name).write_text("gone")
+    with pytest.raises(ValueError, match="6 of 6") as refused:
+        images.read(torch.arange(6))
+    for said in (str(refused.value), caplog.text, listed(images.failed.items())):
+        assert said.isascii() or "\u202e" not in said
+        assert not any(letter in said for letter in "\x1b\udcff\u202e")
+        assert r"line\nbreak.png" in said
+    assert len(listed(images.failed.items()).splitlines()) == 6
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_a_sentence(tmp_path, monkeypatch):
+    picture(tmp_path / "in/1.png")
+    scandir = os.scandir
+
+    def vanish(path):
+        if str(path).rstrip("/").endswith("in"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", vanish)
+    with pytest.raises(ValueError, match="in cannot be listed: no such file"):
+        build(tmp_path)
 
 
 def test_a_folder_of_links_alone_says_how_to_follow_them(tmp_path):

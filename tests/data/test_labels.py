@@ -9,6 +9,7 @@ from PIL import Image
 
 from contrastive.config import load
 from contrastive.data import Folder, Split
+from contrastive.data.labels import read_labels
 from contrastive.recipe import Recipe
 
 NAMES = [f"{number}.png" for number in range(12)]
@@ -130,3 +131,14 @@ def test_the_words_of_a_command_line_name_the_table(tmp_path: Path, monkeypatch:
     assert isinstance(found, Folder)
     assert found.labels == str(tmp_path / "labels.csv")
     assert torch.equal(found.build().train.labels[:2], torch.tensor([0, 1]))
+
+
+def test_a_table_without_line_breaks_or_of_no_file_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("name,label\n" + "a" * (1 << 21))
+    with pytest.raises(ValueError, match="line 2: it is longer than 1,048,576 letters"):
+        read_labels(tmp_path / "long.csv", ["1.png"])
+    (tmp_path / "name.csv").write_text("name,label\n" + "a" * 100_000 + ",b\n")
+    with pytest.raises(ValueError, match=r"line 2: 'a+…? is not among the 20,000 images"):
+        read_labels(tmp_path / "name.csv", [f"{number}.png" for number in range(20_000)])
+    (tmp_path / "mac.csv").write_bytes(b"\xef\xbb\xbfname,label\r1.png,a\r")
+    assert read_labels(tmp_path / "mac.csv", ["1.png"]) == {"1.png": "a"}

@@ -1,4 +1,8 @@
+import dataclasses
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -8,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from contrastive.data import Folder, Loader, Order
+from contrastive.data import Folder, Loader, Order, newly_unreadable
 from contrastive.data.files import Files
+from processes import start
 
 
 def folder(path: Path, count: int = 13) -> Path:
@@ -77,7 +83,7 @@ def test_too_many_files_that_break_later_stop_the_run_with_their_names(tmp_path,
     disk = images(folder(tmp_path), max_bad=0.1)
     for index in (5, 6):
         (tmp_path / f"{index}.png").write_text("gone")
-    with pytest.raises(ValueError, match=r"2 of 13 images .*\n  [56].png: not an image"):
+    with pytest.raises(ValueError, match=r"2 of 13 images .*\n  [56].png: it is another file than"):
         take(Loader(disk, Order(13, 13, 0), workers=workers), 1)
 
 
@@ -90,13 +96,104 @@ def test_a_vanished_folder_ends_in_an_error_that_names_a_file(tmp_path, workers)
         take(Loader(disk, Order(13, 13, 0), workers=workers), 1)
 
 
-def test_a_file_that_never_ends_is_an_error_that_names_it(tmp_path):
+def work(number: int, path: str, port: int) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    disk, order = images(Path(path)), Order(13, 12, 0)
+    lost = order.batch(0)[1][number * 6 : number * 6 + 2].tolist()
+    if number == 1:  # the others still see these files
+        object.__setattr__(disk, "states", disk.states.clone())
+        disk.states[lost] = 0
+    ids = take(Loader(disk, order, rank=number, size=2), 1)[0].ids.tolist()
+    told = [name for name, _ in newly_unreadable(disk)]
+    Path(path, f"{number}.json").write_text(json.dumps({"ids": ids, "lost": lost, "told": told}))
+    assert newly_unreadable(disk) == []
+    dist.destroy_process_group()
+
+
+def test_what_breaks_for_one_process_is_replaced_there_alone_and_told_by_all(tmp_path):
+    folder(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start(work, (str(tmp_path), port), count=2)
+    first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    order, broken = Order(13, 12, 0).batch(0)[1].tolist(), second["lost"]
+
+    def replaced(image: int) -> int:
+        return replaced((image + 1) % 13) if image in broken else image
+
+    assert first["ids"] == order[:6]
+    assert second["ids"] == [replaced(image) for image in order[6:]]
+    assert first["told"] == second["told"] == sorted(f"{image}.png" for image in broken)
+
+
+class Trapped(Files):
+    """Images of which the third is never read to its end, or kills who reads the fourth."""
+
+    def decode(self, image: int) -> torch.Tensor:
+        if self.names[image] == "3.png":
+            time.sleep(60)
+        if self.names[image] == "4.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decode(image)
+
+
+def trapped(path: Path, name: str) -> Trapped:
+    """The images of a folder, of which one is called as if it were the trap."""
+    for index in (3, 4):
+        (path / f"{index}.png").rename(path / f"x{index}.png")
+    (path / "1.png").rename(path / name)
+    disk = images(path)
+    return Trapped(**{field.name: getattr(disk, field.name) for field in dataclasses.fields(disk)})
+
+
+def test_a_file_that_is_never_read_to_its_end_is_an_error_that_names_it(tmp_path):
+    disk = trapped(folder(tmp_path), "3.png")
+    with pytest.raises(TimeoutError, match=r"for 8 seconds; being read: .*/3\.png"):
+        take(Loader(disk, Order(13, 13, 0), workers=1, timeout=8.0), 1)
+
+
+def test_a_worker_that_dies_names_its_file(tmp_path):
+    disk = trapped(folder(tmp_path), "4.png")
+    with pytest.raises(RuntimeError, match=r"a process that decodes images died.*; being read: .*/4\.png"):
+        take(Loader(disk, Order(13, 13, 0), workers=1), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, workers):
     disk = images(folder(tmp_path))
-    take(Loader(disk, Order(13, 13, 0), workers=1), 1)  # so that starting up is not what takes long
     (tmp_path / "3.png").unlink()
     os.mkfifo(tmp_path / "3.png")
-    with pytest.raises(TimeoutError, match=r"for 4 seconds; being read: .*/3\.png"):
-        take(Loader(disk, Order(13, 13, 0), workers=1, timeout=4.0), 1)
+    take(Loader(disk, Order(13, 13, 0), workers=workers), 1)
+    assert disk.failed == {"3.png": "is a pipe and no file"}
+
+
+def test_a_replaced_file_is_not_learned_from_though_it_is_a_good_picture(tmp_path):
+    disk, order = images(folder(tmp_path)), Order(13, 13, 0)
+    status = (tmp_path / "5.png").stat()
+    (tmp_path / "5.png").write_bytes((tmp_path / "9.png").read_bytes())
+    os.utime(tmp_path / "5.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    batch = take(Loader(disk, order), 1)[0]
+    assert 5 not in batch.ids.tolist()
+    assert "another file than when the run began" in disk.failed["5.png"]
+    assert newly_unreadable(disk) == list(disk.failed.items())
+    assert newly_unreadable(disk) == []
+
+
+@pytest.mark.parametrize("place", ["in/5.png", "in"])
+def test_a_link_that_takes_the_place_of_a_file_or_its_folder_is_not_followed(tmp_path, place):
+    for name in ("in", "other"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        folder(tmp_path / "root" / name, 6)
+    for allowed in (False, True):
+        disk = Folder(path=str(tmp_path / "root"), size=8, memory=0, max_bad=0.9, follow_links=allowed).build().train
+        moved = (tmp_path / "root" / place).rename(tmp_path / "elsewhere")
+        (tmp_path / "root" / place).symlink_to(moved)
+        disk.read(torch.arange(6))
+        reasons = set(disk.failed.values())
+        assert reasons == (set() if allowed else {"is a symbolic link, or lies behind one"})
+        (tmp_path / "root" / place).unlink()
+        moved.rename(tmp_path / "root" / place)
 
 
 def test_no_thread_or_process_outlives_the_iterator(tmp_path):

@@ -98,6 +98,48 @@ def test_cifar_is_read_in_torchvisions_layout(tmp_path, monkeypatch, settings, l
     assert (split.train.channels, split.train.size) == (3, 32)
 
 
+class Planted:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_of_cifar_that_is_not_the_published_one_is_never_opened(tmp_path, monkeypatch):
+    source = torchvision.datasets.CIFAR10
+    fabricated(monkeypatch, source, tmp_path / source.base_folder, "labels", {"names": list("abcdef")})
+    file = tmp_path / source.base_folder / "train_list"
+    file.write_bytes(pickle.dumps({"data": Planted(tmp_path / "planted")}))
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        CIFAR10(path=str(tmp_path)).build()
+    # Even with the right checksum nothing but arrays is made.
+    digest = hashlib.md5(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(source, "train_list", [["train_list", digest]])
+    with pytest.raises(ValueError, match=r"train_list is no file of CIFAR: it names pathlib\.Path\.touch"):
+        CIFAR10(path=str(tmp_path)).build()
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("damage", ["three bytes", "cut", "flipped", "bomb"])
+def test_a_damaged_compressed_file_is_a_sentence(tmp_path, damage):
+    fashion_files(tmp_path / "data", compress=True)
+    path = tmp_path / "data/train-images-idx3-ubyte.gz"
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "three bytes": gzip.compress(b"\0\0\x08"),
+            "cut": content[:-20],
+            "flipped": content[:60] + bytes(40) + content[100:],
+            "bomb": gzip.compress(bytes(1 << 27), 1),
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz (cannot be read|is not an idx file)"):
+        FashionMNIST(path=str(tmp_path / "data")).build()
+
+
 def test_stl10_learns_from_labelled_and_unlabelled_images(tmp_path):
     folder = tmp_path / "stl10_binary"
     folder.mkdir()

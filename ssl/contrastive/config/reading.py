@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from yaml import YAMLError
 
 from contrastive.config.keys import hint_for, suggestion_for
 from contrastive.config.settings import Settings, field_at, leaves_of, members_of
+from contrastive.config.yaml_text import MAX_YAML_BYTES, parse, refuse_interpolation
+from contrastive.untrusted.files import read_text, shown
 
-MAX_YAML_BYTES = 1 << 20
 S = TypeVar("S", bound=Settings)
 
 
@@ -53,17 +52,13 @@ def dump_yaml(settings: Settings) -> str:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > MAX_YAML_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; a recipe has at most {MAX_YAML_BYTES:,}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as problem:
-        raise ValueError(f"{file} is not YAML that can be read: {problem}") from None
+        tree = parse(read_text(file, MAX_YAML_BYTES))
+    except ValueError as problem:
+        raise ValueError(f"{shown(file)} is no recipe: {problem}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{file} holds a {type(tree).__name__}; a recipe is a list of `key: value` lines")
-    for value in _scalars(tree):
-        _refuse_interpolation(value)
-    return {str(key): value for key, value in tree.items()}
+        raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe is a list of `key: value` lines")
+    return tree
 
 
 def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +74,6 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
         if key in seen:
             raise ValueError(f"{key} is given twice; keep one of them")
         seen.add(key)
-        _refuse_interpolation(text)
         branch: dict[str, Any] = {}
         leaf = branch
         *parents, last = key.split(".")
@@ -96,17 +90,12 @@ def _value(field: FieldInfo | None, key: str, text: str) -> Any:
     if text == "null" and types.NoneType in leaves:
         return None
     if field is not None and (members_of(field.annotation) or leaves <= {str, Path, types.NoneType}):
+        refuse_interpolation(text)
         return text.strip("'\"") if text[:1] in "'\"" else text
     try:
-        parsed = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(f"value: {text}")))
-    except (YAMLError, OmegaConfBaseException) as problem:
-        raise ValueError(f"{key}={text} cannot be read: {problem}") from None
-    return parsed["value"]
-
-
-def _refuse_interpolation(value: Any) -> None:
-    if isinstance(value, str) and ("${" in value or value == "???"):
-        raise ValueError(f"{value!r}: interpolations and missing values are not read; write the value itself")
+        return cast("dict[str, Any]", parse(f"value: {text}"))["value"]
+    except ValueError as problem:
+        raise ValueError(f"{key}={shown(text)} cannot be read: {problem}") from None
 
 
 def _scalars(tree: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from pydantic import Field
 from contrastive.data.cifar import CIFAR10, CIFAR100
 from contrastive.data.class_order import ClassOrder
 from contrastive.data.fashion_mnist import FashionMNIST
+from contrastive.data.files import listed, newly_unreadable
 from contrastive.data.folder import Folder
 from contrastive.data.images import Images, InMemory, Report, Split
 from contrastive.data.loader import Batch, Loader
@@ -35,6 +36,8 @@ __all__ = [
     "Sample",
     "Split",
     "leave_out",
+    "listed",
+    "newly_unreadable",
     "of_classes",
     "order",
     "select",

@@ -1,8 +1,12 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels, read by torchvision."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels, in torchvision's layout."""
 
+import hashlib
+import io
+import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +15,19 @@ import torchvision
 from contrastive.config import Settings
 from contrastive.data.images import InMemory, Report, Split, array_split
 from contrastive.data.paths import FolderPath, cache_folder, download
+from contrastive.untrusted.files import RefusedFileError, read_bytes
+
+LARGEST = 1 << 28
+"""Bytes of a file."""
+ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+"""What a pickle of arrays, numbers and texts is made by."""
 
 
 class CIFAR10(Settings):
@@ -39,19 +56,52 @@ class CIFAR100(Settings):
         return _build(torchvision.datasets.CIFAR100, self.name, self.path)
 
 
+class _ArraysOnly(pickle.Unpickler):
+    """Reads arrays, numbers and texts; whatever else a pickle may name, and run, is refused."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """The maker of an array."""
+        if (module_name, global_name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no array is made by")
+        return super().find_class(module_name, global_name)
+
+
 def _build(source: type[torchvision.datasets.CIFAR10], name: str, path: str | None) -> Split:
     root = Path(path) if path else cache_folder()
+    folder = root / source.base_folder
+    checksums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
     try:
-        return Split(_read(source, root, train=True), _read(source, root, train=False))
-    except RuntimeError:  # torchvision: missing, or its checksum is wrong
+        found = _contents(folder, checksums)
+    except (OSError, RefusedFileError, _OtherFileError):
         download(root, name, lambda: source(str(root), download=True))
-    return Split(_read(source, root, train=True), _read(source, root, train=False))
+        found = _contents(folder, checksums)
+    classes = found[source.meta["filename"]][source.meta["key"]]
+    train, test = ([found[file] for file, _ in files] for files in (source.train_list, source.test_list))
+    return Split(_split("train", train, classes), _split("test", test, classes))
 
 
-def _read(source: type[torchvision.datasets.CIFAR10], root: Path, *, train: bool) -> InMemory:
-    # The files are pickles (torchvision compares their checksums first) of an array type that numpy has since changed.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-        data = source(str(root), train=train)
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return array_split("train" if train else "test", pixels, torch.tensor(data.targets), data.classes)
+class _OtherFileError(ValueError):
+    """A file that is not the one that was published."""
+
+
+def _contents(folder: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
+    """What the published files hold, by name; none is looked into before its checksum is compared."""
+    found = {}
+    for name, checksum in checksums.items():
+        content = read_bytes(folder / name, LARGEST)
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
+            raise _OtherFileError(f"{folder / name} is not the file that was published: its checksum is another")
+        # The arrays are of a type that NumPy has since changed.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+            try:
+                found[name] = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+            except Exception as problem:  # a wrong pickle raises nearly anything
+                raise ValueError(f"{folder / name} is no file of CIFAR: {problem}") from problem
+    return found
+
+
+def _split(name: str, batches: list[dict[str, Any]], classes: list[str]) -> InMemory:
+    pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = [label for batch in batches for label in (batch["labels"] if "labels" in batch else batch["fine_labels"])]
+    return array_split(name, torch.from_numpy(pixels), torch.tensor(labels), classes)

@@ -1,17 +1,20 @@
 """From an image file of any kind to a uint8 square, as a person would see it."""
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from contrastive.untrusted.files import RefusedFileError, open_regular, shown
 
 # A list of our own: Pillow would also try formats that run other programs (EPS) or that any file can be mistaken for.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -40,30 +43,46 @@ class UnreadableImageError(ValueError):
     """A file that is no image, a broken one, or one that is refused; `reason` says which."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{shown(path)}: {reason}")
         self.reason = reason
 
 
+Opener = Callable[[], BinaryIO]
+"""Opens a regular file to be read; raises OSError or ValueError where that cannot be."""
+
+
 def read_image(
-    path: Path, channels: int, size: int, background: tuple[int, int, int], max_pixels: int
+    path: Path,
+    channels: int,
+    size: int,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    *,
+    opener: Opener | None = None,
 ) -> UInt8[Tensor, "channels size size"]:
     """The central square of an image file, upright, resized to `size` with antialiasing, in 1 or 3 channels.
 
     The kind of a file is found in its content, not in its name. Transparency is composited on `background`, 16-bit
     values are scaled to 8 bits, and of an animation the first frame is taken.
 
+    Args:
+        path: the file.
+        channels: 1 or 3.
+        size: side of the square, in pixels.
+        background: red, green and blue.
+        max_pixels: the most that a picture may have before it is decoded.
+        opener: opens the file, in place of following its path.
+
     Raises:
         UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
     """
     try:
-        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+        with _opened(path, opener) as file, Image.open(file, formats=_formats()) as image:
             _refuse_bombs(image, max_pixels)
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
             image.draft(None, (2 * size, 2 * size))
             image.load()
             pixels = square_of(image, channels, size, background)
-    except MemoryError:
-        raise
     except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
         raise UnreadableImageError(path, _reason(error, path)) from error
     return pixels
@@ -81,14 +100,14 @@ def square_of(
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def check_header(path: Path, max_pixels: int) -> None:
-    """Open an image without decoding it.
+def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -> None:
+    """Open an image without decoding it; the arguments are those of `read_image`.
 
     Raises:
         UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
     """
     try:
-        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+        with _opened(path, opener) as file, Image.open(file, formats=_formats()) as image:
             _refuse_bombs(image, max_pixels)
     except Exception as error:
         raise UnreadableImageError(path, _reason(error, path)) from error
@@ -100,9 +119,9 @@ def looks_like_an_image(path: Path) -> bool:
     if suffix:
         return suffix in SUFFIXES
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(12)
-    except OSError:
+    except (OSError, RefusedFileError):
         return False
     return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
@@ -121,6 +140,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def _opened(path: Path, opener: Opener | None) -> BinaryIO:
+    file = open_regular(path) if opener is None else opener()
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise ValueError("the file is empty")
+    return file
+
+
 def _refuse_bombs(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
@@ -130,12 +157,16 @@ def _reason(error: Exception, path: Path) -> str:
     if path.suffix.lower() in {".heic", ".heif"}:
         return "HEIC is not read; convert it to JPEG or PNG"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of an unknown kind" if path.stat().st_size else "the file is empty"
+        return "not an image, or of an unknown kind"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more pixels than data.max_pixels allows ({error})"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    if isinstance(error, RefusedFileError):
+        return error.reason
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error) or type(error).__name__
+    return shown(error) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:

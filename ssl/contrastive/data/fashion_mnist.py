@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torchvision
 from contrastive.config import Settings
 from contrastive.data.images import Report, Split, array_split
 from contrastive.data.paths import FolderPath, cache_folder, download
+from contrastive.untrusted.files import open_regular
 
 CLASSES = (
     "T-shirt/top",
@@ -28,7 +30,8 @@ CLASSES = (
 SIZE = 28
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 STEMS = {"train": "train", "test": "t10k"}
-LARGEST = 1 << 30
+LARGEST = 1 << 26
+"""Bytes, a little more than those of 60,000 images: a small compressed file may stand for very many."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -79,12 +82,12 @@ def _file(folder: Path, stem: str) -> Path:
 
 def _read_idx(path: Path) -> Bytes:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as content, gzip.GzipFile(fileobj=content) if path.suffix == ".gz" else content as file:
             data = file.read(LARGEST)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     # idx: two zero bytes, the type (8 for uint8), the number of axes, then each axis's length, big-endian.
-    start = 4 + 4 * data[3] if data[:3] == b"\0\0\x08" else 0
+    start = 4 + 4 * data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist()) if 4 < start <= len(data) else ()
     if not shape or len(data) != start + math.prod(shape):
         raise ValueError(f"{path} is not an idx file of bytes, or is cut short")

@@ -1,17 +1,23 @@
 """Images that are decoded when they are read, and the threads that read many at once."""
 
+import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from contrastive.data.decode import UnreadableImageError, quiet, read_image
-from contrastive.data.images import Names, Report
+from contrastive import distributed
+from contrastive.data.decode import Opener, UnreadableImageError, quiet, read_image
+from contrastive.data.images import Images, Names, Report
+from contrastive.untrusted.files import open_beneath, open_regular, shown
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +33,39 @@ class Decoding:
     background: tuple[int, int, int]
     max_pixels: int
 
-    def read(self, path: Path) -> UInt8[Tensor, "channels size size"]:
+    def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
         """The image in a file."""
-        return read_image(path, self.channels, self.size, self.background, self.max_pixels)
+        return read_image(path, self.channels, self.size, self.background, self.max_pixels, opener=opener)
+
+
+class State(NamedTuple):
+    """What tells whether a file is still the one that it was."""
+
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds since 1970."""
+
+
+def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:
+    """Opens an image below a folder, and tells its state; a link on the way is refused, or else followed.
+
+    Raises:
+        RefusedFileError: if it is behind a link that is not followed, or no regular file.
+        OSError: if there is none, or it may not be read.
+    """
+    file = open_regular(root / name) if follow_links else open_beneath(root, name)
+    status = os.fstat(file.fileno())
+    return file, State(status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images on disk; what cannot be decoded when its turn comes is grey, warned of and listed in `failed`."""
+    """Images on disk; what cannot be decoded when its turn comes is grey, warned of and listed in `failed`.
+
+    So is what has been replaced since it was listed, and what is behind a link that was put there: what is learned
+    from is what was looked at before the first step, or nothing.
+    """
 
     root: Path
     names: Names
@@ -44,7 +75,13 @@ class Files:
     decoding: Decoding
     max_bad: float
     workers: int = 0
+    states: Int64[Tensor, "images 2"] | None = None
+    """Of each file its `State` when it was listed; None where any will do."""
+    follow_links: bool = True
     failed: dict[str, str] = field(default_factory=dict)
+    """Of each file that has become unreadable, the reason."""
+    told: set[str] = field(default_factory=set)
+    """Those of them that `newly_unreadable` has told of."""
 
     @property
     def channels(self) -> int:
@@ -61,7 +98,14 @@ class Files:
 
     def decode(self, image: int) -> UInt8[Tensor, "channels size size"]:
         """One image; raises `UnreadableImageError` where the file is broken."""
-        return self.decoding.read(self.root / self.names[image])
+        return self.decoding.read(self.root / self.names[image], partial(self._open, image))
+
+    def _open(self, image: int) -> BinaryIO:
+        file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
+        if self.states is not None and list(state) != self.states[image].tolist():
+            file.close()
+            raise ValueError("it is another file than when the run began, or was changed since")
+        return file
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
         """The images of these ids, in their order, decoded by `workers` threads.
@@ -88,8 +132,26 @@ class Files:
         if name in self.failed:
             return
         self.failed[name] = reason
-        logger.warning("%s cannot be decoded and is left out: %s", self.root / name, reason)
+        logger.warning("%s cannot be decoded and is left out: %s", shown(self.root / name), reason)
         refuse_too_many(self.root, list(self.failed.items()), len(self), self.max_bad)
+
+
+def newly_unreadable(images: Images) -> list[tuple[str, str]]:
+    """Names and reasons of files that any process has found unreadable since this was last asked; collective."""
+    if not isinstance(images, Files):
+        return []
+    own = {name: reason for name, reason in images.failed.items() if name not in images.told}
+    found: dict[str, str] = {}
+    for text in distributed.texts(json.dumps(own)):
+        found |= json.loads(text)
+    new = sorted((name, reason) for name, reason in found.items() if name not in images.told)
+    images.told.update(name for name, _ in new)
+    return new
+
+
+def listed(unreadable: Iterable[tuple[str, str]]) -> str:
+    """The lines of a run's unreadable.txt: a name as one line can hold it, a tab, and the reason."""
+    return "".join(f"{shown(name)}\t{shown(reason)}\n" for name, reason in unreadable)
 
 
 def in_threads(
@@ -142,11 +204,9 @@ def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, m
     """Raise a ValueError that lists the first unreadable files where they are more than the share `max_bad`."""
     if len(unreadable) <= max_bad * total:
         return
-    lines = [f"  {name}: {reason}" for name, reason in unreadable[:10]]
+    lines = [f"  {shown(name)}: {reason}" for name, reason in unreadable[:10]]
     if len(unreadable) > len(lines):
         lines.append(f"  and {len(unreadable) - len(lines)} more")
-    raise ValueError(
-        f"{len(unreadable)} of {total} images in {root} cannot be read, more than data.max_bad={max_bad:g} allows:\n"
-        + "\n".join(lines)
-        + "\nRepair or remove them, or allow a larger share with data.max_bad"
-    )
+    share = f"{len(unreadable)} of {total} images in {shown(root)} cannot be read, more than data.max_bad={max_bad:g}"
+    way_out = "Repair or remove them, or allow a larger share with data.max_bad"
+    raise ValueError("\n".join([f"{share} allows:", *lines, way_out]))

@@ -2,14 +2,15 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from contrastive.config import Settings
 from contrastive.data.decode import PILLOW_LIMIT, check_header
-from contrastive.data.files import Decoding, Files, in_threads, named, refuse_too_many
+from contrastive.data.files import Decoding, Files, in_threads, named, open_image, refuse_too_many
 from contrastive.data.images import Images, InMemory, Names, Report, Split, fingerprint
 from contrastive.data.labels import labelled, read_labels
 from contrastive.data.listing import Listing, hold_out, list_images
@@ -124,16 +125,19 @@ class Folder(Settings):
     ) -> tuple[Images, list[tuple[str, str]]]:
         root, names = listing.root, listing.names
         decoding = self.decoding()
-        sizes = [0] * len(names)
+        states = np.zeros((len(names), 2), np.int64)
         pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
         def visit(index: int) -> None:
+            def opener() -> BinaryIO:
+                file, states[index] = open_image(root, names[index], follow_links=self.follow_links)
+                return file
+
             path = root / names[index]
             if in_memory:
-                pixels[index] = decoding.read(path)
+                pixels[index] = decoding.read(path, opener)
             else:
-                check_header(path, self.max_pixels)
-            sizes[index] = path.stat().st_size
+                check_header(path, self.max_pixels, opener=opener)
 
         failures = in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
         kept = [index for index in range(len(names)) if index not in failures]
@@ -145,11 +149,23 @@ class Folder(Settings):
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
         # Classes by sub-folders are in the names already.
         table = [] if self.labels is None or listing.labels is None else [listing.classes, listing.labels]
-        mark = fingerprint(chain([decoding], ((names[index], sizes[index]) for index in kept), table))
+        mark = fingerprint(chain([decoding], ((names[index], int(states[index, 0])) for index in kept), table))
         bad = [(names[index], reason) for index, reason in failures.items()]
         if in_memory:
             return InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad
-        return Files(root, kept_names, labels, listing.classes, mark, decoding, self.max_bad, workers), bad
+        files = Files(
+            root,
+            kept_names,
+            labels,
+            listing.classes,
+            mark,
+            decoding,
+            self.max_bad,
+            workers,
+            states=torch.from_numpy(states[kept]),
+            follow_links=self.follow_links,
+        )
+        return files, bad
 
     def decoding(self) -> Decoding:
         """How a file becomes a square."""

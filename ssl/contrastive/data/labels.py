@@ -1,12 +1,12 @@
 """The classes of images from a table: a CSV file with a header, then a name and a label in each line."""
 
 import csv
-import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from contrastive.data.listing import Listing
-from contrastive.data.paths import nearest
+from contrastive.data.paths import most_alike, nearest
+from contrastive.untrusted.files import open_lines, shown
 
 UNLABELLED = -1
 
@@ -32,28 +32,30 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
     labels: dict[str, str] = {}
     known = set(names)
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.reader(file)
+        with open_lines(path) as content:
+            reader = csv.reader(content)
             header = next(reader, [])
             if len(header) < 2:
                 raise ValueError(f"{path}: the first line must name the columns: the image's name, then its label")
             if header[0] in known:
-                raise ValueError(f"{path}: the first line must name the columns, but {header[0]} is an image")
+                raise ValueError(f"{path}: the first line must name the columns, but {shown(header[0])} is an image")
             for row in reader:
                 if not row:
                     continue
-                line = f"{path}, line {reader.line_num}"
+                line = f"{shown(path)}, line {reader.line_num}"
                 if len(row) < 2:
                     raise ValueError(f"{line}: one column, where a name and a label should stand")
                 name, label = row[0], row[1].strip()
                 if name in lines:
-                    raise ValueError(f"{line}: {name} stands in line {lines[name]} already")
+                    raise ValueError(f"{line}: {shown(name)} stands in line {lines[name]} already")
                 if name not in known:
-                    alike = difflib.get_close_matches(name, known, 1, 0.5)
-                    hint = f"did you mean {alike[0]}?" if alike else "names are those below the folder, a/b/1.jpg"
-                    raise ValueError(f"{line}: {name!r} is not among the {len(known):,} images; {hint}")
+                    alike = most_alike(name, names, 1, 0.5)
+                    hint = (
+                        f"did you mean {shown(alike[0])}?" if alike else "names are those below the folder, a/b/1.jpg"
+                    )
+                    raise ValueError(f"{line}: {shown(repr(name))} is not among the {len(known):,} images; {hint}")
                 if not label:
-                    raise ValueError(f"{line}: {name} has an empty label; leave the line out if it has none")
+                    raise ValueError(f"{line}: {shown(name)} has an empty label; leave the line out if it has none")
                 lines[name], labels[name] = reader.line_num, label
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

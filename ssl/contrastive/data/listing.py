@@ -4,13 +4,17 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from contrastive.data.decode import looks_like_an_image
 from contrastive.data.paths import existing_folder
+from contrastive.untrusted.files import shown
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Listing(NamedTuple):
@@ -92,22 +96,33 @@ def _walk(start: Path, follow_links: bool) -> tuple[list[str], int]:
     while folders:
         below = folders.pop()
         folder = start / below
-        status = folder.stat()
+        status = _or_words(folder.stat, folder)
         if (status.st_dev, status.st_ino) in visited:
             continue  # a loop of links, or a second way to the same folder
         visited.add((status.st_dev, status.st_ino))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except PermissionError as error:
-            raise ValueError(f"{folder} may not be read: permission denied") from error
-        for entry in entries:
+        for entry in sorted(_or_words(partial(os.scandir, folder), folder), key=lambda entry: entry.name):
             name = below + entry.name
             if entry.name.startswith((".", "__")):
                 continue
             if entry.is_symlink() and not follow_links:
                 links += 1
-            elif entry.is_dir():
+                continue
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # links in a circle
+                links += 1
+                continue
+            if is_folder:
                 folders.append(f"{name}/")
-            elif entry.is_file() and looks_like_an_image(start / name):
+            elif is_file and looks_like_an_image(start / name):
                 names.append(name)
     return names, links
+
+
+def _or_words(look: Callable[[], T], folder: Path) -> T:
+    try:
+        return look()
+    except PermissionError as error:
+        raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
+    except OSError as error:
+        raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error

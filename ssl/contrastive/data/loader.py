@@ -2,10 +2,13 @@
 
 import multiprocessing
 import signal
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
-from typing import NamedTuple
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -19,6 +22,8 @@ from contrastive.data.images import Images
 from contrastive.data.order import Order
 
 MAX_SUBSTITUTIONS = 32
+SECONDS_BETWEEN_LOOKS = 5.0
+"""After which it is looked whether a process that decodes has died."""
 
 
 class Batch(NamedTuple):
@@ -94,26 +99,37 @@ class Loader:
 
     def _from_workers(self, images: Files) -> Iterator[Batch]:
         reader = _Reader(images, self.workers)
-        batches = iter(
-            DataLoader(
-                reader,
-                batch_size=None,
-                sampler=self._plan(),
-                num_workers=self.workers,
-                timeout=self.timeout,
-                collate_fn=_as_it_is,
-                worker_init_fn=_start_worker,
-                multiprocessing_context=_context(),
-                pin_memory=self._pin,
-            )
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self._plan(),
+            num_workers=self.workers,
+            timeout=min(self.timeout, SECONDS_BETWEEN_LOOKS),
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context(),
+            pin_memory=self._pin,
         )
-        while True:
-            try:
-                batch, failures = next(batches)
-            except RuntimeError as error:
-                raise self._explained(error, reader, images) from error
-            _note(images, failures)
-            yield batch
+        with _deaf():
+            batches: Any = iter(loader)
+        try:
+            asked = time.monotonic()
+            while True:
+                try:
+                    batch, failures = next(batches)
+                except RuntimeError as error:
+                    # Whether all that decode are alive torch looks only when its own time is over.
+                    if "timed out" in str(error) and time.monotonic() - asked < self.timeout:
+                        continue
+                    raise self._explained(error, reader, images) from error
+                _note(images, failures)
+                yield batch
+                asked = time.monotonic()
+        finally:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                # One that hangs in a read does not hear how it would be ended otherwise.
+                worker.kill()
 
     def _explained(self, error: RuntimeError, reader: "_Reader", images: Files) -> Exception:
         reading = ", ".join(str(images.root / images.names[i]) for i in reader.reading.tolist() if i >= 0)
@@ -173,8 +189,27 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started within hear no signal that asks to end: the main process decides when work ends.
+
+    Ctrl-C, launchers and schedulers send it to the whole group. Without the processes that decode, and the fork server
+    that starts them, the main process could not come to where it saves.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # It would unblock them again when it is started.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole group; the main process decides when the work ends.
+    # Where signals cannot be blocked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
 

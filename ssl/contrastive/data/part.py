@@ -28,7 +28,10 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         pixels = images.pixels.index_select(0, keep)
         return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
     assert isinstance(images, Files)
-    return dataclasses.replace(images, names=names, labels=labels, fingerprint=mark, failed={})
+    states = None if images.states is None else images.states[keep]
+    return dataclasses.replace(
+        images, names=names, labels=labels, fingerprint=mark, states=states, failed={}, told=set()
+    )
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:

@@ -2,13 +2,19 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from filelock import FileLock
 from pydantic import AfterValidator
+
+from contrastive.untrusted.files import shown
+
+MOST_COMPARED = 10_000
+"""Names that a wrong one is compared with, and letters of it at most a tenth: a hint is not worth waiting for."""
 
 
 def _absolute(path: str) -> str:
@@ -44,8 +50,16 @@ def nearest(path: Path) -> str:
     """The half sentence that helps with a wrong path: how far it leads, and what is spelled alike there."""
     present = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(present).parts[0]
-    alike = difflib.get_close_matches(missing, sorted(os.listdir(present)), n=3)
-    return f"{present} does" + (f", and holds {', '.join(alike)}" if alike else f", but holds nothing like {missing!r}")
+    alike = most_alike(missing, sorted(os.listdir(present)), 3)
+    held = f", and holds {shown(', '.join(alike))}" if alike else f", but holds nothing like {shown(repr(missing))}"
+    return f"{shown(present)} does{held}"
+
+
+def most_alike(wrong: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names most like a wrong one; of very many only the first are looked at."""
+    if len(wrong) > MOST_COMPARED // 10:
+        return []
+    return difflib.get_close_matches(wrong, list(islice(known, MOST_COMPARED)), most, cutoff)
 
 
 def cache_folder() -> Path:

@@ -13,9 +13,12 @@ from torch import Tensor
 from contrastive.config import Settings
 from contrastive.data.images import Names, Report, Split, fingerprint
 from contrastive.data.paths import FolderPath, cache_folder, download
+from contrastive.untrusted.files import LONGEST_LINE, read_bytes, read_text
 
 SIZE = 96
 BYTES = 3 * SIZE * SIZE
+LARGEST = 1 << 24
+"""Bytes of a file of labels."""
 FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin", "class_names.txt")
 
 
@@ -33,7 +36,7 @@ class STL10(Settings):
         folder = root / "stl10_binary"
         if not all((folder / name).is_file() for name in FILES):
             download(root, self.name, lambda: torchvision.datasets.STL10(str(root), download=True))
-        classes = tuple((folder / "class_names.txt").read_text().split())
+        classes = tuple(read_text(folder / "class_names.txt", LONGEST_LINE).split())
         train = _mapped(folder, ("train", "unlabeled"), classes)
         return Split(train, _mapped(folder, ("test",), classes))
 
@@ -75,17 +78,19 @@ def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...]) -> 
         flat = torch.from_file(str(path), shared=False, size=count * BYTES, dtype=torch.uint8)
         parts.append(flat.view(count, 3, SIZE, SIZE))
         names += [f"{split}/{index:05d}" for index in range(count)]
-        labels.append(_labels(folder / f"{split}_y.bin", count))
+        labels.append(_labels(folder / f"{split}_y.bin", count, len(classes)))
     joined = torch.cat(labels)
     # Not over the pixels: reading all of them would take longer than the first minutes of a run.
     mark = fingerprint(["stl10", *map(len, parts), joined.numpy()])
     return Mapped(tuple(parts), Names(names), joined, classes, mark)
 
 
-def _labels(path: Path, count: int) -> Int64[Tensor, " images"]:
+def _labels(path: Path, count: int, classes: int) -> Int64[Tensor, " images"]:
     if path.name.startswith("unlabeled"):
         return torch.full((count,), -1)
-    labels = np.fromfile(path, np.uint8)
+    labels = np.frombuffer(read_bytes(path, LARGEST), np.uint8)
     if len(labels) != count:
         raise ValueError(f"{path} holds {len(labels)} labels for {count} images")
+    if labels.max(initial=0) > classes:
+        raise ValueError(f"{path} has labels up to {labels.max()}, and there are {classes} classes")
     return torch.from_numpy(labels.astype(np.int64)) - 1

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from contrastive.data.images import Images
 from contrastive.data.paths import nearest
+from contrastive.untrusted.arrays import mapped_array
+from contrastive.untrusted.files import open_lines, shown
 
 SIDE = 7
 """Side of the thumbnail that is an image's label, in pixels."""
 BATCH = 1024
 FILES = (".npy", ".csv")
 LARGEST = 1e18
+MOST_COLUMNS = 10_000
 
 
 def _source(source: str) -> str:
@@ -118,12 +121,7 @@ def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Floa
 
 
 def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    try:
-        numbers = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error
-    if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in "biuf":
-        raise ValueError(f"{path} does not hold one array of real numbers; write it with numpy.save")
+    numbers = mapped_array(path)
     if numbers.ndim == 1:
         numbers = numbers[:, None]
     if numbers.ndim != 2 or len(numbers) != len(images) or not numbers.shape[1]:
@@ -139,11 +137,13 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     places = {images.names[image]: image for image in range(len(images))}
     lines = np.zeros(len(images), dtype=np.int64)
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.reader(file)
+        with open_lines(path) as content:
+            reader = csv.reader(content)
             header = next(reader, [])
             if len(header) < 2:
                 raise ValueError(f"{path}: the first line must name the columns: the image's name, then its numbers")
+            if len(header) > MOST_COLUMNS:
+                raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
             numbers = np.zeros((len(images), len(header) - 1))
             for row in reader:
                 if not row or row[0] not in places:
@@ -171,5 +171,7 @@ def _numbers(path: Path, line: int, row: list[str], header: list[str]) -> list[f
         try:
             found.append(float(text))
         except ValueError:
-            raise ValueError(f"{path}, line {line}: {text!r} in column {name!r} is no number") from None
+            raise ValueError(
+                f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number"
+            ) from None
     return found

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contrastive.config import Settings
+from contrastive.untrusted.files import parse_json
 
 Report = Callable[[str, int, int], None]
 """Told what is done, how much of it, and of how much."""
@@ -68,12 +69,13 @@ class LinearMetric:
                 header = opened.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{file} holds no linear metric, or not from this project; fit it anew")
-                tensors = {key: opened.get_tensor(key) for key in ("weights", "centre")}
+                weights, centre = (opened.get_tensor(key) for key in ("weights", "centre"))
         except SafetensorError as problem:
             raise ValueError(f"{file} cannot be read as safetensors ({problem}); fit the metric anew") from problem
-        return LinearMetric(
-            tensors["weights"], tensors["centre"], json.loads(header["settings"]), json.loads(header["figures"])
-        )
+        described = [parse_json(header.get(key, ""), f"the {key} of {file}") for key in ("settings", "figures")]
+        if weights.ndim != 2 or centre.shape != weights.shape[1:] or not weights.is_floating_point():
+            raise ValueError(f"{file} is damaged: {list(weights.shape)} weights around {list(centre.shape)}")
+        return LinearMetric(weights, centre, *described)
 
 
 class MetricSettings(Protocol):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.checkpoints import sync, together
+from contrastive.untrusted.arrays import mapped_array
+from contrastive.untrusted.files import LARGEST_JSON, open_lines, parse_json, read_json
 
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEY, DONE, ANY_DONE = "key.json", "done-{:05d}.txt", "done-*.txt"
@@ -51,7 +53,7 @@ def state(folder: Path, key: Mapping[str, Any]) -> State:
     begun = folder / PARTIAL / KEY
     progress: State = "complete" if found is not None else "begun"
     if found is None and begun.is_file():
-        found = json.loads(begun.read_text())
+        found = read_json(begun)
     if found is None:
         return "absent"
     changed = differences({name: found.get(name) for name in key}, json.loads(json.dumps(key)))
@@ -131,23 +133,23 @@ def described(folder: Path) -> dict[str, Any] | None:
     """What the manifest of complete features says, without the list of images; None where there is none."""
     if not (folder / MANIFEST).is_file():
         return None
-    lines = []
-    with (folder / MANIFEST).open() as file:
-        for line in file:
+    lines, length = [], 0
+    with open_lines(folder / MANIFEST) as content:
+        for line in content:
             # Of millions of images the rest would take gigabytes.
             if line.rstrip("\n") == IMAGES:
                 lines.append(f"{IMAGES}]}}")
                 break
             lines.append(line)
-    try:
-        content = json.loads("".join(lines))
-    except (json.JSONDecodeError, RecursionError) as problem:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({problem})") from problem
-    files = content.get("files") if isinstance(content, dict) else None
+            length += len(line)
+            if length > LARGEST_JSON:
+                raise ValueError(f"{folder / MANIFEST} is damaged (it says more than {LARGEST_JSON:,} letters)")
+    found = parse_json("".join(lines), str(folder / MANIFEST))
+    files = found.get("files")
     # They are moved and removed by these names, and the folder may be a stranger's.
     if not isinstance(files, list) or not all(isinstance(name, str) and PLAIN.fullmatch(name) for name in files):
         raise ValueError(f"{folder / MANIFEST} is damaged (its files are not named, or lie elsewhere)")
-    return {name: value for name, value in content.items() if name != "images"}
+    return {name: value for name, value in found.items() if name != "images"}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -185,7 +187,7 @@ def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         for line in file.read_text().split("\n")[:-1]:
             # A line that was cut off in the middle, and ended when the work was taken up again, has no third word.
             match line.split():
-                case [start, stop, "done"]:
+                case [start, stop, "done"] if start.isdecimal() and stop.isdecimal() and len(start + stop) < 40:
                     done[int(start) : int(stop)] = True
     return done
 
@@ -299,7 +301,7 @@ def finish(
 def mapped(file: Path) -> Tensor:
     """The rows of a .npy file, mapped into memory: they are read from the disk when they are used."""
     # Copy on write: torch warns of arrays that cannot be written to, and the file stays as it is.
-    return torch.from_numpy(np.load(file, mmap_mode="c"))
+    return torch.from_numpy(mapped_array(file, "c"))
 
 
 def write_whole(file: Path, content: Iterable[str]) -> None:
@@ -330,8 +332,8 @@ def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[i
 
 def _check_rows(file: Path, shape: Sequence[int]) -> None:
     try:
-        rows = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as problem:
+        rows = mapped_array(file)
+    except (OSError, ValueError) as problem:
         raise ValueError(f"{file.name} cannot be read ({problem})") from problem
     if rows.shape != tuple(shape) or rows.dtype != np.float32:
         raise ValueError(f"{file.name} holds {rows.dtype} {list(rows.shape)}, not float32 {list(shape)}")

@@ -22,10 +22,9 @@ UNCHOSEN = 0.1
 
 def backbone_of(opened: Opened, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
     """The opened backbone with its weights, or with random ones that follow from the seed."""
-    name = opened.name if opened.recipe is None else opened.recipe.encoder.name
     torch.manual_seed(seed)
     # Anew, and not `opened.backbone()`: a run may have trained with batch norms in parts, and with other options.
-    model = create_backbone(name, channels=opened.channels, size=opened.size, drop_path=drop_path)
+    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=drop_path)
     if not scratch:
         model.load_state_dict(dict(opened.weights))
     return model

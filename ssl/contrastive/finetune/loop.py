@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contrastive import distributed, keyed
-from contrastive.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
+from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, restore_optimiser
 from contrastive.config import dump_yaml, load
 from contrastive.data import Loader, Order
 from contrastive.finetune.classifier import create_optimiser, train_mode
@@ -29,10 +29,22 @@ from contrastive.machine import synchronised
 from contrastive.opened import open_model
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller
-from contrastive.resume import check_settings
+from contrastive.resume import check_facts, check_processes, check_settings
 from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, Run, prepare
 
-FREE = {"output", "resume", "epochs", "min_steps", "minutes", "workers", "threads", "log_every", "save_minutes", "keep"}
+FREE = {
+    "output",
+    "resume",
+    "elastic",
+    "epochs",
+    "min_steps",
+    "minutes",
+    "workers",
+    "threads",
+    "log_every",
+    "save_minutes",
+    "keep",
+}
 """Settings that may change when a run goes on."""
 
 
@@ -58,13 +70,17 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
     model = first_model(task, accelerator.device)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
-    run = _open(folder, task, header, found) if accelerator.is_main_process else None
+    run = _open(folder, task, header, found, teller) if accelerator.is_main_process else None
     _describe(task, model, accelerator, folder, teller)
+    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
         with Stop() as stop:
-            best, facts = train(model, task, accelerator, folder, run, teller, found, stop)
+            best, facts = train(model, task, accelerator, saver, run, teller, found, stop)
         if stop.signal is None:
             measure(best, task, facts, run, teller, header)
+    except Exception:
+        saver.abandon()
+        raise
     finally:
         if run is not None:
             run.close()
@@ -80,7 +96,7 @@ def train(
     model: nn.Module,
     task: Task,
     accelerator: Accelerator,
-    folder: Path,
+    saver: Saver,
     run: Run | None,
     teller: Teller,
     found: Checkpoint | None,
@@ -115,9 +131,9 @@ def train(
     if found is not None:
         model.load_state_dict(dict(found.parts["model"]))
         average.module.load_state_dict(dict(found.parts["average"]))
-        optimiser.load_state_dict(found.optimiser)
+        restore_optimiser(optimiser, found.optimiser)
         best = {key: value.to(device) for key, value in found.parts["best"].items()}
-        facts |= {key: found.facts[key] for key in facts}
+        facts |= {key: found.facts.get(key) for key in facts}
     step, began = facts["step"], time.monotonic() - facts["seconds"]
     order = Order(len(task.images), task.batch_size, settings.seed)
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps)
@@ -131,9 +147,9 @@ def train(
     def save() -> None:
         parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
         known = facts | {"step": step, "seconds": seconds()} | task.origin
-        save_checkpoint(
-            folder / CHECKPOINTS, Checkpoint(step, parts, optimiser.state_dict(), known), keep=settings.keep
-        )
+        check_finite({f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}, step)
+        before = run.sync if run is not None else None
+        saver.begin(Checkpoint(step, parts, optimiser.state_dict(), known), before=before)
 
     def check() -> None:
         nonlocal best
@@ -186,12 +202,15 @@ def train(
             if int(done * settings.checks) > checked:
                 checked, tested = int(done * settings.checks), step
                 check()
-            if seconds() - saved > 60 * settings.save_minutes:
+            if news := saver.poll():
+                teller.warn(news)
+            if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
                 save()
                 saved = seconds()
     if stop.signal is None and tested < step:
         check()
     save()
+    saver.finish()
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
@@ -236,8 +255,13 @@ def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
     for line in damaged:
         teller.warn(line)
     if (folder / CONFIG).exists():
-        check_settings(load(FinetuneSettings, folder / CONFIG), task.settings, FREE)
-    changed = [key for key, value in task.origin.items() if found is not None and found.facts[key] != value]
+        before = load(FinetuneSettings, folder / CONFIG)
+        check_settings(before.model_dump(mode="json"), task.settings.model_dump(mode="json"), FREE)
+    if found is None:
+        return None
+    check_facts(found, {"step": int, "seconds": float, "best_step": int})
+    check_processes(found, distributed.size(), elastic=task.settings.elastic, teller=teller)
+    changed = [key for key, value in task.origin.items() if found.facts.get(key) != value]
     if changed:
         raise ValueError(
             f"other {' and '.join(changed)} than the run was begun with; start another with output=…, or go on with "
@@ -246,12 +270,12 @@ def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
     return found
 
 
-def _open(folder: Path, task: Task, header: str, found: Checkpoint | None) -> Run:
+def _open(folder: Path, task: Task, header: str, found: Checkpoint | None, teller: Teller) -> Run:
     # It tells a run from a classifier, also while there is none yet.
     (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():
         (folder / CONFIG).write_text(header + dump_yaml(task.settings))
-    run = Run(folder, step=found.step if found else 0)
+    run = Run(folder, step=found.step if found else 0, warn=teller.warn)
     if found is None:
         run.text("config", dump_yaml(task.settings))
     return run

@@ -60,8 +60,7 @@ def printable(text: str) -> str:
     """A text as a page can hold it: control characters, and what is no valid UTF-8, are replaced."""
     if text.isprintable():
         return text
-    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() or letter == " " else "\ufffd" for letter in whole)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def drawn(ids: Int64[Tensor, " images"], most: int, *key: int) -> Int64[Tensor, " drawn"]:

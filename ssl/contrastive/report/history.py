@@ -1,8 +1,8 @@
 """What a run has left in its folder, read back for a report: its recipe in words, its metrics, what went wrong."""
 
-import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,12 @@ from contrastive.progress import duration
 from contrastive.recipe import Recipe
 from contrastive.report.findings import Findings, has_labels, printable
 from contrastive.run import CONFIG, DONE, METRICS
+from contrastive.untrusted.files import open_lines, parse_json
 
 UNREADABLE = "unreadable.txt"
+MOST_LETTERS = 1 << 26
+"""Of one file that are read; that is metrics of some hundred thousand lines."""
+LONGEST_DAY = 40
 
 
 class History(NamedTuple):
@@ -38,18 +42,17 @@ def read_history(folder: Path) -> History:
     """Reads what there is of a run's folder; a file that is missing, or a line that was cut off, is no error."""
     recipe, config, header = None, "", []
     if (folder / CONFIG).is_file():
-        lines = (folder / CONFIG).read_text(errors="replace").splitlines()
+        lines = _lines(folder / CONFIG)
         header = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
         config = printable_lines([line for line in lines if not line.startswith("#")])
         recipe = load(Recipe, folder / CONFIG)
-    done = folder / DONE
     return History(
         recipe,
         config,
         printable(header[0]) if header else "",
         printable(header[1].removeprefix("commit ")) if len(header) > 1 else "",
         tuple(_metrics(folder / METRICS)),
-        printable(done.read_text().partition("T")[0]) if done.is_file() else "",
+        printable("".join(_lines(folder / DONE)[:1]).partition("T")[0])[:LONGEST_DAY],
         tuple(_unreadable(folder / UNREADABLE)),
     )
 
@@ -172,18 +175,33 @@ def _value(value: Any) -> str:
 
 def _metrics(file: Path) -> list[dict[str, float]]:
     found = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+    for text in _lines(file):
         try:
-            line = json.loads(text)
+            line = parse_json(text, file.name)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
-            numbers = {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
-            found.append({key: math.nan if value is None else float(value) for key, value in numbers.items()})
+        numbers = {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
+        with suppress(OverflowError):
+            values = {key: math.nan if value is None else float(value) for key, value in numbers.items()}
+            if math.isfinite(values.get("step", math.nan)):
+                found.append(values)
     return found
 
 
 def _unreadable(file: Path) -> list[tuple[str, str]]:
-    lines = file.read_text(errors="surrogateescape").splitlines() if file.is_file() else []
-    parts = [line.partition("\t") for line in lines if line]
+    parts = [line.partition("\t") for line in _lines(file) if line]
     return [(printable(name), printable(reason)) for name, _, reason in parts]
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file, up to so many letters that a stranger's cannot fill the memory; none where there is none."""
+    if not file.is_file():
+        return []
+    found, letters = [], 0
+    with open_lines(file) as content:
+        for line in content:
+            letters += len(line)
+            if letters > MOST_LETTERS:
+                break
+            found.append(line.rstrip("\r\n"))
+    return found

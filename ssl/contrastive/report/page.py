@@ -26,6 +26,8 @@ SIDE = 96
 """Of the pictures of neighbours and mistakes, in pixels."""
 SMALL = 64
 """Images of at most so many pixels are enlarged without smoothing: their pixels are what the network saw."""
+LARGEST_PICTURE = 1 << 25
+"""Bytes of the picture of views; a larger one is not a run's."""
 LISTED = 50
 """Unreadable files that are listed one by one."""
 NO_SCORES = (
@@ -154,8 +156,9 @@ def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
     if seen.maps:
         still = data_uri(png(plots.as_pixels(next(iter(seen.maps.values())))), "image/png")
     by_knn = evaluation is not None and f"knn/{findings.kind}" in evaluation.hits
+    shown = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
     return _looked_up(findings, seen) | {
-        "views": data_uri(views.read_bytes(), "image/png") if views.is_file() else None,
+        "views": data_uri(views.read_bytes(), "image/png") if shown else None,
         "small": findings.shown.size <= SMALL,
         "labelled": has_labels(findings.shown.labels),
         "where": f"{searched} images",

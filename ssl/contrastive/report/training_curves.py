@@ -32,6 +32,8 @@ KINDS = (
     Kind(("rate",), "learning rate", "After its schedule."),
     Kind(("images_per_second",), "images per second", "Of training alone."),
 )
+MOST_PANELS = 100
+"""Of other metrics: each takes a moment to draw."""
 LEFT_OUT = {"step", "epoch", "seconds", "ceiling"}
 """What other curves are drawn over, or belongs to another panel."""
 
@@ -50,7 +52,7 @@ def panels(metrics: Sequence[dict[str, float]]) -> tuple[list[Panel], list[Panel
     """The usual panels, and those of all other metrics; a metric that never was a finite number has none."""
     found = [panel for kind in KINDS if (panel := _panel(metrics, kind)) is not None]
     known = LEFT_OUT.union(*(kind.keys for kind in KINDS))
-    others = sorted({key for line in metrics for key in line} - known)
+    others = sorted({key for line in metrics for key in line} - known)[:MOST_PANELS]
     more = [_panel(metrics, Kind((key,), printable(key.replace("_", " ")), "")) for key in others]
     return found, [panel for panel in more if panel is not None]
 

@@ -1,0 +1,1 @@
+"""What `benchmark.py fuzz` damages, how, and what reads it."""

@@ -1,0 +1,169 @@
+"""What a checkpoint holds, how much room it takes, and how processes agree on what went wrong with one."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from contrastive import distributed
+
+FORESEEN = (OSError, ValueError, KeyError, SafetensorError)
+"""What a damaged checkpoint, a full disk or a wrong setting raises; anything else is a fault of the program."""
+OVERHEAD = 1 << 16
+"""Bytes of a file's header, of the manifest and of the disk's blocks, for each part: more than they are."""
+
+
+class Checkpoint(NamedTuple):
+    """Everything that a run needs to go on as if it had never stopped, as one process holds it.
+
+    `parts` are state dictionaries by the name of their owner (encoder, objective, …); `optimiser` is an optimiser's
+    state dictionary; `facts` are JSON values (seconds spent, fingerprint of the data, …), among them `score` where the
+    step was measured: the highest one is the best. `shards` names the tensors of which each process holds
+    `distributed.share(length)` of the first axis, with their length over all processes: "objective.rows", or
+    "optimiser.3.momentum_buffer" for what the optimiser keeps of parameter 3.
+    """
+
+    step: int
+    parts: Mapping[str, Mapping[str, Tensor]]
+    optimiser: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    shards: Mapping[str, int] = {}
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A stretch of work that succeeds on all processes or raises on all: none goes on to wait for one that failed.
+
+    Raises:
+        OSError: naming the process and its problem, on those that had none themselves.
+        RuntimeError: likewise, where the problem is a fault of the program.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        problem = raised
+    kind = "" if problem is None else "foreseen" if isinstance(problem, FORESEEN) else "fault"
+    words = "" if problem is None else str(problem) or type(problem).__name__
+    told = [text.split("\n", 1) for text in distributed.texts(f"{kind}\n{words}")]
+    # A fault anywhere is a fault everywhere: where damage is passed over, all pass over it or none does.
+    for worst, error in (("fault", RuntimeError), ("foreseen", OSError)):
+        if problem is not None and kind == worst:
+            raise problem
+        failed = [f"process {number}: {text}" for number, (found, text) in enumerate(told) if found == worst]
+        if failed:
+            raise error("; ".join(failed))
+
+
+def optimiser_shards(optimiser: Any, sharded: Sequence[tuple[nn.Parameter, int]]) -> dict[str, int]:
+    """The names of what an optimiser keeps row by row of sharded parameters, for `Checkpoint.shards`.
+
+    Args:
+        optimiser: a torch optimiser, or Accelerate's wrapper of one.
+        sharded: the parameters of which each process holds a part, with their length over all processes.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    lengths = {id(parameter): length for parameter, length in sharded}
+    found: dict[str, int] = {}
+    for index, state in optimiser.state_dict()["state"].items():
+        parameter = parameters[index]
+        if id(parameter) not in lengths:
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                found[f"optimiser.{index}.{key}"] = lengths[id(parameter)]
+    return found
+
+
+def restore_optimiser(optimiser: Any, kept: Mapping[str, Any]) -> None:
+    """Gives an optimiser the state that a checkpoint has of it, each tensor laid out as its parameter is.
+
+    Fused optimisers walk through the memory of both at once: a parameter in channels last, with averages that are not,
+    would get those of other weights.
+
+    Args:
+        optimiser: a torch optimiser, or Accelerate's wrapper of one.
+        kept: `Checkpoint.optimiser`.
+
+    Raises:
+        ValueError: if it is of other groups or other parameters.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Any]] = {}
+    for index, state in kept["state"].items():
+        if not 0 <= index < len(parameters):
+            raise ValueError(
+                f"the optimiser has {len(parameters):,} parameters, and the checkpoint one of number {index:,}"
+            )
+        states[index], parameter = dict(state), parameters[index]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)} in the "
+                        f"checkpoint, and the parameter {tuple(parameter.shape)}"
+                    )
+                states[index][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    optimiser.load_state_dict({**kept, "state": states})
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by part and name, those of the optimiser as "3.exp_avg" in the part "optimiser"."""
+    states = checkpoint.optimiser["state"].items()
+    kept = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    found = {part: dict(state) for part, state in checkpoint.parts.items()}
+    found["optimiser"] = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+    return found
+
+
+def room_needed(checkpoint: Checkpoint, *, keep: int) -> int:
+    """Bytes on the disk, of all processes together, for the checkpoints that stay and the one that is being written.
+
+    Args:
+        checkpoint: one as the run writes it; taken after a step, for before it an optimiser keeps nothing yet.
+        keep: how many stay.
+    """
+    total = 0
+    for part, state in tensors_of(checkpoint).items():
+        total += OVERHEAD
+        for key, value in state.items():
+            length = checkpoint.shards.get(f"{part}.{key}")
+            total += value.nbytes if length is None else length * value[:1].nbytes if len(value) else 0
+    return (keep + 1) * total
+
+
+def check_finite(named: Mapping[str, Tensor], step: int) -> None:
+    """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
+
+    Args:
+        named: the weights, and what else must be finite, by name.
+        step: the updates that led to them.
+
+    Raises:
+        ValueError: naming what is not finite, on all processes.
+    """
+    floating = {key: value.detach() for key, value in named.items() if value.is_floating_point() and value.numel()}
+    # One answer from the device for all of them.
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
+    bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
+    told = [text for text in distributed.texts(", ".join(bad[:3])) if text]
+    if told:
+        raise ValueError(
+            f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved: the newest "
+            "checkpoint is sound; resume it, or start anew with a lower rate or in fp32"
+        )
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or a folder's list of files, is on the disk."""
+    with suppress(PermissionError):  # Windows opens no folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,130 @@
+"""The files and folders of a checkpoint on the disk: written, put into place, and removed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contrastive import distributed
+from contrastive.checkpoints.checkpoint import FORESEEN, Checkpoint, sync, tensors_of
+from contrastive.checkpoints.manifest import (
+    FILE,
+    OPTIMISER,
+    File,
+    Manifest,
+    digest,
+    read_manifest,
+    shard_file,
+)
+from contrastive.checkpoints.reading import steps
+
+
+def copied(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The files that this process writes: copies of tensors, and texts."""
+    first, missing = distributed.rank() == 0, set(checkpoint.shards)
+    files: dict[str, dict[str, Tensor]] = {}
+    for part, state in tensors_of(checkpoint).items():
+        if first:
+            files[f"{part}.safetensors"] = {}
+        for key, value in state.items():
+            length = checkpoint.shards.get(f"{part}.{key}")
+            if length is None:
+                if first:
+                    files[f"{part}.safetensors"][key] = _copy(value)
+                continue
+            own = distributed.share(length)
+            if len(value) != own.stop - own.start:
+                raise ValueError(f"{part}.{key} has {len(value)} rows here, not the {own.stop - own.start} of {length}")
+            missing.remove(f"{part}.{key}")
+            files.setdefault(shard_file(part, distributed.rank(), distributed.size()), {})[key] = _copy(value)
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} should be spread over the processes, but is no part of a state")
+    if not first:
+        return files, {}
+    numbers = {
+        str(index): {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        for index, state in checkpoint.optimiser["state"].items()
+    }
+    rest = {"state": numbers, "param_groups": checkpoint.optimiser["param_groups"]}
+    return files, {OPTIMISER: json.dumps(rest, allow_nan=False)}
+
+
+def write(
+    aside: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    texts: dict[str, str],
+    before: Callable[[], object] | None,
+) -> dict[str, File]:
+    """Writes and syncs the files of this process; what they are known by."""
+    for name, text in texts.items():
+        (aside / name).write_text(text)
+    for name, state in tensors.items():
+        save_file(state, aside / name)
+        # Readable for whom the folder is, as any other file; safetensors makes it the owner's alone.
+        (aside / name).chmod(aside.stat().st_mode & 0o666)
+    written = [aside / name for name in (*tensors, *texts)]
+    for file in written:
+        sync(file)
+    if before is not None and distributed.rank() == 0:
+        before()
+    return {file.name: File(bytes=file.stat().st_size, sha256=digest(file)) for file in written}
+
+
+def publish(aside: Path, target: Path, manifest: Manifest) -> None:
+    """Makes a checkpoint of the files that all processes have written aside."""
+    (aside / FILE).write_text(manifest.text())
+    sync(aside / FILE)
+    sync(aside)
+    # The same step may have been saved before, and be the only checkpoint: it stays readable until the new one is.
+    replaced = target.with_name(f"{target.name}.replaced")
+    if target.exists():
+        target.rename(replaced)
+    aside.rename(target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
+    """Removes the checkpoints beside the newest one, but for so many before it and the best."""
+    there = steps(newest.parent)
+    # Those of later steps were passed over, for damage, when the run went on from an older one: they go too.
+    stay = [folder for folder in there if folder <= newest][-keep:]
+    if keep_best and (found := scores(newest.parent, upto=newest.name)):
+        stay.append(max(found, key=lambda folder: found[folder]))
+    for folder in there:
+        if folder not in stay:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def scores(place: Path, *, upto: str) -> dict[Path, float]:
+    """The scores of the checkpoints that have one, oldest first, up to a folder's name; none of what is damaged."""
+    found: dict[Path, float] = {}
+    for folder in steps(place):
+        try:
+            score = read_manifest(folder).facts.get("score") if folder.name <= upto else None
+        except FORESEEN:
+            continue
+        if isinstance(score, float):
+            found[folder] = score
+    return found
+
+
+def tidy(place: Path) -> None:
+    """Removes what a run that was cut off while it saved has left."""
+    for folder in place.glob(".step-*.partial*"):
+        shutil.rmtree(folder)
+    for folder in place.glob("step-*.replaced"):
+        original = folder.with_suffix("")
+        if original.exists():
+            shutil.rmtree(folder)
+        else:
+            folder.rename(original)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU and contiguous, in memory of its own."""
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())

@@ -1,0 +1,102 @@
+"""What stands before the first step: images, batches, the parts, and the checkpoint that is gone on from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from contrastive import distributed
+from contrastive.checkpoints import Checkpoint, restore_optimiser
+from contrastive.data import ClassOrder, Order, Split, leave_out
+from contrastive.machine import Machine, batches, build, cautions
+from contrastive.progress import Teller
+from contrastive.recipe import Recipe
+from contrastive.resume import check_lengths, resumable
+from contrastive.scale import in_words, scale
+
+
+class Ready(NamedTuple):
+    """All that a run needs to take its next step."""
+
+    split: Split
+    order: Order
+    machine: Machine
+    found: Checkpoint | None
+    """What it goes on from, in the machine already."""
+
+
+def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: Teller) -> Ready:
+    """Reads the images, builds the parts and, with `resume`, restores the newest checkpoint in the folder; collective.
+
+    Raises:
+        ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
+    """
+    with teller.bar():
+        split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
+    split = split._replace(train=leave_out(split.train, recipe.unseen))
+    views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
+    recipe = recipe.model_copy(update={"views": views})
+    found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
+    begun_on = found.facts["processes"] if found else None
+    order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    machine = build(recipe, accelerator, split.train)
+    if found is not None:
+        _restore(machine, found)
+    return Ready(split, order, machine, found)
+
+
+def describe(ready: Ready, teller: Teller) -> None:
+    """Says what will run, so that a mistake is seen before hours have gone by."""
+    split, order, machine, _ = ready
+    recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
+    processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
+    local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
+    each = f" ({local} on each)" if processes > 1 else ""
+    each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
+    budget = f"{recipe.train.minutes:g} minutes" if recipe.train.minutes else f"{recipe.train.epochs:g} epochs"
+    budget += f", {order.steps_per_epoch:,} steps an epoch"
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
+    teller.say(
+        f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"
+    )
+    teller.say(f"objective  {recipe.objective.name}")
+    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
+    ids = len(train) if machine.names is None else int(machine.names.max()) + 1
+    cost = in_words(scale(recipe.objective, images=ids, processes=processes, **sizes))
+    teller.say(f"negatives  {'at most ' if recipe.ids == 'labels' else ''}{cost}")
+    teller.say(
+        f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
+        f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
+    )
+    teller.say(f"run        {folder_of(recipe).resolve()}")
+    for caution in cautions(machine):
+        teller.warn(caution)
+    if isinstance(order, ClassOrder) and order.left_out:
+        teller.warn(
+            f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
+            "images, and are left out of training"
+        )
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The run folder."""
+    return Path(recipe.output or "runs/pretrain").expanduser()
+
+
+def _restore(machine: Machine, found: Checkpoint) -> None:
+    check_lengths(found, machine.objective.shards())
+    try:
+        machine.encoder.load_state_dict(dict(found.parts["encoder"]))
+        machine.objective.load_state_dict(dict(found.parts["objective"]))
+        if machine.twin is not None:
+            machine.twin.load_state_dict(dict(found.parts["twin"]))
+        restore_optimiser(machine.optimiser, found.optimiser)
+        if machine.accelerator.scaler is not None:
+            machine.accelerator.scaler.load_state_dict(found.facts["scaler"])
+    except (KeyError, RuntimeError) as problem:
+        raise ValueError(
+            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
+        ) from None

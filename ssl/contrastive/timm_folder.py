@@ -1,0 +1,110 @@
+"""A backbone in timm's own format, in a folder or on the hub: what its config.json says, as far as it is believed.
+
+A config.json may name weights anywhere on the network, pickles among them, and any argument of any model. Here it says
+which of timm's models it is and what its input was, and the weights are those of model.safetensors beside it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from huggingface_hub import hf_hub_download
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from contrastive.untrusted.files import read_json, shown
+
+LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+SOURCES = (LOCAL, *HUB)
+"""What a name begins with that is no timm model's."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LARGEST_WEIGHTS = 1 << 36
+SET_HERE = {"in_chans", "num_classes", "img_size", "drop_rate", "drop_path_rate", "pretrained"}
+"""Arguments that follow from the images and the recipe, whatever the folder says."""
+BELIEVED: dict[str, type] = {"global_pool": str, "class_token": bool, "dynamic_img_size": bool}
+"""Arguments that change what the weights are read by, and not how many there are."""
+
+Channels = Annotated[int, Field(strict=True, ge=1, le=64)]
+Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Number = Annotated[float, Field(gt=-1e4, lt=1e4)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+
+
+class Described(BaseModel):
+    """What is believed of a model's `pretrained_cfg`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    input_size: tuple[Channels, Side, Side]
+    mean: tuple[Number, ...] = Field((0.485, 0.456, 0.406), min_length=1, max_length=64)
+    std: tuple[Annotated[Number, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), min_length=1, max_length=64)
+    interpolation: Annotated[str, Field(max_length=20)] = "bicubic"
+    num_classes: int = Field(1000, strict=True, ge=0, le=1_000_000)
+    fixed_input_size: bool = False
+    first_conv: Name | tuple[Name, ...] | None = None
+    classifier: Name | tuple[Name, ...] | None = None
+
+
+class TimmFolder(BaseModel):
+    """A folder with a backbone in timm's format."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: Path
+    architecture: Name
+    described: Described
+    arguments: dict[str, Any]
+
+    def options(self, *, pretrained: bool) -> dict[str, Any]:
+        """What `timm.create_model` is to be told beside the architecture."""
+        source = {"file": str(self.folder / WEIGHTS)} if pretrained else {}
+        return {"pretrained": pretrained, "pretrained_cfg": self.described.model_dump() | source, **self.arguments}
+
+
+def read_folder(folder: Path) -> TimmFolder:
+    """Reads the config.json of a folder in timm's format.
+
+    Raises:
+        ValueError: if there is none, it is damaged, or it describes a model as no folder is believed to.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{shown(folder)} is no folder in timm's format: it holds no {CONFIG}")
+    content = read_json(file)
+    # Older folders have both in one.
+    described, arguments = content.get("pretrained_cfg", content), content.get("model_args") or {}
+    try:
+        found = Described.model_validate(described)
+        named = TimmFolder(
+            folder=folder, architecture=content.get("architecture", ""), described=found, arguments=arguments
+        )
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "pretrained_cfg"
+        raise ValueError(f"{shown(file)} is damaged: {shown(place)}: {first['msg']}") from None
+    believed = {name: value for name, value in arguments.items() if name not in SET_HERE and value is not None}
+    for name, value in believed.items():
+        if type(value) is not BELIEVED.get(name) or len(str(value)) > 20:
+            raise ValueError(
+                f"{shown(file)} asks for {shown(named.architecture)} with {shown(name)}={shown(value)}, which is not "
+                "read from a folder; only timm's models as they are named are"
+            )
+    return named.model_copy(update={"arguments": believed})
+
+
+def hub_folder(name: str) -> Path:
+    """The local copy of a model on the hub, its config.json and model.safetensors alone, downloaded where missing.
+
+    Args:
+        name: hf-hub:OWNER/NAME, with @REVISION where it is not the newest.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    owner, _, revision = name.partition(":")[2].partition("@")
+    try:
+        files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
+    except Exception as problem:  # of the network, of the hub, of the name
+        raise ValueError(
+            f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}); is there a network, and does "
+            f"the hub have a {WEIGHTS} of that name?"
+        ) from problem
+    return files[0].parent

@@ -1,0 +1,195 @@
+"""Reading what a stranger may have made: regular files alone, up to a size, and not along a link put there."""
+
+import io
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+MEBIBYTE = 1 << 20
+LARGEST_JSON = 16 * MEBIBYTE
+"""Bytes of a JSON file; in memory it takes some thirty times as much."""
+LONGEST_LINE = MEBIBYTE
+LONGEST_SHOWN = 1000
+BEHIND_A_LINK = "is a symbolic link, or lies behind one"
+
+# A pipe would be waited for without O_NONBLOCK; a regular file does not care.
+_READING = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def shown(text: object) -> str:
+    """A name or a value as one line of a message: line breaks, terminal escapes and what is no text are spelled out."""
+    line = str(text)
+    if not line.isprintable():
+        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}…"
+
+
+class RefusedFileError(ValueError):
+    """What is no regular file, or lies behind a link that is not followed; `reason` says which."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{shown(path)} {reason}")
+        self.reason = reason
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file to be read, through links too; a pipe is not waited for and a device is not touched.
+
+    Raises:
+        RefusedFileError: if it is anything else: a folder, a pipe, a socket or a device.
+        OSError: if there is none, or it may not be read.
+    """
+    _check_regular(path.stat(), path)
+    return _opened(path, path, 0, None)
+
+
+def open_beneath(root: Path, name: str) -> BinaryIO:
+    """Opens a regular file below a folder, to be read; no part of its name may be a link, whatever has been put there.
+
+    Args:
+        root: the folder, which may be a link itself.
+        name: with `/` between its parts.
+
+    Raises:
+        RefusedFileError: if a part of the name is a symbolic link or `..`, or it is no regular file.
+        OSError: if there is none, or it may not be read.
+    """
+    path, parts = root / name, name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or PurePosixPath(name).is_absolute():
+        raise RefusedFileError(path, "leads out of its folder")
+    if os.open not in os.supports_dir_fd:
+        for depth in range(1, len(parts) + 1):
+            if root.joinpath(*parts[:depth]).is_symlink():
+                raise RefusedFileError(path, BEHIND_A_LINK)
+        return open_regular(path)
+    folder = os.open(root, _FOLDER)
+    try:
+        for part in parts[:-1]:
+            below = _without_links(part, _FOLDER, folder, path)
+            os.close(folder)
+            folder = below
+        _check_regular(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False), path)
+        return _opened(parts[-1], path, _NO_LINK, folder)
+    finally:
+        os.close(folder)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What a regular file holds, if that is at most so many bytes; raises ValueError or OSError otherwise."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{shown(path)} has more than {most:,} bytes, the most that is read of such a file")
+    return content
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file in UTF-8, if it has at most so many bytes; raises ValueError or OSError otherwise."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{shown(path)} is no text in UTF-8: {problem.reason} at byte {problem.start:,}") from problem
+
+
+def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ValueError: if it is larger than `most` bytes, no JSON, nested too deep, or anything else than an object.
+        OSError: if there is none, or it may not be read.
+    """
+    return parse_json(read_text(path, most), shown(path))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """The object that a JSON text holds; raises ValueError with what the text is called where it holds none."""
+    try:
+        found = json.loads(text)
+    except RecursionError as problem:
+        raise ValueError(f"{name} is damaged: it is nested too deep") from problem
+    except ValueError as problem:
+        raise ValueError(f"{name} is damaged: {shown(problem)}") from problem
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is damaged: it holds a {type(found).__name__} and no object")
+    return found
+
+
+@contextmanager
+def open_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[Iterator[str]]:
+    """The lines of a regular file with their ends, of any kind, while it is open.
+
+    Bytes that are no UTF-8 become surrogates, as in the names of files, and a byte order mark is left out.
+
+    Raises:
+        ValueError: if it is no regular file; while iterating, for a line of more letters than `longest`.
+        OSError: if there is none, or it may not be read.
+    """
+    # newline="": the ends stay as they are, which a CSV reader wants.
+    with open_regular(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+        yield _lines(text, path, longest)
+
+
+def _lines(text: io.TextIOWrapper, path: Path, longest: int) -> Iterator[str]:
+    number = 0
+    while line := text.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise ValueError(f"{shown(path)}, line {number:,}: it is longer than {longest:,} letters")
+        yield line
+
+
+def check_links(folder: Path) -> None:
+    """Checks that nothing in a folder leads out of it, so that reading and writing there stay there.
+
+    Raises:
+        ValueError: naming a symbolic link that leads out of the folder, or to nothing.
+    """
+    root = folder.resolve()
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(root)):
+                raise ValueError(
+                    f"{shown(path)} is a symbolic link out of {shown(folder)}; put what it leads to in its place"
+                )
+
+
+def _without_links(part: str, flags: int, folder: int, path: Path) -> int:
+    try:
+        return os.open(part, flags | _NO_LINK, dir_fd=folder)
+    except OSError as problem:
+        if stat.S_ISLNK(os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode):
+            raise RefusedFileError(path, BEHIND_A_LINK) from problem
+        raise
+
+
+def _opened(place: str | Path, path: Path, flags: int, folder: int | None) -> BinaryIO:
+    descriptor = os.open(place, _READING | flags, dir_fd=folder)
+    try:
+        # Again: another may have taken its place since.
+        _check_regular(os.fstat(descriptor), path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(status: os.stat_result, path: Path) -> None:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    if stat.S_ISLNK(status.st_mode):
+        raise RefusedFileError(path, BEHIND_A_LINK)
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for test, kind in kinds.items() if test(status.st_mode)), "something else")
+        raise RefusedFileError(path, f"is {kind} and no file")
