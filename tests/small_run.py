@@ -7,8 +7,9 @@ import torch
 from contrastive import recipe
 from contrastive.checkpoints import Checkpoint, save_checkpoint
 from contrastive.config import dump_yaml, load
-from contrastive.encoder import Encoder, export
+from contrastive.encoder import Encoder
 from contrastive.run import CONFIG
+from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD
 
 

@@ -14,9 +14,9 @@ from contrastive.encoder import (
     PredictorSettings,
     ProjectorSettings,
     create_backbone,
-    export,
 )
 from contrastive.split_norm import split_batch_norms
+from contrastive.timm_folder import export
 
 TINY = {"projector": ProjectorSettings(hidden=16, dim=8)}
 

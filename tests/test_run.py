@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from contrastive import run as run_module
 from contrastive.run import Run, prepare, read_metrics
 
 
@@ -20,7 +21,8 @@ def test_metrics_are_lines_and_curves_from_the_first_step_and_never_double_back(
         file.write('{"step": 4, "los')
     second = Run(tmp_path, step=2)
     second.log(3, {"loss": 9.0})
-    second.finish()
+    (tmp_path / "backbone").mkdir()
+    second.finish(tmp_path / "backbone")
     lines = list(read_metrics(tmp_path))
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
     assert lines[0]["std"] is None
@@ -153,3 +155,20 @@ def test_a_folder_with_anything_in_it_is_never_overwritten_silently(tmp_path: Pa
     prepare(tmp_path, resume=True)
     with pytest.raises(ValueError, match="is a file"):
         prepare(tmp_path / "photo.jpg", resume=True)
+
+
+def test_what_was_exported_is_on_the_disk_before_done_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "model.safetensors").write_text("weights")
+    synced: list[str] = []
+
+    def sync(path: Path) -> None:
+        assert not (tmp_path / "done").exists()
+        synced.append(path.name)
+
+    monkeypatch.setattr(run_module, "sync", sync)
+    Run(tmp_path).finish(tmp_path / "backbone")
+    assert synced[:2] == ["model.safetensors", "backbone"]
+    assert (tmp_path / "done").exists()

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of all faults and steps, for a shorter soak (1)")
     parser.add_argument("--steps", type=int, default=1_500, help="of each run (1500)")
     parser.add_argument("--kills", type=int, default=220, help="kill −9, half of them aimed at a checkpoint (220)")
-    parser.add_argument("--signals", type=int, default=66, help="SIGTERM, SIGINT and SIGUSR1 in turn (66)")
+    parser.add_argument("--signals", type=int, default=160, help="SIGTERM, SIGINT and SIGUSR1 in turn (160)")
     parser.add_argument("--litters", type=int, default=36, help="damaged and stray files between two starts (36)")
     parser.add_argument("--full", type=int, default=80, help="times that the disk is full (80)")
     parser.add_argument("--seed", type=int, default=0, help="which faults, and when (0)")

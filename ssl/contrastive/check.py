@@ -20,7 +20,6 @@ from torch import Tensor
 from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, Saver, newest_checkpoint, room_needed, together
 from contrastive.data import Loader
-from contrastive.encoder import export
 from contrastive.launch import Stop, start
 from contrastive.pretrain import open_run, state_of, train
 from contrastive.progress import Teller, duration
@@ -28,6 +27,7 @@ from contrastive.ready import Ready, describe, folder_of, make_ready
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS, DONE, prepare, read_metrics
 from contrastive.step import train_step
+from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD
 
 STEPS = 2
@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> None:
         describe(ready, teller)
         with _folder_beside(folder) as place:
             rows, problems = _tried(ready, place)
-    table = Table("verified", "", title="nothing was begun", title_justify="left")
+    table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
     for name, found in rows.items():
         table.add_row(name, found)
     teller.console.print(table)

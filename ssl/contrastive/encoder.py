@@ -5,13 +5,12 @@ import difflib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import contrastive.small_models  # noqa: F401  (for its registrations with timm)
@@ -21,7 +20,6 @@ from contrastive.timm_folder import HUB, LOCAL, WEIGHTS, hub_folder, read_folder
 from contrastive.untrusted.arrays import read_tensors
 from contrastive.untrusted.files import shown
 
-DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
 WIDEST = 16_384
 """Numbers of a layer: beyond it one layer alone would take a gigabyte."""
 
@@ -259,40 +257,6 @@ def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
                 "choose another encoder.name"
             )
     return found[0].shape[1], found[1].shape[1]
-
-
-def export(
-    backbone: nn.Module,
-    folder: Path,
-    *,
-    channels: int,
-    size: int,
-    mean: float | tuple[float, ...],
-    std: float | tuple[float, ...],
-    interpolation: str = "bilinear",
-    classes: Sequence[str] = (),
-) -> None:
-    """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
-
-    The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
-    that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
-    its classes in `config.json` too.
-    """
-    # A copy: safetensors wants contiguous tensors, not channels_last, and timm the description on the model.
-    model = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format)
-    source = cast("dict[str, Any]", backbone.pretrained_cfg)
-    # Only what describes the model: tag, licence and address are those of weights that these no longer are.
-    description = {name: source[name] for name in DESCRIPTION if name in source}
-    changed = {
-        "input_size": (channels, size, size),
-        "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
-        "std": std if isinstance(std, tuple) else (std,) * channels,
-        "interpolation": interpolation,
-        "crop_pct": 1.0,
-        "num_classes": len(classes),
-    }
-    model.__dict__["pretrained_cfg"] = description | changed
-    save_for_hf(model, str(folder), {"label_names": list(classes)}, safe_serialization=True)
 
 
 def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:

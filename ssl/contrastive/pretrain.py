@@ -14,7 +14,6 @@ from contrastive.checkpoints import Checkpoint, Saver, check_finite, optimiser_s
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
 from contrastive.data import Images, Loader, Order, listed, newly_unreadable
-from contrastive.encoder import export
 from contrastive.evaluate.features import Stopped, extract
 from contrastive.evaluate.knn import monitor_knn
 from contrastive.health import Watch, figures, glimpse, similarities
@@ -27,6 +26,7 @@ from contrastive.ready import Ready, describe, folder_of, make_ready
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
 from contrastive.step import Taken, train_step
+from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
@@ -68,7 +68,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     if run is not None and stop.signal is None:
         place, size = folder / "backbone", machine.views.window.size
         export(machine.encoder.backbone, place, channels=split.train.channels, size=size, mean=MEAN, std=STD)
-        run.finish()
+        run.finish(place)
         teller.say(f"finished: the backbone is in {place}")
     elif run is not None:
         run.close()

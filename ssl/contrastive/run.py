@@ -119,9 +119,14 @@ class Run:
             if lost:
                 self._warn(f"{lost:,} bytes are missing at the end of {file.path}")
 
-    def finish(self) -> None:
-        """Closes the files and writes `done`, the last thing a run that is complete ever writes."""
+    def finish(self, exported: Path) -> None:
+        """Closes the files and writes `done`, the last thing a run that is complete ever writes.
+
+        What was exported is on the disk before it.
+        """
         self.close()
+        for file in (*exported.iterdir(), exported):
+            sync(file)
         _write_whole(self.folder / DONE, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
 
     def _show(self, shown: Summary, step: int) -> None:

@@ -1,14 +1,19 @@
-"""A backbone in timm's own format, in a folder or on the hub: what its config.json says, as far as it is believed.
+"""A backbone in timm's own format, written, and read as far as what its config.json says is believed.
 
 A config.json may name weights anywhere on the network, pickles among them, and any argument of any model. Here it says
 which of timm's models it is and what its input was, and the weights are those of model.safetensors beside it.
 """
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import torch
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from timm.models import save_for_hf
+from torch import nn
 
 from contrastive.untrusted.files import read_json, shown
 
@@ -16,6 +21,8 @@ LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
 SOURCES = (LOCAL, *HUB)
 """What a name begins with that is no timm model's."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
+"""What an exported backbone keeps of timm's description."""
 LARGEST_WEIGHTS = 1 << 36
 SET_HERE = {"in_chans", "num_classes", "img_size", "drop_rate", "drop_path_rate", "pretrained"}
 """Arguments that follow from the images and the recipe, whatever the folder says."""
@@ -108,3 +115,37 @@ def hub_folder(name: str) -> Path:
             f"the hub have a {WEIGHTS} of that name?"
         ) from problem
     return files[0].parent
+
+
+def export(
+    backbone: nn.Module,
+    folder: Path,
+    *,
+    channels: int,
+    size: int,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+    interpolation: str = "bilinear",
+    classes: Sequence[str] = (),
+) -> None:
+    """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+
+    The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
+    that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
+    its classes in `config.json` too.
+    """
+    # A copy: safetensors wants contiguous tensors, not channels_last, and timm the description on the model.
+    model = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format)
+    source = cast("dict[str, Any]", backbone.pretrained_cfg)
+    # Only what describes the model: tag, licence and address are those of weights that these no longer are.
+    description = {name: source[name] for name in DESCRIPTION if name in source}
+    changed = {
+        "input_size": (channels, size, size),
+        "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
+        "std": std if isinstance(std, tuple) else (std,) * channels,
+        "interpolation": interpolation,
+        "crop_pct": 1.0,
+        "num_classes": len(classes),
+    }
+    model.__dict__["pretrained_cfg"] = description | changed
+    save_for_hf(model, str(folder), {"label_names": list(classes)}, safe_serialization=True)

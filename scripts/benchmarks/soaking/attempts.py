@@ -27,6 +27,7 @@ from benchmarks.soaking.starts import (
     waiting,
     writing,
 )
+from contrastive import command
 
 STARTING = 0.8
 """Seconds in which a start has not yet come to its first step, most often."""
@@ -222,6 +223,10 @@ class Disturbed:
                 self._problem(f"a traceback after {fault}:\n{said[-2000:]}")
             killed = fault is not None and bool(targets) and fault.number == signal.SIGKILL
             wanted = {0} if done or not targets or fault is None else {128 + fault.number, 128 + signal.SIGTERM}
+            if fault is not None and fault.moment == "starting":
+                # Before there is anything to save, a signal ends a process by itself, and another that waits for it is
+                # ended by its launcher or says whom it has lost.
+                wanted |= {-fault.number, -signal.SIGTERM, command.LOST_PROCESS}
             if killed and code == 0 and not done:
                 self._problem(f"process {number} ended with 0 after another was killed")
             if not killed and not hung and code not in wanted | ({0} if done else set()):

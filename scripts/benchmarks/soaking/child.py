@@ -57,8 +57,7 @@ def train(
 
     In every `NOT_FINITE`-th step the last process's loss is made NaN.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)

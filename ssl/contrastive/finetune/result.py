@@ -7,13 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from contrastive.data import Images
-from contrastive.encoder import export
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.intervals import wilson
 from contrastive.evaluate.stored import write_whole
 from contrastive.finetune.task import Task, outputs
 from contrastive.progress import Teller
 from contrastive.run import CLASSIFIER, Run
+from contrastive.timm_folder import export
 
 RESULT = "result.json"
 MISTAKES = 24
@@ -52,7 +52,7 @@ def measure(
         epoch, accuracy = facts["best_epoch"], 100 * facts["best_accuracy"]
         said.append(f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right")
     write_whole(run.folder / RESULT, [json.dumps(record, indent=1), "\n"])
-    run.finish()
+    run.finish(run.folder / CLASSIFIER)
     for line in said:
         teller.say(line)
     teller.say(f"finished: the classifier is in {run.folder / CLASSIFIER}, beside {RESULT} and the pictures")
