@@ -62,7 +62,8 @@ def _rows(pretrained: Path, place: Path, options: argparse.Namespace) -> list[Ma
         folder = place / f"{name}-{times}x-{fraction:g}-{seed}"
         if not (folder / "result.json").exists():
             words += (f"data={options.data}", f"fraction={fraction}", f"seed={seed}", f"threads={threads}")
-            words += (f"epochs={times * EPOCHS}", f"min_steps={times * STEPS}", f"output={folder}")
+            # What was interrupted before goes on.
+            words += (f"epochs={times * EPOCHS}", f"min_steps={times * STEPS}", f"output={folder}", "resume=true")
             harness.script("finetune.py", threads, str(pretrained), *words)
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return found
