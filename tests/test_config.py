@@ -150,7 +150,8 @@ LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip(
         ("seed: " + "1:" * 3000, "longer than 4,096 letters"),
         ("a" * (1 << 20) + "b", "more than 1,048,576 bytes"),
         ("seed: 1\nseed: 2", "found duplicate key seed"),
-        ("1: 1\n'1': 2", "a key stands twice among 1"),
+        # Newer versions of OmegaConf find it themselves.
+        ("1: 1\n'1': 2", r"a key stands twice among 1$|Conflicting integer and string keys: 1 and '1'$"),
         ("seed: 1\0", "not YAML that can be read"),
         (b"seed: \xff\xfe", "no text in UTF-8"),
         ("inner: {1: 2}", r"there is no key inner\.1"),

@@ -31,8 +31,11 @@ def parse(text: str) -> Any:
         if yaml.ScalarEvent in kinds and kinds[kinds.index(yaml.DocumentStartEvent) + 1] is yaml.ScalarEvent:
             return text.strip()
         return _with_texts_for_keys(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))))
-    except (yaml.YAMLError, OmegaConfBaseException) as problem:
+    except yaml.YAMLError as problem:
         raise ValueError(f"it is not YAML that can be read: {problem}") from None
+    except OmegaConfBaseException as problem:
+        # Its other lines are about OmegaConf's own objects.
+        raise ValueError(f"it is not YAML that can be read: {str(problem).partition(chr(10))[0]}") from None
 
 
 def refuse_interpolation(value: str) -> None:
