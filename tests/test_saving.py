@@ -4,7 +4,7 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def names(*steps: int) -> list[str]:
 
 
 @contextmanager
-def held(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
-    """While it is open, one function of writing waits."""
+def held(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Callable[[], None]]:
+    """While it is open, and what it yields was not called, one function of writing waits."""
     gate, original = threading.Event(), getattr(writing, name)
 
     def waiting(*arguments: Any) -> Any:
@@ -48,7 +48,7 @@ def held(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
 
     with monkeypatch.context() as patch:
         patch.setattr(writing, name, waiting)
-        yield
+        yield gate.set
         gate.set()
 
 
@@ -226,6 +226,19 @@ def test_too_little_room_is_warned_of_with_both_numbers(tmp_path: Path, monkeypa
     told = saver.room_warning(checkpoint(1, size=10**6))
     assert told is not None
     assert "will take 32.5 MB, and there are 3.0 MB" in told
+
+
+def test_room_is_counted_only_when_no_file_comes_or_goes_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, keep=1)
+    saved(saver, checkpoint(1))
+    with held(monkeypatch, "digest") as let_go:
+        saver.begin(checkpoint(2))
+        threading.Timer(0.2, let_go).start()
+        assert saver.room_warning(checkpoint(2)) is None
+    assert not saver.under_way
+    assert there(tmp_path) == names(2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -114,9 +114,12 @@ class Saver:
     def room_warning(self, checkpoint: Checkpoint) -> str | None:
         """What to say, on the first process, if the disk has too little room for all that will be there; else None.
 
+        It waits for what is being written, as files come and go until then.
+
         Args:
             checkpoint: one as the run writes it, taken after a step.
         """
+        self.wait()
         if distributed.rank() > 0:
             return None
         needed = room_needed(checkpoint, keep=self.keep + self.keep_best)
