@@ -20,7 +20,11 @@ KINDS = {
     "classes": "around a centre for each class and far from the origin, as features are",
 }
 OURS, PLAIN, VOTE, FAISS, LIGHTLY = "top_k", "top_k, float32", "predict", "faiss IndexFlatIP", "lightly knn_predict"
-LIMITS = {"limit: products": torch.float32, "limit: products, bfloat16": torch.bfloat16}
+LIMITS = {
+    "limit: products": torch.float32,
+    "limit: products, bfloat16": torch.bfloat16,
+    "limit: products, 8 bits": torch.int8,
+}
 NOTES = (
     "seconds: median (smallest–largest); the cases take turns.",
     "memory: peak resident memory over that of the process with the features in it; each in a fresh process. faiss's",
@@ -132,12 +136,12 @@ def prepare(name: str, kind: str, train: int, test: int, dim: int, k: int) -> Ca
 
 
 def _in_float32(problem: Problem, k: int) -> Tensor:
-    """As on a CPU that does not multiply bfloat16."""
-    before, candidates.multiplies_bfloat16 = candidates.multiplies_bfloat16, lambda: False
+    """As on a CPU without fast products of integers."""
+    before, candidates.multiplies_integers = candidates.multiplies_integers, lambda: False
     try:
         return top_k(problem.test, problem.train, k)[1]
     finally:
-        candidates.multiplies_bfloat16 = before
+        candidates.multiplies_integers = before
 
 
 def _votes(problem: Problem, k: int) -> Tensor:
@@ -165,12 +169,14 @@ def _lightly(problem: Problem, k: int) -> Callable[[], Tensor]:
 
 
 def _products(problem: Problem, kind: torch.dtype) -> Callable[[], Tensor]:
-    train, test = problem.train.to(kind), problem.test.to(kind)
-    found = torch.empty(1024, len(train), dtype=kind)
+    integers = kind == torch.int8
+    train, test = ((127 * part if integers else part).to(kind) for part in (problem.train, problem.test))
+    found = torch.empty(1024, len(train), dtype=torch.int32 if integers else kind)
+    multiply = torch._int_mm if integers else torch.mm
 
     def work() -> Tensor:
         for batch in test.split(1024):
-            torch.mm(batch, train.T, out=found[: len(batch)])
+            multiply(batch, train.T, out=found[: len(batch)])
         return found
 
     return work

@@ -1,10 +1,9 @@
 """The nearest of very many keys on a CPU: candidates by fast products, then their exact values.
 
-Four ideas carry it. *Fast products*: where the CPU multiplies bfloat16 faster, all products are taken so, and only the
-candidates are multiplied again in float32. *A bound*: with q̃ and x̃ the rounded rows, |q·x − q̃·x̃| ≤ |q| |x − x̃| +
-|q − q̃| |x̃| (Cauchy and Schwarz); a key is passed over only if its product with this margin stays below a floor, and
-the result is proved for each query whose k-th best exact value reaches the floor. Keys are centred for that, which
-moves all products of a query by the same number and makes the margin as small as their spread. *A floor from a
+Four ideas carry it. *Fast products*: where the CPU multiplies integers of eight bits, all products are taken so, and
+only the candidates are multiplied again in float32. *A bound*: a key is passed over only if what its product is at most
+(`narrow`) stays below a floor, and the result is proved for each query whose k-th best exact value reaches the floor.
+Keys and queries are centred for that, which makes the bound as near as their spread is small (`frame`). *A floor from a
 sample*: the keys come in random order, so what was found among those seen so far tells, with a margin of chance, the
 value that k of all will reach. *One value for a pair*: the exact value depends on its two rows alone, whatever the
 tiles, threads or processes.
@@ -13,12 +12,15 @@ tiles, threads or processes.
 import math
 import warnings
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from contrastive.similarity.best import LOW, Best, place_of
+from contrastive.similarity.frame import Frame
+from contrastive.similarity.narrow import WIDEST, Narrow, bounds, left, multiplies_integers, right
 from contrastive.similarity.rows import slices
 from contrastive.similarity.threads import on_all_cores
 
@@ -27,18 +29,16 @@ ROWS = 8192
 COLUMN_BITS = 10
 COLUMNS = 1 << COLUMN_BITS
 """Keys of a tile."""
-GROUP = 16
-"""Products of the first tile of which only the largest is looked at, for a first floor."""
+NEAR = 256
+"""Queries of a tile whose products are compared at once, so that what comes of it is still near the core."""
+FIRST = 256
+"""Keys of the first tile whose products are taken in float32, for a first floor."""
 BLOCK = 1 << 22
-"""Numbers of the keys that are copied at once, 16 MiB, and half as much in bfloat16."""
-CHANCE = 4.0
-"""Standard deviations by which the number of keys above a floor may fall short."""
+"""Numbers of the keys that are copied at once, 16 MiB, and a quarter of it in eight bits."""
 FEWEST_QUERIES, FEWEST_KEYS, SHARE = 1 << 9, 1 << 13, 64
 """Queries, keys, and keys per neighbour, from which on candidates are faster than a look at all products."""
 LENGTHS = (1e-12, 1e12)
 """Row lengths between which no product leaves the normal range of float32."""
-EMPTY = torch.iinfo(torch.int64).max
-LOW = 0xFFFFFFFF
 
 
 class Keys(NamedTuple):
@@ -68,39 +68,34 @@ class _Queries(NamedTuple):
     """Some queries, and what does not depend on the keys' block."""
 
     rows: Tensor
-    narrow: Tensor
-    """The rows as they are multiplied."""
-    lengths: Tensor
-    """Of the rows, and of their rounding errors."""
-    errors: Tensor
+    narrow: Narrow
+    """The rows at length 1 in their frame."""
+    scales: Tensor
+    """What their bounds are multiplied by."""
     shift: Tensor
     """The products with the keys' centre."""
     ids: Tensor | None
-    best: Tensor
-    """The k best keys so far, ascending as `_encode` orders them, EMPTY where there are fewer."""
-    floor: Tensor
-    """No key whose value reaches it was passed over; infinite where the query is given up."""
+    best: Best
 
     @classmethod
-    def of(cls, rows: Tensor, ids: Tensor | None, best: Tensor, centre: Tensor, kind: torch.dtype) -> "_Queries":
-        narrow, lengths = rows.to(kind), rows.norm(dim=1)
-        floor = torch.full((len(rows),), -torch.inf)
-        floor[~((lengths > LENGTHS[0]) & (lengths < LENGTHS[1]))] = torch.inf
-        return cls(rows, narrow, lengths, (rows - narrow.float()).norm(dim=1), rows @ centre, ids, best, floor)
+    def of(cls, rows: Tensor, ids: Tensor | None, k: int, frame: Frame, integers: bool) -> "_Queries":
+        units, lengths, sound = _units(rows)
+        narrow, best = left(frame.queries(units), integers=integers), Best(len(rows), k)
+        best.give_up(~sound)
+        return cls(rows, narrow, narrow.scales * lengths, rows @ frame.centre, ids, best)
 
 
 class _Block(NamedTuple):
     """Some keys, in random order."""
 
     rows: Tensor
-    narrow: Tensor
-    """The centred rows as they are multiplied; behind them zero rows, up to whole tiles."""
+    tiles: list[Narrow]
+    """The rows in their frame."""
     indices: Tensor
     ids: Tensor | None
     length: float
-    """Of the longest row, of the longest narrow one, and of the largest rounding error."""
+    """Of the longest row, and of the longest in its frame."""
     narrow_length: float
-    error: float
 
 
 def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
@@ -112,78 +107,87 @@ def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
 def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> Found:
     """The k keys with the largest products, in float32, equal values by index; where it is proved, see `top_k`."""
     _silence()
-    kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     count, dim = keys.rows.shape
-    centre = keys.rows.mean(0) if keys.lengths is None else keys.rows.T @ (1 / (count * keys.lengths))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    order = _shuffled(count)
+    integers = multiplies_integers() and dim < WIDEST
+    frame = _frame(queries, keys, order[:COLUMNS], integers)
     threads = torch.get_num_threads()
     height = math.ceil(len(queries) / (threads * math.ceil(len(queries) / (threads * ROWS))))
-    best = torch.full((len(queries), k), EMPTY)
-    parts = [
-        _Queries.of(queries[rows], query_ids[rows] if query_ids is not None else None, best[rows], centre, kind)
-        for rows in slices(0, len(queries), height)
-    ]
+    spans = list(slices(0, len(queries), height))
+    ids = [query_ids[rows] if query_ids is not None else None for rows in spans]
+    begun = [partial(_Queries.of, queries[rows], own, k, frame, integers) for rows, own in zip(spans, ids, strict=True)]
+    parts = on_all_cores(begun, queries.device)
     width = min(max(BLOCK // max(dim, 1) // COLUMNS, 1), math.ceil(count / COLUMNS)) * COLUMNS
-    copies = keys.rows.new_empty(width, dim), keys.rows.new_empty(width, dim, dtype=kind)
+    copy = keys.rows.new_empty(width, dim)
     for span in slices(0, count, width):
-        block = _block(keys, order[span], centre, copies)
+        block = _block(keys, order[span], frame, copy, integers, height)
         if not LENGTHS[0] < block.length < LENGTHS[1]:
             for part in parts:
-                part.floor.fill_(torch.inf)
+                part.best.floor.fill_(torch.inf)
             break
-        on_all_cores([partial(_look, part, block, span.start, count) for part in parts], queries.device)
-    values = queries.new_empty(len(queries), k)
-    for rows in slices(0, len(queries), COLUMNS):
-        values[rows] = _decode(best[rows])
-    proved = values[:, -1] >= torch.cat([part.floor for part in parts])
-    return Found(values, best.bitwise_and_(LOW), proved)
+        on_all_cores([partial(_look, part, block, frame, span.start, count) for part in parts], queries.device)
+    values, indices = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    for rows, part in zip(spans, parts, strict=True):
+        part.best.read(values[rows], indices[rows])
+    return Found(values, indices, values[:, -1] >= torch.cat([part.best.floor for part in parts]))
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, which are twice as fast as those of float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _frame(queries: Tensor, keys: Keys, sample: Tensor, integers: bool) -> Frame:
+    count = len(keys.rows)
+    centre = keys.rows.mean(0) if keys.lengths is None else keys.rows.T @ (1 / (count * keys.lengths))
+    if not integers:
+        return Frame.of_keys_alone(centre)
+    rows = keys.rows[sample] if keys.lengths is None else keys.rows[sample] / keys.lengths[sample, None]
+    return Frame.of(_units(queries[_shuffled(len(queries))[:COLUMNS]])[0], rows, centre)
 
 
-def _block(keys: Keys, indices: Tensor, centre: Tensor, copies: tuple[Tensor, Tensor]) -> _Block:
-    rows, narrow = copies[0][: len(indices)], copies[1]
+def _shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
-    def fill(part: slice) -> Tensor:
+
+def _units(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows at length 1, their lengths, and where bounds hold for them; elsewhere they are zero."""
+    lengths = rows.norm(dim=1)
+    sound = (lengths > LENGTHS[0]) & (lengths < LENGTHS[1])
+    units = rows / lengths[:, None]
+    return units if sound.all() else units.masked_fill_(~sound[:, None], 0), lengths, sound
+
+
+def _block(keys: Keys, indices: Tensor, frame: Frame, copy: Tensor, integers: bool, height: int) -> _Block:
+    rows = copy[: len(indices)]
+
+    def fill(part: slice) -> tuple[Narrow, Tensor]:
         torch.index_select(keys.rows, 0, indices[part], out=rows[part])
         if keys.lengths is not None:
             rows[part] /= keys.lengths[indices[part], None]
-        centred = rows[part] - centre
-        narrow[part] = centred
-        rounded = narrow[part].float()
-        lengths = [rows[part].norm(dim=1).max(), rounded.norm(dim=1).max(), centred.sub_(rounded).norm(dim=1).max()]
-        return torch.stack(lengths)
+        tile = right(frame.keys(rows[part]), COLUMNS, height, integers=integers)
+        return tile, torch.stack([rows[part].norm(dim=1).max(), tile.lengths.max()])
 
     parts = [partial(fill, part) for part in slices(0, len(indices), COLUMNS)]
-    lengths = torch.stack(on_all_cores(parts, rows.device)).amax(0).tolist()
-    narrow[len(indices) :] = 0
-    return _Block(rows, narrow, indices, keys.ids[indices] if keys.ids is not None else None, *lengths)
+    tiles, lengths = zip(*on_all_cores(parts, rows.device), strict=True)
+    ids = keys.ids[indices] if keys.ids is not None else None
+    return _Block(rows, list(tiles), indices, ids, *torch.stack(lengths).amax(0).tolist())
 
 
-def _look(queries: _Queries, keys: _Block, seen: int, count: int) -> None:
+def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) -> None:
     """Looks some queries up in a block of keys; `seen` of all `count` keys were looked at before."""
-    margin = queries.lengths * keys.error + queries.errors * keys.narrow_length
-    # What the sums of both products, that with the centre and the lengths may lose in float32 at most, and more.
-    margin += (keys.rows.shape[1] + 8) * 2.0**-23 * queries.lengths * (keys.length + keys.narrow_length)
-    best = _Best(queries.best, queries.floor)
-    buffer = queries.narrow.new_empty(len(queries.rows), COLUMNS)
-    reached = np.empty(buffer.shape, bool)
-    for span in slices(0, len(keys.indices), COLUMNS):
+    # What the sums of all these products may lose in float32 at most, and more, in the unit of the bounds.
+    sums = 2 * keys.length + (frame.origin.norm() + queries.narrow.lengths) * keys.narrow_length
+    margin = (keys.rows.shape[1] + 8) * 2.0**-24 * sums / queries.narrow.scales
+    best = queries.best
+    buffer = queries.rows.new_empty(0 if queries.narrow.numbers.dtype == torch.uint8 else len(queries.rows), COLUMNS)
+    if not seen:
+        found = queries.rows @ keys.rows[:FIRST].T
+        best.raise_floor(found.topk(place_of(best.k, found.shape[1] / count), dim=1).values[:, -1])
+    for tile, span in zip(keys.tiles, slices(0, len(keys.indices), COLUMNS), strict=True):
         if best.given_up():
             return
-        products = torch.mm(queries.narrow, keys.narrow[span.start : span.start + COLUMNS].T, out=buffer)
-        done = seen + span.stop
-        place = _place(best.k, done / count)
-        if seen + span.start == 0:
-            maxima = products.view(len(products), GROUP, -1).amax(1).float()
-            best.raise_floor(maxima.topk(min(place, maxima.shape[1]), dim=1).values[:, -1] + queries.shift)
-        threshold = best.floor - queries.shift - margin
+        found = bounds(queries.narrow, tile, buffer)
+        place = place_of(best.k, (seen + span.stop) / count)
+        threshold = (best.floor - queries.shift) / queries.scales - margin
         best.give_up(~(threshold > 0))
-        # Rounding keeps the order: a product that reaches the threshold does so when both are rounded.
-        places = _at_least(products, threshold.to(products.dtype), reached)
+        # Rounding keeps the order: a bound that reaches the threshold does so when both are rounded.
+        places = _at_least(found, threshold.to(found.dtype))
         rows, columns, counts = best.without_crowded(places >> COLUMN_BITS, places & (COLUMNS - 1))
         values = _products(queries.rows, keys.rows[span], counts, columns)
         kept = values >= best.floor.index_select(0, rows)
@@ -195,80 +199,21 @@ def _look(queries: _Queries, keys: _Block, seen: int, count: int) -> None:
         tiles = span.stop // COLUMNS
         if span.stop == len(keys.indices) or (seen == 0 and tiles & (tiles - 1) == 0):
             best.settle(place)
-    queries.best.copy_(best.store[:, : best.k])
 
 
-class _Best:
-    """The best keys of some queries so far, with room for more than k."""
-
-    def __init__(self, kept: Tensor, floor: Tensor) -> None:
-        self.floor = floor
-        height, self.k = kept.shape
-        self.filled = (kept != EMPTY).sum(1)
-        self.store = torch.full((height, 2 * self.k + 128), EMPTY)
-        self.store[:, : self.k] = kept
-
-    def raise_floor(self, values: Tensor) -> None:
-        torch.maximum(self.floor, values, out=self.floor)
-
-    def give_up(self, chosen: Tensor) -> None:
-        self.floor.masked_fill_(chosen, torch.inf)
-
-    def given_up(self) -> bool:
-        return bool((self.floor == torch.inf).all())
-
-    def without_crowded(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs without those of queries that have very many in a tile, and how many each query has."""
-        counts = torch.bincount(rows, minlength=len(self.floor))
-        crowded = counts > COLUMNS // 4
-        if crowded.any():
-            self.give_up(crowded)
-            kept = ~crowded[rows]
-            rows, columns = rows[kept], columns[kept]
-            counts[crowded] = 0
-        return rows, columns, counts
-
-    def add(self, rows: Tensor, values: Tensor, indices: Tensor, place: int) -> None:
-        """Adds what was found, ordered by row; `place` is for `settle`, where there is no room."""
-        height, room = self.store.shape
-        counts = torch.bincount(rows, minlength=height)
-        if bool((self.filled + counts > room).any()):
-            self.settle(place)
-            full = self.filled + counts > room
-            self.give_up(full)
-            kept = ~full[rows]
-            rows, values, indices = rows[kept], values[kept], indices[kept]
-            counts[full] = 0
-        first = torch.arange(height) * room + self.filled - counts.cumsum(0) + counts
-        places = first.index_select(0, rows) + torch.arange(len(rows))
-        self.store.view(-1).scatter_(0, places, _encode(values, indices))
-        self.filled += counts
-
-    def settle(self, place: int) -> None:
-        """Keeps the k best of each query, and raises the floor to the value of the one at a place."""
-        widest = int(self.filled.max())
-        # NumPy sorts short rows ten times as fast as torch does.
-        self.store[:, :widest].numpy().sort(axis=1)
-        self.store[:, self.k : max(widest, self.k)] = EMPTY
-        self.filled.clamp_(max=self.k)
-        reached = self.filled >= place
-        self.raise_floor(_decode(self.store[:, place - 1]).masked_fill_(~reached, -torch.inf))
-
-
-def _place(k: int, share: float) -> int:
-    """How many keys of a random share are at least to be above a value, so that k of all are, nearly always."""
-    expected, deviation = k * share, math.sqrt(k * share * (1 - share))
-    # The last term is for the skewness of the binomial distribution (Cornish and Fisher).
-    return min(k, math.ceil(expected + CHANCE * deviation + (CHANCE**2 - 1) / 6 * max(0.0, 1 - 2 * share)))
-
-
-def _at_least(products: Tensor, threshold: Tensor, reached: "np.ndarray[Any, np.dtype[np.bool_]]") -> Tensor:
+def _at_least(products: Tensor, threshold: Tensor) -> Tensor:
     """The places, row by row, of the products that reach the threshold of their row, which is above zero."""
     # Positive numbers are ordered as their bits are, and NumPy has integers of 16 bits.
     kind = torch.int16 if products.dtype == torch.bfloat16 else products.dtype
-    # NumPy compares, and finds what is true, with vector instructions: ten times as fast as torch on one core.
-    np.greater_equal(products.view(kind).numpy(), threshold.view(kind)[:, None].numpy(), out=reached)
-    return torch.from_numpy(np.flatnonzero(reached))
+    numbers, limits = products.view(kind).numpy(), threshold.view(kind)[:, None].numpy()
+    reached = np.empty((NEAR, products.shape[1]), bool)
+    found = []
+    for rows in slices(0, len(numbers), NEAR):
+        # NumPy compares, and finds what is true, with vector instructions: ten times as fast as torch on one core.
+        own = reached[: rows.stop - rows.start]
+        np.greater_equal(numbers[rows], limits[rows], out=own)
+        found.append(np.flatnonzero(own) + rows.start * products.shape[1])
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _products(queries: Tensor, keys: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
@@ -279,18 +224,6 @@ def _products(queries: Tensor, keys: Tensor, counts: Tensor, columns: Tensor) ->
     pattern = torch.sparse_csr_tensor(ends, columns, torch.zeros(len(columns)), size=size, check_invariants=False)
     found: Tensor = torch.sparse.sampled_addmm(pattern, queries, keys.T, beta=0.0).values()
     return found
-
-
-def _encode(values: Tensor, indices: Tensor) -> Tensor:
-    """One integer for a value and an index, ascending: falling values, and rising indices where they are equal."""
-    bits = (values + 0.0).view(torch.int32)  # −0 becomes 0
-    return torch.where(bits >= 0, ~bits, bits & 0x7FFFFFFF).long() << 32 | indices
-
-
-def _decode(codes: Tensor) -> Tensor:
-    """The values in integers that `_encode` made; not a number for EMPTY."""
-    high = (codes >> 32).int()
-    return torch.where(high < 0, ~high, high | -(1 << 31)).view(torch.float32)
 
 
 @cache
