@@ -25,7 +25,7 @@ class Best:
         self.k = k
         self.floor = torch.full((height,), -torch.inf)
         """No key whose value reaches it was passed over; infinite where the query is given up."""
-        self.store = torch.full((height, 2 * k + 128), EMPTY)
+        self.store = torch.full((height, k + k // 2 + 128), EMPTY)
         """In each row first what was found, as `_encode` orders it where it is settled, then EMPTY."""
         self.filled = torch.zeros(height, dtype=torch.int64)
 

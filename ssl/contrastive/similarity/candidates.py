@@ -79,9 +79,11 @@ class _Queries(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, ids: Tensor | None, k: int, frame: Frame, integers: bool) -> "_Queries":
-        units, lengths, sound = _units(rows)
-        narrow, best = left(frame.queries(units), integers=integers), Best(len(rows), k)
-        best.give_up(~sound)
+        lengths, best = rows.norm(dim=1), Best(len(rows), k)
+        best.give_up(~_sound(lengths))
+        framed = (frame.queries(_units(rows[part])) for part in slices(0, len(rows), COLUMNS))
+        pieces = zip(*(left(part, integers=integers) for part in framed), strict=True)
+        narrow = Narrow(*map(torch.cat, pieces))
         return cls(rows, narrow, narrow.scales * lengths, rows @ frame.centre, ids, best)
 
 
@@ -138,19 +140,23 @@ def _frame(queries: Tensor, keys: Keys, sample: Tensor, integers: bool) -> Frame
     if not integers:
         return Frame.of_keys_alone(centre)
     rows = keys.rows[sample] if keys.lengths is None else keys.rows[sample] / keys.lengths[sample, None]
-    return Frame.of(_units(queries[_shuffled(len(queries))[:COLUMNS]])[0], rows, centre)
+    return Frame.of(_units(queries[_shuffled(len(queries))[:COLUMNS]]), rows, centre)
 
 
 def _shuffled(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def _units(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows at length 1, their lengths, and where bounds hold for them; elsewhere they are zero."""
+def _sound(lengths: Tensor) -> Tensor:
+    """Where bounds hold for rows of these lengths."""
+    return (lengths > LENGTHS[0]) & (lengths < LENGTHS[1])
+
+
+def _units(rows: Tensor) -> Tensor:
+    """The rows at length 1; zero where no bounds hold for them."""
     lengths = rows.norm(dim=1)
-    sound = (lengths > LENGTHS[0]) & (lengths < LENGTHS[1])
-    units = rows / lengths[:, None]
-    return units if sound.all() else units.masked_fill_(~sound[:, None], 0), lengths, sound
+    units: Tensor = rows / lengths[:, None]
+    return units.masked_fill_(~_sound(lengths)[:, None], 0)
 
 
 def _block(keys: Keys, indices: Tensor, frame: Frame, copy: Tensor, integers: bool, height: int) -> _Block:
@@ -177,8 +183,8 @@ def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) 
     best = queries.best
     buffer = queries.rows.new_empty(0 if queries.narrow.numbers.dtype == torch.uint8 else len(queries.rows), COLUMNS)
     if not seen:
-        found = queries.rows @ keys.rows[:FIRST].T
-        best.raise_floor(found.topk(place_of(best.k, found.shape[1] / count), dim=1).values[:, -1])
+        first = queries.rows @ keys.rows[:FIRST].T
+        best.raise_floor(first.topk(place_of(best.k, FIRST / count), dim=1).values[:, -1])
     for tile, span in zip(keys.tiles, slices(0, len(keys.indices), COLUMNS), strict=True):
         if best.given_up():
             return
@@ -188,6 +194,7 @@ def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) 
         best.give_up(~(threshold > 0))
         # Rounding keeps the order: a bound that reaches the threshold does so when both are rounded.
         places = _at_least(found, threshold.to(found.dtype))
+        del found
         rows, columns, counts = best.without_crowded(places >> COLUMN_BITS, places & (COLUMNS - 1))
         values = _products(queries.rows, keys.rows[span], counts, columns)
         kept = values >= best.floor.index_select(0, rows)
