@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, room_needed, writing
+from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, reading, room_needed, writing
 from contrastive.checkpoints.checkpoint import OVERHEAD
 from contrastive.checkpoints.manifest import read_manifest
 
@@ -239,6 +239,24 @@ def test_room_is_counted_only_when_no_file_comes_or_goes_any_more(
         assert saver.room_warning(checkpoint(2)) is None
     assert not saver.under_way
     assert there(tmp_path) == names(2)
+
+
+def test_a_reader_to_whom_a_run_beside_it_leaves_nothing_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, original = Saver(tmp_path, keep=1), reading.verify
+    saved(saver, checkpoint(1))
+
+    def overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(reading, "verify", original)
+        saved(saver, checkpoint(2))
+        original(*arguments)
+
+    monkeypatch.setattr(reading, "verify", overtaken)
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    assert not skipped
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

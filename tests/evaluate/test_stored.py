@@ -1,11 +1,15 @@
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from contrastive.evaluate import stored
+from contrastive.evaluate import stored, writer
+from contrastive.evaluate.writer import Writer
 
 ROWS = torch.arange(12.0).view(6, 2)
 
@@ -16,9 +20,9 @@ def key(**changes: object) -> dict[str, object]:
 
 
 def write(folder: Path, *rows: slice) -> None:
-    with stored.Writer(folder, ["backbone"]) as writer:
+    with Writer(folder, ["backbone"]) as pen:
         for part in rows:
-            writer.put(part.start, {"backbone": ROWS[part]})
+            pen.put(part.start, {"backbone": ROWS[part]})
 
 
 def complete(folder: Path) -> None:
@@ -58,9 +62,9 @@ def test_only_rows_that_were_safely_written_count_after_a_cut(tmp_path: Path) ->
 
 def test_a_failure_in_the_middle_keeps_what_was_put_before_it(tmp_path: Path) -> None:
     def cut() -> None:
-        with stored.Writer(tmp_path, ["backbone"]) as writer:
-            writer.put(0, {"backbone": ROWS[:3]})
-            writer.remark(["broken.png", "cut short"])
+        with Writer(tmp_path, ["backbone"]) as pen:
+            pen.put(0, {"backbone": ROWS[:3]})
+            pen.remark(["broken.png", "cut short"])
             raise KeyboardInterrupt
 
     with stored.held(tmp_path, key(), replace=False), pytest.raises(KeyboardInterrupt):
@@ -74,9 +78,62 @@ def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     with stored.held(tmp_path, key(), replace=False):
-        monkeypatch.setattr(stored.os, "fsync", full)
+        monkeypatch.setattr(writer.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, slice(0, 3))
+        assert not stored.rows_done(tmp_path, 6).any()
+
+
+def test_rows_are_noted_beside_the_work_once_they_are_safe_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun, let_go = os.fsync, threading.Event(), threading.Event()
+
+    def slow(file: int) -> None:
+        begun.set()
+        assert let_go.wait(30)
+        original(file)
+
+    with stored.held(tmp_path, key(), replace=False), Writer(tmp_path, ["backbone"]) as pen:
+        monkeypatch.setattr(writer.os, "fsync", slow)
+        monkeypatch.setattr(writer, "SECONDS_BETWEEN_SYNCS", 0.0)
+        pen.put(0, {"backbone": ROWS[:2]})
+        assert begun.wait(30)
+        pen.put(2, {"backbone": ROWS[2:3]})
+        monkeypatch.setattr(writer, "SECONDS_BETWEEN_SYNCS", 1e9)
+        assert not stored.rows_done(tmp_path, 6).any()
+        let_go.set()
+        until = time.monotonic() + 30
+        while not stored.rows_done(tmp_path, 6).any() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert stored.rows_done(tmp_path, 6).tolist() == [True, True, False, False, False, False]
+    assert stored.rows_done(tmp_path, 6).sum() == 3
+
+
+def test_a_disk_that_fails_beside_the_work_is_an_error_of_what_is_written_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    heard: list[int] = []
+
+    def work() -> None:
+        with Writer(tmp_path, ["backbone"]) as pen:
+            monkeypatch.setattr(writer.os, "fsync", full)
+            monkeypatch.setattr(writer, "SECONDS_BETWEEN_SYNCS", 0.0)
+            for row in range(6):
+                try:
+                    pen.put(row, {"backbone": ROWS[row : row + 1]})
+                except OSError:
+                    heard.append(row)
+                    raise
+                time.sleep(0.2)
+
+    with stored.held(tmp_path, key(), replace=False):
+        with pytest.raises(OSError, match="No space left"):
+            work()
+        assert heard
         assert not stored.rows_done(tmp_path, 6).any()
 
 

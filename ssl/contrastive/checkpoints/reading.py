@@ -50,15 +50,23 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
         place: the folder of checkpoints.
         only: the parts to verify and to read ("encoder", "optimiser", …), the others being left out; by default all.
     """
-    # As the first process sees the folder: a shared file system may show the others something else for a while.
-    names = distributed.texts("\n".join(folder.name for folder in reversed(steps(place, replaced=True))))[0]
     skipped: list[str] = []
-    for name in names.splitlines():
-        try:
-            return _read(place / name, only), skipped
-        except FORESEEN as problem:
-            skipped.append(f"{name} is damaged and was passed over: {problem}")
+    tried: set[str] = set()
+    # A run that goes on beside may have put newer ones in the place of all that were there.
+    while names := [name for name in _listed(place) if name not in tried]:
+        for name in names:
+            tried.add(name)
+            try:
+                return _read(place / name, only), skipped
+            except FORESEEN as problem:
+                if (place / name).exists():
+                    skipped.append(f"{name} is damaged and was passed over: {problem}")
     return None, skipped
+
+
+def _listed(place: Path) -> list[str]:
+    """The folders' names, newest first, as the first process sees them: a shared file system may show others less."""
+    return distributed.texts("\n".join(folder.name for folder in reversed(steps(place, replaced=True))))[0].splitlines()
 
 
 def steps(place: Path, *, replaced: bool = False) -> list[Path]:

@@ -14,6 +14,7 @@ from contrastive.checkpoints import together
 from contrastive.data import Images
 from contrastive.evaluate import features, stored
 from contrastive.evaluate.layers import Layers
+from contrastive.evaluate.writer import Writer
 
 
 class Part(NamedTuple):
@@ -93,7 +94,7 @@ def fill(
     count, expected = 0, sum(len(ids) for _, ids in own)
     device = next(layers.parameters()).device
     start = time.monotonic()
-    with together(), stored.Writer(folder, layers.layers) as writer:
+    with together(), Writer(folder, layers.layers) as writer:
         for part in parts:
             batches = [ids for owner, ids in own if owner is part]
             failed: dict[str, str] = getattr(part.images, "failed", {})

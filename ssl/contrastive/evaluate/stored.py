@@ -8,12 +8,9 @@ import json
 import os
 import re
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import monotonic
 from typing import Any, Literal
 
 import numpy as np
@@ -32,9 +29,6 @@ PLAIN = re.compile(r"\w[\w.-]*\.(npy|parquet|fvecs)")
 """The files that stand beside a manifest, in the folder itself."""
 REMARK = "remark "
 IMAGES = ' "images": ['
-SECONDS_BETWEEN_FLUSHES = 2.0
-WAITING_WRITES = 4
-"""Batches that may wait for the disk before the next one is encoded: they bound the memory."""
 
 State = Literal["absent", "begun", "complete"]
 
@@ -197,79 +191,6 @@ def remarks(folder: Path) -> list[Any]:
     lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in file.read_text().split("\n")]
     found = dict.fromkeys(line for line in lines if line.startswith(REMARK))
     return [json.loads(line.removeprefix(REMARK)) for line in found]
-
-
-class Writer:
-    """One process's pen: writes batches of rows in a thread, and notes them once they are safely on the disk.
-
-    As a context it ends with everything written and noted that was put, also when an exception ends it.
-    """
-
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self._stack = ExitStack()
-        place = folder / PARTIAL
-        self._files = {}
-        for name in names:
-            array = np.load(place / f"{name}.npy", mmap_mode="r")
-            file = self._stack.enter_context((place / f"{name}.npy").open("r+b"))
-            self._files[name] = (file, array.offset, array.shape[1])
-            del array
-        self._done = self._stack.enter_context((place / DONE.format(distributed.rank())).open("a"))
-        self._done.write("\n" if self._done.tell() else "")
-        self._unsafe: list[str] = []
-        self._flushed = monotonic()
-        self._waiting: deque[Future[None]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-
-    def put(self, start: int, rows: Mapping[str, Tensor]) -> None:
-        """Hands over rows from number `start` on, by the names of the files; waits where the disk is far behind.
-
-        Raises:
-            OSError: if earlier rows could not be written.
-        """
-        self._waiting.append(self._pool.submit(self._write, start, rows))
-        while len(self._waiting) > WAITING_WRITES:
-            self._waiting.popleft().result()
-
-    def remark(self, value: Any) -> None:
-        """Notes a JSON value for `remarks`, which the folder keeps until it is complete."""
-        self._pool.submit(self._unsafe.append, f"{REMARK}{json.dumps(value)}\n")
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            with self._stack:
-                self._pool.shutdown()
-                for write in self._waiting:
-                    write.result()
-                self._flush()
-        finally:
-            self._waiting.clear()
-
-    def _write(self, start: int, rows: Mapping[str, Tensor]) -> None:
-        count = 0
-        for name, values in rows.items():
-            file, offset, width = self._files[name]
-            content, count = values.numpy(), len(values)
-            assert content.dtype == np.float32, content.dtype
-            assert content.shape[1] == width, content.shape
-            file.seek(offset + start * content.itemsize * width)
-            file.write(np.ascontiguousarray(content).data)
-        self._unsafe.append(f"{start} {start + count} done\n")
-        if monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
-            self._flush()
-
-    def _flush(self) -> None:
-        for file in (*(file for file, _, _ in self._files.values()), None):
-            if file is None:
-                self._done.writelines(self._unsafe)
-            written = self._done if file is None else file
-            written.flush()
-            os.fsync(written.fileno())
-        self._unsafe.clear()
-        self._flushed = monotonic()
 
 
 def finish(
