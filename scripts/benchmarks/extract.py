@@ -34,7 +34,7 @@ class Case(NamedTuple):
     data: str
 
 
-CASES = {28: Case("light_resnet", 1, 20_000, "fashion_mnist"), 96: Case("resnet18", 3, 768, "sample")}
+CASES = {28: Case("light_resnet", 1, 60_000, "fashion_mnist"), 96: Case("resnet18", 3, 768, "sample")}
 BATCH = 256
 NOTES = (
     "images/s: median (smallest-largest); the cases take turns, in batches of 256.",
