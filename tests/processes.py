@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,17 @@ multiprocessing.set_forkserver_preload(["contrastive.command", "pytest"])
 
 def start(work: Callable[..., None], args: tuple[Any, ...] = (), *, count: int, join: bool = True) -> Any:
     """Calls `work(number, *args)` in so many processes; an exception in one of them is raised here."""
-    return torch.multiprocessing.start_processes(work, args, count, join, start_method="forkserver")
+    return torch.multiprocessing.start_processes(_begun, (work, args), count, join, start_method="forkserver")
+
+
+def hear() -> None:
+    """Lets this process hear signals though the fork server was started, deaf, for those that decode images."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+
+
+def _begun(number: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    hear()
+    work(number, *args)
 
 
 def launched(work: Callable[..., object], *args: object, count: int = 2) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import processes  # noqa: F401  (what the fork server has imported)
+import processes
 from contrastive import command, pretrain
 from contrastive.data.files import Decoding
 from contrastive.evaluate import features
@@ -77,6 +77,7 @@ def child(number: int, count: int, port: int, folder: Path, stage: str, words: S
     output = os.open(folder / f"{number}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    processes.hear()
     if count > 1:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
