@@ -25,6 +25,11 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(candidates, "multiplies_integers", lambda: request.param == "integers")
 
 
+@pytest.fixture(autouse=True)
+def few_queries_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "FEWEST_QUERIES", 512)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of keys and of queries, the last ones not full."""
@@ -152,6 +157,28 @@ def test_a_value_depends_on_its_two_rows_alone(monkeypatch: pytest.MonkeyPatch) 
     assert both.float().mean() > 0.9
     assert torch.equal(found.values[8:][both], again.values[both])
     assert torch.equal(found.indices[8:][both], again.indices[both])
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["by candidates", "by all products"])
+def test_values_are_exact_and_in_float32_also_under_autocast(few: bool, kind: None) -> None:
+    queries, keys = rows(300 if few else QUERIES, 0) + 1, rows(KEYS, 1) + 30
+    expected = top_k(queries, keys, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, indices = top_k(queries, keys, 20)
+    assert torch.equal(values, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+def test_another_default_number_format_changes_nothing(kind: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
+    expected = top_k(queries, keys, 20)
+    torch.set_default_dtype(torch.float64)
+    try:
+        values, indices = top_k(queries, keys, 20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(values, expected[0])
+    assert torch.equal(indices, expected[1])
 
 
 def test_candidates_are_for_many_float32_keys_on_a_cpu() -> None:

@@ -241,21 +241,22 @@ def test_room_is_counted_only_when_no_file_comes_or_goes_any_more(
     assert there(tmp_path) == names(2)
 
 
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_reader_to_whom_a_run_beside_it_leaves_nothing_looks_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, original = Saver(tmp_path, keep=1), reading.verify
     saved(saver, checkpoint(1))
 
     def overtaken(*arguments: Any) -> None:
         monkeypatch.setattr(reading, "verify", original)
-        saved(saver, checkpoint(2))
+        saved(saver, checkpoint(step, score=0.5, size=2000))
         original(*arguments)
 
     monkeypatch.setattr(reading, "verify", overtaken)
     found, skipped = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found.step == 2
+    assert (found.step, found.facts["score"]) == (step, 0.5)
     assert not skipped
 
 

@@ -53,20 +53,29 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
     skipped: list[str] = []
     tried: set[str] = set()
     # A run that goes on beside may have put newer ones in the place of all that were there.
-    while names := [name for name in _listed(place) if name not in tried]:
-        for name in names:
-            tried.add(name)
+    while found := [one for one in _listed(place) if one not in tried]:
+        for one in found:
+            tried.add(one)
+            name = one.partition(" ")[0]
             try:
                 return _read(place / name, only), skipped
             except FORESEEN as problem:
-                if (place / name).exists():
+                if _known_by(place / name) == one:
                     skipped.append(f"{name} is damaged and was passed over: {problem}")
     return None, skipped
 
 
 def _listed(place: Path) -> list[str]:
-    """The folders' names, newest first, as the first process sees them: a shared file system may show others less."""
-    return distributed.texts("\n".join(folder.name for folder in reversed(steps(place, replaced=True))))[0].splitlines()
+    """The folders, newest first, as the first process sees them: a shared file system may show others less."""
+    return distributed.texts("\n".join(map(_known_by, reversed(steps(place, replaced=True)))))[0].splitlines()
+
+
+def _known_by(folder: Path) -> str:
+    """Its name, and what tells it from another one that takes its place."""
+    try:
+        return f"{folder.name} {folder.stat().st_ino}"
+    except OSError:
+        return f"{folder.name} gone"
 
 
 def steps(place: Path, *, replaced: bool = False) -> list[Path]:

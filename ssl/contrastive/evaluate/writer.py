@@ -23,7 +23,7 @@ class Writer:
 
     A write is a copy in memory, done at once: a thread for it would keep the backbone from its cores for longer. Only
     for the disk a thread waits. As a context it ends with everything written and noted that was put, also when an
-    exception ends it.
+    exception ends it; after a write or a sync that failed, what was not noted before stays so, and is done again.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ class Best:
 
     def __init__(self, height: int, k: int) -> None:
         self.k = k
-        self.floor = torch.full((height,), -torch.inf)
+        self.floor = torch.full((height,), -torch.inf, dtype=torch.float32)
         """No key whose value reaches it was passed over; infinite where the query is given up."""
         self.store = torch.full((height, k + k // 2 + 128), EMPTY)
         """In each row first what was found, as `_encode` orders it where it is settled, then EMPTY."""

@@ -35,7 +35,7 @@ FIRST = 256
 """Keys of the first tile whose products are taken in float32, for a first floor."""
 BLOCK = 1 << 22
 """Numbers of the keys that are copied at once, 16 MiB, and a quarter of it in eight bits."""
-FEWEST_QUERIES, FEWEST_KEYS, SHARE = 1 << 9, 1 << 13, 64
+FEWEST_QUERIES, FEWEST_KEYS, SHARE = 1 << 10, 1 << 13, 64
 """Queries, keys, and keys per neighbour, from which on candidates are faster than a look at all products."""
 LENGTHS = (1e-12, 1e12)
 """Row lengths between which no product leaves the normal range of float32."""
@@ -177,8 +177,9 @@ def _block(keys: Keys, indices: Tensor, frame: Frame, copy: Tensor, integers: bo
 
 def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) -> None:
     """Looks some queries up in a block of keys; `seen` of all `count` keys were looked at before."""
-    # What the sums of all these products may lose in float32 at most, and more, in the unit of the bounds.
-    sums = 2 * keys.length + (frame.origin.norm() + queries.narrow.lengths) * keys.narrow_length
+    # What sums of products lose in float32 at most, in units of the bounds: those of the rows, with the keys' centre
+    # (which is at most as long as both lengths of a key), with the queries' origin, and, where it is one, the bound.
+    sums = 2 * keys.length + (1 + frame.origin.norm() + queries.narrow.lengths) * keys.narrow_length
     margin = (keys.rows.shape[1] + 8) * 2.0**-24 * sums / queries.narrow.scales
     best = queries.best
     buffer = queries.rows.new_empty(0 if queries.narrow.numbers.dtype == torch.uint8 else len(queries.rows), COLUMNS)
@@ -228,7 +229,8 @@ def _products(queries: Tensor, keys: Tensor, counts: Tensor, columns: Tensor) ->
     ends = torch.zeros(len(counts) + 1, dtype=columns.dtype)
     ends[1:] = counts.cumsum(0)
     size = len(queries), len(keys)
-    pattern = torch.sparse_csr_tensor(ends, columns, torch.zeros(len(columns)), size=size, check_invariants=False)
+    values = queries.new_zeros(len(columns))
+    pattern = torch.sparse_csr_tensor(ends, columns, values, size=size, check_invariants=False)
     found: Tensor = torch.sparse.sampled_addmm(pattern, queries, keys.T, beta=0.0).values()
     return found
 

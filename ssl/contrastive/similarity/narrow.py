@@ -31,13 +31,15 @@ class Narrow(NamedTuple):
     scales: Tensor
     """What the numbers of each row are multiplied by."""
     lengths: Tensor
-    """Of the rows that were given, or, on the right, that the numbers stand for."""
+    """On the left of the rows that were given, on the right of those that the numbers stand for."""
 
 
 @cache
 def multiplies_integers() -> bool:
     """Whether this CPU and this build of torch have products of eight-bit integers that are fast and exact."""
-    if not (torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+    if not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
+        return False
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
     # Without those instructions sums of two products stop at what 16 bits hold.
     largest = torch.full((8, CHECKED), LARGEST, dtype=torch.int8)

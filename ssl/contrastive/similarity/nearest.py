@@ -45,11 +45,12 @@ def top_k(
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
     if (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
-    queries = normalize(queries) if cosine else at_least_float32(queries)
-    given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
-    if shared and distributed.size() > 1:
-        return _of_all_processes(queries, given, k, query_ids)
-    return _of_this_process(queries, given, k, query_ids)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = normalize(queries) if cosine else at_least_float32(queries)
+        given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
+        if shared and distributed.size() > 1:
+            return _of_all_processes(queries, given, k, query_ids)
+        return _of_this_process(queries, given, k, query_ids)
 
 
 def _of_all_processes(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
