@@ -67,15 +67,16 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
 
 def _listed(place: Path) -> list[str]:
     """The folders, newest first, as the first process sees them: a shared file system may show others less."""
-    return distributed.texts("\n".join(map(_known_by, reversed(steps(place, replaced=True)))))[0].splitlines()
+    known = map(_known_by, reversed(steps(place, replaced=True)))
+    return distributed.texts("\n".join(filter(None, known)))[0].splitlines()
 
 
 def _known_by(folder: Path) -> str:
-    """Its name, and what tells it from another one that takes its place."""
+    """Its name, and what tells it from another one that takes its place; nothing if it is gone."""
     try:
         return f"{folder.name} {folder.stat().st_ino}"
     except OSError:
-        return f"{folder.name} gone"
+        return ""
 
 
 def steps(place: Path, *, replaced: bool = False) -> list[Path]:
