@@ -256,7 +256,7 @@ def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) 
             f"the images of these runs are not the same: {groups} (| stands between runs of different images); give "
             "data=… so that all are measured on the same ones"
         )
-    train, test, _ = next(iter(splits.values()))
+    train, test = next(iter(splits.values()))[:2]
     labelled = train.labels is not None and test is not None and test.labels is not None
     return Shared(train if test is None else test, list(next(iter(found))), labelled)
 

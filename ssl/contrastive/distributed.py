@@ -163,12 +163,19 @@ def from_first_rank(value: float) -> float:
 
 def texts(text: str) -> list[str]:
     """What each process says, in rank order."""
+    # surrogatepass: it may be the name of a file, which need not be valid UTF-8.
+    return [content.decode("utf-8", "surrogatepass") for content in contents(text.encode("utf-8", "surrogatepass"))]
+
+
+def contents(content: bytes) -> list[bytes]:
+    """The bytes that each process has, in rank order."""
     if size() == 1:
-        return [text]
-    letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_device())
+        return [content]
+    letters = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    letters = letters.to(_device())
     lengths = counts(len(letters))
     pieces = gather_without_gradient(letters, lengths).cpu().split(lengths)
-    return [bytes(piece.tolist()).decode() for piece in pieces]
+    return [piece.numpy().tobytes() for piece in pieces]
 
 
 def barrier() -> None:

@@ -189,6 +189,8 @@ def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split
             f"the images have {split.train.channels} channels, but {opened.name} has learned from {opened.channels}: "
             f"for a folder, data.channels={opened.channels} reads them so"
         )
+    if split.layout:
+        teller.say(f"images     {split.layout}")
     return split
 
 

@@ -14,6 +14,7 @@ from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.resume import check_lengths, resumable
 from contrastive.scale import in_words, scale
+from contrastive.untrusted.files import shown
 
 
 class Ready(NamedTuple):
@@ -58,6 +59,12 @@ def describe(ready: Ready, teller: Teller) -> None:
     budget += f", {order.steps_per_epoch:,} steps an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
     teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    if split.layout:
+        teller.say(f"layout     {split.layout}")
+    if recipe.unseen and train.labels is not None:
+        learned = set(train.labels.tolist())
+        left_out = [name for number, name in enumerate(train.classes) if number not in learned]
+        teller.say(f"unseen     {len(left_out)} classes are left out of training: {shown(', '.join(left_out[:10]))}")
     teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
     teller.say(
         f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"

@@ -41,6 +41,25 @@ def test_classes_go_by_name_or_number() -> None:
     assert list(leave_out(images(), ["ant", 2]).names) == ["b", "d", "e"]
 
 
+@pytest.mark.parametrize("form", ["{}", "{:02d}"])
+def test_where_classes_are_called_by_numbers_a_number_is_a_name(form: str) -> None:
+    # In alphabetical order 2 comes after 10, 11 and 12.
+    names = tuple(sorted(form.format(number) for number in range(1, 13)))
+    pixels = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+    whole = InMemory(pixels, Names(names), torch.arange(12), names, "mark")
+    for entry in (2, "2", form.format(2)):
+        assert list(select(whole, of_classes(whole, [entry])).names) == [form.format(2)]
+    for entry in (0, "0", 13):
+        with pytest.raises(ValueError, match="is not one of the classes"):
+            of_classes(whole, [entry])
+
+
+def test_a_name_that_is_a_number_wins_among_other_names() -> None:
+    assert of_classes(images(), [7]).tolist() == [2]
+    with pytest.raises(ValueError, match="class 8 is not one of the 3 classes"):
+        of_classes(images(), [8])
+
+
 def test_nothing_to_leave_out_leaves_everything_as_it_is() -> None:
     whole = images(labelled=False)
     assert leave_out(whole, ()) is whole

@@ -2,13 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.data.decode import Opener, UnreadableImageError, quiet, read_image
+from contrastive.data.digests import State, digest, state_of
 from contrastive.data.images import Images, Names, Report
 from contrastive.untrusted.files import open_beneath, open_regular, shown
 
@@ -38,15 +38,6 @@ class Decoding:
         return read_image(path, self.channels, self.size, self.background, self.max_pixels, opener=opener)
 
 
-class State(NamedTuple):
-    """What tells whether a file is still the one that it was."""
-
-    size: int
-    """Bytes."""
-    modified: int
-    """Nanoseconds since 1970."""
-
-
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:
     """Opens an image below a folder, and tells its state; a link on the way is refused, or else followed.
 
@@ -55,16 +46,16 @@ def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, 
         OSError: if there is none, or it may not be read.
     """
     file = open_regular(root / name) if follow_links else open_beneath(root, name)
-    status = os.fstat(file.fileno())
-    return file, State(status.st_size, status.st_mtime_ns)
+    return file, state_of(file)
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
     """Images on disk; what cannot be decoded when its turn comes is grey, warned of and listed in `failed`.
 
-    So is what has been replaced since it was listed, and what is behind a link that was put there: what is learned
-    from is what was looked at before the first step, or nothing.
+    So is what has other content than when it was listed, and what is behind a link that was put there: what is learned
+    from is what was looked at before the first step, or nothing. A file that was touched or copied anew is read once
+    more, to see that its content is the same.
     """
 
     root: Path
@@ -75,8 +66,10 @@ class Files:
     decoding: Decoding
     max_bad: float
     workers: int = 0
-    states: Int64[Tensor, "images 2"] | None = None
-    """Of each file its `State` when it was listed; None where any will do."""
+    states: Int64[Tensor, "images 5"] | None = None
+    """Of each file its `State` when it was last read; None where any will do."""
+    digests: UInt8[Tensor, "images 16"] | None = None
+    """Of each file the digest of its content; there where the states are."""
     follow_links: bool = True
     failed: dict[str, str] = field(default_factory=dict)
     """Of each file that has become unreadable, the reason."""
@@ -102,9 +95,11 @@ class Files:
 
     def _open(self, image: int) -> BinaryIO:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
-        if self.states is not None and list(state) != self.states[image].tolist():
-            file.close()
-            raise ValueError("it is another file than when the run began, or was changed since")
+        if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
+            if digest(file) != self.digests[image].numpy().tobytes():
+                file.close()
+                raise ValueError("it is another file than when the run began, or was changed since")
+            self.states[image] = torch.tensor(state)
         return file
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:

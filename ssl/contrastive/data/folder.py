@@ -1,6 +1,6 @@
 """Any folder of images: nested or flat, of mixed sizes and kinds, with other files among them."""
 
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -8,24 +8,26 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from contrastive.checkpoints import together
 from contrastive.config import Settings
+from contrastive.data.content import digests_of, refuse_differences, shared
 from contrastive.data.decode import PILLOW_LIMIT, check_header
+from contrastive.data.digests import DIGEST, State, digest
 from contrastive.data.files import Decoding, Files, in_threads, named, open_image, refuse_too_many
-from contrastive.data.images import Images, InMemory, Names, Report, Split, fingerprint
-from contrastive.data.labels import labelled, read_labels
-from contrastive.data.listing import Listing, hold_out, list_images
-from contrastive.data.paths import FilePath, FolderPath, existing_folder
+from contrastive.data.finding import Found, Read, find
+from contrastive.data.images import InMemory, Names, Report, Split, fingerprint
+from contrastive.data.listing import Listing
+from contrastive.data.paths import WORDS, FolderPath, LabelsSource, existing_folder
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]
-HELD_OUT_FOLDERS = ("test", "val", "valid", "validation")
 
 
 class Folder(Settings):
     """Images in a folder, at any depth.
 
-    Ids count the readable images in natural order of their names. Which files are readable is found anew in each run,
-    and the same for the same folder; the fingerprint, over names, file sizes and the stored form, tells when not.
+    Ids count the readable images in natural order of their names. Which files are readable is looked at in each run;
+    the fingerprint, over names, contents, labels and the stored form, changes when anything of that does.
     """
 
     name: Literal["folder"] = "folder"
@@ -33,12 +35,17 @@ class Folder(Settings):
     path: FolderPath
     """The folder; with one sub-folder per class its images have labels, for measuring."""
 
-    labels: FilePath | None = None
-    """CSV file with a header, then in each line an image's name below the folder, such as a/1.jpg, and its label, in
-    place of classes by sub-folders; an image that it leaves out has no label."""
+    labels: LabelsSource | None = None
+    """null: sub-folders are classes if there are two and most images lie in them. folders: they are, and images beside
+    them have no label. none: no labels. Or a CSV file with a header, then in each line an image's name below the
+    folder, such as a/1.jpg, and its label; an image that it leaves out has no label."""
 
     test: FolderPath | None = None
-    """Folder of held-out images, one sub-folder per class; none: test or val beside train, or else `holdout`."""
+    """Folder of held-out images, one sub-folder per class, never learned from though it lie within `path`; null: test
+    or val beside train, or else `holdout`."""
+
+    splits: bool = True
+    """Read folders called train, test, val and the like as splits; false: as folders of any other name."""
 
     holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share of each class that is held out for measuring when there is no folder for it."""
@@ -70,89 +77,87 @@ class Folder(Settings):
     def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
         """The readable images, decoded into memory or, beyond the budget, opened once to see that they are images.
 
+        All processes call it together, and get the same images.
+
         Raises:
-            ValueError: a folder is missing, may not be read or holds no images, or too many files are unreadable.
+            ValueError: a folder is missing, may not be read or holds no images, its layout can be read in several
+                ways, too many files are unreadable, or the processes do not see the same files.
         """
-        train, test = self._listings()
-        listings = [train] if test is None else [train, test]
+        with together():
+            found = self._listings()
+        listings = [found.train] if found.test is None else [found.train, found.test]
+        refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
         in_memory = total * self.channels * self.size**2 <= self.memory * 2**30
-        splits: list[Images] = []
-        unreadable: list[tuple[str, str]] = []
-        for listing in listings:
-            images, bad = self._read(listing, in_memory, workers, report)
-            splits.append(images)
-            unreadable += bad
-        refuse_too_many(train.root, unreadable, total, self.max_bad)
-        for name, images in zip(("learn from", "measure with"), splits, strict=False):
-            if not len(images):
+        read = [self._read(listing, in_memory, workers, report) for listing in listings]
+        unreadable = [entry for part in read for entry in part.unreadable]
+        refuse_too_many(found.train.root, unreadable, total, self.max_bad)
+        for name, part in zip(("learn from", "measure with"), read, strict=False):
+            if not len(part.images):
                 raise ValueError(f"{self.path}: no readable image is left to {name}")
-        return Split(splits[0], splits[1] if test else None, tuple(unreadable))
+        # The sizes, too: of files on disk each process has read a part only.
+        mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
+        refuse_differences(self.path, "reads", mark)
+        found.warn(read)
+        test = read[1].images if len(read) > 1 else None
+        return Split(read[0].images, test, tuple(unreadable), found.line(read[0].images, test))
 
-    def _listings(self) -> tuple[Listing, Listing | None]:
+    def _listings(self) -> Found:
         root = existing_folder(self.path)
-        if self.test is not None:
-            (train,) = self._labelled(list_images(root, follow_links=self.follow_links))
-            test = list_images(Path(self.test), follow_links=self.follow_links)
-            if test.labels is None:
-                raise ValueError(f"{self.test} has no sub-folder per class, so nothing can be measured on it")
-            return train, _with_classes_of(train, test)
-        folders = {child.name.lower(): child.name for child in sorted(root.iterdir()) if child.is_dir()}
-        beside = [folders[name] for name in HELD_OUT_FOLDERS if name in folders]
-        if "train" in folders and beside:
-            train, *tests = self._labelled(
-                *(list_images(root, name, follow_links=self.follow_links) for name in (folders["train"], *beside))
-            )
-            for test in tests:
-                if test.labels is not None and max(test.labels) >= 0:
-                    return train, _with_classes_of(train, test)
-        else:
-            (train,) = self._labelled(list_images(root, follow_links=self.follow_links))
-        if train.labels is None or self.holdout == 0:
-            return train, None
-        train, test = hold_out(train, self.holdout, self.holdout_seed)
-        return train, test if test.names else None
+        table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
+        test = None if self.test is None else existing_folder(self.test)
+        return find(
+            root,
+            test,
+            follow_links=self.follow_links,
+            splits=self.splits,
+            labels=table or self.labels,
+            holdout=self.holdout,
+            seed=self.holdout_seed,
+        )
 
-    def _labelled(self, *listings: Listing) -> tuple[Listing, ...]:
-        """The listings with the labels of the table, where there is one."""
-        if self.labels is None:
-            return listings
-        table = read_labels(Path(self.labels), [name for listing in listings for name in listing.names])
-        return tuple(labelled(listing, table) for listing in listings)
-
-    def _read(
-        self, listing: Listing, in_memory: bool, workers: int, report: Report | None
-    ) -> tuple[Images, list[tuple[str, str]]]:
+    def _read(self, listing: Listing, in_memory: bool, workers: int, report: Report | None) -> Read:
         root, names = listing.root, listing.names
         decoding = self.decoding()
-        states = np.zeros((len(names), 2), np.int64)
+        states = np.zeros((len(names), len(State._fields)), np.int64)
+        digests = np.zeros((len(names), DIGEST), np.uint8)
         pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
-        def visit(index: int) -> None:
-            def opener() -> BinaryIO:
-                file, states[index] = open_image(root, names[index], follow_links=self.follow_links)
-                return file
+        def opener(index: int) -> tuple[BinaryIO, State]:
+            return open_image(root, names[index], follow_links=self.follow_links)
 
+        def opened(index: int) -> BinaryIO:
+            file, states[index] = opener(index)
+            if in_memory:
+                digests[index] = np.frombuffer(digest(file), np.uint8)
+            return file
+
+        def visit(index: int) -> None:
             path = root / names[index]
             if in_memory:
-                pixels[index] = decoding.read(path, opener)
+                pixels[index] = decoding.read(path, partial(opened, index))
             else:
-                check_header(path, self.max_pixels, opener=opener)
+                check_header(path, self.max_pixels, opener=partial(opened, index))
 
-        failures = in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
+        failures = shared(
+            in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
+        )
+        if not in_memory:
+            digests = digests_of(root, states, failures, opener, workers, named(report, "hashing"))
         kept = [index for index in range(len(names)) if index not in failures]
         if failures and in_memory:
             # Closing the gaps in place: a copy would need the memory twice.
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
-        kept_names = Names(names[index] for index in kept)
+        kept_names, digests = Names(names[index] for index in kept), digests[kept]
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
-        # Classes by sub-folders are in the names already.
-        table = [] if self.labels is None or listing.labels is None else [listing.classes, listing.labels]
-        mark = fingerprint(chain([decoding], ((names[index], int(states[index, 0])) for index in kept), table))
+        # No path and no time: a copy elsewhere is the same images.
+        table = [] if labels is None else [labels.numpy(), listing.classes]
+        mark = fingerprint([decoding, kept_names, digests, *table])
+        sizes = states[kept, 0]
         bad = [(names[index], reason) for index, reason in failures.items()]
         if in_memory:
-            return InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad
+            return Read(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes)
         files = Files(
             root,
             kept_names,
@@ -163,9 +168,10 @@ class Folder(Settings):
             self.max_bad,
             workers,
             states=torch.from_numpy(states[kept]),
+            digests=torch.from_numpy(digests),
             follow_links=self.follow_links,
         )
-        return files, bad
+        return Read(files, bad, digests, sizes)
 
     def decoding(self) -> Decoding:
         """How a file becomes a square."""
@@ -175,19 +181,3 @@ class Folder(Settings):
         if isinstance(self.background, str):
             return (GREYS[self.background],) * 3
         return self.background
-
-
-def _with_classes_of(train: Listing, test: Listing) -> Listing:
-    """The held-out listing with its labels counted by the classes of the images to learn from."""
-    if train.labels is None:
-        return test
-    assert test.labels is not None
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise ValueError(
-            f"{test.root}: the held-out images have classes that {train.root} lacks: {', '.join(unknown[:5])}; "
-            f"it has {', '.join(train.classes[:5])}{' ...' if len(train.classes) > 5 else ''}"
-        )
-    number = {name: index for index, name in enumerate(train.classes)}
-    labels = [label if label < 0 else number[test.classes[label]] for label in test.labels]
-    return test._replace(labels=labels, classes=train.classes)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class Split(NamedTuple):
     train: Images
     test: Images | None
     unreadable: tuple[tuple[str, str], ...] = ()
+    layout: str = ""
+    """One line: which folders were read, as what, the classes, and what was passed over; empty for other data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,10 @@ class Names(Sequence[str]):
         self._text = torch.from_numpy(np.array(bytearray(b"".join(encoded)), dtype=np.uint8))
         self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
 
+    def arrays(self) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
+        """The bytes of all names, and where each begins, with the end of the last."""
+        return self._text.numpy(), self._ends.numpy()
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -120,16 +126,18 @@ def array_split(
 ) -> InMemory:
     """A labelled split of a data set that comes as arrays; its images are called `name/00000` and so on."""
     names = Names(f"{name}/{index:05d}" for index in range(len(pixels)))
-    return InMemory(pixels, names, labels, tuple(classes), fingerprint([pixels.numpy(), labels.numpy()]))
+    mark = fingerprint([pixels.numpy(), labels.numpy(), *classes])
+    return InMemory(pixels, names, labels, tuple(classes), mark)
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """A SHA-256 in hexadecimal over arrays (their bytes and shape) and anything else (its `repr`)."""
+    """A SHA-256 in hexadecimal over arrays (their bytes and shape), names likewise, and anything else (its `repr`)."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            repr(part.shape if isinstance(part, np.ndarray) else part).encode("utf-8", "surrogateescape") + b"\n"
-        )
-        if isinstance(part, np.ndarray):
-            digest.update(np.ascontiguousarray(part).data)
+        arrays = part.arrays() if isinstance(part, Names) else (part,) if isinstance(part, np.ndarray) else ()
+        for array in arrays:
+            digest.update(f"{array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        if not arrays:
+            digest.update(repr(part).encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()

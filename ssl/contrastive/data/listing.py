@@ -1,20 +1,11 @@
 """Which images lie in a folder, in an order that no file system decides, and which classes its sub-folders tell."""
 
 import hashlib
-import logging
-import os
 import re
-from collections.abc import Callable
-from functools import partial
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-from contrastive.data.decode import looks_like_an_image
-from contrastive.data.paths import existing_folder
-from contrastive.untrusted.files import shown
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+from typing import NamedTuple
 
 
 class Listing(NamedTuple):
@@ -24,34 +15,51 @@ class Listing(NamedTuple):
     names: list[str]
     labels: list[int] | None
     classes: tuple[str, ...]
+    below: str = ""
+    """The folder of the split below the root, such as `train/`; names begin with it."""
+
+    def folders(self) -> list[str]:
+        """For each image the first sub-folder of the split that it lies in; "" where it lies in none."""
+        return [
+            folder if slash else ""
+            for folder, slash, _ in (name[len(self.below) :].partition("/") for name in self.names)
+        ]
 
 
-def list_images(root: Path, below: str = "", *, follow_links: bool) -> Listing:
-    """All images in the folder `below` of `root` and in its sub-folders, in natural order (2.jpg before 10.jpg).
+def listing_of(root: Path, names: Sequence[str], below: str = "") -> Listing:
+    """The images of one split, without labels, in natural order: 2.jpg before 10.jpg."""
+    return Listing(root, sorted(names, key=_natural), None, (), below)
 
-    Files that are no images by their ending, and everything whose name starts with a dot or `__`, is passed over.
-    Where every image lies in a first-level sub-folder, and there are at least two of those with images, they are the
-    classes, numbered in alphabetical order.
+
+def by_folder(listing: Listing, *, asked: bool) -> Listing:
+    """The listing with a class for each first sub-folder that holds images, numbered in alphabetical order.
+
+    Images beside these folders have no class, -1. There are no labels at all where there are fewer than two folders,
+    or where most images lie beside them: the folders are then taken for part of a collection.
+
+    Args:
+        listing: any.
+        asked: the person has said that the folders are classes.
 
     Raises:
-        ValueError: the folder is missing or may not be read, or holds no image.
+        ValueError: that was said, and there are fewer than two.
     """
-    start = existing_folder(str(root / below))
-    names, links = _walk(start, follow_links)
-    if not names:
-        hint = f"; {links} symbolic links were passed over (data.follow_links=true follows them)" if links else ""
-        raise ValueError(f"{start} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth){hint}")
-    if links:
-        logger.warning("%s: %d symbolic links were passed over; data.follow_links=true follows them", start, links)
-    names.sort(key=_natural)
-    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(folders)))
-    prefix = f"{below}/" if below else ""
-    full = [prefix + name for name in names]
-    if len(classes) < 2 or "" in classes:
-        return Listing(root, full, None, ())
+    counts = Counter(listing.folders())
+    beside = counts.pop("", 0)
+    if asked and len(counts) < 2:
+        raise ValueError(
+            f"data.labels=folders takes at least two sub-folders with images, and {listing.root / listing.below} has "
+            f"{len(counts)}; leave it out, or name a table of labels: data.labels=labels.csv"
+        )
+    if len(counts) < 2 or (beside >= counts.total() and not asked):
+        return listing
+    return with_classes(listing, tuple(sorted(counts)))
+
+
+def with_classes(listing: Listing, classes: Sequence[str]) -> Listing:
+    """The listing with these classes, which are first sub-folders; images elsewhere have none, -1."""
     number = {name: index for index, name in enumerate(classes)}
-    return Listing(root, full, [number[folder] for folder in folders], classes)
+    return listing._replace(labels=[number.get(folder, -1) for folder in listing.folders()], classes=tuple(classes))
 
 
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
@@ -86,43 +94,3 @@ def _draw(name: str, seed: int) -> bytes:
 def _natural(name: str) -> tuple[list[str | int], str]:
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
-
-
-def _walk(start: Path, follow_links: bool) -> tuple[list[str], int]:
-    names: list[str] = []
-    links = 0
-    folders = [""]
-    visited: set[tuple[int, int]] = set()
-    while folders:
-        below = folders.pop()
-        folder = start / below
-        status = _or_words(folder.stat, folder)
-        if (status.st_dev, status.st_ino) in visited:
-            continue  # a loop of links, or a second way to the same folder
-        visited.add((status.st_dev, status.st_ino))
-        for entry in sorted(_or_words(partial(os.scandir, folder), folder), key=lambda entry: entry.name):
-            name = below + entry.name
-            if entry.name.startswith((".", "__")):
-                continue
-            if entry.is_symlink() and not follow_links:
-                links += 1
-                continue
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # links in a circle
-                links += 1
-                continue
-            if is_folder:
-                folders.append(f"{name}/")
-            elif is_file and looks_like_an_image(start / name):
-                names.append(name)
-    return names, links
-
-
-def _or_words(look: Callable[[], T], folder: Path) -> T:
-    try:
-        return look()
-    except PermissionError as error:
-        raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
-    except OSError as error:
-        raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error

@@ -28,14 +28,16 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         pixels = images.pixels.index_select(0, keep)
         return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
     assert isinstance(images, Files)
-    states = None if images.states is None else images.states[keep]
+    states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
     return dataclasses.replace(
-        images, names=names, labels=labels, fingerprint=mark, states=states, failed={}, told=set()
+        images, names=names, labels=labels, fingerprint=mark, states=states, digests=digests, failed={}, told=set()
     )
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
     """The ids of the images that have one of these classes, given by name or by number, in ascending order.
+
+    Where all classes are named by numbers, as folders called 1 to 12 are, a number is a name.
 
     Raises:
         ValueError: if the images have no labels, or not such a class.
@@ -63,15 +65,19 @@ def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
 
 
 def _number(classes: Sequence[str], entry: int | str) -> int:
-    if isinstance(entry, str) and entry in classes:
-        return classes.index(entry)
-    # A number in quotes is a number, unless a class is called so.
-    if isinstance(entry, int) or entry.isdecimal():
-        number = int(entry)
-        if 0 <= number < len(classes):
-            return number
-        raise ValueError(f"class {number} is not one of the {len(classes)} classes, numbered from 0")
-    near = difflib.get_close_matches(entry, classes, 1, 0.5)
+    text = str(entry)
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal():
+        # A number that a person types loses its zeros: 2 for a folder called 02.
+        named = [index for index, name in enumerate(classes) if name.isdecimal() and int(name) == int(text)]
+        if len(named) == 1:
+            return named[0]
+        if not all(name.isdecimal() for name in classes) and int(text) < len(classes):
+            return int(text)
+    if text.isdecimal() and not all(name.isdecimal() for name in classes):
+        raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
+    near = difflib.get_close_matches(text, classes, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     shown = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
     raise ValueError(f"{entry!r} is not one of the classes ({shown}){hint}")

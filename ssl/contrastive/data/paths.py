@@ -25,6 +25,9 @@ FolderPath = Annotated[str, AfterValidator(_absolute)]
 """A folder, made absolute when it is read: a recorded run must not depend on where it was started."""
 FilePath = FolderPath
 """A file, likewise."""
+WORDS = ("none", "folders")
+LabelsSource = Annotated[str, AfterValidator(lambda source: source if source in WORDS else _absolute(source))]
+"""Where labels come from: a file, made absolute likewise, or one of two words."""
 
 
 def existing_folder(path: str) -> Path:

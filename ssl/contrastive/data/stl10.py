@@ -11,6 +11,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from contrastive.config import Settings
+from contrastive.data.content import Progress, file_digests
+from contrastive.data.files import named
 from contrastive.data.images import Names, Report, Split, fingerprint
 from contrastive.data.paths import FolderPath, cache_folder, download
 from contrastive.untrusted.files import LONGEST_LINE, read_bytes, read_text
@@ -37,8 +39,9 @@ class STL10(Settings):
         if not all((folder / name).is_file() for name in FILES):
             download(root, self.name, lambda: torchvision.datasets.STL10(str(root), download=True))
         classes = tuple(read_text(folder / "class_names.txt", LONGEST_LINE).split())
-        train = _mapped(folder, ("train", "unlabeled"), classes)
-        return Split(train, _mapped(folder, ("test",), classes))
+        hashing = named(report, "hashing")
+        train = _mapped(folder, ("train", "unlabeled"), classes, hashing)
+        return Split(train, _mapped(folder, ("test",), classes, hashing))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class Mapped:
         return pixels
 
 
-def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...]) -> Mapped:
+def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], report: Progress | None) -> Mapped:
     parts, names, labels = [], [], []
     for split in splits:
         path = folder / f"{split}_X.bin"
@@ -80,8 +83,8 @@ def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...]) -> 
         names += [f"{split}/{index:05d}" for index in range(count)]
         labels.append(_labels(folder / f"{split}_y.bin", count, len(classes)))
     joined = torch.cat(labels)
-    # Not over the pixels: reading all of them would take longer than the first minutes of a run.
-    mark = fingerprint(["stl10", *map(len, parts), joined.numpy()])
+    digests = file_digests(folder, [f"{split}_X.bin" for split in splits], 0, report)
+    mark = fingerprint(["stl10", digests, joined.numpy(), *classes])
     return Mapped(tuple(parts), Names(names), joined, classes, mark)
 
 
