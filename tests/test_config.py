@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from contrastive.config import Settings, dump_yaml, keys, load
+from contrastive.config import Settings, dump_yaml, keys, load, yaml_text
 
 
 class Small(Settings):
@@ -81,7 +81,7 @@ def test_a_text_on_the_command_line_stays_the_text_it_is(text: str) -> None:
     assert load(Tree, None, [f"inner.title={text}"]).inner.title == text
 
 
-@pytest.mark.parametrize("text", ["on", "010", "12:30", "1"])
+@pytest.mark.parametrize("text", ["on", "0x10", "12:30", "1"])
 def test_a_text_in_yaml_that_reads_as_a_number_is_refused_by_key(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"inner\.title.*quote"):
         load(Tree, yaml(tmp_path, f"inner: {{title: {text}}}"))
@@ -196,3 +196,13 @@ def test_help_names_every_key_with_type_default_and_line() -> None:
     assert listed["output", ""].kind == "str | null"
     assert listed["part.limits", "large"].kind == "[float, float]"
     assert listed["part.limits", "large"].default == "[0.0, 1.0]"
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 8), ("[1, 0012]", 10), ("{a: +017}", 15)])
+def test_a_number_that_yaml_would_take_for_octal_is_refused_with_both_ways_to_write_it(text: str, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"octal number {number}; write .* or '.*' in quotes"):
+        yaml_text.parse(text)
+
+
+def test_zeros_before_a_number_that_is_the_same_in_both_and_quoted_ones_are_read() -> None:
+    assert yaml_text.parse("[02, 007, '010', 08, 0]") == [2, 7, "010", "08", 0]

@@ -64,7 +64,7 @@ def describe(ready: Ready, teller: Teller) -> None:
     if recipe.unseen and train.labels is not None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
-        teller.say(f"unseen     {len(left_out)} classes are left out of training: {shown(', '.join(left_out[:10]))}")
+        teller.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
     teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
     teller.say(
         f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"

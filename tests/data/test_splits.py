@@ -49,7 +49,7 @@ def test_folders_called_as_splits_are_splits_and_no_classes(tmp_path, train, hel
     assert list(split.test.names) == [f"{held_out}/bee/0.png", f"{held_out}/cat/0.png"]
     assert split.test.labels.tolist() == [1, 2]
     assert split.test.classes == split.train.classes == ("ape", "bee", "cat")
-    assert f"{train}: 7 images in 3 classes (ape 3, bee 2, cat 2); held out, {tmp_path / held_out}" in split.layout
+    assert f"{train}: 7 images in 3 classes (ape: 3, bee: 2, cat: 2); held out, {tmp_path / held_out}" in split.layout
 
 
 def test_a_lone_train_folder_is_the_images_and_its_sub_folders_are_the_classes(tmp_path):
@@ -170,7 +170,7 @@ def test_one_image_beside_class_folders_has_no_label_and_the_others_keep_theirs(
     assert split.train.classes == ("ape", "bee")
     assert split.train.labels.tolist() == [-1, 0, 0, 1, 1]
     assert "1 image beside the class folders, without a label" in caplog.text
-    assert "5 images in 2 classes (ape 2, bee 2), 1 without a label" in split.layout
+    assert "5 images in 2 classes (ape: 2, bee: 2), 1 without a label" in split.layout
 
 
 def test_folders_among_more_images_without_one_are_no_classes_unless_that_is_said(tmp_path, caplog):
@@ -185,6 +185,8 @@ def test_labels_none_gives_none_and_folders_without_folders_is_refused(tmp_path)
     assert (split.train.labels, split.train.classes, split.test) == (None, (), None)
     with pytest.raises(ValueError, match=r"data\.labels=folders takes at least two sub-folders with images.* has 1"):
         build(tmp_path / "deep" / "..", labels="folders", splits=True, test=str(tmp_path / "deep"))
+    with pytest.raises(ValueError, match="is neither none nor folders nor a CSV file; did you mean folders"):
+        Folder(path=".", labels="folder")
     assert Folder(path=".", labels="none").labels == "none"
     assert Folder(path=".", labels="./none").labels == os.path.abspath("none")
 

@@ -1,6 +1,7 @@
 """YAML as a recipe needs it: keys, values and lists, and nothing behind which a program or much memory hides."""
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ MOST_VALUES = 20_000
 """Keys and values of a text: the YAML of PyYAML takes a moment for each."""
 DEEPEST = 20
 LONGEST_VALUE = 4096
+OCTAL = re.compile(r"[-+]?0[0-7]+")
+"""What YAML 1.1 takes for an octal number, such as the name of a folder 010."""
 
 
 def parse(text: str) -> Any:
@@ -71,6 +74,11 @@ def _judged(event: yaml.Event) -> type[yaml.Event]:
             raise ValueError(f"{_line(event)}a value is longer than {LONGEST_VALUE:,} letters")
         if event.value == "<<" and event.implicit[0]:
             raise ValueError(f"{_line(event)}merges (<<) are not read; write the values out")
+        if event.implicit[0] and OCTAL.fullmatch(event.value) and int(event.value, 8) != int(event.value):
+            raise ValueError(
+                f"{_line(event)}{event.value} would be read as the octal number {int(event.value, 8)}; write "
+                f"{int(event.value)} for the number, or '{event.value}' in quotes for a name"
+            )
         refuse_interpolation(event.value)
     return type(event)
 

@@ -182,6 +182,6 @@ def _counted(images: Images) -> str:
     if len(counts) > MOST_CLASSES:
         classes = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,}"
     else:
-        of_each = ", ".join(f"{name} {count:,}" for name, count in zip(images.classes, counts, strict=True))
+        of_each = ", ".join(f"{name}: {count:,}" for name, count in zip(images.classes, counts, strict=True))
         classes = f"{many(len(counts), 'class', 'classes')} ({of_each})"
     return f"{many(len(images), 'image')} in {classes}{none}"

@@ -26,7 +26,18 @@ FolderPath = Annotated[str, AfterValidator(_absolute)]
 FilePath = FolderPath
 """A file, likewise."""
 WORDS = ("none", "folders")
-LabelsSource = Annotated[str, AfterValidator(lambda source: source if source in WORDS else _absolute(source))]
+
+
+def _labels_source(source: str) -> str:
+    path = Path(source)
+    if source not in WORDS and not path.suffix and not path.exists() and path.name == source:
+        near = most_alike(source, WORDS)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"data.labels={source} is neither none nor folders nor a CSV file{hint}")
+    return source if source in WORDS else _absolute(source)
+
+
+LabelsSource = Annotated[str, AfterValidator(_labels_source)]
 """Where labels come from: a file, made absolute likewise, or one of two words."""
 
 
