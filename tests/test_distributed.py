@@ -28,7 +28,7 @@ from contrastive.objectives import (
     noise,
 )
 from contrastive.objectives.loss import ObjectiveSettings
-from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, SemiHard
+from contrastive.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard
 from contrastive.similarity import log_sum_exp, pairs, softmax
 from processes import start
 
@@ -90,12 +90,15 @@ OBJECTIVES: dict[str, tuple[ObjectiveSettings, int] | tuple[ObjectiveSettings, i
     "triplet": (Triplet(margin=1.0), 2),
     "triplet, all": (Triplet(sampling=All()), 2),
     "triplet, all, soft": (Triplet(sampling=All(), soft=True, squared=False, normalized=False), 2),
-    "triplet, hard, one view": (Triplet(sampling=Hard(), squared=False), 1),
-    "triplet, easy, three views": (Triplet(sampling=Easy(), average="all", margin=1.0), 3),
+    "triplet, hard": (Triplet(sampling=Hard()), 2),
+    "triplet, semi-hard or left out": (Triplet(sampling=SemiHard(fallback=None)), 2),
+    "triplet, hardest, one view": (Triplet(sampling=Hardest(), squared=False), 1),
+    "triplet, easiest, three views": (Triplet(sampling=Easiest(), average="all", margin=1.0), 3),
     "margin": (Margin(), 2),
     "margin, a boundary for each id": (Margin(beta_per="class", nu=0.1, sampling=SemiHard()), 2),
     "margin, all": (Margin(sampling=All(), nu=0.1), 2),
 }
+SHARED = ("information", "ceiling", "active", "easy", "semi_hard", "hard", "without_negative", "fallback")
 STATELESS = ("in_batch", "supervised", "n_pair", "ranking", "contrastive", "triplet")
 GATHERED = ("bank, nce, noise per image", "bank, infonce, noise per image")
 PROCESSES = (2, 4)
@@ -122,10 +125,12 @@ def train(settings: ObjectiveSettings, views: int, labelled: bool = False, *, do
         embeddings, targets = images[:, own] @ weight, images[:, own] @ twin
         if settings.splits_views:
             embeddings, targets = embeddings[:1], targets[1:]
-        loss = objective(embeddings, ids[own], targets, step).total
+        loss, terms = objective(embeddings, ids[own], targets, step)
         found = torch.autograd.grad(loss, learned)
         gradients.append(distributed.mean(found[0]))
-        losses.append(distributed.mean(loss))
+        # The terms that are shares of the whole batch, beside its loss.
+        shared = [terms[name].to(loss) for name in SHARED if name in terms]
+        losses.append(distributed.mean(torch.stack([loss, *shared])))
         with torch.no_grad():
             # Embeddings that are not normalised would grow without bound.
             weight -= gradients[-1] * (1e-3 if isinstance(settings, NPair) else 1)

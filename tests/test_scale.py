@@ -27,7 +27,7 @@ from contrastive.objectives import (
     Supervised,
     Triplet,
 )
-from contrastive.objectives.mining import DistanceWeighted, Hard
+from contrastive.objectives.mining import DistanceWeighted, Hardest
 from contrastive.scale import Scale, amount, in_words, scale
 from contrastive.similarity import tiles
 from processes import start
@@ -69,7 +69,7 @@ OBJECTIVES: dict[str, Objective] = {
     "contrastive": Contrastive(),
     "contrastive, one negative each": Contrastive(average="all", sampling=DistanceWeighted()),
     "triplet": Triplet(),
-    "triplet, un-normalised": Triplet(normalized=False, sampling=Hard()),
+    "triplet, un-normalised": Triplet(normalized=False, sampling=Hardest()),
     "margin": Margin(),
 }
 AGREEMENTS = 12

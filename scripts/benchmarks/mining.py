@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import harness
 from contrastive.objectives.loss import Population
 from contrastive.objectives.margin import Margin
-from contrastive.objectives.mining import All, Hard
+from contrastive.objectives.mining import All, Hardest
 from contrastive.objectives.triplets import Triplet
 
 DIM, PER_CLASS = 128, 4
@@ -41,7 +41,7 @@ CASES = {
     "triplet, semi-hard": Case(
         Triplet(), "TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "semihard"}, _triplets
     ),
-    "triplet, batch-hard": Case(Triplet(sampling=Hard()), "BatchHardMiner", {}, lambda size: 51.0 * size**2),
+    "triplet, batch-hard": Case(Triplet(sampling=Hardest()), "BatchHardMiner", {}, lambda size: 51.0 * size**2),
     "triplet, all": Case(Triplet(sampling=All()), "", {}, _triplets),
     "margin, distance-weighted": Case(Margin(), "DistanceWeightedMiner", {}, lambda size: 245.0 * size**2),
 }

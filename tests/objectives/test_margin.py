@@ -10,10 +10,20 @@ from triples import REPEATED, Triple, compare, embeddings, prepared, sampled, ta
 
 from contrastive.objectives import Population
 from contrastive.objectives.margin import Margin, margin_loss
-from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, Sampling, SemiHard
+from contrastive.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
 from contrastive.similarity import tiles
 
-EVERY: list[Sampling] = [All(), All(positives="hard"), Random(), Easy(), SemiHard(), Hard(), DistanceWeighted()]
+EVERY: list[Sampling] = [
+    All(),
+    All(positives="hard"),
+    Random(),
+    Easiest(),
+    SemiHard(),
+    SemiHard(fallback=None),
+    Hard(),
+    Hardest(),
+    DistanceWeighted(),
+]
 
 
 def name_of(value: object) -> str:
@@ -152,10 +162,23 @@ def test_it_equals_pytorch_metric_learning_on_batch_hard_pairs(learned: bool) ->
     # It counts a pair as often as a triplet holds it, so that only one negative for each positive gives the same.
     expected = theirs(rows, ids, miners.BatchHardMiner()(rows, ids))
     beta = torch.full((10,), 1.2, requires_grad=True)
-    found = loss(z, REPEATED, beta, sampling=Hard())
+    found = loss(z, REPEATED, beta, sampling=Hardest())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     gradients = [
         torch.autograd.grad(value, [z, *rest])
         for value, rest in ((found, [beta] if learned else []), (expected, [theirs.beta] if learned else []))
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_a_farther_negative_is_easy_where_it_costs_nothing_and_semi_hard_elsewhere(kind: Sampling) -> None:
+    z, beta = embeddings(), boundaries().detach()
+    terms = margin_loss(z, REPEATED, beta, Margin(sampling=kind), seed=3, step=7).terms
+    triples, table = sampled(kind, prepared(z, REPEATED)), table_of(z.detach())
+    kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
+    for a, p, n in triples:
+        costs = table[a, n] < float(beta[a % 10]) + 0.2
+        kinds["hard" if table[a, n] <= table[a, p] else "semi_hard" if costs else "easy"] += 1
+    for name, number in kinds.items():
+        assert terms[name].item() == pytest.approx(number / len(triples), abs=1e-12)

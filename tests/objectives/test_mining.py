@@ -15,8 +15,9 @@ from contrastive.config import load
 from contrastive.objectives.mining import (
     All,
     DistanceWeighted,
-    Easy,
+    Easiest,
     Hard,
+    Hardest,
     Random,
     Sampling,
     SemiHard,
@@ -27,7 +28,13 @@ from contrastive.objectives.mining import (
 from contrastive.objectives.mining.distance_weighted import draw, log_weights
 from contrastive.recipe import Recipe
 
-FIXED: dict[str, type[Any]] = {"all": All, "easy": Easy, "semi_hard": SemiHard, "hard": Hard}
+FIXED: dict[str, type[Any]] = {
+    "all": All,
+    "easiest": Easiest,
+    "semi_hard": SemiHard,
+    "hard": Hard,
+    "hardest": Hardest,
+}
 DRAWN: list[Sampling] = [Random(), Random(positives="random"), DistanceWeighted(), DistanceWeighted(farthest=None)]
 EVERY: list[Sampling] = [*(kind() for kind in FIXED.values()), *DRAWN]
 
@@ -90,12 +97,51 @@ def test_without_positives_or_negatives_there_are_no_triples(kind: Sampling, vie
     assert figures == [pairs, pairs, 0]
 
 
-def test_a_positive_farther_than_all_negatives_is_left_out_and_counted() -> None:
-    z = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
-    batch = prepared(z, torch.tensor([0, 0, 1]))
-    triples = choose(SemiHard(), batch, slice(0, 3), batch.anchors @ batch.candidates.T)
-    assert triples.figures.tolist() == [2, 2, 0]
-    assert not triples.chosen.any()
+@pytest.mark.parametrize(("fallback", "negative"), [("easiest", 3), ("hardest", 2), (None, None)])
+def test_a_positive_farther_than_all_negatives_has_the_fallback_or_is_left_out_and_is_counted(
+    fallback: Any, negative: int | None
+) -> None:
+    z = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.1], [1.0, 0.5]]], dtype=torch.float64)
+    batch = prepared(z, torch.tensor([0, 0, 1, 2]))
+    triples = choose(SemiHard(fallback=fallback), batch, slice(0, 1), batch.anchors[:1] @ batch.candidates.T)
+    assert triples.figures.tolist() == ([1, 1, 0] if negative is None else [1, 0, 1])
+    assert bool(triples.chosen.any()) == (negative is not None)
+    if negative is not None:
+        assert triples.negatives is not None
+        assert triples.negatives.tolist() == [[negative]]
+
+
+@pytest.mark.parametrize("fallback", ["easiest", "hardest", None])
+@pytest.mark.parametrize("few", [0, 32])
+def test_fallbacks_are_those_of_loops_over_all(fallback: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "FEW", few)
+    # In two dimensions many positives are farther than all negatives.
+    z, ids = embeddings(batch=10, dim=2, seed=1).detach(), REPEATED
+    expected = by_loops("semi_hard", "all", table_of(z), ids.repeat(2), fallback)
+    assert sampled(SemiHard(fallback=fallback), prepared(z, ids)) == expected
+    others = by_loops("semi_hard", "all", table_of(z), ids.repeat(2), None)
+    assert len(others) < len(by_loops("semi_hard", "all", table_of(z), ids.repeat(2)))
+
+
+def test_every_hard_negative_is_nearer_than_its_positive_and_every_semi_hard_one_farther() -> None:
+    hardest_only = 0
+    for seed in range(20):
+        z = embeddings(seed=seed).detach()
+        table, batch = table_of(z), prepared(z, REPEATED)
+        hard, hardest = sampled(Hard(), batch), sampled(Hardest(positives="all"), batch)
+        assert hard
+        assert all(table[a, n] < table[a, p] for a, p, n in hard)
+        assert all(table[a, n] > table[a, p] for a, p, n in sampled(SemiHard(fallback=None), batch))
+        assert set(hard) < set(hardest) or hard == hardest
+        hardest_only += len(hardest) - len(hard)
+    assert hardest_only
+
+
+def test_a_negative_as_far_as_the_positive_is_not_hard() -> None:
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]], dtype=torch.float64)
+    triples = sampled(Hard(), prepared(z, torch.tensor([0, 0, 1])))
+    assert (0, 1, 2) not in triples
+    assert (0, 1, 2) in sampled(Hardest(), prepared(z, torch.tensor([0, 0, 1])))
 
 
 def test_a_negative_as_far_as_the_positive_is_not_semi_hard() -> None:
@@ -103,9 +149,9 @@ def test_a_negative_as_far_as_the_positive_is_not_semi_hard() -> None:
     assert sampled(SemiHard(), prepared(z, torch.tensor([0, 0, 1, 1])))[:1] == [(0, 1, 3)]
 
 
-def test_the_default_of_hard_is_batch_hard() -> None:
+def test_the_default_of_hardest_is_batch_hard() -> None:
     z = embeddings().detach()
-    assert sampled(Hard(), prepared(z, REPEATED)) == by_loops("hard", "hard", table_of(z), REPEATED.repeat(2))
+    assert sampled(Hardest(), prepared(z, REPEATED)) == by_loops("hardest", "hard", table_of(z), REPEATED.repeat(2))
 
 
 def test_random_negatives_are_all_equally_likely_and_so_are_random_positives() -> None:
@@ -227,12 +273,16 @@ def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
     rows = z.flatten(0, 1)
     # It keeps all negatives between the positive and the margin, and we the nearest; a margin of 2 keeps them all.
     theirs = list(zip(*(part.tolist() for part in miners.TripletMarginMiner(2.0, "semihard")(rows, ids)), strict=True))
-    ours = sampled(SemiHard(), prepared(z, REPEATED))
+    ours = sampled(SemiHard(fallback=None), prepared(z, REPEATED))
     assert set(ours) <= set(theirs)
     assert {(a, p) for a, p, _ in ours} == {(a, p) for a, p, _ in theirs}
-    # "Hard" there are negatives nearer than the positive, so that batch-hard has the nearest of them, where there are.
-    hard = list(zip(*(part.tolist() for part in miners.BatchHardMiner()(rows, ids)), strict=True))
-    assert sampled(Hard(), prepared(z, REPEATED)) == hard
+    hardest = list(zip(*(part.tolist() for part in miners.BatchHardMiner()(rows, ids)), strict=True))
+    assert sampled(Hardest(), prepared(z, REPEATED)) == hardest
+    # It keeps all hard negatives, and we the nearest.
+    hard = list(zip(*(part.tolist() for part in miners.TripletMarginMiner(0.2, "hard")(rows, ids)), strict=True))
+    ours = sampled(Hard(), prepared(z, REPEATED))
+    assert set(ours) <= set(hard)
+    assert {(a, p) for a, p, _ in ours} == {(a, p) for a, p, _ in hard}
 
 
 def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +321,10 @@ def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
 @pytest.mark.parametrize("name", ["siamese", "facenet", "margin_distance_weighted"])
 def test_each_recipe_takes_any_sampling_on_the_command_line(name: str) -> None:
     for file in (recipe.find(name), recipe.find(f"{name}_instances")):
-        chosen = load(Recipe, file, ["objective.sampling=hard", "objective.sampling.positives=easy"]).objective
-        assert chosen.sampling == Hard(positives="easy")
+        chosen = load(Recipe, file, ["objective.sampling=hardest", "objective.sampling.positives=easy"]).objective
+        assert chosen.sampling == Hardest(positives="easy")
+        chosen = load(Recipe, file, ["objective.sampling=semi_hard", "objective.sampling.fallback=hardest"]).objective
+        assert chosen.sampling == SemiHard(fallback="hardest")
         words = ["objective.sampling.name=distance_weighted", "objective.sampling.farthest=null"]
         assert load(Recipe, file, words).objective.sampling == DistanceWeighted(farthest=None)
     with pytest.raises(ValueError, match=r"objective\.sampling\.name=harder is none of .* did you mean hard\?"):

@@ -9,11 +9,21 @@ from torch import Tensor
 from triples import REPEATED, Triple, compare, embeddings, prepared, sampled, table_of
 
 from contrastive.objectives import Population
-from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, Sampling, SemiHard
+from contrastive.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
 from contrastive.objectives.pairs import Contrastive, contrastive_loss
 from contrastive.similarity import tiles
 
-EVERY: list[Sampling] = [All(), All(positives="hard"), Random(), Easy(), SemiHard(), Hard(), DistanceWeighted()]
+EVERY: list[Sampling] = [
+    All(),
+    All(positives="hard"),
+    Random(),
+    Easiest(),
+    SemiHard(),
+    SemiHard(fallback=None),
+    Hard(),
+    Hardest(),
+    DistanceWeighted(),
+]
 
 
 def name_of(value: object) -> str:
@@ -142,3 +152,15 @@ def test_without_squares_it_equals_pytorch_metric_learning(margin: float) -> Non
     z = embeddings().detach().float()
     theirs = losses.ContrastiveLoss(pos_margin=0, neg_margin=margin)(z.flatten(0, 1), REPEATED.repeat(2))
     torch.testing.assert_close(loss(z, REPEATED, squared=False, margin=margin), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_a_farther_negative_is_easy_where_it_is_beyond_the_margin_and_semi_hard_within(kind: Sampling) -> None:
+    z = embeddings()
+    terms = contrastive_loss(z, REPEATED, Contrastive(margin=1.3, sampling=kind), seed=3, step=7).terms
+    triples, table = sampled(kind, prepared(z, REPEATED)), table_of(z.detach())
+    kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
+    for a, p, n in triples:
+        kinds["hard" if table[a, n] <= table[a, p] else "easy" if table[a, n] >= 1.3 else "semi_hard"] += 1
+    for name, number in kinds.items():
+        assert terms[name].item() == pytest.approx(number / len(triples), abs=1e-12)

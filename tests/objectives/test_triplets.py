@@ -10,11 +10,21 @@ from triples import REPEATED, Triple, by_loops, compare, embeddings, prepared, s
 
 from contrastive.objectives import Population
 from contrastive.objectives import triplets as module
-from contrastive.objectives.mining import All, DistanceWeighted, Easy, Hard, Random, Sampling, SemiHard
+from contrastive.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
 from contrastive.objectives.triplets import Triplet, triplet_loss
 from contrastive.similarity import tiles
 
-EVERY: list[Sampling] = [All(), All(positives="hard"), Random(), Easy(), SemiHard(), Hard(), DistanceWeighted()]
+EVERY: list[Sampling] = [
+    All(),
+    All(positives="hard"),
+    Random(),
+    Easiest(),
+    SemiHard(),
+    SemiHard(fallback=None),
+    Hard(),
+    Hardest(),
+    DistanceWeighted(),
+]
 
 
 def name_of(value: object) -> str:
@@ -71,11 +81,12 @@ def test_loss_and_gradient_equal_the_sum_over_triples(
     compare(loss(z, REPEATED, sampling=kind, average=average, **options), expected, z)
 
 
-@pytest.mark.parametrize("name", ["all", "easy", "semi_hard", "hard"])
+@pytest.mark.parametrize("name", ["all", "easiest", "semi_hard", "hard", "hardest"])
 def test_nothing_but_embeddings_and_ids_decides_where_nothing_is_drawn(name: str) -> None:
-    z, kinds = embeddings(3, 6), {"all": All(), "easy": Easy(), "semi_hard": SemiHard(), "hard": Hard()}
+    z = embeddings(3, 6)
+    kinds = {"all": All(), "easiest": Easiest(), "semi_hard": SemiHard(), "hard": Hard(), "hardest": Hardest()}
     ids = torch.tensor([0, 1, 1, 2, 4, 0])
-    triples = by_loops(name, "hard" if name == "hard" else "all", table_of(z), ids.repeat(3))
+    triples = by_loops(name, "hard" if name == "hardest" else "all", table_of(z), ids.repeat(3))
     compare(loss(z, ids, sampling=kinds[name], margin=0.3), oracle(table_of(z), triples, margin=0.3, squared=True), z)
 
 
@@ -107,10 +118,74 @@ def test_terms_say_how_much_is_compared() -> None:
     assert result.terms["negatives"].item() == pytest.approx(sum(int((ids != i).sum()) for i in ids) / 20)
     assert result.terms["without_negative"] == 0
     assert not any(term.requires_grad for term in result.terms.values())
-    kept = by_loops("semi_hard", "all", table, ids)
-    result = triplet_loss(z, REPEATED, Triplet(), seed=0, step=0)
-    assert result.terms["without_negative"].item() == pytest.approx(1 - len(kept) / len(pairs))
+    kept = by_loops("semi_hard", "all", table, ids, None)
     assert 0 < len(kept) < len(pairs)
+    for fallback, name in (("easiest", "fallback"), (None, "without_negative")):
+        terms = triplet_loss(z, REPEATED, Triplet(sampling=SemiHard(fallback=fallback)), seed=0, step=0).terms
+        assert terms[name].item() == pytest.approx(1 - len(kept) / len(pairs))
+        assert terms["fallback"] + terms["without_negative"] == terms[name]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_easy_semi_hard_and_hard_are_the_papers_kinds_of_triplets(
+    kind: Sampling, squared: bool, normalized: bool
+) -> None:
+    if kind.name == "distance_weighted" and not normalized:
+        return
+    z, margin = embeddings(), 0.7
+    settings = Triplet(sampling=kind, margin=margin, squared=squared, normalized=normalized)
+    terms = triplet_loss(z, REPEATED, settings, seed=3, step=7).terms
+    triples = sampled(kind, prepared(z, REPEATED, normalized=normalized))
+    table = table_of(z.detach(), normalized=normalized) ** (2 if squared else 1)
+    kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
+    for a, p, n in triples:
+        difference = float(table[a, n] - table[a, p])
+        kinds["hard" if difference <= 0 else "semi_hard" if difference < margin else "easy"] += 1
+    for name, number in kinds.items():
+        assert terms[name].item() == pytest.approx(number / len(triples), abs=1e-12)
+
+
+@pytest.mark.parametrize("positives", [5, 60])
+def test_kinds_of_all_triplets_are_those_of_pytorch_metric_learning(positives: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        miners = pytest.importorskip("pytorch_metric_learning.miners")
+        distances = pytest.importorskip("pytorch_metric_learning.distances")
+    z, ids = embeddings(1, 3 * positives).detach(), torch.arange(3).repeat_interleave(positives)
+    terms = triplet_loss(z, ids, Triplet(sampling=All()), seed=0, step=0).terms
+    counts = {
+        ours: len(miners.TripletMarginMiner(0.2, theirs, distance=distances.LpDistance(power=2))(z[0], ids)[0])
+        for ours, theirs in {"easy": "easy", "semi_hard": "semihard", "hard": "hard"}.items()
+    }
+    for name, number in counts.items():
+        assert terms[name].item() == pytest.approx(number / sum(counts.values()))
+
+
+def test_semi_hard_with_its_fallback_is_tensorflows_loss() -> None:
+    # triplet_semihard_loss: squared distances, a margin of 1, the mean over all positive pairs; of the negatives that
+    # are farther than the positive the nearest, and where there is none the farthest of all negatives.
+    for seed in range(5):
+        z = embeddings(batch=10, dim=2, seed=seed)
+        table, ids, losses = table_of(z).square(), REPEATED.repeat(2).tolist(), []
+        for a in range(20):
+            negatives = [table[a, n] for n in range(20) if ids[n] != ids[a]]
+            for p in range(20):
+                if p != a and ids[p] == ids[a]:
+                    outside = [d for d in negatives if d > table[a, p]]
+                    losses.append((table[a, p] - (min(outside) if outside else max(negatives)) + 1).clamp(min=0))
+        compare(loss(z, REPEATED, margin=1.0, average="all"), torch.stack(losses).mean(), z)
+
+
+def test_where_every_negative_is_nearer_the_fallback_still_teaches() -> None:
+    # Two classes that lie crosswise: no negative is farther than the positive.
+    z = torch.tensor([[[1.0, 0.1], [-1.0, 0.1], [0.1, 1.0], [0.1, -1.0]]], dtype=torch.float64).requires_grad_()
+    ids = torch.tensor([0, 0, 1, 1])
+    for fallback, taught in (("easiest", True), ("hardest", True), (None, False)):
+        found = loss(z, ids, sampling=SemiHard(fallback=fallback))
+        assert (found.item() > 1) == taught
+        assert bool(torch.autograd.grad(found, z)[0].any()) == taught
 
 
 @pytest.mark.parametrize("kind", EVERY, ids=name_of)
@@ -214,4 +289,4 @@ def test_batch_hard_equals_that_of_pytorch_metric_learning() -> None:
     z, ids = embeddings().detach().float(), REPEATED.repeat(2)
     rows = z.flatten(0, 1)
     theirs = losses.TripletMarginLoss(margin=0.2)(rows, ids, miners.BatchHardMiner()(rows, ids))
-    torch.testing.assert_close(loss(z, REPEATED, sampling=Hard(), squared=False), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(z, REPEATED, sampling=Hardest(), squared=False), theirs, rtol=1e-5, atol=1e-6)

@@ -34,7 +34,7 @@ def sampled(sampling: Sampling, batch: Batch, tile: int = 1000) -> list[Triple]:
     return found
 
 
-def by_loops(name: str, which: str, distances: Tensor, ids: Tensor) -> list[Triple]:
+def by_loops(name: str, which: str, distances: Tensor, ids: Tensor, fallback: str | None = "easiest") -> list[Triple]:
     """The triples of the samplers that draw nothing, from a table of distances."""
     table, count, found = distances.tolist(), len(ids), []
     for a in range(count):
@@ -45,17 +45,22 @@ def by_loops(name: str, which: str, distances: Tensor, ids: Tensor) -> list[Trip
             continue
         if which != "all":
             positives = [(min if which == "easy" else max)(positives, key=near)]
+        easiest, hardest = max(negatives, key=near), min(negatives, key=near)
         for p in positives:
             farther = [n for n in negatives if near(n) > near(p)]
             match name:
                 case "all":
                     found += [(a, p, n) for n in negatives]
-                case "easy":
-                    found.append((a, p, max(negatives, key=near)))
+                case "easiest":
+                    found.append((a, p, easiest))
+                case "hardest":
+                    found.append((a, p, hardest))
                 case "hard":
-                    found.append((a, p, min(negatives, key=near)))
-                case _:
-                    found += [(a, p, min(farther, key=near))] if farther else []
+                    found += [(a, p, hardest)] if near(hardest) < near(p) else []
+                case _ if farther:
+                    found.append((a, p, min(farther, key=near)))
+                case _ if fallback:
+                    found.append((a, p, easiest if fallback == "easiest" else hardest))
     return found
 
 

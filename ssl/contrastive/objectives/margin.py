@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from contrastive import distributed
 from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, float32_island
-from contrastive.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, shares
+from contrastive.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
 from contrastive.similarity import sum_over_tiles
 
 
@@ -110,11 +110,14 @@ def margin_loss(
         if settings.nu:
             total = total + settings.nu * (beta * triples.chosen).sum()
         active = (pulls.detach() > 0).sum() + (pushes.detach() > 0).sum()
-        return total, torch.cat([torch.stack([active, count]).to(products.dtype), triples.figures])
+        counts = torch.stack([active, count]).to(products.dtype)
+        return total, torch.cat(
+            [counts, triples.figures, hardness(triples, batch, rows, products, pushes.detach() == 0)]
+        )
 
     wide = boundaries.to(batch.anchors.dtype).repeat(len(embeddings))
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term, wide)
-    active, count, *_ = figures
+    figures = distributed.total(figures)
+    active, count = figures[:2]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[2:])
-    everywhere = distributed.total(active)
-    return Loss((total * distributed.size() / everywhere.clamp(min=1)).where(everywhere > 0, 0), terms)
+    return Loss((total * distributed.size() / active.clamp(min=1)).where(active > 0, 0), terms)

@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.objectives.gathered import share_of_mean
 from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, float32_island
-from contrastive.objectives.mining import All, Sampling, batch_of, choose, refuse_off_sphere, shares
+from contrastive.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
 from contrastive.similarity import sum_over_tiles
 
 
@@ -98,8 +97,9 @@ def contrastive_loss(
         pulls = batch.squared_distances(near) / 2 if settings.squared else batch.distances(near)
         pushes = hinges.square() / 2 if settings.squared else hinges
         total = pulls.where(triples.chosen, 0).sum() + weight * pushes.sum()
-        counts = torch.stack([triples.chosen.sum(), (hinges.detach() > 0).sum(), count])
-        return total, torch.cat([counts.to(products.dtype), triples.figures])
+        counts = torch.stack([triples.chosen.sum(), (hinges.detach() > 0).sum(), count]).to(products.dtype)
+        hard = hardness(triples, batch, rows, products, hinges.detach() == 0)
+        return total, torch.cat([counts, triples.figures, hard])
 
     if settings.average == "active" or settings.sampling.name == "all":
         # What a negative pair weighs has to be known before the tiles are differentiated: they are counted first.
@@ -107,6 +107,7 @@ def contrastive_loss(
         positives, active, count = distributed.total(figures[:3])
         weight = positives / (active if settings.average == "active" else count).clamp(min=1)
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term)
-    positives, active, count, *_ = figures
+    figures = distributed.total(figures)
+    positives, active, count = figures[:3]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[3:])
-    return Loss(share_of_mean(total, positives), terms)
+    return Loss(total * distributed.size() / positives.clamp(min=1), terms)

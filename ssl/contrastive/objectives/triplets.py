@@ -9,9 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from contrastive.objectives.gathered import share_of_mean
+from contrastive import distributed
 from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, float32_island
-from contrastive.objectives.mining import Sampling, SemiHard, batch_of, choose, refuse_off_sphere, shares
+from contrastive.objectives.mining import (
+    Sampling,
+    SemiHard,
+    batch_of,
+    choose,
+    hardness,
+    refuse_off_sphere,
+    shares,
+)
 from contrastive.similarity import sum_over_tiles
 
 FEW = 32
@@ -22,7 +30,7 @@ class Triplet(ObjectiveSettings):
     """The triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all processes.
 
     The defaults are FaceNet's: squared distances on the unit sphere, a margin of 0.2, semi-hard negatives for all
-    positives. Batch-hard (Hermans et al. 2017) is sampling.name=hard with squared=false, and soft=true for its soft
+    positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
     margin.
     """
 
@@ -90,22 +98,26 @@ def triplet_loss(
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
         if triples.negatives is None:
-            count = (triples.chosen.sum(1) * batch.classes.negatives(rows)).sum()
             total, active = all_triplets(
                 read(products), triples.positives, triples.chosen, batch.classes.mates(rows), margin
             )
+            counts = hardness(triples, batch, rows, products, torch.zeros_like(products, dtype=torch.bool))
+            # Not listed one by one, the easy triples are those that are neither active nor hard.
+            counts[2] = counts[0] - active.maximum(counts[1])
         else:
-            count = triples.chosen.sum()
             compared = products.gather(1, torch.cat([triples.positives, triples.negatives], 1))
             positive, negative = read(compared).tensor_split(2, 1)
             losses = _excess(positive - negative, margin).where(triples.chosen, 0)
             total, active = losses.sum(), (losses > 0).sum()
-        return total, torch.cat([torch.stack([active, count]).to(products.dtype), triples.figures])
+            counts = hardness(triples, batch, rows, products, losses == 0)
+        return total, torch.cat([active.to(products.dtype)[None], triples.figures, counts])
 
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term)
-    active, count, *_ = figures
-    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[2:])
-    return Loss(share_of_mean(total, count if settings.average == "all" or settings.soft else active), terms)
+    figures = distributed.total(figures)
+    active, count = figures[0], figures[4]
+    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[1:])
+    compared = count if settings.average == "all" or settings.soft else active
+    return Loss(total * distributed.size() / compared.clamp(min=1), terms)
 
 
 def all_triplets(

@@ -1,18 +1,19 @@
 """Which pairs and triplets of a batch are compared: an anchor's positives, and the negatives sampled for each."""
 
 from contrastive.objectives.mining.batch import Batch, Classes, batch_of
+from contrastive.objectives.mining.hardness import hardness, shares
 from contrastive.objectives.mining.sampling import (
     All,
     DistanceWeighted,
-    Easy,
+    Easiest,
     Hard,
+    Hardest,
     Random,
     Sampling,
     SemiHard,
     Triples,
     choose,
     refuse_off_sphere,
-    shares,
 )
 
 __all__ = [
@@ -20,14 +21,16 @@ __all__ = [
     "Batch",
     "Classes",
     "DistanceWeighted",
-    "Easy",
+    "Easiest",
     "Hard",
+    "Hardest",
     "Random",
     "Sampling",
     "SemiHard",
     "Triples",
     "batch_of",
     "choose",
+    "hardness",
     "refuse_off_sphere",
     "shares",
 ]

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrastive.objectives.gathered import gather_views
+from contrastive.objectives.gathered import gather_views, share_of_mean
+from contrastive.objectives.loss import average
 from contrastive.similarity import normalize, squared_distance_rows, unit_distance
 
 
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
     key: tuple[int, int]
     """Seed and step: with the places in the whole batch they decide what is drawn."""
     positive_similarity: Float[Tensor, ""]
-    """The mean cosine of this process's anchors and all their positives."""
+    """This process's part of the mean cosine of the anchors and all their positives."""
 
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Squared Euclidean distances, from products."""
@@ -87,11 +88,8 @@ class Batch(NamedTuple):
 
     def terms(self) -> dict[str, Tensor]:
         """The figures that every loss of pairs reports: the mean cosine of positives, and negatives of each anchor."""
-        negatives = self.classes.negatives(slice(None))
-        return {
-            "positive_similarity": self.positive_similarity,
-            "negatives": negatives.to(self.anchors.dtype).sum() / max(len(negatives), 1),
-        }
+        negatives = self.classes.negatives(slice(None)).to(self.anchors.dtype)
+        return {"positive_similarity": self.positive_similarity, "negatives": average(negatives)}
 
 
 def batch_of(
@@ -147,4 +145,4 @@ def _mean_cosine(anchors: Tensor, rows: Tensor, ids: Tensor, classes: Classes) -
     values, numbers = ids.unique(return_inverse=True)
     sums = rows.new_zeros(len(values), rows.shape[1]).index_add(0, numbers, rows)
     total = (anchors * (sums[numbers[classes.places]] - anchors)).sum()
-    return total / (classes.members - 1).sum().clamp(min=1)
+    return share_of_mean(total, (classes.members - 1).sum())

@@ -41,28 +41,43 @@ class Random(Sampler):
     name: Literal["random"] = "random"
 
 
-class Easy(Sampler):
+class Easiest(Sampler):
     """The farthest negative: what is left to learn is little."""
 
-    name: Literal["easy"] = "easy"
+    name: Literal["easiest"] = "easiest"
 
 
 class SemiHard(Sampler):
     """For each positive the nearest of the negatives that are farther (FaceNet: Schroff et al. 2015, equation 4).
 
-    Positives that are farther than all negatives are left out, and counted.
+    Where no negative is farther than the positive there is none, and the paper does not say what then. By default the
+    farthest negative is used, as by TensorFlow's `triplet_semihard_loss`; the term `fallback` says how often.
+    pytorch-metric-learning leaves such positives out (fallback=null).
     """
 
     name: Literal["semi_hard"] = "semi_hard"
+    fallback: Literal["easiest", "hardest"] | None = "easiest"
+    """The negative of a positive that is farther than all negatives: the farthest (easiest), which is the nearest to
+    being semi-hard, or the nearest (hardest), with the largest loss; null: such positives are left out."""
 
 
 class Hard(Sampler):
-    """The nearest negative; by default with the farthest positive: batch-hard (Hermans et al. 2017, equation 5).
+    """For each positive the nearest negative, if it is nearer than the positive: d(a, n) < d(a, p).
 
-    With the nearest positive (positives=easy) it is what Xuan et al. 2020 propose.
+    Positives that are nearer than all negatives are left out, and counted: no negative is hard for them.
     """
 
     name: Literal["hard"] = "hard"
+
+
+class Hardest(Sampler):
+    """The nearest negative; by default with the farthest positive: batch-hard (Hermans et al. 2017, equation 5).
+
+    The nearest negative need not be nearer than the positive. With the nearest positive (positives=easy) it is what
+    Xuan et al. 2020 propose.
+    """
+
+    name: Literal["hardest"] = "hardest"
     positives: Which = "hard"
     """Of each anchor: all, one at random, the nearest (easy) or the farthest (hard)."""
 
@@ -89,7 +104,7 @@ class DistanceWeighted(Sampler):
         return self
 
 
-Sampling = Annotated[All | Random | Easy | SemiHard | Hard | DistanceWeighted, Field(discriminator="name")]
+Sampling = Annotated[All | Random | Easiest | SemiHard | Hard | Hardest | DistanceWeighted, Field(discriminator="name")]
 
 
 class Triples(NamedTuple):
@@ -101,7 +116,7 @@ class Triples(NamedTuple):
     chosen: Bool[Tensor, "rows positives"]
     """Which of them there are: not every anchor has as many positives, and not each of these a negative."""
     figures: Float[Tensor, "3"]
-    """Positive pairs; those for which there was no negative; those whose negative was drawn for want of candidates."""
+    """Positive pairs; those without a negative; those whose negative is no candidate of the sampling (a fallback)."""
 
 
 def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor, "rows all"]) -> Triples:
@@ -120,15 +135,6 @@ def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor
         chosen = there & found
         figures = [there.sum(), (there & ~found).sum(), (chosen & drawn).sum()]
         return Triples(positives, negatives, chosen, torch.stack(figures).to(products.dtype))
-
-
-def shares(sampling: Sampling, figures: Float[Tensor, "3"]) -> dict[str, Tensor]:
-    """What `choose` did without, as terms: shares of the positive pairs, from the sum of its figures."""
-    pairs, without, drawn = figures
-    found = {"without_negative": without / pairs.clamp(min=1)}
-    if isinstance(sampling, DistanceWeighted):
-        found["without_candidate"] = drawn / pairs.clamp(min=1)
-    return found
 
 
 def refuse_off_sphere(sampling: Sampling, normalized: bool) -> None:
@@ -164,23 +170,28 @@ def _negatives(
     found: Tensor,
     drawn: Tensor,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """A negative for each positive, whether there is one, and whether it was drawn for want of candidates."""
+    """A negative for each positive, whether there is one, and whether it is a fallback for want of candidates."""
     classes = batch.classes
     match sampling:
         case All():
             return None, found, drawn
-        case Easy():
-            farthest = nearness.scatter(1, classes.mates(rows), math.inf).argmin(1, keepdim=True)
-            return farthest.expand_as(positives), found, drawn
+        case Easiest():
+            return _easiest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
+        case Hardest():
+            return _hardest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
         case Hard():
-            nearest = nearness.scatter(1, classes.mates(rows), -math.inf).argmax(1, keepdim=True)
-            return nearest.expand_as(positives), found, drawn
+            nearest = _hardest(nearness, classes.mates(rows)).expand_as(positives)
+            return nearest, found & (nearness.gather(1, nearest) > nearness.gather(1, positives)), drawn
         case SemiHard():
-            own = nearness.gather(1, positives)
-            others = nearness.scatter(1, classes.mates(rows), -math.inf)
+            mates, own = classes.mates(rows), nearness.gather(1, positives)
+            others = nearness.scatter(1, mates, -math.inf)
             negatives = _next_farther(others, own)
             value = others.gather(1, negatives)
-            return negatives, (value < own) & (value > -math.inf), drawn
+            farther = (value < own) & (value > -math.inf)
+            if sampling.fallback is None:
+                return negatives, farther, drawn
+            fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
+            return negatives.where(farther, fallback), found, ~farther
     shares = uniform(classes.places[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
     anywhere = classes.negative_at(rows, shares)
     if isinstance(sampling, Random):
@@ -188,6 +199,16 @@ def _negatives(
     mates = classes.mates(rows)
     places, candidates = draw(nearness, mates, shares, batch.dim, sampling.cutoff, sampling.farthest)
     return places.where(candidates, anywhere), found, ~candidates
+
+
+def _easiest(nearness: Tensor, mates: Tensor) -> Tensor:
+    """The place of each row's farthest negative, as a column."""
+    return nearness.scatter(1, mates, math.inf).argmin(1, keepdim=True)
+
+
+def _hardest(nearness: Tensor, mates: Tensor) -> Tensor:
+    """The place of each row's nearest negative, as a column."""
+    return nearness.scatter(1, mates, -math.inf).argmax(1, keepdim=True)
 
 
 def _next_farther(others: Tensor, own: Tensor) -> Tensor:
