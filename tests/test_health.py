@@ -107,6 +107,27 @@ def test_collapsed_embeddings_are_warned_of_once() -> None:
     assert "effective rank is 1." in warnings[1]
 
 
+def test_embeddings_that_are_all_zero_are_warned_of_once_and_are_one_place() -> None:
+    (warning,) = told(torch.zeros(2, 64, 32), lines=50)
+    assert warning.startswith("the embeddings are all zero")
+    seen = glimpse(torch.zeros(2, 64, 32), torch.arange(64))
+    assert figures(seen) == {"embedding_std": 0, "effective_rank": 0}
+    assert all((values == 1).all() for values in similarities(seen).values())
+
+
+def test_embeddings_that_are_tiny_are_not_taken_for_zero() -> None:
+    embeddings = gaussian(2, 64, 32)
+    seen, tiny = (glimpse(embeddings * scale, torch.arange(64)) for scale in (1, 1e-12))
+    assert figures(tiny) == pytest.approx(figures(seen))
+
+
+def test_embeddings_that_are_not_finite_have_no_figures_and_end_nothing() -> None:
+    embeddings = gaussian(2, 8, 4)
+    embeddings[:, 3] = math.nan
+    assert all(math.isnan(value) for value in figures(glimpse(embeddings, torch.arange(8))).values())
+    assert told(embeddings) == []
+
+
 def test_embeddings_on_one_line_are_warned_of_though_they_are_spread() -> None:
     (warning,) = told(gaussian(2, 64, 1) * gaussian(1, 1, 32))
     assert "effective rank is 1.0 of at most 32" in warning

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.similarity import normalize
+from contrastive.similarity import directions
 
 ROWS = 512
 """Images that are looked at, over all processes: the eigenvalues of as many take a tenth of a second on one core."""
@@ -38,7 +38,7 @@ PATIENCE = 5
 
 
 class Glimpse(NamedTuple):
-    """A few of a step's unit embeddings, from all processes, the same on each of them."""
+    """A few of a step's embeddings at length 1, but for zeros, from all processes, the same on each of them."""
 
     embeddings: Float[Tensor, "images dim"]
     others: Float[Tensor, "images dim"] | None
@@ -61,28 +61,33 @@ def glimpse(
         other = embeddings[-1, images]
     lengths = distributed.counts(len(first))
     return Glimpse(
-        distributed.gather_without_gradient(normalize(first), lengths),
-        None if other is None else distributed.gather_without_gradient(normalize(other), lengths),
+        distributed.gather_without_gradient(directions(first)[:, :-1], lengths),
+        None if other is None else distributed.gather_without_gradient(directions(other)[:, :-1], lengths),
         distributed.gather_without_gradient(ids[images], lengths),
     )
 
 
-def spread(unit: Float[Tensor, "images dim"]) -> float:
+def spread(embeddings: Float[Tensor, "images dim"]) -> float:
     """The standard deviation of unit embeddings per dimension, times √dim: 1 if they point everywhere, 0 if collapsed.
+
+    Embeddings that are all zero have collapsed too.
 
     The root mean square over the dimensions, which no rotation changes, so that its square is 1 − the mean cosine
     similarity of all pairs. (Chen & He 2021, SimSiam, section 4.1, take the mean over the dimensions.)
     """
-    mean = unit.double().cpu().mean(0)
+    mean = directions(embeddings.double().cpu()).mean(0)
     return math.sqrt(max(1 - mean.square().sum().item(), 0.0))
 
 
 def effective_rank(embeddings: Float[Tensor, "images dim"]) -> float:
     """How many directions the embeddings use: e to the entropy of the singular values as shares (Garrido et al. 2023).
 
-    RankMe, equations 1 and 2, which does not centre the embeddings either. At most the number of images or dimensions.
+    RankMe, equations 1 and 2, which does not centre the embeddings either. At most the number of images or dimensions;
+    0 where all are zero, and NaN where one is not finite.
     """
     rows = embeddings.double().cpu()
+    if not bool(rows.isfinite().all()):
+        return math.nan
     # The smaller of the two Gram matrices has all singular values, squared.
     gram = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
     singular = torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_()
@@ -106,7 +111,7 @@ def similarities(seen: Glimpse) -> dict[str, Float[Tensor, " pairs"]]:
     """
     rows, ids = seen.embeddings[:PAIRED], seen.ids[:PAIRED]
     others = rows if seen.others is None else seen.others[:PAIRED]
-    products, equal = rows @ others.T, ids[:, None] == ids
+    products, equal = directions(rows) @ directions(others).T, ids[:, None] == ids
     same = equal if seen.others is not None else equal & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
     found = {"positive": products[same], "negative": products[~equal]}
     return {name: values for name, values in found.items() if len(values)}
@@ -169,6 +174,11 @@ def _collapsed(values: Mapping[str, float]) -> str | None:
     deviation = values.get("embedding_std", math.inf)
     if not deviation < LEAST_SPREAD:
         return None
+    if values.get("effective_rank") == 0:
+        return (
+            "the embeddings are all zero, so that nothing is learned from them any more; try a lower optim.rate, a "
+            "longer optim.warmup or optim.clip=1"
+        )
     return (
         f"the embeddings have collapsed: two images have a cosine similarity of {1 - deviation**2:.3f} on average "
         f"(embedding_std is {deviation:.3f}; spread out it would be 1); try a lower optim.rate or a longer optim.warmup"
@@ -177,8 +187,9 @@ def _collapsed(values: Mapping[str, float]) -> str | None:
 
 def _flat(values: Mapping[str, float], highest: int) -> str | None:
     rank = values.get("effective_rank", math.inf)
-    # Where there is room for a few directions only, as in two dimensions, a low rank is no fault.
-    if highest < 4 * LEAST_RANK or not rank < LEAST_RANK:
+    # Where there is room for a few directions only, as in two dimensions, a low rank is no fault. That all is zero is
+    # said already.
+    if highest < 4 * LEAST_RANK or not 0 < rank < LEAST_RANK:
         return None
     return (
         f"the embeddings have collapsed to a line: their effective rank is {rank:.1f} of at most {highest}; try a "
@@ -191,7 +202,8 @@ def _diverged(values: Mapping[str, float], most: float, highest: float) -> str |
     cure = "try a lower optim.rate, a longer optim.warmup or optim.clip=1; an older checkpoint may still be good"
     loss, information, ceiling = (values.get(name, math.nan) for name in ("loss", "information", "ceiling"))
     if information < (1 - FAR) * ceiling:
-        return f"the loss has diverged: it is {ceiling - information:.2f}, and a guess would give {ceiling:.2f}; {cure}"
+        # A loss that is no InfoNCE is near to it where nothing is known any more.
+        return f"the loss has diverged: it is {loss:.2f}, and a guess would give {loss + information:.2f}; {cure}"
     if most > LEARNED * ceiling and information < most / 2:
         return (
             f"the loss is far above the run's best: it shows {information:.2f} nats, of {most:.2f} that it had reached "

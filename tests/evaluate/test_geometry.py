@@ -48,6 +48,32 @@ def test_collapsed_features_have_uniformity_0_and_rank_1():
     assert found.alignment is None
 
 
+def test_features_that_are_all_zero_have_collapsed():
+    found = geometry("learned", torch.zeros(50, 16), (torch.zeros(9, 16), torch.zeros(9, 16)), seed=0)
+    assert found.uniformity == pytest.approx(0, abs=1e-6)
+    assert (found.effective_rank, found.alignment) == (0, 0)
+
+
+def test_features_that_are_zero_lie_in_one_place_of_their_own():
+    # As if they all had a direction that no other feature has.
+    features, marked = rows(30, 5), torch.cat([rows(30, 5), torch.zeros(30, 1)], 1)
+    features[::3], marked[::3] = 0, torch.tensor([0, 0, 0, 0, 0, 1.0])
+    assert uniformity(features) == pytest.approx(uniformity(marked), abs=1e-6)
+    assert alignment(features, rows(30, 5)) == pytest.approx(
+        alignment(marked, torch.nn.functional.pad(rows(30, 5), (0, 1)))
+    )
+    assert alignment(features[:1], rows(1, 5)) == pytest.approx(2)
+    assert staleness(features, features).quantiles["5 %"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e30])
+def test_the_length_of_features_changes_nothing(scale: float):
+    features, others = rows(40, 6), rows(40, 6, 1)
+    assert uniformity(features * scale) == pytest.approx(uniformity(features), abs=1e-5)
+    assert alignment(features * scale, others) == pytest.approx(alignment(features, others), abs=1e-5)
+    assert staleness(features * scale, others).mean == pytest.approx(staleness(features, others).mean, abs=1e-5)
+
+
 def test_features_evenly_on_the_circle_have_the_uniformity_of_the_integral():
     count = 2_000
     angles = torch.arange(count) * (2 * math.pi / count)
@@ -91,6 +117,8 @@ def test_what_has_no_geometry_is_refused(features: Tensor, message: str):
         geometry("learned", features, None, seed=0)
     with pytest.raises(ValueError, match="none"):
         alignment(torch.empty(0, 2), torch.empty(0, 2))
+    with pytest.raises(ValueError, match="2 images or more, and there are 1"):
+        uniformity(torch.ones(1, 3))
 
 
 def test_neighbourhood_overlap_is_that_of_sets_of_neighbours():

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from contrastive import distributed, health
-from contrastive.similarity import log_sum_exp, normalize, top_k
+from contrastive.similarity import directions, log_sum_exp, normalize, top_k
 
 IMAGES = 25_600
 """Images that are looked at; of more, as many are drawn (Garrido et al. 2023 find the rank settled by then)."""
@@ -29,7 +29,7 @@ class Geometry:
     effective_rank: float
     """How many directions the features use (RankMe): at most the number of images or of dimensions."""
     uniformity: float
-    """0 where all features are one; about −4 + 8 / dim where unit features are spread evenly over the sphere."""
+    """0 where all features are one, or all zero; about −4 + 8 / dim where they are spread evenly over the sphere."""
     alignment: float | None
     """0 where both views of every image have one direction, 2 for unrelated views; None without views."""
 
@@ -89,13 +89,15 @@ def geometry(
 def alignment(first: Float[Tensor, "pairs dim"], second: Float[Tensor, "pairs dim"]) -> float:
     """The mean squared distance of unit features of two views of an image (Wang & Isola 2020, equation 4, α = 2).
 
+    Features that are zero lie in one place of their own: 0 from each other, 2 from all others.
+
     Raises:
         ValueError: if there is no pair.
     """
     if not len(first):
         raise ValueError("alignment takes the features of two views of 1 image or more, and there are none")
     distances = [
-        (normalize(one.double()) - normalize(other.double())).square().sum(1)
+        (directions(one.double()) - directions(other.double())).square().sum(1)
         for one, other in zip(first.split(4096), second.split(4096), strict=True)
     ]
     return torch.cat(distances).mean().item()
@@ -106,13 +108,19 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
     """The log of the mean of exp(−2 d²) over all pairs of two unit features (Wang & Isola 2020, equation 5, t = 2).
 
     Exact, by tiles: no image is paired with itself, and no matrix of all pairs is stored. All processes call together,
-    each with all features: the pairs are shared out among them.
+    each with all features: the pairs are shared out among them. Features that are zero lie in one place of their own,
+    so that it is 0, as for all that are one, where all are zero.
+
+    Raises:
+        ValueError: if there are fewer than 2 images.
     """
     count = len(features)
+    if count < 2:
+        raise ValueError(f"uniformity takes the features of 2 images or more, and there are {count}")
     own = distributed.share(count)
     ids = torch.arange(own.start, own.stop, device=features.device)
     # Of unit rows −2 d² is 4 s − 4, where s is their product.
-    sums = log_sum_exp(normalize(features[own]), None, 0.25, query_ids=ids)
+    sums = log_sum_exp(directions(features[own]), None, 0.25, query_ids=ids)
     sums = distributed.gather_without_gradient(sums)
     return sums.double().logsumexp(0).item() - 4 - math.log(count) - math.log(count - 1)
 
@@ -150,7 +158,7 @@ def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "imag
         raise ValueError("staleness takes 1 row of a memory bank or more, and there are none")
     cosines = torch.cat(
         [
-            (normalize(old.double()) * normalize(new.double())).sum(1)
+            (directions(old.double()) * directions(new.double())).sum(1)
             for old, new in zip(rows.split(4096), embeddings.split(4096), strict=True)
         ]
     ).cpu()

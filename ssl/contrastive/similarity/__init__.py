@@ -1,8 +1,16 @@
 """The engine: sums and nearest neighbours over all pairs of embeddings, in tiles, without the N×M matrix."""
 
 from contrastive.similarity.nearest import top_k
-from contrastive.similarity.rows import normalize, squared_distance_rows, unit_distance
+from contrastive.similarity.rows import directions, normalize, squared_distance_rows, unit_distance
 from contrastive.similarity.softmax import log_sum_exp
 from contrastive.similarity.tiles import sum_over_tiles
 
-__all__ = ["log_sum_exp", "normalize", "squared_distance_rows", "sum_over_tiles", "top_k", "unit_distance"]
+__all__ = [
+    "directions",
+    "log_sum_exp",
+    "normalize",
+    "squared_distance_rows",
+    "sum_over_tiles",
+    "top_k",
+    "unit_distance",
+]

@@ -19,6 +19,19 @@ def normalize(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
     return unit
 
 
+def directions(rows: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows wide"]:
+    """Rows of length 1 whatever their length was, for measuring how they lie, in float32 (float64 stays float64).
+
+    A zero row has no direction: all of them get a common one of their own, in one more dimension, so that rows that
+    are all zero lie in one place and not far from each other, as products of 0 would have it.
+    """
+    rows = at_least_float32(rows)
+    # By the largest number first: squares of lengths that float32 holds may be beyond it.
+    largest = rows.abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    return torch.cat([normalize(rows / largest.masked_fill(zero, 1)), zero.to(rows.dtype)], -1)
+
+
 def at_least_float32(rows: Tensor) -> Tensor:
     """The rows in float32, or as they are in float64."""
     return rows if rows.dtype == torch.float64 else rows.float()
