@@ -1,6 +1,7 @@
 """One update: in one piece or in chunks, on one process or on several, with and without batch norm."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from contrastive.data import InMemory
 from contrastive.encoder import EncoderSettings
 from contrastive.launch import start
 from contrastive.machine import Machine, batches, build, cautions, label_names, synchronised
+from contrastive.objectives import Population
 from contrastive.recipe import Recipe
 from contrastive.split_norm import Shuffle
 from contrastive.step import Taken, gradient, num_chunks, train_step
@@ -300,7 +302,7 @@ def test_images_of_a_label_share_an_id_and_images_without_one_have_their_own() -
     alone = found[labels < 0]
     assert len(alone.unique()) == len(alone) == 5
     assert alone.min() > labels.max()
-    built = machine(*SMOOTH, "ids=labels")
+    built = machine(*SMOOTH, "ids=labels", "objective=supervised")
     taken = train_step(built, *own(torch.tensor([29, 1, 8, 7])), 0, 0)
     assert isinstance(taken, Taken)
     assert taken.ids.tolist() == found[[29, 1, 8, 7]].tolist()
@@ -309,8 +311,37 @@ def test_images_of_a_label_share_an_id_and_images_without_one_have_their_own() -
 def test_labels_that_are_not_there_are_refused_as_ids() -> None:
     with pytest.raises(ValueError, match=r"these images have no labels.*ids=images"):
         label_names(images(labelled=False))
-    with pytest.raises(ValueError, match="ids=labels does not go with objective=bank"):
-        load(Recipe, None, ["ids=labels", "objective=bank"])
+
+
+@pytest.mark.parametrize("name", ["bank", "in_batch", "nearest_neighbours"])
+def test_objectives_that_know_images_only_refuse_labels_as_ids_and_name_those_that_take_them(name: str) -> None:
+    with pytest.raises(ValueError, match=f"ids=labels does not go with objective={name}, (whose|which)") as raised:
+        load(Recipe, None, ["ids=labels", f"objective={name}"])
+    ways = re.findall(r"objective=(\w+) \(", str(raised.value))
+    assert ways == ["supervised", "queue"]
+    for way in ways:
+        assert load(Recipe, None, ["ids=labels", f"objective={way}"]).objective.name == way
+
+
+CLASSES = "supervised queue contrastive triplet margin n_pair ranking margin_softmax noise_contrastive"
+
+
+@pytest.mark.parametrize("name", CLASSES.split())
+def test_images_of_a_label_attract_each_other_where_labels_are_taken_as_ids(name: str) -> None:
+    settings, ids = load(Recipe, None, ["ids=labels", f"objective={name}"]).objective, torch.tensor([0, 0, 1, 1])
+    built = settings.build(dim=8, population=Population(ids), seed=0).double()
+    if hasattr(built, "weight"):
+        # What brings the images of a class together is its row.
+        built.weight.data.copy_(torch.eye(8)[4:6])
+    # One view of four images at right angles: what is a positive can only be another image.
+    z = torch.eye(8, dtype=torch.float64)[None, :4].clone()
+    targets = None if settings.twin_momentum is None else z.clone()
+    built.update(z, ids, targets)
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(built(z, ids, targets, 0).total, z)
+    rows = torch.nn.functional.normalize((z - 0.1 * gradient).detach()[0], dim=1)
+    cosines = rows @ rows.T
+    assert min(cosines[0, 1], cosines[2, 3]) > max(cosines[:2, 2:].max(), 0) + 1e-7
 
 
 def several(count: int) -> InMemory:

@@ -69,7 +69,8 @@ def describe(ready: Ready, teller: Teller) -> None:
     teller.say(
         f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"
     )
-    teller.say(f"objective  {recipe.objective.name}")
+    silent = "" if recipe.objective.bounds_information else "; it bounds no information, so the metrics hold none"
+    teller.say(f"objective  {recipe.objective.name}{silent}")
     sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
     ids = len(train) if machine.names is None else int(machine.names.max()) + 1
     cost = in_words(scale(recipe.objective, images=ids, processes=processes, **sizes))

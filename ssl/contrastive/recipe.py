@@ -12,7 +12,6 @@ from contrastive.data import Data, Sample, shorthand
 from contrastive.data.values import ValuesSource
 from contrastive.encoder import EncoderSettings
 from contrastive.objectives import (
-    Bank,
     Contrastive,
     InBatch,
     LogRatio,
@@ -29,6 +28,12 @@ from contrastive.views import ViewsSettings
 QUICKSTART = "quickstart"
 POSITIVES_IN_BATCH = (Contrastive, Margin, NPair, Supervised, Triplet)
 """Objectives whose positives are other images of the batch, or other views: one view of each image has none."""
+ONE_IMAGE = {
+    "bank": "which has one row per image",
+    "in_batch": "whose positives are views of one image only",
+    "nearest_neighbours": "whose positives are what lies nearest, whatever its label",
+}
+"""Objectives that know images and not classes, and why."""
 ACCUMULATION = (
     "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
     "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
@@ -119,11 +124,13 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="after")
-    def _one_row_per_image(self) -> "Recipe":
-        if self.ids == "labels" and isinstance(self.objective, Bank):
+    def _positives_of_the_same_label(self) -> "Recipe":
+        reason = ONE_IMAGE.get(self.objective.name)
+        if self.ids == "labels" and reason is not None:
             raise ValueError(
-                "ids=labels does not go with objective=bank, which has one row per image; use objective=supervised or "
-                "objective=queue for positives of the same label, or ids=images"
+                f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
+                "label use objective=supervised (in the batch) or objective=queue (in the last batches too), or set "
+                "ids=images"
             )
         return self
 

@@ -157,8 +157,17 @@ def bank(settings: Bank, *, images: int, views: int, batch: int, dim: int, proce
 def noise_contrastive(
     settings: NoiseContrastive, *, images: int, views: int, batch: int, dim: int, processes: int
 ) -> Scale:
-    """Every anchor against the noise, whose rows go to all processes; taken to be all different and evenly spread."""
+    """Every anchor against the noise; its rows are taken to be all different and evenly spread.
+
+    One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
+    """
     anchors, rows, noise = views * batch, -(-images // processes), min(settings.count, images)
+    if not settings.one_draw:
+        noise = min(settings.count * -(-anchors // processes), images)
+        # The products are with the noise of all anchors of a process.
+        traffic = batch * (ID + 2 * NUMBER * dim) + processes * noise * (ID + 2 * NUMBER * dim)
+        products = 3 * anchors * noise * dim
+        return Scale(settings.count, rows, rows * NUMBER * dim, _received(traffic, processes), products // processes)
     # Ids go to the anchors' own rows, and these back; then all noise rows go to all. In backward come the gradients.
     traffic = batch * (ID + 2 * NUMBER * dim) + 2 * processes * -(-noise // processes) * NUMBER * dim
     products = 3 * anchors * noise * dim
@@ -168,14 +177,13 @@ def noise_contrastive(
 def n_pair(settings: NPair, *, views: int, batch: int, dim: int, processes: int) -> Scale:
     """The first of each pair against the second of all: pairs of views, or of one view of two images of a class."""
     pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
-    sides = 2 if settings.symmetric else 1
-    anchors = sides * pairs
-    traffic, products = _gathered_traffic(views, batch, dim), 3 * anchors**2 * dim
+    ways = 2 if settings.symmetric else 1
+    traffic, products = _gathered_traffic(views, batch, dim), ways * 3 * pairs**2 * dim
     if settings.form == "multi_class":
         # The softmax by itself; in backward its sums' gradients go to all keys, whose own gradient stays.
-        traffic += _softmax_traffic(anchors, dim) + anchors * NUMBER
-        products = 4 * anchors**2 * dim
-    return Scale(sides * (pairs - of_an_id), 0, 0, _received(traffic, processes), products // processes)
+        traffic += ways * pairs * NUMBER + ways * _softmax_traffic(pairs, dim)
+        products = ways * 4 * pairs**2 * dim
+    return Scale(pairs - of_an_id, 0, 0, _received(traffic, processes), products // processes)
 
 
 def all_pairs(
@@ -233,22 +241,23 @@ def _noise_traffic(settings: Bank, anchors: int, dim: int) -> int:
     logarithm = there + anchors * 3 * NUMBER
     if settings.estimator == "infonce":
         return logarithm + home
-    loss = there + anchors * NUMBER + home
+    # The log-sum over the noise, without gradient, is what the information is bounded by.
+    loss = there + anchors * NUMBER + home + logarithm
     averaged = anchors * NUMBER
     if settings.normaliser == "exact":
         # Over all rows without exception, and without gradient: neither ids travel, nor rows.
         return loss + averaged + _softmax_traffic(anchors, dim) - anchors * ID - home
-    return loss + (averaged + logarithm if settings.normaliser == "ema" else 0)
+    return loss + (averaged if settings.normaliser == "ema" else 0)
 
 
 def _noise_products(settings: Bank, images: int, rows: int, anchors: int, dim: int) -> int:
-    """Scores of the noise rows and their weighted mean; the scores twice where they estimate the normaliser too."""
+    """Scores of the noise rows and their weighted mean; with NCE the scores twice, for their log-sum comes first."""
     # With noise for each image, products with all rows may cost less time than gathering the few.
     dense = not settings.shared and rows <= DENSE * settings.negatives
     scores = anchors * (images if dense else settings.negatives) * dim
     if settings.estimator == "nce" and settings.normaliser == "exact":
-        return 2 * scores + anchors * images * dim
-    return scores * (3 if settings.estimator == "nce" and settings.normaliser == "ema" else 2)
+        return 3 * scores + anchors * images * dim
+    return scores * (3 if settings.estimator == "nce" else 2)
 
 
 def _received(whole: int, processes: int) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,25 @@ def test_nce_loss_and_gradient_equal_the_double_loop(
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found.terms["normaliser"].item(), 30.0)
         bank.update(z, ids, None)
+
+
+@pytest.mark.parametrize("normaliser", ["ema", "exact", "first_batch", 30.0])
+@pytest.mark.parametrize("shared", [True, False])
+def test_nce_bounds_information_by_the_softmax_over_the_rows_drawn(shared: bool, normaliser: Any) -> None:
+    bank = build(estimator="nce", shared=shared, negatives=9, normaliser=normaliser)
+    softmax = build(estimator="infonce", shared=shared, negatives=9)
+    ids = torch.tensor([3, 11, 3, 0])
+    for step in range(4):
+        z = batch(seed=step)
+        found, expected = bank(z, ids, None, step).terms, softmax(z, ids, None, step)
+        drawn = drawn_by(bank, 4, step).view(-1, 9).expand(4, 9).tolist()
+        counts = [1 + sum(j != own for j in row) for own, row in zip(ids.tolist(), drawn, strict=True)]
+        ceiling = sum(math.log(count) for count in counts) / 4
+        for terms in (found, expected.terms):
+            assert terms["ceiling"].item() == pytest.approx(ceiling)
+            assert terms["information"].item() == pytest.approx(ceiling - expected.total.item())
+        for objective in (bank, softmax):
+            objective.update(z, ids, None)
 
 
 def test_nce_where_every_row_is_as_likely_as_noise_has_its_known_value() -> None:

@@ -131,14 +131,29 @@ def test_options_out_of_bounds_are_refused(key: str, value: float) -> None:
         InBatch(**{key: value})
 
 
-def test_only_the_plain_loss_is_called_a_bound_on_information() -> None:
-    z, ids = embeddings(), torch.tensor([1, 1, 1, 4, 5, 6, 7])
-    plain = nt_xent(z, ids, 0.1)
-    ceiling = math.log(1 + (3 * 8 + 4 * 12) / 7)
-    torch.testing.assert_close(plain.terms["ceiling"].item(), ceiling)
-    torch.testing.assert_close(plain.terms["information"].item(), ceiling - plain.total.item())
-    for options in ({"decoupled": True}, {"hardness": 1.0}, {"positive_probability": 0.1}):
-        assert nt_xent(z, ids, 0.1, **options).terms.keys() == {"positive_similarity", "negatives"}
+@pytest.mark.parametrize("views", [2, 3])
+def test_each_loss_says_what_infonce_of_its_scores_bounds(views: int) -> None:
+    z, ids = embeddings(views), torch.tensor([1, 1, 1, 4, 5, 6, 7])
+    # The mean of the logarithms: the logarithm of a mean number of candidates is more than can be said.
+    ceiling = (3 * math.log(1 + views * 4) + 4 * math.log(1 + views * 6)) / 7
+    plain = nt_xent(z, ids, 0.1).total.item()
+    for options in ({}, {"decoupled": True}, {"positive_probability": 0.1}):
+        terms = nt_xent(z, ids, 0.1, **options).terms
+        assert terms["ceiling"].item() == pytest.approx(ceiling)
+        assert terms["information"].item() == pytest.approx(ceiling - plain)
+    sharp = nt_xent(z, ids, 0.1 / (1 + 1.5)).total.item()
+    assert nt_xent(z, ids, 0.1, hardness=1.5).terms["information"].item() == pytest.approx(ceiling - sharp)
+
+
+def test_the_bound_is_below_the_information_that_there_is() -> None:
+    # Views that are a class and noise on a circle share no more than the class: log 8 nats, and a score that knows all.
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.arange(8).repeat(64) * (math.pi / 4)
+    noisy = angles + 0.02 * torch.randn(2, 512, generator=generator)
+    z = torch.stack([noisy.cos(), noisy.sin()], 2).double()
+    for options in ({}, {"decoupled": True}):
+        found = nt_xent(z, torch.arange(512), 0.01, **options).terms["information"].item()
+        assert math.log(8) - 0.2 < found < math.log(8) + 0.02
 
 
 def test_the_module_passes_its_settings_on() -> None:

@@ -1,5 +1,7 @@
 """Nearest-neighbour contrast against the paper's sums in float64, and what the support set holds when."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -171,3 +173,15 @@ def test_one_view_is_refused() -> None:
 def test_a_support_set_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="size"):
         NearestNeighbours(size=0)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_information_is_log_n_less_the_loss(views: int) -> None:
+    objective, ids = build(), torch.tensor(REPEATED)
+    for step in range(3):
+        z = random(views, 7, 5, seed=step)
+        found = objective(z, ids, None, step)
+        ceiling = (3 * math.log(5) + 2 * math.log(6) + 2 * math.log(7)) / 7
+        assert found.terms["ceiling"].item() == pytest.approx(ceiling)
+        assert found.terms["information"].item() == pytest.approx(ceiling - found.total.item())
+        objective.update(z, ids, None)

@@ -32,8 +32,18 @@ def weights_of(frequencies: Tensor, power: float) -> Tensor:
 
 
 def drawn_by(frequencies: Tensor, settings: NoiseContrastive, step: int) -> list[int]:
+    """One draw for all anchors."""
     cumulative = weights_of(frequencies, settings.power).cumsum(0)
     return draw(cumulative, settings.count, seed=4, step=step).tolist()
+
+
+def drawn_for(frequencies: Tensor, settings: NoiseContrastive, step: int, views: int, count: int) -> list[Any]:
+    """The draws of each view of each image."""
+    if settings.one_draw:
+        return [[drawn_by(frequencies, settings, step)] * count] * views
+    cumulative = weights_of(frequencies, settings.power).cumsum(0)
+    drawn = draw(cumulative, count * views * settings.count, seed=4, step=step)
+    return drawn.view(count, views, settings.count).transpose(0, 1).tolist()
 
 
 def oracle(
@@ -46,7 +56,7 @@ def oracle(
     step: int,
 ) -> Tensor:
     k, law = settings.count, weights_of(frequencies, settings.power)
-    noise = drawn_by(frequencies, settings, step)
+    noise = drawn_for(frequencies, settings, step, *embeddings.shape[:2])
 
     def score(x: Tensor, number: int) -> Tensor:
         row = rows[number]
@@ -56,9 +66,9 @@ def oracle(
         return found - log_normaliser - torch.log(k * law[number] / law.sum()) if settings.correction else found
 
     losses = []
-    for view in embeddings:
-        for x, own in zip(view, ids.tolist(), strict=True):
-            counted = [number for number in noise if settings.correction or number != own]
+    for view, drawn in zip(embeddings, noise, strict=True):
+        for x, own, numbers in zip(view, ids.tolist(), drawn, strict=True):
+            counted = [number for number in numbers if settings.correction or number != own]
             terms = [-torch.log(torch.sigmoid(score(x, own)))]
             losses.append(sum((-torch.log(torch.sigmoid(-score(x, number))) for number in counted), start=terms[0]))
     return torch.stack(losses).mean()
@@ -69,7 +79,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"negatives": 30, "power": 0.0, "temperature": 0.5},
     {"negatives": 30, "normaliser": 7.5, "power": 1.3},
     {"negatives": 9, "normalized": False, "temperature": 1.0},
+    {"negatives": 9, "shared": False},
     {"negatives": 30, "correction": False},
+    {"negatives": 30, "correction": False, "shared": True},
     {"negatives": 1, "correction": False, "normalized": False},
 ]
 
@@ -117,7 +129,7 @@ def test_without_a_power_noise_of_classes_is_noise_of_images() -> None:
 
 def test_where_the_expected_noise_is_one_the_correction_changes_nothing() -> None:
     # k · P = IMAGES / IMAGES and Z = 1; the anchors' own ids, which differ, are not among the noise.
-    settings: dict[str, Any] = {"negatives": IMAGES, "power": 0.0, "normaliser": 1.0}
+    settings: dict[str, Any] = {"negatives": IMAGES, "power": 0.0, "normaliser": 1.0, "shared": True}
     frequencies = torch.ones(IMAGES, dtype=torch.int64)
     drawn = drawn_by(frequencies, NoiseContrastive(**settings), 0)
     ids = torch.tensor([number for number in range(IMAGES) if number not in drawn][:3])
@@ -129,7 +141,7 @@ def test_where_the_expected_noise_is_one_the_correction_changes_nothing() -> Non
 
 def test_only_negative_sampling_leaves_out_noise_of_the_anchors_own_id() -> None:
     ids, z = torch.tensor([0, 1]), batch(1, 2)
-    sampled = build(torch.tensor([0, 1]), negatives=40, correction=False)
+    sampled = build(torch.tensor([0, 1]), negatives=40, correction=False, shared=True)
     drawn = drawn_by(torch.tensor([1, 1]), sampled.settings, 0)
     terms = sampled(z, ids, None, 0).terms
     assert 0 < drawn.count(0) < 40
@@ -181,6 +193,7 @@ def test_estimation_finds_probabilities_and_negative_sampling_their_odds_over_th
         power=1.0,
         normalized=False,
         temperature=1.0,
+        shared=True,
         correction=correction,
         normaliser=1.0,
     )
@@ -251,3 +264,58 @@ def test_numbers_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
 def test_without_the_correction_there_is_little_noise_unless_it_is_given() -> None:
     assert [NoiseContrastive(correction=correction).count for correction in (True, False)] == [1024, 5]
     assert NoiseContrastive(correction=False, negatives=5).count == 5
+
+
+def test_negative_sampling_draws_noise_for_each_anchor_and_estimation_for_all_unless_it_is_said() -> None:
+    settings = [NoiseContrastive(correction=c, shared=s) for c in (True, False) for s in (None, True, False)]
+    assert [one.one_draw for one in settings] == [True, True, False, False, True, False]
+    views, images = 2, 64
+    z = torch.randn(views, images, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for shared, rows in ((True, 5), (None, images * views * 5)):
+        objective = NoiseContrastive(correction=False, shared=shared).build(
+            dim=DIM, population=Population.each(100_000), seed=4
+        )
+        (gradient,) = torch.autograd.grad(objective.double()(z, torch.arange(images), None, 0).total, objective.weight)
+        # Next to no row of so many is drawn twice.
+        assert int(gradient[images:].any(1).sum()) == pytest.approx(rows, rel=0.02)
+
+
+def test_noise_of_its_own_for_each_anchor_has_the_expectation_of_noise_for_all() -> None:
+    z, ids = batch(), torch.arange(6)
+    means = []
+    for shared in (True, False):
+        objective = build(CLASSES, negatives=20, correction=False, shared=shared)
+        means.append(torch.stack([objective(z, ids, None, step).total.detach() for step in range(400)]))
+    deviation = (means[0].var() / 400 + means[1].var() / 400).sqrt()
+    assert abs(means[0].mean() - means[1].mean()) < 4 * deviation
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_information_is_infonces_over_the_noise_less_what_the_noise_itself_differs(options: dict[str, Any]) -> None:
+    objective, z, ids = build(CLASSES, **options), batch(), torch.tensor([6, 6, 2, 0, 5, 4])
+    settings, frequencies = objective.settings, CLASSES.bincount()
+    law = weights_of(frequencies, settings.power) / weights_of(frequencies, settings.power).sum()
+    shares = frequencies.double() / frequencies.sum()
+    divergence = float((shares * (shares / law).log()).sum())
+    bounds, ceilings = [], []
+    for view, drawn in zip(z, drawn_for(frequencies, settings, 3, 2, 6), strict=True):
+        for x, own, numbers in zip(view, ids.tolist(), drawn, strict=True):
+            counted = [number for number in numbers if settings.correction or number != own]
+            rows = objective.weight[[own, *counted]]
+            if settings.normalized:
+                rows, x = F.normalize(rows, dim=1), F.normalize(x, dim=0)
+            scores = rows @ x / settings.temperature
+            if settings.correction:
+                scores = scores - law[[own, *counted]].log()
+            bounds.append(math.log(len(scores)) + float(scores.log_softmax(0)[0].detach()) - divergence)
+            ceilings.append(math.log(len(scores)) - divergence)
+    terms = objective(z, ids, None, 3).terms
+    assert terms["information"].item() == pytest.approx(sum(bounds) / 12, abs=1e-9)
+    assert terms["ceiling"].item() == pytest.approx(sum(ceilings) / 12, abs=1e-9)
+
+
+def test_noise_that_is_too_little_and_too_unlike_bounds_nothing() -> None:
+    # One id in a thousand is drawn half of the time.
+    ids = torch.cat([torch.zeros(1000, dtype=torch.int64), torch.arange(1, 60)])
+    assert "information" not in build(ids, power=0.0, negatives=1)(batch(1, 2), torch.tensor([0, 1]), None, 0).terms
+    assert "information" in build(ids, power=1.0, negatives=1)(batch(1, 2), torch.tensor([0, 1]), None, 0).terms

@@ -1,5 +1,7 @@
 """The queue's loss against a double loop, and its contents against a list."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,81 @@ def test_loss_and_gradient_equal_the_double_loop(symmetric: bool, temperature: f
         gradients = torch.autograd.grad(found, online), torch.autograd.grad(expected, online)
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
         update(queue, online, ids + seed, twin)
+
+
+def labelled(size: int = 10, **settings: Any) -> QueueObjective:
+    """A queue for images of which several have one id."""
+    objective = Queue(size=size, **settings).build(dim=DIM, population=Population(torch.arange(100) % 9), seed=0)
+    assert isinstance(objective, QueueObjective)
+    return objective.double()
+
+
+def supervised_oracle(
+    online: Tensor, twin: Tensor, ids: Tensor, queue: QueueObjective, directions: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and of each anchor the candidates and the positives."""
+    losses, candidates, positives = [], [], []
+    for query_view, key_view in directions:
+        for i, own in enumerate(ids):
+            query = unit(online[query_view, i])
+            keys = [(own, unit(twin[key_view, i])), *zip(queue.queue.ids, queue.queue.rows, strict=True)]
+            logits = torch.stack([query @ key / queue.settings.temperature for _, key in keys])
+            same = torch.tensor([bool(other == own) for other, _ in keys])
+            losses.append(-logits.log_softmax(0)[same].mean())
+            candidates.append(len(keys))
+            positives.append(int(same.sum()))
+    return torch.stack(losses).mean(), torch.tensor(candidates).double(), torch.tensor(positives).double()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+def test_keys_of_the_same_label_are_positives(symmetric: bool, temperature: float) -> None:
+    queue, ids = labelled(symmetric=symmetric, temperature=temperature), torch.tensor([3, 8, 3, 5])
+    most = 0.0
+    for seed in range(4):
+        online, twin = batch(4, seed)
+        directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
+        found = call(queue, online, ids, twin, seed)
+        expected, candidates, positives = supervised_oracle(online, twin, ids, queue, directions)
+        torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(found.total, online), torch.autograd.grad(expected, online)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+        ceiling = (candidates / positives).log().mean()
+        torch.testing.assert_close(found.terms["ceiling"], ceiling)
+        torch.testing.assert_close(found.terms["information"], candidates.log().mean() - expected.detach())
+        torch.testing.assert_close(found.terms["negatives"], (candidates - positives).mean())
+        most = max(most, positives.mean().item())
+        update(queue, online, (ids + seed) % 9, twin)
+    assert most > 1.5
+
+
+def test_a_queue_that_holds_the_batch_is_supervised_contrast_of_keys() -> None:
+    # Queries that are the keys, and a queue of the other keys of their batch: SupCon over one view of the batch.
+    queue, keys = labelled(size=5), torch.randn(6, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ids, losses = torch.tensor([0, 0, 1, 1, 0, 2]), []
+    for anchor in range(6):
+        others = [row for row in range(6) if row != anchor]
+        queue.queue.enqueue(keys[others], ids[others])
+        losses.append(
+            call(queue, keys[None, [anchor]].repeat(2, 1, 1), ids[[anchor]], keys[None, [anchor]].repeat(2, 1, 1))
+        )
+    logits = torch.stack([unit(key) for key in keys]) @ torch.stack([unit(key) for key in keys]).T / 0.2
+    same = (ids[:, None] == ids).double()
+    expected = -(logits.log_softmax(1) * same).sum(1) / same.sum(1)
+    torch.testing.assert_close(torch.stack([loss.total for loss in losses]), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_positives_in_a_queue_in_16_bits_differ_by_their_rounding_only(storage: str) -> None:
+    losses = []
+    for kind in ("float32", storage):
+        queue = Queue.model_validate({"size": 64, "storage": kind}).build(
+            dim=DIM, population=Population(torch.arange(100) % 3), seed=0
+        )
+        online, twin = (views.detach().float() for views in batch(6))
+        queue.update(online[:1], torch.arange(6) % 3, twin[1:])
+        losses.append(queue(online[:1], torch.arange(6) % 3, twin[1:], 1).total)
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(

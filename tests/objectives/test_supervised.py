@@ -134,3 +134,21 @@ def test_it_equals_pytorch_metric_learning(views: int) -> None:
     found, expected = supervised_contrast(z, ids, 0.2).total, loss(z.flatten(0, 1), ids.repeat(views))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_information_is_the_bound_over_all_candidates_and_its_ceiling_what_the_positives_leave(views: int) -> None:
+    z, ids = embeddings(views), torch.tensor([1, 1, 1, 4, 4, 6, 7])
+    found = supervised_contrast(z, ids, 0.1)
+    # With one view the last two images have no positive, and do not count.
+    counted = [(7 * views - 1, n * views - 1) for n in (3, 3, 3, 2, 2, 1, 1) if n * views > 1]
+    ceiling = sum(math.log(n / p) for n, p in counted) / len(counted)
+    assert found.terms["ceiling"].item() == pytest.approx(ceiling)
+    assert found.terms["information"].item() == pytest.approx(math.log(7 * views - 1) - found.total.item())
+
+
+def test_embeddings_that_know_their_class_and_no_more_reach_the_ceiling() -> None:
+    ids = torch.arange(40) % 5
+    terms = supervised_contrast(torch.eye(5, dtype=torch.float64)[ids].repeat(2, 1, 1), ids, 0.02).terms
+    assert terms["information"].item() == pytest.approx(terms["ceiling"].item(), abs=1e-9)
+    assert terms["ceiling"].item() == pytest.approx(math.log(79 / 15))

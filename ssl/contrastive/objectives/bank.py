@@ -66,6 +66,11 @@ class Bank(ObjectiveSettings):
             )
         return self
 
+    @property
+    def bounds_information(self) -> bool:
+        """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
+        return True
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
         if self.estimator == "parametric":
@@ -122,7 +127,7 @@ class BankObjective(Objective):
         if settings.estimator == "exact":
             row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
             losses = instance_softmax(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
-            negatives = torch.full_like(positives, self.num_images - 1)
+            negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
         else:
             noise = Noise(
                 self.rows,
@@ -135,12 +140,14 @@ class BankObjective(Objective):
             )
             own_hits = noise.own_hits(ids, sum(lengths[: distributed.rank()])).repeat(views)
             negatives = (settings.negatives - own_hits).to(positives.dtype)
-            losses, log_normaliser = self._estimated(anchors, positives, anchor_ids, noise, own_hits, lengths, step)
+            losses, log_normaliser, others = self._estimated(
+                anchors, positives, anchor_ids, noise, own_hits, lengths, step
+            )
             if log_normaliser is not None:
                 self._pending_log_normaliser = log_normaliser
                 terms["normaliser"] = log_normaliser.exp()
-        if settings.estimator != "nce":
-            terms |= information(losses.detach().mean(), 1 + negatives.mean())
+            bounding = losses if others is None else cross_entropy(others, positives.detach() / settings.temperature)
+        terms |= information(bounding, 1 + negatives)
         terms["negatives"] = negatives.mean()
         if settings.proximal:
             losses = losses + settings.proximal * (anchors - own_rows).square().sum(1)
@@ -189,14 +196,15 @@ class BankObjective(Objective):
         own_hits: Tensor,
         lengths: list[int],
         step: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The losses by noise rows, and for NCE the step's log Z, the same on every process."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The losses by noise rows; for NCE the step's log Z, equal on every process, and the log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
             others = log_sum_over_noise(anchors, ids, noise, temperature, lengths)
-            return cross_entropy(others, positives / temperature), None
+            return cross_entropy(others, positives / temperature), None, None
         due = step % self.settings.normaliser_every == 0
         with torch.no_grad():
+            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
             if not isinstance(rule, str):
                 log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
             elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
@@ -205,11 +213,10 @@ class BankObjective(Objective):
                 if rule == "exact":
                     logarithms = log_sum_exp(anchors.detach(), self.rows, temperature)
                 else:
-                    others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
                     logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
                 log_normaliser = self._averaged(logarithms)
         losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature, lengths)
-        return losses, log_normaliser
+        return losses, log_normaliser, others
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
         """The step's log Z from its anchors' estimates, over all processes and, by the rule, over steps.
@@ -260,7 +267,7 @@ class ParametricObjective(LearnedRows):
         negatives = torch.tensor(float(self.classes - 1), device=ids.device)
         similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
         terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
-        return Loss(average(losses), terms | information(losses.detach().mean(), 1 + negatives))
+        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))
 
 
 def instance_softmax(

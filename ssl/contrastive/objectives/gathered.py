@@ -32,7 +32,7 @@ def gather_views(embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, 
     return Gathered(rows, found, (starts[:, None] + own).flatten(), places.repeat(views))
 
 
-def share_of_mean(total: Float[Tensor, ""], count: Tensor) -> Float[Tensor, ""]:
+def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tensor, "*figures"]:
     """This process's part of a mean: the mean of the parts is the sum of all totals over the sum of all counts.
 
     0, with a zero gradient, where nothing was counted; collective.

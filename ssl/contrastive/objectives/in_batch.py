@@ -65,6 +65,11 @@ class InBatch(ObjectiveSettings):
         return self
 
     @property
+    def bounds_information(self) -> bool:
+        """Of its scores InfoNCE says so, also where they are trained by another of its losses."""
+        return True
+
+    @property
     def fewest_views(self) -> int:
         """A positive is another view."""
         return 2
@@ -124,12 +129,13 @@ def nt_xent(
     """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
-    Its negatives are all embeddings of another id, on every process: an image that comes twice, or another image of
-    the same label, is neither. The mean over anchors is the usual loss; SimCLR's own code returns twice that.
+    Its negatives are all embeddings of another id, on every process: an image that comes twice
+    is neither. The mean over anchors is the usual loss; SimCLR's own code returns twice that.
 
     What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
     `positive_probability` what `debiased` makes of it, with `decoupled` all of the denominator. An anchor without
-    negatives adds nothing.
+    negatives adds nothing. In each case the terms say what InfoNCE of the same scores, with `hardness` times
+    1 + hardness, bounds.
 
     Raises:
         ValueError: if there is one view only.
@@ -191,8 +197,9 @@ def _contrast(
     pairs = ~torch.eye(views, dtype=torch.bool, device=ids.device)
     positives = similarities[pairs].view(views, views - 1, batch)
     counts = (views * other_images(ids)).to(positives.dtype)
-    negatives = _negatives(queries, keys, ids, temperature, hardness, counts)
+    sums, negatives = _negatives(queries, keys, ids, temperature, hardness, counts)
     negatives, logits = negatives.unsqueeze(1).expand_as(positives), positives / temperature
+    plain = cross_entropy(sums.detach().unsqueeze(1).expand_as(positives), (1 + hardness) * logits.detach())
     if positive_probability:
         negatives = debiased(negatives, logits, counts, positive_probability, temperature)
     if decoupled:
@@ -202,8 +209,7 @@ def _contrast(
     total = average(losses.mean(1).flatten())
     cosines = positives if keys is None else _cosines(keys)[pairs]
     terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
-    if not (decoupled or positive_probability or hardness):
-        terms |= information(total, counts.mean() + 1)
+    terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
 
 
@@ -245,11 +251,11 @@ def other_images(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
 
 def _negatives(
     queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
-) -> Float[Tensor, "views batch"]:
-    """The log of the sum over each anchor's negatives; with hardness N times their weighted mean.
+) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
+    """The log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what stands for their sum.
 
-    The weights e^(βs/τ) join the terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as
-    in the authors' code.
+    That is the same without hardness (β = 0), and with it N times their weighted mean. The weights e^(βs/τ) join the
+    terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as in the authors' code.
     """
     views, batch, _ = queries.shape
     anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)
@@ -261,8 +267,8 @@ def _negatives(
 
     sums = logarithms(temperature / (1 + hardness))
     if not hardness:
-        return sums
-    return (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
+        return sums, sums
+    return sums, (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
 
 
 @torch.no_grad()

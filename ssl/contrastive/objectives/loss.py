@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Annotated, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contrastive import distributed
 from contrastive.config import Settings
+from contrastive.objectives.gathered import share_of_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +48,11 @@ class Population(NamedTuple):
         return int(self.ids.max()) + 1
 
     @property
+    def grouped(self) -> bool:
+        """Whether several images have one id, as with labels."""
+        return self.size < len(self.ids)
+
+    @property
     def frequencies(self) -> Int[Tensor, " ids"]:
         """How many images have each id."""
         return self.ids.bincount()
@@ -71,14 +77,34 @@ def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
     return losses.sum() * (distributed.size() / sum(distributed.counts(len(losses))))
 
 
-def information(loss: Float[Tensor, ""], candidates: Float[Tensor, ""]) -> dict[str, Tensor]:
-    """What an InfoNCE loss says about the mutual information of two views: a lower bound, and its ceiling, in nats.
+def information(
+    losses: Float[Tensor, " anchors"],
+    candidates: Float[Tensor, " anchors"],
+    *,
+    positives: Float[Tensor, " anchors"] | None = None,
+    counted: Bool[Tensor, " anchors"] | None = None,
+) -> dict[str, Tensor]:
+    """What InfoNCE losses say of the mutual information of anchor and positive: a lower bound and its ceiling, in nats.
 
-    I ≥ log N − loss (van den Oord et al. 2018, section 2.3), with N candidates for each anchor, the positive among
-    them; the bound can never say more than log N.
+    I ≥ log N − loss (van den Oord et al. 2018, section 2.3), with N candidates for each anchor, its positives among
+    them; and this for any scores (Poole et al. 2019, equation 10), whatever loss they are trained by. The bound can
+    never say more than log N; with P positives that share the softmax, as in SupCon, no more than log N − log P.
+
+    Collective: the mean over the processes is the mean over the anchors of all of them.
+
+    Args:
+        losses: of each anchor, the mean over its positives of −log of the positive's share of the softmax.
+        candidates: N of each anchor.
+        positives: P of each anchor; none: 1.
+        counted: which anchors count; none: all.
     """
-    ceiling = candidates.detach().log()
-    return {"information": ceiling - loss.detach(), "ceiling": ceiling}
+    highest = candidates.clamp(min=1).log()
+    ceiling = highest if positives is None else highest - positives.clamp(min=1).log()
+    if counted is None:
+        counted = torch.ones_like(losses, dtype=torch.bool)
+    figures = torch.stack([highest - losses.detach(), ceiling]).where(counted, 0).sum(1)
+    bound, ceiling = share_of_mean(figures, counted.sum())
+    return {"information": bound, "ceiling": ceiling}
 
 
 def float32_island(function: Callable[P, R]) -> Callable[P, R]:
@@ -134,6 +160,11 @@ class ObjectiveSettings(Settings):
     def twin_momentum(self) -> float | None:
         """Share of its old weights that a momentum twin keeps at each step; none: there is no twin."""
         return None
+
+    @property
+    def bounds_information(self) -> bool:
+        """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+        return False
 
     @property
     def fewest_views(self) -> int:

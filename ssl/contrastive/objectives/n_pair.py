@@ -9,7 +9,15 @@ from pydantic import Field
 from torch import Tensor
 
 from contrastive.objectives.gathered import Gathered, gather_views, share_of_mean
-from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, cross_entropy, float32_island
+from contrastive.objectives.loss import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    cross_entropy,
+    float32_island,
+    information,
+)
 from contrastive.similarity import log_sum_exp, sum_over_tiles
 from contrastive.similarity.rows import at_least_float32
 
@@ -27,9 +35,14 @@ class NPair(ObjectiveSettings):
     form: Form = "multi_class"
     """One softmax over the positives of all pairs (N-pair-mc), or a logistic loss for each negative (one-vs-one)."""
     symmetric: bool = False
-    """Each pair counts both ways round, so that all its embeddings are anchors; the paper's anchors are one half."""
+    """The mean of the loss and of that with anchors and positives exchanged; the paper's anchors are one half."""
     norm_penalty: float = Field(3e-3, ge=0)
     """Times half the mean squared length of the embeddings: what keeps them short (section 3.2.2)."""
+
+    @property
+    def bounds_information(self) -> bool:
+        """N-pair-mc is InfoNCE of the products."""
+        return self.form == "multi_class"
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, which keeps nothing."""
@@ -86,9 +99,28 @@ def n_pair(
     """
     embeddings = at_least_float32(embeddings)
     rows, gathered = embeddings.flatten(0, 1), gather_views(embeddings, ids)
-    own_ids, pairs = gathered.ids[gathered.own], pairs_of(gathered.ids)
-    if symmetric:
-        pairs = Pairs(torch.cat(pairs), torch.cat(pairs[::-1]))
+    pairs = pairs_of(gathered.ids)
+    directions = (pairs, Pairs(pairs.positives, pairs.anchors)) if symmetric else (pairs,)
+    found = [_one_way(rows, gathered, direction, form) for direction in directions]
+    losses, positives, negatives, cosines = (torch.cat(parts) for parts in zip(*found, strict=True))
+    count = torch.tensor(len(positives), device=ids.device)
+    # One-vs-one a direction's losses are one number, their sum.
+    loss = share_of_mean(losses.sum(), count)
+    if norm_penalty:
+        members = _marked(torch.cat(pairs), gathered)
+        loss = loss + norm_penalty / 2 * share_of_mean(rows.square().sum(1).where(members, 0).sum(), members.sum())
+    terms = {
+        "positive_similarity": share_of_mean(cosines.sum(), count),
+        "negatives": share_of_mean(negatives.sum(), count),
+    }
+    if form == "multi_class":
+        terms |= information(losses, 1 + negatives)
+    return Loss(loss, terms)
+
+
+def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses of this process's anchors (or their sum), products, numbers of negatives, and cosines of the positives."""
+    own_ids = gathered.ids[gathered.own]
     # Each process has the pairs whose anchors are its own; their positives may be another's.
     partners = torch.full_like(gathered.ids, -1).index_copy_(0, pairs.anchors, pairs.positives)[gathered.own]
     paired = partners >= 0
@@ -97,7 +129,7 @@ def n_pair(
     if form == "multi_class":
         keys = _marked(pairs.positives, gathered)
         others = log_sum_exp(anchors, rows[keys], 1.0, query_ids=anchor_ids, key_ids=own_ids[keys])
-        total = cross_entropy(others, positives).sum()
+        losses = cross_entropy(others, positives)
     else:
         candidate_ids = gathered.ids[pairs.positives]
 
@@ -106,17 +138,12 @@ def n_pair(
             losses = F.softplus(products - own[tile, None], threshold=40)
             return losses.where(anchor_ids[tile, None] != candidate_ids, 0).sum(), products.new_zeros(1)
 
-        total, _ = sum_over_tiles(anchors, gathered.rows[pairs.positives], term, positives)
-    loss = share_of_mean(total, paired.sum())
-    if norm_penalty:
-        members = _marked(torch.cat(pairs), gathered)
-        loss = loss + norm_penalty / 2 * share_of_mean(rows.square().sum(1).where(members, 0).sum(), members.sum())
+        losses = sum_over_tiles(anchors, gathered.rows[pairs.positives], term, positives)[0][None]
     with torch.no_grad():
-        similarities = F.cosine_similarity(anchors, gathered.rows[partners], eps=1e-6)
+        cosines = F.cosine_similarity(anchors, gathered.rows[partners], eps=1e-6)
         present, counts = gathered.ids[pairs.positives].unique(return_counts=True)
         negatives = (len(pairs.positives) - counts[torch.searchsorted(present, anchor_ids)]).to(rows.dtype)
-        terms = {"positive_similarity": similarities, "negatives": negatives}
-        return Loss(loss, {name: figure.sum() / paired.sum().clamp(min=1) for name, figure in terms.items()})
+    return losses, positives, negatives, cosines
 
 
 def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:

@@ -19,6 +19,7 @@ from contrastive.objectives.loss import (
     average,
     cross_entropy,
     float32_island,
+    information,
 )
 from contrastive.objectives.ring import Ring
 from contrastive.similarity import log_sum_exp, normalize, top_k
@@ -38,6 +39,11 @@ class NearestNeighbours(ObjectiveSettings):
     neighbours, but as many as there are images, or more, have each image itself."""
 
     @property
+    def bounds_information(self) -> bool:
+        """A neighbour follows from its view and the support set, and knows no more of the other view than its view."""
+        return True
+
+    @property
     def fewest_views(self) -> int:
         """A positive is another view."""
         return 2
@@ -52,8 +58,7 @@ class NearestNeighboursObjective(Objective):
 
     A support set that reaches back a whole epoch holds each image itself, which is then likely its own neighbour: the
     loss becomes NT-Xent with a positive of the last epoch. The paper leaves the image in, for it seldom is there, and
-    so is it here: with labels as ids its class must not be left out. The term `own_neighbours` says how often it, or
-    another of its id, is found.
+    so is it here. The term `own_neighbours` says how often it is its own neighbour.
     """
 
     def __init__(self, settings: NearestNeighbours, *, dim: int, seed: int) -> None:
@@ -92,13 +97,14 @@ class NearestNeighboursObjective(Objective):
             positives = (near * predicted).sum(1)
             losses.append(neighbour_softmax(near, predicted, positives, ids, self.settings.temperature))
             similarities.append(positives.detach().mean())
+        negatives, found = other_images(ids).to(predictions.dtype), torch.stack(losses).mean(0)
         terms = {
             "positive_similarity": torch.stack(similarities).mean(),
-            "negatives": other_images(ids).to(predictions.dtype).mean(),
+            "negatives": negatives.mean(),
             "own_neighbours": (neighbour_ids == ids.repeat(views)).to(predictions.dtype).mean(),
             "filled": self.ring.filled.to(predictions.dtype),
         }
-        return Loss(average(torch.stack(losses).mean(0)), terms)
+        return Loss(average(found), terms | information(found, 1 + negatives))
 
     @torch.no_grad()
     def update(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from contrastive.objectives.loss import (
     Population,
     Temperature,
     average,
+    cross_entropy,
     float32_island,
 )
 from contrastive.objectives.shards import fetch, keyed_generator
@@ -46,8 +48,11 @@ class NoiseContrastive(ObjectiveSettings):
     normalized: bool = True
     """Embeddings and rows of length 1; if false, of their own lengths, as in the papers."""
     negatives: int | None = Field(None, gt=0)
-    """Rows drawn as noise, k: with replacement, and once for all anchors, of all processes. Null: 1,024 with the
-    correction, which evens them out, and 5 without (as word2vec), where each weighs as much as the anchor's own row."""
+    """Rows drawn as noise, k: with replacement. Null: 1,024 with the correction, which evens them out, and 5 without
+    (as word2vec), where each weighs as much as the anchor's own row."""
+    shared: bool | None = None
+    """One draw of k for all anchors, of all processes, instead of one for each anchor. Null: shared with the
+    correction, for which it is far cheaper and equal on average, and not without (word2vec: k for each pair)."""
     power: float = Field(0.75, ge=0)
     """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
     correction: bool = True
@@ -60,6 +65,16 @@ class NoiseContrastive(ObjectiveSettings):
     def count(self) -> int:
         """How many rows are drawn as noise."""
         return self.negatives or (1024 if self.correction else 5)
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all anchors have the same noise."""
+        return self.correction if self.shared is None else self.shared
+
+    @property
+    def bounds_information(self) -> bool:
+        """By InfoNCE over the own row and the noise."""
+        return True
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
@@ -85,7 +100,12 @@ class NoiseContrastiveObjective(LearnedRows):
         self.settings, self.seed = settings, seed
         # Known from the images, so no part of a checkpoint.
         self.register_buffer("frequencies", population.frequencies, persistent=False)
-        self._cumulative = (population.frequencies.cpu().double() ** settings.power).cumsum(0)
+        frequencies = population.frequencies.cpu().double()
+        weights = frequencies**settings.power
+        self._cumulative = weights.cumsum(0)
+        # How far the noise is from what it is noise of, Σ p log(p / q): InfoNCE bounds what is known beyond the noise.
+        shares = frequencies / frequencies.sum()
+        self._divergence = float(torch.xlogy(shares, shares * self._cumulative[-1] / weights).sum())
         if settings.correction and settings.normaliser == "learned":
             self.log_normaliser = nn.Parameter(torch.tensor(math.log(self.classes)))
 
@@ -108,30 +128,57 @@ class NoiseContrastiveObjective(LearnedRows):
         anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)
         own_rows = measure(fetch(self.weight, self.own.start, ids, batch)).repeat(views, 1)
         products = (anchors * own_rows).sum(1)
-        drawn, times = draw(self._cumulative, settings.count, seed=self.seed, step=step).unique(return_counts=True)
-        noise_rows, noise_ids = measure(self._noise_rows(drawn)), drawn.to(ids.device)
+        noise_ids, noise_rows, times = self._noise(batch, views, step, anchors)
         log_normaliser = self._log_normaliser(anchors)
+        own_offsets = log_normaliser + self._offsets(anchor_ids, anchors)
+        own_logits = products / settings.temperature - own_offsets
         term = partial(
             noise_term,
             ids=None if settings.correction else anchor_ids,
             noise_ids=noise_ids,
-            times=times.to(anchors),
+            times=times,
             offsets=self._offsets(noise_ids, anchors),
+            own_logits=own_logits.detach(),
             temperature=settings.temperature,
         )
-        total, figures = sum_over_tiles(anchors, noise_rows, term, log_normaliser)
+        total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
         anchor_count = torch.tensor(len(anchors), device=ids.device)
-        own_offsets = log_normaliser + self._offsets(anchor_ids, anchors)
-        own = F.softplus(own_offsets - products / settings.temperature, threshold=40)
+        own = F.softplus(-own_logits, threshold=40)
         terms = {
             "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
             "negatives": figures[0] / anchor_count.clamp(min=1),
         }
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
+        # So little noise of so unlike ids bounds nothing.
+        if self._divergence < math.log1p(settings.count):
+            terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
 
-    def _noise_rows(self, drawn: Tensor) -> Tensor:
+    def _noise(
+        self, batch: list[int], views: int, step: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
+        """The step's noise: ids, their rows with gradient, and how often each is noise for some of the anchors.
+
+        Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
+        """
+        count, key = self.settings.count, {"seed": self.seed, "step": step}
+        if self.settings.one_draw:
+            drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
+            times = number.to(like)
+            return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
+        whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
+        own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
+        drawn, places = (found.to(like.device) for found in own.unique(return_inverse=True))
+        fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
+
+        def times_of(rows: slice) -> Tensor:
+            ones = like.new_ones(1, 1).expand_as(places[rows])
+            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, places[rows], ones)
+
+        return drawn, fetched, times_of
+
+    def _shared_rows(self, drawn: Tensor) -> Tensor:
         """The rows of ids in rising order, from the processes that own them and with gradient to them."""
         shares = [distributed.share(self.classes, rank, distributed.size()) for rank in range(distributed.size())]
         edges = torch.searchsorted(drawn, torch.tensor([0, *(share.stop for share in shares)])).tolist()
@@ -157,7 +204,7 @@ class NoiseContrastiveObjective(LearnedRows):
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
     """Ids drawn with replacement from the sums of their weights up to each; from the seed and the step alone.
 
-    On the CPU: one draw serves the whole batch, and is then the same on every device.
+    On the CPU, so that they are the same on every device.
     """
     numbers = torch.rand(count, generator=keyed_generator(seed, step), dtype=torch.float64)
     return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
@@ -170,17 +217,24 @@ def noise_term(
     *,
     ids: Int[Tensor, " all"] | None,
     noise_ids: Int[Tensor, " noise"],
-    times: Float[Tensor, " noise"],
+    times: Callable[[slice], Tensor],
     offsets: Float[Tensor, " noise"],
+    own_logits: Float[Tensor, " all"],
     temperature: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " 1"]]:
-    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset, and how many there were.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
+    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three figures.
 
     Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id where `ids`, those of
-    all anchors, are given.
+    all anchors, are given. The figures are sums over the anchors: the noise rows N − 1 that counted, log N less the
+    InfoNCE loss of the same scores, with `own_logits` those of the anchors' own rows, and log N.
     """
     logits = products / temperature - (log_normaliser + offsets)
-    weights = times.expand_as(products)
+    weights = times(rows).expand_as(products)
     if ids is not None:
         weights = weights.masked_fill(ids[rows, None] == noise_ids, 0)
-    return (weights * F.softplus(logits, threshold=40)).sum(), weights.sum()[None]
+    with torch.no_grad():
+        counts = weights.sum(1)
+        losses = cross_entropy((logits + weights.log()).logsumexp(1), own_logits[rows])
+        highest = counts.log1p()
+        figures = torch.stack([counts.sum(), (highest - losses).sum(), highest.sum()])
+    return (weights * F.softplus(logits, threshold=40)).sum(), figures

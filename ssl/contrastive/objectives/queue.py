@@ -22,6 +22,7 @@ from contrastive.objectives.loss import (
 from contrastive.objectives.ring import Ring
 from contrastive.objectives.shards import Storage
 from contrastive.similarity import log_sum_exp, normalize
+from contrastive.similarity.rows import at_least_float32
 
 
 class Queue(ObjectiveSettings):
@@ -29,6 +30,9 @@ class Queue(ObjectiveSettings):
 
     The negatives of each anchor are the keys in the queue, on any number of processes, each of which holds its share
     of them; with `per_process` they grow with the processes. They do not grow with gradient accumulation.
+
+    With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
+    contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
     """
 
     name: Literal["queue"] = "queue"
@@ -53,6 +57,11 @@ class Queue(ObjectiveSettings):
         return self.momentum
 
     @property
+    def bounds_information(self) -> bool:
+        """It is InfoNCE."""
+        return True
+
+    @property
     def fewest_views(self) -> int:
         """A query and its key are two views."""
         return 2
@@ -74,15 +83,15 @@ class Queue(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
-        return QueueObjective(self, dim=dim, seed=seed)
+        return QueueObjective(self, dim=dim, population=population, seed=seed)
 
 
 class QueueObjective(Objective):
-    """The queue with its settings."""
+    """The queue with its settings; whether keys of equal ids are positives follows from the images' ids."""
 
-    def __init__(self, settings: Queue, *, dim: int, seed: int) -> None:
+    def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.supervised = settings, population.grouped
         size = settings.size * (distributed.size() if settings.per_process else 1)
         self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
 
@@ -110,16 +119,21 @@ class QueueObjective(Objective):
         queries, keys = normalize(embeddings), normalize(targets.detach()).flip(0)
         positives = (queries * keys).sum(2).flatten()
         anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(len(queries))
-        losses = queue_softmax(
-            anchors, positives, anchor_ids, self.queue.rows, self.queue.ids, self.settings.temperature
-        )
-        negatives = torch.tensor(float(self.queue.size), device=ids.device)
+        temperature = self.settings.temperature
+        if self.supervised:
+            sums, counts = key_sums(self.queue, ids)
+            sums, counts = sums.repeat(len(queries), 1), counts.repeat(len(queries))
+            losses, cosines = supervised_queue_softmax(anchors, positives, sums, counts, self.queue.rows, temperature)
+        else:
+            counts, cosines = torch.zeros_like(positives), positives
+            losses = queue_softmax(anchors, positives, anchor_ids, self.queue.rows, self.queue.ids, temperature)
         terms = {
-            "positive_similarity": positives.detach().mean(),
-            "negatives": negatives,
+            "positive_similarity": cosines.detach().mean(),
+            "negatives": (self.queue.size - counts).mean(),
             "filled": self.queue.filled.float(),
         }
-        return Loss(average(losses), terms | information(losses.detach().mean(), 1 + negatives))
+        candidates = torch.full_like(losses.detach(), 1 + self.queue.size)
+        return Loss(average(losses), terms | information(losses, candidates, positives=1 + counts))
 
     @torch.no_grad()
     def update(
@@ -164,3 +178,40 @@ def queue_softmax(
     """
     negatives = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids)
     return cross_entropy(negatives, positives / temperature)
+
+
+def supervised_queue_softmax(
+    queries: Float[Tensor, "batch dim"],
+    positives: Float[Tensor, " batch"],
+    sums: Float[Tensor, "batch dim"],
+    counts: Float[Tensor, " batch"],
+    rows: Float[Tensor, "slots dim"],
+    temperature: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """For each query the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
+
+    Its positives are its own key and the keys of its id in the queue; the sum goes over its own key and the whole queue
+    (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and
+    `counts` what `key_sums` gives for them, `rows` this process's part of the queue.
+    """
+    products = (positives + (queries * sums).sum(1)) / (1 + counts)
+    candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature), positives / temperature)
+    return candidates - products / temperature, products
+
+
+@torch.no_grad()
+def key_sums(queue: Ring, ids: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
+    """For each id the sum of the keys in the queue, on all processes, that have it, and their number; collective.
+
+    Similarities with all keys of an id add up to that with their sum, so that none is compared by itself.
+    """
+    lengths = distributed.counts(len(ids))
+    wanted, places = distributed.gather_without_gradient(ids, lengths).unique(return_inverse=True)
+    index = torch.searchsorted(wanted, queue.ids).clamp(max=len(wanted) - 1)
+    here = wanted[index] == queue.ids
+    rows = at_least_float32(queue.rows[here])
+    counted = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
+    found = counted.new_zeros(len(wanted), counted.shape[1]).index_put_((index[here],), counted, accumulate=True)
+    found = distributed.scatter_sum(found[places], lengths)
+    return found[:, :-1], found[:, -1]

@@ -7,7 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.objectives.loss import Loss, Objective, ObjectiveSettings, Population, Temperature, float32_island
+from contrastive.objectives.loss import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    float32_island,
+    information,
+)
 from contrastive.similarity import log_sum_exp, normalize
 
 
@@ -20,6 +28,11 @@ class Supervised(ObjectiveSettings):
     name: Literal["supervised"] = "supervised"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
+
+    @property
+    def bounds_information(self) -> bool:
+        """For two images of an id, in batches that are drawn at random."""
+        return True
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state, so the arguments change nothing."""
@@ -55,6 +68,9 @@ def supervised_contrast(
     authors' code divides by zero there (a later version by one, which counts them with a loss of zero), and it
     multiplies the loss by τ / 0.07.
 
+    Each positive with all candidates is InfoNCE of two images of an id, for what is drawn at random may be of the same
+    id too: the terms hold its bound, which P positives keep below log N − log P.
+
     A positive is never compared one by one: the similarities with all of a class add up to that with its sum, so that
     memory and traffic stay linear, one row for each id of each process.
     """
@@ -76,6 +92,12 @@ def supervised_contrast(
         "positive_similarity": similarities.detach().where(contrasted, 0).sum() / contrasted.sum().clamp(min=1),
         "negatives": (sum(rows) - members).to(anchors.dtype).mean(),
     }
+    terms |= information(
+        losses.flatten(),
+        torch.full_like(losses, sum(rows) - 1).flatten(),
+        positives=positives.repeat(views),
+        counted=contrasted.flatten(),
+    )
     return Loss(total, terms)
 
 
