@@ -129,8 +129,8 @@ def nt_xent(
     """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
-    Its negatives are all embeddings of another id, on every process: an image that comes twice
-    is neither. The mean over anchors is the usual loss; SimCLR's own code returns twice that.
+    Its negatives are all embeddings of another id, on every process: an image that comes twice is neither.
+    The mean over anchors is the usual loss; SimCLR's own code returns twice that.
 
     What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
     `positive_probability` what `debiased` makes of it, with `decoupled` all of the denominator. An anchor without

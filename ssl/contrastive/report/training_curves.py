@@ -23,7 +23,7 @@ KINDS = (
     Kind(
         ("information", "ceiling"),
         "information",
-        "How much of the dashed ceiling, the most that can be shown, it has reached; at 0 positives are like negatives.",
+        "What the loss shows of its dashed ceiling, the most that it can; at 0 positives are not told from negatives.",
     ),
     Kind(("knn",), "kNN monitor", "kNN accuracy on held-out labels of training images; higher is better."),
     Kind(("embedding_std",), "spread", "1 where embeddings point everywhere, 0 where they have collapsed to a point."),
