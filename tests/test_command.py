@@ -73,6 +73,11 @@ def test_help_lists_every_key_once_with_its_line(capsys: pytest.CaptureFixture[s
     [
         (["simclrr"], "neither a recipe"),
         (["train.epoch=3"], "did you mean train.epochs?"),
+        (["lr=0.1"], "did you mean optim.rate?"),
+        (["objective=NT-Xent"], "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"),
+        (["objective.alpha=0.1"], "objective.margin belongs to objective=contrastive or triplet or margin"),
+        (["objective=bank", "objective.normaliser=z"], "it must be exact | first_batch | ema | float > 0"),
+        (["unseen=Sneaker,Bagg"], "did you mean Bag?"),
         (["objective=moko"], "none of in_batch, queue, bank"),
         (["train.batch_size=20000"], "10000 images are fewer than a batch of 20000"),
         (["encoder.name=resnet18_smal"], "resnet18_small"),

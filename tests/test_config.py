@@ -35,10 +35,15 @@ class Inner(Settings):
     rate: float = Field(1e-3, gt=0, le=1)
     title: str = "plain"
     sure: bool = False
+    level: Literal["low", "high"] = "low"
+    count: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
 
 
 class Tree(Settings):
     """The whole."""
+
+    synonyms: ClassVar[dict[str, tuple[str, ...]]] = {"lr": ("rate",), "n": ("part.rows",), "kind": ("part",)}
+    value_synonyms: ClassVar[dict[str, dict[str, str]]] = {"part": {"x_l": "XL is part=large"}}
 
     part: Annotated[Small | Large, Field(discriminator="name")] = Small()
     inner: Inner = Inner()
@@ -100,7 +105,16 @@ def test_numbers_refuse_booleans_and_what_is_not_finite(path: tuple[str, ...], v
     [
         ("inner.ratee=1", r"no key inner\.ratee; did you mean inner\.rate\?"),
         ("rate=1", r"did you mean inner\.rate\?"),
-        ("part.rows=3", r"part\.rows in the chosen part; it belongs to part\.name=large"),
+        ("part.rows=3", r"no key part\.rows: it belongs to part=large$"),
+        ("lr=3", r"no key lr; did you mean inner\.rate\?"),
+        ("inner.LR=3", r"no key inner\.LR; did you mean inner\.rate\?"),
+        ("n=3", r"no key n; part\.rows belongs to part=large$"),
+        ("kind=large", r"no key kind; did you mean part\?"),
+        ("iner.rate=3", r"no key iner\.rate; did you mean inner\.rate\?"),
+        ("part=X-L", r"part\.name=X-L is none of small, large; XL is part=large$"),
+        ("inner.level=hgih", r"inner\.level=hgih: it must be one of low, high; did you mean high\?"),
+        ("inner.count=few", r"^inner\.count=few: it must be all \| int ≥ 1$"),
+        ("inner.count=0", r"^inner\.count=0: it must be all \| int ≥ 1$"),
         ("part=lage", r"part\.name=lage is none of small, large; did you mean large\?"),
         ("inner.rate=2", r"inner\.rate=2: it must be less than or equal to 1"),
         ("part.temperature=0", r"part\.temperature=0: it must be greater than 0"),
@@ -187,15 +201,63 @@ def test_dumped_settings_load_back_equal(tmp_path: Path) -> None:
 
 
 def test_help_names_every_key_with_type_default_and_line() -> None:
-    listed = {(entry.key, entry.only_for): entry for entry in keys(Tree)}
-    assert listed["part.name", ""].kind == "small | large"
-    assert listed["part.name", ""].default == "small"
+    listed = {(entry.key, *(name for need in entry.needs for name in need.names)): entry for entry in keys(Tree)}
+    assert listed["part.name",].kind == "small | large"
+    assert listed["part.name",].default == "small"
     assert listed["part.rows", "large"].kind == "int ≥ 1"
     assert listed["part.rows", "large"].doc == "How many."
-    assert listed["inner.rate", ""].default == "0.001"
-    assert listed["output", ""].kind == "str | null"
+    assert listed["part.rows", "large"].needs[0].about == "Another member of the union."
+    assert listed["inner.rate",].default == "0.001"
+    assert listed["output",].kind == "str | null"
     assert listed["part.limits", "large"].kind == "[float, float]"
-    assert listed["part.limits", "large"].default == "[0.0, 1.0]"
+    assert listed["part.limits", "large"].default == "[0, 1]"
+
+
+class Outer(Settings):
+    """A choice within a choice."""
+
+    name: Literal["outer"] = "outer"
+    part: Annotated[Small | Large, Field(discriminator="name")] = Small()
+
+
+class Other(Settings):
+    """A component without keys."""
+
+    name: Literal["other"] = "other"
+
+
+class Same(Settings):
+    """Two components of the same keys."""
+
+    name: Literal["same"] = "same"
+    temperature: float = Field(0.5, gt=0)
+    """How soft."""
+
+
+class Nested(Settings):
+    """The whole."""
+
+    choice: Annotated[Outer | Other, Field(discriminator="name")] = Other()
+    twice: Annotated[Small | Same, Field(discriminator="name")] = Same()
+
+
+def test_a_key_of_a_nested_component_is_answered_with_the_choices_that_are_missing() -> None:
+    with pytest.raises(ValueError, match=r"it belongs to choice=outer, with choice\.part=large$"):
+        load(Nested, None, ["choice.part.rows=3"])
+    with pytest.raises(ValueError, match=r"it belongs to choice\.part=large$"):
+        load(Nested, None, ["choice=outer", "choice.part.rows=3"])
+
+
+def test_components_with_the_same_keys_share_one_entry() -> None:
+    (entry,) = [entry for entry in keys(Nested) if entry.key == "twice.temperature"]
+    assert entry.needs[0].names == ("small", "same")
+
+
+def test_a_small_default_is_shown_as_it_is() -> None:
+    class Decays(Settings):
+        rates: tuple[float, ...] = (0.0, 1e-6, 1e-3)
+
+    assert next(keys(Decays)).default == "[0, 1e-06, 0.001]"
 
 
 @pytest.mark.parametrize(("text", "number"), [("010", 8), ("[1, 0012]", 10), ("{a: +017}", 15)])

@@ -15,7 +15,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from contrastive import command, recipe
+from contrastive import command, recipe, vocabulary
 from contrastive.config import keys, load
 from contrastive.extract import ExtractSettings
 from contrastive.finetune import FinetuneSettings
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl" / "contrastive"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
-    {"untrusted"},
+    {"untrusted", "vocabulary"},
     {"config", "distributed", "keyed"},
     {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder"},
     {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
@@ -97,6 +97,44 @@ def test_every_objective_has_its_line_among_the_recipes_and_every_recipe_its_obj
     for objective, recipes in found.items():
         assert {load(Recipe, recipe.find(name)).objective.name for name in recipes} == {objective}
     assert sorted(name for recipes in found.values() for name in recipes) == recipe.names()
+
+
+TERMS = (
+    *("NT-Xent", "InfoNCE", "SupCon", "MoCo", "NNCLR", "CPC", "FaceNet", "batch-hard", "NormFace", "A-Softmax", "LMCL"),
+    *("ArcFace", "RankNet", "ListNet", "ListMLE", "word2vec", "negative sampling"),
+)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_the_field_is_in_the_help_and_in_the_docs(term: str) -> None:
+    shown = " ".join(command.help_text("", "", Recipe).split())
+    assert term in shown
+    assert term in (ROOT / "configs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("term", sorted(vocabulary.OBJECTIVES))
+def test_the_answer_to_a_methods_name_is_a_recipe_that_loads(term: str) -> None:
+    words = re.findall(r"\b((?:objective(?:\.\w+)?|ids)=\w+)", vocabulary.OBJECTIVES[term])
+    assert words[0].startswith("objective=")
+    for word in words:
+        # Of several answers each stands alone.
+        choice = [] if word.startswith(("objective=", "ids=")) else [words[0]]
+        load(Recipe, None, [*choice, word] if word != "ids=labels" else [words[0], word])
+    for name in re.findall(r"as in recipes? (\w+)(?: and (\w+))?", vocabulary.OBJECTIVES[term]):
+        assert {*name} - {""} <= {*recipe.names()}
+
+
+@pytest.mark.parametrize(("term", "name"), sorted(vocabulary.RECIPES.items()))
+def test_a_methods_name_is_answered_with_the_recipe_that_trains_by_it(term: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean {name}\\?$"):
+        recipe.find(term)
+
+
+def test_each_key_of_other_libraries_is_answered_with_a_key_that_exists() -> None:
+    known = [entry.key for model in (Recipe, FinetuneSettings, EvaluateSettings) for entry in keys(model)]
+    for term, ends in vocabulary.KEYS.items():
+        for end in ends:
+            assert any(key in (end, f"{end}.name") or key.endswith(f".{end}") for key in known), f"{term}: {end}"
 
 
 def test_every_path_in_the_readmes_tree_exists_and_every_module_is_in_it() -> None:

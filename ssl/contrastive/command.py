@@ -15,7 +15,7 @@ from contrastive import distributed
 from contrastive import recipe as recipes
 from contrastive.check import check as check_recipe
 from contrastive.compare_runs import compare_runs
-from contrastive.config import Settings, keys, load
+from contrastive.config import Need, Settings, keys, load
 from contrastive.extract import ExtractSettings
 from contrastive.extract import extract as extract_features
 from contrastive.finetune import FinetuneSettings
@@ -139,12 +139,16 @@ def header(command: str) -> str:
 def help_text(usage: str, about: str, model: type[Settings]) -> str:
     """Every key with its type, default and one line."""
     lines = [f"usage: {usage}", "", *textwrap.wrap(about, 110), ""]
-    owner = ""
+    above: tuple[Need, ...] = ()
     for entry in keys(model):
-        if entry.only_for != owner and entry.only_for:
-            lines.append(f"  with {entry.key.rpartition('.')[0]}.name={entry.only_for}:")
-        owner = entry.only_for
-        indent = "    " if owner else "  "
+        for depth, need in enumerate(entry.needs):
+            if need not in above[: depth + 1]:
+                choice = f"with {need.field}={' | '.join(need.names)}: {need.about}".rstrip(": ")
+                lines += textwrap.wrap(
+                    choice, 110, initial_indent="  " * (depth + 1), subsequent_indent="  " * (depth + 2)
+                )
+        above = entry.needs
+        indent = "  " * (len(above) + 1)
         lines.append(f"{indent}{entry.key:<28} {entry.kind}, default {entry.default}")
         lines += textwrap.wrap(entry.doc, 100, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from contrastive import distributed
+from contrastive import distributed, vocabulary
 from contrastive.checkpoints import together
 from contrastive.config import Settings, as_list
 from contrastive.data import Data, Images, Split, shorthand
@@ -30,6 +30,8 @@ class EncodeSettings(Settings):
     """What all have in common that encode images by a backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
+    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
+    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
 
     data: Data | None = None
     """The images; null: the run's own, or for a timm model the bundled sample."""

@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from contrastive.config import Settings
+from contrastive import vocabulary
+from contrastive.config import Settings, as_list
 from contrastive.data import Data, Sample, shorthand
 from contrastive.data.values import ValuesSource
 from contrastive.encoder import EncoderSettings
@@ -94,6 +95,9 @@ class Recipe(Settings):
     """One run, from images to backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
+    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
+    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
+    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = {"objective": vocabulary.OBJECTIVES}
 
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
@@ -118,7 +122,7 @@ class Recipe(Settings):
     """Continuous labels, for objectives that compare distances with theirs: pixels (each image's 7 × 7 thumbnail),
     labels (its thumbnail and its class), or a file of numbers: .npy with a row for each training image, or .csv with
     their names (a header, then name, numbers)."""
-    unseen: tuple[int | str, ...] = ()
+    unseen: Annotated[tuple[int | str, ...], BeforeValidator(as_list)] = ()
     """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
@@ -210,6 +214,9 @@ def find(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    near = difflib.get_close_matches(recipe, names(), 1, 0.5)
+    name = recipe.strip().lower().replace("-", "_")
+    near = (
+        [vocabulary.RECIPES[name]] if name in vocabulary.RECIPES else difflib.get_close_matches(name, names(), 1, 0.5)
+    )
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"{recipe!r} is neither a recipe ({', '.join(names())}) nor a file that exists{hint}")

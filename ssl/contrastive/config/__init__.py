@@ -1,7 +1,7 @@
 """Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
 
-from contrastive.config.keys import Key, keys
+from contrastive.config.keys import Key, Need, keys
 from contrastive.config.reading import dump_yaml, load, validate
 from contrastive.config.settings import Settings, as_list
 
-__all__ = ["Key", "Settings", "as_list", "dump_yaml", "keys", "load", "validate"]
+__all__ = ["Key", "Need", "Settings", "as_list", "dump_yaml", "keys", "load", "validate"]

@@ -1,6 +1,7 @@
 """Settings from defaults, one YAML file and `key=value` words, with what is wrong said in words."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from contrastive.config.keys import hint_for, suggestion_for
+from contrastive.config.keys import hint_for, kind, suggestion_for
 from contrastive.config.settings import Settings, field_at, leaves_of, members_of
 from contrastive.config.yaml_text import MAX_YAML_BYTES, parse, refuse_interpolation
 from contrastive.untrusted.files import read_text, shown
@@ -42,8 +43,9 @@ def validate(model: type[S], tree: Mapping[str, Any]) -> S:
     try:
         return model.model_validate(named)
     except ValidationError as problem:
-        lines = [_explain(model, tree, error) for error in problem.errors()]
-        raise ValueError("\n".join(dict.fromkeys(lines))) from None
+        # A union of plain types has an error for each of them.
+        lines = {".".join(_path(model, error)): _explain(model, tree, error) for error in problem.errors()}
+        raise ValueError("\n".join(lines.values())) from None
 
 
 def dump_yaml(settings: Settings) -> str:
@@ -68,7 +70,7 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         key = key.strip().lstrip("-")
         if not equals or not key:
-            raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word)}")
+            raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word, tree)}")
         if text == "":
             raise ValueError(f"{key} has no value; write {key}=null for none")
         if key in seen:
@@ -176,6 +178,39 @@ def _refuse_booleans_for_numbers(model: type[Settings], tree: Mapping[str, Any],
 
 
 def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails) -> str:
+    path, value = _path(model, error), error["input"]
+    key, field = ".".join(path), field_at(model, path) if path else None
+    match error["type"]:
+        case "extra_forbidden":
+            # Of a whole branch that does not exist, its first key says more: trian.epochs is like train.epochs.
+            while not (hint := hint_for(model, path)) and isinstance(value, dict) and value:
+                path.append(str(next(iter(value))))
+                value = value[path[-1]]
+            key = ".".join(path)
+            return f"there is no key {key}{hint or suggestion_for(model, key, tree)}"
+        case "missing":
+            return f"{key} is required: write {key}=…"
+        case "union_tag_invalid":
+            choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
+            return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}" + _nearest(
+                str(error["ctx"]["tag"]), choices, model.value_synonyms.get(key, {})
+            )
+        case "string_type" if isinstance(value, bool | int | float):
+            return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
+        case "value_error":
+            return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        case _ if field is not None and str(error["loc"][-1]) != path[-1]:
+            return f"{key}={value}: it must be {kind(field)}"
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+            return f"{key}={value}: it must be one of {', '.join(choices)}{_nearest(str(value), choices, {})}"
+        case _:
+            message = error["msg"].removeprefix("Input ").replace("should", "must")
+            return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
+
+
+def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
+    """The dotted key of an error, as a person types it, without what pydantic adds of unions and plain types."""
     path: list[str] = []
     here: Mapping[str | None, type[Settings]] = {None: model}
     skip = False
@@ -184,25 +219,19 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
         if skip and part in here:
             here, skip = {None: here[str(part)]}, False
             continue
+        # Nor the members of a union of plain types, such as literal['ema'] and constrained-float.
+        if not here and not isinstance(part, int):
+            continue
         path.append(str(part))
         fields = next(iter(here.values())).model_fields if here else {}
         here = members_of(fields[str(part)].annotation) if str(part) in fields else {}
         skip = bool(here) and None not in here
-    key, value = ".".join(path), error["input"]
-    match error["type"]:
-        case "extra_forbidden":
-            return f"there is no key {key}{hint_for(model, path) or suggestion_for(model, key)}"
-        case "missing":
-            return f"{key} is required: write {key}=…"
-        case "union_tag_invalid":
-            choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
-            near = difflib.get_close_matches(str(error["ctx"]["tag"]), choices, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}{hint}"
-        case "string_type" if isinstance(value, bool | int | float):
-            return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
-        case "value_error":
-            return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
-        case _:
-            message = error["msg"].removeprefix("Input ").replace("should", "must")
-            return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
+    return path
+
+
+def _nearest(name: str, choices: Sequence[str], synonyms: Mapping[str, str]) -> str:
+    """What a refused choice is called here, or the nearest one, as the end of a sentence."""
+    if answer := synonyms.get(name.lower().replace("-", "_")):
+        return f"; {answer}"
+    near = difflib.get_close_matches(name, choices, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""

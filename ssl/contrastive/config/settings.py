@@ -20,6 +20,10 @@ class Settings(BaseModel):
     """What a bare value stands for, by field; `field=value` means `field.name=value` where nothing is said."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What to say to whoever looks for a key that does not exist, in place of the nearest key that does."""
+    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Of a tree's root: what other libraries call a key, in lower case, and the ends of the keys that mean it here."""
+    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """By field: what others call a component, in lower case with underscores, and a sentence with its name here."""
 
 
 def as_list(value: object) -> object:

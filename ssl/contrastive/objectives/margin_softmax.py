@@ -48,7 +48,8 @@ class MarginSoftmax(ObjectiveSettings):
 
     name: Literal["margin_softmax"] = "margin_softmax"
     preset: Preset = "arcface"
-    """What m1, m2, m3, normalized and annealing are where they are not given: the numbers of a paper."""
+    """A paper's m1, m2, m3, normalized and annealing, where they are not given: NormFace, SphereFace (A-Softmax),
+    CosFace (LMCL), ArcFace, or two combinations of them."""
     m1: float = Field(1.0, gt=0, le=16)
     """Multiplies the angle to the own class (SphereFace); 1: not at all."""
     m2: float = Field(0.5, ge=0, le=math.pi)

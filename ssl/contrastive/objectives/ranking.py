@@ -49,8 +49,8 @@ class Ranking(ObjectiveSettings):
 
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"
-    """Of each item (squared_error, cross_entropy); of each pair, one more relevant than the other (rank_net, hinge); or
-    of the whole list (list_net, list_mle). With `values` the losses of pairs cost (images of a batch)³."""
+    """Of each item (squared_error, cross_entropy); of each pair, one more relevant than the other (RankNet, hinge); or
+    of the whole list (ListNet, ListMLE). With `values` the losses of pairs cost (images of a batch)³."""
     temperature: Temperature = 0.1
     """Divides the cosines, which makes them scores (squared_error compares the cosines as they are). The hinge's margin
     is a score of 1, and so a cosine of this number."""
