@@ -346,3 +346,16 @@ def test_a_forbidden_file_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UnreadableImageError, match="permission denied"):
         read(path)
+
+
+@pytest.mark.parametrize("look", [read_image, check_header])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_that_too_many_files_are_open_is_no_fault_of_an_image(tmp_path, look, number):
+    def opener():
+        raise OSError(number, os.strerror(number), str(tmp_path / "a.png"))
+
+    given = {"max_pixels": 100, "opener": opener}
+    if look is read_image:
+        given |= {"channels": 3, "size": 2, "background": WHITE}
+    with pytest.raises(OSError, match=r"too many files are open; raise the limit \(ulimit -n\).*a\.png"):
+        look(tmp_path / "a.png", **given)

@@ -154,7 +154,7 @@ def test_a_file_that_is_never_read_to_its_end_is_an_error_that_names_it(tmp_path
 
 def test_a_worker_that_dies_names_its_file(tmp_path):
     disk = trapped(folder(tmp_path), "4.png")
-    with pytest.raises(RuntimeError, match=r"a process that decodes images died.*; being read: .*/4\.png"):
+    with pytest.raises(ChildProcessError, match=r"images died \(killed by SIGKILL, .*memory.*; being read: .*/4\.png"):
         take(Loader(disk, Order(13, 13, 0), workers=1), 1)
 
 

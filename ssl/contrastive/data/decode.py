@@ -1,5 +1,6 @@
 """From an image file of any kind to a uint8 square, as a person would see it."""
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ def read_image(
             image.load()
             pixels = square_of(image, channels, size, background)
     except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
+        _refuse_exhaustion(error)
         raise UnreadableImageError(path, _reason(error, path)) from error
     return pixels
 
@@ -110,6 +112,7 @@ def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -
         with _opened(path, opener) as file, Image.open(file, formats=_formats()) as image:
             _refuse_bombs(image, max_pixels)
     except Exception as error:
+        _refuse_exhaustion(error)
         raise UnreadableImageError(path, _reason(error, path)) from error
 
 
@@ -146,6 +149,14 @@ def _opened(path: Path, opener: Opener | None) -> BinaryIO:
         file.close()
         raise ValueError("the file is empty")
     return file
+
+
+def _refuse_exhaustion(error: Exception) -> None:
+    """Raises what is no fault of the file: it would be left out, and the next ones after it."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise OSError(
+            error.errno, "too many files are open; raise the limit (ulimit -n) or use fewer workers", error.filename
+        ) from error
 
 
 def _refuse_bombs(image: Image.Image, max_pixels: int) -> None:

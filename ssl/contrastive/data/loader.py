@@ -1,29 +1,25 @@
 """Batches of images for training, from any step on, the same with any number of workers."""
 
-import multiprocessing
-import signal
-import time
-import warnings
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
-from multiprocessing import resource_tracker
-from typing import Any, NamedTuple
+from contextlib import ExitStack, closing
+from itertools import count, cycle
+from queue import Empty
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from contrastive import distributed
-from contrastive.data.decode import UnreadableImageError, quiet
+from contrastive.data.decode import quiet
 from contrastive.data.files import Files
 from contrastive.data.images import Images
 from contrastive.data.order import Order
+from contrastive.data.workers import Packed, Reader, Worker
 
-MAX_SUBSTITUTIONS = 32
-SECONDS_BETWEEN_LOOKS = 5.0
-"""After which it is looked whether a process that decodes has died."""
+PREFETCHED = 2
+"""Batches of each worker that are decoded, or being decoded, before they are asked for."""
 
 
 class Batch(NamedTuple):
@@ -90,129 +86,49 @@ class Loader:
             yield Batch(pixels.pin_memory() if self._pin else pixels, ids, epoch)
 
     def _from_disk(self, images: Files) -> Iterator[Batch]:
-        reader = _Reader(images, 0)
-        for item in self._plan():
+        reader = Reader(images, lambda image: None)
+        for epoch, share in self._plan():
             with quiet():
-                batch, failures = reader[item]
+                pixels, ids, failures = reader.read(share)
             _note(images, failures)
-            yield batch
+            yield Batch(pixels, torch.tensor(ids), epoch)
 
     def _from_workers(self, images: Files) -> Iterator[Batch]:
-        reader = _Reader(images, self.workers)
-        loader = DataLoader(
-            reader,
-            batch_size=None,
-            sampler=self._plan(),
-            num_workers=self.workers,
-            timeout=min(self.timeout, SECONDS_BETWEEN_LOOKS),
-            collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
-            multiprocessing_context=_context(),
-            pin_memory=self._pin,
-        )
-        with _deaf():
-            batches: Any = iter(loader)
-        try:
-            asked = time.monotonic()
-            while True:
+        with ExitStack() as stack:
+            packed = stack.enter_context(closing(Packed(images, self.workers)))
+            workers: list[Worker] = []
+            for number in range(self.workers):
                 try:
-                    batch, failures = next(batches)
-                except RuntimeError as error:
-                    # Whether all that decode are alive torch looks only when its own time is over.
-                    if "timed out" in str(error) and time.monotonic() - asked < self.timeout:
-                        continue
-                    raise self._explained(error, reader, images) from error
+                    worker = Worker(packed, number, pin=self._pin)
+                except RuntimeError:  # not even a thread can be started: those that could be do the work
+                    break
+                workers.append(stack.enter_context(closing(worker)))
+            if not workers:
+                yield from self._from_disk(images)
+                return
+            plan, turns = self._plan(), cycle(workers)
+            asked: deque[tuple[Worker, int]] = deque()
+
+            def ask() -> None:
+                (epoch, share), worker = next(plan), next(turns)
+                worker.ask(share)
+                asked.append((worker, epoch))
+
+            for _ in range(PREFETCHED * len(workers)):
+                ask()
+            while True:
+                worker, epoch = asked.popleft()
+                try:
+                    pixels, ids, failures = worker.get(self.timeout)
+                except Empty:
+                    reading = worker.reading()
+                    where = f"; being read: {reading}" if reading else ""
+                    raise TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}") from None
+                ask()
                 _note(images, failures)
-                yield batch
-                asked = time.monotonic()
-        finally:
-            batches._shutdown_workers()
-            for worker in batches._workers:
-                # One that hangs in a read does not hear how it would be ended otherwise.
-                worker.kill()
-
-    def _explained(self, error: RuntimeError, reader: "_Reader", images: Files) -> Exception:
-        reading = ", ".join(str(images.root / images.names[i]) for i in reader.reading.tolist() if i >= 0)
-        where = f"; being read: {reading}" if reading else ""
-        if "timed out" in str(error):
-            return TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}")
-        if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-            return RuntimeError(f"a process that decodes images died, often for want of memory or /dev/shm{where}")
-        return error
-
-
-class _Reader(Dataset[tuple[Batch, list[tuple[str, str]]]]):
-    """Decodes one batch; what each worker is reading stands in `reading`, for the error message if it never ends.
-
-    Tensors of this object reach the workers as shared memory, so the main process sees what they write.
-    """
-
-    def __init__(self, images: Files, workers: int) -> None:
-        self.images = images
-        self.reading = torch.full((max(workers, 1),), -1)
-
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Batch, list[tuple[str, str]]]:
-        epoch, ids = item
-        failures: list[tuple[str, str]] = []
-        read = [self._read(image, failures) for image in ids]
-        pixels = torch.stack([image for image, _ in read])
-        return Batch(pixels, torch.tensor([image for _, image in read]), epoch), failures
-
-    def _read(self, wanted: int, failures: list[tuple[str, str]]) -> tuple[Tensor, int]:
-        info = get_worker_info()
-        worker = 0 if info is None else info.id
-        for offset in range(min(MAX_SUBSTITUTIONS, len(self.images))):
-            image = (wanted + offset) % len(self.images)
-            self.reading[worker] = image
-            try:
-                return self.images.decode(image), image
-            except UnreadableImageError as error:
-                failures.append((self.images.names[image], error.reason))
-            finally:
-                self.reading[worker] = -1
-        name, reason = failures[-1]
-        raise ValueError(f"{self.images.root / name} and the images before it cannot be read: {reason}")
+                yield Batch(pixels, torch.tensor(ids), epoch)
 
 
 def _note(images: Files, failures: list[tuple[str, str]]) -> None:
     for name, reason in failures:
         images.note(name, reason)
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # A fork of a process with threads (bars, TensorBoard, CUDA) may hang, and Python warns of it from 3.12 on. The
-    # fork server has none; it imports the script once, not once per worker.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are started within hear no signal that asks to end: the main process decides when work ends.
-
-    Ctrl-C, launchers and schedulers send it to the whole group. Without the processes that decode, and the fork server
-    that starts them, the main process could not come to where it saves.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It would unblock them again when it is started.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(worker: int) -> None:
-    # Where signals cannot be blocked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-
-
-def _as_it_is(item: object) -> object:
-    return item
