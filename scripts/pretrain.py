@@ -1,4 +1,4 @@
-"""Pretrains a backbone: accelerate launch scripts/pretrain.py [RECIPE] [key=value …]; --help lists every key."""
+"""Pretrains a backbone: scripts/pretrain.py [RECIPE] [key=value …]; --help lists every key."""
 
 import sys
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -300,3 +301,18 @@ def test_the_documented_launch_of_two_cpu_processes_is_two_processes(tmp_path: P
     assert (folder / "done").exists(), done.stderr
     assert "batch 32 (16 on each)" in done.stdout
     assert "2 × cpu" in done.stdout
+
+
+def test_a_limit_of_threads_is_told_in_a_sentence(
+    run: Path,
+    tmp_path: Path,
+    classes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def limited(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert command.extract([str(run), f"data={classes}", "data.channels=1", f"output={tmp_path / 'features'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: the system starts no more threads (ulimit -u")

@@ -15,6 +15,7 @@ from contrastive.encoder import (
     ProjectorSettings,
     create_backbone,
 )
+from contrastive.finetune.loop import Average
 from contrastive.split_norm import split_batch_norms
 from contrastive.timm_folder import export
 
@@ -175,6 +176,25 @@ def test_the_twin_follows_with_its_momentum():
     assert all(torch.equal(twin.encoder.state_dict()[name], value) for name, value in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("average", [False, True], ids=["twin", "average of fine-tuning"])
+def test_a_tensor_that_layers_share_follows_once(average):
+    encoder = build()
+    encoder.projector.append(nn.Linear(8, 8, bias=False)).append(nn.Linear(8, 8, bias=False))
+    encoder.projector[-1].weight = encoder.projector[-2].weight
+    follower = Average(encoder, decay=0.75) if average else MomentumTwin(encoder)
+    followed = follower.module if average else follower.encoder
+    assert followed.projector[-1].weight is followed.projector[-2].weight
+    expected = followed.projector[-1].weight.detach() * 0.75 + 0.25
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.fill_(1.0)
+    if average:
+        follower.update(encoder)
+    else:
+        follower.update(encoder, 0.75)
+    torch.testing.assert_close(followed.projector[-1].weight.detach(), expected)
+
+
 def test_the_twin_of_an_encoder_with_a_predictor_gives_projections_and_has_none():
     encoder = build(predictor=PredictorSettings(layers=2), batch_norm_splits=2)
     twin = MomentumTwin(encoder)
@@ -286,6 +306,42 @@ for small in {small}:
 """
     ended = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def shared_by_the_model():
+    return create_backbone("coat_lite_tiny", channels=3, size=32)
+
+
+def shared_by_somebody():
+    backbone = create_backbone("resnet18_small", channels=3, size=32)
+    backbone.layer1[1] = backbone.layer1[0]
+    backbone.layer2[1].conv2.weight = backbone.layer2[1].conv1.weight
+    return backbone
+
+
+def strided():
+    backbone = create_backbone("resnet18_small", channels=3, size=32)
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.transpose(0, -1).contiguous().transpose(0, -1)
+    backbone.conv1.weight.data = torch.zeros(1, 1, 1, 1).expand(backbone.conv1.weight.shape)
+    return backbone
+
+
+@pytest.mark.parametrize("made", [shared_by_the_model, shared_by_somebody, strided])
+def test_weights_that_share_memory_are_exported_each_under_its_name(tmp_path, made):
+    torch.manual_seed(0)
+    backbone, images = made().eval(), torch.randn(2, 3, 32, 32)
+    export(backbone, tmp_path / "backbone", channels=3, size=32, mean=0.5, std=0.25)
+    assert load_file(tmp_path / "backbone" / "model.safetensors").keys() == backbone.state_dict().keys()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), backbone(images), rtol=0, atol=1e-6)
+
+
+def test_an_export_is_readable_for_whom_its_folder_is(tmp_path):
+    export(build().backbone, tmp_path / "backbone", channels=1, size=28, mean=0.5, std=0.25)
+    for file in (tmp_path / "backbone").iterdir():
+        assert file.stat().st_mode & 0o777 == (tmp_path / "backbone").stat().st_mode & 0o666
 
 
 def test_an_export_is_a_starting_point_for_another_encoder(tmp_path):

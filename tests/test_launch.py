@@ -43,6 +43,52 @@ def test_gradient_accumulation_is_refused_as_a_way_to_more_negatives(monkeypatch
         start(8, "fp32")
 
 
+def test_accumulation_is_refused_in_words_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    with pytest.raises(ValueError, match=r"auto gradient accumulation steps, which fine-tuning .* set batch_size"):
+        start(None, "fp32")
+    # What only reads has no gradient.
+    assert start(None, "fp32", trains=False).gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", r"^DeepSpeed .* shards .* or start with plain `python`"),
+        ("ACCELERATE_USE_FSDP", "True", r"^FSDP .* shards"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", r"^Megatron-LM .* shards"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", r"parallelism configuration .* shards"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", r"fp8 is not supported; .* train\.precision"),
+        ("ACCELERATE_USE_CPU", "perhaps", r"does not start .*perhaps"),
+        ("WORLD_SIZE", "two", r"^WORLD_SIZE='two' is not a number of processes"),
+    ],
+)
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_is_asked_of_accelerate_and_cannot_be_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str, trains: bool
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=said) as refused:
+        start(8, "fp32", trains=trains)
+    assert "\n" not in str(refused.value)
+
+
+def test_accelerates_own_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match=r"INDUCTOR is not used; leave --dynamo_backend out; .*train\.compile=true"):
+        start(8, "fp32")
+    assert start(None, "fp32", trains=False).state.dynamo_plugin.backend == "NO"
+
+
+def test_one_process_where_several_were_asked_for_is_refused() -> None:
+    code = "from contrastive.launch import start\ntry: start(8, 'fp32')\nexcept ValueError as problem: print(problem)\n"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--no_python"]
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
+    command = [*launch, sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith("accelerate launch was asked for several processes and has started one"), done.stderr
+
+
 def test_a_signal_asks_and_the_old_handler_comes_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:

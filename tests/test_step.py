@@ -14,8 +14,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
-from contrastive import distributed
+from contrastive import distributed, step
 from contrastive.config import load
 from contrastive.data import InMemory
 from contrastive.encoder import EncoderSettings
@@ -24,7 +25,7 @@ from contrastive.machine import Machine, batches, build, cautions, label_names, 
 from contrastive.objectives import Population
 from contrastive.recipe import Recipe
 from contrastive.split_norm import Shuffle
-from contrastive.step import Taken, gradient, num_chunks, train_step
+from contrastive.step import Taken, compile_encoder, gradient, num_chunks, train_step
 
 SMALL = [
     "train.batch_size=12",
@@ -188,6 +189,50 @@ def test_a_chunk_draws_its_dropout_alike_in_both_passes_and_unlike_the_other_chu
 
 
 @pytest.mark.slow
+def compiling(built: Machine) -> Machine:
+    train = built.recipe.train.model_copy(update={"compile": True})
+    return built._replace(recipe=built.recipe.model_copy(update={"train": train}))
+
+
+@pytest.mark.parametrize("name", ["in_batch", "queue, symmetric", "bank", "margin_softmax"])
+def test_compiling_before_the_first_step_leaves_no_trace(name: str) -> None:
+    def state(built: Machine) -> dict[str, Tensor]:
+        parts = {"encoder": built.encoder, "objective": built.objective}
+        parts |= {} if built.twin is None else {"twin": built.twin}
+        return {f"{part}.{key}": value.clone() for part, of in parts.items() for key, value in of.state_dict().items()}
+
+    ids, built, other = torch.arange(12), machine(*OBJECTIVES[name], *NORMED), machine(*OBJECTIVES[name], *NORMED)
+    before = state(built)
+    compile_encoder(compiling(built), images(), batches(built.recipe, images(), 1), 0)
+    torch.testing.assert_close(state(built), before, rtol=0, atol=0, equal_nan=True)
+    assert all(parameter.grad is None for parameter in (*built.encoder.parameters(), *built.objective.parameters()))
+    for one in (built, other):
+        train_step(one, images().read(ids), ids, 0, 0)
+    torch.testing.assert_close(state(built), state(other), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (TorchDynamoException("backend='inductor' raised:\nRuntimeError: no Triton"), "backend='inductor' raised:"),
+        (PermissionError(13, "Permission denied", "/cache"), r"\[Errno 13\] Permission denied: '/cache'"),
+        (TorchDynamoException(), "TorchDynamoException"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception, said: str
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise problem
+
+    built = machine()
+    monkeypatch.setattr(step, "gradient", broken)
+    order = batches(built.recipe, images(), 1)
+    compile_encoder(built, images(), order, 0)
+    with pytest.raises(ValueError, match=rf"compiled here \({said}\); it takes a C\+\+ compiler .* leave train"):
+        compile_encoder(compiling(built), images(), order, 0)
+
+
 def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
     # In a process of its own, where no annotations are checked: torch.compile does not see through that.
     code = "import test_step; test_step.check_that_dropout_is_drawn_alike('train.compile=true')"

@@ -1,4 +1,4 @@
-"""The command lines without a checkout: `accelerate launch -m contrastive pretrain …`, evaluate, extract, finetune."""
+"""The command lines without a checkout: `python -m contrastive pretrain …`, evaluate, extract, finetune."""
 
 import sys
 

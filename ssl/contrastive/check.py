@@ -26,7 +26,7 @@ from contrastive.progress import Teller, duration
 from contrastive.ready import Ready, describe, folder_of, make_ready
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS, DONE, prepare, read_metrics
-from contrastive.step import train_step
+from contrastive.step import compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD
 
@@ -70,6 +70,7 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
     split, order, machine, found = ready
     settings, first = machine.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
+    compile_encoder(machine, split.train, order, begun)
     budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
     tried = machine._replace(recipe=machine.recipe.model_copy(update={"train": short, "output": str(place)}))

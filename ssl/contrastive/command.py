@@ -178,6 +178,12 @@ def _answer(
             _say(f"stopped by {asked.signal.name}: what had been saved stays, and {goes_on}\n")
         return 128 + asked.signal
     except RuntimeError as problem:
+        if "can't start new thread" in str(problem):
+            _say(
+                "error: the system starts no more threads (ulimit -u, or the container's limit of processes); raise "
+                "the limit, or use fewer workers and threads\n"
+            )
+            return WRONG_USE
         if not lost_process(problem):
             raise
         reason = str(problem).strip().partition("\n")[0]

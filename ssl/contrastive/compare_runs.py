@@ -64,7 +64,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
         ValueError: if a run cannot be read, is given twice, holds another's weights or has other images than the rest;
             if what is asked for takes labels that are not there; or if nothing is left that all were measured by.
     """
-    start(None, "fp32")
+    start(None, "fp32", trains=False)
     teller = Teller(quiet=distributed.rank() > 0)
     _check_different(folders)
     file = None if settings.comparison is None else Path(settings.comparison).expanduser()

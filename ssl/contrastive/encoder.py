@@ -172,11 +172,21 @@ class MomentumTwin(nn.Module):
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
         """One step towards the encoder."""
-        own, other = self.encoder.state_dict(), encoder.state_dict()
-        following = [name for name, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in following], [other[name] for name in following], 1 - momentum)
-        for name in own.keys() - set(following):
-            own[name].copy_(other[name])
+        follow(self.encoder, encoder, 1 - momentum)
+
+
+@torch.no_grad()
+def follow(module: nn.Module, leader: nn.Module, share: float) -> None:
+    """Moves a module's state by a share of the way to that of another, which may have more; counters are copied.
+
+    A tensor that several layers share moves once.
+    """
+    state, other = module.state_dict(), leader.state_dict()
+    own = {name: state[name] for name in {value.data_ptr(): name for name, value in state.items()}.values()}
+    following = [name for name, value in own.items() if value.is_floating_point()]
+    torch._foreach_lerp_([own[name] for name in following], [other[name] for name in following], share)
+    for name in own.keys() - set(following):
+        own[name].copy_(other[name])
 
 
 def create_backbone(

@@ -79,7 +79,7 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
         ValueError: if the model, the images or a layer cannot be had, the output holds other things, or the disk is
             full; before anything is written.
     """
-    accelerator = start(None, "fp32", settings.threads)
+    accelerator = start(None, "fp32", settings.threads, trains=False)
     teller = Teller(quiet=not accelerator.is_main_process)
     output = Path(settings.output).expanduser()
     check_place(output)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from contrastive import distributed
 
@@ -18,52 +19,76 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SHOW_CURSOR = b"\x1b[?25h"
 """What gives a terminal back its cursor, which a progress bar hides."""
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's parallelism configuration",
+}
+"""What `accelerate launch` sets where a strategy is asked for that spreads the weights over the processes."""
+PLAIN = (
+    "unset what asks for it, or start with plain `python`, which does not read what `accelerate config` has written, "
+    "or several processes with torchrun"
+)
 
 
-def start(batch_size: int | None, precision: Precision, threads: int | None = None) -> Accelerator:
+def start(
+    batch_size: int | None, precision: Precision, threads: int | None = None, *, trains: bool = True
+) -> Accelerator:
     """The processes, the device, the precision and, on the CPU, the threads of a run.
 
-    `batch_size` is that of all processes together; None where no batch is shared out over them.
+    `batch_size` is that of all processes together; None where no batch is shared out over them. Settings of Accelerate
+    that are for training alone are ignored where nothing `trains`.
 
     Raises:
-        ValueError: where a launcher started several processes that do not see each other, where the strategy shards
-            the encoder, where gradients are to be accumulated, and where the global batch does not divide over the
-            processes.
+        ValueError: where a launcher started several processes that do not see each other, or one where several were
+            asked for, where Accelerate is set to what is not supported (sharding, gradient accumulation, fp8, a
+            compiler of its own) or cannot start, and where the global batch does not divide over the processes.
     """
     _end_with_the_launcher()
+    _check_settings_of_accelerate(with_negatives=batch_size is not None, trains=trains)
+    launched = _processes_launched()
     on_cpu = not torch.accelerator.is_available()
     if precision == "auto":
         precision = "bf16" if bf16_pays(on_cpu) else "fp32"
     # Accelerate keeps one state for the whole process and refuses another precision, even for another run.
     AcceleratorState._reset_state()
-    with _mortal():
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no" if precision == "fp32" else precision,
-            # Each process keeps the batch statistics that it normalises by: nothing else is a buffer of the encoder.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    try:
+        with _mortal():
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision="no" if precision == "fp32" else precision,
+                # Otherwise the environment would be asked for both.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                dynamo_backend="no",
+                # Each process keeps the batch statistics that it normalises by: nothing else is a buffer of the
+                # encoder.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+    except (ImportError, ValueError, KeyError, NotImplementedError) as problem:
+        raise ValueError(f"Accelerate does not start with the settings of its environment ({problem}); {PLAIN}") from (
+            problem
         )
     if on_cpu:
         _tune_cpu(threads or max(1, _cores() // accelerator.state.num_processes))
-    processes, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != processes:
+    processes = accelerator.num_processes
+    if (launched or 1) != processes:
         raise ValueError(
             f"WORLD_SIZE is {launched} but {processes} process is seen: each would train alone and overwrite the "
             "others' run; start with `accelerate launch --multi_gpu --num_processes N` (several CPU processes too) "
             "or with torchrun"
         )
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in sharded:
+    # Accelerate sets the address where several are asked for, also where, as on a CPU, it then starts one.
+    if processes == 1 and launched is None and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
         raise ValueError(
-            f"{accelerator.distributed_type.value} shards the encoder, which the momentum twin and the export need "
-            "whole; start with `accelerate launch --multi_gpu`, which is plain data parallelism"
+            "accelerate launch was asked for several processes and has started one; start several with `accelerate "
+            "launch --multi_gpu --num_processes N`, on a CPU too (without --cpu), and one with plain `python` (if "
+            "it was asked for one, unset MASTER_ADDR, by which this is noticed)"
         )
-    if accelerator.gradient_accumulation_steps > 1:
-        raise ValueError(
-            f"accelerate was told of {accelerator.gradient_accumulation_steps} gradient accumulation steps, which add "
-            "no negatives: each part of the batch would be contrasted with itself alone; leave them out, and set "
-            "train.batch_size to the whole batch and train.chunk to what fits in memory"
-        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise _sharded(accelerator.distributed_type.value)
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise ValueError("torch_xla's devices (TPUs) are not supported; use CUDA or a CPU, without torch_xla")
     if batch_size is not None and batch_size % processes:
         raise ValueError(
             f"train.batch_size={batch_size} is the batch of all {processes} processes together and does not divide by "
@@ -79,13 +104,54 @@ def bf16_pays(on_cpu: bool) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None:
+    """Refuses what the environment, or `accelerate config` by its launcher, asks for and nobody would get."""
+    for variable, name in SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on"):
+            raise _sharded(f"{name} ({variable}={os.environ[variable]})")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
+        raise ValueError(
+            "ACCELERATE_MIXED_PRECISION=fp8 is not supported; leave --mixed_precision out, and choose bf16, fp16 or "
+            "fp32 by train.precision, or by precision of other commands"
+        )
+    if not trains:
+        return
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        why = "which fine-tuning does not make: leave them out, and set batch_size to the whole batch"
+        if with_negatives:
+            why = (
+                "which add no negatives: each part of the batch would be contrasted with itself alone; leave them out, "
+                "and set train.batch_size to the whole batch and train.chunk to what fits in memory"
+            )
+        raise ValueError(f"accelerate was told of {steps} gradient accumulation steps, {why}")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        instead = "; pretraining compiles its encoder by train.compile=true" if with_negatives else ""
+        raise ValueError(f"ACCELERATE_DYNAMO_BACKEND={backend} is not used; leave --dynamo_backend out{instead}")
+
+
+def _sharded(name: str) -> ValueError:
+    return ValueError(f"{name} shards the weights, which the momentum twin and the export need whole; {PLAIN}")
+
+
+def _processes_launched() -> int | None:
+    """How many processes a launcher says it has started; None without one."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"WORLD_SIZE={text!r} is not a number of processes; unset it, or start with a launcher")
+    return int(text)
+
+
 @contextmanager
 def _mortal() -> Iterator[None]:
     """Signals end the process as they do by default: where it waits for the others, no handler would be run.
 
     Nothing has been begun by then that could be lost.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _processes_launched() in (None, 1):
         yield
         return
     handlers = {name: signal.signal(name, signal.SIG_DFL) for name in SIGNALS}

@@ -25,7 +25,7 @@ from contrastive.progress import Teller, duration
 from contrastive.ready import Ready, describe, folder_of, make_ready
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
-from contrastive.step import Taken, train_step
+from contrastive.step import Taken, compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD, plain
 
@@ -49,6 +49,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
         return folder
 
     split, order, machine, found = ready = make_ready(recipe, accelerator, folder, teller)
+    compile_encoder(machine, split.train, order, found.step if found else 0)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
     run = open_run(ready, folder, teller, header) if accelerator.is_main_process else None

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from contrastive import distributed
+from contrastive.data import Images, Order
 from contrastive.encoder import Embedded
 from contrastive.machine import Machine, smallest_part
 from contrastive.not_finite import Skipped, skipped
@@ -129,6 +131,33 @@ def gradient(
         elif parameter.grad is not None:
             parameter.grad /= distributed.size()
     return Taken(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
+
+
+def compile_encoder(machine: Machine, images: Images, order: Order, step: int) -> None:
+    """Compiles an encoder that is to be compiled, by the gradient of its next batch, which leaves no trace; collective.
+
+    Raises:
+        ValueError: if that cannot be done here; in a run it would be noticed after its folder was made.
+    """
+    if not machine.recipe.train.compile:
+        return
+    passed = [machine.encoder] if machine.twin is None else [machine.encoder, machine.twin]
+    before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
+    epoch, batch = order.batch(step)
+    ids, device = batch[distributed.share(len(batch))], machine.accelerator.device
+    machine.forward.train()
+    try:
+        gradient(machine, images.read(ids).to(device), ids.to(device), epoch, step)
+    except (TorchDynamoException, OSError, ImportError) as problem:
+        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise ValueError(
+            f"train.compile=true: the encoder cannot be compiled here ({reason.strip()}); it takes a C++ compiler (the "
+            "Debian package g++), on a GPU Triton too, and a folder that may be written (TORCHINDUCTOR_CACHE_DIR); or "
+            "leave train.compile out"
+        ) from problem
+    machine.optimiser.zero_grad(set_to_none=True)
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def num_chunks(machine: Machine, batch: int) -> int:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, cast
 import torch
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from contrastive.untrusted.files import read_json, shown
@@ -132,10 +133,10 @@ def export(
 
     The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
     that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
-    its classes in `config.json` too.
+    its classes in `config.json` too. Weights that layers share are written under each of their names.
     """
-    # A copy: safetensors wants contiguous tensors, not channels_last, and timm the description on the model.
-    model = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format)
+    # A copy: timm wants the description on the model.
+    model = copy.deepcopy(backbone).cpu()
     source = cast("dict[str, Any]", backbone.pretrained_cfg)
     # Only what describes the model: tag, licence and address are those of weights that these no longer are.
     description = {name: source[name] for name in DESCRIPTION if name in source}
@@ -148,4 +149,12 @@ def export(
         "num_classes": len(classes),
     }
     model.__dict__["pretrained_cfg"] = description | changed
-    save_for_hf(model, str(folder), {"label_names": list(classes)}, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Each in memory of its own, and not channels_last: safetensors refuses tensors that are shared or not contiguous.
+    state = model.state_dict()
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / WEIGHTS
+    )
+    # Readable for whom the folder is, as config.json; safetensors makes it the owner's alone.
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
+    save_config_for_hf(model, str(folder / CONFIG), {"label_names": list(classes)})

@@ -79,7 +79,7 @@ OBJECTIVES: Mapping[str, str] = {
         ),
         ("siamese pairs pairwise", _PAIRS),
         ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
-        ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hard"),
+        ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
         ("npair npairs", "the N-pair loss is objective=n_pair"),
         ("arcface aam", _ANGLE.format("ArcFace", "arcface", "arcface")),
         ("cosface lmcl am_softmax", _ANGLE.format("CosFace (LMCL)", "cosface", "cosface")),

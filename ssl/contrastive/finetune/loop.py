@@ -20,6 +20,7 @@ from contrastive import distributed, keyed
 from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, restore_optimiser
 from contrastive.config import dump_yaml, load
 from contrastive.data import Loader, Order
+from contrastive.encoder import follow
 from contrastive.finetune.classifier import create_optimiser, train_mode
 from contrastive.finetune.result import measure
 from contrastive.finetune.settings import FinetuneSettings
@@ -120,7 +121,7 @@ def train(
         model, rate=settings.rate, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
     )
     # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began.
-    average = ModelEmaV3(model, decay=settings.ema, use_warmup=True)
+    average = Average(model, decay=settings.ema, use_warmup=True)
     best = copied(average.module)
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which Accelerate does not pass on yet.
@@ -215,6 +216,14 @@ def train(
     average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
     return average.module, facts | {"step": step, "seconds": seconds()} | epochs
+
+
+class Average(ModelEmaV3):
+    """timm's moving average of a model's state, in which a tensor that several layers share moves once a step."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """One step towards the model."""
+        follow(self.module, model, 1 - decay)
 
 
 def folder_of(given: str, settings: FinetuneSettings) -> Path:

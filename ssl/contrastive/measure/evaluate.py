@@ -47,7 +47,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     Raises:
         ValueError: if the run cannot be read, or what is asked for takes labels or held-out images that are not there.
     """
-    start(None, "fp32")
+    start(None, "fp32", trains=False)
     teller, opened = Teller(quiet=quiet or distributed.rank() > 0), open_run(folder)
     recipe = opened.recipe
     assert recipe is not None
