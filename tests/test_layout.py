@@ -29,7 +29,8 @@ README = (ROOT / "README.md").read_text()
 LEVELS = [
     {"untrusted", "vocabulary"},
     {"config", "distributed", "keyed"},
-    {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder"},
+    {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder", "growing", "metrics_lines"},
+    {"folder_lock"},
     {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
     {"evaluate"},
     {"recipe"},

@@ -1,6 +1,9 @@
 import json
 import os
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +109,134 @@ def test_curves_are_written_without_a_thread_that_could_fail_later(tmp_path: Pat
     run.close()
 
 
-def test_lines_that_are_no_lines_of_metrics_are_dropped_on_resuming(tmp_path: Path) -> None:
+def test_lines_that_are_no_metrics_are_dropped_on_resuming_and_named(tmp_path: Path) -> None:
     lines = [
-        '{"step": 1, "loss": 1.0}',
-        "[1]",
-        '{"step": [2]}',
-        "[" * 100_000,
-        '{"loss": 3}',
-        '{"step": 2, "loss": 2.0}',
+        b'{"step": 1, "loss": 1.0}',
+        b"[1]",
+        b'{"step": [2]}',
+        b"[" * 100_000,
+        b'{"loss": 3}',
+        b"\xff\xfe not UTF-8",
+        b"\0" * 4096,
+        b'{"step": true}',
+        b'{"step": NaN}',
+        b"{" + b" " * (5 << 20) + b"}",
+        b'{"step": 2, "loss": 2.0}',
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
-    Run(tmp_path, step=2).close()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "lo']))
+    told: list[str] = []
+    Run(tmp_path, step=2, warn=told.append).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert told == [f"{tmp_path}/metrics.jsonl: lines 2, 3, 4, 5, 6 and 4 more held no metrics and were removed"]
+
+
+def test_a_last_line_that_was_cut_off_is_dropped_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
+    Run(tmp_path, step=2).close()
+    (tmp_path / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes() + b'{"step": 3\0\0')
+    Run(tmp_path, step=3).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_metrics_that_are_no_file_are_named_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.mkdir() if kind == "folder" else os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"metrics.jsonl is a {kind} and no file"):
+        Run(tmp_path, step=2)
+
+
+def test_metrics_that_are_gone_on_resuming_are_told_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing: the metrics up to step 2 are lost"):
+        Run(tmp_path, step=2).close()
+
+
+@pytest.mark.parametrize("back", [3600 * 24 * 365 * 40, 3600, 1e-9, 0.0])
+def test_a_clock_that_was_set_back_mixes_no_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: float
+) -> None:
+    first = Run(tmp_path)
+    for step in (1, 2, 3, 4):
+        first.log(step, {"loss": float(step)})
+    first.close()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - int(back * 1e9))
+    monkeypatch.setattr(time, "time", lambda: time.time_ns() / 1e9)
+    for begun in (2, 3):
+        run = Run(tmp_path, step=begun)
+        for step in range(begun + 1, 5):
+            run.log(step, {"loss": 10.0 * begun})
+        run.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = events.Scalars("loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 2.0), (3, 20.0), (4, 30.0)]
+    walls = [point.wall_time for point in points]
+    assert walls == sorted(walls)
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def without_metrics(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+
+
+def without_curves(folder: Path) -> None:
+    shutil.rmtree(folder / "tensorboard")
+
+
+def replaced(folder: Path) -> None:
+    (folder / "other").write_text("other\n")
+    (folder / "other").rename(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("meddle", [moved, removed, without_metrics, without_curves, replaced])
+def test_what_another_program_takes_from_a_live_run_is_told_of_and_written_again(
+    tmp_path: Path, meddle: Callable[[Path], None]
+) -> None:
+    folder, told, locked = tmp_path / "run", list[str](), list[int]()
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    run = Run(folder, warn=told.append, lock_again=lambda: locked.append(1))
+    run.picture("views", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    for step in (1, 2, 3, 4):
+        run.log(step, {"loss": float(step)})
+        if step == 2:
+            assert not told
+            meddle(folder)
+        if step == 3:
+            assert any("by another program" in text for text in told)
+            seen = len(told)
+    run.sync()
+    assert len(told) == seen
+    assert bool(locked) == (meddle in (moved, removed))
+    (folder / "backbone").mkdir()
+    run.finish(folder / "backbone")
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4]
+    assert curve(folder) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    assert (folder / "config.yaml").read_text() == "seed: 0\n"
+    names = {"backbone", "config.yaml", "done", "metrics.jsonl", "tensorboard", "views.png"}
+    assert {entry.name for entry in folder.iterdir()} == names
+
+
+def test_a_run_of_which_a_part_is_missing_at_its_end_is_not_called_finished(tmp_path: Path) -> None:
+    told: list[str] = []
+    run = Run(tmp_path, warn=told.append)
+    (tmp_path / "backbone").mkdir()
+    for step in (1, 2):
+        run.log(step, {"loss": 1.0})
+    os.truncate(tmp_path / "metrics.jsonl", 5)
+    run.log(3, {"loss": 1.0})
+    assert told == [f"45 bytes of {tmp_path}/metrics.jsonl were cut off by another program"]
+    with pytest.raises(OSError, match=r"metrics\.jsonl lacks 45 bytes; .*step-1 is missing; done is not written"):
+        run.finish(tmp_path / "backbone", [tmp_path / "step-1"])
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_picture_is_a_file_and_an_event(tmp_path: Path) -> None:

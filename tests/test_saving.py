@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, reading, room_needed, writing
+from contrastive.checkpoints import (
+    Checkpoint,
+    Saver,
+    check_finite,
+    newest_checkpoint,
+    reading,
+    room_needed,
+    way_on,
+    writing,
+)
 from contrastive.checkpoints.checkpoint import OVERHEAD
 from contrastive.checkpoints.manifest import read_manifest
 
@@ -261,11 +270,32 @@ def test_a_reader_to_whom_a_run_beside_it_leaves_nothing_looks_again(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: float) -> None:
     sound = {"encoder.weight": torch.ones(3, 3), "encoder.count": torch.tensor(2), "encoder.empty": torch.ones(0)}
-    check_finite(sound, 5)
-    with pytest.raises(ValueError, match=r"after step 5 the weights are no longer finite \(encoder\.norm\)"):
-        check_finite({**sound, "encoder.norm": torch.tensor([1.0, bad])}, 5)
+    check_finite(sound, 5, tmp_path)
+    broken = {**sound, "encoder.norm": torch.tensor([1.0, bad])}
+    with pytest.raises(ValueError, match=r"after step 5 the weights are no longer finite \(encoder\.norm\).*no checkp"):
+        check_finite(broken, 5, tmp_path)
+    saved(Saver(tmp_path), checkpoint(3))
+    with pytest.raises(ValueError, match=r"the newest checkpoint, step-000000003, is sound.*resume=true"):
+        check_finite(broken, 5, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_called_sound(tmp_path: Path) -> None:
+    saved(Saver(tmp_path), checkpoint(3), checkpoint(4))
+    (tmp_path / names(4)[0] / "manifest.json").write_text("{")
+    assert "step-000000003, is sound" in way_on(tmp_path)
+    (tmp_path / names(3)[0] / "manifest.json").unlink()
+    assert "no checkpoint" in way_on(tmp_path)
+
+
+def test_checkpoints_that_another_program_removes_are_warned_of_and_the_next_one_is_written(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "run" / "checkpoints")
+    saved(saver, checkpoint(1))
+    shutil.rmtree(tmp_path / "run")
+    assert saver.room_warning(checkpoint(2)) is None
+    saved(saver, checkpoint(2))
+    assert there(saver.place) == names(2)
 
 
 def test_the_manifest_says_what_the_checkpoint_is_of(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from contrastive.data import Loader
 from contrastive.launch import Stop, start
 from contrastive.pretrain import open_run, state_of, train
 from contrastive.progress import Teller, duration
-from contrastive.ready import Ready, describe, folder_of, make_ready
+from contrastive.ready import Ready, describe, finished, folder_of, make_ready
 from contrastive.recipe import Recipe
-from contrastive.run import CHECKPOINTS, DONE, prepare, read_metrics
+from contrastive.run import CHECKPOINTS, prepare, read_metrics
 from contrastive.step import compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD
@@ -49,8 +49,7 @@ def check(recipe: Recipe) -> None:
     teller, folder = Teller(quiet=not accelerator.is_main_process), folder_of(recipe)
     with _untouched(folder):
         prepare(folder, resume=recipe.resume)
-        if (folder / DONE).exists():
-            teller.say(f"{folder} is finished: nothing is left to do")
+        if finished(recipe, folder, teller, record=False):
             return
         ready = make_ready(recipe, accelerator, folder, teller)
         describe(ready, teller)
@@ -67,7 +66,7 @@ def check(recipe: Recipe) -> None:
 
 def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
     """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
-    split, order, machine, found = ready
+    split, order, machine, found, _ = ready
     settings, first = machine.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
     compile_encoder(machine, split.train, order, begun)
@@ -162,7 +161,7 @@ def memory() -> tuple[int, int]:
 
 def _seconds_of_a_step(ready: Ready, step: int) -> float:
     """The median of some more steps, with the wait for their images; the same on all processes."""
-    split, order, machine, _ = ready
+    split, order, machine, _, _ = ready
     device, rank, size = machine.accelerator.device, distributed.rank(), distributed.size()
     workers = machine.recipe.train.workers
     taken: list[float] = []

@@ -17,8 +17,7 @@ class Clock:
     """The budget of a run: what has been spent, in seconds of training, and how much that is of the whole."""
 
     def __init__(self, recipe: Recipe, order: Order, spent: float) -> None:
-        self._minutes = recipe.train.minutes
-        self._steps = max(1, round(recipe.train.epochs * order.steps_per_epoch))
+        self._budget = recipe.train
         self.steps_per_epoch = order.steps_per_epoch
         self.images = order.images
         self._began = time.monotonic() - spent
@@ -29,7 +28,8 @@ class Clock:
 
     def progress(self, step: int | float) -> float:
         """How much is done, in [0, 1]: by the clock if the budget is in minutes, else by steps."""
-        return min(1.0, self.seconds() / (60 * self._minutes) if self._minutes else step / self._steps)
+        seconds = self.seconds() if self._budget.minutes else 0.0
+        return self._budget.progress(step, seconds, self.steps_per_epoch)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

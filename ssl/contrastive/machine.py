@@ -1,6 +1,7 @@
 """The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.data import ClassOrder, Images, Order
+from contrastive.data.images import fingerprint
 from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
 from contrastive.objectives import ObjectiveModule, Population
@@ -36,6 +38,8 @@ class Machine(NamedTuple):
     """What the objective gets as the id of each image (int64, [images]), where that is not its index."""
     shuffled: bool
     """Whether the twin's samples are exchanged between the processes, for the sake of its batch norms."""
+    sources: Mapping[str, str] = {}
+    """Fingerprints of what is read beside the images to learn from, by name: values, held_out."""
 
 
 def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
@@ -74,7 +78,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
         forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
     if names is not None:
         names = names.to(accelerator.device)
-    return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled)
+    sources = {} if values is None else {"values": fingerprint([values.numpy()])}
+    return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled, sources)
 
 
 def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:

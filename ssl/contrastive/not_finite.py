@@ -12,7 +12,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from contrastive import distributed
+from contrastive.checkpoints import way_on, write_whole
 from contrastive.machine import Machine
+from contrastive.run import CHECKPOINTS
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
@@ -97,8 +99,8 @@ def tell(
     said, report = in_words(found), write_report(folder, found, in_a_row, names)
     seen = f"see {report}, which names the images" if report else "the report could not be written"
     raise ValueError(
-        f"{in_a_row} steps in a row were skipped, up to step {found.step + 1:,}: {said} not finite; {seen}; the newest "
-        "checkpoint is sound: resume it, or start anew with a lower optim.rate or train.precision=fp32"
+        f"{in_a_row} steps in a row were skipped, up to step {found.step + 1:,}: {said} not finite; {seen}; "
+        f"{way_on(folder / CHECKPOINTS)} with a lower optim.rate or train.precision=fp32"
     )
 
 
@@ -145,7 +147,7 @@ def write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[st
     written = False
     if distributed.rank() == 0:
         with suppress(OSError):
-            (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n")
+            write_whole(folder / REPORT, [json.dumps(content, indent=1).encode(), b"\n"])
             written = True
     return folder / REPORT if distributed.any_rank(written) else None
 

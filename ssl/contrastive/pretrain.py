@@ -1,37 +1,46 @@
 """The loop: images → views → embeddings → objective → gradient → record. It does not know which method it runs."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from timm.utils import distribute_bn
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, Saver, check_finite, optimiser_shards
+from contrastive.checkpoints import (
+    Checkpoint,
+    Saver,
+    check_finite,
+    folder_name,
+    optimiser_shards,
+    sync,
+    together,
+    write_whole,
+)
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
 from contrastive.data import Images, Loader, Order, listed, newly_unreadable
 from contrastive.evaluate.features import Stopped, extract
 from contrastive.evaluate.knn import monitor_knn
+from contrastive.folder_lock import folder_lock
 from contrastive.health import Watch, figures, glimpse, similarities
 from contrastive.launch import Stop, start
 from contrastive.machine import Machine
 from contrastive.not_finite import Skipped, tell
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller, duration
-from contrastive.ready import Ready, describe, folder_of, make_ready
+from contrastive.ready import Ready, describe, finished, folder_of, make_ready, note
 from contrastive.recipe import Recipe
-from contrastive.run import CHECKPOINTS, CONFIG, DONE, Run, prepare
+from contrastive.run import CHECKPOINTS, CONFIG, DONE, UNREADABLE, VIEWS, Run, check_content, prepare
 from contrastive.step import Taken, compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
 LINES_PER_HISTOGRAM = 10
-UNREADABLE = "unreadable.txt"
 
 
 def pretrain(recipe: Recipe, *, header: str = "") -> Path:
@@ -44,15 +53,29 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     teller = Teller(quiet=not accelerator.is_main_process)
     folder = folder_of(recipe)
     prepare(folder, resume=recipe.resume)
-    if (folder / DONE).exists():
-        teller.say(f"{folder} is finished: nothing is left to do")
-        return folder
+    if not finished(recipe, folder, teller):
+        with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), teller.warn) as lock_again:
+            _run(recipe, accelerator, folder, teller, header, lock_again)
+    return folder
 
-    split, order, machine, found = ready = make_ready(recipe, accelerator, folder, teller)
+
+def _run(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: Path,
+    teller: Teller,
+    header: str,
+    lock_again: Callable[[], None],
+) -> None:
+    """A run from what is read before the first step to `done`, in a folder that no other program writes to."""
+    split, order, machine, found, _ = ready = make_ready(recipe, accelerator, folder, teller)
     compile_encoder(machine, split.train, order, found.step if found else 0)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
-    run = open_run(ready, folder, teller, header) if accelerator.is_main_process else None
+    run = None
+    with together():
+        if accelerator.is_main_process:
+            run = open_run(ready, folder, teller, header, lock_again)
     describe(ready, teller)
     saver = Saver(folder / CHECKPOINTS, keep=recipe.train.keep, keep_best=recipe.train.keep_best)
 
@@ -66,19 +89,18 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
         if run is not None:
             run.close()
         raise
-    if run is not None and stop.signal is None:
-        place, size = folder / "backbone", machine.views.window.size
-        export(machine.encoder.backbone, place, channels=split.train.channels, size=size, mean=MEAN, std=STD)
-        run.finish(place)
-        teller.say(f"finished: the backbone is in {place}")
-    elif run is not None:
-        run.close()
-        teller.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
-    distributed.barrier()
+    place, size = folder / "backbone", machine.views.window.size
+    with together():
+        if run is not None and stop.signal is None:
+            export(machine.encoder.backbone, place, channels=split.train.channels, size=size, mean=MEAN, std=STD)
+            run.finish(place, [folder / CHECKPOINTS / folder_name(step)])
+            teller.say(f"finished: the backbone is in {place}")
+        elif run is not None:
+            run.close()
+            teller.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
     accelerator.end_training()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
-    return folder
 
 
 def train(
@@ -100,6 +122,7 @@ def train(
     record, saved, progress = Record(clock, step, facts), clock.seconds(), clock.progress(step)
     measured = max(int(progress * settings.monitor) - record.cut_off, 0)
     watch = Watch(min(settings.batch_size, machine.encoder.dim))
+    now = recipe.model_dump(mode="json")
     monitored = images.labels is not None and int((images.labels >= 0).sum()) >= MIN_MONITOR_IMAGES
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.size(), workers=settings.workers, start=step
@@ -127,7 +150,9 @@ def train(
             if step == begun + 1 and (lacking := saver.room_warning(state_of(machine, images, step, {}))):
                 teller.warn(lacking)
             late = not saver.under_way and clock.seconds() - saved > 60 * settings.save_minutes
-            if late or best:
+            # An extended run is saved at once: from here on its checkpoints say what it goes on with.
+            extended = step == begun and "recipe" in facts and _budget(facts["recipe"]) != _budget(now)
+            if late or best or extended:
                 with clock.paused():
                     save(saver, machine, images, run, step, record.facts() | {"score": score})
                 saved = clock.seconds()
@@ -168,11 +193,10 @@ def save(saver: Saver, machine: Machine, images: Images, run: Run | None, step: 
     weights = {f"objective.{name}": parameter.detach() for name, parameter in machine.objective.named_parameters()}
     for part in checkpoint.parts.keys() - {"objective"}:  # of its buffers, one that is not known yet may be NaN
         weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
-    check_finite(weights, step)
+    check_finite(weights, step, saver.place)
     found = newly_unreadable(images)
     if found and run is not None:
-        with suppress(OSError), (run.folder / UNREADABLE).open("a") as listing:  # each was warned of
-            listing.write(listed(found))
+        run.unreadable(listed(found))
     saver.begin(checkpoint, before=run.sync if run is not None else None)
 
 
@@ -186,7 +210,7 @@ def state_of(machine: Machine, images: Images, step: int, known: Mapping[str, An
     sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(machine.optimiser, sharded)
-    facts = {**known, "images": images.fingerprint, "channels": images.channels}
+    facts = {**known, "images": images.fingerprint, "channels": images.channels, "sources": dict(machine.sources)}
     facts["recipe"] = machine.recipe.model_dump(mode="json")
     if machine.accelerator.scaler is not None:
         facts["scaler"] = machine.accelerator.scaler.state_dict()
@@ -225,17 +249,29 @@ def _monitor(machine: Machine, images: Images, stop: Stop) -> float | None:
     return monitor_knn(features, images.labels[chosen], seed=machine.recipe.seed)
 
 
-def open_run(ready: Ready, folder: Path, teller: Teller, header: str = "") -> Run:
+def _budget(recipe: Mapping[str, Any]) -> list[Any]:
+    return [recipe["train"][key] for key in ("epochs", "minutes")]
+
+
+def open_run(
+    ready: Ready, folder: Path, teller: Teller, header: str = "", lock_again: Callable[[], None] = lambda: None
+) -> Run:
     """The folder with its configuration, the list of what could not be read, and the picture of the views."""
-    split, _, machine, found = ready
+    split, _, machine, found, _ = ready
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG).exists():
-        (folder / CONFIG).write_text(header + dump_yaml(machine.recipe))
+    if (folder / DONE).exists():
+        # A finished run that is extended: from here on it is not finished, whenever a cut comes.
+        (folder / DONE).unlink()
+        sync(folder)
+    if (folder / CONFIG).exists():
+        note(machine.recipe, folder, found, teller)
+    else:
+        write_whole(folder / CONFIG, [(header + dump_yaml(machine.recipe)).encode()])
     if split.unreadable:
         listing = folder / UNREADABLE
         listing.write_text(listed(split.unreadable))
         teller.warn(f"{len(split.unreadable)} files could not be read and were left out: {listing}")
-    run = Run(folder, step=found.step if found else 0, warn=teller.warn)
+    run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
     if found is not None:
         teller.say(f"resumed at step {found.step:,}")
         return run
@@ -244,5 +280,5 @@ def open_run(ready: Ready, folder: Path, teller: Teller, header: str = "") -> Ru
     if shown:
         ids = torch.linspace(0, len(split.train) - 1, shown).long()
         device = machine.accelerator.device
-        run.picture("views", machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
+        run.picture(VIEWS, machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
     return run

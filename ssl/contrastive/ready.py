@@ -7,12 +7,30 @@ import torch
 from accelerate import Accelerator
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, restore_optimiser
+from contrastive.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
+from contrastive.config import load
 from contrastive.data import ClassOrder, Order, Split, leave_out
+from contrastive.folder_lock import folder_lock
 from contrastive.machine import Machine, batches, build, cautions
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
-from contrastive.resume import check_lengths, resumable
+from contrastive.resume import (
+    EXTEND,
+    FREE,
+    LOCATIONS,
+    OF_A_START,
+    SCHEDULE,
+    check_images,
+    check_lengths,
+    check_schedule,
+    check_settings,
+    check_sources,
+    differences,
+    moved,
+    record_settings,
+    resumable,
+)
+from contrastive.run import CHECKPOINTS, CONFIG, DONE
 from contrastive.scale import in_words, scale
 from contrastive.untrusted.files import shown
 
@@ -25,6 +43,64 @@ class Ready(NamedTuple):
     machine: Machine
     found: Checkpoint | None
     """What it goes on from, in the machine already."""
+    extended: str | None = None
+    """What to say of a schedule that is not the one it was begun with."""
+
+
+def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = True) -> bool:
+    """Whether a run is finished and nothing is left to do, which is said then; collective.
+
+    Args:
+        recipe: what it is asked to go on with.
+        folder: the run folder.
+        teller: says it.
+        record: whether settings that are free to change, such as the path of the same images, are written down.
+
+    Raises:
+        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
+            only where it is not to be extended.
+    """
+    done = (folder / DONE).exists() and (folder / CONFIG).exists()
+    if not distributed.from_first_rank(float(done)):
+        return False
+    before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
+    # What the views leave open follows from the images.
+    now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
+    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
+    changed = differences(before, now, OF_A_START)
+    if SCHEDULE & changed.keys():
+        if not recipe.extend:
+            check_settings(before, now, FREE | LOCATIONS, EXTEND)
+        return False
+    # Of a finished run only the facts are looked at.
+    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    if found is not None:
+        try:
+            split = read_images(recipe, teller)
+        except (ValueError, OSError) as problem:
+            if LOCATIONS & changed.keys():
+                raise
+            teller.warn(f"the images cannot be compared with those of the run: {problem}")
+        else:
+            check_images(found, split.train)
+    if changed and record:
+        with folder_lock(folder, lambda: None, teller.warn):
+            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, teller)
+    teller.say(f"{folder} is finished: nothing is left to do")
+    return True
+
+
+def note(recipe: Recipe, folder: Path, found: Checkpoint | None, teller: Teller) -> None:
+    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
+    if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
+        teller.say(f"changed    {changed}; {folder / CONFIG} says so")
+
+
+def read_images(recipe: Recipe, teller: Teller) -> Split:
+    """The images of a recipe, without the classes that are left out."""
+    with teller.bar():
+        split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
+    return split._replace(train=leave_out(split.train, recipe.unseen))
 
 
 def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: Teller) -> Ready:
@@ -33,23 +109,26 @@ def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: T
     Raises:
         ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
     """
-    with teller.bar():
-        split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
-    split = split._replace(train=leave_out(split.train, recipe.unseen))
+    split = read_images(recipe, teller)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
     begun_on = found.facts["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
     machine = build(recipe, accelerator, split.train)
+    if split.test is not None:
+        machine = machine._replace(sources={**machine.sources, "held_out": split.test.fingerprint})
     if found is not None:
+        for warning in check_sources(found, recipe, machine.sources):
+            teller.warn(warning)
         _restore(machine, found)
-    return Ready(split, order, machine, found)
+    return Ready(split, order, machine, found, extended)
 
 
 def describe(ready: Ready, teller: Teller) -> None:
     """Says what will run, so that a mistake is seen before hours have gone by."""
-    split, order, machine, _ = ready
+    split, order, machine, _, extended = ready
     recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
     processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
@@ -79,6 +158,8 @@ def describe(ready: Ready, teller: Teller) -> None:
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
     )
+    if extended:
+        teller.say(extended)
     teller.say(f"run        {folder_of(recipe).resolve()}")
     for caution in cautions(machine):
         teller.warn(caution)

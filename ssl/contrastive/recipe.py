@@ -90,6 +90,14 @@ class TrainSettings(Settings):
     preview: int = Field(8, ge=0)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """The steps of a run whose budget is in epochs."""
+        return max(1, round(self.epochs * steps_per_epoch))
+
+    def progress(self, step: int | float, seconds: float, steps_per_epoch: int) -> float:
+        """The share of the budget that is spent, in [0, 1]: of the minutes, if it is in minutes, else of the steps."""
+        return min(1.0, seconds / (60 * self.minutes) if self.minutes else step / self.steps(steps_per_epoch))
+
 
 class Recipe(Settings):
     """One run, from images to backbone."""
@@ -107,6 +115,9 @@ class Recipe(Settings):
     """Let a run go on with another number of processes than its checkpoint was written by: from the same sample and
     with the same global batch, but not bit for bit. The rows of a bank or queue are shared out anew; a queue with
     per_process=true, whose length would change, is refused."""
+    extend: bool = False
+    """With resume=true, go on with another train.epochs or train.minutes than the run was begun with, if it is finished
+    too: from there on the schedule is that of the new budget."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Weights, order, views and noise all follow from it."""
     data: Data = Sample()
@@ -126,6 +137,12 @@ class Recipe(Settings):
     """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _extended_is_resumed(self) -> "Recipe":
+        if self.extend and not self.resume:
+            raise ValueError("extend=true goes on with a run that was begun: add resume=true, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _positives_of_the_same_label(self) -> "Recipe":

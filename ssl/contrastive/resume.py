@@ -1,24 +1,34 @@
-"""Whether a run may go on from its folder: the same settings, the same images."""
+"""Whether a run may go on from its folder: the same settings, the same images; and what is written of a change."""
 
 import json
+import os
+import time
 from collections.abc import Collection, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, newest_checkpoint
-from contrastive.config import load
+from contrastive.checkpoints import Checkpoint, newest_checkpoint, write_whole
+from contrastive.config import dump_yaml, load, validate
 from contrastive.data import Images
+from contrastive.optim import cosine
 from contrastive.progress import Teller
-from contrastive.recipe import Recipe
+from contrastive.recipe import Recipe, TrainSettings
 from contrastive.run import CHECKPOINTS, CONFIG
+from contrastive.untrusted.files import MEBIBYTE, read_text
 
 FREE_IN_TRAINING = (
-    *("epochs", "minutes", "workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best"),
-    *("keep_views", "preview"),
+    *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
 )
-FREE = {"output", "resume", "elastic", *(f"train.{key}" for key in FREE_IN_TRAINING)}
+OF_A_START = {"resume", "elastic", "extend"}
+"""Settings that are about one start and not about the run."""
+FREE = {"output", "data.max_bad", *OF_A_START, *(f"train.{key}" for key in FREE_IN_TRAINING)}
 """Settings that may change when a run goes on."""
+SCHEDULE = {"train.epochs", "train.minutes"}
+"""Settings that may change where extend=true asks for it: every rate depends on them."""
+LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
+"""Settings that may change as long as what lies there is the same."""
 
 
 def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, teller: Teller) -> Checkpoint | None:
@@ -36,19 +46,46 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, tell
         teller.warn(line)
     now = recipe.model_dump(mode="json")
     if (folder / CONFIG).exists():
-        check_settings(load(Recipe, folder / CONFIG).model_dump(mode="json"), now, FREE)
+        before = load(Recipe, folder / CONFIG).model_dump(mode="json")
+        check_settings(before, now, FREE | SCHEDULE | moved(before, now))
+        if found is None and not recipe.extend:
+            check_settings(before, now, FREE | LOCATIONS, EXTEND)
     if found is None:
         return None
     facts = check_facts(found, {"seconds": float, "images": str, "recipe": dict})
     # The file may have been edited, or belong to another run.
-    check_settings(facts["recipe"], now, FREE)
-    if facts["images"] != images.fingerprint:
+    check_settings(facts["recipe"], now, FREE | SCHEDULE | moved(facts["recipe"], now))
+    check_images(found, images)
+    check_processes(found, processes, elastic=recipe.elastic, teller=teller)
+    return found
+
+
+def check_images(found: Checkpoint, images: Images) -> None:
+    """Refuses other images than those of a checkpoint."""
+    if check_facts(found, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files were added, removed or changed), so that "
             "ids would mean other images; start another run with output=…"
         )
-    check_processes(found, processes, elastic=recipe.elastic, teller=teller)
-    return found
+
+
+def check_sources(found: Checkpoint, recipe: Recipe, sources: Mapping[str, str]) -> list[str]:
+    """What to warn of where something was read beside the images that is not what it was.
+
+    Raises:
+        ValueError: if these are the values that the objective compares with.
+    """
+    before, now = found.facts.get("sources", {}), recipe.model_dump(mode="json")
+    changed = differences(found.facts["recipe"], now, FREE | SCHEDULE)
+    if before.get("values", sources.get("values")) != sources.get("values") or (
+        "values" in changed and "values" not in before
+    ):
+        raise ValueError(
+            f"values={recipe.values} holds other numbers than the run was begun with; start another with output=…"
+        )
+    if before.get("held_out", sources.get("held_out")) != sources.get("held_out"):
+        return ["the held-out images are not those that the run was begun with: scores are not comparable"]
+    return []
 
 
 def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller: Teller) -> None:
@@ -109,22 +146,95 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
             )
 
 
-def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> None:
+def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> str | None:
+    """What to say of a schedule that is not the one of the checkpoint; None where it is.
+
+    A run whose schedule had come to its end, but that is not marked as finished, is extended without being asked to.
+
+    Raises:
+        ValueError: naming the difference, unless extend=true asks for it; if nothing is left to do in the new budget.
+    """
+    before, now = found.facts["recipe"], recipe.model_dump(mode="json")
+    changed = differences(before, now, FREE | LOCATIONS)
+    if not SCHEDULE & changed.keys():
+        return None
+    old, new = validate(TrainSettings, before["train"]), recipe.train
+    step, seconds = found.step, found.facts["seconds"]
+    if not recipe.extend and old.progress(step, seconds, steps_per_epoch) < 1:
+        check_settings(before, now, FREE | LOCATIONS, EXTEND)
+    if new.progress(step, seconds, steps_per_epoch) >= 1:
+        had = f"{seconds / 60:.3g} minutes" if new.minutes else f"{step / steps_per_epoch:.3g} epochs"
+        raise ValueError(f"{_in_words(changed)}, but the run has had {had} already; name more, or leave it out")
+    peak, warmup = recipe.optim.peak_rate(new.batch_size), recipe.optim.warmup
+    rates = [peak * cosine(one.progress(step + 0.5, seconds, steps_per_epoch), warmup) for one in (old, new)]
+    whole = f"{new.minutes:g} minutes" if new.minutes else f"{new.steps(steps_per_epoch):,}"
+    return (
+        f"extended: {_in_words(changed)}; step {step + 1:,} of {whole} has a rate of {rates[1]:.3g}, not {rates[0]:.3g}"
+    )
+
+
+def record_settings(folder: Path, recipe: Recipe, step: int) -> str | None:
+    """Writes into config.yaml what a run goes on with, and as a comment what has changed; the change, if there is one.
+
+    Args:
+        folder: the run folder.
+        recipe: what it goes on with.
+        step: from where on.
+    """
+    file = folder / CONFIG
+    before = load(Recipe, file)
+    changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"), OF_A_START)
+    if not changed:
+        return None
+    lines = list(takewhile(lambda line: line.startswith("#"), read_text(file, MEBIBYTE).splitlines()))
+    lines.append(f"# from step {step:,} on ({time.strftime('%Y-%m-%d')}): {_in_words(changed)}")
+    kept = recipe.model_copy(update={"resume": before.resume, "elastic": before.elastic, "extend": False})
+    write_whole(file, ["\n".join([*lines, dump_yaml(kept)]).encode()])
+    return _in_words(changed)
+
+
+EXTEND = "add extend=true to go on with the new schedule, or start another with output=…"
+
+
+def check_settings(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Collection[str],
+    way_out: str = "start another with output=…",
+) -> None:
     """Refuses to go on with other settings than a run was begun with.
 
     Args:
         before: those of the run, as JSON values (`Settings.model_dump(mode="json")`).
         now: those of the resumption, likewise.
         free: the dotted keys that do not change what is learned.
+        way_out: what to do instead.
 
     Raises:
         ValueError: naming each difference.
     """
+    if changed := differences(before, now, free):
+        raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that are not equal, by their dotted keys, as they were and as they are; without those in `free`."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
-    if keys:
-        differences = "; ".join(f"{key} was {_as_given(old.get(key))} and is {_as_given(new.get(key))}" for key in keys)
-        raise ValueError(f"a run goes on as it was begun, but {differences}; start another with output=…")
+    return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The keys of `LOCATIONS` under which there is a location in both trees, so that its content tells."""
+    sources = [tree.get("values") for tree in (before, now)]
+    files = all(isinstance(source, str) and os.path.isabs(source) for source in sources)
+    return LOCATIONS if files else LOCATIONS - {"values"}
+
+
+def _in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} was {_as_given(old)} and is {_as_given(new)}" for key, (old, new) in changed.items())
 
 
 def _as_given(value: Any) -> str:

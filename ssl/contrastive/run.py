@@ -3,12 +3,12 @@
 import json
 import math
 import os
+import re
 import secrets
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,23 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from contrastive import distributed
-from contrastive.checkpoints import sync, together
+from contrastive.checkpoints import sync, together, write_whole
+from contrastive.folder_lock import LOCK
+from contrastive.growing import Growing
+from contrastive.metrics_lines import in_words, kept_lines, was
+from contrastive.untrusted.files import shown
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
 """What a fine-tuned run has in place of a backbone."""
+UNREADABLE = "unreadable.txt"
+VIEWS = "views"
 HISTOGRAM_BINS = 100
-MOST_KEPT = 1 << 26
-"""Bytes that are kept in memory where a disk is full: days of metrics."""
+START = ".start-"
+SMALL = (CONFIG, UNREADABLE, f"{VIEWS}.png")
+"""Files that are written again where another program removes them during the run."""
+EVENTS = "events.out.tfevents.*"
+STARTED = re.compile(r"events\.out\.tfevents\.(\d{1,10})\.(?:(\d{9})\.)?")
 
 
 class Run:
@@ -37,7 +46,14 @@ class Run:
     A disk that is full never ends a run: what cannot be written is kept, told of once, and written when there is room.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, warn: Callable[[str], object] = warnings.warn) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int = 0,
+        warn: Callable[[str], object] = warnings.warn,
+        lock_again: Callable[[], object] = lambda: None,
+    ) -> None:
         """Opens the folder to write on from a step.
 
         What a run that was cut off has written of later steps is dropped: its lines of metrics and, by an event that
@@ -47,27 +63,40 @@ class Run:
             folder: the run folder.
             step: that of the checkpoint that is gone on from; 0: the run begins.
             warn: hears that something cannot be written.
+            lock_again: called once the folder had to be made anew, as another program has removed it.
         """
         self.folder = folder
-        self._warn = warn
+        self._warn, self._lock_again = warn, lock_again
         metrics, events = folder / METRICS, folder / "tensorboard"
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-            _write_whole(metrics, "".join(kept))
+        for name in (CONFIG, METRICS, DONE):
+            for left in folder.glob(f".{name}.*.partial"):
+                left.unlink()
+        if metrics.exists() or metrics.is_symlink():
+            rubbish: list[int] = []
+            write_whole(metrics, kept_lines(metrics, step, rubbish))
+            if rubbish:
+                warn(f"{shown(metrics)}: {in_words(rubbish)} held no metrics and {was(rubbish)} removed")
+        elif step:
+            warn(f"{shown(metrics)} is missing: the metrics up to step {step:,} are lost")
         if not step:
             # Of an attempt that was cut off before its first checkpoint, which begins anew.
-            for file in events.glob("events.out.tfevents.*"):
+            for file in events.glob(EVENTS):
                 file.unlink()
         events.mkdir(parents=True, exist_ok=True)
-        self._metrics = _Growing(metrics)
-        # They are read in the order of their names, and a run may be cut off and resumed within one second.
+        self._metrics = Growing(metrics)
+        self._earlier = sorted(events.glob(EVENTS))
+        # TensorBoard reads files in the order of their names; a run may be cut off and resumed within one second, and
+        # the clock may have been set back meanwhile.
         now = time.time_ns()
-        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._events = _Growing(events / name)
+        begins = max(now, *(_latest(file) + 1 for file in self._earlier), 0)
+        self._ahead, self._wall = (begins - now) / 1e9, 0.0
+        name = f"events.out.tfevents.{begins // 10**9:010d}.{begins % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._events = Growing(events / name)
         self._records = RecordWriter(self._events)
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._small = {name: (folder / name).read_bytes() for name in SMALL if (folder / name).is_file()}
+        self._add(Event(file_version="brain.Event:2"))
         if step:
-            self._add(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and one point to each TensorBoard curve; NaN is written as null."""
@@ -75,6 +104,7 @@ class Run:
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._metrics.write((json.dumps({"step": step, **line}) + "\n").encode())
         self._save_what_can_be(self._metrics)
+        self._restore()
         for key, value in values.items():
             self._show(summary.scalar(key, value), step)
 
@@ -87,6 +117,8 @@ class Run:
         file = self.folder / f"{name}.png"
         try:
             Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file)
+            if file.name in SMALL:
+                self._small[file.name] = file.read_bytes()
         except OSError as problem:
             self._warn(f"{file} could not be written: {problem}")
         self._show(summary.image(name, picture, dataformats="CHW"), step)
@@ -106,83 +138,89 @@ class Run:
         Raises:
             OSError: if metrics cannot be written; after a resume they would be missing.
         """
-        self._metrics.sync()
+        if news := self._metrics.sync():
+            self._warn(news)
+        self._restore()
         self._save_what_can_be(self._events)
         with suppress(OSError):
             self._events.sync()
+
+    def unreadable(self, text: str) -> None:
+        """Adds lines to unreadable.txt; a disk that does not take them ends nothing, for each was warned of."""
+        whole = self._small.get(UNREADABLE, b"") + text.encode()
+        with suppress(OSError):
+            write_whole(self.folder / UNREADABLE, [whole])
+        self._small[UNREADABLE] = whole
 
     def close(self) -> None:
         """Closes the files; the run can still be resumed."""
         for file in (self._metrics, self._events):
             self._save_what_can_be(file)
-            lost = file.close()
-            if lost:
-                self._warn(f"{lost:,} bytes are missing at the end of {file.path}")
+            before = file.lost
+            file.close()
+            if file.lost > before:
+                self._warn(f"{file.lost - before:,} bytes are missing at the end of {file.path}")
 
-    def finish(self, exported: Path) -> None:
+    def finish(self, exported: Path, needed: Sequence[Path] = ()) -> None:
         """Closes the files and writes `done`, the last thing a run that is complete ever writes.
 
         What was exported is on the disk before it.
+
+        Args:
+            exported: the folder of what is published.
+            needed: what else must be there.
+
+        Raises:
+            OSError: if a file of the run is missing or incomplete, naming it; `done` is not written then.
         """
+        self._restore()
         self.close()
         for file in (*exported.iterdir(), exported):
             sync(file)
-        _write_whole(self.folder / DONE, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+        files = (self._metrics, self._events)
+        lacking = [f"{shown(file.path)} lacks {file.lost:,} bytes" for file in files if file.lost]
+        there = (*(file.path for file in files), *(self.folder / name for name in self._small), *needed)
+        lacking += [f"{shown(path)} is missing" for path in there if not path.exists()]
+        if lacking:
+            raise OSError(f"the run is at its end, but not complete: {'; '.join(lacking)}; {DONE} is not written")
+        write_whole(self.folder / DONE, [f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode()])
 
-    def _show(self, shown: Summary, step: int) -> None:
-        self._add(Event(wall_time=time.time(), step=step, summary=shown))
+    def _show(self, summary: Summary, step: int) -> None:
+        self._add(Event(step=step, summary=summary))
 
     def _add(self, event: Event) -> None:
+        self._wall = max(self._wall, time.time() + self._ahead)
+        event.wall_time = self._wall
         self._records.write(event.SerializeToString())
         self._save_what_can_be(self._events)
 
-    def _save_what_can_be(self, file: "_Growing") -> None:
+    def _save_what_can_be(self, file: Growing) -> None:
         """Writes what a file keeps; warns when that begins to fail."""
         before = file.failing
         try:
-            file.flush()
+            if news := file.flush():
+                self._warn(news)
         except OSError as problem:
             if not before:
                 self._warn(f"{file.path} cannot be written ({problem}): its lines are kept until they can be")
 
-
-class _Growing:
-    """A file that grows at its end, of which a full disk tears no line: what it does not take waits in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.failing = False
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
-        self._kept = bytearray()
-        # A checkpoint's thread syncs while the loop logs.
-        self._lock = threading.Lock()
-
-    def write(self, content: bytes) -> None:
-        """Keeps a whole line or record; beyond what memory is meant for, it is dropped."""
-        with self._lock:
-            if len(self._kept) < MOST_KEPT:
-                self._kept += content
-
-    def flush(self) -> None:
-        """Writes what is kept; raises OSError where the disk takes less, and keeps the rest."""
-        with self._lock:
-            self.failing = bool(self._kept)
-            while self._kept and self._descriptor >= 0:
-                del self._kept[: os.write(self._descriptor, self._kept)]
-            self.failing = bool(self._kept)
-
-    def sync(self) -> None:
-        """Returns once everything is on the disk; raises OSError where it cannot be."""
-        self.flush()
-        os.fsync(self._descriptor)
-
-    def close(self) -> int:
-        """Closes the file, if it is open; returns how many bytes it did not take."""
-        if self._descriptor < 0:
-            return 0
-        os.close(self._descriptor)
-        self._descriptor = -1
-        return len(self._kept)
+    def _restore(self) -> None:
+        """Writes small files again that another program has removed, and says so; what cannot be is tried again."""
+        gone = [name for name in self._small if not (self.folder / name).exists()]
+        with suppress(OSError):
+            for name in gone:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self.folder / name, [self._small[name]])
+                self._warn(f"{shown(self.folder / name)} was removed or renamed by another program: it is written anew")
+            if gone:
+                self._lock_again()
+        lost = [file for file in self._earlier if not file.exists()]
+        if lost:
+            self._warn(
+                f"{len(lost)} files of earlier curves in {shown(self.folder / 'tensorboard')} were removed by another "
+                f"program; {METRICS} has their numbers"
+            )
+            self._earlier = [file for file in self._earlier if file not in lost]
 
 
 def prepare(folder: Path, *, resume: bool) -> None:
@@ -195,15 +233,17 @@ def prepare(folder: Path, *, resume: bool) -> None:
             is not the same folder for all processes.
     """
     with together():
-        _check_content(folder, resume=resume)
+        check_content(folder, resume=resume)
     if distributed.size() > 1:
         _check_shared(folder)
 
 
-def _check_content(folder: Path, *, resume: bool) -> None:
+def check_content(folder: Path, *, resume: bool) -> None:
+    """Checks that a folder is none, empty, or with `resume` a run's; raises ValueError otherwise."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={folder} is a file; name a folder that does not exist yet")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # Hidden files of a start that came no further are nothing that could be lost.
+    if not folder.is_dir() or all(entry.name.startswith((LOCK, START)) for entry in folder.iterdir()):
         return
     state = "a finished run" if (folder / DONE).exists() else "a run" if (folder / CONFIG).exists() else "other files"
     if state == "other files":
@@ -215,12 +255,12 @@ def _check_content(folder: Path, *, resume: bool) -> None:
 def _check_shared(folder: Path) -> None:
     """Every process leaves a token of this start, and the first one must find all of them."""
     start = distributed.texts(secrets.token_hex(8))[0]
-    own = folder / f".start-{start}-{distributed.rank()}"
+    own = folder / f"{START}{start}-{distributed.rank()}"
     try:
         with together():
             folder.mkdir(parents=True, exist_ok=True)
             own.touch()
-        there = [(folder / f".start-{start}-{number}").exists() for number in range(distributed.size())]
+        there = [(folder / f"{START}{start}-{number}").exists() for number in range(distributed.size())]
         seen = json.loads(distributed.texts(json.dumps(there))[0])
     finally:
         own.unlink(missing_ok=True)
@@ -239,19 +279,11 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _step_of(line: str) -> float:
+def _latest(events: Path) -> int:
+    """Nanoseconds since 1970 by which a file of events had been begun and, as far as is known, written to."""
+    named = STARTED.match(events.name)
+    started = int(named[1]) * 10**9 + int(named[2] or 0) if named else 0
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf  # a line that was cut off in the middle
-
-
-def _write_whole(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.partial")
-    try:
-        aside.write_text(text)
-        sync(aside)
-        aside.replace(file)
+        return max(started, events.stat().st_mtime_ns)
     except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+        return started

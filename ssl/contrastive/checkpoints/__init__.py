@@ -8,20 +8,22 @@ so that a run goes on with any number of processes, with the same content, bit f
 
 from contrastive.checkpoints.checkpoint import (
     Checkpoint,
-    check_finite,
     optimiser_shards,
     restore_optimiser,
     room_needed,
     sync,
     together,
+    write_whole,
 )
-from contrastive.checkpoints.reading import newest_checkpoint
-from contrastive.checkpoints.saving import Saver, save_checkpoint
+from contrastive.checkpoints.manifest import folder_name
+from contrastive.checkpoints.reading import newest_checkpoint, way_on
+from contrastive.checkpoints.saving import Saver, check_finite, save_checkpoint
 
 __all__ = [
     "Checkpoint",
     "Saver",
     "check_finite",
+    "folder_name",
     "newest_checkpoint",
     "optimiser_shards",
     "restore_optimiser",
@@ -29,4 +31,6 @@ __all__ = [
     "save_checkpoint",
     "sync",
     "together",
+    "way_on",
+    "write_whole",
 ]

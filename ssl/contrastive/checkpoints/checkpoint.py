@@ -1,7 +1,8 @@
 """What a checkpoint holds, how much room it takes, and how processes agree on what went wrong with one."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,28 +138,6 @@ def room_needed(checkpoint: Checkpoint, *, keep: int) -> int:
     return (keep + 1) * total
 
 
-def check_finite(named: Mapping[str, Tensor], step: int) -> None:
-    """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
-
-    Args:
-        named: the weights, and what else must be finite, by name.
-        step: the updates that led to them.
-
-    Raises:
-        ValueError: naming what is not finite, on all processes.
-    """
-    floating = {key: value.detach() for key, value in named.items() if value.is_floating_point() and value.numel()}
-    # One answer from the device for all of them.
-    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
-    bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
-    told = [text for text in distributed.texts(", ".join(bad[:3])) if text]
-    if told:
-        raise ValueError(
-            f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved: the newest "
-            "checkpoint is sound; resume it, or start anew with a lower rate or in fp32"
-        )
-
-
 def sync(path: Path) -> None:
     """Returns once a file, or a folder's list of files, is on the disk."""
     with suppress(PermissionError):  # Windows opens no folder
@@ -167,3 +146,21 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_whole(file: Path, content: Iterable[bytes]) -> None:
+    """Writes a file that is there as a whole or not at all: aside, under a name of this writer's own, synced, renamed.
+
+    Raises:
+        OSError: if it cannot be written; what was there before stays.
+    """
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with aside.open("xb") as writing:
+            writing.writelines(content)
+        sync(aside)
+        aside.replace(file)
+        sync(file.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +83,21 @@ def steps(place: Path, *, replaced: bool = False) -> list[Path]:
     """The folders of checkpoints, oldest first; with those that a cut while they were replaced has left."""
     pattern = re.compile(r"step-\d{9}(\.replaced)?" if replaced else r"step-\d{9}")
     return sorted(folder for folder in place.glob("step-*") if pattern.fullmatch(folder.name))
+
+
+def way_on(place: Path) -> str:
+    """How to go on after numbers were not finite, as the start of an advice: from a checkpoint, if there is one.
+
+    Only what the manifests say is read: a sentence is not worth hashing every file.
+
+    Args:
+        place: the folder of checkpoints.
+    """
+    for folder in reversed(steps(place)):
+        with suppress(*FORESEEN):
+            read_manifest(folder)
+            return f"the newest checkpoint, {folder.name}, is sound: go on from it with resume=true, or start anew"
+    return "there is no checkpoint to go on from: start anew, with another output=…,"
 
 
 def _read(folder: Path, only: Collection[str] | None) -> Checkpoint:

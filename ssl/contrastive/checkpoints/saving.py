@@ -4,15 +4,18 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from contrastive import distributed
 from contrastive.checkpoints.checkpoint import FORESEEN, Checkpoint, room_needed, together
 from contrastive.checkpoints.manifest import File, Manifest, folder_name
-from contrastive.checkpoints.reading import steps
+from contrastive.checkpoints.reading import steps, way_on
 from contrastive.checkpoints.writing import copied, publish, rotate, scores, tidy, write
 
 PATIENCE = 5.0
@@ -123,8 +126,11 @@ class Saver:
         if distributed.rank() > 0:
             return None
         needed = room_needed(checkpoint, keep=self.keep + self.keep_best)
-        there = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
-        free = shutil.disk_usage(self.place.parent).free
+        try:
+            there = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
+            free = shutil.disk_usage(self.place.parent).free
+        except OSError:  # another program has removed them; the run says so, and a warning is not worth its end
+            return None
         if there + free >= needed:
             return None
         return (
@@ -241,6 +247,29 @@ class _Work(threading.Thread):
         if self._problem is not None:
             raise self._problem
         return self._result
+
+
+def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
+    """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
+
+    Args:
+        named: the weights, and what else must be finite, by name.
+        step: the updates that led to them.
+        place: the folder of checkpoints, for the advice.
+
+    Raises:
+        ValueError: naming what is not finite, on all processes.
+    """
+    floating = {key: value.detach() for key, value in named.items() if value.is_floating_point() and value.numel()}
+    # One answer from the device for all of them.
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
+    bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
+    told = [text for text in distributed.texts(", ".join(bad[:3])) if text]
+    if told:
+        raise ValueError(
+            f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "
+            f"{way_on(place)} with a lower rate or in fp32"
+        )
 
 
 def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:

@@ -148,7 +148,9 @@ def train(
     def save() -> None:
         parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
         known = facts | {"step": step, "seconds": seconds()} | task.origin
-        check_finite({f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}, step)
+        check_finite(
+            {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}, step, saver.place
+        )
         before = run.sync if run is not None else None
         saver.begin(Checkpoint(step, parts, optimiser.state_dict(), known), before=before)
 

@@ -1,0 +1,109 @@
+"""A file that grows at its end and outlives a full disk, and another program that removes it."""
+
+import os
+import secrets
+import threading
+from pathlib import Path
+
+from contrastive.untrusted.files import shown
+
+MOST_KEPT = 1 << 26
+"""Bytes that are kept in memory where a disk is full: days of metrics."""
+PIECE = 1 << 20
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+
+
+class Growing:
+    """A file that grows at its end, of which a full disk tears no line: what it does not take waits in memory.
+
+    Where another program removes, renames or replaces it, its content is still behind the open descriptor, and is
+    written to its path again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failing = False
+        self.lost = 0
+        """Bytes that are missing: those that were cut off by another program and, once closed, those not written."""
+        self._descriptor = os.open(path, _FLAGS, 0o666)
+        self._size = os.fstat(self._descriptor).st_size
+        self._kept = bytearray()
+        self._watched = True
+        # A checkpoint's thread syncs while the loop logs.
+        self._lock = threading.Lock()
+
+    def write(self, content: bytes) -> None:
+        """Keeps a whole line or record; beyond what memory is meant for, it is dropped."""
+        with self._lock:
+            if len(self._kept) < MOST_KEPT:
+                self._kept += content
+
+    def flush(self) -> str:
+        """Writes what is kept; returns what another program has done to the file, in words, or nothing.
+
+        Raises:
+            OSError: where the disk takes less; the rest is kept.
+        """
+        with self._lock:
+            if self._descriptor < 0:
+                return ""
+            self.failing = bool(self._kept)
+            while self._kept:
+                written = os.write(self._descriptor, self._kept)
+                self._size += written
+                del self._kept[:written]
+            self.failing = True
+            news = self._restore()
+            self.failing = False
+            return news
+
+    def sync(self) -> str:
+        """Returns once everything is on the disk, with what `flush` returns; raises OSError where it cannot be."""
+        news = self.flush()
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+        return news
+
+    def close(self) -> None:
+        """Closes the file, if it is open; `lost` then counts what it did not take."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+                self.lost += len(self._kept)
+
+    def _restore(self) -> str:
+        """Writes the file anew where it is not at its path any more."""
+        own = os.fstat(self._descriptor)
+        if own.st_size < self._size:
+            self.lost += self._size - own.st_size
+            news = f"{self._size - own.st_size:,} bytes of {shown(self.path)} were cut off by another program"
+            self._size = own.st_size
+            return news
+        if not self._watched or _is_at(self.path, own):
+            return ""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        new = os.open(aside, _FLAGS | os.O_EXCL, 0o666)
+        try:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            while piece := os.read(self._descriptor, PIECE):
+                while piece:
+                    piece = piece[os.write(new, piece) :]
+            aside.replace(self.path)
+        except BaseException:
+            os.close(new)
+            aside.unlink(missing_ok=True)
+            raise
+        os.close(self._descriptor)
+        self._descriptor = new
+        # A file system that shows an open file under two identities would have it written anew each time.
+        self._watched = _is_at(self.path, os.fstat(new))
+        return f"{shown(self.path)} was removed, renamed or replaced by another program: it is written anew"
+
+
+def _is_at(path: Path, own: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), own)
+    except FileNotFoundError:
+        return False
