@@ -111,8 +111,8 @@ def test_a_finished_run_is_complete_and_is_not_begun_again(tmp_path: Path, capsy
     assert any("knn" in line for line in read_metrics(folder))
     with pytest.raises(ValueError, match="resume=true"):
         pretrain(recipe(tmp_path / "run"))
-    pretrain(recipe(tmp_path / "run", "resume=true"))
-    assert "finished" in capsys.readouterr().out
+    pretrain(recipe(tmp_path / "run", "train.monitor=1", "resume=true", steps=2))
+    assert "finished: nothing is left to do" in capsys.readouterr().out
 
 
 def test_measuring_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:

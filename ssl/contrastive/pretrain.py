@@ -22,7 +22,7 @@ from contrastive.checkpoints import (
 )
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
-from contrastive.data import Images, Loader, Order, listed, newly_unreadable
+from contrastive.data import Images, Loader, Order, listed, newly_unreadable, write_inventory
 from contrastive.evaluate.features import Stopped, extract
 from contrastive.evaluate.knn import monitor_knn
 from contrastive.folder_lock import folder_lock
@@ -34,9 +34,21 @@ from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller, duration
 from contrastive.ready import Ready, describe, finished, folder_of, make_ready, note
 from contrastive.recipe import Recipe
-from contrastive.run import CHECKPOINTS, CONFIG, DONE, UNREADABLE, VIEWS, Run, check_content, prepare
+from contrastive.run import (
+    CHECKPOINTS,
+    CONFIG,
+    DONE,
+    INVENTORY,
+    UNREADABLE,
+    VIEWS,
+    Run,
+    check_content,
+    prepare,
+    read_unreadable,
+)
 from contrastive.step import Taken, compile_encoder, train_step
 from contrastive.timm_folder import export
+from contrastive.untrusted.files import shown
 from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
@@ -267,18 +279,23 @@ def open_run(
         note(machine.recipe, folder, found, teller)
     else:
         write_whole(folder / CONFIG, [(header + dump_yaml(machine.recipe)).encode()])
-    if split.unreadable:
-        listing = folder / UNREADABLE
-        listing.write_text(listed(split.unreadable))
-        teller.warn(f"{len(split.unreadable)} files could not be read and were left out: {listing}")
+    if split.inventory is not None and not (folder / INVENTORY).exists():
+        write_inventory(folder / INVENTORY, split.inventory)
+    if found is None:
+        (folder / UNREADABLE).unlink(missing_ok=True)
+    known = {name for name, _ in read_unreadable(folder)}
+    if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
+        teller.warn(f"{len(new)} files could not be read and were left out: {folder / UNREADABLE}")
     run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
+    if new:
+        run.unreadable(listed(new))
     if found is not None:
         teller.say(f"resumed at step {found.step:,}")
         return run
     run.text("config", dump_yaml(machine.recipe))
-    shown = min(machine.recipe.train.preview, len(split.train))
-    if shown:
-        ids = torch.linspace(0, len(split.train) - 1, shown).long()
+    count = min(machine.recipe.train.preview, len(split.train))
+    if count:
+        ids = torch.linspace(0, len(split.train) - 1, count).long()
         device = machine.accelerator.device
         run.picture(VIEWS, machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
     return run

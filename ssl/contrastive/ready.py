@@ -1,15 +1,15 @@
 """What stands before the first step: images, batches, the parts, and the checkpoint that is gone on from."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
+from contrastive.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, together
 from contrastive.config import load
-from contrastive.data import ClassOrder, Order, Split, leave_out
+from contrastive.data import ClassOrder, Folder, Inventory, Order, Split, changes, leave_out, read_inventory
 from contrastive.folder_lock import folder_lock
 from contrastive.machine import Machine, batches, build, cautions
 from contrastive.progress import Teller
@@ -19,6 +19,7 @@ from contrastive.resume import (
     FREE,
     LOCATIONS,
     OF_A_START,
+    OTHER_IMAGES,
     SCHEDULE,
     check_images,
     check_lengths,
@@ -30,7 +31,7 @@ from contrastive.resume import (
     record_settings,
     resumable,
 )
-from contrastive.run import CHECKPOINTS, CONFIG, DONE
+from contrastive.run import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
 from contrastive.scale import in_words, scale
 from contrastive.untrusted.files import shown
 
@@ -76,7 +77,7 @@ def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = Tru
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     if found is not None:
         try:
-            split = read_images(recipe, teller)
+            split = read_images(recipe, folder, teller)
         except (ValueError, OSError) as problem:
             if LOCATIONS & changed.keys():
                 raise
@@ -96,11 +97,39 @@ def note(recipe: Recipe, folder: Path, found: Checkpoint | None, teller: Teller)
         teller.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
-def read_images(recipe: Recipe, teller: Teller) -> Split:
-    """The images of a recipe, without the classes that are left out."""
+def read_images(recipe: Recipe, folder: Path, teller: Teller) -> Split:
+    """The images of a recipe, without the classes that are left out; those of a run that goes on under their old ids.
+
+    Some of these may be lost, as far as the run has seen it or `data.max_bad` allows: their ids stay.
+
+    Raises:
+        ValueError: for what is wrong with the images; naming files that were added to those of the run, or replaced.
+    """
+    options: dict[str, Any] = {"workers": recipe.train.workers, "report": teller.report}
     with teller.bar():
-        split = recipe.data.build(workers=recipe.train.workers, report=teller.report)
+        split = recipe.data.build(**options)
+        if recipe.resume and isinstance(recipe.data, Folder) and split.inventory is not None:
+            began = _began_with(folder, split, split.inventory, teller)
+            split = recipe.data.build(**options, began=began) if began else split
     return split._replace(train=leave_out(split.train, recipe.unseen))
+
+
+def _began_with(folder: Path, split: Split, now: Inventory, teller: Teller) -> dict[str, str] | None:
+    """The files that a run began with, if some of them are lost since; None if none is, or it is not known."""
+    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    with together():
+        file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
+        if found is None or not file.is_file() or found.facts.get("images") == split.train.fingerprint:
+            return None
+        before = read_inventory(file)
+        changed = changes(before, now)
+        refused = changed._replace(removed=[], replaced=[name for name in changed.replaced if shown(name) not in seen])
+        if any(refused):
+            raise ValueError(f"the images are not those that the run was begun with: {refused}; {OTHER_IMAGES}")
+    if not any(changed):
+        return None
+    teller.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
+    return before
 
 
 def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: Teller) -> Ready:
@@ -109,7 +138,7 @@ def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: T
     Raises:
         ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
     """
-    split = read_images(recipe, teller)
+    split = read_images(recipe, folder, teller)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None

@@ -27,6 +27,7 @@ FREE = {"output", "data.max_bad", *OF_A_START, *(f"train.{key}" for key in FREE_
 """Settings that may change when a run goes on."""
 SCHEDULE = {"train.epochs", "train.minutes"}
 """Settings that may change where extend=true asks for it: every rate depends on them."""
+OTHER_IMAGES = "ids would mean other images: put them back, or start another run with output=…"
 LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 """Settings that may change as long as what lies there is the same."""
 
@@ -64,8 +65,8 @@ def check_images(found: Checkpoint, images: Images) -> None:
     """Refuses other images than those of a checkpoint."""
     if check_facts(found, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
-            "the images are not those that the run was begun with (files were added, removed or changed), so that "
-            "ids would mean other images; start another run with output=…"
+            "the images are not those that the run was begun with (files, labels or how they are read have changed); "
+            f"{OTHER_IMAGES}"
         )
 
 

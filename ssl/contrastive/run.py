@@ -25,12 +25,12 @@ from contrastive.checkpoints import sync, together, write_whole
 from contrastive.folder_lock import LOCK
 from contrastive.growing import Growing
 from contrastive.metrics_lines import in_words, kept_lines, was
-from contrastive.untrusted.files import shown
+from contrastive.untrusted.files import open_lines, shown
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
 """What a fine-tuned run has in place of a backbone."""
-UNREADABLE = "unreadable.txt"
+UNREADABLE, INVENTORY = "unreadable.txt", "images.jsonl"
 VIEWS = "views"
 HISTOGRAM_BINS = 100
 START = ".start-"
@@ -277,6 +277,16 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     with (folder / METRICS).open() as lines:
         for line in lines:
             yield json.loads(line)
+
+
+def read_unreadable(folder: Path) -> list[tuple[str, str]]:
+    """The names, as lines show them, and the reasons in a run's unreadable.txt; none where there is none."""
+    file = folder / UNREADABLE
+    if not file.is_file():
+        return []
+    with open_lines(file) as lines:
+        parts = [line.rstrip("\r\n").partition("\t") for line in lines]
+    return [(name, reason) for name, _, reason in parts if name]
 
 
 def _latest(events: Path) -> int:

@@ -11,7 +11,8 @@ from contrastive.data.class_order import ClassOrder
 from contrastive.data.fashion_mnist import FashionMNIST
 from contrastive.data.files import listed, newly_unreadable
 from contrastive.data.folder import Folder
-from contrastive.data.images import Images, InMemory, Report, Split
+from contrastive.data.images import Images, InMemory, Inventory, Report, Split
+from contrastive.data.inventory import changes, read_inventory, write_inventory
 from contrastive.data.loader import Batch, Loader
 from contrastive.data.order import Order, order
 from contrastive.data.part import leave_out, of_classes, select
@@ -30,18 +31,22 @@ __all__ = [
     "Folder",
     "Images",
     "InMemory",
+    "Inventory",
     "Loader",
     "Order",
     "Report",
     "Sample",
     "Split",
+    "changes",
     "leave_out",
     "listed",
     "newly_unreadable",
     "of_classes",
     "order",
+    "read_inventory",
     "select",
     "shorthand",
+    "write_inventory",
 ]
 
 Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder

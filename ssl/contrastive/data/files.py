@@ -22,6 +22,7 @@ from contrastive.untrusted.files import open_beneath, open_regular, shown
 logger = logging.getLogger(__name__)
 
 CHUNK = 32
+OTHER_FILE = "it is another file than when the run began, or was changed since"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Files:
         if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
             if digest(file) != self.digests[image].numpy().tobytes():
                 file.close()
-                raise ValueError("it is another file than when the run began, or was changed since")
+                raise ValueError(OTHER_FILE)
             self.states[image] = torch.tensor(state)
         return file
 

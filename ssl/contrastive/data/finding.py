@@ -1,7 +1,7 @@
 """Which images a data folder holds, for learning and held out, with their labels, and what there is to say of that."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,14 +79,18 @@ def find(
     labels: Path | str | None,
     holdout: float,
     seed: int,
+    also: Collection[str] = (),
 ) -> Found:
     """Lists the images of a data folder; the arguments are the settings of `Folder`, `labels` a table as a `Path`.
+
+    `also` names images below the folder that are listed whether they are there or not.
 
     Raises:
         ValueError: a folder cannot be listed or holds no images, its layout or labels can be read in several ways, or
             the held-out images have other classes.
     """
     found, passed = _walked(root, follow_links, test)
+    found += sorted(set(also) - set(found))
     train, candidates = (
         splits_of(root, found, passed, tested=test is not None) if splits else (listing_of(root, found), ())
     )

@@ -1,5 +1,6 @@
 """Any folder of images: nested or flat, of mixed sizes and kinds, with other files among them."""
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -13,9 +14,9 @@ from contrastive.config import Settings
 from contrastive.data.content import digests_of, refuse_differences, shared
 from contrastive.data.decode import PILLOW_LIMIT, check_header
 from contrastive.data.digests import DIGEST, State, digest
-from contrastive.data.files import Decoding, Files, in_threads, named, open_image, refuse_too_many
+from contrastive.data.files import OTHER_FILE, Decoding, Files, in_threads, named, open_image, refuse_too_many
 from contrastive.data.finding import Found, Read, find
-from contrastive.data.images import InMemory, Names, Report, Split, fingerprint
+from contrastive.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from contrastive.data.listing import Listing
 from contrastive.data.paths import WORDS, FolderPath, LabelsSource, existing_folder
 
@@ -74,22 +75,28 @@ class Folder(Settings):
     follow_links: bool = False
     """Follow symbolic links, also out of the folder."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
         """The readable images, decoded into memory or, beyond the budget, opened once to see that they are images.
 
         All processes call it together, and get the same images.
+
+        Args:
+            workers: threads that decode.
+            report: hears how far it has come.
+            began: of a run that goes on, the digests of its files when it began, by their names
+                (`Inventory.marks`). Those that are lost since keep their ids, as images on disk that have failed.
 
         Raises:
             ValueError: a folder is missing, may not be read or holds no images, its layout can be read in several
                 ways, too many files are unreadable, or the processes do not see the same files.
         """
         with together():
-            found = self._listings()
+            found = self._listings(began or ())
         listings = [found.train] if found.test is None else [found.train, found.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
-        in_memory = total * self.channels * self.size**2 <= self.memory * 2**30
-        read = [self._read(listing, in_memory, workers, report) for listing in listings]
+        in_memory = not began and total * self.channels * self.size**2 <= self.memory * 2**30
+        read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
         unreadable = [entry for part in read for entry in part.unreadable]
         refuse_too_many(found.train.root, unreadable, total, self.max_bad)
         for name, part in zip(("learn from", "measure with"), read, strict=False):
@@ -100,9 +107,15 @@ class Folder(Settings):
         refuse_differences(self.path, "reads", mark)
         found.warn(read)
         test = read[1].images if len(read) > 1 else None
-        return Split(read[0].images, test, tuple(unreadable), found.line(read[0].images, test))
+        own = [part for part, listing in zip(read, listings, strict=True) if listing.root == found.train.root]
+        lost = {name for part in own if isinstance(part.images, Files) for name in part.images.failed}
+        inventory = Inventory(
+            tuple((Names(part.images.names), part.digests) for part in own),
+            tuple(name for part in own for name, _ in part.unreadable if name not in lost),
+        )
+        return Split(read[0].images, test, tuple(unreadable), found.line(read[0].images, test), inventory)
 
-    def _listings(self) -> Found:
+    def _listings(self, also: Collection[str]) -> Found:
         root = existing_folder(self.path)
         table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
         test = None if self.test is None else existing_folder(self.test)
@@ -114,9 +127,12 @@ class Folder(Settings):
             labels=table or self.labels,
             holdout=self.holdout,
             seed=self.holdout_seed,
+            also=also,
         )
 
-    def _read(self, listing: Listing, in_memory: bool, workers: int, report: Report | None) -> Read:
+    def _read(
+        self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
+    ) -> Read:
         root, names = listing.root, listing.names
         decoding = self.decoding()
         states = np.zeros((len(names), len(State._fields)), np.int64)
@@ -144,6 +160,12 @@ class Folder(Settings):
         )
         if not in_memory:
             digests = digests_of(root, states, failures, opener, workers, named(report, "hashing"))
+        lost: dict[str, str] = {}
+        for index, name in enumerate(names) if began else ():
+            before = bytes.fromhex(began.get(name, ""))
+            if before and (index in failures or digests[index].tobytes() != before):
+                lost[name] = failures.pop(index, OTHER_FILE)
+                digests[index], states[index] = np.frombuffer(before, np.uint8), 0
         kept = [index for index in range(len(names)) if index not in failures]
         if failures and in_memory:
             # Closing the gaps in place: a copy would need the memory twice.
@@ -155,7 +177,7 @@ class Folder(Settings):
         table = [] if labels is None else [labels.numpy(), listing.classes]
         mark = fingerprint([decoding, kept_names, digests, *table])
         sizes = states[kept, 0]
-        bad = [(names[index], reason) for index, reason in failures.items()]
+        bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
         if in_memory:
             return Read(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes)
         files = Files(
@@ -170,6 +192,8 @@ class Folder(Settings):
             states=torch.from_numpy(states[kept]),
             digests=torch.from_numpy(digests),
             follow_links=self.follow_links,
+            failed=lost,
+            told=set(lost),
         )
         return Read(files, bad, digests, sizes)
 

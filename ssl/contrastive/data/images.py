@@ -60,6 +60,8 @@ class Split(NamedTuple):
     unreadable: tuple[tuple[str, str], ...] = ()
     layout: str = ""
     """One line: which folders were read, as what, the classes, and what was passed over; empty for other data."""
+    inventory: "Inventory | None" = None
+    """The files of the folder that is learned from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +118,22 @@ class Names(Sequence[str]):
         position = range(len(self))[index]
         start, end = self._ends[position : position + 2].tolist()
         return self._text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
+
+
+class Inventory(NamedTuple):
+    """The files of a folder by their names, and what tells whether they are still the same."""
+
+    readable: tuple[tuple[Names, np.ndarray[Any, np.dtype[np.uint8]]], ...]
+    """Of each part of the folder the names of its images, and the digests of their content [images, 16]."""
+    unreadable: tuple[str, ...]
+    """The names of the files that were left out."""
+
+    def marks(self) -> dict[str, str]:
+        """The digest of each file in hexadecimal, by its name; empty where it could not be read."""
+        found = dict.fromkeys(self.unreadable, "")
+        for names, digests in self.readable:
+            found |= {name: row.tobytes().hex() for name, row in zip(names, digests, strict=True)}
+        return found
 
 
 def array_split(

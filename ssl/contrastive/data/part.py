@@ -29,9 +29,9 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
     assert isinstance(images, Files)
     states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
-    return dataclasses.replace(
-        images, names=names, labels=labels, fingerprint=mark, states=states, digests=digests, failed={}, told=set()
-    )
+    failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
+    parts = {"states": states, "digests": digests, "failed": failed, "told": set(failed)}
+    return dataclasses.replace(images, names=names, labels=labels, fingerprint=mark, **parts)
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:

@@ -3,8 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,30 @@ from contrastive.finetune.classifier import create_optimiser, train_mode
 from contrastive.finetune.result import measure
 from contrastive.finetune.settings import FinetuneSettings
 from contrastive.finetune.task import Task, first_model, model_input, outputs, task_of
+from contrastive.folder_lock import folder_lock
 from contrastive.launch import Stop, start
 from contrastive.machine import synchronised
 from contrastive.opened import open_model
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller
 from contrastive.resume import check_facts, check_processes, check_settings
-from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, Run, prepare
+from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, Run, check_content, prepare
 
 FREE = {
     "output",
     "resume",
     "elastic",
-    "epochs",
-    "min_steps",
-    "minutes",
+    "data.path",
+    "data.test",
+    "data.labels",
+    "data.max_bad",
     "workers",
     "threads",
     "log_every",
     "save_minutes",
     "keep",
 }
-"""Settings that may change when a run goes on."""
+"""Settings that may change when a run goes on; where the images are may, for they are compared."""
 
 
 def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
@@ -63,15 +66,32 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
     folder = folder_of(given, settings)
     prepare(folder, resume=settings.resume)
     if (folder / DONE).exists():
+        if (folder / CONFIG).exists():
+            before = load(FinetuneSettings, folder / CONFIG).model_dump(mode="json")
+            check_settings(before, settings.model_dump(mode="json"), FREE)
         teller.say(f"{folder} is finished: nothing is left to do")
         return folder
+    with folder_lock(folder, partial(check_content, folder, resume=settings.resume), teller.warn) as lock_again:
+        return _run(given, settings, accelerator, folder, teller, header, lock_again)
+
+
+def _run(
+    given: str,
+    settings: FinetuneSettings,
+    accelerator: Accelerator,
+    folder: Path,
+    teller: Teller,
+    header: str,
+    lock_again: Callable[[], None],
+) -> Path:
+    """Fine-tuning in a folder that no other program writes to."""
     opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
     task = task_of(settings, opened, accelerator.num_processes, teller)
     found = _resumable(folder, task, teller) if settings.resume else None
     model = first_model(task, accelerator.device)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
-    run = _open(folder, task, header, found, teller) if accelerator.is_main_process else None
+    run = _open(folder, task, header, found, teller, lock_again) if accelerator.is_main_process else None
     _describe(task, model, accelerator, folder, teller)
     saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
@@ -281,12 +301,19 @@ def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
     return found
 
 
-def _open(folder: Path, task: Task, header: str, found: Checkpoint | None, teller: Teller) -> Run:
+def _open(
+    folder: Path,
+    task: Task,
+    header: str,
+    found: Checkpoint | None,
+    teller: Teller,
+    lock_again: Callable[[], None],
+) -> Run:
     # It tells a run from a classifier, also while there is none yet.
     (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():
         (folder / CONFIG).write_text(header + dump_yaml(task.settings))
-    run = Run(folder, step=found.step if found else 0, warn=teller.warn)
+    run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
     if found is None:
         run.text("config", dump_yaml(task.settings))
     return run

@@ -198,7 +198,8 @@ def _lines(file: Path) -> list[str]:
     if not file.is_file():
         return []
     found, letters = [], 0
-    with open_lines(file) as content:
+    # A line longer than any that is written ends what can be read of the file.
+    with open_lines(file) as content, suppress(ValueError):
         for line in content:
             letters += len(line)
             if letters > MOST_LETTERS:
