@@ -30,8 +30,16 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
     assert isinstance(images, Files)
     states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
     failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
-    parts = {"states": states, "digests": digests, "failed": failed, "told": set(failed)}
-    return dataclasses.replace(images, names=names, labels=labels, fingerprint=mark, **parts)
+    return dataclasses.replace(
+        images,
+        names=names,
+        labels=labels,
+        fingerprint=mark,
+        states=states,
+        digests=digests,
+        failed=failed,
+        told=set(failed),
+    )
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
