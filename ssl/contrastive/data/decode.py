@@ -1,13 +1,15 @@
 """From an image file of any kind to a uint8 square, as a person would see it."""
 
 import errno
+import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -15,15 +17,24 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from contrastive.data.samples import eight_bits, without_text
 from contrastive.untrusted.files import RefusedFileError, open_regular, shown
 
 # A list of our own: Pillow would also try formats that run other programs (EPS) or that any file can be mistaken for.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-ENDINGS = "jpg jpeg jpe jfif png apng gif bmp dib webp tif tiff ppm pgm pbm pnm jp2 avif heic heif"
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "SGI")
+BY_NAME = {".tga": "TGA", ".pcx": "PCX"}
+"""Formats that many other files could be mistaken for, tried only where the name says so."""
+ENDINGS = (
+    "jpg jpeg jpe jfif png apng gif bmp dib webp tif tiff ppm pgm pbm pnm pfm jp2 j2k j2c jpc jpf jpx avif qoi sgi "
+    "tga pcx heic heif"
+)
 SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
 """Names with these endings are images; HEIC is among them so that it is reported, not silently left out."""
 
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
+    *(b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  ", b"qoif"),
+)
 
 PILLOW_LIMIT = 178_956_970
 """Pillow refuses more pixels than this by itself."""
@@ -48,6 +59,7 @@ class UnreadableImageError(ValueError):
         self.reason = reason
 
 
+T = TypeVar("T")
 Opener = Callable[[], BinaryIO]
 """Opens a regular file to be read; raises OSError or ValueError where that cannot be."""
 
@@ -59,12 +71,14 @@ def read_image(
     background: tuple[int, int, int],
     max_pixels: int,
     *,
+    bits: int | None = None,
     opener: Opener | None = None,
 ) -> UInt8[Tensor, "channels size size"]:
     """The central square of an image file, upright, resized to `size` with antialiasing, in 1 or 3 channels.
 
-    The kind of a file is found in its content, not in its name. Transparency is composited on `background`, 16-bit
-    values are scaled to 8 bits, and of an animation the first frame is taken.
+    The kind of a file is found in its content, not in its name. Transparency is composited on `background`, values of
+    more than 8 bits are scaled to 8 as `samples.eight_bits` says, and of an animation the first frame is taken. Colour
+    profiles are not applied.
 
     Args:
         path: the file.
@@ -72,30 +86,36 @@ def read_image(
         size: side of the square, in pixels.
         background: red, green and blue.
         max_pixels: the most that a picture may have before it is decoded.
+        bits: significant bits of 16-bit values that do not declare them; None: guessed by the largest.
         opener: opens the file, in place of following its path.
 
     Raises:
         UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
     """
-    try:
-        with _opened(path, opener) as file, Image.open(file, formats=_formats()) as image:
+
+    def decoded(file: BinaryIO | io.BytesIO) -> UInt8[Tensor, "channels size size"]:
+        with Image.open(file, formats=_formats(path.suffix)) as image:
             _refuse_bombs(image, max_pixels)
             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
             image.draft(None, (2 * size, 2 * size))
-            image.load()
-            pixels = square_of(image, channels, size, background)
+            return square_of(image, channels, size, background, bits)
+
+    try:
+        with _opened(path, opener) as file:
+            return _whatever_its_text(decoded, file)
     except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
         _refuse_exhaustion(error)
         raise UnreadableImageError(path, _reason(error, path)) from error
-    return pixels
 
 
 def square_of(
-    image: Image.Image, channels: int, size: int, background: tuple[int, int, int]
+    image: Image.Image, channels: int, size: int, background: tuple[int, int, int], bits: int | None = None
 ) -> UInt8[Tensor, "channels size size"]:
     """The central square of a picture, upright, resized to `size` with antialiasing, in 1 or 3 channels."""
-    upright = UPRIGHT.get(_orientation(image))
-    picture = _eight_bits(image, background).convert("L" if channels == 1 else "RGB")
+    eight = eight_bits(image, background, bits)
+    # Pillow has turned a TIFF.
+    upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
+    picture = eight.convert("L" if channels == 1 else "RGB")
     if upright is not None:
         picture = picture.transpose(upright)
     pixels = np.array(_square(picture, size)).reshape(size, size, channels)
@@ -108,9 +128,14 @@ def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -
     Raises:
         UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
     """
-    try:
-        with _opened(path, opener) as file, Image.open(file, formats=_formats()) as image:
+
+    def opened(file: BinaryIO | io.BytesIO) -> None:
+        with Image.open(file, formats=_formats(path.suffix)) as image:
             _refuse_bombs(image, max_pixels)
+
+    try:
+        with _opened(path, opener) as file:
+            _whatever_its_text(opened, file)
     except Exception as error:
         _refuse_exhaustion(error)
         raise UnreadableImageError(path, _reason(error, path)) from error
@@ -126,7 +151,8 @@ def looks_like_an_image(path: Path) -> bool:
             start = file.read(12)
     except (OSError, RefusedFileError):
         return False
-    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+    webp, avif = start[:4] == b"RIFF" and start[8:] == b"WEBP", start[4:] in (b"ftypavif", b"ftypavis")
+    return start.startswith(SIGNATURES) or webp or avif
 
 
 @contextmanager
@@ -138,9 +164,21 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def _formats(suffix: str) -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    known = tuple(name for name in FORMATS if name in Image.OPEN)
+    named = BY_NAME.get(suffix.lower())
+    return known if named is None else (*known, named)
+
+
+def _whatever_its_text(read: Callable[[BinaryIO | io.BytesIO], T], file: BinaryIO) -> T:
+    """Reads a file, and a PNG once more without its texts where Pillow refuses these for their length."""
+    try:
+        return read(file)
+    except ValueError as error:
+        if not re.search("MAX_TEXT_CHUNK|text chunks", str(error)):
+            raise
+        return read(without_text(file))
 
 
 def _opened(path: Path, opener: Opener | None) -> BinaryIO:
@@ -168,6 +206,8 @@ def _reason(error: Exception, path: Path) -> str:
     if path.suffix.lower() in {".heic", ".heif"}:
         return "HEIC is not read; convert it to JPEG or PNG"
     if isinstance(error, UnidentifiedImageError):
+        if path.suffix.lower() in {".tif", ".tiff"}:
+            return "not an image, or a TIFF of samples or a compression that are not read; save it with 8 or 16 bits"
         return "not an image, or of an unknown kind"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more pixels than data.max_pixels allows ({error})"
@@ -185,32 +225,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # broken metadata around a good picture
         return 1
-
-
-def _eight_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_scaled(np.asarray(image)))
-    if image.has_transparency_data:
-        straight = image.convert("LA") if image.mode == "La" else image
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), straight.convert("RGBA"))
-    return image.convert("L") if image.mode == "1" else image
-
-
-def _scaled(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Grey values of more than 8 bits as 8 bits.
-
-    Integers from 0 to 65535 are 16-bit values and floats from 0 to 1 are shares of white. Floats from 0 to 255 are
-    8-bit values. Anything else has no agreed scale: its own range is stretched.
-    """
-    if not np.isfinite(values).all():
-        raise ValueError("holds NaN or infinite values")
-    low, high = float(values.min()), float(values.max())
-    white = 65535.0 if values.dtype.kind in "iu" else 1.0 if high <= 1 else 255.0
-    if low < 0 or high > white:
-        start, span = low, max(high - low, 1e-30)
-    else:
-        start, span = 0.0, white
-    return np.asarray(np.rint((values.astype(np.float64) - start) * (255 / span)), np.uint8)
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

@@ -33,10 +33,13 @@ class Decoding:
     size: int
     background: tuple[int, int, int]
     max_pixels: int
+    bits: int | None = None
 
     def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
         """The image in a file."""
-        return read_image(path, self.channels, self.size, self.background, self.max_pixels, opener=opener)
+        return read_image(
+            path, self.channels, self.size, self.background, self.max_pixels, bits=self.bits, opener=opener
+        )
 
 
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:

@@ -63,6 +63,10 @@ class Folder(Settings):
     background: Literal["white", "grey", "black"] | tuple[Byte, Byte, Byte] = "white"
     """What shows through transparent pixels: a name, or red, green and blue from 0 to 255."""
 
+    bits: int | None = Field(default=None, ge=8, le=16)
+    """Significant bits of 16-bit images that do not declare them; null: the fewest of 8, 10, 12, 14 and 16 that hold an
+    image's largest value."""
+
     max_bad: float = Field(default=0.01, ge=0, lt=1)
     """Share of files that may be unreadable; they are left out and listed, and beyond it the run stops."""
 
@@ -199,7 +203,7 @@ class Folder(Settings):
 
     def decoding(self) -> Decoding:
         """How a file becomes a square."""
-        return Decoding(self.channels, self.size, self._colour(), self.max_pixels)
+        return Decoding(self.channels, self.size, self._colour(), self.max_pixels, self.bits)
 
     def _colour(self) -> tuple[int, int, int]:
         if isinstance(self.background, str):
