@@ -218,6 +218,17 @@ def test_a_process_that_is_killed_leaves_rows_that_count(run: Path, tmp_path: Pa
     assert len(features) == len(SAMPLE.train) + len(SAMPLE.test)
 
 
+def test_a_backbone_that_sees_more_pixels_than_are_stored_is_told_of(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word for word in words(folder, tmp_path / "a") if not word.startswith("data.size")]
+    assert command.extract([str(run), *given, "data.size=16"]) == 0
+    assert "images are enlarged from 16 to 28 pixels" in (said := capsys.readouterr().out)
+    assert "data.size=28 keeps" in said
+    assert command.extract([str(run), *given, "overwrite=true", "data.size=28"]) == 0
+    assert "enlarged" not in capsys.readouterr().out
+
+
 def test_timm_models_are_a_baseline(folder: Path, tmp_path: Path) -> None:
     for name, pretrained in (("resnet18", "false"),):
         given = words(folder, tmp_path / name, f"pretrained={pretrained}", "size=32", "layers=backbone,layer2")

@@ -307,11 +307,18 @@ def test_a_chunk_too_small_for_batch_norm_is_refused_with_one_that_is_not() -> N
     ],
 )
 def test_what_should_be_known_before_a_run_is_said(words: list[str], said: str | None) -> None:
-    found = cautions(machine(*words))
+    found = [line for line in cautions(machine(*words)) if not line.startswith("views.size")]
     assert len(found) == (said is not None)
     if said is not None:
         with pytest.raises(UserWarning, match=said):
             raise UserWarning(found[0])
+
+
+@pytest.mark.parametrize(("size", "larger"), [(28, False), (20, False), (32, True)])
+def test_views_larger_than_the_stored_images_are_said(size: int, larger: bool) -> None:
+    said = [line for line in cautions(machine(*NORMED, f"views.size={size}")) if line.startswith("views.size")]
+    assert len(said) == larger
+    assert all("from 28 to 32 pixels" in line and "data.size" in line for line in said)
 
 
 # What the encoder, the twin and the objective see

@@ -22,6 +22,7 @@ from contrastive.evaluate.layers import BACKBONE, PROJECTOR, Layers, OneLayer, w
 from contrastive.launch import start
 from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
+from contrastive.views import enlarged
 
 LABELS = "labels.npy"
 
@@ -193,6 +194,9 @@ def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split
         )
     if split.layout:
         teller.say(f"images     {split.layout}")
+    larger = enlarged(opened.size, split.train.size, data)
+    if larger is not None:
+        teller.warn(larger)
     return split
 
 

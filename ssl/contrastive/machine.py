@@ -17,7 +17,7 @@ from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
 from contrastive.objectives import ObjectiveModule, Population
 from contrastive.recipe import Recipe
-from contrastive.views import Views
+from contrastive.views import Views, enlarged
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,6 +38,8 @@ class Machine(NamedTuple):
     """What the objective gets as the id of each image (int64, [images]), where that is not its index."""
     shuffled: bool
     """Whether the twin's samples are exchanged between the processes, for the sake of its batch norms."""
+    stored: int
+    """Side of the images, in pixels, before they are cropped."""
     sources: Mapping[str, str] = {}
     """Fingerprints of what is read beside the images to learn from, by name: values, held_out."""
 
@@ -79,7 +81,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     if names is not None:
         names = names.to(accelerator.device)
     sources = {} if values is None else {"values": fingerprint([values.numpy()])}
-    return Machine(recipe, accelerator, views, encoder, forward, twin, objective, optimiser, names, shuffled, sources)
+    parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
+    return Machine(recipe, accelerator, *parts, images.size, sources)
 
 
 def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:
@@ -167,7 +170,8 @@ def cautions(machine: Machine) -> list[str]:
     """What does not forbid a run, but should be known before it begins."""
     recipe, processes = machine.recipe, machine.accelerator.num_processes
     chunk, normed, local = recipe.train.chunk, has_batch_norm(machine.encoder), recipe.train.batch_size // processes
-    said = []
+    larger = enlarged(machine.views.window.size, machine.stored, recipe.data)
+    said = [] if larger is None else [f"views.size: {larger}"]
     if chunk is not None and chunk >= local:
         said.append(f"train.chunk={chunk} changes nothing: a process has no more than {local} images of a batch")
     elif chunk is not None and normed:

@@ -3,6 +3,16 @@
 from contrastive.views.colour import RandomColour
 from contrastive.views.geometry import RandomWindow
 from contrastive.views.pipeline import MEAN, STD, Interpolation, Views, plain
-from contrastive.views.settings import ViewsSettings
+from contrastive.views.settings import ViewsSettings, enlarged
 
-__all__ = ["MEAN", "STD", "Interpolation", "RandomColour", "RandomWindow", "Views", "ViewsSettings", "plain"]
+__all__ = [
+    "MEAN",
+    "STD",
+    "Interpolation",
+    "RandomColour",
+    "RandomWindow",
+    "Views",
+    "ViewsSettings",
+    "enlarged",
+    "plain",
+]

@@ -156,3 +156,21 @@ class ViewsSettings(Settings):
             erase_fill=(full.erase_fill - MEAN) / STD,
         )
         return Views(tone, window, colour, effects, num_views=self.num_views, seed=seed)
+
+
+def enlarged(size: int, stored: int, data: Settings) -> str | None:
+    """What is to be known where images are seen larger than they are stored; None where they are not.
+
+    Args:
+        size: side of what is seen, in pixels.
+        stored: side of the stored images.
+        data: where they come from.
+    """
+    if size <= stored:
+        return None
+    cure = (
+        f"data.size={size} keeps as many pixels of them as the files have"
+        if "size" in type(data).model_fields
+        else f"these images have no more pixels, and data.size is for folders; a size of {stored} costs less"
+    )
+    return f"images are enlarged from {stored} to {size} pixels, which adds cost and no detail: {cure}"
