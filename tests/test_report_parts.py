@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from contrastive.data import InMemory
 from contrastive.report.confusion import confused
-from contrastive.report.findings import Findings, drawn, printable
+from contrastive.report.findings import Findings, drawn
 from contrastive.report.history import in_words
 from contrastive.report.hover_map import hover_map
 from contrastive.report.look import look
@@ -203,11 +203,6 @@ def test_what_is_drawn_depends_on_the_id_and_the_key_alone() -> None:
     few = drawn(torch.arange(0, 100, 2), 10, 1)
     assert [index for index in most.tolist() if index % 2 == 0][:10] == few.tolist()
     assert drawn(torch.arange(100), 100, 2).tolist() != most.tolist()
-
-
-def test_printable_text_stays_as_it_is() -> None:
-    assert printable("Größe 靴 a/b c.png") == "Größe 靴 a/b c.png"
-    assert printable("a\udcffb\nc\x1b") == "a\ufffdb\ufffdc\ufffd"
 
 
 def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:

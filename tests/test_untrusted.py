@@ -83,7 +83,8 @@ def test_links_out_of_a_folder_are_found_and_those_within_are_not_minded(tmp_pat
 
 def test_names_are_shown_as_one_line_that_no_terminal_obeys() -> None:
     assert shown("grün/ß 1.png") == "grün/ß 1.png"
-    assert shown("a\nb\x1b[31m\udcff\u202e") == r"a\nb\x1b[31m\udcff\u202e"
+    assert shown("a\nb\x1b[31m\udcff\u202e\ud800") == r"a\nb\x1b[31m\xff\u202e\ud800"
+    assert shown("Größe 靴 a/b c.png") == "Größe 靴 a/b c.png"
     assert len(shown("a" * 10**6)) < 1100
 
 

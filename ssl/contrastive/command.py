@@ -27,6 +27,8 @@ from contrastive.measure import evaluate as evaluate_run
 from contrastive.pretrain import pretrain as run_recipe
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
+from contrastive.untrusted import terminal
+from contrastive.untrusted.files import spelled
 
 HELP = {"-h", "--help", "help"}
 CHECK = "--check"
@@ -133,7 +135,8 @@ def header(command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         commit = "not a checkout"
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("contrastive", "torch", "timm"))
-    return f"# {command}\n# commit {commit}; {versions}; Python {platform.python_version()}; {platform.platform()}\n"
+    python = f"Python {platform.python_version()}; {platform.platform()}"
+    return f"# {spelled(command)}\n# commit {commit}; {versions}; {python}\n"
 
 
 def help_text(usage: str, about: str, model: type[Settings]) -> str:
@@ -165,7 +168,7 @@ def _answer(
 ) -> int:
     """Runs a command and says in a sentence what went wrong; `goes_on` tells how to go on after a signal."""
     if HELP & set(words):
-        sys.stdout.write(help_text(usage, about, model) + "\n")
+        terminal.write(sys.stdout, help_text(usage, about, model) + "\n")
         return 0
     try:
         with Stop(at_once=True):
@@ -198,5 +201,4 @@ def _answer(
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    terminal.write(sys.stderr, text)

@@ -4,8 +4,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.segment import Segment
+
+from contrastive.untrusted import terminal
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -14,7 +17,9 @@ class Teller:
     """Says what happens, on the first process only; the others hold their tongue."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        terminal.prepare()
         self.console = Console(quiet=quiet, highlight=False)
+        self.console.push_render_hook(_Cleaning())
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
@@ -34,9 +39,9 @@ class Teller:
             yield
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bars:
             try:
@@ -46,9 +51,10 @@ class Teller:
 
     def update(self, what: str, progress: float, status: str = "") -> None:
         """Moves a bar to `progress` in [0, 1]; without a terminal, prints a line when some time has passed."""
+        status = terminal.clean(status)
         if self._bars is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(what, total=1.0, status=status)
+                self._tasks[what] = self._bars.add_task(terminal.clean(what), total=1.0, status=status)
             self._bars.update(self._tasks[what], completed=progress, status=status)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -57,6 +63,24 @@ class Teller:
     def report(self, what: str, done: int, total: int) -> None:
         """How far a long reading has come."""
         self.update(what, done / max(total, 1), f"{done:,} of {total:,}")
+
+
+class _Cleaning(RenderHook):
+    """Cleans all that is printed, tables too: their cells hold names of folders and classes."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Clean(renderable) for renderable in renderables]
+
+
+class _Clean:
+    """Something that rich prints, without control characters but those that rich itself puts there."""
+
+    def __init__(self, printed: RenderableType) -> None:
+        self.printed = printed
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.printed, options):
+            yield segment if segment.control else Segment(terminal.clean(segment.text), segment.style)
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from contrastive.untrusted.raw_bytes import restored, storable
+
 FILE = "manifest.json"
 OPTIMISER = "optimiser.json"
 """What an optimiser keeps beside tensors: its groups, and numbers such as a count of steps."""
@@ -70,7 +72,7 @@ class Manifest(BaseModel):
 
     def text(self) -> str:
         """The text of its file, sealed: a change of any value is found."""
-        content = self.model_dump(exclude={"seal"})
+        content = storable(self.model_dump(exclude={"seal"}))
         return json.dumps(content | {"seal": _seal(content)}, indent=1)
 
 
@@ -104,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{FILE} is not what was written")
     if folder.name.partition(".")[0] != folder_name(manifest.step):
         raise ValueError(f"{FILE} is that of step {manifest.step:,}")
-    return manifest
+    return manifest.model_copy(update={"facts": restored(manifest.facts)})
 
 
 def read_json(file: Path, model: type[M]) -> M:

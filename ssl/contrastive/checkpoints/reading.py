@@ -26,6 +26,7 @@ from contrastive.checkpoints.manifest import (
     shard_file,
     verify,
 )
+from contrastive.untrusted.arrays import utf8_path
 
 
 class OptimiserRest(BaseModel):
@@ -119,8 +120,8 @@ def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Che
     parts: dict[str, dict[str, Tensor]] = {}
     for name in chosen:
         if WHOLE.fullmatch(name):
-            with _damage(name):
-                parts[part_of(name)] = dict(load_file(folder / name))
+            with _damage(name), utf8_path(folder / name) as path:
+                parts[part_of(name)] = dict(load_file(path))
     for name, length in manifest.shards.items():
         part, _, key = name.partition(".")
         if part in parts:
@@ -161,7 +162,7 @@ def _own_rows(folder: Path, part: str, key: str, length: int, writers: int) -> T
         written = distributed.share(length, number, writers)
         start, stop = max(own.start, written.start), min(own.stop, written.stop)
         name = shard_file(part, number, writers)
-        with _damage(name), safe_open(folder / name, "pt") as file:
+        with _damage(name), utf8_path(folder / name) as path, safe_open(path, "pt") as file:
             rows = file.get_slice(key)
             there = rows.get_shape()[0]
             if there != written.stop - written.start:

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from contrastive.config.keys import hint_for, kind, suggestion_for
 from contrastive.config.settings import Settings, field_at, leaves_of, members_of
-from contrastive.config.yaml_text import MAX_YAML_BYTES, parse, refuse_interpolation
+from contrastive.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from contrastive.untrusted.files import read_text, shown
 
 S = TypeVar("S", bound=Settings)
@@ -50,7 +49,7 @@ def validate(model: type[S], tree: Mapping[str, Any]) -> S:
 
 def dump_yaml(settings: Settings) -> str:
     """The whole tree as YAML text that `load` reads back to an equal tree."""
-    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+    return dump(settings.model_dump(mode="json"))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

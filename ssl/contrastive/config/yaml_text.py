@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from contrastive.untrusted.files import shown
+from contrastive.untrusted.raw_bytes import restored, storable
 
 MAX_YAML_BYTES = 1 << 20
 MOST_VALUES = 20_000
@@ -33,12 +34,17 @@ def parse(text: str) -> Any:
         kinds = [_judged(event) for event in _events(text)]
         if yaml.ScalarEvent in kinds and kinds[kinds.index(yaml.DocumentStartEvent) + 1] is yaml.ScalarEvent:
             return text.strip()
-        return _with_texts_for_keys(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))))
+        return restored(_with_texts_for_keys(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))))
     except yaml.YAMLError as problem:
         raise ValueError(f"it is not YAML that can be read: {problem}") from None
     except OmegaConfBaseException as problem:
         # Its other lines are about OmegaConf's own objects.
         raise ValueError(f"it is not YAML that can be read: {str(problem).partition(chr(10))[0]}") from None
+
+
+def dump(tree: Any) -> str:
+    """The YAML text that `parse` reads back to an equal tree."""
+    return OmegaConf.to_yaml(OmegaConf.create(storable(tree)))
 
 
 def refuse_interpolation(value: str) -> None:

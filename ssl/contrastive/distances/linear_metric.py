@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contrastive.config import Settings
+from contrastive.untrusted.arrays import utf8_path
 from contrastive.untrusted.files import parse_json
 
 Report = Callable[[str, int, int], None]
@@ -65,7 +66,7 @@ class LinearMetric:
             ValueError: if the file is not a linear metric.
         """
         try:
-            with safe_open(file, "pt") as opened:
+            with utf8_path(file) as path, safe_open(path, "pt") as opened:
                 header = opened.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{file} holds no linear metric, or not from this project; fit it anew")

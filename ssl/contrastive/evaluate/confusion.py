@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from contrastive.evaluate.lettering import legible, lettering
+
 MOST_NUMBERS = 25
 """Classes up to which the picture writes a number into each field."""
 MOST_NAMES = 60
@@ -40,23 +42,24 @@ def confusion_picture(
     number = len(classes)
     shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     side = min(3.5 + 0.45 * number, 14)
-    figure = Figure((side, side), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title("Per cent of the images of each true class")
-    if number <= MOST_NAMES:
-        names = [_short(name) for name in classes]
-        axes.set_xticks(range(number), names, rotation=90)
-        axes.set_yticks(range(number), names)
-    if number <= MOST_NUMBERS:
-        for row, column in matrix.nonzero().tolist():
-            share = float(shares[row, column])
-            text = f"{share:.0f}" if share >= 1 else "<1"
-            colour = "white" if share > 50 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    return _drawn(figure)
+    names = [_short(name) for name in classes] if number <= MOST_NAMES else []
+    with lettering(names):
+        figure = Figure((side, side), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        axes.set_title("Per cent of the images of each true class")
+        if names:
+            axes.set_xticks(range(number), names, rotation=90)
+            axes.set_yticks(range(number), names)
+        if number <= MOST_NUMBERS:
+            for row, column in matrix.nonzero().tolist():
+                share = float(shares[row, column])
+                text = f"{share:.0f}" if share >= 1 else "<1"
+                colour = "white" if share > 50 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        return _drawn(figure)
 
 
 def mistakes_picture(
@@ -73,22 +76,24 @@ def mistakes_picture(
         columns: images in a row.
     """
     rows = max(1, -(-len(images) // columns))
-    figure = Figure((2.0 * columns, 2.45 * rows), layout="constrained")
-    figure.suptitle("True class → predicted class and its probability")
-    if not len(images):
-        figure.text(0.5, 0.5, "no image was mistaken", ha="center", va="center")
-    for place, (image, (above, below)) in enumerate(zip(images, captions, strict=True), start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
-        axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
-        axes.set_axis_off()
-        axes.set_title(f"{_short(above)}\n{_short(below)}", fontsize=9)
-    return _drawn(figure)
+    said = [f"{_short(above)}\n{_short(below)}" for above, below in captions]
+    with lettering(said):
+        figure = Figure((2.0 * columns, 2.45 * rows), layout="constrained")
+        figure.suptitle("True class → predicted class and its probability")
+        if not len(images):
+            figure.text(0.5, 0.5, "no image was mistaken", ha="center", va="center")
+        for place, (image, caption) in enumerate(zip(images, said, strict=True), start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+            axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=9)
+        return _drawn(figure)
 
 
 def _short(text: str) -> str:
-    # A lone $ would begin a formula.
-    return (text if len(text) <= NAME_LENGTH else f"{text[: NAME_LENGTH - 1]}…").replace("$", r"\$")
+    line = legible(text)
+    return line if len(line) <= NAME_LENGTH else f"{line[: NAME_LENGTH - 1]}…"
 
 
 def _drawn(figure: Figure) -> Tensor:

@@ -13,6 +13,7 @@ from contrastive.data import Images
 from contrastive.evaluate.fractions import FractionResult
 from contrastive.evaluate.geometry import Geometry, Staleness
 from contrastive.evaluate.scores import Evaluation
+from contrastive.untrusted.files import spelled
 
 
 class Findings(NamedTuple):
@@ -53,14 +54,7 @@ class Findings(NamedTuple):
         """What to call a class: its name, or its number where it has none."""
         if number < 0:
             return "no class"
-        return printable(self.classes[number]) if number < len(self.classes) else f"class {number}"
-
-
-def printable(text: str) -> str:
-    """A text as a page can hold it: control characters, and what is no valid UTF-8, are replaced."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+        return spelled(self.classes[number]) if number < len(self.classes) else f"class {number}"
 
 
 def drawn(ids: Int64[Tensor, " images"], most: int, *key: int) -> Int64[Tensor, " drawn"]:

@@ -10,9 +10,9 @@ from contrastive.config import Settings, load
 from contrastive.health import Watch
 from contrastive.progress import duration
 from contrastive.recipe import Recipe
-from contrastive.report.findings import Findings, has_labels, printable
+from contrastive.report.findings import Findings, has_labels
 from contrastive.run import CONFIG, DONE, METRICS
-from contrastive.untrusted.files import open_lines, parse_json
+from contrastive.untrusted.files import open_lines, parse_json, spelled
 
 UNREADABLE = "unreadable.txt"
 MOST_LETTERS = 1 << 26
@@ -49,17 +49,17 @@ def read_history(folder: Path) -> History:
     return History(
         recipe,
         config,
-        printable(header[0]) if header else "",
-        printable(header[1].removeprefix("commit ")) if len(header) > 1 else "",
+        spelled(header[0]) if header else "",
+        spelled(header[1].removeprefix("commit ")) if len(header) > 1 else "",
         tuple(_metrics(folder / METRICS)),
-        printable("".join(_lines(folder / DONE)[:1]).partition("T")[0])[:LONGEST_DAY],
+        spelled("".join(_lines(folder / DONE)[:1]).partition("T")[0])[:LONGEST_DAY],
         tuple(_unreadable(folder / UNREADABLE)),
     )
 
 
 def printable_lines(lines: Sequence[str]) -> str:
     """Lines of text as a page can hold them."""
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(spelled, lines))
 
 
 def in_words(settings: Settings) -> str:
@@ -98,7 +98,7 @@ def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
     said.append(("measured on", f"{len(train):,} training images{held_out}, {kind}, {train.size} px{labels}"))
     said += [("command", history.command)] if history.command else []
     said += [("made by", history.commit)] if history.commit else []
-    return [(term, printable(text)) for term, text in said]
+    return [(term, spelled(text)) for term, text in said]
 
 
 def warnings_of(history: History, widest: int) -> list[str]:
@@ -190,7 +190,7 @@ def _metrics(file: Path) -> list[dict[str, float]]:
 
 def _unreadable(file: Path) -> list[tuple[str, str]]:
     parts = [line.partition("\t") for line in _lines(file) if line]
-    return [(printable(name), printable(reason)) for name, _, reason in parts]
+    return [(spelled(name), spelled(reason)) for name, _, reason in parts]
 
 
 def _lines(file: Path) -> list[str]:

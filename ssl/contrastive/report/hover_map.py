@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from contrastive.data import Images
-from contrastive.report.findings import Findings, drawn, has_labels, printable
+from contrastive.report.findings import Findings, drawn, has_labels
 from contrastive.report.pictures import Sprite, sprite, thumbnails
 from contrastive.report.plots import OTHER, PALETTE
+from contrastive.untrusted.files import spelled
 
 MOST = 2_500
 """Points of a map: as many pictures weigh a megabyte or two."""
@@ -53,7 +54,7 @@ def hover_map(findings: Findings, seed: int) -> HoverMap | None:
     sheet = sprite(thumbnails(images, chosen, SIDE))
     data = {
         "maps": [_placed(*maps[method], chosen) for method in maps],
-        "names": [printable(images.names[index]) for index in chosen.tolist()],
+        "names": [spelled(images.names[index]) for index in chosen.tolist()],
         "classes": [findings.class_name(number) for number in labels.unique().tolist()],
         "class": torch.searchsorted(labels.unique(), labels).tolist(),
         "group": group_of.tolist(),

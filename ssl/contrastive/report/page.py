@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from contrastive.checkpoints import sync
 from contrastive.report import plots
-from contrastive.report.findings import Findings, has_labels, printable
+from contrastive.report.findings import Findings, has_labels
 from contrastive.report.history import History, facts, read_history, warnings_of
 from contrastive.report.hover_map import hover_map
 from contrastive.report.look import Look, look
@@ -20,6 +20,7 @@ from contrastive.report.pictures import data_uri, png, uris
 from contrastive.report.score_table import sheets
 from contrastive.report.tensorboard import write_tensorboard
 from contrastive.report.training_curves import is_thinned, panels
+from contrastive.untrusted.files import spelled
 
 REPORT = "report.html"
 SIDE = 96
@@ -119,10 +120,10 @@ def _run(findings: Findings, history: History) -> dict[str, Any]:
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
         said.append(f"{what} left out")
     return {
-        "title": printable(findings.folder.resolve().name),
+        "title": spelled(findings.folder.resolve().name),
         "facts": facts(history, findings),
         "config": history.config.strip(),
-        "warnings": [printable(text) for text in dict.fromkeys(said)],
+        "warnings": [spelled(text) for text in dict.fromkeys(said)],
         "unreadable": unreadable[:LISTED],
         "more_unreadable": max(0, len(unreadable) - LISTED),
     }
@@ -181,7 +182,7 @@ def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
 
     def neighbour(near: Neighbour) -> dict[str, Any]:
         kind, mark = {None: ("", ""), True: ("right", "✓"), False: ("wrong", "✗")}[near.right]
-        name = printable(seen.searched.images.names[near.id])
+        name = spelled(seen.searched.images.names[near.id])
         return {
             "uri": found[near.id],
             "name": name,
@@ -193,7 +194,7 @@ def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
 
     def query(own: Query) -> dict[str, Any]:
         note = "" if own.guess is None else f"taken for {findings.class_name(own.guess)}"
-        name = printable(findings.shown.names[own.id])
+        name = spelled(findings.shown.names[own.id])
         near = [neighbour(near) for near in own.near]
         return {"uri": shown[own.id], "name": name, "label": _called(findings, own.label), "note": note, "near": near}
 
@@ -204,7 +205,7 @@ def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
             "images": pair.images,
             "share": pair.share,
             "examples": [
-                {"uri": shown[example], "name": printable(findings.shown.names[example])} for example in pair.examples
+                {"uri": shown[example], "name": spelled(findings.shown.names[example])} for example in pair.examples
             ],
         }
         for pair in worst

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
+from contrastive.evaluate.lettering import legible, lettering
+
 INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
 THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
 """Variables of the page's style that take the place of these colours, so that the dark mode changes them."""
@@ -115,19 +117,25 @@ def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Ma
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
-    for name, colour in names.items():
-        axes.plot([], [], "o", color=colour, markersize=5, label=name)
+    for number, colour in enumerate(names.values()):
+        axes.plot([], [], "o", color=colour, markersize=5, label=str(number))
     if names:
-        legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        with lettering(names):
+            legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            # Not as labels: matplotlib leaves out those that begin with an underscore.
+            for text, name in zip(legend.get_texts(), names, strict=True):
+                text.set_text(legible(name))
     return figure
 
 
 def matrix(counts: Int64[Tensor, "classes classes"], names: Sequence[str]) -> Figure:
     """What was taken for what: shares of each row as shades, counts as numbers."""
     side = 2.2 + 0.42 * len(names)
-    figure, axes = _figure(side, side)
+    with lettering(names):
+        figure, axes = _figure(side, side)
+        places, lines = list(range(len(names))), list(map(legible, names))
+        axes.set_xticks(places, lines, rotation=90)
+        axes.set_yticks(places, lines)
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.grid(visible=False)
@@ -138,9 +146,6 @@ def matrix(counts: Int64[Tensor, "classes classes"], names: Sequence[str]) -> Fi
                 axes.text(
                     column, row, f"{int(counts[row, column])}", color=colour, ha="center", va="center", fontsize=7
                 )
-    places = list(range(len(names)))
-    axes.set_xticks(places, list(names), rotation=90, parse_math=False)
-    axes.set_yticks(places, list(names), parse_math=False)
     axes.set_xlabel("predicted", color=INK, fontsize=9)
     axes.set_ylabel("true", color=INK, fontsize=9)
     return figure
@@ -194,5 +199,5 @@ def _legend(axes: Axes) -> None:
 
 
 def _quiet() -> AbstractContextManager[object]:
-    # Class names may hold letters that matplotlib's font lacks: it draws a box, and warns.
+    # A layout that does not fit into a small figure.
     return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -10,11 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from contrastive.evaluate.map import principal_components
 from contrastive.report import plots
-from contrastive.report.findings import Findings, drawn, printable
+from contrastive.report.findings import Findings, drawn
 from contrastive.report.look import Look
 from contrastive.report.neighbours import Query
 from contrastive.report.pictures import sheet, thumbnails
 from contrastive.similarity import normalize
+from contrastive.untrusted.files import spelled
 
 FOLDER = "evaluation"
 MOST = 2_000
@@ -96,7 +97,7 @@ def _project(writer: SummaryWriter, findings: Findings, seed: int) -> None:
     small = thumbnails(images, ids, side).float() / 255
     labels = images.labels[ids].tolist() if images.labels is not None else [-1] * len(ids)
     metadata = [
-        [findings.class_name(label), printable(images.names[index])]
+        [findings.class_name(label), spelled(images.names[index])]
         for label, index in zip(labels, ids.tolist(), strict=True)
     ]
     writer.add_embedding(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from contrastive.report import plots
-from contrastive.report.findings import printable
+from contrastive.untrusted.files import spelled
 
 
 class Kind(NamedTuple):
@@ -53,7 +53,7 @@ def panels(metrics: Sequence[dict[str, float]]) -> tuple[list[Panel], list[Panel
     found = [panel for kind in KINDS if (panel := _panel(metrics, kind)) is not None]
     known = LEFT_OUT.union(*(kind.keys for kind in KINDS))
     others = sorted({key for line in metrics for key in line} - known)[:MOST_PANELS]
-    more = [_panel(metrics, Kind((key,), printable(key.replace("_", " ")), "")) for key in others]
+    more = [_panel(metrics, Kind((key,), spelled(key.replace("_", " ")), "")) for key in others]
     return found, [panel for panel in more if panel is not None]
 
 

@@ -1,5 +1,8 @@
 """Tensors and arrays from files that a stranger may have made: no pickle is ever opened, no size is believed."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,22 @@ LARGEST_HEADER = 8 * MEBIBYTE
 NPY = b"\x93NUMPY"
 
 
+@contextmanager
+def utf8_path(file: Path) -> Iterator[Path]:
+    """A path to a file that is there, for libraries that take none but UTF-8: its own or, while open, a descriptor's.
+
+    Raises:
+        OSError: if it may not be read.
+    """
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError:
+        with file.open("rb") as opened:
+            yield Path(f"/proc/self/fd/{opened.fileno()}")
+    else:
+        yield file
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory.
 
@@ -27,7 +46,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if header > LARGEST_HEADER:
         raise ValueError(f"{shown(file)} is damaged: its header should have {header:,} bytes")
     try:
-        return dict(load_file(file))
+        with utf8_path(file) as path:
+            return dict(load_file(path))
     except (SafetensorError, ValueError, TypeError, RuntimeError) as problem:
         raise ValueError(f"{shown(file)} is damaged: {shown(problem)}") from problem
 

@@ -24,10 +24,27 @@ _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | g
 
 def shown(text: object) -> str:
     """A name or a value as one line of a message: line breaks, terminal escapes and what is no text are spelled out."""
-    line = str(text)
-    if not line.isprintable():
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    line = spelled(str(text))
     return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}…"
+
+
+def spelled(text: str, *, ascii_only: bool = False) -> str:
+    r"""A text with every letter that cannot be shown written as Python does, and each byte that is no UTF-8 as \xe9.
+
+    Args:
+        text: which may be a file's name, whose bytes need not be UTF-8.
+        ascii_only: spell out every letter beyond ASCII.
+    """
+    if text.isascii() if ascii_only else text.isprintable():
+        return text
+    return "".join(_letter(letter, ascii_only) for letter in text)
+
+
+def _letter(letter: str, ascii_only: bool) -> str:
+    if letter.isprintable() and (letter.isascii() or not ascii_only):
+        return letter
+    # surrogateescape, by which a byte of a name becomes a letter (PEP 383).
+    return f"\\x{ord(letter) - 0xDC00:02x}" if "\udc80" <= letter <= "\udcff" else ascii(letter)[1:-1]
 
 
 class RefusedFileError(ValueError):
