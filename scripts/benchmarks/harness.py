@@ -74,7 +74,7 @@ def rival(module: str, attribute: str) -> Any:
 
 def first_line(file: Path) -> str:
     """The first line of a file's docstring, read without running the file."""
-    return (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def seconds(cases: Mapping[str, Work], repetitions: int, *, warm_up: bool = True) -> dict[str, Spread]:
@@ -180,7 +180,7 @@ def write_json(report: Report, file: Path) -> None:
         "notes": list(report.notes),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _timed(work: Work) -> float:

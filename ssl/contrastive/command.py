@@ -168,7 +168,7 @@ def _answer(
 ) -> int:
     """Runs a command and says in a sentence what went wrong; `goes_on` tells how to go on after a signal."""
     if HELP & set(words):
-        terminal.write(sys.stdout, help_text(usage, about, model) + "\n")
+        terminal.write(help_text(usage, about, model) + "\n")
         return 0
     try:
         with Stop(at_once=True):
@@ -201,4 +201,4 @@ def _answer(
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    terminal.write(sys.stderr, text)
+    terminal.write(text, error=True)

@@ -95,7 +95,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
         if distributed.rank() == 0:
             _tell(comparison, teller)
             if file is not None:
-                file.write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
+                file.write_text(json.dumps(comparison.to_json(), indent=1) + "\n", "utf-8")
     return comparison
 
 

@@ -26,11 +26,11 @@ class Teller:
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(terminal.clean(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"warning: {terminal.clean(text)}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Teller:
 
 
 class _Cleaning(RenderHook):
-    """Cleans all that is printed, tables too: their cells hold names of folders and classes."""
+    """Cleans all that is printed: cells of tables hold names of runs, and of their controls rich drops only some."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Clean(renderable) for renderable in renderables]

@@ -274,7 +274,7 @@ def _check_shared(folder: Path) -> None:
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, oldest first."""
-    with (folder / METRICS).open() as lines:
+    with (folder / METRICS).open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 

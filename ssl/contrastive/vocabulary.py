@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 KEYS: Mapping[str, tuple[str, ...]] = {
-    name: ours
+    name: tuple(ours)
     for names, *ours in (
         ("lr learning_rate base_lr init_lr", "rate"),
         ("wd decay", "weight_decay"),

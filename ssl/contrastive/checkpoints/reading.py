@@ -26,7 +26,7 @@ from contrastive.checkpoints.manifest import (
     shard_file,
     verify,
 )
-from contrastive.untrusted.arrays import utf8_path
+from contrastive.untrusted.raw_bytes import utf8_path
 
 
 class OptimiserRest(BaseModel):

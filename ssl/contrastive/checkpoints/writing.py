@@ -61,7 +61,7 @@ def write(
 ) -> dict[str, File]:
     """Writes and syncs the files of this process; what they are known by."""
     for name, text in texts.items():
-        (aside / name).write_text(text)
+        (aside / name).write_text(text, "utf-8")
     for name, state in tensors.items():
         save_file(state, aside / name)
         # Readable for whom the folder is, as any other file; safetensors makes it the owner's alone.
@@ -76,7 +76,7 @@ def write(
 
 def publish(aside: Path, target: Path, manifest: Manifest) -> None:
     """Makes a checkpoint of the files that all processes have written aside."""
-    (aside / FILE).write_text(manifest.text())
+    (aside / FILE).write_text(manifest.text(), "utf-8")
     sync(aside / FILE)
     sync(aside)
     # The same step may have been saved before, and be the only checkpoint: it stays readable until the new one is.

@@ -13,6 +13,7 @@ from contrastive.data.images import Images
 from contrastive.data.labels import labelled, read_labels
 from contrastive.data.layout import splits_of
 from contrastive.data.listing import Listing, by_folder, hold_out, listing_of, with_classes
+from contrastive.data.paths import same_spelling
 from contrastive.data.walk import PassedOver, identity, many, walk
 from contrastive.untrusted.files import shown
 
@@ -151,8 +152,9 @@ def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[
 
 def _with_classes_of(train: Listing, test: Listing) -> Listing:
     """The held-out listing with the classes of the images to learn from; unlabelled where it has none of them."""
-    folders = set(test.folders()) - {""}
-    known, unknown = folders & set(train.classes), sorted(folders - set(train.classes))
+    folders, spelled = set(test.folders()) - {""}, same_spelling(train.classes)
+    unknown = sorted(folder for folder in folders if spelled(folder) is None)
+    known = folders.difference(unknown)
     if unknown and (known or len(unknown) > 1):
         raise ValueError(
             f"{shown(test.root / test.below)}: the held-out images have classes that {shown(train.root / train.below)} "

@@ -1,12 +1,17 @@
 """The classes of images from a table: a CSV file with a header, then a name and a label in each line."""
 
 import csv
+import logging
+import unicodedata
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from contrastive.data.listing import Listing
-from contrastive.data.paths import most_alike, nearest
+from contrastive.data.paths import most_alike, nearest, same_spelling
 from contrastive.untrusted.files import open_lines, shown
+from contrastive.untrusted.raw_bytes import NOT_UTF8, is_raw
+
+logger = logging.getLogger(__name__)
 
 UNLABELLED = -1
 
@@ -15,6 +20,7 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
     """The label of each image that a table names, by the image's name; an image that it leaves out has none.
 
     The first line names the columns; the first two columns are the name and the label, further ones are passed over.
+    How accents are composed (NFC, NFD) does not matter to labels, nor to names that nothing else tells apart.
 
     Args:
         path: the CSV file, in UTF-8.
@@ -30,14 +36,14 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
         raise ValueError(f"data.labels={path} does not exist; {nearest(path)}")
     lines: dict[str, int] = {}
     labels: dict[str, str] = {}
-    known = set(names)
+    known, not_utf8 = same_spelling(names), False
     try:
         with open_lines(path) as content:
             reader = csv.reader(content)
             header = next(reader, [])
             if len(header) < 2:
                 raise ValueError(f"{path}: the first line must name the columns: the image's name, then its label")
-            if header[0] in known:
+            if known(header[0]) is not None:
                 raise ValueError(f"{path}: the first line must name the columns, but {shown(header[0])} is an image")
             for row in reader:
                 if not row:
@@ -45,20 +51,26 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
                 line = f"{shown(path)}, line {reader.line_num}"
                 if len(row) < 2:
                     raise ValueError(f"{line}: one column, where a name and a label should stand")
-                name, label = row[0], row[1].strip()
+                given, label = row[0], unicodedata.normalize("NFC", row[1].strip())
+                not_utf8 = not_utf8 or is_raw(given + label)
+                name = known(given)
                 if name in lines:
-                    raise ValueError(f"{line}: {shown(name)} stands in line {lines[name]} already")
-                if name not in known:
-                    alike = most_alike(name, names, 1, 0.5)
+                    raise ValueError(f"{line}: {shown(given)} stands in line {lines[name]} already")
+                if name is None and is_raw(given):
+                    raise ValueError(f"{line}: {shown(repr(given))} is not among the images; {NOT_UTF8}")
+                if name is None:
+                    alike = most_alike(given, names, 1, 0.5)
                     hint = (
                         f"did you mean {shown(alike[0])}?" if alike else "names are those below the folder, a/b/1.jpg"
                     )
-                    raise ValueError(f"{line}: {shown(repr(name))} is not among the {len(known):,} images; {hint}")
+                    raise ValueError(f"{line}: {shown(repr(given))} is not among the {len(names):,} images; {hint}")
                 if not label:
                     raise ValueError(f"{line}: {shown(name)} has an empty label; leave the line out if it has none")
                 lines[name], labels[name] = reader.line_num, label
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not_utf8:
+        logger.warning("%s: %s; what is not is shown as \\xe9", shown(path), NOT_UTF8)
     if not labels:
         raise ValueError(f"{path} labels no image: below the header there must be lines of a name and a label")
     return labels

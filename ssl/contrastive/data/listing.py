@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from contrastive.data.paths import same_spelling
+
 
 class Listing(NamedTuple):
     """The image files of one split: names below the data folder, and the class of each, -1 where it has none."""
@@ -58,8 +60,9 @@ def by_folder(listing: Listing, *, asked: bool) -> Listing:
 
 def with_classes(listing: Listing, classes: Sequence[str]) -> Listing:
     """The listing with these classes, which are first sub-folders; images elsewhere have none, -1."""
-    number = {name: index for index, name in enumerate(classes)}
-    return listing._replace(labels=[number.get(folder, -1) for folder in listing.folders()], classes=tuple(classes))
+    number, spelled = {name: index for index, name in enumerate(classes)}, same_spelling(classes)
+    of_folder = {folder: number.get(spelled(folder) or "", -1) for folder in set(listing.folders())}
+    return listing._replace(labels=[of_folder[folder] for folder in listing.folders()], classes=tuple(classes))
 
 
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:

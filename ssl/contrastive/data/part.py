@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrastive.data.files import Files
 from contrastive.data.images import Images, InMemory, Names, fingerprint
+from contrastive.data.paths import same_spelling
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
@@ -74,16 +75,17 @@ def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
 
 def _number(classes: Sequence[str], entry: int | str) -> int:
     text = str(entry)
-    if text in classes:
-        return classes.index(text)
+    name = same_spelling(classes)(text)
+    if name is not None:
+        return classes.index(name)
     if text.isdecimal():
         # A number that a person types loses its zeros: 2 for a folder called 02.
-        named = [index for index, name in enumerate(classes) if name.isdecimal() and int(name) == int(text)]
+        named = [index for index, each in enumerate(classes) if each.isdecimal() and int(each) == int(text)]
         if len(named) == 1:
             return named[0]
-        if not all(name.isdecimal() for name in classes) and int(text) < len(classes):
+        if not all(each.isdecimal() for each in classes) and int(text) < len(classes):
             return int(text)
-    if text.isdecimal() and not all(name.isdecimal() for name in classes):
+    if text.isdecimal() and not all(each.isdecimal() for each in classes):
         raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
     near = difflib.get_close_matches(text, classes, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -74,6 +75,23 @@ def most_alike(wrong: str, known: Iterable[str], most: int = 1, cutoff: float = 
     if len(wrong) > MOST_COMPARED // 10:
         return []
     return difflib.get_close_matches(wrong, list(islice(known, MOST_COMPARED)), most, cutoff)
+
+
+def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:
+    """Looks names up among those that are known: a name itself, or else the only one of the same letters.
+
+    A letter with an accent is one or two in Unicode: macOS keeps names of files with two (NFD), tables and keyboards
+    give one (NFC). Names that differ by this alone are two, of which each must be given as it is.
+
+    Returns:
+        A function from a name to the known one; None: there is none, or there are two.
+    """
+    exact = set(known)
+    composed: dict[str, str | None] = {}
+    for name in exact:
+        form = unicodedata.normalize("NFC", name)
+        composed[form] = None if form in composed else name
+    return lambda name: name if name in exact else composed.get(unicodedata.normalize("NFC", name))
 
 
 def cache_folder() -> Path:

@@ -12,9 +12,10 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from contrastive.data.images import Images
-from contrastive.data.paths import nearest
+from contrastive.data.paths import nearest, same_spelling
 from contrastive.untrusted.arrays import mapped_array
 from contrastive.untrusted.files import open_lines, shown
+from contrastive.untrusted.raw_bytes import NOT_UTF8, is_raw
 
 SIDE = 7
 """Side of the thumbnail that is an image's label, in pixels."""
@@ -135,6 +136,7 @@ def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
 
 def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     places = {images.names[image]: image for image in range(len(images))}
+    known, not_utf8 = same_spelling(places), False
     lines = np.zeros(len(images), dtype=np.int64)
     try:
         with open_lines(path) as content:
@@ -146,9 +148,11 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
                 raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
             numbers = np.zeros((len(images), len(header) - 1))
             for row in reader:
-                if not row or row[0] not in places:
+                name = known(row[0]) if row else None
+                if name is None:
+                    not_utf8 = not_utf8 or (bool(row) and is_raw(row[0]))
                     continue
-                image, line = places[row[0]], reader.line_num
+                image, line = places[name], reader.line_num
                 if lines[image]:
                     raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
                 numbers[image], lines[image] = _numbers(path, line, row, header), line
@@ -156,9 +160,10 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
         raise ValueError(f"{path} cannot be read: {error}") from error
     missing = np.flatnonzero(lines == 0)
     if len(missing):
+        way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"
         raise ValueError(
             f"{path} has no line for {len(missing):,} of {len(images):,} images to train on, the first of which is "
-            f"{images.names[int(missing[0])]}; names must be spelled like that"
+            f"{images.names[int(missing[0])]}; {way_out}"
         )
     return numbers
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contrastive.config import Settings
-from contrastive.untrusted.arrays import utf8_path
 from contrastive.untrusted.files import parse_json
+from contrastive.untrusted.raw_bytes import utf8_path
 
 Report = Callable[[str, int, int], None]
 """Told what is done, how much of it, and of how much."""

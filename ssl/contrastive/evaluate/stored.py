@@ -178,7 +178,7 @@ def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which rows have been safely written, by any process."""
     done = np.zeros(total, dtype=np.bool_)
     for file in (folder / PARTIAL).glob(ANY_DONE):
-        for line in file.read_text().split("\n")[:-1]:
+        for line in file.read_text("utf-8").split("\n")[:-1]:
             # A line that was cut off in the middle, and ended when the work was taken up again, has no third word.
             match line.split():
                 case [start, stop, "done"] if start.isdecimal() and stop.isdecimal() and len(start + stop) < 40:
@@ -188,7 +188,7 @@ def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 def remarks(folder: Path) -> list[Any]:
     """What the processes have remarked, each value once."""
-    lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in file.read_text().split("\n")]
+    lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in file.read_text("utf-8").split("\n")]
     found = dict.fromkeys(line for line in lines if line.startswith(REMARK))
     return [json.loads(line.removeprefix(REMARK)) for line in found]
 
@@ -228,7 +228,7 @@ def mapped(file: Path) -> Tensor:
 def write_whole(file: Path, content: Iterable[str]) -> None:
     """Writes a text file that is there in whole or not at all, whenever a cut comes."""
     aside = file.with_name(f".{file.name}.partial")
-    with aside.open("w") as opened:
+    with aside.open("w", encoding="utf-8") as opened:
         opened.writelines(content)
     sync(aside)
     aside.replace(file)

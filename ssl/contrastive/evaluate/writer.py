@@ -35,7 +35,7 @@ class Writer:
             file = self._stack.enter_context((place / f"{name}.npy").open("r+b"))
             self._files[name] = (file, array.offset, array.shape[1])
             del array
-        self._done = self._stack.enter_context((place / DONE.format(distributed.rank())).open("a"))
+        self._done = self._stack.enter_context((place / DONE.format(distributed.rank())).open("a", encoding="utf-8"))
         self._done.write("\n" if self._done.tell() else "")
         self._unsafe: list[str] = []
         self._synced = monotonic()

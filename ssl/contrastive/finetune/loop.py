@@ -312,7 +312,7 @@ def _open(
     # It tells a run from a classifier, also while there is none yet.
     (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():
-        (folder / CONFIG).write_text(header + dump_yaml(task.settings))
+        (folder / CONFIG).write_text(header + dump_yaml(task.settings), "utf-8")
     run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
     if found is None:
         run.text("config", dump_yaml(task.settings))

@@ -16,6 +16,7 @@ from contrastive.report.neighbours import Query
 from contrastive.report.pictures import sheet, thumbnails
 from contrastive.similarity import normalize
 from contrastive.untrusted.files import spelled
+from contrastive.untrusted.raw_bytes import utf8_path
 
 FOLDER = "evaluation"
 MOST = 2_000
@@ -34,7 +35,8 @@ def write_tensorboard(findings: Findings, seen: Look, seed: int) -> None:
     """Writes what the page shows into RUN/tensorboard/evaluation, in place of what an earlier report left there."""
     folder = findings.folder / "tensorboard" / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
+    folder.mkdir(parents=True, exist_ok=True)
+    with utf8_path(folder) as place, SummaryWriter(str(place)) as writer:
         for name, queries in (("drawn at random", seen.random), ("wrong", seen.wrong), ("mistakes alike", seen.alike)):
             if queries:
                 writer.add_image(f"neighbours/{name}", rows(findings, seen, queries))

@@ -1,8 +1,5 @@
 """Tensors and arrays from files that a stranger may have made: no pickle is ever opened, no size is believed."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,26 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contrastive.untrusted.files import MEBIBYTE, open_regular, shown
+from contrastive.untrusted.raw_bytes import utf8_path
 
 LARGEST_HEADER = 8 * MEBIBYTE
 """Bytes of a safetensors header: that of a model of a hundred thousand tensors."""
 NPY = b"\x93NUMPY"
-
-
-@contextmanager
-def utf8_path(file: Path) -> Iterator[Path]:
-    """A path to a file that is there, for libraries that take none but UTF-8: its own or, while open, a descriptor's.
-
-    Raises:
-        OSError: if it may not be read.
-    """
-    try:
-        os.fspath(file).encode()
-    except UnicodeEncodeError:
-        with file.open("rb") as opened:
-            yield Path(f"/proc/self/fd/{opened.fileno()}")
-    else:
-        yield file
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

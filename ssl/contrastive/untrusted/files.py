@@ -144,12 +144,16 @@ def open_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[Iterator[str
     Bytes that are no UTF-8 become surrogates, as in the names of files, and a byte order mark is left out.
 
     Raises:
-        ValueError: if it is no regular file; while iterating, for a line of more letters than `longest`.
+        ValueError: if it is no regular file, or in UTF-16; while iterating, for a line of more letters than `longest`.
         OSError: if there is none, or it may not be read.
     """
     # newline="": the ends stay as they are, which a CSV reader wants.
-    with open_regular(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-        yield _lines(text, path, longest)
+    with open_regular(path) as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{shown(path)} is text in UTF-16; save it as “CSV UTF-8”")
+        file.seek(0)
+        with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+            yield _lines(text, path, longest)
 
 
 def _lines(text: io.TextIOWrapper, path: Path, longest: int) -> Iterator[str]:

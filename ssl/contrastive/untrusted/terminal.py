@@ -3,7 +3,6 @@
 import codecs
 import io
 import sys
-from typing import TextIO
 
 from contrastive.untrusted.files import spelled
 
@@ -74,9 +73,10 @@ def clean(text: str) -> str:
     return "\n".join("\t".join(map(spelled, line.split("\t"))) for line in text.split("\n"))
 
 
-def write(stream: TextIO, text: str) -> None:
-    """Writes a text to standard output or error, cleaned, at once."""
+def write(text: str, *, error: bool = False) -> None:
+    """Writes a text to standard output, or to standard error, cleaned, at once."""
     prepare()
+    stream = sys.stderr if error else sys.stdout
     stream.write(clean(text))
     stream.flush()
 

@@ -24,7 +24,7 @@ class Sample(Settings):
 
 def _read(split: str) -> InMemory:
     folder = files("contrastive.data.sample")
-    with folder.joinpath(f"{split}.csv").open() as table:
+    with folder.joinpath(f"{split}.csv").open(encoding="utf-8") as table:
         indices, labels = np.loadtxt(table, dtype=np.int64, delimiter=",", skiprows=1, unpack=True)
     with folder.joinpath(f"{split}.png").open("rb") as file, Image.open(file, formats=["PNG"]) as mosaic:
         rows, columns = mosaic.height // SIZE, mosaic.width // SIZE
