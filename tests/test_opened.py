@@ -45,7 +45,7 @@ def test_the_projector_comes_from_the_newest_checkpoint(run: Path, tmp_path: Pat
     encoder = small_run(tmp_path / "own")
     assert equal(open_run(tmp_path / "own").projector().module, encoder.projector)
     shutil.rmtree(tmp_path / "own" / "checkpoints")
-    with pytest.raises(ValueError, match="has no checkpoint, in which alone a projector is kept"):
+    with pytest.raises(ValueError, match="has no checkpoint, in which alone the projector is kept"):
         open_run(tmp_path / "own").projector()
     other = shutil.copytree(run, tmp_path / "other")
     small_run(tmp_path / "wider", "encoder.projector.dim=64", "seed=3")

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from benchmarks import harness
 
 UNSEEN = (5, 6, 7, 8, 9)
-FIGURES = ("Recall@1", "MAP@R", "NDCG@10")
+FIGURES = ("Recall@1", "MAP@R")
+LAYERS = {"learned": "backbone", "learned (embedding)": "embedding"}
+"""What each layer's features are called in a record, and in the table."""
 
 WORD2VEC = "objective.correction=false objective.normalized=false objective.temperature=1"
 """Negative sampling as it was published, on products of free lengths."""
@@ -73,6 +75,7 @@ LABELS: Mapping[str, str] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is trained, and for how long."""
     parser.add_argument("--minutes", type=float, default=1.0, help="of training, for each run (1)")
+    parser.add_argument("--epochs", type=float, help="of training, for each run, in place of minutes")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each objective (3)")
     parser.add_argument("--data", default="sample", help="the images to train on (sample)")
     parser.add_argument("--gallery", default="fashion_mnist", help="the images to look up (fashion_mnist)")
@@ -90,7 +93,7 @@ def run(options: argparse.Namespace) -> harness.Report:
     rows: list[dict[str, harness.Value]] = []
     for positives in ("views", "labels"):
         rows += [
-            {"positives": positives, "objective": name.rpartition(" (")[0], **row(measured[name], "learned")}
+            {"positives": positives, "objective": name.rpartition(" (")[0], **row(measured[name], *LAYERS)}
             for name, case in chosen.items()
             if case.positives == positives
         ]
@@ -104,9 +107,10 @@ def run(options: argparse.Namespace) -> harness.Report:
 
 def notes(options: argparse.Namespace) -> tuple[str, ...]:
     """What was done, in words."""
+    length = f"{options.minutes:g} minutes" if options.epochs is None else f"{options.epochs:g} epochs"
     return (
-        f"{options.minutes:g} minutes of training on classes 0 to 4 of {options.data}, {options.jobs} runs at once.",
-        f"Retrieval among the test images of classes 5 to 9 of {options.gallery} by the backbone's features.",
+        f"{length} of training on classes 0 to 4 of {options.data}, {options.jobs} runs at once.",
+        f"Retrieval among the test images of classes 5 to 9 of {options.gallery}, by backbone and embedding.",
         "In %: median (smallest-largest) over seeds.",
     )
 
@@ -125,11 +129,11 @@ def train_and_measure(cases: Mapping[str, Case], options: argparse.Namespace) ->
             if not report.exists():
                 recipe, *words = cases[name].words
                 words += [f"data={options.data}", f"unseen={list(UNSEEN)}".replace(" ", ""), f"seed={seed}"]
-                words += [f"train.minutes={options.minutes}", f"train.threads={threads}", "train.monitor=0"]
+                words += [_length(options), f"train.threads={threads}", "train.monitor=0"]
                 training = ["pretrain", recipe, *words, "train.preview=0", f"output={folder}"]
-                wanted = f"baselines={str(name == first).lower()}"
+                wanted = [f"baselines={str(name == first).lower()}", "report=false"]
                 looked_up = [f"data={options.gallery}", f"classes={list(UNSEEN)}".replace(" ", "")]
-                harness.commands(threads, training, ["evaluate", str(folder), "tasks=[retrieval]", *looked_up, wanted])
+                harness.commands(threads, training, ["evaluate", str(folder), "tasks=[retrieval]", *looked_up, *wanted])
             found: dict[str, Any] = json.loads(report.read_text())
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             return found | {"epochs": max(line["epoch"] for line in lines if "epoch" in line)}
@@ -138,12 +142,27 @@ def train_and_measure(cases: Mapping[str, Case], options: argparse.Namespace) ->
     return {name: [found for job, found in zip(jobs, reports, strict=True) if job[1] == name] for name in cases}
 
 
-def row(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, harness.Value]:
-    """Epochs and figures of one kind of features over seeds."""
-    found = [scores(report, kind) for report in reports]
-    epochs = harness.Spread.of([report["epochs"] for report in reports]).median if kind == "learned" else None
-    figures = {name: harness.Spread.of([100 * entry[name] for entry in found]) for name in FIGURES}
-    return {"epochs": epochs, **figures, "seeds": len(found)}
+def _length(options: argparse.Namespace) -> str:
+    return f"train.minutes={options.minutes}" if options.epochs is None else f"train.epochs={options.epochs}"
+
+
+def row(reports: Sequence[Mapping[str, Any]], *kinds: str) -> dict[str, harness.Value]:
+    """Epochs and figures over seeds: those of each layer of a run side by side, or those of a baseline."""
+    learned = kinds[0] in LAYERS
+    epochs = harness.Spread.of([report["epochs"] for report in reports]).median if learned else None
+    figures: dict[str, harness.Value] = {}
+    for name in FIGURES:
+        for kind in kinds:
+            found = [100 * scores(report, kind)[name] for report in reports]
+            figures[f"{name}, {LAYERS.get(kind, 'backbone')}"] = harness.Spread.of(found)
+    judged = {"judged by": judged_by(reports[0])} if learned else {}
+    return {"epochs": epochs, **judged, **figures, "seeds": len(reports)}
+
+
+def judged_by(report: Mapping[str, Any]) -> str:
+    """The layer that comes first in the retrieval of a record: that which evaluate judges the objective by."""
+    layer: str = next(entry["layer"] for entry in report["figures"] if entry["task"] == "retrieval")
+    return layer
 
 
 def baselines(measured: Mapping[str, Sequence[Mapping[str, Any]]], first: Mapping[str, str]) -> list[dict[str, Any]]:

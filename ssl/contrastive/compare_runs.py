@@ -14,12 +14,13 @@ from contrastive.checkpoints import together
 from contrastive.data import Images, Split
 from contrastive.evaluate.figures import LEADING
 from contrastive.evaluate.geometry import IMAGES, Geometry, neighbourhood_overlap
+from contrastive.evaluate.kinds import LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
 from contrastive.evaluate.methods import methods
 from contrastive.evaluate.protocol import Task
 from contrastive.evaluate.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
 from contrastive.extract import features_of, images_of
 from contrastive.launch import start
-from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, Look, evaluate, planned
+from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, Look, chosen, evaluate, planned
 from contrastive.opened import Opened, digest, open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
@@ -28,7 +29,7 @@ from contrastive.untrusted.files import read_json
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
-BASELINES = ("random weights", "raw pixels")
+BASELINES = (RANDOM, PIXELS)
 DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, SafetensorError, TypeError)
 """What a record raises that evaluate has not written, beside ValueError."""
 
@@ -51,6 +52,8 @@ class Measured(NamedTuple):
     """Its evaluation.json."""
     outcomes: Mapping[str, Tensor]
     """Its outcomes.safetensors."""
+    kinds: tuple[str, ...] = (LEARNED,)
+    """Its own kinds of features that were asked for, the one first by which images are compared."""
 
 
 def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Comparison:
@@ -74,6 +77,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     _check_weights(runs)
     images = _images(runs, settings, teller)
     looks = {look for opened in runs for look in planned(settings, _recipe(opened), labelled=images.labelled)}
+    kinds = [_kinds(opened, images, settings) for opened in runs]
     stale = [measured_before(opened, images, settings) is None for opened in runs]
     for number, (opened, again) in enumerate(zip(runs, stale, strict=True), 1):
         # A file system may show a record to one process before another.
@@ -82,7 +86,8 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
             evaluate(folders[number - 1], settings, quiet=True)
     with together():
         try:
-            rows, notes = side_by_side([_read(opened) for opened in runs], looks, baselines=settings.baselines)
+            measured = [_read(opened)._replace(kinds=own) for opened, own in zip(runs, kinds, strict=True)]
+            rows, notes = side_by_side(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
         except DAMAGE as problem:
             raise ValueError(
                 f"the {EVALUATION} of a run is damaged ({type(problem).__name__}: {problem}); delete it, and the run "
@@ -102,23 +107,28 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
 def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) -> Measured | None:
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
     looks = planned(settings, _recipe(opened), labelled=images.labelled)
+    kinds = _kinds(opened, images, settings)
     try:
-        found = _read(opened)
-        return found if _holds(found.record, opened, images, settings, looks) else None
+        found = _read(opened)._replace(kinds=kinds)
+        return found if _holds(found, images, settings, looks) else None
     except (*DAMAGE, OSError, ValueError):
         return None
 
 
-def _holds(
-    record: Mapping[str, Any], opened: Opened, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]
-) -> bool:
+def _kinds(opened: Opened, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
+    """The run's own kinds of features that are measured; collective."""
+    return chosen(opened, settings, planned(settings, _recipe(opened), labelled=images.labelled)).kinds
+
+
+def _holds(run: Measured, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]) -> bool:
     """Whether a record is of these weights and images, and has all that is asked for."""
+    record = run.record
     asked: dict[str, Any] = {
-        "weights": dict(opened.origin),
+        "weights": dict(run.opened.origin),
         "images": images.fingerprints,
         "precision": settings.precision,
         "protocol": settings.protocol.model_dump(mode="json"),
-        "metric": settings.metric.model_dump(mode="json"),
+        "metric": None if settings.metric is None else settings.metric.model_dump(mode="json"),
     }
     if set(LEADING) & set(looks):
         asked["classes"] = None if settings.classes is None else list(settings.classes)
@@ -130,23 +140,25 @@ def _holds(
     done |= {(figures["task"], figures["features"]) for figures in record.get("figures", ())}
     done |= {("fractions", kind) for kind in record.get("fractions", ())}
     done |= {("geometry", own["features"]) for own in record.get("geometry", ())}
-    wanted = {(look, kind) for look in looks for kind in ("learned", *(BASELINES if settings.baselines else ()))}
+    wanted = {(look, kind) for look in looks for kind in (*run.kinds, *(BASELINES if settings.baselines else ()))}
     return wanted <= done
 
 
 def side_by_side(
-    runs: Sequence[Measured], looks: Collection[str], *, baselines: bool
+    runs: Sequence[Measured], looks: Collection[str], *, baselines: bool, apart: bool = False
 ) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     """A row for each method, then for each baseline, of what all runs were measured by; and what is to be noted.
+
+    A method's figures are each of the layer that its objective trains for it; `apart` gives each layer a row.
 
     Raises:
         ValueError: if there is nothing that all runs were measured by.
     """
     notes = [f"{run.opened.name}: {text}" for run in runs for text in run.record.get("warnings", ())]
-    kinds = ("learned", *BASELINES) if baselines else ("learned",)
-    values = [{kind: figures_of(run.record, kind, looks) for kind in kinds} for run in runs]
-    titles = dict.fromkeys(title for own in values for title in own["learned"])
-    shared = [title for title in titles if all(title in own[kind] for own in values for kind in kinds)]
+    kinds = BASELINES if baselines else ()
+    values = [{kind: figures_of(run.record, kind, looks) for kind in (*run.kinds, *kinds)} for run in runs]
+    titles = dict.fromkeys(title for run, own in zip(runs, values, strict=True) for title in own[run.kinds[0]])
+    shared = [title for title in titles if all(title in figures for own in values for figures in own.values())]
     if missing := [title for title in titles if title not in shared]:
         notes.append(f"{', '.join(missing)}: left out, for not all runs were measured so; tasks=… names it for all")
     if len({json.dumps(run.record.get("gallery", {}).get("classes")) for run in runs}) > 1:
@@ -164,11 +176,15 @@ def side_by_side(
         [_recipe(run.opened).model_dump(mode="json", exclude={"seed", "output", "resume"}) for run in runs],
         [run.opened.name for run in runs],
     )
-    rows = [
-        _row(name, "learned", [runs[place] for place in places], [values[place] for place in places], shared, lying)
-        for name, places in named.items()
-    ]
-    for kind in kinds[1:]:
+    rows = []
+    for name, places in named.items():
+        own_runs, own_values = [runs[place] for place in places], [values[place] for place in places]
+        # Seeds of a method are measured by one layer.
+        own = [kind for kind in own_runs[0].kinds if all(kind in run.kinds for run in own_runs)] or [LEARNED]
+        for kinds_of_row in [[kind] for kind in own] if apart else [own]:
+            called = f"{name} ({LAYERS[kinds_of_row[0]]})" if apart else name
+            rows.append(_row(called, kinds_of_row, own_runs, own_values, shared, lying))
+    for kind in kinds:
         groups: dict[str, dict[int, int]] = {}
         for place, run in enumerate(runs):
             same, seed = _same_baseline(kind, run.opened)
@@ -178,32 +194,37 @@ def side_by_side(
             of = next(name for name, own in named.items() if places[0] in own)
             name = kind if len(groups) == 1 else f"{kind} ({of})"
             own_runs, own_values = [runs[place] for place in places], [values[place] for place in places]
-            rows.append(_row(name, kind, own_runs, own_values, shared, lying))
+            rows.append(_row(name, [kind], own_runs, own_values, shared, lying))
     return tuple(rows), tuple(dict.fromkeys(notes))
 
 
 def _row(
     name: str,
-    kind: str,
+    kinds: Sequence[str],
     runs: Sequence[Measured],
     values: Sequence[Mapping[str, Mapping[str, float]]],
     shared: Sequence[str],
     lying: bool,
 ) -> Row:
+    tasks: dict[str, Task] = {title: task for task, title in FIGURES.items()}
+    by = {title: leading(kinds, tasks.get(title)) for title in shared}
     hits: dict[Task, Tensor] = {}
-    for task, title in FIGURES.items():
+    for title, task in tasks.items():
+        kind = by.get(title)
         if title in shared and all(f"hits/{task}/{kind}" in run.outcomes for run in runs):
             each = torch.stack([run.outcomes[f"hits/{task}/{kind}"] for run in runs])
             hits[task] = each[:, each[0] >= 0] == 1
-    found = [Geometry(**own) for run in runs for own in run.record.get("geometry", ()) if own["features"] == kind]
+    lies = leading(kinds)
+    found = [Geometry(**own) for run in runs for own in run.record.get("geometry", ()) if own["features"] == lies]
     return Row(
         name,
         tuple(run.opened.name for run in runs),
         tuple(_recipe(run.opened).seed for run in runs),
-        {title: tuple(own[kind][title] for own in values) for title in shared},
+        {title: tuple(own[kind][title] for own in values) for title, kind in by.items()},
         tuple(found) if lying else (),
-        kind != "learned",
+        not is_learned(lies),
         hits,
+        {title: LAYERS[kind] for title, kind in by.items() if is_learned(kind)},
     )
 
 

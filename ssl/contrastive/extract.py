@@ -18,7 +18,7 @@ from contrastive.config import Settings, as_list
 from contrastive.data import Data, Images, Split, shorthand
 from contrastive.evaluate import exports, features, stored
 from contrastive.evaluate.filling import Part, entries, fill, labels_of
-from contrastive.evaluate.layers import BACKBONE, PROJECTOR, Layers, OneLayer, widths_of
+from contrastive.evaluate.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, OneLayer, widths_of
 from contrastive.launch import start
 from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
@@ -55,8 +55,9 @@ class ExtractSettings(EncodeSettings):
     split: Literal["all", "train", "test"] = "all"
     """Which of the images; all: the training images, then the held-out ones."""
     layers: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field((BACKBONE,), min_length=1)
-    """What is kept, one or several with commas: backbone, projector (of a run), or a module of the backbone by its
-    name, whose maps are averaged: layer3, blocks.5."""
+    """What is kept, one or several with commas: backbone; of a run projector and embedding, which its objective
+    compares (the predictor's output where there is a predictor, else the projector's); or a module of the backbone by
+    its name, whose maps are averaged: layer3, blocks.5."""
     pretrained: bool | None = None
     """For a timm name: true for its published weights (downloaded), false for random ones."""
     size: int | None = Field(None, ge=1)
@@ -219,17 +220,17 @@ def layers_of(opened: Opened, names: tuple[str, ...], *, untrained: bool = False
     """What reads layers of an opened model, on its device, and where the weights come from, as JSON values.
 
     Raises:
-        ValueError: for a name that is no layer, or a projector that cannot be had.
+        ValueError: for a name that is no layer, or a projector or an embedding that cannot be had.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     backbone = opened.untrained() if untrained else opened.backbone()
     origin: dict[str, Any] = dict(opened.origin)
     if untrained:
         origin = {"untrained": True, "sha256": digest_of(backbone.state_dict())}
-    projector = opened.projector() if PROJECTOR in names and not untrained else None
-    if projector is not None:
-        origin["projector"] = projector.origin
-    layers = Layers(backbone, names, None if projector is None else projector.module).to(device)
+    made = {PROJECTOR: opened.projector, EMBEDDING: opened.embedding}
+    heads = {} if untrained else {name: made[name]() for name in names if name in made}
+    origin |= {name: head.origin for name, head in heads.items()}
+    layers = Layers(backbone, names, {name: head.module for name, head in heads.items()}).to(device)
     return layers.to(memory_format=_memory_format(opened)), origin
 
 

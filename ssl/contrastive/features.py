@@ -38,7 +38,7 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     Args:
         model: a run folder or a timm name, as in `open_model`.
         pretrained: for a timm name: its published weights, or random ones.
-        layer: backbone, projector (of a run), or a module of the backbone by its name.
+        layer: backbone; projector or embedding (of a run); or a module of the backbone by its name.
         size: side of the square that the backbone sees; by default what it was trained on.
         batch_size: images per forward pass; bounds the memory.
         precision: fp32, or bf16 or fp16, which are faster where the device is built for them.
@@ -83,7 +83,7 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self.module_ = OneLayer(layers).cpu()
         self.decoding_ = _decoding(opened)
         # The weights are in the module.
-        self.opened_ = dataclasses.replace(opened, weights={})
+        self.opened_ = dataclasses.replace(opened, weights={}, encoder=None)
         return self
 
     def transform(self, X: Any) -> Float32[np.ndarray, "images width"]:  # noqa: N803

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
-from contrastive.encoder import create_backbone, widths
+from contrastive.encoder import Encoder, create_backbone, widths
 from contrastive.recipe import Recipe
 from contrastive.run import CLASSIFIER, CONFIG
 from contrastive.timm_folder import HUB, LOCAL, SOURCES, WEIGHTS, Described, hub_folder, read_folder
@@ -27,8 +27,8 @@ SEED = 0
 """What random weights of a timm model follow from."""
 
 
-class Projector(NamedTuple):
-    """A run's projector with its learned weights."""
+class Head(NamedTuple):
+    """What a run has beside its backbone, with its learned weights."""
 
     module: nn.Module
     origin: dict[str, Any]
@@ -63,6 +63,8 @@ class Opened:
     """The run folder; None for a timm model."""
     recipe: Recipe | None = None
     """The run's; None for a timm model."""
+    encoder: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """The weights of the whole encoder, where the backbone's are those of a checkpoint."""
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -98,32 +100,52 @@ class Opened:
         with torch.random.fork_rng(devices=[]):
             return self.create()
 
-    def projector(self) -> Projector:
-        """The projector that the run's backbone was trained with, from its newest checkpoint; collective.
+    def projector(self) -> Head:
+        """The projector that the run's backbone was trained with, as `embedding` has it; collective."""
+        encoder, origin = self._trained("projector")
+        return Head(encoder.projector, origin)
+
+    def embedding(self) -> Head:
+        """What makes embeddings, which the objective compares, of what the projector reads; collective.
+
+        That is the projector, and after it the predictor where there is one, from the checkpoint of the backbone's
+        weights. Of a momentum twin there is nothing in it.
 
         Raises:
             ValueError: if this is no run, there is no checkpoint any more, or it is of another backbone than this.
         """
+        encoder, origin = self._trained("embedding")
+        return Head(nn.Sequential(encoder.projector, encoder.predictor), origin)
+
+    def _trained(self, layer: str) -> tuple[Encoder, dict[str, Any]]:
+        """The whole encoder, and where its weights come from."""
         if self.folder is None or self.recipe is None:
-            raise ValueError(f"{self.name} is a timm model, which has no projector; only a run has one")
-        found, _ = newest_checkpoint(self.folder / "checkpoints", only=("encoder",))
-        if found is None:
-            raise ValueError(
-                f"{self.folder} has no checkpoint, in which alone a projector is kept; leave the projector out, or "
-                "keep RUN/checkpoints beside RUN/backbone"
-            )
-        state = found.parts["encoder"]
-        if any(not torch.equal(value, state[f"backbone.{key}"]) for key, value in self.weights.items()):
-            raise ValueError(
-                f"{self.folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
-                f"{self.origin['file']}, so that its projector does not belong to them; go on with the run to its end"
-            )
+            raise ValueError(f"{self.name} is a timm model, which has no {layer}; only a run has one: name backbone")
+        state, origin = self.encoder, dict(self.origin)
+        if state is None:
+            state, origin = self._newest(self.folder, layer)
         with torch.random.fork_rng(devices=[]):
             random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
             encoder = random.build(channels=self.channels, size=self.size)
         encoder.load_state_dict(dict(state))
-        file = _encoder_file(self.folder, found.step)
-        return Projector(encoder.projector, {"file": file.relative_to(self.folder).as_posix(), "sha256": digest(file)})
+        return encoder, origin
+
+    def _newest(self, folder: Path, layer: str) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """The encoder of the newest checkpoint, if it is of the backbone that was opened, and its file."""
+        found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
+        if found is None:
+            raise ValueError(
+                f"{folder} has no checkpoint, in which alone the {layer} is kept; use the backbone, or keep "
+                "RUN/checkpoints beside RUN/backbone"
+            )
+        state = found.parts["encoder"]
+        if any(not torch.equal(value, state[f"backbone.{key}"]) for key, value in self.weights.items()):
+            raise ValueError(
+                f"{folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
+                f"{self.origin['file']}, so that its {layer} does not belong to them; go on with the run to its end"
+            )
+        file = _encoder_file(folder, found.step)
+        return state, {"file": file.relative_to(folder).as_posix(), "sha256": digest(file)}
 
 
 def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> Opened:
@@ -176,6 +198,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         )
     check_links(folder)
     recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / WEIGHTS
+    encoder: Mapping[str, Tensor] | None = None
     if recipe.views.size is None:
         raise ValueError(f"{shown(folder / CONFIG)} is not a run's: its views.size is not said")
     model = recipe.encoder.name
@@ -205,6 +228,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         create=partial(_of_recipe, recipe, model, channels, size or recipe.views.size),
         folder=folder,
         recipe=recipe,
+        encoder=encoder,
     )
     if size is not None and size != recipe.views.size:
         try:

@@ -1,6 +1,7 @@
 """Every kind of features measured by the same tasks and the same protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from contrastive.evaluate.clustering import clustering
 from contrastive.evaluate.figures import Figures
 from contrastive.evaluate.held_out import hold_out, num_classes
 from contrastive.evaluate.intervals import paired_difference, wilson
+from contrastive.evaluate.kinds import GROUPING, LAYERS, in_order, is_learned, leading
 from contrastive.evaluate.knn import MOST_HELD_OUT, knn
 from contrastive.evaluate.linear import linear
 from contrastive.evaluate.metric import Cosine, Measured, Metric, Report, apply, is_fitted
@@ -21,9 +23,6 @@ from contrastive.evaluate.protocol import Gallery, ProtocolSettings, Task
 from contrastive.evaluate.retrieval import retrieve
 from contrastive.evaluate.scores import COMPARED, Difference, Evaluation, Method, Score
 from contrastive.evaluate.verification import draw_pairs, verify
-
-GROUPING = {"retrieval", "clustering", "verification"}
-"""Tasks that compare test images with each other."""
 
 
 def compare(
@@ -35,6 +34,7 @@ def compare(
     tasks: Sequence[Task] = ("knn", "linear"),
     gallery: Gallery | None = None,
     metric: Metric | None = None,
+    distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
     augmented: Callable[[str], AugmentedResult] | None = None,
     report: Callable[[str], object] | None = None,
@@ -48,14 +48,16 @@ def compare(
     that the choice is not made on images that it has already pulled together; the linear probe does without it.
 
     Args:
-        features: by kind, those of the training [train, dim] and of the test images [test, dim]; the first kind is
-            compared with each other one. Where no task takes training images (see `takes_training`) they may be None.
+        features: by kind, those of the training [train, dim] and of the test images [test, dim]; the leading kind (see
+            `kinds.leading`) is compared with each other one. Where no task takes training images (see
+            `takes_training`) they may be None.
         train_labels: classes of the training images.
         test_labels: classes of the test images.
         protocol: grids, share held out, seed.
         tasks: what is measured.
         gallery: which test images are compared with each other; all without.
         metric: the distance by which neighbours are found; the cosine without.
+        distances: the distance of some kinds, in its stead.
         keep: given each fitted metric, by kind of features.
         augmented: the probe on augmented images of a kind of features, which takes its backbone; if it is a task.
         report: told what is measured next.
@@ -84,7 +86,8 @@ def compare(
         _check(kind, test, test_labels, "test")
         if report is not None:
             report(f"measuring {kind} features: {test.shape[1]} numbers for each image")
-        measured = apply(metric, train, test, train_labels, fitting, report=progress)
+        used = (distances or {}).get(kind, metric)
+        measured = apply(used, train, test, train_labels, fitting, report=progress)
         if keep is not None and measured.fitted is not None:
             keep(kind, measured.fitted)
         if train is not None:
@@ -93,23 +96,27 @@ def compare(
             if "augmented" in tasks and augmented is not None:
                 found.append(_augmented(kind, augmented(kind), truth, labelled, train_labels, test.shape[1]))
             for score, guesses in found:
-                scores.append(score)
+                by = used.name if score.method == "knn" else None
+                scores.append(replace(score, layer=LAYERS.get(kind), metric=by))
                 right = hits[score.method, kind] = guesses == truth
                 predictions[f"{score.method}/{kind}"] = _among(guesses, labelled, len(test_labels))
                 of_each[f"{score.method}/{kind}"] = _among(right, labelled, len(test_labels))
         for own, correct, queries in _group(kind, measured, shown, test_labels[shown], tasks, protocol):
-            figures.append(own)
+            figures.append(replace(own, layer=LAYERS.get(kind), metric=used.name))
             if correct is not None:
                 hits[own.task, kind] = correct
             if correct is not None and queries is not None:
                 of_each[f"{own.task}/{kind}"] = _among(correct, shown[queries], len(test_labels))
-    first, *baselines = features
-    differences = [
-        Difference(first, baseline, task, *paired_difference(hits[task, first], hits[task, baseline]))
-        for task in COMPARED
-        for baseline in baselines
-        if (task, first) in hits
-    ]
+    differences: list[Difference] = []
+    for task in COMPARED:
+        first, *others = in_order(features, task)
+        # The baselines, then the other layer.
+        differences += [
+            Difference(first, other, task, *paired_difference(hits[task, first], hits[task, other]))
+            for other in sorted(others, key=is_learned)
+            if (task, first) in hits
+        ]
+    scores.sort(key=lambda own: own.features != leading(features))
     order = list(dict.fromkeys(own.task for own in figures))
     figures.sort(key=lambda own: order.index(own.task))
     return Evaluation(protocol, metric, tuple(scores), tuple(figures), tuple(differences), facts, predictions, of_each)
@@ -121,7 +128,7 @@ def check(
     train_labels: Int[Tensor, " train"],
     test_labels: Int[Tensor, " test"],
     protocol: ProtocolSettings,
-    metric: Metric,
+    metric: Metric | None,
 ) -> None:
     """Refuses what the labels alone show to be impossible, before any image is encoded.
 
@@ -141,13 +148,13 @@ def check(
         )
     if "verification" in tasks:
         draw_pairs(labels, protocol.verification, seed=protocol.seed)
-    if is_fitted(metric):
+    if metric is not None and is_fitted(metric):
         _fitting(gallery, train_labels, protocol)
 
 
-def takes_training(tasks: Sequence[Task], metric: Metric) -> bool:
+def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:
     """Whether the features of training images are needed."""
-    return bool({"knn", "linear", "augmented"} & set(tasks)) or is_fitted(metric)
+    return bool({"knn", "linear", "augmented"} & set(tasks)) or (metric is not None and is_fitted(metric))
 
 
 def _fitting(gallery: Gallery, labels: Tensor, protocol: ProtocolSettings) -> Tensor:
@@ -232,7 +239,7 @@ def _group(
 
 
 def _score(
-    kind: str, method: Method, hits: Tensor, validation: float, counts: Mapping[str, int], chosen: Mapping[str, Any]
+    kind: str, method: Method, hits: Tensor, validation: float, counts: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> Score:
     correct = int(hits.sum())
     low, high = wilson(correct, len(hits))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from contrastive.evaluate.clustering import ClusteringResult
 from contrastive.evaluate.intervals import mean_interval, wilson
+from contrastive.evaluate.kinds import label
+from contrastive.evaluate.layers import EMBEDDING
 from contrastive.evaluate.retrieval import RetrievalResult, RetrievalSettings
 from contrastive.evaluate.verification import VerificationResult
 
@@ -34,6 +36,10 @@ class Figures:
     """The 95 % intervals of figures that are proportions or means of queries, over draws of the queries."""
     deviations: Mapping[str, float] = field(default_factory=dict)
     """The standard deviations of figures that are means of folds."""
+    layer: str | None = None
+    """Of the encoder: backbone or embedding; None for raw pixels."""
+    metric: str = "cosine"
+    """The distance by which the images were compared."""
 
 
 def of_retrieval(kind: str, dim: int, result: RetrievalResult, settings: RetrievalSettings) -> Figures:
@@ -73,6 +79,12 @@ def of_verification(kind: str, dim: int, result: VerificationResult) -> Figures:
     )
 
 
+def distances(figures: Sequence[Figures]) -> str:
+    """By which distance images were compared; that of the embedding is named where it is another."""
+    first, *others = dict.fromkeys(own.metric for own in sorted(figures, key=lambda own: own.layer == EMBEDDING))
+    return first + "".join(f", the embedding by {other}" for other in others)
+
+
 def table(title: str, figures: Sequence[Figures]) -> Table:
     """A row for each kind of features: its figures in per cent, the leading one with its interval."""
     first = figures[0]
@@ -82,7 +94,7 @@ def table(title: str, figures: Sequence[Figures]) -> Table:
         if name == LEADING[first.task] and name in first.intervals:
             shown.add_column("95 %", no_wrap=True)
     for own in figures:
-        cells = [own.features]
+        cells = [label(own.features)]
         for name, value in own.values.items():
             deviation = f" ± {100 * own.deviations[name]:.1f}" if name in own.deviations else ""
             cells.append(f"{100 * value:.1f}{deviation}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contrastive import keyed
 from contrastive.config import Settings
+from contrastive.evaluate.kinds import label
 from contrastive.evaluate.linear import NEAR, standard
 from contrastive.evaluate.logistic import LogisticFit, logistic_regression, principal_axes
 
@@ -148,7 +149,7 @@ def table(results: Mapping[str, Sequence[FractionResult]]) -> Table:
         shown.add_column(f"{result.name} ({result.images:,})", justify="right", no_wrap=True)
     for number, (kind, row) in enumerate(results.items()):
         cells = [f"{100 * result.mean:.1f} ± {100 * result.deviation:.1f}" for result in row]
-        shown.add_row(kind, *cells, style=None if number else "bold")
+        shown.add_row(label(kind), *cells, style=None if number else "bold")
     return shown
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from contrastive import distributed, health
+from contrastive.evaluate.kinds import LAYERS, label
 from contrastive.similarity import directions, log_sum_exp, normalize, top_k
 
 IMAGES = 25_600
@@ -32,6 +33,8 @@ class Geometry:
     """0 where all features are one, or all zero; about −4 + 8 / dim where they are spread evenly over the sphere."""
     alignment: float | None
     """0 where both views of every image have one direction, 2 for unrelated views; None without views."""
+    layer: str | None = None
+    """Of the encoder: backbone or embedding; None for raw pixels."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def geometry(
         health.effective_rank(features),
         uniformity(features),
         alignment(*views) if views is not None else None,
+        LAYERS.get(kind),
     )
 
 
@@ -178,7 +182,7 @@ def table(found: Sequence[Geometry]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     for own in found:
         shown.add_row(
-            own.features,
+            label(own.features),
             str(own.dim),
             f"{own.effective_rank:.1f}",
             f"{own.uniformity:.2f}",

@@ -1,7 +1,7 @@
 """What several layers of a backbone make of images, in one pass."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,33 +12,39 @@ from torch import Tensor, nn
 from contrastive.encoder import summary
 from contrastive.evaluate.features import evaluation_mode
 
-BACKBONE, PROJECTOR = "backbone", "projector"
+BACKBONE, PROJECTOR, EMBEDDING = "backbone", "projector", "embedding"
+HEADS = (PROJECTOR, EMBEDDING)
+"""What a run has beside its backbone."""
 
 
 class Layers(nn.Module):
     """A backbone whose layers are read by forward hooks while it encodes.
 
-    `backbone` is what the backbone returns, `projector` what the projector makes of it, and any other layer a module
-    of the backbone by its name (`layer3`, `blocks.5`). Maps are averaged over their places, tokens over the patches.
+    `backbone` is what the backbone returns, `projector` what the projector makes of it, `embedding` what the objective
+    compares, and any other layer a module of the backbone by its name (`layer3`, `blocks.5`). Maps are averaged over
+    their positions, tokens over the patches.
     """
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[str], projector: nn.Module | None = None) -> None:
-        """Names that are no layer are refused.
+    def __init__(
+        self, backbone: nn.Module, layers: Sequence[str], heads: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Names that are no layer are refused; `heads` are what projector and embedding are made by.
 
         Raises:
-            ValueError: naming the nearest layers; or if a layer is named twice, or there is no projector.
+            ValueError: naming the nearest layers; or if a layer is named twice, or there is no such head.
         """
         super().__init__()
-        self.backbone, self.projector, self.layers = backbone, projector, tuple(layers)
+        self.backbone, self.heads, self.layers = backbone, nn.ModuleDict(heads or {}), tuple(layers)
         modules = {name: module for name, module in backbone.named_modules() if name}
         for name in self.layers:
-            if name not in (BACKBONE, PROJECTOR) and name not in modules:
+            if name not in (BACKBONE, *HEADS) and name not in modules:
                 raise ValueError(f"layers: the backbone has no {name!r}{_nearest(name, modules)}")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers={','.join(self.layers)}: one is named twice; name each once")
-        if PROJECTOR in self.layers and projector is None:
-            raise ValueError("layers: there is no projector; name backbone or a module of it")
-        self._hooked = {name: modules[name] for name in self.layers if name in modules}
+        for name in HEADS:
+            if name in self.layers and name not in self.heads:
+                raise ValueError(f"layers: there is no {name}; name backbone or a module of it")
+        self._hooked = {name: modules[name] for name in self.layers if name not in (BACKBONE, *HEADS)}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Float[Tensor, "batch _"]]:
         """One vector per image by each layer's name, in the order of the names.
@@ -47,6 +53,18 @@ class Layers(nn.Module):
             ValueError: if a layer returns no tensor, or does not run exactly once for a batch.
         """
         found: dict[str, Tensor] = {}
+        heads = [name for name in HEADS if name in self.layers]
+        # A backbone that chooses what its projector reads is asked for it, which is a second pass.
+        chooses = hasattr(self.backbone, "forward_summary")
+        read = summary(self.backbone, images) if heads and chooses else None
+        if read is None or len(heads) < len(self.layers):
+            self._encode(images, found)
+            read = found[BACKBONE] if read is None else read
+        for name in heads:
+            found[name] = self.heads[name](read)
+        return {name: found[name] for name in self.layers}
+
+    def _encode(self, images: Tensor, found: dict[str, Tensor]) -> None:
         hooks = [
             module.register_forward_hook(partial(self._take, found, name)) for name, module in self._hooked.items()
         ]
@@ -59,12 +77,6 @@ class Layers(nn.Module):
             if name not in found:
                 raise ValueError(f"layers: {name} does not run when the backbone encodes; name another")
         found[BACKBONE] = features
-        if PROJECTOR in self.layers:
-            assert self.projector is not None
-            # A backbone that chooses what its projector reads is asked for it, which is a second look.
-            own = hasattr(self.backbone, "forward_summary")
-            found[PROJECTOR] = self.projector(summary(self.backbone, images) if own else features)
-        return {name: found[name] for name in self.layers}
 
     def _take(self, found: dict[str, Tensor], name: str, _: nn.Module, __: Any, made: Any) -> None:
         if not isinstance(made, Tensor) or made.ndim not in (2, 3, 4):
@@ -105,7 +117,7 @@ def widths_of(layers: Layers, images: Float[Tensor, "1 channels height width"]) 
 
 
 def _nearest(name: str, modules: dict[str, nn.Module]) -> str:
-    near = difflib.get_close_matches(name, [BACKBONE, PROJECTOR, *modules], 3, 0.5)
+    near = difflib.get_close_matches(name, [BACKBONE, *HEADS, *modules], 3, 0.5)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     stages = [module for module in modules if "." not in module]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from contrastive.evaluate import figures as tell
 from contrastive.evaluate.figures import Figures
+from contrastive.evaluate.kinds import EMBEDDED, is_learned, label
 from contrastive.evaluate.metric import Cosine, Metric
 from contrastive.evaluate.protocol import ProtocolSettings, Task
 
@@ -47,6 +48,10 @@ class Score:
     regularisation: float | None = None
     rate: float | None = None
     decay: float | None = None
+    layer: str | None = None
+    """Of the encoder: backbone or embedding; None for raw pixels."""
+    metric: str | None = None
+    """The distance by which neighbours were searched; None where none were."""
 
     @property
     def choice(self) -> str:
@@ -73,12 +78,13 @@ class Difference:
     def __str__(self) -> str:
         """The difference in words."""
         points = f"{100 * abs(self.difference):.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        baseline = label(self.baseline)
         if self.low > 0:
-            return f"beat {self.baseline} by {points}"
+            return f"beat {baseline} by {points}"
         if self.high < 0:
-            return f"fall behind {self.baseline} by {points}"
+            return f"fall behind {baseline} by {points}"
         sign = "ahead" if self.difference > 0 else "behind"
-        return f"cannot be told from {self.baseline}: {sign} by {points}"
+        return f"cannot be told from {baseline}: {sign} by {points}"
 
 
 @dataclass(frozen=True)
@@ -100,21 +106,26 @@ class Evaluation:
     def verdict(self) -> str:
         """What may be concluded, in one sentence: where the features win, where they lose, where nobody can tell."""
         kinds = {score.features for score in self.scores} | {figures.features for figures in self.figures}
-        if len(kinds) < 2:
-            return "There is no baseline to compare with."
+        baselines = [difference for difference in self.differences if not is_learned(difference.baseline)]
         if not self.differences:
+            if len(kinds) < 2:
+                return "There is no baseline to compare with."
             return "Clustering alone has no interval, so nothing is said of who is ahead."
-        if all(difference.low > 0 for difference in self.differences):
+        if not baselines:
+            opening = "There is no baseline to compare with"
+        elif all(difference.low > 0 for difference in baselines):
             opening = "Ahead of every baseline"
-        elif all(difference.high < 0 for difference in self.differences):
+        elif all(difference.high < 0 for difference in baselines):
             opening = "Behind every baseline"
         else:
             opening = "Not ahead of every baseline"
         parts = []
         for method, title in COMPARED.items():
-            found = [str(difference) for difference in self.differences if difference.method == method]
+            found = [difference for difference in self.differences if difference.method == method]
             if found:
-                parts.append(f"by {title}, {self.differences[0].features} features {' and '.join(found)}")
+                # The layer is named where there are two.
+                own = label(found[0].features) if EMBEDDED in kinds else found[0].features
+                parts.append(f"by {title}, {own} features {' and '.join(map(str, found))}")
         return f"{opening}: {'; '.join(parts)}."
 
     def to_json(self) -> dict[str, Any]:
@@ -140,16 +151,17 @@ class Evaluation:
             tables += [self._accuracies(scores)] if scores else []
         for task in dict.fromkeys(figures.task for figures in self.figures):
             own = [figures for figures in self.figures if figures.task == task]
-            tables.append(tell.table(self._title(own[0]), own))
+            tables.append(tell.table(self._title(own), own))
         return tables
 
-    def _title(self, first: Figures) -> str:
+    def _title(self, own: Sequence[Figures]) -> str:
+        first = own[0]
         pairs = f" of {first.counts['pairs']:,} pairs" if "pairs" in first.counts else ""
         left_out = first.counts.get("left_out", 0)
         apart = f", {left_out:,} left out that are alone in their class" if left_out else ""
         return (
-            f"{first.task.capitalize()} by {self.metric.name}{pairs} among {self.gallery['images']:,} test images of "
-            f"{len(self.gallery['classes'])} classes {self.gallery['origin']}{apart} (%)"
+            f"{first.task.capitalize()} by {tell.distances(own)}{pairs} among {self.gallery['images']:,} test images "
+            f"of {len(self.gallery['classes'])} classes {self.gallery['origin']}{apart} (%)"
         )
 
     def accuracy_title(self, first: Score) -> str:
@@ -169,7 +181,7 @@ class Evaluation:
             table.add_column("chosen", no_wrap=True)
         for kind in dict.fromkeys(score.features for score in scores):
             own = {score.method: score for score in scores if score.features == kind}
-            cells = [kind, str(next(iter(own.values())).dim)]
+            cells = [label(kind), str(next(iter(own.values())).dim)]
             for method in methods:
                 score = own[method]
                 cells += [f"{100 * score.accuracy:.1f}", f"{100 * score.low:.1f}–{100 * score.high:.1f}", score.choice]

@@ -43,6 +43,8 @@ class Row:
     baseline: bool = False
     hits: Mapping[Task, Bool[Tensor, "runs images"]] = field(default_factory=dict, compare=False)
     """Of the test images that were asked, which were right, by each run."""
+    layers: Mapping[str, str] = field(default_factory=dict)
+    """By figure, the layer of the encoder that it is of: backbone or embedding; empty for a baseline."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,12 @@ class Comparison:
             shown.add_section()
             shown.add_row(title, style="italic")
             for row in self.rows:
-                cells = [f"  {row.name}", str(len(row.runs)), spread_of([100 * value for value in row.values[title]])]
+                layer = f" ({row.layers[title]})" if title in row.layers else ""
+                cells = [
+                    f"  {row.name.removesuffix(layer)}{layer}",
+                    str(len(row.runs)),
+                    spread_of([100 * value for value in row.values[title]]),
+                ]
                 own = found.get((row.name, tasks[title])) if title in tasks else None
                 if own is not None:
                     cells += [f"{100 * own.difference:+.1f}", f"{100 * own.low:+.1f} to {100 * own.high:+.1f}"]
@@ -145,7 +152,7 @@ class Comparison:
 
     def _overlaps(self) -> Table:
         chance = 100 * self.neighbours / max(self.images - 1, 1)
-        title = f"Of the {self.neighbours} nearest images, those in common (%; by chance {chance:.1f})"
+        title = f"Of the {self.neighbours} nearest images, those in common by the backbone (%; by chance {chance:.1f})"
         names = list(dict.fromkeys(name for own in self.overlaps for name in (own.first, own.second)))
         found = {(own.first, own.second): own.share for own in self.overlaps}
         shown = _table(title, "features of")

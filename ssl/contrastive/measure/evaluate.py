@@ -14,10 +14,12 @@ from contrastive.checkpoints import together
 from contrastive.data import Split
 from contrastive.evaluate import fractions, geometry
 from contrastive.evaluate.compare import check, takes_training
+from contrastive.evaluate.kinds import LAYERS
 from contrastive.evaluate.protocol import Task
 from contrastive.evaluate.stored import write_whole
 from contrastive.extract import images_of
 from contrastive.launch import start
+from contrastive.measure.layer import chosen
 from contrastive.measure.parts import (
     FOREIGN,
     comparison,
@@ -54,13 +56,14 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     split = images_of(opened, settings, teller)
     labels, shown = _labels(split), split.train if split.test is None else split.test
     looks = planned(settings, recipe, labelled=labels is not None)
+    layers = chosen(opened, settings, looks)
     tasks: list[Task] = [look for look in looks if look != "fractions" and look != "geometry"]
     gallery = None
     if labels is not None and tasks:
         gallery = gallery_of(split.train, shown, recipe, settings)
         check(tasks, gallery, *labels, settings.protocol, settings.metric)
     training = split.train if "fractions" in looks or takes_training(tasks, settings.metric) else None
-    kinds = kinds_of(opened, training, shown, settings, teller)
+    kinds = kinds_of(opened, layers.kinds, training, shown, settings, teller)
     with teller.bar():
         evaluation, few = None, {}
         if labels is not None and gallery is not None:
@@ -79,7 +82,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         fractions=few,
         staleness=stale,
         points=maps(kinds, settings, teller) if settings.report else {},
-        warnings=tuple(_warnings(folder, recipe, split, settings)),
+        warnings=tuple(_warnings(folder, recipe, split, settings, layers.missing)),
+        layers=layers.reason,
     )
     with together():
         if distributed.rank() == 0:
@@ -110,8 +114,10 @@ def planned(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool) -> tu
     return settings.tasks
 
 
-def _warnings(folder: Path, recipe: Recipe, split: Split, settings: EvaluateSettings) -> Iterator[str]:
+def _warnings(folder: Path, recipe: Recipe, split: Split, settings: EvaluateSettings, missing: str) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    if missing:
+        yield f"{missing[0].upper()}{missing[1:]}."
     if not (folder / DONE).exists():
         yield "The run has not finished: these are the weights of its newest checkpoint."
     if settings.data is not None and settings.data != recipe.data:
@@ -131,6 +137,8 @@ def _tell(findings: Findings, teller: Teller) -> None:
         teller.console.print(table)
     if findings.evaluation is not None:
         teller.say(findings.evaluation.verdict())
+    if findings.layers:
+        teller.say(findings.layers)
     if findings.staleness is not None:
         stale = findings.staleness
         low, high = stale.quantiles["5 %"], stale.quantiles["95 %"]
@@ -146,10 +154,12 @@ def _write(findings: Findings, opened: Opened, settings: EvaluateSettings) -> No
     """evaluation.json, and outcomes.safetensors with what was predicted of each test image."""
     images = [part.fingerprint for part in (findings.train, findings.test) if part is not None]
     report: dict[str, Any] = {"weights": opened.origin, "images": images, "tasks": settings.tasks}
-    report |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric"})
     evaluation, outcomes = findings.evaluation, {}
+    report |= evaluation.to_json() if evaluation is not None else {}
+    # As it was asked for: where no metric was, each result names its own.
+    report |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "layer"})
+    report["layers"] = {kind: LAYERS.get(kind) for kind in findings.features}
     if evaluation is not None:
-        report |= evaluation.to_json()
         report["gallery"]["names"] = [findings.train.classes[number] for number in report["gallery"]["classes"]]
         outcomes = {f"predictions/{name}": value for name, value in evaluation.predictions.items()}
         outcomes |= {f"hits/{name}": value for name, value in evaluation.hits.items()}

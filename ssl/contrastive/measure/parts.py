@@ -14,11 +14,14 @@ from contrastive.evaluate import features, fractions, geometry
 from contrastive.evaluate.augmented import AugmentedResult, augmented_probe
 from contrastive.evaluate.compare import compare
 from contrastive.evaluate.held_out import num_classes
+from contrastive.evaluate.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
+from contrastive.evaluate.layers import EMBEDDING, OneLayer
 from contrastive.evaluate.map import flat_map
 from contrastive.evaluate.protocol import Gallery, Task
 from contrastive.evaluate.scores import Evaluation
 from contrastive.evaluate.two_views import Pixels, two_views
-from contrastive.extract import features_of
+from contrastive.extract import features_of, layers_of
+from contrastive.measure.layer import distances_of
 from contrastive.measure.settings import EvaluateSettings
 from contrastive.objectives import Bank
 from contrastive.opened import Opened
@@ -31,6 +34,8 @@ FOREIGN = "of other data than the run's"
 PAIRED, MAPPED = 2_000, 2_000
 """Images of which two views are made, and images on a map: more would take longer and show no more."""
 FEWEST_MAPPED = 3
+HEADED = 8192
+"""Features that go through the projector at once."""
 Kinds = dict[str, tuple[Tensor | None, Tensor]]
 """Features by kind: of the training images, where they are needed, and of those that are shown."""
 
@@ -50,23 +55,43 @@ def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSe
 
 
 def kinds_of(
-    opened: Opened, training: Images | None, shown: Images, settings: EvaluateSettings, teller: Teller
+    opened: Opened,
+    learned: Sequence[str],
+    training: Images | None,
+    shown: Images,
+    settings: EvaluateSettings,
+    teller: Teller,
 ) -> Kinds:
-    """Of each kind, the features of the training images, where they are needed, and of those that are shown."""
+    """Of each kind, the features of the training images, where they are needed, and of those that are shown.
+
+    The run's own are those that `learned` names, in that order.
+    """
     cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
+    known: dict[tuple[str, bool], Tensor] = {}
 
-    def by(images: Images, *, untrained: bool) -> Tensor:
-        return features_of(opened, images, settings, teller, untrained=untrained, cache=cache)
+    def by(kind: str, images: Images) -> Tensor:
+        if kind == PIXELS:
+            return features.raw_pixels(images, opened.size)
+        if kind != EMBEDDED:
+            key = kind, images is shown
+            if key not in known:
+                known[key] = features_of(opened, images, settings, teller, untrained=kind == RANDOM, cache=cache)
+            return known[key]
+        if not hasattr(opened.backbone(), "forward_summary"):
+            # What the projector reads are the backbone's features: no image need be encoded twice.
+            return _headed(opened.embedding().module, by(LEARNED, images))
+        return features_of(opened, images, settings, teller, layer=EMBEDDING, cache=cache)
 
-    kinds: Kinds = {}
-    for kind, untrained in (("learned", False), ("random weights", True)):
-        if settings.baselines or not untrained:
-            rows = None if training is None else by(training, untrained=untrained)
-            kinds[kind] = rows, by(shown, untrained=untrained)
-    if settings.baselines:
-        pixels = None if training is None else features.raw_pixels(training, opened.size)
-        kinds["raw pixels"] = pixels, features.raw_pixels(shown, opened.size)
-    return kinds
+    wanted = (*learned, *((RANDOM, PIXELS) if settings.baselines else ()))
+    return {kind: (None if training is None else by(kind, training), by(kind, shown)) for kind in wanted}
+
+
+@torch.inference_mode()
+def _headed(head: nn.Module, rows: Tensor) -> Tensor:
+    """What a head makes of features, float32 on the CPU."""
+    device = _device()
+    head = head.to(device).eval()
+    return torch.cat([head(part.to(device)).float().cpu() for part in rows.split(HEADED)])
 
 
 def comparison(
@@ -84,7 +109,9 @@ def comparison(
 
     def keep(kind: str, fitted: LinearMetric) -> None:
         if distributed.rank() == 0:
-            file = folder / "metrics" / settings.metric.name / f"{kind.replace(' ', '_')}.safetensors"
+            assert settings.metric is not None, "only metrics that were asked for are fitted"
+            name = kind.replace(" ", "_").replace("(", "").replace(")", "")
+            file = folder / "metrics" / settings.metric.name / f"{name}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
             fitted.save(file)
 
@@ -112,6 +139,7 @@ def comparison(
         tasks=tasks,
         gallery=gallery,
         metric=settings.metric,
+        distances=distances_of(opened, settings),
         keep=keep,
         augmented=augmented,
         report=teller.say,
@@ -125,9 +153,10 @@ def few_labels(
     """The probe of each kind of features on few labels."""
     own, test_labels = labels
     classes, found = num_classes(own, test_labels), {}
-    for kind, (train, test) in kinds.items():
+    for kind in in_order(kinds):
+        train, test = kinds[kind]
         assert train is not None
-        teller.say(f"few labels: {kind}")
+        teller.say(f"few labels: {label(kind)}")
         found[kind] = fractions.fractions(
             train, own, test, test_labels, classes, settings.few, seed=settings.protocol.seed
         )
@@ -147,7 +176,8 @@ def geometries_of(
     views = pairs.build(size=shown.size, channels=opened.channels, seed=recipe.seed).to(device)
     ids = _some(len(shown), PAIRED, seed)
     found = []
-    for kind, (_, rows) in kinds.items():
+    for kind in in_order(kinds):
+        rows = kinds[kind][1]
         backbone = _backbone_of(opened, kind).to(device)
         both = two_views(
             backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
@@ -158,7 +188,9 @@ def geometries_of(
 
 def _backbone_of(opened: Opened, kind: str) -> nn.Module:
     """What makes the features of a kind."""
-    return {"learned": opened.backbone, "random weights": opened.untrained, "raw pixels": Pixels}[kind]()
+    if kind == EMBEDDED:
+        return OneLayer(layers_of(opened, (EMBEDDING,))[0])
+    return {LEARNED: opened.backbone, RANDOM: opened.untrained, PIXELS: Pixels}[kind]()
 
 
 def _device() -> torch.device:
@@ -199,8 +231,8 @@ def _some(count: int, most: int, seed: int) -> Tensor:
 
 
 def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller) -> dict[str, tuple[Tensor, Tensor]]:
-    """Maps of some of the images shown, by the learned features."""
-    rows, seed = kinds["learned"][1], settings.protocol.seed
+    """Maps of some of the images shown, by the features that they are compared by."""
+    rows, seed = next(iter(kinds.values()))[1], settings.protocol.seed
     if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
         return {}
     ids = _some(len(rows), MAPPED, seed)

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from contrastive.config import as_list
 from contrastive.evaluate import fractions
 from contrastive.evaluate.map import Method
-from contrastive.evaluate.metric import Cosine, Metric
+from contrastive.evaluate.metric import Metric
 from contrastive.evaluate.protocol import ProtocolSettings, Task
 from contrastive.extract import EncodeSettings
 
@@ -30,6 +30,12 @@ class EvaluateSettings(EncodeSettings):
 
     baselines: bool = True
     """Measure random weights and raw pixels too."""
+    layer: Literal["backbone", "embedding", "both"] | None = None
+    """What is measured of the run: the backbone's features, or the embedding that its objective compares (the
+    projector's output, or the predictor's where there is one). Null: both, where the objective trains embeddings to be
+    compared (triplet, margin, margin_softmax, …) or images are compared with each other; else the backbone. The
+    verdict on retrieval, clustering and verification is then of the layer that the objective trains for it, and on kNN
+    and probes of the backbone."""
     tasks: Annotated[tuple[Look, ...] | None, BeforeValidator(_looks)] = Field(None, min_length=1)
     """What is measured, one or several with commas: knn, linear, fractions (the probe from few labels), augmented (the
     probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, clustering, verification,
@@ -38,9 +44,11 @@ class EvaluateSettings(EncodeSettings):
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(as_list)] = Field(None, min_length=1)
     """Classes, by name or number, whose test images are looked up, clustered and verified among each other; null: those
     that the run left out of training (its unseen), or else all."""
-    metric: Metric = Cosine()
-    """The distance by which neighbours are found. All but cosine and euclidean are fitted on labelled training images,
-    without those of the classes named or unseen, for each kind of features, and kept in RUN/metrics."""
+    metric: Metric | None = None
+    """The distance by which neighbours are found; null: the cosine, and for the embedding of an objective that trains
+    Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but
+    cosine and euclidean are fitted on labelled training images, without those of the classes named or unseen, for each
+    kind of features, and kept in RUN/metrics."""
     protocol: ProtocolSettings = ProtocolSettings()
     few: fractions.FractionSettings = fractions.FractionSettings()
     """How many labels the probe is given where they are few."""

@@ -4,7 +4,7 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -151,6 +151,15 @@ class Objective(nn.Module, ABC):
 
 class ObjectiveSettings(Settings):
     """What the settings of all objectives have in common."""
+
+    compares_embeddings: ClassVar[bool] = False
+    """Whether embeddings are trained to be compared with each other, so that they, and not the backbone's features, are
+    what images are retrieved, clustered and verified by."""
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """By which embeddings are to be compared: the cosine, or the Euclidean distance of embeddings as they are."""
+        return "cosine"
 
     @abstractmethod
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:

@@ -1,6 +1,6 @@
 """The margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,8 @@ class Margin(ObjectiveSettings):
     The defaults are the paper's. The boundary β between same and different is learned with the weights, by the same
     optimiser: one for all, or one for each id, which with ids=images is each image.
     """
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, ge=0)

@@ -1,7 +1,7 @@
 """A softmax over directions, in which the own class must win by an angular margin: SphereFace, CosFace, ArcFace."""
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +45,8 @@ class MarginSoftmax(ObjectiveSettings):
     combinations. The classes are the ids: labels with `ids=labels`, or else each image is a class of its own. The
     weights are spread over the processes.
     """
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin_softmax"] = "margin_softmax"
     preset: Preset = "arcface"

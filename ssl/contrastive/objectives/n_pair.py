@@ -1,6 +1,6 @@
 """The N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids, lengths and all."""
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class NPair(ObjectiveSettings):
     The pairs are two views of an image, or with ids=labels two images of a class; `train.images_per_class=2` makes
     the paper's batches, with one pair for each class.
     """
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["n_pair"] = "n_pair"
     form: Form = "multi_class"

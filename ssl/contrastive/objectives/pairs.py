@@ -1,6 +1,6 @@
 """Pairs: the contrastive loss of the Siamese network, which draws equal ids together and pushes others apart."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,8 @@ from contrastive.similarity import sum_over_tiles
 
 class Contrastive(ObjectiveSettings):
     """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all processes."""
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["contrastive"] = "contrastive"
     margin: float = Field(1.0, gt=0)
@@ -32,6 +34,11 @@ class Contrastive(ObjectiveSettings):
     def _on_the_sphere(self) -> "Contrastive":
         refuse_off_sphere(self.sampling, self.normalized)
         return self
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
+        return "cosine" if self.normalized else "euclidean"
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the pairs that are drawn."""

@@ -1,7 +1,7 @@
 """Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,8 @@ class Ranking(ObjectiveSettings):
     The relevance of an item to a query is 1 where they have the same id and 0 elsewhere; with the recipe's `values`
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"

@@ -1,6 +1,6 @@
 """Supervised contrast: all embeddings of one id, whatever the id stands for, are each other's positives."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,8 @@ class Supervised(ObjectiveSettings):
 
     With images as ids and two views it is NT-Xent.
     """
+
+    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["supervised"] = "supervised"
     temperature: Temperature = 0.1

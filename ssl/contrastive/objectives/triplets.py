@@ -1,6 +1,6 @@
 """Triplets: an anchor nearer to its positive than to a negative, by a margin."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,8 @@ class Triplet(ObjectiveSettings):
     margin.
     """
 
+    compares_embeddings: ClassVar[bool] = True
+
     name: Literal["triplet"] = "triplet"
     margin: float = Field(0.2, ge=0)
     """How much nearer the positive is to be, in distance or in squared distance; a soft margin has none."""
@@ -52,6 +54,11 @@ class Triplet(ObjectiveSettings):
     def _on_the_sphere(self) -> "Triplet":
         refuse_off_sphere(self.sampling, self.normalized)
         return self
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
+        return "cosine" if self.normalized else "euclidean"
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the triplets that are drawn."""

@@ -12,6 +12,7 @@ from contrastive import keyed
 from contrastive.data import Images
 from contrastive.evaluate.fractions import FractionResult
 from contrastive.evaluate.geometry import Geometry, Staleness
+from contrastive.evaluate.kinds import leading
 from contrastive.evaluate.scores import Evaluation
 from contrastive.untrusted.files import spelled
 
@@ -34,6 +35,8 @@ class Findings(NamedTuple):
     points: Mapping[str, tuple[Tensor, Tensor]] = {}
     """Maps of the learned features by method: ids among the images shown [m], and their points [m, 2]."""
     warnings: tuple[str, ...] = ()
+    layers: str = ""
+    """By which layer images are compared, and why, in a sentence; empty where one was measured."""
 
     @property
     def shown(self) -> Images:
@@ -42,8 +45,13 @@ class Findings(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What the learned features are called."""
+        """What the learned features are called that images are compared by."""
         return next(iter(self.features))
+
+    @property
+    def width(self) -> int:
+        """The width of the backbone's features, or of those that there are in their stead."""
+        return self.features[leading(self.features)][1].shape[1]
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ def _encoder(recipe: Recipe, findings: Findings) -> str:
 
 
 def _width(findings: Findings) -> str:
-    return f"{findings.features[findings.kind][1].shape[1]:,} features per image"
+    return f"{findings.width:,} features per image"
 
 
 def _images(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from contrastive.checkpoints import sync
+from contrastive.evaluate.kinds import label
 from contrastive.report import plots
 from contrastive.report.findings import Findings, has_labels
 from contrastive.report.history import History, facts, read_history, warnings_of
@@ -114,7 +115,7 @@ def _render(shown: dict[str, Any]) -> str:
 
 def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
-    said = [*findings.warnings, *warnings_of(history, findings.features[findings.kind][1].shape[1])]
+    said = [*findings.warnings, *warnings_of(history, findings.width)]
     if unreadable:
         one = len(unreadable) == 1
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
@@ -134,7 +135,7 @@ def _scores(findings: Findings) -> dict[str, Any]:
     if findings.evaluation is not None:
         opening, _, rest = findings.evaluation.verdict().partition(": ")
         verdict = opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []
-    return {"verdict": verdict, "no_scores": NO_SCORES, "sheets": sheets(findings)}
+    return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": sheets(findings)}
 
 
 def _curves(history: History) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
         "views": data_uri(views.read_bytes(), "image/png") if shown else None,
         "small": findings.shown.size <= SMALL,
         "labelled": has_labels(findings.shown.labels),
+        "features": label(findings.kind),
         "where": f"{searched} images",
         "where_one": f"{searched} image",
         "wrong_by": "kNN" if by_knn else "retrieval",

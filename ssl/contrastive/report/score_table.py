@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from contrastive.evaluate.figures import LEADING, Figures
+from contrastive.evaluate.figures import LEADING, Figures, distances
+from contrastive.evaluate.kinds import label
 from contrastive.evaluate.scores import TITLES, Evaluation
 from contrastive.report.findings import Findings
 
@@ -75,7 +76,7 @@ def _accuracies(evaluation: Evaluation) -> list[Sheet]:
             scale = _scale([score.low for score in scores], [score.high for score in scores])
             score = own[method]
             cells.append(_cell(score.accuracy, (score.low, score.high), scale, score.choice))
-        rows.append(Row(kind, tuple(cells)))
+        rows.append(Row(label(kind), tuple(cells)))
     meaning = (
         "The share of test images whose class is found, with its 95 % interval over draws of the test images. "
         "k, temperature T and strength λ were chosen on a part of the training images."
@@ -97,10 +98,10 @@ def _figures(evaluation: Evaluation) -> list[Sheet]:
                 text = f" ± {100 * figures.deviations[name]:.1f}" if name in figures.deviations else ""
                 interval = figures.intervals.get(name) if name == LEADING[task] else None
                 cells.append(_cell(figures.values[name], interval, scales[name])._replace(note=text.strip()))
-            rows.append(Row(figures.features, tuple(cells)))
+            rows.append(Row(label(figures.features), tuple(cells)))
         gallery = evaluation.gallery
         among = f"{gallery['images']:,} test images of {len(gallery['classes']):,} classes {gallery['origin']}"
-        title = f"{task.capitalize()} by {evaluation.metric.name} among {among} (%)"
+        title = f"{task.capitalize()} by {distances(own)} among {among} (%)"
         left_out = own[0].counts.get("left_out", 0)
         apart = f" {left_out:,} images are left out that are alone in their class." if left_out else ""
         found.append(Sheet(title, GROUPED[task] + apart, names, tuple(rows)))
@@ -119,7 +120,7 @@ def _fractions(findings: Findings) -> list[Sheet]:
         for result in own:
             spread = f"± {100 * result.deviation:.1f}" if len(result.accuracies) > 1 else ""
             cells.append(Cell(f"{100 * result.mean:.1f}", note=spread))
-        rows.append(Row(kind, tuple(cells)))
+        rows.append(Row(label(kind), tuple(cells)))
     draws = len(first[0].accuracies)
     meaning = f"The linear probe's accuracy from a part of the labels: mean ± standard deviation over {draws} draws."
     return [Sheet("Few labels (%)", meaning, columns, tuple(rows))]
@@ -132,7 +133,7 @@ def _geometry(findings: Findings) -> list[Sheet]:
     for own in findings.geometry:
         alignment = "–" if own.alignment is None else f"{own.alignment:.2f}"
         texts = (f"{own.images:,}", f"{own.dim:,}", f"{own.effective_rank:.1f}", f"{own.uniformity:.2f}", alignment)
-        rows.append(Row(own.features, tuple(map(Cell, texts))))
+        rows.append(Row(label(own.features), tuple(map(Cell, texts))))
     meaning = "How the features lie, without a look at labels: compare runs of one method by it."
     columns = ("images", "dim", *GEOMETRY)
     return [Sheet("Geometry", meaning, columns, tuple(rows), tuple(GEOMETRY.items()))]
