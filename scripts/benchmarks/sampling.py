@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 
 from benchmarks import harness
-from benchmarks.objectives import Case, add_options, baselines, notes, row, train_and_measure
+from benchmarks.objectives import LAYERS, Case, add_options, baselines, notes, row, train_and_measure
 
 SAMPLERS = {"random": "random", "semi-hard": "semi_hard", "distance-weighted": "distance_weighted"}
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> harness.Report:
         if name in measured:
             published = PUBLISHED.get((sampler, loss))
             rows.append(
-                {"sampling": sampler, "objective": loss, **row(measured[name], "learned"), "published": published}
+                {"sampling": sampler, "objective": loss, **row(measured[name], *LAYERS), "published": published}
             )
     return harness.Report(
         title="Sampling matters: negatives for pairs and triplets",
