@@ -202,7 +202,7 @@ def test_every_launch_in_the_readme_is_one_that_its_launcher_understands() -> No
             assert given.training_script in launched_scripts, line
             assert {word for word in given.training_script_args if word.startswith("-")} <= {command.CHECK}, line
             launched[launcher] += 1
-    assert launched["accelerate launch"] >= 6
+    assert launched["accelerate launch"] >= 4
     assert launched["torchrun"] >= 3
 
 
