@@ -110,6 +110,7 @@ class Worker:
         self._done: SimpleQueue[Decoded | Exception] = SimpleQueue()
         self._process: Any = None
         self._connection: Connection | None = None
+        self._closed = False
         # Begun before the process: where no thread can be, none is left behind.
         self._thread = threading.Thread(target=self._work, name=f"decode-{number}", daemon=True)
         self._started = threading.Event()
@@ -145,19 +146,22 @@ class Worker:
         return "" if image == NOTHING else shown(images.root / images.names[image])
 
     def close(self) -> None:
-        """Ends it, at once; the process is gone when this returns, unless the system holds it."""
+        """Ends it, at once; process and thread are gone when this returns, unless a read never ends."""
         atexit.unregister(self.close)
+        self._closed = True
         self._asked.put(None)
         if self._process is not None:
             # One that hangs in a read hears nothing else, and all of them are deaf to other signals.
             self._process.kill()
             self._process.join(SECONDS_TO_END)
+        # A thread that is in PyTorch when the interpreter goes takes the program down with it.
+        self._thread.join(SECONDS_TO_END)
 
     def _work(self) -> None:
         self._started.wait()
         connection, ready = self._connection, self._connection is None
-        read = Reader(self._packed.images, lambda image: self._packed.mark(self._number, image)).read
-        while (ids := self._asked.get()) is not None:
+        read = Reader(self._packed.images, self._mark).read
+        while (ids := self._asked.get()) is not None and not self._closed:
             try:
                 if connection is not None and not ready:
                     ready = self._is_ready(connection)
@@ -171,12 +175,18 @@ class Worker:
         if self._connection is not None:
             self._connection.close()
 
+    def _mark(self, image: int) -> None:
+        if self._closed and image != NOTHING:
+            raise InterruptedError("nobody waits for these images any more")
+        self._packed.mark(self._number, image)
+
     def _is_ready(self, connection: Connection) -> bool:
         """Whether the process has come to where it decodes; otherwise it is said that this one does its work."""
         try:
             connection.recv_bytes()
         except (EOFError, OSError):
-            self._say_in_a_thread(f"it ended before it began, {self._how_it_died()}")
+            if not self._closed:
+                self._say_in_a_thread(f"it ended before it began, {self._how_it_died()}")
             return False
         return True
 
