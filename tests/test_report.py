@@ -9,6 +9,7 @@ import torch
 
 from contrastive.data import InMemory
 from contrastive.evaluate.compare import compare
+from contrastive.evaluate.kinds import label
 from contrastive.report import Findings, training_curves, write_report
 from contrastive.report.neighbours import queries
 from report_findings import features, findings, images, run_folder
@@ -92,11 +93,11 @@ def test_every_score_of_the_evaluation_stands_in_the_score_table(made: tuple[Fin
     rows = {row[0].strip(): row for row in table[1:]}
     assert given.evaluation is not None
     for score in given.evaluation.scores:
-        words = rows[score.features][{"knn": 2, "linear": 3}[score.method]].split(maxsplit=2)
+        words = rows[label(score.features)][{"knn": 2, "linear": 3}[score.method]].split(maxsplit=2)
         assert words[0] == f"{100 * score.accuracy:.1f}"
         assert words[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
         assert words[2].strip() == score.choice
-    assert list(rows) == ["learned", "raw pixels"]
+    assert list(rows) == ["learned (backbone)", "raw pixels"]
 
 
 def test_every_figure_of_the_other_tasks_stands_in_its_table(made: tuple[Findings, Page]) -> None:
@@ -105,7 +106,7 @@ def test_every_figure_of_the_other_tasks_stands_in_its_table(made: tuple[Finding
     for figures in given.evaluation.figures:
         head = ["features", *figures.values]
         table = next(table for table in page.tables if [cell.strip() for cell in table[0]] == head)
-        row = next(row for row in table if row[0].strip() == figures.features)
+        row = next(row for row in table if row[0].strip() == label(figures.features))
         assert [cell.split()[0] for cell in row[1:]] == [f"{100 * value:.1f}" for value in figures.values.values()]
         for name, deviation in figures.deviations.items():
             assert row[head.index(name)].split()[1:] == ["±", f"{100 * deviation:.1f}"]
@@ -113,9 +114,9 @@ def test_every_figure_of_the_other_tasks_stands_in_its_table(made: tuple[Finding
 
 def test_geometry_fractions_and_staleness_stand_in_their_tables(made: tuple[Findings, Page]) -> None:
     rows = [[" ".join(cell.split()) for cell in row] for table in made[1].tables for row in table]
-    assert ["learned", "60", "6", "4.2", "-1.50", "0.25"] in rows
+    assert ["learned (backbone)", "60", "6", "4.2", "-1.50", "0.25"] in rows
     assert ["raw pixels", "60", "6", "5.0", "-1.00", "–"] in rows
-    assert ["learned", "62.5 ± 17.7"] in rows
+    assert ["learned (backbone)", "62.5 ± 17.7"] in rows
     assert ["bank", "90", "0.875", "0.250", "0.975"] in rows
 
 
