@@ -21,14 +21,24 @@ from torch import Tensor, nn
 from contrastive import command
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
-from contrastive.data import Folder
+from contrastive.data import Folder, select
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.intervals import wilson
-from contrastive.finetune import FinetuneSettings, finetune, loop
-from contrastive.finetune.classifier import create_optimiser, freeze, set_classes, set_head, train_mode
+from contrastive.finetune import FinetuneSettings, classifier, finetune, loop
+from contrastive.finetune import result as results
+from contrastive.finetune.classifier import (
+    Probe,
+    create_optimiser,
+    fit_probe,
+    freeze,
+    set_classes,
+    set_head,
+    train_mode,
+)
+from contrastive.finetune.folder import describe
 from contrastive.finetune.loop import draws_of
 from contrastive.finetune.task import task_of
-from contrastive.launch import Stop
+from contrastive.launch import Stop, start
 from contrastive.opened import open_model, open_run
 from contrastive.progress import Teller
 from contrastive.run import read_metrics
@@ -141,7 +151,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 def content(folder: Path) -> dict[str, Tensor]:
     found, _ = newest_checkpoint(folder / "checkpoints")
     assert found is not None
-    assert found.parts.keys() == {"model", "average", "best"}
+    assert found.parts.keys() - {"probe"} == {"model", "average", "best"}
     tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
     for index, state in found.optimiser["state"].items():
         tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
@@ -177,7 +187,7 @@ def test_the_classifier_is_timms_own_and_predicts_what_the_result_says(tuned: Pa
     assert found["interval"] == list(wilson(right, len(test)))
     assert found["images"] == {"labelled": 54, "trained": 39, "held_out": 15, "test": 6}
     assert found["command"] == "a command"
-    assert found["best_step"] in {10, 20, 30}
+    assert found["best_step"] in {0, 10, 20, 30}
 
 
 def test_the_folder_is_a_finished_run_with_its_pictures_on_disk_and_in_tensorboard(
@@ -192,14 +202,17 @@ def test_the_folder_is_a_finished_run_with_its_pictures_on_disk_and_in_tensorboa
     assert {"loss", "held_out", "rate"} <= set(events.Tags()["scalars"])
     with pytest.raises(ValueError, match="resume=true"):
         finetune(str(run), settings(tuned))
-    assert finetune(str(run), settings(tuned, "resume=true")) == tuned
+    assert finetune(str(run), load(FinetuneSettings, tuned / "config.yaml", ["resume=true"])) == tuned
     assert "is finished" in capsys.readouterr().out
 
 
 def test_the_kept_weights_are_the_best_of_the_held_out_part_the_later_of_equals(tuned: Path) -> None:
     measured = [(line["held_out"], line["step"]) for line in read_metrics(tuned) if "held_out" in line]
-    assert [step for _, step in measured] == [10, 20, 30]
-    assert (result(tuned)["best_accuracy"], result(tuned)["best_step"]) == max(measured)
+    assert [step for _, step in measured] == [0, 10, 20, 30]
+    first = measured[0]
+    # The probe only gives way to what is better.
+    better = [pair for pair in measured if pair[0] > first[0]]
+    assert (result(tuned)["best_accuracy"], result(tuned)["best_step"]) == max(better, default=first)
     state = timm.create_model(f"local-dir:{tuned / 'classifier'}", pretrained=True).state_dict()
     assert all(torch.equal(value, content(tuned)[f"best.{key}"]) for key, value in state.items())
 
@@ -246,13 +259,75 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert command.finetune([str(run), "resume=true", f"output={tmp_path / 'stopped'}"]) == 0
     one, two = content(straight), content(tmp_path / "stopped")
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
-    lines = [list(read_metrics(folder)) for folder in (straight, tmp_path / "stopped")]
-    assert lines[0] == lines[1]
-    assert {**result(straight), "seconds": 0, "command": ""} == {
-        **result(tmp_path / "stopped"),
-        "seconds": 0,
-        "command": "",
-    }
+    check_same_record(straight, tmp_path / "stopped")
+
+
+def check_same_record(one: Path, two: Path) -> None:
+    assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
+    results = [{**result(folder), "seconds": 0, "command": ""} for folder in (one, two)]
+    assert results[0] == results[1]
+
+
+# Lines of metrics are of the steps 4, 8 and 10, checks of 5 and 10.
+IN_PARTS = ["min_steps=10", "log_every=4", "checks=2", "mixup=0.4", "drop_path=0.0"]
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finetune(str(run), settings(tmp_path_factory.mktemp("whole") / "folder", *IN_PARTS))
+
+
+@pytest.mark.parametrize("stopped", [0, 2, 4, 5, 9])
+def test_metrics_and_result_are_the_same_wherever_it_was_stopped(
+    tmp_path: Path, run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    words = [*IN_PARTS, "save_minutes=1000"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped)
+        with pytest.raises(SystemExit):
+            finetune(str(run), settings(tmp_path / "stopped", *words))
+    finetune(str(run), settings(tmp_path / "stopped", *words, "resume=true"))
+    check_same_record(whole, tmp_path / "stopped")
+    one, two = content(whole), content(tmp_path / "stopped")
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_ends_with_the_same_record(
+    tmp_path: Path, run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune(str(run), settings(tmp_path / "killed", *IN_PARTS))
+    # The probe is read from the checkpoint, not fitted again.
+    monkeypatch.setattr(loop, "fitted_probe", killed)
+    finetune(str(run), settings(tmp_path / "killed", *IN_PARTS, "resume=true"))
+    check_same_record(whole, tmp_path / "killed")
+
+
+def test_a_start_that_was_killed_before_its_first_checkpoint_leaves_no_line_twice(
+    tmp_path: Path, run: Path, whole: Path
+) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    shutil.copy(whole / "config.yaml", folder)
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]))
+    finetune(str(run), settings(folder, *IN_PARTS, "resume=true"))
+    check_same_record(whole, folder)
+
+
+@pytest.mark.parametrize("words", [["epochs=3"], ["min_steps=11"], ["minutes=1"], ["rate=0.1"]])
+def test_a_finished_or_unfinished_run_is_not_gone_on_with_by_another_budget_or_rate(
+    run: Path, whole: Path, words: list[str]
+) -> None:
+    key = words[0].split("=")[0]
+    given = [word for word in IN_PARTS if not word.startswith(key)]
+    with pytest.raises(ValueError, match=f"{key} was"):
+        finetune(str(run), settings(whole, *given, *words, "resume=true"))
 
 
 def test_a_run_does_not_go_on_with_other_settings_or_weights(
@@ -355,7 +430,129 @@ def test_scratch_is_the_same_network_with_random_weights_that_follow_from_the_se
     torch.testing.assert_close(keys["learned"][f"model.{convolution}"], learned[convolution])
     assert not torch.allclose(keys["scratch"][f"model.{convolution}"], learned[convolution], atol=1e-6)
     assert not torch.equal(keys["scratch"][f"model.{convolution}"], keys["other"][f"model.{convolution}"])
-    assert keys["scratch"].keys() == keys["learned"].keys()
+    probe = {"probe.weights", "probe.biases"}
+    assert keys["scratch"].keys() == keys["learned"].keys() - probe
+
+
+# Beside the probe
+
+
+def test_weights_that_training_destroys_give_way_to_the_probe_and_that_is_said(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rate=3", "warmup_steps=0", "ema=0", "held_out=0.25"]
+    folder = finetune(str(run), settings(tmp_path / "destroyed", *words))
+    found, measured = result(folder), {line["step"]: line.get("held_out") for line in read_metrics(folder)}
+    assert found["best_step"] == 0
+    assert found["best_accuracy"] == found["probe"]["held_out_accuracy"] == measured[0] > 1 / 3
+    assert found["accuracy"] == found["probe"]["accuracy"]
+    assert ["the classifier is the probe" in line for line in found["remarks"]] == [True]
+    said = capsys.readouterr().out
+    assert found["remarks"][0] in said
+    assert f"probe      {100 * found['best_accuracy']:.1f} % of the held-out images" in said
+    # It is the backbone as it was pretrained.
+    state, before = (
+        load_file(folder / "classifier" / "model.safetensors"),
+        load_file(run / "backbone/model.safetensors"),
+    )
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
+def test_under_a_random_head_the_probe_stands_beside_the_result_too(tmp_path: Path, run: Path) -> None:
+    words = ["mode=full", "rate=1e-9", "held_out=0.25"]
+    found = result(finetune(str(run), settings(tmp_path / "random", *words)))
+    assert found["best_accuracy"] < found["probe"]["held_out_accuracy"]
+    assert any("mode=linear_then_full begins from it" in line for line in found["remarks"])
+    assert found["best_step"] > 0
+
+
+def test_remarks_are_made_where_the_probe_is_not_worse_and_only_there() -> None:
+    def of(best: float | None, held: float | None, accuracy: float, probed: float) -> list[str]:
+        record = {"best_accuracy": best, "accuracy": accuracy, "probe": {"held_out_accuracy": held, "accuracy": probed}}
+        return results.remarks(record, is_probe=False, begins_as_probe=True)
+
+    assert of(0.8, 0.7, 0.9, 0.9) == []
+    assert of(None, None, 0.9, 0.8) == []
+    assert ["held-out" in line for line in of(0.7, 0.7, 0.9, 0.8)] == [True]
+    assert ["test images (80.0 % and 90.0 %)" in line for line in of(None, None, 0.8, 0.9)] == [True]
+    assert results.remarks({"best_accuracy": 0.1}, is_probe=False, begins_as_probe=False) == []
+
+
+def test_a_short_run_rises_to_a_part_of_the_rate_and_one_under_a_random_head_to_all_of_it(
+    tmp_path: Path, run: Path
+) -> None:
+    rates = {}
+    for mode in ("linear_then_full", "full"):
+        folder = finetune(str(run), settings(tmp_path / mode, f"mode={mode}", "rate=0.01", "warmup=0.5"))
+        rates[mode] = [line["rate"] for line in read_metrics(folder) if "rate" in line]
+    assert rates["linear_then_full"][:3] == pytest.approx([0.01 * (step + 0.5) / 100 for step in range(3)])
+    assert rates["full"][:3] == pytest.approx([0.01 * (step + 0.5) / 3 for step in range(3)])
+
+
+# Budgets and what fails before the first step
+
+
+@pytest.mark.parametrize("words", [["epochs=0.1", "min_steps=0"], ["minutes=1e-9"]])
+def test_a_budget_of_less_than_a_step_takes_one(tmp_path: Path, run: Path, words: list[str]) -> None:
+    found = result(finetune(str(run), settings(tmp_path / "short", *words)))
+    assert found["step"] == 1
+
+
+def test_what_fails_before_the_first_step_leaves_no_folder_that_blocks_the_same_words(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Tensor:
+        raise ValueError("no step can be taken")
+
+    folder = tmp_path / "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "model_input", fails)
+        with pytest.raises(ValueError, match="no step"):
+            finetune(str(run), settings(folder))
+    assert not folder.exists()
+    assert finetune(str(run), settings(folder)) == folder
+
+
+@pytest.mark.parametrize(
+    "word", ["epochs=0", "epochs=1e308", "min_steps=-1", "checks=0", "log_every=0", "warmup=1", "warmup_steps=-1"]
+)
+def test_a_budget_out_of_bounds_is_refused_with_the_bound(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    assert command.finetune([str(run), word, f"output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {word.split('=')[0]}=")
+    assert "1" in error or "0" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_are_called_so_and_a_class_without_training_images_is_told(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of(settings(tmp_path, *tiny_words(str(images))), open_model(TINY, pretrained=False), 1, Teller())
+    fewer = task._replace(images=select(task.split.train, (task.split.train.labels != 1).nonzero().flatten()))
+    describe(fewer, Tiny(), None, start(None, "fp32", 1), tmp_path, Teller())
+    said = capsys.readouterr().out
+    assert f"{TINY}, random weights" in said
+    assert "1 of 3 classes have no image to train on" in said
+
+
+def test_many_classes_have_their_confusion_listed_and_a_picture_that_fails_takes_nothing_from_the_result(
+    tmp_path: Path, run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> Tensor:
+        raise UnicodeError("no such letter")
+
+    monkeypatch.setattr(results, "MOST_SQUARED", 2)
+    monkeypatch.setattr(results, "mistakes_picture", fails)
+    found = result(finetune(str(run), settings(tmp_path / "many", *IN_PARTS)))
+    matrix = np.zeros((3, 3), int)
+    for true, taken, count in found.pop("confusion_pairs"):
+        matrix[true, taken] = count
+    assert matrix.tolist() == result(whole)["confusion"]
+    said = capsys.readouterr().out
+    assert "a picture could not be drawn (UnicodeError: no such letter)" in said
+    assert "finished" in said
 
 
 # The classifier
@@ -367,14 +564,14 @@ def test_the_head_starts_as_scikit_learns_logistic_regression() -> None:
     features = torch.randn(60, 16, generator=generator) * 3 + 5 + labels[:, None] * torch.arange(16) / 8
     features[:, 3] = 2.5
     model = Tiny(num_classes=3)
-    set_head(model, features, labels, None, labels[:0])
+    set_head(model, fit_probe(features, labels, None, labels[:0], 3))
     scaled = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-4)
     oracle = LogisticRegression(C=1 / (0.1 * 60), tol=1e-8, max_iter=2000).fit(scaled.numpy(), labels.numpy())
     found = model.head(features).softmax(1).detach().numpy()
     assert np.abs(found - oracle.predict_proba(scaled.numpy())).max() < 5e-3
 
 
-def test_the_strength_of_the_head_is_the_best_for_the_held_out_images() -> None:
+def test_the_strength_of_the_head_is_the_best_for_the_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % 2
     features = torch.randn(80, 16, generator=generator) + labels.repeat(2)[:, None] * 0.4
@@ -384,14 +581,26 @@ def test_the_strength_of_the_head_is_the_best_for_the_held_out_images() -> None:
         mean, deviation = features[:40].mean(0), features[:40].std(0, correction=0)
         oracle.fit(((features[:40] - mean) / deviation).numpy(), labels.numpy())
         hits[strength] = (oracle.predict(((features[40:] - mean) / deviation).numpy()) == labels.numpy()).sum()
-    model = Tiny(num_classes=2)
-    set_head(model, features[:40], labels, features[40:], labels)
+    model, done = Tiny(num_classes=2), []
+    probe = fit_probe(features[:40], labels, features[40:], labels, 2, lambda *numbers: done.append(numbers))
+    set_head(model, probe)
     assert (model.head(features[40:]).argmax(1) == labels).sum() == max(hits.values())
+    assert probe.held_out == max(hits.values()) / 40
+    assert done == [(1, 1)]
+    # One strength after the other, as with many classes, ends at the same one of them.
+    monkeypatch.setattr(classifier, "MOST_LOGITS", 1)
+    done.clear()
+    path = fit_probe(features[:40], labels, features[40:], labels, 2, lambda *numbers: done.append(numbers))
+    assert path.held_out == probe.held_out
+    assert path.regularisation == probe.regularisation
+    assert [number for number, _ in done] == list(range(1, len(done) + 1))
+    # Both are as near to the minimum as is said.
+    torch.testing.assert_close(path.logits(features).softmax(1), probe.logits(features).softmax(1), atol=0.05, rtol=0)
 
 
 def test_a_head_that_is_no_linear_layer_on_the_features_is_refused() -> None:
     with pytest.raises(ValueError, match="use mode=full"):
-        set_head(Tiny(num_classes=3), torch.zeros(4, 17), torch.zeros(4, dtype=torch.long), None, torch.arange(0))
+        set_head(Tiny(num_classes=3), Probe(torch.zeros(3, 17), torch.zeros(3), 0.1, None))
 
 
 @pytest.mark.parametrize(
@@ -571,7 +780,8 @@ def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
     # The budget ends between two steps, and no share of it is reached at the end of one.
     words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
     words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]
-    finetune(TINY, load(FinetuneSettings, None, [*words, "minutes=0.01", "checks=1", f"output={tmp_path / 'short'}"]))
+    words += ["mode=full", "minutes=0.01", "checks=1", f"output={tmp_path / 'short'}"]
+    finetune(TINY, load(FinetuneSettings, None, words))
     facts = json.loads((tmp_path / "short" / "result.json").read_text())
     assert looked
     assert facts["best_step"] == facts["step"]

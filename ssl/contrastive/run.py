@@ -73,7 +73,8 @@ class Run:
                 left.unlink()
         if metrics.exists() or metrics.is_symlink():
             rubbish: list[int] = []
-            write_whole(metrics, kept_lines(metrics, step, rubbish))
+            # What begins anew keeps none, not even of step 0, which it measures again.
+            write_whole(metrics, kept_lines(metrics, step or -1, rubbish))
             if rubbish:
                 warn(f"{shown(metrics)}: {in_words(rubbish)} held no metrics and {was(rubbish)} removed")
         elif step:

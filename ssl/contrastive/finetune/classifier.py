@@ -1,6 +1,7 @@
 """A classifier from a backbone: its head, which of its layers move, and how fast each of them does, by timm."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,8 +11,8 @@ from timm.optim._param_groups import auto_group_layers
 from torch import Tensor, nn
 
 from contrastive.encoder import create_backbone
-from contrastive.evaluate.linear import standard
-from contrastive.evaluate.logistic import logistic_regression
+from contrastive.evaluate.linear import NEAR, standard
+from contrastive.evaluate.logistic import MOST_LOGITS, logistic_regression, principal_axes
 from contrastive.opened import Opened
 
 STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
@@ -42,38 +43,88 @@ def set_classes(model: nn.Module, classes: int) -> None:
     reset(classes)
 
 
-def set_head(
-    model: nn.Module,
+class Probe(NamedTuple):
+    """A linear classifier on a backbone's features as it gives them, not standardised."""
+
+    weights: Float[Tensor, "classes width"]
+    biases: Float[Tensor, " classes"]
+    regularisation: float
+    """The strength it was fitted with."""
+    held_out: float | None
+    """Its accuracy on the held-out images; None without any."""
+
+    def logits(self, features: Float[Tensor, "images width"]) -> Float[Tensor, "images classes"]:
+        """The logits of the classes for each row of features."""
+        return features @ self.weights.T + self.biases
+
+
+def fit_probe(
     features: Float[Tensor, "images width"],
     labels: Int[Tensor, " images"],
     held_out: Float[Tensor, "held width"] | None,
     held_out_labels: Int[Tensor, " held"],
-) -> None:
-    """Makes the head the linear probe on the backbone's features, regularised as is best for the held-out ones.
+    classes: int,
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> Probe:
+    """Fits logistic regression to features, with the regularisation that is best for the held-out ones.
+
+    Of strengths that are equally good the strongest is chosen. Where many images and classes make each fit slow, they
+    are fitted one after the other, the strongest first, each from the solution of the one before, until two in a row
+    have not been better than the best.
+
+    Args:
+        features: of the images that are trained on.
+        labels: their classes.
+        held_out: features of the images that choose the strength; None: `UNCHOSEN` is used.
+        held_out_labels: their classes.
+        classes: number of classes.
+        report: is called with the number of strengths fitted, and of all.
+    """
+    strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,))
+    scaled = standard(features)
+    inputs = scaled(features)
+    tests = scaled(held_out) if held_out is not None else None
+    numbers = len(inputs) * classes * len(strengths)
+    parts = strengths.split(1 if numbers > MOST_LOGITS else len(strengths))
+    axes, start, best, since = principal_axes(inputs), None, None, 0
+    for done, part in enumerate(parts, start=1):
+        fit = logistic_regression(
+            inputs, labels, part, classes, start=start, axes=axes, tolerance=NEAR if len(parts) > 1 else 1e-5
+        )
+        hits = (fit.predict(tests) == held_out_labels).sum(1) if tests is not None else torch.zeros(len(part))
+        chosen = int(hits.argmax())
+        since += 1
+        if best is None or hits[chosen] > best[0]:
+            best, since = (hits[chosen], part[chosen].item(), fit.weights[chosen], fit.biases[chosen]), 0
+        report(done, len(parts))
+        start = fit if len(part) == 1 else None
+        if since >= 2:
+            break
+    assert best is not None
+    right, strength, weights, biases = best
+    accuracy = right.item() / len(held_out_labels) if tests is not None else None
+    # The standardisation goes into the layer.
+    weights = weights * scaled.scale
+    return Probe(weights, biases - weights @ scaled.mean, strength, accuracy)
+
+
+def set_head(model: nn.Module, probe: Probe) -> None:
+    """Makes the head a linear probe.
 
     Fine-tuning under a random head first distorts the features that it was begun for (Kumar et al. 2022).
 
     Raises:
         ValueError: if the head is not one linear layer on these features.
     """
-    head = _head(model)
-    if not isinstance(head, nn.Linear) or head.in_features != features.shape[1]:
+    head, width = _head(model), probe.weights.shape[1]
+    if not isinstance(head, nn.Linear) or head.in_features != width:
         raise ValueError(
-            f"the head of {type(model).__name__} is not one linear layer on its {features.shape[1]} features, which a "
+            f"the head of {type(model).__name__} is not one linear layer on its {width} features, which a "
             "linear probe could take the place of; use mode=full"
         )
-    scaled = standard(features)
-    strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,))
-    fit = logistic_regression(scaled(features), labels, strengths, head.out_features)
-    best = 0
-    if held_out is not None:
-        # Of equals the first, which is the strongest.
-        best = int((fit.predict(scaled(held_out)) == held_out_labels).sum(1).argmax())
-    # The standardisation goes into the layer.
-    weights = fit.weights[best] * scaled.scale
     with torch.no_grad():
-        head.weight.copy_(weights)
-        head.bias.copy_(fit.biases[best] - weights @ scaled.mean)
+        head.weight.copy_(probe.weights)
+        head.bias.copy_(probe.biases)
 
 
 def freeze(model: nn.Module, blocks: int) -> None:

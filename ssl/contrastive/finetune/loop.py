@@ -18,38 +18,29 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contrastive import distributed, keyed
-from contrastive.checkpoints import Checkpoint, Saver, check_finite, newest_checkpoint, restore_optimiser
-from contrastive.config import dump_yaml, load
+from contrastive.checkpoints import Checkpoint, Saver, check_finite, restore_optimiser
 from contrastive.data import Loader, Order
 from contrastive.encoder import follow
-from contrastive.finetune.classifier import create_optimiser, train_mode
+from contrastive.finetune.classifier import Probe, create_optimiser, train_mode
+from contrastive.finetune.folder import (
+    check_unchanged,
+    describe,
+    folder_of,
+    open_run,
+    probe_of,
+    remove_unbegun,
+    resumable,
+)
 from contrastive.finetune.result import measure
 from contrastive.finetune.settings import FinetuneSettings
-from contrastive.finetune.task import Task, first_model, model_input, outputs, task_of
+from contrastive.finetune.task import Task, first_model, fitted_probe, model_input, outputs, task_of
 from contrastive.folder_lock import folder_lock
 from contrastive.launch import Stop, start
 from contrastive.machine import synchronised
 from contrastive.opened import open_model
 from contrastive.optim import cosine, set_rate
 from contrastive.progress import Teller
-from contrastive.resume import check_facts, check_processes, check_settings
-from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, Run, check_content, prepare
-
-FREE = {
-    "output",
-    "resume",
-    "elastic",
-    "data.path",
-    "data.test",
-    "data.labels",
-    "data.max_bad",
-    "workers",
-    "threads",
-    "log_every",
-    "save_minutes",
-    "keep",
-}
-"""Settings that may change when a run goes on; where the images are may, for they are compared."""
+from contrastive.run import CHECKPOINTS, DONE, Run, check_content, prepare
 
 
 def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
@@ -66,9 +57,7 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
     folder = folder_of(given, settings)
     prepare(folder, resume=settings.resume)
     if (folder / DONE).exists():
-        if (folder / CONFIG).exists():
-            before = load(FinetuneSettings, folder / CONFIG).model_dump(mode="json")
-            check_settings(before, settings.model_dump(mode="json"), FREE)
+        check_unchanged(folder, settings)
         teller.say(f"{folder} is finished: nothing is left to do")
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=settings.resume), teller.warn) as lock_again:
@@ -87,20 +76,24 @@ def _run(
     """Fine-tuning in a folder that no other program writes to."""
     opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
     task = task_of(settings, opened, accelerator.num_processes, teller)
-    found = _resumable(folder, task, teller) if settings.resume else None
-    model = first_model(task, accelerator.device)
+    found = resumable(folder, task, teller) if settings.resume else None
+    probe = probe_of(found) if found else fitted_probe(task, accelerator.device, teller)
+    model = first_model(task, accelerator.device, probe)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
-    run = _open(folder, task, header, found, teller, lock_again) if accelerator.is_main_process else None
-    _describe(task, model, accelerator, folder, teller)
+    run = open_run(folder, task, header, found, teller, lock_again) if accelerator.is_main_process else None
+    describe(task, model, probe, accelerator, folder, teller)
     saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
         with Stop() as stop:
-            best, facts = train(model, task, accelerator, saver, run, teller, found, stop)
+            best, facts = train(model, task, probe, accelerator, saver, run, teller, found, stop)
         if stop.signal is None:
-            measure(best, task, facts, run, teller, header)
+            measure(best, task, probe, facts, run, teller, header)
     except Exception:
         saver.abandon()
+        if run is not None:
+            run.close()
+            remove_unbegun(folder)
         raise
     finally:
         if run is not None:
@@ -116,6 +109,7 @@ def _run(
 def train(
     model: nn.Module,
     task: Task,
+    probe: Probe | None,
     accelerator: Accelerator,
     saver: Saver,
     run: Run | None,
@@ -123,16 +117,18 @@ def train(
     found: Checkpoint | None,
     stop: Stop,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its facts."""
+    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its facts.
+
+    Where it begins as the linear probe, that is measured too, and stays the best until another is better.
+    """
     settings, opened, device = task.settings, task.opened, accelerator.device
     if accelerator.num_processes > 1 and device.type == "cuda":
         model = synchronised(model)
     views = settings.views.build(size=opened.size, channels=task.images.channels, seed=settings.seed).to(device)
-    mixing = float(settings.mixup + settings.cutmix > 0)
     mix = Mixup(
-        settings.mixup,
+        settings.mixing,
         settings.cutmix,
-        prob=mixing,
+        prob=float(settings.mixing + settings.cutmix > 0),
         label_smoothing=settings.label_smoothing,
         num_classes=len(task.images.classes),
     )
@@ -140,6 +136,8 @@ def train(
     optimiser: Any = create_optimiser(
         model, rate=settings.rate, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
     )
+    # A share of a short run would be a step or two, too few for adamw's averages to settle (Ma and Yarats 2021).
+    slowest = max(settings.warmup_steps if settings.mode == "linear_then_full" else 0, 0.5)
     # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began.
     average = Average(model, decay=settings.ema, use_warmup=True)
     best = copied(average.module)
@@ -148,16 +146,21 @@ def train(
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         forward, optimiser = accelerator.prepare(model, optimiser)
 
-    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_step": 0, "best_accuracy": None}
+    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tested": 0, "best_step": 0, "best_accuracy": None}
+    losses: list[float] = []
+    """Of the steps since the last line of metrics, up to the newest checkpoint."""
+    fresh: list[Tensor] = []
+    """Of the steps since then, still on the device."""
     if found is not None:
         model.load_state_dict(dict(found.parts["model"]))
         average.module.load_state_dict(dict(found.parts["average"]))
         restore_optimiser(optimiser, found.optimiser)
         best = {key: value.to(device) for key, value in found.parts["best"].items()}
         facts |= {key: found.facts.get(key) for key in facts}
+        losses += found.facts["losses"]
     step, began = facts["step"], time.monotonic() - facts["seconds"]
     order = Order(len(task.images), task.batch_size, settings.seed)
-    steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps)
+    steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
 
     def seconds() -> float:
         return distributed.from_first_rank(time.monotonic() - began)
@@ -165,9 +168,18 @@ def train(
     def progress(step: int | float) -> float:
         return min(1.0, seconds() / (60 * settings.minutes) if settings.minutes else step / steps)
 
+    def open_losses() -> list[float]:
+        """The losses of the steps since the last line, each the mean over the processes; collective."""
+        losses.extend(distributed.mean(torch.stack(fresh).float()).tolist() if fresh else [])
+        fresh.clear()
+        return losses
+
     def save() -> None:
         parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
-        known = facts | {"step": step, "seconds": seconds()} | task.origin
+        known = facts | {"step": step, "seconds": seconds(), "losses": list(open_losses())} | task.origin
+        if probe is not None:
+            parts["probe"] = {"weights": probe.weights, "biases": probe.biases}
+            known |= {"probe": [probe.regularisation, probe.held_out]}
         check_finite(
             {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}, step, saver.place
         )
@@ -176,11 +188,13 @@ def train(
 
     def check() -> None:
         nonlocal best
-        accuracy = _accuracy(average.module, task)
-        # Of equals the later one, which averages over more; with none held out, that is the last one.
-        if accuracy is None or accuracy >= (facts["best_accuracy"] or 0.0):
+        accuracy, before = _accuracy(average.module, task), facts["best_accuracy"]
+        # Of equals the later one, which averages over more, but the probe only gives way to one that is better; with
+        # none held out, it is the last one.
+        if accuracy is None or before is None or accuracy > before or (accuracy == before and facts["best_step"]):
             best = copied(average.module)
             facts.update(best_step=step, best_accuracy=accuracy)
+        facts["tested"] = step
         if run is not None and accuracy is not None:
             run.log(step, {"held_out": accuracy})
 
@@ -192,14 +206,17 @@ def train(
         workers=settings.workers,
         start=step,
     )
-    labels, losses = task.labels.to(device), []
-    checked, tested, saved = int(progress(step) * settings.checks), step, seconds()
+    labels = task.labels.to(device)
+    checked, saved = int(progress(step) * settings.checks), seconds()
+    if not step and settings.mode == "linear_then_full":
+        check()
     train_mode(model)
     with teller.bar():
         for images, ids, epoch in loader:
-            if progress(step) >= 1 or stop.agreed():
+            # At least one step is taken, however small the budget.
+            if (step and progress(step) >= 1) or stop.agreed():
                 break
-            set_rate(optimiser, cosine(progress(step + 0.5), settings.warmup))
+            set_rate(optimiser, min(cosine(progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
             ids = ids.to(device, non_blocking=True)
             inputs = model_input(opened, views(images.to(device, non_blocking=True), ids, epoch)[0])
             with draws_of(settings.seed, step):
@@ -210,10 +227,11 @@ def train(
             optimiser.zero_grad()
             step += 1
             average.update(model, step)
-            losses.append(loss.detach())
+            fresh.append(loss.detach())
             done = progress(step)
             if step % settings.log_every == 0 or done >= 1:
-                mean, losses = distributed.mean(torch.stack(losses).mean()).item(), []
+                mean = sum(open_losses()) / len(losses)
+                losses.clear()
                 if not math.isfinite(mean):
                     raise ValueError(
                         f"the loss is {mean} at step {step:,}; use a lower rate than rate={settings.rate:g}"
@@ -223,20 +241,21 @@ def train(
                     run.log(step, {"loss": mean, "rate": rate, "epoch": step / order.steps_per_epoch})
                 teller.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
             if int(done * settings.checks) > checked:
-                checked, tested = int(done * settings.checks), step
+                checked = int(done * settings.checks)
                 check()
             if news := saver.poll():
                 teller.warn(news)
             if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
                 save()
                 saved = seconds()
-    if stop.signal is None and tested < step:
+    if stop.signal is None and facts["tested"] < step:
         check()
     save()
     saver.finish()
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
+    del facts["tested"]
     return average.module, facts | {"step": step, "seconds": seconds()} | epochs
 
 
@@ -246,12 +265,6 @@ class Average(ModelEmaV3):
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """One step towards the model."""
         follow(self.module, model, 1 - decay)
-
-
-def folder_of(given: str, settings: FinetuneSettings) -> Path:
-    """The folder that is written."""
-    ending = "scratch" if settings.scratch else "finetuned"
-    return Path(settings.output or f"runs/{Path(given).resolve().name}-{ending}").expanduser()
 
 
 @contextmanager
@@ -278,61 +291,3 @@ def _accuracy(model: nn.Module, task: Task) -> float | None:
         return None
     logits = outputs(model, task, task.split.train, task.held_out)
     return (logits.argmax(1) == task.held_out_labels).double().mean().item()
-
-
-def _resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
-    """The newest checkpoint of a run with the same settings, images and weights; None: there is none yet."""
-    found, damaged = newest_checkpoint(folder / CHECKPOINTS)
-    for line in damaged:
-        teller.warn(line)
-    if (folder / CONFIG).exists():
-        before = load(FinetuneSettings, folder / CONFIG)
-        check_settings(before.model_dump(mode="json"), task.settings.model_dump(mode="json"), FREE)
-    if found is None:
-        return None
-    check_facts(found, {"step": int, "seconds": float, "best_step": int})
-    check_processes(found, distributed.size(), elastic=task.settings.elastic, teller=teller)
-    changed = [key for key, value in task.origin.items() if found.facts.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"other {' and '.join(changed)} than the run was begun with; start another with output=…, or go on with "
-            "the same model, images and number of processes"
-        )
-    return found
-
-
-def _open(
-    folder: Path,
-    task: Task,
-    header: str,
-    found: Checkpoint | None,
-    teller: Teller,
-    lock_again: Callable[[], None],
-) -> Run:
-    # It tells a run from a classifier, also while there is none yet.
-    (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG).exists():
-        (folder / CONFIG).write_text(header + dump_yaml(task.settings), "utf-8")
-    run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
-    if found is None:
-        run.text("config", dump_yaml(task.settings))
-    return run
-
-
-def _describe(task: Task, model: nn.Module, accelerator: Accelerator, folder: Path, teller: Teller) -> None:
-    """Says what will run, so that a mistake is seen before time has gone by."""
-    settings, trained, held = task.settings, len(task.images), len(task.held_out)
-    moving = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs"
-    floor = "" if settings.minutes else f", at least {settings.min_steps} steps"
-    weights = "random weights" if settings.scratch else "learned weights"
-    teller.say(f"images     {trained:,} to train on, {held:,} held out, {len(task.images.classes)} classes")
-    teller.say(f"model      {task.opened.name}, {weights}, {settings.mode}: {moving:,} parameters move")
-    teller.say(
-        f"training   {budget}{floor}, batch {task.batch_size}, {accelerator.num_processes} × {accelerator.device}"
-    )
-    teller.say(f"run        {folder.resolve()}")
-    if task.split.unreadable:
-        teller.warn(f"{len(task.split.unreadable)} files could not be read and were left out")
-    if settings.held_out and not held:
-        teller.warn("there are too few labels of each class to hold any out: the last checkpoint is kept, unchosen")

@@ -10,6 +10,8 @@ from contrastive.config import Settings
 from contrastive.data import Data, shorthand
 from contrastive.views import ViewsSettings
 
+Mode = Literal["full", "linear_then_full", "last_blocks"]
+
 
 class GentleViews(ViewsSettings):
     """One view of each image, less changed than for pretraining: it must still show its class."""
@@ -57,7 +59,7 @@ class FinetuneSettings(Settings):
     """For a timm name: true for its published weights (downloaded), false for random ones."""
     scratch: bool = False
     """The baseline: random weights in place of the learned ones, everything else alike."""
-    mode: Literal["full", "linear_then_full", "last_blocks"] = "linear_then_full"
+    mode: Mode = "linear_then_full"
     """What moves. full: everything, under a random head; linear_then_full: everything, under a head that starts as the
     linear probe (Kumar et al. 2022); last_blocks: the head and the last blocks."""
     blocks: int = Field(1, ge=0)
@@ -66,7 +68,7 @@ class FinetuneSettings(Settings):
     """Share of the labels that is used, of each class alike, at least one image of each; less is a part of more."""
     held_out: float = Field(0.2, ge=0, le=0.5)
     """Share of these labelled images, of each class alike, that chooses the best checkpoint; 0: the last one is it."""
-    epochs: float = Field(20, gt=0)
+    epochs: float = Field(20, gt=0, le=1_000_000)
     """Passes over the images that are trained on; with few labels min_steps rules."""
     min_steps: int = Field(300, ge=0)
     """Fewest steps of a run in epochs: with few labels an epoch is a step or two."""
@@ -80,12 +82,16 @@ class FinetuneSettings(Settings):
     """Each layer below moves at this share of the rate of the one above (timm's layers; Bao et al. 2022)."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the run in which the rate rises linearly from zero."""
+    warmup_steps: int = Field(100, ge=0)
+    """Fewest steps of that rise where the head begins as the linear probe, which a short run would only damage: one of
+    fewer steps does not come to its peak rate."""
     weight_decay: float = Field(0.05, ge=0)
     """Not on norms and biases."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
-    mixup: float = Field(0.2, ge=0)
-    """Images are mixed in pairs by a share from Beta(x, x) (Zhang et al. 2018); 0: never."""
+    mixup: float | None = Field(None, ge=0)
+    """Images are mixed in pairs by a share from Beta(x, x) (Zhang et al. 2018); 0: never. By default 0.2, and 0 where
+    the head begins as the linear probe."""
     cutmix: float = Field(0.0, ge=0)
     """Boxes change places in pairs of images, their share from Beta(x, x) (Yun et al. 2019); 0: never."""
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -108,6 +114,11 @@ class FinetuneSettings(Settings):
     """Minutes between two checkpoints."""
     keep: int = Field(2, ge=1)
     """Checkpoints that stay; the older ones go after a new one is safe."""
+
+    @property
+    def mixing(self) -> float:
+        """The parameter of the mixing: none for a probe, whose confident logits would be unlearned first."""
+        return (0.0 if self.mode == "linear_then_full" else 0.2) if self.mixup is None else self.mixup
 
     @model_validator(mode="after")
     def _blocks_have_their_mode(self) -> "FinetuneSettings":

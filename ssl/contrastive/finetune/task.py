@@ -1,5 +1,7 @@
 """What there is to learn from, to choose by and to be measured on, and the classifier that begins."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from contrastive.evaluate.features import extract
 from contrastive.evaluate.fractions import draw
 from contrastive.evaluate.held_out import hold_out
 from contrastive.extract import EncodeSettings, images_of
-from contrastive.finetune.classifier import backbone_of, freeze, set_classes, set_head
+from contrastive.finetune.classifier import Probe, backbone_of, fit_probe, freeze, set_classes, set_head
 from contrastive.finetune.settings import FinetuneSettings
 from contrastive.opened import Opened
 from contrastive.progress import Teller
@@ -47,6 +49,11 @@ class Task(NamedTuple):
         """The classes of those that are held out."""
         assert self.split.train.labels is not None
         return self.split.train.labels[self.held_out]
+
+    @property
+    def probes(self) -> bool:
+        """Whether there is a linear probe to begin from or to lose: not with random weights under a random head."""
+        return self.settings.mode == "linear_then_full" or not self.settings.scratch
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -85,37 +92,83 @@ def task_of(settings: FinetuneSettings, opened: Opened, processes: int, teller: 
     return Task(settings, opened, split, images, held_out, batch_size)
 
 
-def first_model(task: Task, device: torch.device) -> nn.Module:
+def fitted_probe(task: Task, device: torch.device, teller: Teller) -> Probe | None:
+    """The linear probe on the features of the backbone as it was opened, by which fine-tuning is judged; collective.
+
+    None where the task has none.
+    """
+    if not task.probes:
+        return None
+    model, probed = _backbone(task, device), _few(task.labels, task.settings.seed)
+    with teller.bar():
+        report = partial(teller.report, "encoding")
+        features = outputs(model, task, task.images, probed, report)
+        held_out = outputs(model, task, task.split.train, task.held_out, report) if len(task.held_out) else None
+        return fit_probe(
+            features,
+            task.labels[probed],
+            held_out,
+            task.held_out_labels,
+            len(task.images.classes),
+            partial(teller.report, "fitting the linear probe"),
+        )
+
+
+def probe_logits(
+    probe: Probe, task: Task, device: torch.device, images: Images, ids: Int[Tensor, " chosen"]
+) -> Float[Tensor, "chosen classes"]:
+    """What the linear probe makes of images; collective."""
+    return probe.logits(outputs(_backbone(task, device), task, images, ids))
+
+
+def first_model(task: Task, device: torch.device, probe: Probe | None) -> nn.Module:
     """The classifier as it begins: learned or random weights, the head that the mode asks for, frozen what stays.
 
     Raises:
         ValueError: if the backbone cannot be given such a head, or has fewer blocks than are to move.
     """
-    settings, opened = task.settings, task.opened
-    model = backbone_of(opened, scratch=settings.scratch, seed=settings.seed, drop_path=settings.drop_path).to(device)
-    features = None
-    if settings.mode == "linear_then_full":
-        probed, held = _few(task.labels, settings.seed), task.held_out
-        features = outputs(model, task, task.images, probed)
-        held_out = outputs(model, task, task.split.train, held) if len(held) else None
+    settings, model = task.settings, _backbone(task, device)
     set_classes(model, len(task.images.classes))
     model = model.to(device).to(memory_format=torch.channels_last)
-    if features is not None:
-        set_head(model, features, task.labels[probed], held_out, task.held_out_labels)
+    if settings.mode == "linear_then_full":
+        assert probe is not None
+        set_head(model, probe)
     if settings.mode == "last_blocks":
         freeze(model, settings.blocks)
     return model
 
 
 def outputs(
-    model: nn.Module, task: Task, images: Images, ids: Int[Tensor, " chosen"] | None = None
+    model: nn.Module,
+    task: Task,
+    images: Images,
+    ids: Int[Tensor, " chosen"] | None = None,
+    report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Float[Tensor, "chosen width"]:
-    """What a model in evaluation mode makes of images: features, or logits; the same on every process."""
+    """What a model in evaluation mode makes of images: features, or logits; the same on every process.
+
+    `report` is called with the number of images that this process has read, and of all.
+    """
     if distributed.size() > 1:
         # Each process has seen other images: their running statistics become one.
         distribute_bn(model, distributed.size(), reduce=True)
     device, workers = next(model.parameters()).device, task.settings.workers
-    return extract(model, images, prepare=task.opened.prepare, device=device, ids=ids, workers=workers)
+    done, total = 0, len(images) if ids is None else len(ids)
+
+    def prepare(pixels: Tensor) -> Tensor:
+        nonlocal done
+        done += len(pixels)
+        report(min(done * distributed.size(), total), total)
+        return task.opened.prepare(pixels)
+
+    return extract(model, images, prepare=prepare, device=device, ids=ids, workers=workers)
+
+
+def _backbone(task: Task, device: torch.device) -> nn.Module:
+    settings = task.settings
+    return backbone_of(task.opened, scratch=settings.scratch, seed=settings.seed, drop_path=settings.drop_path).to(
+        device
+    )
 
 
 def model_input(
