@@ -316,3 +316,53 @@ def test_a_limit_of_threads_is_told_in_a_sentence(
     monkeypatch.setattr(threading.Thread, "start", limited)
     assert command.extract([str(run), f"data={classes}", "data.channels=1", f"output={tmp_path / 'features'}"]) == 2
     assert capsys.readouterr().err.startswith("error: the system starts no more threads (ulimit -u")
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "seed=1", "a=b=c,d", "=x"])
+def test_a_run_folder_may_have_an_equals_sign_in_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    called: list[object] = []
+    for work in ("evaluate_run", "compare_runs", "extract_features", "finetune_model"):
+        monkeypatch.setattr(command, work, lambda given, settings, **_: called.append(given))
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for given in (name, f"./{name}", str(tmp_path / name), f"runs/{name}"):
+        assert command.evaluate([given, "tasks=knn"]) == 0
+        assert command.evaluate([given, name, "tasks=knn"]) == 0
+        assert command.extract([given, f"output=features={name}"]) == 0
+        assert command.finetune([given, "epochs=1"]) == 0
+        assert called == [Path(given), [Path(given), Path(name)], given, given]
+        called.clear()
+
+
+def test_images_and_a_recipe_may_have_an_equals_sign_in_their_path(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, recipe = shutil.copytree(classes, tmp_path / "k=v"), tmp_path / "lr=0.1.yaml"
+    recipe.write_text("objective: {name: in_batch}\n")
+    given = [word for word in SHORT if "epochs" not in word and "batch" not in word]
+    words = [str(recipe), f"data={data}", "data.size=16", "train.batch_size=8", "train.epochs=1", *given]
+    assert command.pretrain([*words, f"output={tmp_path / 'runs' / 'a=b'}"]) == 0
+    assert (tmp_path / "runs" / "a=b" / "done").is_file()
+    few = ["epochs=0.5", "min_steps=1", "batch_size=8", "views.size=16", f"output={tmp_path / 'x=y'}"]
+    assert command.finetune([str(tmp_path / "runs" / "a=b"), *few]) == 0
+    assert (tmp_path / "x=y" / "done").is_file()
+    for mistyped, answer in (
+        ([str(tmp_path / "runs" / "a=c")], "a=c is no run folder"),
+        (["tasks=knn"], "a run folder comes first"),
+        ([str(tmp_path / "runs" / "a=b"), "task=knn"], "did you mean tasks?"),
+    ):
+        assert command.evaluate(mistyped) == 2
+        assert answer in capsys.readouterr().err
+
+
+def test_a_setting_is_one_although_a_folder_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("batch_size=64").mkdir()
+    assert command.evaluate(["batch_size=64"]) == 2
+    assert "./batch_size=64 names the folder" in capsys.readouterr().err
+    assert command.evaluate(["./batch_size=64"]) == 2
+    assert "is no run folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from contrastive import distributed
 from contrastive import recipe as recipes
 from contrastive.check import check as check_recipe
 from contrastive.compare_runs import compare_runs
-from contrastive.config import Need, Settings, keys, load
+from contrastive.config import Need, Settings, field_at, keys, load
 from contrastive.extract import ExtractSettings
 from contrastive.extract import extract as extract_features
 from contrastive.finetune import FinetuneSettings
@@ -34,6 +35,9 @@ HELP = {"-h", "--help", "help"}
 CHECK = "--check"
 WRONG_USE = 2
 LOST_PROCESS = 3
+KEY = re.compile(r"[A-Za-z_][\w.]*|")
+"""What a key of a setting may look like; a word that begins with = has lost its key."""
+MODEL = "a run folder or a timm model comes first, for example runs/quickstart or resnet18"
 AGAIN, RESUME = "the same words go on from there", "the same words with resume=true go on from there"
 
 
@@ -48,7 +52,7 @@ def pretrain(words: Sequence[str]) -> int:
     checks, words = CHECK in words, [word for word in words if word != CHECK]
 
     def run() -> None:
-        given = list(words) if words and "=" not in words[0] else ["", *words]
+        given = list(words) if words and not is_setting(words[0], Recipe) else ["", *words]
         name, rest = given[0] or recipes.QUICKSTART, given[1:]
         file = recipes.find(name)
         recipe = load(Recipe, file, rest)
@@ -75,9 +79,10 @@ def evaluate(words: Sequence[str]) -> int:
     )
 
     def run() -> None:
-        folder = _run(words)
-        others = [Path(word).expanduser() for word in takewhile(lambda word: "=" not in word, words[1:])]
-        settings = load(EvaluateSettings, None, words[1 + len(others) :])
+        first_of(words, EvaluateSettings, "a run folder comes first, for example runs/quickstart")
+        given = list(takewhile(lambda word: not is_setting(word, EvaluateSettings), words))
+        folder, *others = [Path(word).expanduser() for word in given]
+        settings = load(EvaluateSettings, None, words[len(given) :])
         if others:
             compare_runs([folder, *others], settings)
         elif settings.comparison is not None:
@@ -98,9 +103,8 @@ def extract(words: Sequence[str]) -> int:
     )
 
     def run() -> None:
-        if not words or "=" in words[0]:
-            raise ValueError("a run folder or a timm model comes first, for example runs/quickstart or resnet18")
-        extract_features(words[0], load(ExtractSettings, None, words[1:]))
+        given = first_of(words, ExtractSettings, MODEL)
+        extract_features(given, load(ExtractSettings, None, words[1:]))
 
     return _answer(usage, about, ExtractSettings, words, run, goes_on=AGAIN)
 
@@ -114,9 +118,7 @@ def finetune(words: Sequence[str]) -> int:
     )
 
     def run() -> None:
-        if not words or "=" in words[0]:
-            raise ValueError("a run folder or a timm model comes first, for example runs/quickstart or resnet18")
-        given, rest = words[0], words[1:]
+        given, rest = first_of(words, FinetuneSettings, MODEL), words[1:]
         settings = load(FinetuneSettings, None, rest)
         begun = finetuned_folder(given, settings) / CONFIG
         # resume=true is enough: what it was begun with stands in the folder.
@@ -157,10 +159,29 @@ def help_text(usage: str, about: str, model: type[Settings]) -> str:
     return "\n".join(lines)
 
 
-def _run(words: Sequence[str]) -> Path:
-    if not words or "=" in words[0]:
-        raise ValueError("the run folder comes first, for example runs/quickstart")
-    return Path(words[0]).expanduser()
+def is_setting(word: str, model: type[Settings]) -> bool:
+    """Whether a word of a command line is `key=value`, and not a path or a model's name that has a `=` in it.
+
+    A key of the model always is a setting: ./seed=1 names a folder of that name. Of other words a path that exists is a
+    path, and so is what no key can look like: runs/lr=0.1.
+    """
+    key, equals, _ = word.partition("=")
+    key = key.strip().lstrip("-")
+    if not equals or not KEY.fullmatch(key):
+        return False
+    return field_at(model, key.split(".")) is not None or not Path(word).expanduser().exists()
+
+
+def first_of(words: Sequence[str], model: type[Settings], what: str) -> str:
+    """The first word, where it is no setting.
+
+    Raises:
+        ValueError: saying what comes first.
+    """
+    if words and not is_setting(words[0], model):
+        return words[0]
+    folder = words and Path(words[0]).expanduser().exists()
+    raise ValueError(f"{what}" + (f"; ./{words[0]} names the folder and not the setting" if folder else ""))
 
 
 def _answer(

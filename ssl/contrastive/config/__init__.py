@@ -2,6 +2,6 @@
 
 from contrastive.config.keys import Key, Need, keys
 from contrastive.config.reading import dump_yaml, load, validate
-from contrastive.config.settings import Settings, as_list
+from contrastive.config.settings import Settings, as_list, field_at
 
-__all__ = ["Key", "Need", "Settings", "as_list", "dump_yaml", "keys", "load", "validate"]
+__all__ = ["Key", "Need", "Settings", "as_list", "dump_yaml", "field_at", "keys", "load", "validate"]
