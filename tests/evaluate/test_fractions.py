@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from contrastive.evaluate import fractions as module
 from contrastive.evaluate.fractions import FractionResult, FractionSettings, draw, fractions, table
 
 SETTINGS = FractionSettings(shares=(0.1,), shots=(4,), draws=3, regularisations=(1e-2, 0.3, 3.0))
@@ -110,3 +111,17 @@ def test_the_table_has_a_row_for_each_kind_and_mean_and_deviation():
     text = capture.get()
     assert text.count("85.0 ± 5.0") == 2
     assert "1 % (600)" in text
+
+
+def test_draws_of_the_same_images_are_fitted_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8).repeat_interleave(2)
+    train, test = torch.randn(16, 5, generator=generator), torch.randn(16, 5, generator=generator)
+    calls, told, fitted = [], [], module._probe
+    monkeypatch.setattr(module, "_probe", lambda *words: calls.append(0) or fitted(*words))
+    settings = FractionSettings(shares=(1.0,), shots=(2, 5), draws=3)
+    found = fractions(train, labels, test, labels, 8, settings, report=lambda *words: told.append(words))
+    assert len(calls) == 1
+    assert len({result.accuracies for result in found}) == 1
+    assert found[0].deviation == 0
+    assert {(what, total) for what, _, total in told} == {("few labels", 9)}

@@ -168,3 +168,12 @@ def test_the_monitor_sees_what_is_learned_and_repeats_itself():
     assert monitor_knn(features, labels, seed=1) > 0.95
     assert monitor_knn(noise, labels, seed=1) < 0.25
     assert monitor_knn(noise, labels, seed=1, most=300) == monitor_knn(noise, labels, seed=1, most=300)
+
+
+def test_where_no_class_has_a_second_image_the_nearest_decides():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(count, 6, generator=generator) for count in (20, 30))
+    found = knn(train, torch.arange(20), test, 20, KnnSettings())
+    cosines = torch.nn.functional.normalize(test) @ torch.nn.functional.normalize(train).T
+    assert found.predictions.tolist() == cosines.argmax(1).tolist()
+    assert math.isnan(found.validation)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -5,8 +7,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from contrastive.evaluate.held_out import hold_out
-from contrastive.evaluate.linear import LinearSettings, linear, standard
+from contrastive.evaluate.held_out import hold_out, hold_out_some
+from contrastive.evaluate.linear import UNCHOSEN, LinearSettings, linear, search, standard
 from contrastive.evaluate.logistic import LogisticFit, logistic_regression, objective, principal_axes
 
 
@@ -157,3 +159,78 @@ def test_a_single_strength_is_not_chosen_and_needs_no_held_out_part():
 def theirs(strength: float, images: int) -> Pipeline:
     """The same probe by scikit-learn, whose standardisation too sees nothing but what it is fitted on."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * images), max_iter=10_000, tol=1e-8))
+
+
+def test_many_classes_take_the_diagonal_and_reach_the_same_minimum(monkeypatch):
+    features, labels = correlated(400, 12, 6)
+    features, strengths = standard(features.double())(features.double()), torch.tensor([1e-2, 0.3]).double()
+    exact = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_MODES", 5)
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_REMEMBERED", 1)
+    found = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
+    assert found.converged.all()
+    torch.testing.assert_close(found.weights, exact.weights, atol=1e-5, rtol=1e-4)
+
+
+def test_a_grid_too_large_for_memory_is_searched_from_strong_to_weak(monkeypatch):
+    features, labels = correlated(300, 12, 5)
+    test, _ = correlated(50, 12, 5, seed=1)
+    settings = LinearSettings()
+    whole = linear(features, labels, test, 5, settings)
+    told = []
+    monkeypatch.setattr("contrastive.evaluate.linear.at_once", lambda *_: 1)
+    parts = linear(features, labels, test, 5, settings, report=lambda *words: told.append(words))
+    assert (parts.regularisation, parts.validation) == (whole.regularisation, whole.validation)
+    assert parts.predictions.tolist() == whole.predictions.tolist()
+    assert {total for _, _, total in told} == {11}
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_two_parts_of_a_grid_that_bring_nothing_better_end_the_search():
+    hits, asked = {3.0: 5, 1.0: 5, 0.3: 8, 0.1: 8, 0.03: 7, 0.01: 9}, []
+
+    def judge(grid, begin, before):
+        asked.extend(round(strength, 2) for strength in grid.tolist())
+        assert (begin is None) == (before == 0)
+        empty = torch.zeros(len(grid), 1)
+        fit = LogisticFit(empty[..., None], empty, empty[:, 0] > 0, empty[:, 0].long())
+        return fit, torch.tensor([hits[round(strength, 2)] for strength in grid.tolist()])
+
+    assert search(torch.tensor(list(hits)), 1, judge)[:2] == (2, 8)
+    assert asked == [3.0, 1.0, 0.3, 0.1, 0.03]
+    assert search(torch.tensor(list(hits)), 6, judge)[:2] == (5, 9)
+
+
+def test_where_no_class_has_a_second_image_the_strength_is_not_chosen():
+    features, _ = correlated(30, 6, 5)
+    labels = torch.arange(30)
+    found = linear(features, labels, features, 30, LinearSettings())
+    assert found.regularisation == UNCHOSEN
+    assert math.isnan(found.validation)
+    scaled = standard(features)(features)
+    fit = logistic_regression(scaled, labels, torch.tensor([UNCHOSEN]), 30)
+    assert found.predictions.tolist() == fit.predict(scaled)[0].tolist()
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_of_small_classes_one_image_each_is_held_out(most):
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, -1, 4, 4, 4, 4])
+    kept, held = hold_out_some(labels, share=0.1, seed=3, most=most)
+    assert sorted(torch.cat([kept, held]).tolist()) == [*range(8), *range(9, 13)]
+    assert len(held) == (4 if most is None else 3)
+    assert len(set(labels[held].tolist())) == len(held)
+    assert 2 not in labels[held]
+    again = hold_out_some(labels, share=0.1, seed=3, most=most)
+    assert torch.equal(kept, again[0])
+    assert torch.equal(held, again[1])
+    own = hold_out_some(labels, share=0.5, seed=3)
+    assert all(torch.equal(one, two) for one, two in zip(own, hold_out(labels, share=0.5, seed=3), strict=True))
+
+
+def test_a_large_set_of_small_classes_has_its_choice_within_the_most():
+    """A share of 10,000 of many images is not one image of a class of 50."""
+    labels = torch.arange(400).repeat_interleave(5)
+    kept, held = hold_out_some(labels, share=0.2, seed=0, most=100)
+    assert (len(kept), len(held)) == (1900, 100)
+    with pytest.raises(ValueError, match="leave 2000 kept and 0 held out"):
+        hold_out(labels, share=0.2, seed=0, most=100)

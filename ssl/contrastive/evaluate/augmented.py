@@ -16,7 +16,7 @@ from contrastive import distributed
 from contrastive.config import Settings
 from contrastive.data import Images, Report, order
 from contrastive.evaluate.features import encoded, extract
-from contrastive.evaluate.held_out import hold_out
+from contrastive.evaluate.held_out import hold_out_some
 from contrastive.optim import cosine
 from contrastive.views import MEAN, STD, Views, ViewsSettings
 
@@ -142,7 +142,9 @@ def augmented_probe(
     if images.labels is None:
         raise ValueError("a linear head is trained on labelled images, and there are no labels")
     labels = images.labels
-    _, held = hold_out(labels, share=share, seed=seed)
+    _, held = hold_out_some(labels, share=share, seed=seed)
+    if not len(held):
+        raise ValueError("the probe on crops chooses its rate on held-out images, and no class has two to hold one out")
     labelled = (labels >= 0).nonzero().squeeze(1)
     counts = torch.ones(2, len(labels), dtype=torch.bool)
     counts[0, held] = False

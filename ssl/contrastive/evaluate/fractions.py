@@ -1,7 +1,7 @@
 """Few labels: the linear probe on a few images of each class, or on a share of the labels, drawn several times."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from contrastive import keyed
 from contrastive.config import Settings
 from contrastive.evaluate.kinds import label
-from contrastive.evaluate.linear import NEAR, standard
-from contrastive.evaluate.logistic import LogisticFit, logistic_regression, principal_axes
+from contrastive.evaluate.linear import NEAR, Report, search, standard
+from contrastive.evaluate.logistic import LogisticFit, at_once, logistic_regression, principal_axes
 
 FOLDS = 5
 """Parts of the labelled images of which each is held out once, for the choice of the strength."""
@@ -73,13 +73,15 @@ def fractions(
     settings: FractionSettings,
     *,
     seed: int = 0,
+    report: Report | None = None,
 ) -> tuple[FractionResult, ...]:
     """The accuracy of the linear probe from few labels: first the shares, then the numbers of each class, ascending.
 
     Which images a draw labels is a pure function of the labels, the seed and the number of the draw, so all kinds of
     features are given the same ones, and a smaller share is part of a larger one. Features are standardised by all
     training images, which are there without their labels too. The strength is chosen by folds of the draw's own
-    labelled images, equal accuracies going to the stronger one; the probe is then fitted on all of these.
+    labelled images, equal accuracies going to the stronger one; the probe is then fitted on all of these. A draw of
+    the images of an earlier one, as of 5 of each class where none has more, has its accuracy.
 
     Args:
         train: features of the training images.
@@ -89,6 +91,7 @@ def fractions(
         classes: number of classes in both.
         settings: how many labels, how often drawn, which strengths.
         seed: of the draws.
+        report: called with what is done, how much of it, and of how much.
 
     Raises:
         ValueError: if no training image, or no test image, has a label.
@@ -101,19 +104,34 @@ def fractions(
     results = []
     cases: list[tuple[str, float | int]] = [(f"{100 * share:g} %", share) for share in sorted(settings.shares)]
     cases += [(f"{shots} of each class", shots) for shots in sorted(settings.shots)]
-    axes = None
+    axes, done, total = None, 0, len(cases) * settings.draws
+    known_already: dict[bytes, tuple[float, float]] = {}
+
+    def tick(_: int) -> None:
+        if report is not None:
+            report("few labels", done, total)
+
     for name, amount in cases:
         accuracies, strengths = [], []
         for number in range(settings.draws):
             chosen, ranks = draw(labels, amount, seed=seed, number=number)
+            key = chosen.numpy().tobytes()
+            if key in known_already:
+                done += 1
+                accuracies.append(known_already[key][0])
+                strengths.append(known_already[key][1])
+                continue
             features = scaled(train[chosen])
             if axes is None and len(features) >= features.shape[1]:
                 # The same will do for all draws: they only make the way short.
                 axes = principal_axes(features)
             own = axes if len(features) >= features.shape[1] else None
-            fit, strength = _probe(features, labels[chosen], ranks, classes, settings, own)
+            fit, strength = _probe(features, labels[chosen], ranks, classes, settings, own, tick)
             accuracies.append((fit.predict(test)[0] == test_labels).double().mean().item())
             strengths.append(strength)
+            known_already[key] = accuracies[-1], strength
+            done += 1
+            tick(0)
         results.append(FractionResult(name, len(chosen), tuple(accuracies), tuple(strengths)))
     return tuple(results)
 
@@ -154,29 +172,42 @@ def table(results: Mapping[str, Sequence[FractionResult]]) -> Table:
 
 
 def _probe(
-    features: Tensor, labels: Tensor, ranks: Tensor, classes: int, settings: FractionSettings, axes: Tensor | None
+    features: Tensor,
+    labels: Tensor,
+    ranks: Tensor,
+    classes: int,
+    settings: FractionSettings,
+    axes: Tensor | None,
+    report: Callable[[int], object],
 ) -> tuple[LogisticFit, float]:
     """The probe of one draw, fitted on all its images with the strength that has the most hits on its folds."""
     folds = min(FOLDS, 1 + int(ranks.max()))
     if folds < 2:
-        return logistic_regression(features, labels, torch.tensor([settings.single]), classes), settings.single
+        single = torch.tensor([settings.single])
+        return logistic_regression(features, labels, single, classes, report=report), settings.single
     axes = principal_axes(features) if axes is None else axes
     strengths = sorted(settings.regularisations, reverse=True)
     # Of a class with one image none can be held out.
     several = labels.bincount(minlength=classes)[labels] > 1
     held = torch.stack([several & (ranks % folds == fold) for fold in range(folds if len(labels) < MANY else 1)])
-    # All strengths on all folds at once, each problem with a mask of the images that it sees.
-    fit = logistic_regression(
-        features,
-        labels,
-        torch.tensor(strengths, dtype=features.dtype).repeat(len(held)),
-        classes,
-        used=~held.repeat_interleave(len(strengths), 0),
-        axes=axes,
-        tolerance=NEAR,
-    )
-    right = (fit.predict(features) == labels).unflatten(0, (len(held), len(strengths)))
-    best = int((right & held[:, None]).sum((0, 2)).argmax())
-    start = LogisticFit(*(each[best : best + 1] for each in fit))
+
+    def judge(grid: Tensor, _: LogisticFit | None, __: int) -> tuple[LogisticFit, Tensor]:
+        # All strengths on all folds at once, each problem with a mask of the images that it sees.
+        fit = logistic_regression(
+            features,
+            labels,
+            grid.repeat(len(held)),
+            classes,
+            used=~held.repeat_interleave(len(grid), 0),
+            axes=axes,
+            tolerance=NEAR,
+            report=report,
+        )
+        right = (fit.predict(features) == labels).unflatten(0, (len(held), len(grid)))
+        return LogisticFit(*(each[: len(grid)] for each in fit)), (right & held[:, None]).sum((0, 2))
+
+    size = max(1, at_once(len(features), classes, features.shape[1] + 1) // len(held))
+    best, _, start = search(torch.tensor(strengths, dtype=features.dtype), size, judge)
     strength = torch.tensor([strengths[best]], dtype=features.dtype)
-    return logistic_regression(features, labels, strength, classes, start=start, axes=axes), strengths[best]
+    fit = logistic_regression(features, labels, strength, classes, start=start, axes=axes, report=report)
+    return fit, strengths[best]

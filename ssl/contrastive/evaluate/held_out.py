@@ -1,5 +1,7 @@
 """Which training images stand aside so that choices can be made without a look at the test images."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -36,6 +38,50 @@ def hold_out(
             f"{share:g}; give more labelled images, or another share"
         )
     return kept, apart
+
+
+def hold_out_some(
+    labels: Int[Tensor, " images"], *, share: float, seed: int, most: int | None = None
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " held"]]:
+    """As `hold_out`, and where the share is not one image of any class, one image of each class that has two or more.
+
+    Where no class has two, all labelled images are kept and none is held out: there is nothing to choose by.
+
+    Raises:
+        ValueError: if no image is labelled, or the share would leave none.
+    """
+    counts = labels[labels >= 0].bincount()
+    if not len(counts):
+        raise ValueError("no training image has a label")
+    if kind_of_choice(counts, share=share, most=most) == "share":
+        return hold_out(labels, share=share, seed=seed, most=most)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order] >= 0]
+    order = order[counts[labels[order]] > 1]
+    order = order[labels[order].argsort(stable=True)]
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = labels[order][1:] != labels[order][:-1]
+    held = order[first]
+    if most is not None and len(held) > most:
+        held = held[torch.randperm(len(held), generator=generator)[:most]]
+    held = held.sort().values
+    kept = labels >= 0
+    kept[held] = False
+    return kept.nonzero().squeeze(1), held
+
+
+def kind_of_choice(
+    counts: Int[Tensor, " classes"], *, share: float, most: int | None = None
+) -> Literal["share", "one", "none"]:
+    """What is held out of classes with so many images: the share, one image of each, or none."""
+    total = int(counts.sum())
+    if most is not None and total:
+        share = min(share, most / total)
+    several = counts[counts > 1]
+    if not len(several):
+        return "none"
+    return "share" if int(int(several.max()) * share + 0.5) else "one"
 
 
 def num_classes(*labels: Int[Tensor, " _"]) -> int:

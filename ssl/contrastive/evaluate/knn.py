@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from contrastive.config import Settings
-from contrastive.evaluate.held_out import hold_out, num_classes
+from contrastive.evaluate.held_out import hold_out, hold_out_some, num_classes
 from contrastive.evaluate.nearness import Nearness, searchable
 from contrastive.similarity import top_k
 from contrastive.similarity.rows import slices
@@ -37,7 +37,7 @@ class KnnResult(NamedTuple):
     neighbours: int
     temperature: float
     validation: float
-    """Accuracy of the chosen pair on the held-out training images."""
+    """Accuracy of the chosen pair on the held-out training images; NaN where none could be held out."""
 
 
 def weighted_vote(
@@ -141,22 +141,27 @@ def knn(
         nearness: cosine, or Euclidean distance of the features as they are.
         shared: all processes, which hold the same, search together: see `predict`.
     """
-    kept, held = hold_out(train_labels, share=share, seed=seed, most=most)
+    kept, held = hold_out_some(train_labels, share=share, seed=seed, most=most)
     grid = settings.neighbours, settings.temperatures
-    guesses = predict(
-        train[held],
-        train[kept],
-        train_labels[kept],
-        neighbours=grid[0],
-        temperatures=grid[1],
-        classes=classes,
-        query_ids=held,
-        bank_ids=kept,
-        nearness=nearness,
-        shared=shared,
-    )
-    hits = (guesses == train_labels[held]).sum(2).flatten()
-    best = int(hits.argmax())
+    # Where no class has a second image to hold out, the first pair of the grid: of one vote for each class the nearest
+    # decides, whatever the pair.
+    best, validation = 0, float("nan")
+    if len(held):
+        guesses = predict(
+            train[held],
+            train[kept],
+            train_labels[kept],
+            neighbours=grid[0],
+            temperatures=grid[1],
+            classes=classes,
+            query_ids=held,
+            bank_ids=kept,
+            nearness=nearness,
+            shared=shared,
+        )
+        hits = (guesses == train_labels[held]).sum(2).flatten()
+        best = int(hits.argmax())
+        validation = hits[best].item() / len(held)
     k, temperature = grid[0][best // len(grid[1])], grid[1][best % len(grid[1])]
     predictions = predict(
         test,
@@ -170,7 +175,7 @@ def knn(
     )
     # The bank of the final vote may be smaller than the k that was asked for.
     k = min(k, int((train_labels >= 0).sum()))
-    return KnnResult(predictions[0, 0], k, temperature, hits[best].item() / len(held))
+    return KnnResult(predictions[0, 0], k, temperature, validation)
 
 
 def monitor_knn(

@@ -1,5 +1,7 @@
 """The linear probe: how much of the classes a straight cut through the features finds."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -8,11 +10,18 @@ from pydantic import Field
 from torch import Tensor
 
 from contrastive.config import Settings
-from contrastive.evaluate.held_out import hold_out
-from contrastive.evaluate.logistic import LogisticFit, logistic_regression, principal_axes
+from contrastive.evaluate.held_out import hold_out_some
+from contrastive.evaluate.logistic import LogisticFit, at_once, logistic_regression, principal_axes
 
 NEAR = 3e-4
 """How near its minimum, in nats, a strength is judged: the rest moves far fewer held-out images than chance does."""
+
+
+UNCHOSEN = 0.1
+"""About the strength that is used where no class has a second image, so that none can be held out for a choice."""
+ENOUGH = 2
+"""Strengths in a row that bring nothing better, after which a grid that is too large for the memory is left."""
+Report = Callable[[str, int, int], object]
 
 
 class LinearSettings(Settings):
@@ -64,6 +73,7 @@ def linear(
     *,
     share: float = 0.2,
     seed: int = 0,
+    report: Report | None = None,
 ) -> LinearResult:
     """Predicts the test images by logistic regression on all training images.
 
@@ -78,19 +88,33 @@ def linear(
         settings: the grid.
         share: part of each class that is held out for the choice.
         seed: of the draw of that part.
+        report: called with what is done, how much of it, and of how much.
     """
     strengths = sorted(settings.regularisations, reverse=True)
-    best, validation, start, axes = 0, float("nan"), None, None
-    if len(strengths) > 1:
-        kept, held = hold_out(train_labels, share=share, seed=seed)
+    best, validation, start, axes = _nearest(strengths, UNCHOSEN), float("nan"), None, None
+    kept, held = hold_out_some(train_labels, share=share, seed=seed)
+    total = len(strengths) + 1
+    if len(strengths) > 1 and len(held):
         scaled = standard(train[kept])
-        features, grid = scaled(train[kept]), torch.tensor(strengths, dtype=train.dtype)
+        features = scaled(train[kept])
         axes = principal_axes(features)
-        fit = logistic_regression(features, train_labels[kept], grid, classes, axes=axes, tolerance=NEAR)
-        hits = (fit.predict(scaled(train[held])) == train_labels[held]).sum(1)
-        best = int(hits.argmax())
-        validation = hits[best].item() / len(held)
-        start = LogisticFit(*(each[best : best + 1] for each in fit))
+
+        def judge(grid: Tensor, begin: LogisticFit | None, before: int) -> tuple[LogisticFit, Tensor]:
+            fit = logistic_regression(
+                features,
+                train_labels[kept],
+                grid,
+                classes,
+                start=begin,
+                axes=axes,
+                tolerance=NEAR,
+                report=None if report is None else lambda done: report("strengths of the probe", before + done, total),
+            )
+            return fit, (fit.predict(scaled(train[held])) == train_labels[held]).sum(1)
+
+        grid = torch.tensor(strengths, dtype=train.dtype)
+        best, hits, start = search(grid, at_once(len(kept), classes, train.shape[1] + 1), judge)
+        validation = hits / len(held)
         if len(kept) < train.shape[1]:
             # More images may reach further.
             axes = None
@@ -99,6 +123,51 @@ def linear(
     scaled = standard(train[labelled])
     strength = torch.tensor([strengths[best]], dtype=train.dtype)
     fit = logistic_regression(
-        scaled(train[labelled]), train_labels[labelled], strength, classes, start=start, axes=axes
+        scaled(train[labelled]),
+        train_labels[labelled],
+        strength,
+        classes,
+        start=start,
+        axes=axes,
+        report=None if report is None else lambda done: report("strengths of the probe", total - 1 + done, total),
     )
     return LinearResult(fit.predict(scaled(test))[0], strengths[best], validation, bool(fit.converged.all()))
+
+
+def search(
+    strengths: Float[Tensor, " grid"],
+    size: int,
+    judge: Callable[[Float[Tensor, " part"], LogisticFit | None, int], tuple[LogisticFit, Int[Tensor, " part"]]],
+) -> tuple[int, int, LogisticFit]:
+    """The strength with the most hits, of equal ones the first: its number, its hits and its fit.
+
+    All strengths are judged at once, or in parts of `size` where they would take too much memory. Each part then starts
+    from the last fit of the part before, and once two strengths or more have brought nothing better the search ends:
+    what follows would be weaker still, and with many classes takes minutes each.
+
+    Args:
+        strengths: the grid, descending.
+        size: how many are judged at once.
+        judge: fits a part of the grid, from where it is told to begin, after so many strengths; with the hits of each.
+    """
+    best, most, chosen, since, before = 0, -1, None, 0, 0
+    begin: LogisticFit | None = None
+    for part in strengths.split(size):
+        fit, hits = judge(part, begin, before)
+        since += len(part)
+        if int(hits.max()) > most:
+            own = int(hits.argmax())
+            best, most, since = before + own, int(hits[own]), 0
+            chosen = LogisticFit(*(each[own : own + 1] for each in fit))
+        if since >= ENOUGH:
+            break
+        before += len(part)
+        following = min(size, len(strengths) - before)
+        begin = LogisticFit(*(each[-1:].repeat(max(following, 1), *[1] * (each.ndim - 1)) for each in fit))
+    assert chosen is not None, "a grid is never empty"
+    return best, most, chosen
+
+
+def _nearest(strengths: Sequence[float], wanted: float) -> int:
+    """The number of the strength that is nearest to what is wanted, by their ratio."""
+    return min(range(len(strengths)), key=lambda place: abs(math.log(strengths[place] / wanted)))

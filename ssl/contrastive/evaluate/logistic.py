@@ -1,5 +1,7 @@
 """Multinomial logistic regression for a whole grid of regularisations at once, as matrix work."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,12 @@ MOST_SEEN = 16_384
 """Images that the principal axes are found from: any axes leave the minimum where it is."""
 MOST_LOGITS = 1 << 26
 """Numbers in one array of logits (256 MB); a larger grid is fitted part by part."""
+MOST_REMEMBERED = 1 << 28
+"""Numbers that L-BFGS remembers for all problems at once (1 GB)."""
+FEWEST_REMEMBERED = 4
+MOST_MODES = 512
+"""Above so many classes the Hessian over the classes is taken as diagonal: its eigenvectors would cost far more time
+than they save, and memory as the square of the classes."""
 TILE = 1024
 """Images whose logits are one product: for few rows of weights that is quicker than all images at once."""
 
@@ -59,6 +67,7 @@ def logistic_regression(
     axes: Float[Tensor, "dim directions"] | None = None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
+    report: Callable[[int], object] | None = None,
 ) -> LogisticFit:
     """Minimises mean cross-entropy + regularisation / 2 × |weights|² for every regularisation.
 
@@ -79,6 +88,7 @@ def logistic_regression(
         axes: what `principal_axes` finds, where the features or nearly the same ones have been given to it before.
         tolerance: a problem is done when its expected decrease (half of gradient × step, in nats) is below this.
         max_steps: after so many steps a problem is given back as it is, not converged.
+        report: called after each step with the number of problems solved so far.
     """
     axes = principal_axes(features) if axes is None else axes
     inputs = features @ axes if axes.shape[1] else features
@@ -91,20 +101,31 @@ def logistic_regression(
     shares = features.new_full((len(regularisations), 1), 1 / len(features))
     if used is not None:
         shares = used / used.sum(1, keepdim=True, dtype=features.dtype)
-    targets = F.one_hot(labels, classes).T.to(features.dtype)
-    size = max(1, MOST_LOGITS // (len(features) * classes))
+    targets = features.new_zeros(classes, len(features))
+    targets[labels, torch.arange(len(features))] = 1
+    size = at_once(len(features), classes, len(moments))
+    memory = MOST_REMEMBERED // (2 * min(size, len(regularisations)) * classes * len(moments))
+    memory = min(MEMORY, max(FEWEST_REMEMBERED, memory))
     groups = zip(
         *(torch.split(each, size) for each in (regularisations.to(features.dtype), shares, first)), strict=True
     )
-    parts = [
-        _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps)
-        for strengths, share, begun in groups
-    ]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for strengths, share, begun in groups:
+        before = sum(len(solved) for solved, _, _ in parts)
+        solved_in_all = None if report is None else partial(_add, report, before)
+        parts.append(
+            _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps, memory, solved_in_all)
+        )
     solved, converged, steps = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     weights = solved[..., :-1] @ axes.T if axes.shape[1] else solved[..., :-1]
     # All biases may move together without a change: the middle one of all equal answers.
     biases = solved[..., -1] - solved[..., -1].mean(1, keepdim=True)
     return LogisticFit(weights, biases, converged, steps)
+
+
+def at_once(images: int, classes: int, dim: int) -> int:
+    """How many problems are solved at once: what is held of them stays within a few GB, or one problem's need."""
+    return max(1, min(MOST_LOGITS // (images * classes), MOST_REMEMBERED // (2 * MEMORY * classes * dim)))
 
 
 def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim directions"]:
@@ -137,6 +158,8 @@ def _fit(
     begun: Tensor,
     tolerance: float,
     max_steps: int,
+    memory: int,
+    report: Callable[[int], object] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solves the problems of some strengths: weights [grid, classes, dim + 1], converged [grid], steps [grid]."""
     images, classes, dim = len(inputs), len(targets), len(moments)
@@ -181,7 +204,9 @@ def _fit(
             active, penalty, past = active[left], penalty[left], [(s[left], y[left], r[left]) for s, y, r in past]
             weights, logits, gradient = weights[left], logits[left], gradient[left]
             direction, slope, shares = direction[left], slope[left], shares[left]
-            modes, scale = modes[left], scale[left]
+            modes, scale = None if modes is None else modes[left], scale[left]
+        if report is not None:
+            report(len(strengths) - len(active))
         moved = logits_of(direction)
         linear = _dot(penalty * weights, direction) - ((moved * targets).sum(1) * shares).sum(1)
         length, probabilities = _line_search(logits, moved, shares, linear, _dot(penalty * direction, direction), slope)
@@ -193,28 +218,43 @@ def _fit(
         curvature = _dot(change, bend)
         # A pair that rounding has spoilt gets no weight.
         sound = curvature > 1e-10 * _dot(bend, bend)
-        past = [*past[1 - MEMORY :], (change, bend, torch.where(sound, 1 / curvature, 0))]
+        past = [*past[1 - memory :], (change, bend, torch.where(sound, 1 / curvature, 0))]
     solved[active] = weights
     return solved, converged, steps
 
 
-def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of mean(diag p - p pᵀ), one matrix over the classes for each problem."""
+def _add(report: Callable[[int], object], before: int, solved: int) -> None:
+    report(before + solved)
+
+
+def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors of mean(diag p - p pᵀ), one matrix over the classes for each problem.
+
+    With many classes its diagonal stands for the eigenvalues, and the classes themselves for the eigenvectors: None.
+    """
     weighted = probabilities * shares[:, None]
+    if probabilities.shape[1] > MOST_MODES:
+        diagonal = weighted.sum(2) - (weighted * probabilities).sum(2)
+        return diagonal.clamp(min=1e-6 / probabilities.shape[1]), None
     spread = torch.diag_embed(weighted.sum(2)) - weighted @ probabilities.transpose(1, 2)
     values, modes = torch.linalg.eigh(spread)
     # Along the direction of all classes alike it is 0, and nothing ever lies there.
     return values.clamp(min=1e-6 / spread.shape[1]), modes
 
 
-def _quasi_newton(gradient: Tensor, modes: Tensor, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _quasi_newton(
+    gradient: Tensor, modes: Tensor | None, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
     """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from a matrix diagonal in the modes of classes."""
     direction, shares = gradient.clone(), []
     for change, bend, inverse in reversed(past):
         share = (inverse * _dot(change, direction))[:, None, None]
         direction.addcmul_(share, bend, value=-1)
         shares.append(share)
-    direction = modes @ ((modes.transpose(1, 2) @ direction) * scale)
+    if modes is None:
+        direction *= scale
+    else:
+        direction = modes @ ((modes.transpose(1, 2) @ direction) * scale)
     for (change, bend, inverse), share in zip(past, reversed(shares), strict=True):
         direction.addcmul_(share - (inverse * _dot(bend, direction))[:, None, None], change)
     return direction.neg_()
