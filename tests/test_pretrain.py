@@ -20,8 +20,10 @@ from contrastive.launch import Stop
 from contrastive.measure import EvaluateSettings, evaluate
 from contrastive.objectives.in_batch import InBatchObjective
 from contrastive.pretrain import pretrain
+from contrastive.progress import Teller
 from contrastive.recipe import Recipe, find
 from contrastive.run import read_metrics
+from contrastive.views import Views
 from processes import launched
 
 SMALL = [
@@ -283,3 +285,43 @@ def test_the_exported_backbone_is_the_trained_one(tmp_path: Path) -> None:
     assert len(exported) == len(trained)
     assert all(torch.equal(exported[key.removeprefix("encoder.backbone.")], value) for key, value in trained.items())
     assert json.loads((folder / "backbone" / "config.json").read_text())["architecture"]
+
+
+def fails(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("no room for 2 GiB\non the device")
+
+
+def test_no_measurement_and_no_picture_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = pretrain(recipe(tmp_path / "straight", steps=3))
+    monkeypatch.setattr(loop, "monitor_knn", fails)
+    monkeypatch.setattr(loop, "similarities", fails)
+    monkeypatch.setattr(Views, "preview", fails)
+    found = pretrain(recipe(tmp_path / "run", "train.monitor=2", steps=3))
+    said = " ".join(capsys.readouterr().out.split())
+    assert (found / "done").is_file()
+    reason = "OutOfMemoryError: no room for 2 GiB on the device"
+    assert said.count(f"warning: kNN could not be measured now, training goes on: {reason}") == 2
+    assert said.count(f"warning: there is no picture of the views: {reason}") == 1
+    assert f"the embeddings could not be looked at, training goes on: {reason}" in said
+    assert not any("knn" in line for line in read_metrics(found))
+    weights = "backbone/model.safetensors"
+    assert (found / weights).read_bytes() == (straight / weights).read_bytes()
+
+
+def test_monitoring_without_five_images_of_a_class_is_left_out_with_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made, labels = recipe(Path("x"), "train.monitor=3"), torch.arange(100).repeat_interleave(4)
+    assert loop._monitored(labels, recipe(Path("x"), "train.monitor=0"), Teller()) is None
+    assert loop._monitored(labels[:99], made, Teller()) is None
+    assert capsys.readouterr().out == ""
+    assert loop._monitored(labels, made, Teller()) is None
+    assert "among 400 no class has more than 4; training goes on without it" in capsys.readouterr().out
+    chosen = loop._monitored(torch.cat([labels, torch.tensor([7, -1])]), made, Teller())
+    assert chosen is not None
+    assert chosen.tolist() == list(range(401))
+    # Of 20,000 classes the 5,000 images that are looked at are hardly two of any.
+    assert loop._monitored(torch.arange(20_000).repeat_interleave(30), made, Teller()) is None
+    assert "among 5,000 no class has more than" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from contrastive import distributed
+from contrastive.untrusted.files import shown
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -242,3 +243,9 @@ def lost_process(problem: BaseException) -> bool:
         return True
     # Gloo raises a bare RuntimeError, whose text names its source file.
     return isinstance(problem, RuntimeError) and "gloo" in str(problem)
+
+
+def in_a_line(problem: BaseException) -> str:
+    """What an exception says, on one line, with its kind where that is no plain ValueError or OSError."""
+    said = shown(" ".join(str(problem).split())) or "no reason is given"
+    return said if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {said}"

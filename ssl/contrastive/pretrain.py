@@ -1,5 +1,6 @@
 """The loop: images → views → embeddings → objective → gradient → record. It does not know which method it runs."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.utils import distribute_bn
+from torch import Tensor
 
 from contrastive import distributed
 from contrastive.checkpoints import (
@@ -27,7 +29,7 @@ from contrastive.evaluate.features import Stopped, extract
 from contrastive.evaluate.knn import monitor_knn
 from contrastive.folder_lock import folder_lock
 from contrastive.health import Watch, figures, glimpse, similarities
-from contrastive.launch import Stop, start
+from contrastive.launch import Stop, in_a_line, lost_process, start
 from contrastive.machine import Machine
 from contrastive.not_finite import Skipped, tell
 from contrastive.optim import cosine, set_rate
@@ -52,6 +54,8 @@ from contrastive.untrusted.files import shown
 from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
+FEWEST_OF_A_CLASS = 5
+"""Images of a class from which a tenth, rounded, is one that can be held out."""
 LINES_PER_HISTOGRAM = 10
 
 
@@ -135,7 +139,7 @@ def train(
     measured = max(int(progress * settings.monitor) - record.cut_off, 0)
     watch = Watch(min(settings.batch_size, machine.encoder.dim))
     now = recipe.model_dump(mode="json")
-    monitored = images.labels is not None and int((images.labels >= 0).sum()) >= MIN_MONITOR_IMAGES
+    monitored = _monitored(images.labels, recipe, teller)
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.size(), workers=settings.workers, start=step
     )
@@ -143,14 +147,14 @@ def train(
     with teller.bar():
         for batch, ids, epoch in loader:
             due, best = int(progress * settings.monitor), False
-            if monitored and due > measured:
+            if monitored is not None and due > measured:
                 with clock.paused():
-                    accuracy = _monitor(machine, images, stop)
+                    accuracy = _monitor(machine, images, monitored, stop, teller)
                     best = accuracy is not None and saver.improves(accuracy, step)
                     score = accuracy if best else score
                 record.cut_off = accuracy is None
-                if accuracy is not None:
-                    measured = due
+                measured = measured if accuracy is None else due
+                if accuracy is not None and not math.isnan(accuracy):
                     if run is not None:
                         run.log(step, {"knn": accuracy})
                     teller.say(
@@ -186,7 +190,8 @@ def train(
                 record.add(taken.loss)
             if len(record) and (step == 1 or step % settings.log_every == 0 or progress >= 1):
                 values = record.take(step, machine.optimiser.param_groups[0]["lr"])
-                values |= _look(taken, step, run, step % (LINES_PER_HISTOGRAM * settings.log_every) == 0 or step == 1)
+                shown = step % (LINES_PER_HISTOGRAM * settings.log_every) == 0 or step == 1
+                values |= _look(taken, step, run, shown, teller)
                 if run is not None:
                     run.log(step, values)
                 for warning in watch.warnings(progress, values["epoch"], values):
@@ -229,25 +234,50 @@ def state_of(machine: Machine, images: Images, step: int, known: Mapping[str, An
     return Checkpoint(step, parts, machine.optimiser.state_dict(), facts, shards)
 
 
-def _look(taken: Taken | Skipped, step: int, run: Run | None, with_histograms: bool) -> dict[str, float]:
-    """The figures of the embeddings' health, on the process that writes them; collective."""
+def _look(
+    taken: Taken | Skipped, step: int, run: Run | None, with_histograms: bool, teller: Teller
+) -> dict[str, float]:
+    """The figures of the embeddings' health, on the process that writes them, as far as they can be had; collective."""
     if isinstance(taken, Skipped):
         return {}
     seen = glimpse(taken.embeddings, taken.ids, taken.targets)
     if run is None:
         return {}
-    if with_histograms:
-        for name, values in similarities(seen).items():
-            run.histogram(f"similarity/{name}", values, step)
-    return figures(seen)
+    try:
+        if with_histograms:
+            for name, values in similarities(seen).items():
+                run.histogram(f"similarity/{name}", values, step)
+        return figures(seen)
+    except Exception as problem:
+        teller.warn(f"step {step:,}: the embeddings could not be looked at, training goes on: {in_a_line(problem)}")
+        return {}
 
 
-def _monitor(machine: Machine, images: Images, stop: Stop) -> float | None:
-    """The kNN accuracy on held-out labels of the training images; None where a signal cut it off."""
-    assert images.labels is not None
-    labelled = (images.labels >= 0).nonzero().flatten()
-    generator = torch.Generator().manual_seed(machine.recipe.seed)
+def _monitored(labels: Tensor | None, recipe: Recipe, teller: Teller) -> Tensor | None:
+    """The ids of the images that kNN monitoring looks at; None where it cannot, or is not wanted."""
+    if labels is None or not recipe.train.monitor:
+        return None
+    labelled = (labels >= 0).nonzero().flatten()
+    if len(labelled) < MIN_MONITOR_IMAGES:
+        return None
+    generator = torch.Generator().manual_seed(recipe.seed)
     chosen = labelled[torch.randperm(len(labelled), generator=generator)[:MAX_MONITOR_IMAGES]].sort().values
+    most = int(labels[chosen].bincount().max())
+    if most < FEWEST_OF_A_CLASS:
+        teller.warn(
+            f"kNN monitoring is left out: it holds out a tenth of each class, which takes {FEWEST_OF_A_CLASS} labelled "
+            f"images of one, and among {len(chosen):,} no class has more than {most}; training goes on without it"
+        )
+        return None
+    return chosen
+
+
+def _monitor(machine: Machine, images: Images, chosen: Tensor, stop: Stop, teller: Teller) -> float | None:
+    """The kNN accuracy on held-out labels of the training images; None where a signal cut it off; collective.
+
+    NaN where it could not be measured, on all processes, which is a warning: a measurement never ends the training.
+    """
+    assert images.labels is not None
     device, size = machine.accelerator.device, machine.recipe.views.size
     assert size is not None
     prepare, backbone = partial(plain, size=size), machine.encoder.backbone
@@ -256,9 +286,15 @@ def _monitor(machine: Machine, images: Images, stop: Stop) -> float | None:
         distribute_bn(backbone, distributed.size(), reduce=False)
     try:
         features = extract(backbone, images, prepare=prepare, device=device, ids=chosen, stopped=stop.agreed)
+        with together():
+            return monitor_knn(features, images.labels[chosen], seed=machine.recipe.seed)
     except Stopped:
         return None
-    return monitor_knn(features, images.labels[chosen], seed=machine.recipe.seed)
+    except Exception as problem:
+        if lost_process(problem):
+            raise
+        teller.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
+        return math.nan
 
 
 def _budget(recipe: Mapping[str, Any]) -> list[Any]:
@@ -297,5 +333,8 @@ def open_run(
     if count:
         ids = torch.linspace(0, len(split.train) - 1, count).long()
         device = machine.accelerator.device
-        run.picture(VIEWS, machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
+        try:
+            run.picture(VIEWS, machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
+        except Exception as problem:
+            teller.warn(f"there is no picture of the views: {in_a_line(problem)}")
     return run

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contrastive.distributed import any_rank, texts
 from contrastive.evaluate.features import extract, raw_pixels
 from processes import start
 
@@ -106,6 +107,39 @@ def test_thirteen_images_on_two_processes_equal_one(tmp_path: Path):
         assert every.shape == alone.shape
         torch.testing.assert_close(every, alone, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(few, alone[[9, 2]], atol=1e-6, rtol=1e-6)
+
+
+class OnOne(torch.nn.Module):
+    """A backbone that fails on one process, at its second batch."""
+
+    calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if torch.distributed.get_rank() == 1 and self.calls == 2:
+            raise torch.OutOfMemoryError("no room")
+        return images.flatten(1)
+
+
+def _fails_on_one(rank: int, world: int, folder: str) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    asked = []
+
+    def stopped() -> bool:
+        asked.append(0)
+        return any_rank(False)
+
+    with pytest.raises(RuntimeError, match="no room"):
+        extract(OnOne(), Grid(), prepare=prepare, batch_size=2, stopped=stopped)
+    assert len(asked) == 4
+    # The processes are still of one mind.
+    assert texts(str(rank)) == ["0", "1"]
+    torch.distributed.destroy_process_group()
+
+
+def test_what_fails_on_one_process_is_raised_on_all_and_none_waits(tmp_path: Path):
+    start(_fails_on_one, (2, str(tmp_path)), count=2)
 
 
 def test_raw_pixels_are_the_pixels():

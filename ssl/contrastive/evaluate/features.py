@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from contrastive import distributed
+from contrastive.checkpoints import together
 from contrastive.data.files import Files
 from contrastive.data.images import Images
 
@@ -56,7 +57,8 @@ def extract(
         stopped: asked before each batch whether to end; all processes together, which must answer alike.
 
     Raises:
-        ValueError: if there is no image, an id is named twice, or features are not finite or not one vector per image.
+        ValueError: if there is no image, an id is named twice, or features are not finite or not one vector per image;
+            what one process raises, all do, the others as an OSError or a RuntimeError.
         Stopped: on all processes, once `stopped` says so.
     """
     device = torch.device(device)
@@ -75,17 +77,25 @@ def extract(
     passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
     local = torch.empty(0)
     done = 0
+    problem: Exception | None = None
     with closing(passes):
         # All processes go as many rounds as the one with the most batches, so that they are asked together.
         for _ in range(rounds):
             if stopped is not None and stopped():
                 raise Stopped
-            for ids_of_batch, rows in islice(passes, 1):
-                if not done:
-                    # Whole from the first: joined at the end, all batches would take the memory twice.
-                    local = torch.empty(max(len(own), 1), rows.shape[1])
-                local[done : done + len(ids_of_batch)] = rows
-                done += len(ids_of_batch)
+            try:
+                for ids_of_batch, rows in islice(passes, 1):
+                    if not done:
+                        # Whole from the first: joined at the end, all batches would take the memory twice.
+                        local = torch.empty(max(len(own), 1), rows.shape[1])
+                    local[done : done + len(ids_of_batch)] = rows
+                    done += len(ids_of_batch)
+            except Exception as raised:
+                # It still takes part in the questions of the others, who would wait for it; then all raise.
+                problem = problem or raised
+    with together():
+        if problem is not None:
+            raise problem
     local = local[: len(own)]
     if distributed.size() > 1:
         local = _gather_by_id(local.to(device), own.to(device), chosen)
