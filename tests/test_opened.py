@@ -1,12 +1,16 @@
 """What is opened by a word: runs and timm models alike."""
 
+import itertools
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from contrastive import opened as opening
+from contrastive.checkpoints import Checkpoint, save_checkpoint
 from contrastive.opened import open_model, open_run
 from small_run import small_run
 
@@ -114,3 +118,56 @@ def test_words_that_open_nothing_are_answered(run: Path, monkeypatch: pytest.Mon
             open_model(given, pretrained=pretrained)
     monkeypatch.chdir(run.parent)
     assert open_model("small").folder == Path("small")
+
+
+def test_a_run_that_saves_often_is_opened_whole_and_never_mixed(tmp_path: Path) -> None:
+    """Each step's weights are its number: whatever is read at once must be of one step."""
+    encoder = small_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "backbone")
+    state, optimiser, stop = encoder.state_dict(), {"state": {}, "param_groups": []}, threading.Event()
+
+    def train() -> None:
+        for step in itertools.count(8):
+            parts = {"encoder": {name: torch.full_like(value, step) for name, value in state.items()}}
+            checkpoint = Checkpoint(step, parts, optimiser, {"channels": 1})
+            save_checkpoint(tmp_path / "run" / "checkpoints", checkpoint, keep=1)
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        opened = [open_run(tmp_path / "run") for _ in range(12)]
+        seen = []
+        for own in opened[1:]:
+            numbers = {float(value.flatten()[0]) for value in own.weights.values()}
+            projector = own.projector()
+            numbers |= {float(value.flatten()[0]) for value in projector.module.state_dict().values()}
+            assert numbers == {float(own.step)} or own.step == 7
+            assert own.origin == projector.origin
+            assert own.origin["file"] == f"checkpoints/step-{own.step:09d}/encoder.safetensors"
+            seen.append(own.step)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 1
+
+
+def test_a_checkpoint_that_goes_after_it_was_read_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "backbone")
+    newest = opening.newest_checkpoint
+
+    def read_and_gone(place: Path, **options: object) -> object:
+        found = newest(place, **options)
+        shutil.rmtree(place)
+        return found
+
+    monkeypatch.setattr(opening, "newest_checkpoint", read_and_gone)
+    opened = open_run(tmp_path / "run")
+    assert opened.step == 7
+    assert opened.projector().origin["sha256"] == opened.origin["sha256"]
+    assert opened.untrained() is not None

@@ -63,8 +63,10 @@ class Opened:
     """The run folder; None for a timm model."""
     recipe: Recipe | None = None
     """The run's; None for a timm model."""
+    step: int | None = None
+    """Of the checkpoint that the weights are from; None where they were exported, or of a timm model."""
     encoder: Mapping[str, Tensor] | None = field(default=None, repr=False)
-    """The weights of the whole encoder, where the backbone's are those of a checkpoint."""
+    """The whole encoder of that checkpoint: the run may have put another one in its place meanwhile."""
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -144,8 +146,7 @@ class Opened:
                 f"{folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
                 f"{self.origin['file']}, so that its {layer} does not belong to them; go on with the run to its end"
             )
-        file = _encoder_file(folder, found.step)
-        return state, {"file": file.relative_to(folder).as_posix(), "sha256": digest(file)}
+        return state, {"file": _encoder_file(found.step), "sha256": digest_of(state)}
 
 
 def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> Opened:
@@ -202,17 +203,21 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
     if recipe.views.size is None:
         raise ValueError(f"{shown(folder / CONFIG)} is not a run's: its views.size is not said")
     model = recipe.encoder.name
+    step, encoder = None, None
     if exported.is_file():
         described = read_folder(folder / "backbone").described
-        source, weights, channels = exported, read_tensors(exported), described.input_size[0]
+        weights, channels = read_tensors(exported), described.input_size[0]
+        origin = {"file": exported.relative_to(folder).as_posix(), "sha256": digest(exported)}
         model = f"{LOCAL}{folder / 'backbone'}" if model.startswith(SOURCES) else model
     else:
         found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
         if found is None:
             raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-        encoder, prefix = found.parts["encoder"], "backbone."
+        step, encoder, prefix = found.step, found.parts["encoder"], "backbone."
         weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
-        source, channels = _encoder_file(folder, found.step), int(found.facts.get("channels", 0))
+        channels = int(found.facts.get("channels", 0))
+        # Of what was read: its file may have gone by now, or be another's.
+        origin = {"file": _encoder_file(step), "sha256": digest_of(encoder)}
         if channels not in (1, 3):
             raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(channels)} channels")
     opened = Opened(
@@ -220,7 +225,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         model=model,
         channels=channels,
         size=size or recipe.views.size,
-        origin={"file": source.relative_to(folder).as_posix(), "sha256": digest(source)},
+        origin=origin,
         weights=weights,
         mean=MEAN,
         std=STD,
@@ -228,6 +233,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         create=partial(_of_recipe, recipe, model, channels, size or recipe.views.size),
         folder=folder,
         recipe=recipe,
+        step=step,
         encoder=encoder,
     )
     if size is not None and size != recipe.views.size:
@@ -315,8 +321,8 @@ def _description(name: str) -> Described:
     return Described.model_validate(found, from_attributes=True)
 
 
-def _encoder_file(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:09d}" / "encoder.safetensors"
+def _encoder_file(step: int) -> str:
+    return f"checkpoints/step-{step:09d}/encoder.safetensors"
 
 
 def _unknown(given: str, path: Path) -> str:
