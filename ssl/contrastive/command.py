@@ -23,7 +23,7 @@ from contrastive.finetune import FinetuneSettings
 from contrastive.finetune import finetune as finetune_model
 from contrastive.finetune import folder_of as finetuned_folder
 from contrastive.launch import Interrupted, Stop, lost_process
-from contrastive.measure import EvaluateSettings
+from contrastive.measure import EvaluateSettings, check_measured
 from contrastive.measure import evaluate as evaluate_run
 from contrastive.pretrain import pretrain as run_recipe
 from contrastive.recipe import Recipe
@@ -74,8 +74,9 @@ def evaluate(words: Sequence[str]) -> int:
     """`evaluate.py RUN [RUN …] [key=value …]`."""
     usage = "evaluate.py RUN [RUN …] [key=value …]"
     about = (
-        "RUN is a run folder; the table is also written to RUN/evaluation.json. Several are compared: seeds of one "
-        "method are taken together, and methods have their differences from the first with intervals."
+        "RUN is a run folder; what is measured is also kept in RUN/evaluation.json, beside what was measured before. "
+        "Several are compared: seeds of one method are taken together, and methods have their differences from the "
+        "first with intervals."
     )
 
     def run() -> None:
@@ -88,7 +89,7 @@ def evaluate(words: Sequence[str]) -> int:
         elif settings.comparison is not None:
             raise ValueError(f"comparison={settings.comparison} is for several runs, and there is one; name another")
         else:
-            evaluate_run(folder, settings)
+            check_measured(evaluate_run(folder, settings), settings)
 
     return _answer(usage, about, EvaluateSettings, words, run, goes_on=AGAIN)
 

@@ -12,20 +12,22 @@ from torch import Tensor
 from contrastive import distributed
 from contrastive.checkpoints import together
 from contrastive.data import Images, Split
+from contrastive.evaluate.alone import sentences
 from contrastive.evaluate.figures import LEADING
 from contrastive.evaluate.geometry import IMAGES, Geometry, neighbourhood_overlap
 from contrastive.evaluate.kinds import LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
 from contrastive.evaluate.methods import methods
 from contrastive.evaluate.protocol import Task
 from contrastive.evaluate.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
+from contrastive.evaluate.stored import write_json
 from contrastive.extract import features_of, images_of
-from contrastive.launch import start
-from contrastive.measure import EVALUATION, FEATURES, OUTCOMES, EvaluateSettings, Look, chosen, evaluate, planned
-from contrastive.opened import Opened, digest, open_run
+from contrastive.launch import in_a_line, start
+from contrastive.measure import EVALUATION, FEATURES, EvaluateSettings, Look, chosen, evaluate, planned
+from contrastive.measure.record import record_of, records_in
+from contrastive.measure.writing import read
+from contrastive.opened import Opened, open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
-from contrastive.untrusted.arrays import read_tensors
-from contrastive.untrusted.files import read_json
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
@@ -49,9 +51,9 @@ class Measured(NamedTuple):
 
     opened: Opened
     record: Mapping[str, Any]
-    """Its evaluation.json."""
+    """What its evaluation.json holds of these images and this protocol."""
     outcomes: Mapping[str, Tensor]
-    """Its outcomes.safetensors."""
+    """Likewise of its outcomes.safetensors."""
     kinds: tuple[str, ...] = (LEARNED,)
     """Its own kinds of features that were asked for, the one first by which images are compared."""
 
@@ -71,6 +73,8 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     teller = Teller(quiet=distributed.rank() > 0)
     _check_different(folders)
     file = None if settings.comparison is None else Path(settings.comparison).expanduser()
+    if settings.output is not None:
+        raise ValueError(f"output={settings.output} is for one run; of several, comparison=FILE keeps the table")
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ValueError(f"comparison={file} cannot be written; name a file in a folder that exists")
     runs = [open_run(folder) for folder in folders]
@@ -78,15 +82,21 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     images = _images(runs, settings, teller)
     looks = {look for opened in runs for look in planned(settings, _recipe(opened), labelled=images.labelled)}
     kinds = [_kinds(opened, images, settings) for opened in runs]
-    stale = [measured_before(opened, images, settings) is None for opened in runs]
-    for number, (opened, again) in enumerate(zip(runs, stale, strict=True), 1):
+    measured: list[Measured] = []
+    for number, opened in enumerate(runs, 1):
+        before = measured_before(opened, images, settings)
         # A file system may show a record to one process before another.
-        if distributed.any_rank(again):
+        if distributed.any_rank(before is None) or before is None:
             teller.say(f"measuring {opened.name}, run {number} of {len(runs)}")
-            evaluate(folders[number - 1], settings, quiet=True)
+            # What was measured, and not what was written of it: the folder may take no file.
+            findings = evaluate(folders[number - 1], settings, quiet=True)
+            for sentence in sentences(findings.failures, list(findings.features)):
+                teller.warn(f"{opened.name}: {sentence}")
+            before = Measured(opened, *record_of(findings, opened, settings))
+        measured.append(before)
     with together():
         try:
-            measured = [_read(opened)._replace(kinds=own) for opened, own in zip(runs, kinds, strict=True)]
+            measured = [run._replace(kinds=own) for run, own in zip(measured, kinds, strict=True)]
             rows, notes = side_by_side(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
         except DAMAGE as problem:
             raise ValueError(
@@ -100,7 +110,10 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
         if distributed.rank() == 0:
             _tell(comparison, teller)
             if file is not None:
-                file.write_text(json.dumps(comparison.to_json(), indent=1) + "\n", "utf-8")
+                try:
+                    write_json(file, comparison.to_json())
+                except OSError as problem:
+                    teller.warn(f"{file} could not be written: {in_a_line(problem)}")
     return comparison
 
 
@@ -108,11 +121,18 @@ def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) 
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
     looks = planned(settings, _recipe(opened), labelled=images.labelled)
     kinds = _kinds(opened, images, settings)
+    assert opened.folder is not None
     try:
-        found = _read(opened)._replace(kinds=kinds)
-        return found if _holds(found, images, settings, looks) else None
+        whole, outcomes = read(opened.folder)
+        for record, prefix in records_in(whole):
+            own = {name: value for name, value in outcomes.items() if name.startswith(prefix)}
+            own = {name.removeprefix(prefix): value for name, value in own.items()}
+            found = Measured(opened, record, own, kinds)
+            if _holds(found, images, settings, looks):
+                return found
     except (*DAMAGE, OSError, ValueError):
-        return None
+        pass
+    return None
 
 
 def _kinds(opened: Opened, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
@@ -280,14 +300,6 @@ def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) 
     train, test = next(iter(splits.values()))[:2]
     labelled = train.labels is not None and test is not None and test.labels is not None
     return Shared(train if test is None else test, list(next(iter(found))), labelled)
-
-
-def _read(opened: Opened) -> Measured:
-    assert opened.folder is not None
-    record = read_json(opened.folder / EVALUATION)
-    if record.get("outcomes") != digest(opened.folder / OUTCOMES):
-        raise ValueError(f"{opened.folder / EVALUATION} is not the record of {OUTCOMES}; evaluate the run anew")
-    return Measured(opened, record, read_tensors(opened.folder / OUTCOMES))
 
 
 def _overlaps(

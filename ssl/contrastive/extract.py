@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -118,6 +118,7 @@ def features_of(
     layer: str = BACKBONE,
     untrained: bool = False,
     cache: Path | None = None,
+    also: Path | None = None,
 ) -> Tensor:
     """The features of all images by one layer: float32 [images, width] on the CPU, the same on every process.
 
@@ -134,35 +135,60 @@ def features_of(
         layer: as in `Layers`.
         untrained: the backbone as it was before its first step, a baseline.
         cache: the folder of all cached features, RUN/features for example; None: none are kept.
+        also: another such folder, which is read alone.
 
     Raises:
         ValueError: for an unknown layer, or features that are not finite.
     """
     layers, origin = layers_of(opened, (layer,), untrained=untrained)
     said = f"encoding {len(images):,} images: {'random weights' if untrained else opened.name}"
-    if cache is not None:
+    if cache is not None or also is not None:
         parts = [Part("images", images, 0)]
         key = _key(opened, origin, settings, parts, widths_of(layers, opened.blank()))
-        folder = cache / f"{layer}{'-untrained' * untrained}-{images.fingerprint[:16]}"
-        with ExitStack() as stack:
-            problem: Exception | None = None
-            try:
-                complete = stack.enter_context(stored.held(folder, key, replace=True))
-            except (OSError, ValueError) as raised:
-                problem = raised
-            if problem is None:
-                if not complete:
-                    teller.say(said)
-                    _fill(folder, key, opened, layers, parts, settings, teller)
-                    if stored.remarks(folder):
-                        return _not_kept(folder, layer, teller)
-                    with together():
-                        if distributed.rank() == 0:
-                            stored.finish(folder, [f"{layer}.npy"], key, ())
-                return stored.mapped(folder / f"{layer}.npy")
-        teller.warn(f"features are not kept: {problem}")
+        name = f"{layer}{'-untrained' * untrained}-{images.fingerprint[:16]}"
+        for there in dict.fromkeys(filter(None, (cache, also))):
+            if (rows := _complete(there / name, key, layer)) is not None:
+                return rows
+    if cache is not None:
+        try:
+            return _kept(cache / name, key, opened, layers, parts, settings, teller, said)
+        except (OSError, ValueError) as problem:
+            teller.warn(f"features are not kept: {problem}")
     teller.say(said)
     return _in_memory(opened, OneLayer(layers), images, settings)
+
+
+def _complete(folder: Path, key: Mapping[str, Any], layer: str) -> Tensor | None:
+    """The rows of complete features of a key, without a lock, for a folder may be read that cannot be written."""
+    rows: Tensor | None = None
+    with suppress(OSError, ValueError):
+        if stored.state(folder, key) == "complete":
+            rows = stored.mapped(folder / f"{layer}.npy")
+    return None if distributed.any_rank(rows is None) else rows
+
+
+def _kept(
+    folder: Path,
+    key: Mapping[str, Any],
+    opened: Opened,
+    layers: Layers,
+    parts: Sequence[Part],
+    settings: EncodeSettings,
+    teller: Teller,
+    said: str,
+) -> Tensor:
+    """The rows of a folder, which are computed where they are not complete; raises where they cannot be written."""
+    (layer,) = key["layers"]
+    with stored.held(folder, key, replace=True) as complete:
+        if not complete:
+            teller.say(said)
+            _fill(folder, key, opened, layers, parts, settings, teller)
+            if stored.remarks(folder):
+                return _not_kept(folder, layer, teller)
+            with together():
+                if distributed.rank() == 0:
+                    stored.finish(folder, [f"{layer}.npy"], key, ())
+        return stored.mapped(folder / f"{layer}.npy")
 
 
 def _not_kept(folder: Path, layer: str, teller: Teller) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from contrastive.distances import LinearMetric
 from contrastive.evaluate import figures as tell
+from contrastive.evaluate.alone import Failed, alone
 from contrastive.evaluate.augmented import AugmentedResult
 from contrastive.evaluate.clustering import clustering
-from contrastive.evaluate.figures import Figures
-from contrastive.evaluate.held_out import hold_out, num_classes
+from contrastive.evaluate.figures import LEADING, Figures, Grouping
+from contrastive.evaluate.held_out import hold_out_some, num_classes
 from contrastive.evaluate.intervals import paired_difference, wilson
-from contrastive.evaluate.kinds import GROUPING, LAYERS, in_order, is_learned, leading
+from contrastive.evaluate.kinds import LAYERS, in_order, is_learned, label, leading
 from contrastive.evaluate.knn import MOST_HELD_OUT, knn
 from contrastive.evaluate.linear import linear
 from contrastive.evaluate.metric import Cosine, Measured, Metric, Report, apply, is_fitted
@@ -23,6 +24,9 @@ from contrastive.evaluate.protocol import Gallery, ProtocolSettings, Task
 from contrastive.evaluate.retrieval import retrieve
 from contrastive.evaluate.scores import COMPARED, Difference, Evaluation, Method, Score
 from contrastive.evaluate.verification import draw_pairs, verify
+
+PROBES: tuple[Task, ...] = ("knn", "linear", "augmented")
+"""Tasks that predict the classes of test images; those of `LEADING` compare test images with each other."""
 
 
 def compare(
@@ -39,6 +43,7 @@ def compare(
     augmented: Callable[[str], AugmentedResult] | None = None,
     report: Callable[[str], object] | None = None,
     progress: Report | None = None,
+    failed: Failed | None = None,
 ) -> Evaluation:
     """Measures every kind of features by the same tasks and the same protocol.
 
@@ -62,6 +67,7 @@ def compare(
         augmented: the probe on augmented images of a kind of features, which takes its backbone; if it is a task.
         report: told what is measured next.
         progress: told how far a fit has come.
+        failed: called where a task fails on a kind of features, which then lacks it; without, that is raised.
 
     Raises:
         ValueError: if features and labels do not match in number, are not finite, no test image has a label, or the
@@ -74,7 +80,9 @@ def compare(
     labelled = (test_labels >= 0).nonzero().squeeze(1)
     shown = gallery.images[test_labels[gallery.images] >= 0]
     facts = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
-    fitting = _fitting(gallery, train_labels, protocol) if is_fitted(metric) else gallery.fitting
+    # The probes do without it.
+    by_metric = metric if set(tasks) - {"linear", "augmented"} else Cosine()
+    fitting = _fitting(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
     scores: list[Score] = []
     figures: list[Figures] = []
     hits: dict[tuple[Task, str], Tensor] = {}
@@ -85,28 +93,39 @@ def compare(
             _check(kind, train, train_labels, "training")
         _check(kind, test, test_labels, "test")
         if report is not None:
-            report(f"measuring {kind} features: {test.shape[1]} numbers for each image")
-        used = (distances or {}).get(kind, metric)
-        measured = apply(used, train, test, train_labels, fitting, report=progress)
-        if keep is not None and measured.fitted is not None:
-            keep(kind, measured.fitted)
-        if train is not None:
-            found = _classify(kind, (train, test[labelled]), measured, train_labels, test_labels, tasks, protocol)
-            truth = test_labels[labelled]
-            if "augmented" in tasks and augmented is not None:
-                found.append(_augmented(kind, augmented(kind), truth, labelled, train_labels, test.shape[1]))
-            for score, guesses in found:
-                by = used.name if score.method == "knn" else None
-                scores.append(replace(score, layer=LAYERS.get(kind), metric=by))
-                right = hits[score.method, kind] = guesses == truth
-                predictions[f"{score.method}/{kind}"] = _among(guesses, labelled, len(test_labels))
-                of_each[f"{score.method}/{kind}"] = _among(right, labelled, len(test_labels))
-        for own, correct, queries in _group(kind, measured, shown, test_labels[shown], tasks, protocol):
-            figures.append(replace(own, layer=LAYERS.get(kind), metric=used.name))
-            if correct is not None:
-                hits[own.task, kind] = correct
-            if correct is not None and queries is not None:
-                of_each[f"{own.task}/{kind}"] = _among(correct, shown[queries], len(test_labels))
+            report(f"measuring {label(kind)} features: {test.shape[1]:,} numbers for each image")
+        used, layer = (distances or {}).get(kind, by_metric), LAYERS.get(kind)
+        measured: Measured | None = None
+        with alone(f"metric={used.name}", kind, failed):
+            measured = apply(used, train, test, train_labels, fitting, report=progress)
+            if keep is not None and measured.fitted is not None:
+                keep(kind, measured.fitted)
+        truth = test_labels[labelled]
+        for task in PROBES:
+            if task not in tasks or train is None:
+                continue
+            with alone(task, kind, failed):
+                found = _classified(
+                    task, kind, (train, test), measured, train_labels, test_labels, protocol, augmented, progress
+                )
+                if found is not None:
+                    score, guesses = found
+                    scores.append(replace(score, layer=layer, metric=used.name if task == "knn" else None))
+                    right = hits[task, kind] = guesses == truth
+                    predictions[f"{task}/{kind}"] = _among(guesses, labelled, len(test_labels))
+                    of_each[f"{task}/{kind}"] = _among(right, labelled, len(test_labels))
+        for grouping in LEADING:
+            if grouping not in tasks or measured is None:
+                continue
+            if report is not None:
+                report(f"{grouping} of {label(kind)} features")
+            with alone(grouping, kind, failed):
+                own, correct, queries = _grouped(grouping, kind, measured, shown, test_labels[shown], protocol)
+                figures.append(replace(own, layer=layer, metric=used.name))
+                if correct is not None:
+                    hits[grouping, kind] = correct
+                if correct is not None and queries is not None:
+                    of_each[f"{grouping}/{kind}"] = _among(correct, shown[queries], len(test_labels))
     differences: list[Difference] = []
     for task in COMPARED:
         first, *others = in_order(features, task)
@@ -114,10 +133,10 @@ def compare(
         differences += [
             Difference(first, other, task, *paired_difference(hits[task, first], hits[task, other]))
             for other in sorted(others, key=is_learned)
-            if (task, first) in hits
+            if (task, first) in hits and (task, other) in hits
         ]
     scores.sort(key=lambda own: own.features != leading(features))
-    order = list(dict.fromkeys(own.task for own in figures))
+    order = list(LEADING)
     figures.sort(key=lambda own: order.index(own.task))
     return Evaluation(protocol, metric, tuple(scores), tuple(figures), tuple(differences), facts, predictions, of_each)
 
@@ -136,20 +155,42 @@ def check(
         ValueError: if no test image has a label, the gallery has fewer than 2 classes, or too few pairs for
             verification, or a metric has fewer than 2 classes to be fitted on.
     """
+    for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
+        raise ValueError(reason)
+
+
+def refusals(
+    tasks: Sequence[Task],
+    gallery: Gallery,
+    train_labels: Int[Tensor, " train"],
+    test_labels: Int[Tensor, " test"],
+    protocol: ProtocolSettings,
+    metric: Metric | None,
+) -> dict[Task, str]:
+    """The tasks that the labels alone show to be impossible, each with the reason, in the order of the tasks."""
+    found: dict[Task, str] = {}
     if not len(test_labels) or int(test_labels.max()) < 0:
-        raise ValueError("no test image has a label")
+        return dict.fromkeys(tasks, "no test image has a label")
     labels = test_labels[gallery.images]
     labels = labels[labels >= 0]
     classes = len(labels.unique())
-    if GROUPING & set(tasks) and classes < 2:
-        raise ValueError(
+    if classes < 2:
+        reason = (
             f"{len(labels)} test images of {classes} class{'' if classes == 1 else 'es'} are to be compared with each "
             "other; name 2 classes or more"
         )
-    if "verification" in tasks:
-        draw_pairs(labels, protocol.verification, seed=protocol.seed)
-    if metric is not None and is_fitted(metric):
-        _fitting(gallery, train_labels, protocol)
+        found |= {task: reason for task in LEADING if task in tasks}
+    elif "verification" in tasks:
+        try:
+            draw_pairs(labels, protocol.verification, seed=protocol.seed)
+        except ValueError as problem:
+            found["verification"] = str(problem)
+    if metric is not None and is_fitted(metric) and set(tasks) - {"linear", "augmented"}:
+        try:
+            _fitting(gallery, train_labels, protocol)
+        except ValueError as problem:
+            found |= {task: str(problem) for task in tasks if task not in ("linear", "augmented", *found)}
+    return {task: found[task] for task in tasks if task in found}
 
 
 def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:
@@ -158,7 +199,7 @@ def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:
 
 
 def _fitting(gallery: Gallery, labels: Tensor, protocol: ProtocolSettings) -> Tensor:
-    kept, _ = hold_out(labels, share=protocol.held_out, seed=protocol.seed, most=MOST_HELD_OUT)
+    kept, _ = hold_out_some(labels, share=protocol.held_out, seed=protocol.seed, most=MOST_HELD_OUT)
     fitting = gallery.fitting[torch.isin(gallery.fitting, kept)]
     if len(labels[fitting].unique()) < 2:
         raise ValueError(
@@ -168,28 +209,28 @@ def _fitting(gallery: Gallery, labels: Tensor, protocol: ProtocolSettings) -> Te
     return fitting
 
 
-def _classify(
+def _classified(
+    task: Task,
     kind: str,
     features: tuple[Tensor, Tensor],
-    measured: Measured,
+    measured: Measured | None,
     train_labels: Tensor,
     test_labels: Tensor,
-    tasks: Sequence[Task],
     protocol: ProtocolSettings,
-) -> list[tuple[Score, Tensor]]:
-    """The scores of kNN and of the linear probe, each with the predicted classes of the labelled test images."""
+    augmented: Callable[[str], AugmentedResult] | None,
+    progress: Report | None,
+) -> tuple[Score, Tensor] | None:
+    """The score of a task that predicts classes, with those of the labelled test images; None where it has no input."""
     labelled = test_labels >= 0
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
-    num_train, share, seed = int((train_labels >= 0).sum()), protocol.held_out, protocol.seed
-    counts = {"num_train": num_train, "num_test": len(truth), "dim": features[0].shape[1]}
-    found = []
-    if "knn" in tasks:
-        assert measured.train is not None
-        test = measured.test[labelled]
+    share, seed = protocol.held_out, protocol.seed
+    num_train, dim = int((train_labels >= 0).sum()), features[0].shape[1]
+    counts = {"num_train": num_train, "num_test": len(truth), "dim": dim}
+    if task == "knn" and measured is not None and measured.train is not None:
         near = knn(
             measured.train,
             train_labels,
-            test,
+            measured.test[labelled],
             classes,
             protocol.knn,
             share=share,
@@ -197,45 +238,42 @@ def _classify(
             nearness=measured.nearness,
             shared=True,
         )
-        right = near.predictions == truth
         chosen = {"neighbours": near.neighbours, "temperature": near.temperature}
-        found.append((_score(kind, "knn", right, near.validation, counts, chosen), near.predictions))
-    if "linear" in tasks:
-        probe = linear(features[0], train_labels, features[1], classes, protocol.linear, share=share, seed=seed)
-        right = probe.predictions == truth
+        return _score(kind, "knn", near.predictions == truth, near.validation, counts, chosen), near.predictions
+    if task == "linear":
+
+        def report(what: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"{what}, {label(kind)} features", done, total)
+
+        train, test = features[0], features[1][labelled]
+        probe = linear(train, train_labels, test, classes, protocol.linear, share=share, seed=seed, report=report)
         chosen = {"regularisation": probe.regularisation}
-        found.append((_score(kind, "linear", right, probe.validation, counts, chosen), probe.predictions))
-    return found
+        return _score(kind, "linear", probe.predictions == truth, probe.validation, counts, chosen), probe.predictions
+    if task == "augmented" and augmented is not None:
+        on_crops = augmented(kind)
+        guesses, chosen = on_crops.predictions[labelled], {"rate": on_crops.rate, "decay": on_crops.decay}
+        return _score(kind, "augmented", guesses == truth, on_crops.validation, counts, chosen), guesses
+    return None
 
 
-def _augmented(
-    kind: str, probe: AugmentedResult, truth: Tensor, labelled: Tensor, train_labels: Tensor, dim: int
-) -> tuple[Score, Tensor]:
-    counts = {"num_train": int((train_labels >= 0).sum()), "num_test": len(truth), "dim": dim}
-    guesses, chosen = probe.predictions[labelled], {"rate": probe.rate, "decay": probe.decay}
-    return _score(kind, "augmented", guesses == truth, probe.validation, counts, chosen), guesses
-
-
-def _group(
-    kind: str, measured: Measured, shown: Tensor, labels: Tensor, tasks: Sequence[Task], protocol: ProtocolSettings
-) -> list[tuple[Figures, Tensor | None, Tensor | None]]:
-    """The figures of the tasks among test images, which queries or pairs were right, and which images the queries."""
+def _grouped(
+    task: Grouping, kind: str, measured: Measured, shown: Tensor, labels: Tensor, protocol: ProtocolSettings
+) -> tuple[Figures, Tensor | None, Tensor | None]:
+    """The figures of a task among test images, which queries or pairs were right, and which images the queries."""
     gallery, dim, nearness = measured.test[shown], measured.test.shape[1], measured.nearness
-    found: list[tuple[Figures, Tensor | None, Tensor | None]] = []
-    if "retrieval" in tasks:
+    if task == "retrieval":
         # Recall@1 is what features are compared by.
         grid = tuple(sorted({1, *protocol.retrieval.recall_at}))
         looked_at = protocol.retrieval.model_copy(update={"recall_at": grid})
         result = retrieve(gallery, labels, settings=looked_at, nearness=nearness)
-        found.append((tell.of_retrieval(kind, dim, result, looked_at), result.recall[0], result.queries))
-    if "clustering" in tasks:
+        return tell.of_retrieval(kind, dim, result, looked_at), result.recall[0], result.queries
+    if task == "clustering":
         groups = clustering(gallery, labels, protocol.clustering, nearness=nearness, seed=protocol.seed)
-        found.append((tell.of_clustering(kind, dim, groups, len(gallery)), None, None))
-    if "verification" in tasks:
-        pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
-        judged = verify(gallery, pairs, protocol.verification, nearness=nearness)
-        found.append((tell.of_verification(kind, dim, judged), judged.correct, None))
-    return found
+        return tell.of_clustering(kind, dim, groups, len(gallery)), None, None
+    pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
+    judged = verify(gallery, pairs, protocol.verification, nearness=nearness)
+    return tell.of_verification(kind, dim, judged), judged.correct, None
 
 
 def _score(

@@ -183,7 +183,10 @@ class Evaluation:
             own = {score.method: score for score in scores if score.features == kind}
             cells = [label(kind), str(next(iter(own.values())).dim)]
             for method in methods:
-                score = own[method]
+                score = own.get(method)
+                if score is None:
+                    cells += ["–", "", ""]
+                    continue
                 cells += [f"{100 * score.accuracy:.1f}", f"{100 * score.low:.1f}–{100 * score.high:.1f}", score.choice]
             table.add_row(*cells, style="bold" if kind == first.features else None)
         return table

@@ -7,6 +7,7 @@ where each process notes the rows that it has safely written.
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -226,13 +227,28 @@ def mapped(file: Path) -> Tensor:
 
 
 def write_whole(file: Path, content: Iterable[str]) -> None:
-    """Writes a text file that is there in whole or not at all, whenever a cut comes."""
-    aside = file.with_name(f".{file.name}.partial")
-    with aside.open("w", encoding="utf-8") as opened:
-        opened.writelines(content)
-    sync(aside)
-    aside.replace(file)
+    """Writes a text file that is there in whole or not at all, whenever a cut comes and whoever else writes it."""
+    aside = aside_of(file)
+    try:
+        with aside.open("w", encoding="utf-8") as opened:
+            opened.writelines(content)
+        sync(aside)
+        aside.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
     sync(file.parent)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file, as `write_whole` does."""
+    write_whole(file, [json.dumps(value, indent=1), "\n"])
+
+
+def aside_of(file: Path) -> Path:
+    """A name beside a file, of this process alone, to write it under before it takes the file's name."""
+    return file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -241,6 +257,16 @@ def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[i
     # What was cut off before the key was written is nothing to go on from.
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
+    try:
+        _allocate(place, shapes)
+        write_whole(place / KEY, [json.dumps(key, indent=1)])
+    except OSError:
+        # Files without their rows would only take the room.
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _allocate(place: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     for name, shape in shapes.items():
         array = np.lib.format.open_memmap(place / f"{name}.npy", "w+", np.float32, tuple(shape))
         size = array.nbytes + array.offset
@@ -248,7 +274,6 @@ def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[i
         if hasattr(os, "posix_fallocate") and size:
             with (place / f"{name}.npy").open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-    write_whole(place / KEY, [json.dumps(key, indent=1)])
 
 
 def _check_rows(file: Path, shape: Sequence[int]) -> None:

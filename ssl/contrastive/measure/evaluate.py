@@ -1,24 +1,22 @@
 """A run is measured: its features beside baselines, how they lie, and a report of it all."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from contrastive import distributed
 from contrastive.checkpoints import together
 from contrastive.data import Split
 from contrastive.evaluate import fractions, geometry
-from contrastive.evaluate.compare import check, takes_training
-from contrastive.evaluate.kinds import LAYERS
+from contrastive.evaluate.alone import Failure, alone, sentences
+from contrastive.evaluate.compare import refusals, takes_training
+from contrastive.evaluate.held_out import kind_of_choice
+from contrastive.evaluate.kinds import LEARNED
+from contrastive.evaluate.knn import MOST_HELD_OUT
 from contrastive.evaluate.protocol import Task
-from contrastive.evaluate.stored import write_whole
 from contrastive.extract import images_of
-from contrastive.launch import start
+from contrastive.launch import in_a_line, lost_process, start
 from contrastive.measure.layer import chosen
 from contrastive.measure.parts import (
     FOREIGN,
@@ -30,48 +28,74 @@ from contrastive.measure.parts import (
     maps,
     stale_rows,
 )
+from contrastive.measure.record import record_of
 from contrastive.measure.settings import EvaluateSettings, Look
-from contrastive.opened import Opened, digest, open_run
+from contrastive.measure.writing import check_output, unwritable, write
+from contrastive.opened import open_run
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
-from contrastive.report import Findings, write_report
+from contrastive.report import Findings
 from contrastive.run import DONE
-
-EVALUATION, OUTCOMES = "evaluation.json", "outcomes.safetensors"
 
 
 def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -> Findings:
     """Measures a run's features beside random weights and raw pixels: a table, evaluation.json and report.html.
 
-    On several processes each encodes its share of the images, and searches its share of the neighbours; the numbers
-    are those of one process.
+    A task that fails does so alone: the others are measured, and `failures` of what is returned names it. The numbers
+    are printed before anything is written, and what cannot be written is a warning. On several processes each encodes
+    its share of the images, and searches its share of the neighbours; the numbers are those of one process.
 
     Raises:
-        ValueError: if the run cannot be read, or what is asked for takes labels or held-out images that are not there.
+        ValueError: if the run cannot be read, what is asked for takes labels or held-out images that are not there, or
+            nothing of it can be measured.
     """
     start(None, "fp32", trains=False)
     teller, opened = Teller(quiet=quiet or distributed.rank() > 0), open_run(folder)
     recipe = opened.recipe
     assert recipe is not None
+    output = folder if settings.output is None else Path(settings.output).expanduser()
+    check_output(output, folder)
+    keeps = _looked_at(output, teller)
     split = images_of(opened, settings, teller)
     labels, shown = _labels(split), split.train if split.test is None else split.test
     looks = planned(settings, recipe, labelled=labels is not None)
     layers = chosen(opened, settings, looks)
+    failures: list[Failure] = []
+
+    def failed(task: str, kind: str, problem: Exception) -> None:
+        if lost_process(problem):
+            raise problem
+        failures.append(Failure(task, kind, in_a_line(problem)))
+
     tasks: list[Task] = [look for look in looks if look != "fractions" and look != "geometry"]
     gallery = None
     if labels is not None and tasks:
         gallery = gallery_of(split.train, shown, recipe, settings)
-        check(tasks, gallery, *labels, settings.protocol, settings.metric)
+        refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
+        if len(refused) == len(looks):
+            raise ValueError("\n".join(dict.fromkeys(refused.values())))
+        failures += [Failure(task, kind, reason) for task, reason in refused.items() for kind in layers.kinds]
+        tasks = [task for task in tasks if task not in refused]
+    for sentence in sentences(failures, layers.kinds):
+        teller.warn(sentence)
     training = split.train if "fractions" in looks or takes_training(tasks, settings.metric) else None
-    kinds = kinds_of(opened, layers.kinds, training, shown, settings, teller)
+    kinds = kinds_of(
+        opened, layers.kinds, training, shown, settings, teller, output=output if keeps else None, failed=failed
+    )
     with teller.bar():
-        evaluation, few = None, {}
-        if labels is not None and gallery is not None:
-            evaluation = comparison(folder, opened, split, kinds, labels, settings, tasks, gallery, teller)
+        evaluation, few, stale = None, {}, None
+        geometries: tuple[geometry.Geometry, ...] = ()
+        if labels is not None and gallery is not None and tasks:
+            evaluation = comparison(
+                output if keeps else None, opened, split, kinds, labels, settings, tasks, gallery, teller, failed
+            )
+            evaluation = evaluation if evaluation.scores or evaluation.figures else None
         if labels is not None and "fractions" in looks:
-            few = few_labels(kinds, labels, settings, teller)
-        geometries = geometries_of(opened, recipe, kinds, shown, settings, teller) if "geometry" in looks else ()
-        stale = stale_rows(opened, recipe, split.train, settings, teller) if "geometry" in looks else None
+            few = few_labels(kinds, labels, settings, teller, failed)
+        if "geometry" in looks:
+            geometries = geometries_of(opened, recipe, kinds, shown, settings, teller, failed)
+            with alone("staleness of the bank", LEARNED, failed):
+                stale = stale_rows(opened, recipe, split.train, settings, teller)
     findings = Findings(
         folder=folder,
         train=split.train,
@@ -81,17 +105,46 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         geometry=geometries,
         fractions=few,
         staleness=stale,
-        points=maps(kinds, settings, teller) if settings.report else {},
-        warnings=tuple(_warnings(folder, recipe, split, settings, layers.missing)),
+        points=maps(kinds, settings, teller, failed) if settings.report else {},
+        warnings=tuple(_warnings(folder, recipe, split, looks, settings, layers.missing)),
         layers=layers.reason,
+        failures=tuple(failures),
     )
     with together():
         if distributed.rank() == 0:
-            _write(findings, opened, settings)
+            # Whatever becomes of files.
             _tell(findings, teller)
-            if settings.report:
-                teller.say(f"report: {write_report(findings)}")
+            record, outcomes = record_of(findings, opened, settings)
+            page = write(findings, record, outcomes, output, teller.warn, page=settings.report)
+            if page is not None:
+                teller.say(f"report: {page}")
     return findings
+
+
+def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
+    """Checks that what was asked for by name was measured, and anything at all, after all else was shown.
+
+    Raises:
+        ValueError: naming what was not.
+    """
+    nothing = findings.evaluation is None and not (findings.geometry or findings.fractions)
+    named: set[str] = set(settings.tasks or ())
+    if settings.metric is not None:
+        named.add(f"metric={settings.metric.name}")
+    lacking = [own for own in findings.failures if nothing or own.task in named]
+    if lacking:
+        raise ValueError("\n".join(sentences(lacking, list(findings.features))))
+
+
+def _looked_at(output: Path, teller: Teller) -> bool:
+    """Whether the output folder takes files, looked at by the first process before the work; collective."""
+    problem = unwritable(output) if distributed.rank() == 0 else ""
+    if problem:
+        teller.warn(
+            f"{output} cannot be written to ({problem}), so that results will only be printed; output=FOLDER writes "
+            "them elsewhere"
+        )
+    return not distributed.any_rank(bool(problem))
 
 
 def _labels(split: Split) -> tuple[Tensor, Tensor] | None:
@@ -114,7 +167,9 @@ def planned(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool) -> tu
     return settings.tasks
 
 
-def _warnings(folder: Path, recipe: Recipe, split: Split, settings: EvaluateSettings, missing: str) -> Iterator[str]:
+def _warnings(
+    folder: Path, recipe: Recipe, split: Split, looks: tuple[Look, ...], settings: EvaluateSettings, missing: str
+) -> Iterator[str]:
     """What a reader of the numbers should know."""
     if missing:
         yield f"{missing[0].upper()}{missing[1:]}."
@@ -126,6 +181,26 @@ def _warnings(folder: Path, recipe: Recipe, split: Split, settings: EvaluateSett
         yield f"{len(split.unreadable)} files could not be read and were left out."
     if split.test is None:
         yield "No images were held out: those shown are images that the run has learned from."
+    if split.train.labels is not None and {"knn", "linear", "augmented"} & set(looks):
+        yield from _choice(split.train.labels, settings)
+
+
+def _choice(labels: Tensor, settings: EvaluateSettings) -> Iterator[str]:
+    """What is to be said where classes are so small that the share for the choice is not one image of any."""
+    counts, share = labels[labels >= 0].bincount(), settings.protocol.held_out
+    if not len(counts):
+        return
+    match kind_of_choice(counts, share=share, most=MOST_HELD_OUT):
+        case "one":
+            yield (
+                f"A share of {share:g} is not one training image of any class: k, temperature and λ were chosen on one "
+                f"image of each class that has two or more."
+            )
+        case "none":
+            yield (
+                "No class has two labelled training images, so that none could be held out: k, temperature and λ were "
+                "not chosen but are those that the table shows."
+            )
 
 
 def _tell(findings: Findings, teller: Teller) -> None:
@@ -146,32 +221,5 @@ def _tell(findings: Findings, teller: Teller) -> None:
             f"Memory bank: the cosine of a row with a fresh embedding of its image is {stale.mean:.2f} on average "
             f"({low:.2f} to {high:.2f} for nine rows of ten, {stale.images:,} rows); 1 where no row is stale."
         )
-    for text in findings.warnings:
+    for text in (*findings.warnings, *sentences(findings.failures, list(findings.features))):
         teller.warn(text)
-
-
-def _write(findings: Findings, opened: Opened, settings: EvaluateSettings) -> None:
-    """evaluation.json, and outcomes.safetensors with what was predicted of each test image."""
-    images = [part.fingerprint for part in (findings.train, findings.test) if part is not None]
-    report: dict[str, Any] = {"weights": opened.origin, "images": images, "tasks": settings.tasks}
-    evaluation, outcomes = findings.evaluation, {}
-    report |= evaluation.to_json() if evaluation is not None else {}
-    # As it was asked for: where no metric was, each result names its own.
-    report |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "layer"})
-    report["layers"] = {kind: LAYERS.get(kind) for kind in findings.features}
-    if evaluation is not None:
-        report["gallery"]["names"] = [findings.train.classes[number] for number in report["gallery"]["classes"]]
-        outcomes = {f"predictions/{name}": value for name, value in evaluation.predictions.items()}
-        outcomes |= {f"hits/{name}": value for name, value in evaluation.hits.items()}
-        outcomes |= {"labels": labels} if (labels := findings.shown.labels) is not None else {}
-    report["few"] = settings.few.model_dump(mode="json")
-    report["fractions"] = {kind: [asdict(row) for row in found] for kind, found in findings.fractions.items()}
-    report["geometry"] = [asdict(own) for own in findings.geometry]
-    report["staleness"] = asdict(findings.staleness) if findings.staleness is not None else None
-    report["warnings"] = list(findings.warnings)
-    # The record goes first and comes last, and knows its outcomes: another evaluation may be writing beside this one.
-    record = findings.folder / EVALUATION
-    record.unlink(missing_ok=True)
-    save_file({name: value.contiguous() for name, value in outcomes.items()}, findings.folder / OUTCOMES)
-    report["outcomes"] = digest(findings.folder / OUTCOMES)
-    write_whole(record, [json.dumps(report, indent=1), "\n"])

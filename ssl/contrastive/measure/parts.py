@@ -1,9 +1,11 @@
 """What is measured of a run: features of each kind, and what is found of them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from contrastive import distributed
@@ -11,14 +13,16 @@ from contrastive.checkpoints import newest_checkpoint
 from contrastive.data import Images, Split, leave_out, of_classes, select
 from contrastive.distances import LinearMetric
 from contrastive.evaluate import features, fractions, geometry
+from contrastive.evaluate.alone import Failed, alone
 from contrastive.evaluate.augmented import AugmentedResult, augmented_probe
 from contrastive.evaluate.compare import compare
 from contrastive.evaluate.held_out import num_classes
 from contrastive.evaluate.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
-from contrastive.evaluate.layers import EMBEDDING, OneLayer
+from contrastive.evaluate.layers import BACKBONE, EMBEDDING, OneLayer
 from contrastive.evaluate.map import flat_map
 from contrastive.evaluate.protocol import Gallery, Task
 from contrastive.evaluate.scores import Evaluation
+from contrastive.evaluate.stored import aside_of
 from contrastive.evaluate.two_views import Pixels, two_views
 from contrastive.extract import features_of, layers_of
 from contrastive.measure.layer import distances_of
@@ -61,13 +65,21 @@ def kinds_of(
     shown: Images,
     settings: EvaluateSettings,
     teller: Teller,
+    *,
+    output: Path | None,
+    failed: Failed,
 ) -> Kinds:
     """Of each kind, the features of the training images, where they are needed, and of those that are shown.
 
-    The run's own are those that `learned` names, in that order.
+    The run's own are those that `learned` names, in that order. Features are kept below `output`, if that is given. A
+    kind but the first that cannot be had is left out, and `failed` is called.
     """
-    cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
+    own = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
+    cache = output / FEATURES if settings.cache and output is not None else None
     known: dict[tuple[str, bool], Tensor] = {}
+
+    def encoded(images: Images, *, layer: str = BACKBONE, untrained: bool = False) -> Tensor:
+        return features_of(opened, images, settings, teller, layer=layer, untrained=untrained, cache=cache, also=own)
 
     def by(kind: str, images: Images) -> Tensor:
         if kind == PIXELS:
@@ -75,15 +87,18 @@ def kinds_of(
         if kind != EMBEDDED:
             key = kind, images is shown
             if key not in known:
-                known[key] = features_of(opened, images, settings, teller, untrained=kind == RANDOM, cache=cache)
+                known[key] = encoded(images, untrained=kind == RANDOM)
             return known[key]
         if not hasattr(opened.backbone(), "forward_summary"):
             # What the projector reads are the backbone's features: no image need be encoded twice.
             return _headed(opened.embedding().module, by(LEARNED, images))
-        return features_of(opened, images, settings, teller, layer=EMBEDDING, cache=cache)
+        return encoded(images, layer=EMBEDDING)
 
-    wanted = (*learned, *((RANDOM, PIXELS) if settings.baselines else ()))
-    return {kind: (None if training is None else by(kind, training), by(kind, shown)) for kind in wanted}
+    kinds: Kinds = {}
+    for kind in (*learned, *((RANDOM, PIXELS) if settings.baselines else ())):
+        with alone("features", kind, failed if kinds else None):
+            kinds[kind] = None if training is None else by(kind, training), by(kind, shown)
+    return kinds
 
 
 @torch.inference_mode()
@@ -95,7 +110,7 @@ def _headed(head: nn.Module, rows: Tensor) -> Tensor:
 
 
 def comparison(
-    folder: Path,
+    output: Path | None,
     opened: Opened,
     split: Split,
     kinds: Kinds,
@@ -104,16 +119,25 @@ def comparison(
     tasks: Sequence[Task],
     gallery: Gallery,
     teller: Teller,
+    failed: Failed,
 ) -> Evaluation:
-    """Every kind of features by the tasks that compare it with labels."""
+    """Every kind of features by the tasks that compare it with labels; fitted metrics go to `output`, if given."""
 
     def keep(kind: str, fitted: LinearMetric) -> None:
-        if distributed.rank() == 0:
-            assert settings.metric is not None, "only metrics that were asked for are fitted"
-            name = kind.replace(" ", "_").replace("(", "").replace(")", "")
-            file = folder / "metrics" / settings.metric.name / f"{name}.safetensors"
+        if distributed.rank() > 0 or output is None:
+            return
+        assert settings.metric is not None, "only metrics that were asked for are fitted"
+        name = kind.replace(" ", "_").replace("(", "").replace(")", "")
+        file = output / "metrics" / settings.metric.name / f"{name}.safetensors"
+        aside = aside_of(file)
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            fitted.save(file)
+            fitted.save(aside)
+            aside.replace(file)
+        except (OSError, SafetensorError) as problem:
+            teller.warn(f"{file} could not be written: {problem}")
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def augmented(kind: str) -> AugmentedResult:
         assert split.test is not None
@@ -144,11 +168,12 @@ def comparison(
         augmented=augmented,
         report=teller.say,
         progress=teller.report,
+        failed=failed,
     )
 
 
 def few_labels(
-    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, teller: Teller
+    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, teller: Teller, failed: Failed
 ) -> dict[str, tuple[fractions.FractionResult, ...]]:
     """The probe of each kind of features on few labels."""
     own, test_labels = labels
@@ -157,14 +182,25 @@ def few_labels(
         train, test = kinds[kind]
         assert train is not None
         teller.say(f"few labels: {label(kind)}")
-        found[kind] = fractions.fractions(
-            train, own, test, test_labels, classes, settings.few, seed=settings.protocol.seed
-        )
+
+        def report(what: str, done: int, total: int, kind: str = kind) -> None:
+            teller.report(f"{what}, {label(kind)} features", done, total)
+
+        with alone("fractions", kind, failed):
+            found[kind] = fractions.fractions(
+                train, own, test, test_labels, classes, settings.few, seed=settings.protocol.seed, report=report
+            )
     return found
 
 
 def geometries_of(
-    opened: Opened, recipe: Recipe, kinds: Kinds, shown: Images, settings: EvaluateSettings, teller: Teller
+    opened: Opened,
+    recipe: Recipe,
+    kinds: Kinds,
+    shown: Images,
+    settings: EvaluateSettings,
+    teller: Teller,
+    failed: Failed,
 ) -> tuple[geometry.Geometry, ...]:
     """How each kind lies; views are those of the run's own recipe."""
     seed = settings.protocol.seed
@@ -178,11 +214,12 @@ def geometries_of(
     found = []
     for kind in in_order(kinds):
         rows = kinds[kind][1]
-        backbone = _backbone_of(opened, kind).to(device)
-        both = two_views(
-            backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
-        )
-        found.append(geometry.geometry(kind, rows, both, seed=seed))
+        with alone("geometry", kind, failed):
+            backbone = _backbone_of(opened, kind).to(device)
+            both = two_views(
+                backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
+            )
+            found.append(geometry.geometry(kind, rows, both, seed=seed))
     return tuple(found)
 
 
@@ -213,6 +250,12 @@ def stale_rows(
     images = leave_out(train, recipe.unseen)
     if found is None or found.facts["images"] != images.fingerprint:
         return None
+    if opened.step is not None and found.step != opened.step:
+        teller.warn(
+            f"the rows of the memory bank are not compared with fresh embeddings: the run has gone on to step "
+            f"{found.step:,}, and the weights are those of step {opened.step:,}"
+        )
+        return None
     ids, mine = _some(len(images), PAIRED, settings.protocol.seed), distributed.share(len(images))
     try:
         fresh = features_of(opened, select(images, ids), settings, teller, layer="projector", cache=None)
@@ -230,14 +273,18 @@ def _some(count: int, most: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
-def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller) -> dict[str, tuple[Tensor, Tensor]]:
-    """Maps of some of the images shown, by the features that they are compared by."""
-    rows, seed = next(iter(kinds.values()))[1], settings.protocol.seed
+def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller, failed: Failed) -> dict[str, tuple[Tensor, Tensor]]:
+    """Maps of some of the images shown, by the features that they are compared by; on the first process alone."""
+    leading, (_, rows) = next(iter(kinds.items()))
+    seed = settings.protocol.seed
     if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
         return {}
     ids = _some(len(rows), MAPPED, seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for method in settings.maps:
         teller.say(f"map of {len(ids):,} images: {method}")
-        found[method] = ids, flat_map(rows[ids], method, seed=seed)
+        try:
+            found[method] = ids, flat_map(rows[ids], method, seed=seed)
+        except Exception as problem:
+            failed(f"the map {method}", leading, problem)
     return found

@@ -48,14 +48,17 @@ class EvaluateSettings(EncodeSettings):
     """The distance by which neighbours are found; null: the cosine, and for the embedding of an objective that trains
     Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but
     cosine and euclidean are fitted on labelled training images, without those of the classes named or unseen, for each
-    kind of features, and kept in RUN/metrics."""
+    kind of features, and kept in OUTPUT/metrics."""
     protocol: ProtocolSettings = ProtocolSettings()
     few: fractions.FractionSettings = fractions.FractionSettings()
     """How many labels the probe is given where they are few."""
+    output: str | None = None
+    """The folder that evaluation.json, report.html, features and fitted metrics are written to; null: the run's."""
     cache: bool = True
-    """Keep features in RUN/features, and take them from there while weights, images and transform are the same."""
+    """Keep features in OUTPUT/features, and take them from there, or from RUN/features, while weights, images and
+    transform are the same."""
     report: bool = True
-    """Write RUN/report.html and its pictures for TensorBoard."""
+    """Write report.html and its pictures for TensorBoard."""
     maps: Annotated[tuple[Method, ...], BeforeValidator(as_list)] = ("tsne", "pca")
     """Maps of the features in the report, the first shown first: pca, tsne, umap (needs umap-learn); [] for none."""
     comparison: str | None = None

@@ -10,11 +10,23 @@ from torch import Tensor
 
 from contrastive import keyed
 from contrastive.data import Images
+from contrastive.evaluate.alone import Failure
 from contrastive.evaluate.fractions import FractionResult
 from contrastive.evaluate.geometry import Geometry, Staleness
 from contrastive.evaluate.kinds import leading
 from contrastive.evaluate.scores import Evaluation
 from contrastive.untrusted.files import spelled
+
+
+class Also(NamedTuple):
+    """Results of the same weights and images by other settings."""
+
+    title: str
+    """Which settings: protocol.seed=1."""
+    evaluation: Evaluation | None
+    geometry: tuple[Geometry, ...]
+    fractions: Mapping[str, tuple[FractionResult, ...]]
+    staleness: Staleness | None
 
 
 class Findings(NamedTuple):
@@ -37,6 +49,10 @@ class Findings(NamedTuple):
     warnings: tuple[str, ...] = ()
     layers: str = ""
     """By which layer images are compared, and why, in a sentence; empty where one was measured."""
+    failures: tuple[Failure, ...] = ()
+    """Tasks that could not be measured."""
+    also: tuple["Also", ...] = ()
+    """What was measured before of the same weights and images in another way."""
 
     @property
     def shown(self) -> Images:

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import warnings
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from contrastive.checkpoints import sync
+from contrastive.evaluate.alone import sentences
 from contrastive.evaluate.kinds import label
+from contrastive.evaluate.stored import write_whole
 from contrastive.report import plots
 from contrastive.report.findings import Findings, has_labels
 from contrastive.report.history import History, facts, read_history, warnings_of
@@ -50,18 +53,26 @@ SECTIONS = {
 """The parts of the page, by anchor, and what the links to them are called."""
 
 
-def write_report(findings: Findings) -> Path:
+def write_report(
+    findings: Findings, output: Path | None = None, *, warn: Callable[[str], object] = warnings.warn
+) -> Path:
     """Writes report.html into the run's folder, and the same pictures and the embeddings for TensorBoard.
 
     The page is one file: pictures, style and script are in it, and its security policy forbids it any network. All that
     people have named (classes, files, recipes, warnings) is escaped. The same findings make the same page. One process
     writes it.
 
+    Args:
+        findings: what it tells of.
+        output: another folder than the run's to write to.
+        warn: called with a sentence where TensorBoard's part could not be written.
+
     Returns:
         The page.
 
     Raises:
         ValueError: if features and images do not match in number, or the run's configuration cannot be read.
+        OSError: if the page cannot be written.
     """
     _check(findings)
     history = read_history(findings.folder)
@@ -69,12 +80,12 @@ def write_report(findings: Findings) -> Path:
     seen = look(findings, seed)
     shown = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, seen, seed)
     shown["sections"] = [(anchor, name) for anchor, name in SECTIONS.items() if _has(shown, anchor)]
-    page = findings.folder / REPORT
-    aside = page.with_name(f".{REPORT}.partial")
-    aside.write_text(_render(shown), encoding="utf-8")
-    sync(aside)
-    aside.replace(page)
-    write_tensorboard(findings, seen, seed)
+    page = (output or findings.folder) / REPORT
+    write_whole(page, [_render(shown)])
+    try:
+        write_tensorboard(findings, seen, seed, page.parent / "tensorboard")
+    except Exception as problem:
+        warn(f"the report's pictures for TensorBoard could not be written: {problem}")
     return page
 
 
@@ -115,7 +126,8 @@ def _render(shown: dict[str, Any]) -> str:
 
 def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
-    said = [*findings.warnings, *warnings_of(history, findings.width)]
+    said = [*findings.warnings, *sentences(findings.failures, list(findings.features))]
+    said += [*warnings_of(history, findings.width)]
     if unreadable:
         one = len(unreadable) == 1
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"

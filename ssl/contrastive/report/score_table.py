@@ -59,7 +59,11 @@ def sheets(findings: Findings) -> list[Sheet]:
     found = []
     if findings.evaluation is not None:
         found += _accuracies(findings.evaluation) + _figures(findings.evaluation)
-    return found + _fractions(findings) + _geometry(findings) + _staleness(findings)
+    found += _fractions(findings) + _geometry(findings) + _staleness(findings)
+    for also in findings.also:
+        own = findings._replace(also=(), **{name: value for name, value in also._asdict().items() if name != "title"})
+        found += [sheet._replace(title=f"With {also.title}: {sheet.title}") for sheet in sheets(own)]
+    return found
 
 
 def _accuracies(evaluation: Evaluation) -> list[Sheet]:
@@ -74,8 +78,10 @@ def _accuracies(evaluation: Evaluation) -> list[Sheet]:
         for method in methods:
             scores = [score for score in evaluation.scores if score.method == method]
             scale = _scale([score.low for score in scores], [score.high for score in scores])
-            score = own[method]
-            cells.append(_cell(score.accuracy, (score.low, score.high), scale, score.choice))
+            score = own.get(method)
+            cells.append(
+                Cell("–") if score is None else _cell(score.accuracy, (score.low, score.high), scale, score.choice)
+            )
         rows.append(Row(label(kind), tuple(cells)))
     meaning = (
         "The share of test images whose class is found, with its 95 % interval over draws of the test images. "

@@ -1,6 +1,7 @@
 """The pictures of the report for TensorBoard, and the embeddings with small pictures for its projector."""
 
 import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from contrastive.evaluate.map import principal_components
+from contrastive.evaluate.stored import aside_of
 from contrastive.report import plots
 from contrastive.report.findings import Findings, drawn
 from contrastive.report.look import Look
@@ -31,23 +33,38 @@ FRAME = 3
 RIGHT, WRONG = (46, 125, 79), (179, 64, 46)
 
 
-def write_tensorboard(findings: Findings, seen: Look, seed: int) -> None:
-    """Writes what the page shows into RUN/tensorboard/evaluation, in place of what an earlier report left there."""
-    folder = findings.folder / "tensorboard" / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with utf8_path(folder) as place, SummaryWriter(str(place)) as writer:
-        for name, queries in (("drawn at random", seen.random), ("wrong", seen.wrong), ("mistakes alike", seen.alike)):
-            if queries:
-                writer.add_image(f"neighbours/{name}", rows(findings, seen, queries))
-        figures = {f"map/{title}": figure for title, figure in seen.maps.items()}
-        figures |= {"confusion": seen.matrix} if seen.matrix is not None else {}
-        figures |= {"similarities": seen.histogram} if seen.histogram is not None else {}
-        for name, figure in figures.items():
-            writer.add_image(name, plots.as_pixels(figure))
-        if findings.evaluation is not None:
-            writer.add_text("verdict", findings.evaluation.verdict())
-        _project(writer, findings, seed)
+def write_tensorboard(findings: Findings, seen: Look, seed: int, place: Path | None = None) -> None:
+    """Writes what the page shows into the folder `evaluation` of a place, instead of what an earlier report left there.
+
+    The place is RUN/tensorboard, or another.
+
+    Raises:
+        OSError: if it cannot be written; what was there then stays.
+    """
+    place = place or findings.folder / "tensorboard"
+    aside = aside_of(place / FOLDER)
+    try:
+        aside.mkdir(parents=True)
+        with utf8_path(aside) as named, SummaryWriter(str(named)) as writer:
+            _write(writer, findings, seen, seed)
+        shutil.rmtree(place / FOLDER, ignore_errors=True)
+        aside.rename(place / FOLDER)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(writer: SummaryWriter, findings: Findings, seen: Look, seed: int) -> None:
+    for name, queries in (("drawn at random", seen.random), ("wrong", seen.wrong), ("mistakes alike", seen.alike)):
+        if queries:
+            writer.add_image(f"neighbours/{name}", rows(findings, seen, queries))
+    figures = {f"map/{title}": figure for title, figure in seen.maps.items()}
+    figures |= {"confusion": seen.matrix} if seen.matrix is not None else {}
+    figures |= {"similarities": seen.histogram} if seen.histogram is not None else {}
+    for name, figure in figures.items():
+        writer.add_image(name, plots.as_pixels(figure))
+    if findings.evaluation is not None:
+        writer.add_text("verdict", findings.evaluation.verdict())
+    _project(writer, findings, seed)
 
 
 def rows(findings: Findings, seen: Look, queries: tuple[Query, ...]) -> UInt8[Tensor, "3 height width"]:
