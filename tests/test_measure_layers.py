@@ -187,6 +187,21 @@ def test_layers_alone_say_nothing_of_baselines(photographs: Path, tmp_path: Path
     assert found.startswith("There is no baseline to compare with: by Recall@1, learned (embedding) features ")
 
 
+def test_a_layer_measured_later_stands_beside_the_one_measured_before_and_each_has_its_own_sentence(
+    photographs: Path, tmp_path: Path
+) -> None:
+    made(tmp_path / "run", photographs, "objective=triplet")
+    first = record(tmp_path / "run", "layer=embedding")
+    both = record(tmp_path / "run", "layer=backbone")
+    assert set(both) == set(KINDS)
+    assert both["learned (embedding)"] == first["learned (embedding)"]
+    verdict = json.loads((tmp_path / "run" / "evaluation.json").read_text())["verdict"]
+    for kind in ("learned (backbone)", "learned (embedding)"):
+        (sentence,) = (part for part in verdict.split("; ") if f"by Recall@1, {kind} features " in part)
+        assert "random weights" in sentence
+        assert "raw pixels" in sentence
+
+
 def test_a_run_that_has_not_finished_is_measured_by_the_embedding_of_its_newest_checkpoint(
     photographs: Path, tmp_path: Path
 ) -> None:

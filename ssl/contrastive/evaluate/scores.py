@@ -121,11 +121,14 @@ class Evaluation:
             opening = "Not ahead of every baseline"
         parts = []
         for method, title in COMPARED.items():
-            found = [difference for difference in self.differences if difference.method == method]
-            if found:
+            by_kind: dict[str, list[str]] = {}
+            for difference in self.differences:
+                if difference.method == method:
+                    by_kind.setdefault(difference.features, []).append(str(difference))
+            for kind, found in by_kind.items():
                 # The layer is named where there are two.
-                own = label(found[0].features) if EMBEDDED in kinds else found[0].features
-                parts.append(f"by {title}, {own} features {' and '.join(map(str, found))}")
+                own = label(kind) if EMBEDDED in kinds else kind
+                parts.append(f"by {title}, {own} features {' and '.join(found)}")
         return f"{opening}: {'; '.join(parts)}."
 
     def to_json(self) -> dict[str, Any]:
