@@ -287,7 +287,9 @@ def test_a_run_started_from_the_scripts_folder_stops_at_a_signal_and_goes_on(tmp
     assert list((folder / "checkpoints").glob("step-*"))
     assert not (folder / "done").exists()
     before = len((folder / "metrics.jsonl").read_text().splitlines())
-    assert command.pretrain(["resume=true", f"output={folder}", f"train.epochs={(before + 2) / 312}"]) == 0
+    shorter = [f"output={folder}", f"train.epochs={(before + 2) / 312}"]
+    assert command.pretrain(["resume=true", *shorter]) == 2
+    assert command.pretrain(["resume=true", "extend=true", *shorter]) == 0
     assert (folder / "done").exists()
 
 

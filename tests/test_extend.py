@@ -248,7 +248,7 @@ def test_a_table_of_labels_and_a_file_of_values_may_move_but_not_change(
     assert config(run).values == str(values)
     values = tmp_path / "values.npy"
     (run / "done").unlink()
-    with pytest.raises(ValueError, match=r"values=.* holds other numbers than the run was begun with"):
+    with pytest.raises(ValueError, match="the values are not those that the run was begun with"):
         pretrain(made("resume=true"))
     values = tmp_path / "moved.npy"
     table.write_text(table.read_text().replace("03.png,1", "03.png,0"))
@@ -256,15 +256,22 @@ def test_a_table_of_labels_and_a_file_of_values_may_move_but_not_change(
         pretrain(made("resume=true"))
 
 
-def test_numbers_that_change_where_they_lie_are_refused(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_held_out_images_are_warned_of(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.save(tmp_path / "values.npy", np.arange(24.0)[:, None])
-    words = ["objective=log_ratio", f"values={tmp_path / 'values.npy'}"]
-    run = stopped(monkeypatch, 4, recipe(tmp_path / "run", data, *words))
-    np.save(tmp_path / "values.npy", np.arange(24.0)[:, None] ** 2)
-    with pytest.raises(ValueError, match=r"values=.* holds other numbers"):
-        pretrain(recipe(run, data, *words, "resume=true"))
+    def made(name: str, *more: str) -> Recipe:
+        for index, label in enumerate("ab"):
+            if not (tmp_path / name / label).exists():
+                images(tmp_path / name / label, 2, first=50 + index + len(name))
+        return recipe(tmp_path / "run", train, f"data.test={tmp_path / name}", *more)
+
+    train = tmp_path / "classes"
+    for index, label in enumerate("ab"):
+        images(train / label, 12, first=100 * index)
+    stopped(monkeypatch, 4, made("held"))
+    capsys.readouterr()
+    pretrain(made("others", "resume=true"))
+    assert "the held-out images are not those that the run was begun with" in capsys.readouterr().out
 
 
 def test_a_second_start_is_refused_while_the_first_one_trains(

@@ -1,7 +1,6 @@
 """The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive.data import ClassOrder, Images, Order
-from contrastive.data.images import fingerprint
 from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
 from contrastive.objectives import ObjectiveModule, Population
@@ -40,8 +38,8 @@ class Machine(NamedTuple):
     """Whether the twin's samples are exchanged between the processes, for the sake of its batch norms."""
     stored: int
     """Side of the images, in pixels, before they are cropped."""
-    sources: Mapping[str, str] = {}
-    """Fingerprints of what is read beside the images to learn from, by name: values, held_out."""
+    held_out: str | None = None
+    """The fingerprint of the held-out images, where there are some."""
 
 
 def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
@@ -80,9 +78,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
         forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
     if names is not None:
         names = names.to(accelerator.device)
-    sources = {} if values is None else {"values": fingerprint([values.numpy()])}
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
-    return Machine(recipe, accelerator, *parts, images.size, sources)
+    return Machine(recipe, accelerator, *parts, images.size)
 
 
 def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:

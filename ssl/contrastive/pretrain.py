@@ -227,7 +227,7 @@ def state_of(machine: Machine, images: Images, step: int, known: Mapping[str, An
     sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(machine.optimiser, sharded)
-    facts = {**known, "images": images.fingerprint, "channels": images.channels, "sources": dict(machine.sources)}
+    facts = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": machine.held_out}
     facts["recipe"] = machine.recipe.model_dump(mode="json")
     if machine.accelerator.scaler is not None:
         facts["scaler"] = machine.accelerator.scaler.state_dict()

@@ -70,25 +70,6 @@ def check_images(found: Checkpoint, images: Images) -> None:
         )
 
 
-def check_sources(found: Checkpoint, recipe: Recipe, sources: Mapping[str, str]) -> list[str]:
-    """What to warn of where something was read beside the images that is not what it was.
-
-    Raises:
-        ValueError: if these are the values that the objective compares with.
-    """
-    before, now = found.facts.get("sources", {}), recipe.model_dump(mode="json")
-    changed = differences(found.facts["recipe"], now, FREE | SCHEDULE)
-    if before.get("values", sources.get("values")) != sources.get("values") or (
-        "values" in changed and "values" not in before
-    ):
-        raise ValueError(
-            f"values={recipe.values} holds other numbers than the run was begun with; start another with output=…"
-        )
-    if before.get("held_out", sources.get("held_out")) != sources.get("held_out"):
-        return ["the held-out images are not those that the run was begun with: scores are not comparable"]
-    return []
-
-
 def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller: Teller) -> None:
     """Refuses another number of processes than a checkpoint was written by, unless that is asked for.
 
