@@ -586,6 +586,7 @@ def test_the_strength_of_the_head_is_the_best_for_the_held_out_images(monkeypatc
     set_head(model, probe)
     assert (model.head(features[40:]).argmax(1) == labels).sum() == max(hits.values())
     assert probe.held_out == max(hits.values()) / 40
+    assert probe.regularisation in hits
     assert done == [(1, 1)]
     # One strength after the other, as with many classes, ends at the same one of them.
     monkeypatch.setattr(classifier, "MOST_LOGITS", 1)

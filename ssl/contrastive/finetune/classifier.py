@@ -80,7 +80,7 @@ def fit_probe(
         classes: number of classes.
         report: is called with the number of strengths fitted, and of all.
     """
-    strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,))
+    strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,), dtype=torch.float64)
     scaled = standard(features)
     inputs = scaled(features)
     tests = scaled(held_out) if held_out is not None else None
