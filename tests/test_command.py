@@ -154,7 +154,7 @@ def unseen(run: Path, tmp_path: Path) -> Path:
 def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_classes(
     unseen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.evaluate([str(unseen), *QUICK]) == 0
+    assert command.evaluate([str(unseen), *QUICK, "layer=backbone"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     report = json.loads((unseen / "evaluation.json").read_text())
     assert {score["features"] for score in report["scores"]} == {"learned", "random weights", "raw pixels"}
@@ -174,6 +174,7 @@ def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_cl
 def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "tasks=clustering,retrieval",
+        "layer=backbone",
         "classes=[Sandal, 0, 1]",
         "metric=mahalanobis",
         "data.name=sample",
@@ -320,7 +321,7 @@ def test_a_limit_of_threads_is_told_in_a_sentence(
     assert capsys.readouterr().err.startswith("error: the system starts no more threads (ulimit -u")
 
 
-@pytest.mark.parametrize("name", ["lr=0.1", "seed=1", "a=b=c,d", "=x"])
+@pytest.mark.parametrize("name", ["lr=0.1", "step=1", "a=b=c,d", "=x"])
 def test_a_run_folder_may_have_an_equals_sign_in_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
