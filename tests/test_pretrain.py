@@ -243,7 +243,9 @@ def test_a_twin_that_shares_batch_statistics_is_warned_of(
 def test_the_quickstart_learns_features_ahead_of_raw_pixels_and_random_weights(tmp_path: Path) -> None:
     words = ["train.epochs=10", "train.monitor=0", f"output={tmp_path / 'run'}"]
     pretrain(load(Recipe, find("quickstart"), words))
-    evaluation = evaluate(tmp_path / "run", EvaluateSettings())
+    evaluation = evaluate(tmp_path / "run", EvaluateSettings()).evaluation
+    assert evaluation is not None
+    assert evaluation.differences
     assert all(difference.low > 0 for difference in evaluation.differences), evaluation.verdict()
 
 

@@ -24,6 +24,7 @@ from contrastive.evaluate import stored
 from contrastive.extract import ExtractSettings, extract
 from contrastive.measure import EvaluateSettings
 from contrastive.opened import digest, open_model, open_run
+from contrastive.run import prepare
 from contrastive.timm_folder import read_folder
 from small_run import small_run
 from test_compare_runs import photographs
@@ -221,6 +222,27 @@ def test_a_link_out_of_a_run_is_neither_read_nor_written_through(run: Path, tmp_
     (run / file).symlink_to(outside)
     assert command.evaluate([str(run), *QUIET]) == 2
     assert outside.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone", "tensorboard", "checkpoints/step-000000009", ".lock", ".done.partial", "metrics.jsonl", "done"]
+)
+def test_a_resume_neither_writes_nor_removes_through_a_link_out_of_the_run(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "events.out.tfevents.1").write_text("precious")
+    target = mine if name in ("backbone", "tensorboard") or "/" in name else mine / "events.out.tfevents.1"
+    if (run / name).is_dir():
+        shutil.rmtree(run / name)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    before = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(ValueError, match="is a symbolic link out of"):
+        prepare(run, resume=True)
+    assert (mine / "events.out.tfevents.1").read_text() == "precious"
+    assert sorted(path.name for path in run.rglob("*")) == before
 
 
 def test_a_link_in_place_of_begun_features_is_not_written_through(run: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from contrastive.checkpoints import sync, together, write_whole
 from contrastive.folder_lock import LOCK
 from contrastive.growing import Growing
 from contrastive.metrics_lines import in_words, kept_lines, was
-from contrastive.untrusted.files import open_lines, shown
+from contrastive.untrusted.files import check_links, open_lines, shown
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
@@ -240,7 +240,11 @@ def prepare(folder: Path, *, resume: bool) -> None:
 
 
 def check_content(folder: Path, *, resume: bool) -> None:
-    """Checks that a folder is none, empty, or with `resume` a run's; raises ValueError otherwise."""
+    """Checks that a folder is none, empty, or with `resume` a run's, without links out of it.
+
+    Raises:
+        ValueError: it is not.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={folder} is a file; name a folder that does not exist yet")
     # Hidden files of a start that came no further are nothing that could be lost.
@@ -251,6 +255,8 @@ def check_content(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"output={folder} holds {state}; a run needs a folder of its own: name another with output=…")
     if not resume:
         raise ValueError(f"output={folder} holds {state}; add resume=true to go on with it, or output=… for a new one")
+    # What is written and removed from here on stays inside.
+    check_links(folder)
 
 
 def _check_shared(folder: Path) -> None:
