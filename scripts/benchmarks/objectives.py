@@ -1,4 +1,4 @@
-"""Every objective at equal time: retrieval on five classes after training on the images of the other five."""
+"""Every objective for one budget: retrieval on five classes after training on the images of the other five."""
 
 import argparse
 import json
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> harness.Report:
             if case.positives == positives
         ]
     return harness.Report(
-        title="Objectives at equal time, retrieval among classes not seen in training",
+        title="Objectives for one budget, retrieval among classes not seen in training",
         rows=rows + baselines(measured, {"positives": "–"}),
         notes=notes(options),
         packages=("timm",),
