@@ -9,7 +9,13 @@ from torch import Tensor
 
 from contrastive.evaluate.held_out import hold_out, hold_out_some
 from contrastive.evaluate.linear import UNCHOSEN, LinearSettings, linear, search, standard
-from contrastive.evaluate.logistic import LogisticFit, logistic_regression, objective, principal_axes
+from contrastive.evaluate.logistic import (
+    STEPS_OF_MANY,
+    LogisticFit,
+    logistic_regression,
+    objective,
+    principal_axes,
+)
 
 
 def correlated(num: int, dim: int, classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -234,3 +240,12 @@ def test_a_large_set_of_small_classes_has_its_choice_within_the_most():
     assert (len(kept), len(held)) == (1900, 100)
     with pytest.raises(ValueError, match="leave 2000 kept and 0 held out"):
         hold_out(labels, share=0.2, seed=0, most=100)
+
+
+def test_with_many_classes_a_fit_ends_after_few_steps_and_says_so(monkeypatch):
+    features, labels = correlated(200, 20, 5)
+    scaled, strength = standard(features)(features), torch.tensor([1e-7])
+    assert logistic_regression(scaled, labels, strength, 5).converged.all()
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_CLASSES_SOLVED", 4)
+    fit = logistic_regression(scaled, labels, strength, 5)
+    assert (fit.converged.tolist(), fit.steps.tolist()) == ([False], [STEPS_OF_MANY])

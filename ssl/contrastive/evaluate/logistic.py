@@ -23,6 +23,10 @@ FEWEST_REMEMBERED = 4
 MOST_MODES = 512
 """Above so many classes the Hessian over the classes is taken as diagonal: its eigenvectors would cost far more time
 than they save, and memory as the square of the classes."""
+MOST_CLASSES_SOLVED = 512
+STEPS, STEPS_OF_MANY = 1000, 20
+"""Steps after which a problem is given back as it is. With more classes than `MOST_CLASSES_SOLVED` a step takes long,
+and a weak regularisation would take hundreds of them."""
 TILE = 1024
 """Images whose logits are one product: for few rows of weights that is quicker than all images at once."""
 
@@ -66,7 +70,7 @@ def logistic_regression(
     start: LogisticFit | None = None,
     axes: Float[Tensor, "dim directions"] | None = None,
     tolerance: float = 1e-5,
-    max_steps: int = 1000,
+    max_steps: int | None = None,
     report: Callable[[int], object] | None = None,
 ) -> LogisticFit:
     """Minimises mean cross-entropy + regularisation / 2 × |weights|² for every regularisation.
@@ -87,9 +91,12 @@ def logistic_regression(
         start: where each problem starts; from zero without.
         axes: what `principal_axes` finds, where the features or nearly the same ones have been given to it before.
         tolerance: a problem is done when its expected decrease (half of gradient × step, in nats) is below this.
-        max_steps: after so many steps a problem is given back as it is, not converged.
+        max_steps: after so many steps a problem is given back as it is, not converged; by default `STEPS`, or
+            `STEPS_OF_MANY` with many classes.
         report: called after each step with the number of problems solved so far.
     """
+    if max_steps is None:
+        max_steps = STEPS if classes <= MOST_CLASSES_SOLVED else STEPS_OF_MANY
     axes = principal_axes(features) if axes is None else axes
     inputs = features @ axes if axes.shape[1] else features
     # The bias is a weight of one more feature, which is 1 everywhere.
