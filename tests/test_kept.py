@@ -315,3 +315,13 @@ def test_outcomes_that_cannot_be_written_leave_the_numbers(
     assert command.evaluate([str(run), *BARE, "tasks=knn"]) == 0
     assert recorded(run)["scores"][1] == first["scores"][0]
     assert set(read(run)[1]) == {"predictions/knn/learned", "hits/knn/learned", "labels"}
+
+
+@pytest.mark.parametrize(("most", "task", "warned"), [(2, "linear", True), (2, "knn", False), (3, "linear", False)])
+def test_a_probe_that_is_cut_off_for_its_many_classes_is_warned_of(
+    run: Path, monkeypatch: pytest.MonkeyPatch, most: int, task: str, warned: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["contrastive.measure.evaluate"], "MOST_CLASSES_SOLVED", most)
+    assert command.evaluate([str(run), *BARE, f"tasks={task}"]) == 0
+    sentence = "With 3 classes each fit of the probe ends after 20 steps"
+    assert any(line.startswith(sentence) for line in recorded(run)["warnings"]) == warned

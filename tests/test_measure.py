@@ -160,8 +160,9 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
     for one, two in zip(*shapes, strict=True):
         assert one.pop("features") == two.pop("features")
         assert one.pop("layer") == two.pop("layer")
-        # Uniformity sums float32 distances, which are rounded otherwise in batches of another size.
-        assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
+        # Near 0 it is a small difference of sums of float32 distances, rounded otherwise in batches of another size.
+        assert one.pop("uniformity") == pytest.approx(two.pop("uniformity"), rel=1e-6, abs=1e-6)
+        assert one == pytest.approx(two, rel=1e-6)
     assert outcomes[0].keys() == outcomes[1].keys()
     assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
 
