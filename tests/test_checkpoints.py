@@ -317,11 +317,10 @@ def pair(rank: int, name: str) -> None:
             saver.begin(checkpoint(step))
             polls = 0
             while saver.under_way:
-                news, polls = saver.poll(), polls + 1
-                told["beside"] += [news] if news else []
+                polls += 1
+                told["beside"] += saver.poll()
                 time.sleep(0.001)
-        news = saver.poll()
-        told["beside"] += [news] if news else []
+        told["beside"] += saver.poll()
         told[f"polls {step}"] = polls
     told["beside ends"] = (same(newest_checkpoint(place)[0], checkpoint(5)), [entry.name for entry in place.iterdir()])
 

@@ -70,9 +70,9 @@ def until_written(saver: Saver) -> list[str]:
     until, news = time.monotonic() + 30, []
     while saver.under_way:
         assert time.monotonic() < until
-        news += [told] if (told := saver.poll()) else []
+        news += saver.poll()
         time.sleep(0.001)
-    return news + ([told] if (told := saver.poll()) else [])
+    return news + saver.poll()
 
 
 @pytest.mark.parametrize("stage", ["save_file", "sync", "digest"])
@@ -82,7 +82,7 @@ def test_what_is_written_is_the_moment_of_begin_whatever_training_does_meanwhile
     saver, training = Saver(tmp_path), checkpoint(1)
     with held(monkeypatch, stage):
         saver.begin(training)
-        assert saver.poll() is None
+        assert saver.poll() == []
         assert saver.under_way
         assert newest_checkpoint(tmp_path) == (None, [])
         training.parts["encoder"]["weight"].fill_(torch.nan)
@@ -125,6 +125,19 @@ def test_saves_that_fail_are_told_of_once_and_end_nothing(tmp_path: Path, monkey
     saver.begin(checkpoint(5))
     assert until_written(saver) == ["the checkpoint of step 5 is written, after 3 that could not be"]
     assert there(saver.place) == names(5)
+
+
+def test_news_that_no_step_has_asked_for_come_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "sync", full)
+        saver.begin(checkpoint(1))
+        saver.wait()
+    saver.begin(checkpoint(2))
+    failed, written = saver.finish()
+    assert "the checkpoint of step 1 could not be written" in failed
+    assert written == "the checkpoint of step 2 is written, after 1 that could not be"
+    assert saver.poll() == []
 
 
 def test_a_folder_that_cannot_be_made_is_told_of_like_a_full_disk(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def train(
                     teller.say(
                         f"{100 * progress:3.0f}%  kNN on held-out labels of the training images {100 * accuracy:.1f} %"
                     )
-            if news := saver.poll():
+            for news in saver.poll():
                 teller.warn(news)
             # After the first step: before it, an optimiser keeps nothing yet.
             if step == begun + 1 and (lacking := saver.room_warning(state_of(machine, images, step, {}))):
@@ -200,7 +200,8 @@ def train(
                 pace = f"{values['images_per_second']:,.0f} images/s"
                 teller.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {pace}  {left} left")
     save(saver, machine, images, run, step, record.facts() | {"score": score})
-    saver.finish()
+    for news in saver.finish():
+        teller.warn(news)
     return step
 
 

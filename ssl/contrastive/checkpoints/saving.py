@@ -53,7 +53,7 @@ class Saver:
         self._work: _Work | None = None
         self._in_a_row = 0
         self._step = self._room = 0
-        self._news: str | None = None
+        self._news: list[str] = []
 
     @property
     def under_way(self) -> bool:
@@ -72,12 +72,11 @@ class Saver:
         self._course = self._writing(checkpoint, before)
         self._go_on()
 
-    def poll(self) -> str | None:
+    def poll(self) -> list[str]:
         """Goes on with what is being written if all processes can, without waiting; news that a person should hear."""
         if self._work is not None and not distributed.any_rank(self._work.is_alive()):
             self._go_on()
-        news, self._news = self._news, None
-        return news
+        return self._take_news()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -85,8 +84,8 @@ class Saver:
             self._work.join()
             self._go_on()
 
-    def finish(self) -> None:
-        """Waits, and raises if the last save failed: at the end of a run there is no other try.
+    def finish(self) -> list[str]:
+        """Waits, and raises if the last save failed: at the end of a run there is no other try; else the last news.
 
         Raises:
             OSError: saying why, and what stays.
@@ -98,6 +97,7 @@ class Saver:
         if self.problem is not None:
             words = f"{self._failure()}; {self._what_stays()}; once it can be, resume=true goes on from there"
             raise OSError(words) from self.problem
+        return self._take_news()
 
     def abandon(self) -> None:
         """Gives up what is being written, on this process alone: the others may not answer any more."""
@@ -190,16 +190,20 @@ class Saver:
         self._course, self.problem = None, problem
         if problem is None:
             if self._in_a_row:
-                self._news = (
-                    f"the checkpoint of step {self._step:,} is written, after {self._in_a_row} that could not be"
-                )
+                news = f"the checkpoint of step {self._step:,} is written, after {self._in_a_row} that could not be"
+                self._news.append(news)
             self._in_a_row = 0
             return
         self._clear()
         self.failures += 1
         self._in_a_row += 1
         if self._in_a_row == 1:
-            self._news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
+            news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
+            self._news.append(news)
+
+    def _take_news(self) -> list[str]:
+        news, self._news = self._news, []
+        return news
 
     def _failure(self) -> str:
         try:

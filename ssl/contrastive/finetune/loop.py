@@ -243,7 +243,7 @@ def train(
             if int(done * settings.checks) > checked:
                 checked = int(done * settings.checks)
                 check()
-            if news := saver.poll():
+            for news in saver.poll():
                 teller.warn(news)
             if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
                 save()
@@ -251,7 +251,8 @@ def train(
     if stop.signal is None and facts["tested"] < step:
         check()
     save()
-    saver.finish()
+    for news in saver.finish():
+        teller.warn(news)
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
