@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import harness
-from contrastive.objectives import Bank
+from contrastive.objectives import Bank, Population
 from contrastive.objectives.shards import unit_rows
 
 DIM, QUERIES, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 256, 4096, 0.07, 0.5
@@ -87,7 +87,7 @@ def prepare(name: str, size: int) -> Callable[[], object]:
     ids = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:QUERIES]
     if name in OURS:
         objective = Bank.model_validate({"temperature": TEMPERATURE, "momentum": MOMENTUM, **OURS[name]}).build(
-            dim=DIM, num_images=size, seed=0
+            dim=DIM, population=Population.each(size), seed=0
         )
         steps = iter(range(1 << 30))
 
