@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> harness.Report:
         pretrained = options.run or place / "pretrained"
         if options.run is None and not (pretrained / "done").exists():
             words = [f"data={options.data}", f"train.minutes={options.minutes}", "train.monitor=0"]
-            harness.script("pretrain.py", os.cpu_count() or 1, "quickstart", *words, f"output={pretrained}")
+            harness.commands(os.cpu_count() or 1, ["pretrain", "quickstart", *words, f"output={pretrained}"])
         rows = _rows(pretrained, place, options)
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     notes = (
@@ -64,7 +64,7 @@ def _rows(pretrained: Path, place: Path, options: argparse.Namespace) -> list[Ma
             words += (f"data={options.data}", f"fraction={fraction}", f"seed={seed}", f"threads={threads}")
             # What was interrupted before goes on.
             words += (f"epochs={times * EPOCHS}", f"min_steps={times * STEPS}", f"output={folder}", "resume=true")
-            harness.script("finetune.py", threads, str(pretrained), *words)
+            harness.commands(threads, ["finetune", str(pretrained), *words])
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return found
 
@@ -119,7 +119,7 @@ def _probes(pretrained: Path, place: Path, options: argparse.Namespace, threads:
     for split in ("train", "test"):
         folder = place / f"features-{split}"
         words = [f"data={options.data}", f"split={split}", f"threads={threads}", f"output={folder}"]
-        harness.script("extract.py", threads, str(pretrained), *words)
+        harness.commands(threads, ["extract", str(pretrained), *words])
         parts += [torch.from_numpy(np.load(folder / name)) for name in ("backbone.npy", "labels.npy")]
     train, labels, test, test_labels = parts
     settings, classes = FractionSettings(shares=tuple(options.fractions), shots=(), draws=2), int(labels.max()) + 1

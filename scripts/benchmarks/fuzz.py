@@ -199,5 +199,4 @@ def _keep(one: Outcome, chosen: list[Kind], seed: int, folder: Path | None) -> N
     if folder is not None and one.outcome in FAULTS:
         folder.mkdir(parents=True, exist_ok=True)
         kind = chosen[one.kind]
-        name = "".join(letter if letter.isalnum() else "-" for letter in kind.name)
-        (folder / f"{name}-{one.number}").write_bytes(content_of(kind, one.number, seed))
+        (folder / f"{harness.file_name(kind.name)}-{one.number}").write_bytes(content_of(kind, one.number, seed))

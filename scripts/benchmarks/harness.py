@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -45,6 +46,11 @@ class Spread(NamedTuple):
 
 
 Value = Spread | float | int | str | None
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"\W+", "-", text).strip("-")
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,8 @@ def available_mebibytes() -> float:
     return kibibytes(status, "MemAvailable") / 1024 if status.exists() else float("inf")
 
 
-def script(name: str, threads: int, *words: str) -> None:
-    """Runs one of the scripts as a user would; what it prints is not shown, its errors are."""
-    command = [sys.executable, str(Path(__file__).parents[1] / name), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-
-
 def commands(threads: int, *lines: Sequence[str]) -> None:
-    """Runs several scripts one after the other as `script` does, but in one process, which imports torch once."""
+    """Runs commands (`["pretrain", "moco", "seed=1"]`) in one new process; only their errors are shown."""
     code = "import sys, json; from contrastive import command\n"
     code += "for name, *words in json.loads(sys.argv[1]):\n    getattr(command, name)(words) and sys.exit(1)"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

@@ -114,16 +114,15 @@ def run(options: argparse.Namespace) -> harness.Report:
 
 def _measure(place: Path, case: Case, seed: int, options: argparse.Namespace, *, baselines: bool) -> dict[str, Any]:
     epochs = options.epochs or EPOCHS[case.part]
-    name = "".join(letter if letter.isalnum() else "-" for letter in case.name).replace("--", "-")
-    folder = place / f"{options.data}-{epochs:g}-{name}-{seed}"
+    folder = place / harness.file_name(f"{options.data} {epochs:g} {case.name} {seed}")
     if not (folder / "evaluation.json").exists():
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         recipe, *words = case.words
         words += [f"data={options.data}", f"seed={seed}", f"train.epochs={epochs}", f"train.threads={threads}"]
         # A run that was cut off goes on.
         words += ["train.monitor=0", "train.preview=0", f"output={folder}", "resume=true"]
-        harness.script("pretrain.py", threads, recipe, *words)
-        harness.script("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}", PROTOCOL)
+        measure = ["evaluate", str(folder), f"baselines={str(baselines).lower()}", PROTOCOL]
+        harness.commands(threads, ["pretrain", recipe, *words], measure)
     report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
     return report | {"epochs": last["epoch"], "seconds": last["seconds"], "negatives": last["negatives"]}

@@ -124,7 +124,7 @@ def train_and_measure(cases: Mapping[str, Case], options: argparse.Namespace) ->
 
         def measure(job: tuple[int, str]) -> dict[str, Any]:
             seed, name = job
-            folder = place / f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}"
+            folder = place / harness.file_name(f"{name} {seed}")
             report = folder / "evaluation.json"
             if not report.exists():
                 recipe, *words = cases[name].words

@@ -59,11 +59,11 @@ def run(options: argparse.Namespace) -> harness.Report:
 def _measure(
     place: Path, data: str, recipe: str, seed: int, *, minutes: float, threads: int, baselines: bool
 ) -> dict[str, Any]:
-    folder = place / f"{data}-{recipe}-{seed}"
+    folder = place / harness.file_name(f"{data} {recipe} {seed}")
     if not (folder / "evaluation.json").exists():
         words = [f"data={data}", f"seed={seed}", f"train.minutes={minutes}", f"train.threads={threads}"]
-        harness.script("pretrain.py", threads, recipe, *words, "train.monitor=0", f"output={folder}")
-        harness.script("evaluate.py", threads, str(folder), f"baselines={str(baselines).lower()}", PROTOCOL)
+        measure = ["evaluate", str(folder), f"baselines={str(baselines).lower()}", PROTOCOL]
+        harness.commands(threads, ["pretrain", recipe, *words, "train.monitor=0", f"output={folder}"], measure)
     report: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     report["epochs"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["epoch"]
     return report
