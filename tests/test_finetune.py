@@ -36,7 +36,7 @@ from contrastive.finetune.classifier import (
     train_mode,
 )
 from contrastive.finetune.folder import describe
-from contrastive.finetune.loop import draws_of
+from contrastive.finetune.loop import Average, draws_of
 from contrastive.finetune.task import task_of
 from contrastive.launch import Stop, start
 from contrastive.opened import open_model, open_run
@@ -355,6 +355,23 @@ def test_draws_are_keyed_by_the_step_and_leave_numpys_generator_where_it_was() -
             found.append((np.random.rand(), torch.rand(1).item()))
     assert found[0] == found[2] != found[1]
     assert np.array_equal(np.random.get_state()[1], expected)
+
+
+@pytest.mark.parametrize("ema", [0.5, 0.9999])
+def test_the_average_begins_at_the_first_step_and_gets_longer_up_to_its_decay(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+) -> None:
+    decays: list[float] = []
+    apply = Average.apply_update_
+
+    def noted(self: Average, model: nn.Module, decay: float) -> None:
+        decays.append(decay)
+        apply(self, model, decay)
+
+    monkeypatch.setattr(Average, "apply_update_", noted)
+    finetune(str(run), settings(tmp_path / "tuned", f"ema={ema}", "min_steps=12"))
+    # timm's warm-up, gamma = 1 and power = 2/3, in steps after the first.
+    assert decays == pytest.approx([min(ema, 1 - (1 + step) ** (-2 / 3)) for step in range(12)])
 
 
 # Several processes

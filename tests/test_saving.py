@@ -1,5 +1,6 @@
 """Checkpoints are written beside training; one that fails ends nothing, and what is worth keeping stays."""
 
+import os
 import resource
 import shutil
 import threading
@@ -309,6 +310,47 @@ def test_checkpoints_that_another_program_removes_are_warned_of_and_the_next_one
     assert saver.room_warning(checkpoint(2)) is None
     saved(saver, checkpoint(2))
     assert there(saver.place) == names(2)
+
+
+def test_a_checkpoint_counts_only_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+    saved(Saver(tmp_path), checkpoint(1))
+    (folder,) = tmp_path.iterdir()
+    files = {file.name: file.stat().st_ino for file in folder.iterdir()}
+    assert "manifest.json" in files
+    assert {name for name, inode in files.items() if inode not in synced} == set()
+    # The manifest after what it vouches for, the list of files after the files, and the new name at the end.
+    order = [*(inode for name, inode in files.items() if name != "manifest.json")]
+    ends = [files["manifest.json"], folder.stat().st_ino, tmp_path.stat().st_ino]
+    assert [synced.index(inode) for inode in ends] == sorted(synced.index(inode) for inode in ends)
+    assert max(synced.index(inode) for inode in order) < synced.index(ends[0])
+    assert synced[-1] == ends[-1]
+
+
+def test_a_step_that_is_saved_again_is_there_until_the_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(Saver(tmp_path), checkpoint(3, size=10))
+    seen: list[Checkpoint | None] = []
+    for name in ("rename", "replace"):
+        original = getattr(os, name)
+
+        def looked(*arguments: Any, original: Callable[..., None] = original, **options: Any) -> None:
+            seen.append(newest_checkpoint(tmp_path)[0])
+            original(*arguments, **options)
+            seen.append(newest_checkpoint(tmp_path)[0])
+
+        monkeypatch.setattr(os, name, looked)
+    saved(Saver(tmp_path), checkpoint(3, size=20))
+    lengths = [None if one is None else len(one.parts["encoder"]["weight"]) for one in seen]
+    assert lengths[0] == 10
+    assert lengths[-1] == 20
+    assert None not in lengths
+    assert there(tmp_path) == names(3)
 
 
 def test_the_manifest_says_what_the_checkpoint_is_of(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,10 +189,46 @@ def test_a_chunk_draws_its_dropout_alike_in_both_passes_and_unlike_the_other_chu
     check_that_dropout_is_drawn_alike()
 
 
-@pytest.mark.slow
 def compiling(built: Machine) -> Machine:
     train = built.recipe.train.model_copy(update={"compile": True})
     return built._replace(recipe=built.recipe.model_copy(update={"train": train}))
+
+
+def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = torch.zeros(12, dtype=torch.int64)
+
+    def drawn(number: int, rank: int = 0, *words: str) -> list[Tensor]:
+        built, outputs = recorded(machine(*SMOOTH, "encoder.drop_path=0.5", "train.chunk=6", *words))
+        # In a step alone: the engine would wait for the other processes.
+        monkeypatch.setattr(step, "distributed", SimpleNamespace(**vars(distributed) | {"rank": lambda: rank}))
+        gradient(built, images().read(same), same, 0, number)
+        monkeypatch.undo()
+        return outputs[:2]
+
+    first = drawn(5)
+    assert all(torch.equal(one, other) for one, other in zip(first, drawn(5), strict=True))
+    others = [*drawn(6), *drawn(5, 1), first[1]]
+    assert not any(torch.equal(first[0], other) for other in others)
+    # Another seed has other weights too, so that it is the generator that is looked at.
+    keys: list[int] = []
+    built = machine(*SMOOTH)
+    monkeypatch.setattr(torch, "manual_seed", keys.append)
+    for seed in (0, 1):
+        recipe = built.recipe.model_copy(update={"seed": seed})
+        gradient(built._replace(recipe=recipe), images().read(same), same, 0, 5)
+    assert keys[-1] != keys[-2]
+
+
+@pytest.mark.parametrize("momentum", [0.25, 0.875])
+def test_the_twin_follows_with_the_momentum_of_the_recipe(momentum: float) -> None:
+    built = machine(*SMOOTH, *QUEUE[:2], f"objective.momentum={momentum}")
+    assert built.twin is not None
+    before = {name: value.clone() for name, value in built.twin.encoder.named_parameters()}
+    train_step(built, *own(torch.arange(12)), 0, 0)
+    moved = dict(built.encoder.named_parameters())
+    for name, value in built.twin.encoder.named_parameters():
+        torch.testing.assert_close(value, momentum * before[name] + (1 - momentum) * moved[name], msg=name)
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
 
 
 @pytest.mark.parametrize("name", ["in_batch", "queue, symmetric", "bank", "margin_softmax"])
@@ -233,6 +270,7 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
         compile_encoder(compiling(built), images(), order, 0)
 
 
+@pytest.mark.slow
 def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
     # In a process of its own, where no annotations are checked: torch.compile does not see through that.
     code = "import test_step; test_step.check_that_dropout_is_drawn_alike('train.compile=true')"

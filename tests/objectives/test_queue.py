@@ -173,6 +173,15 @@ def test_the_queue_wraps_at_any_batch_size(size: int, counts: list[int]) -> None
         assert queue.queue.filled == min(received, size)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_enqueued_is_the_twins_view_1(symmetric: bool) -> None:
+    queue, (online, twin) = build(symmetric=symmetric), batch(3)
+    update(queue, online, torch.tensor([4, 5, 6]), twin)
+    keys = torch.stack([unit(key) for key in twin[1]])
+    stored = {int(key): row for key, row in zip(queue.queue.ids, queue.queue.rows, strict=True)}
+    torch.testing.assert_close(torch.stack([stored[number] for number in (4, 5, 6)]), keys)
+
+
 def test_all_rows_have_length_one_at_the_start_and_after_updates() -> None:
     queue = build(20)
     assert (queue.queue.ids == -1).all()

@@ -83,7 +83,11 @@ def _known_by(folder: Path) -> str:
 def steps(place: Path, *, replaced: bool = False) -> list[Path]:
     """The folders of checkpoints, oldest first; with those that a cut while they were replaced has left."""
     pattern = re.compile(r"step-\d{9}(\.replaced)?" if replaced else r"step-\d{9}")
-    return sorted(folder for folder in place.glob("step-*") if pattern.fullmatch(folder.name))
+    # What is replaced is older than what replaces it.
+    return sorted(
+        (folder for folder in place.glob("step-*") if pattern.fullmatch(folder.name)),
+        key=lambda folder: (folder.stem, not folder.suffix),
+    )
 
 
 def way_on(place: Path) -> str:

@@ -1,0 +1,47 @@
+"""The budget of a run, by a clock that the tests set."""
+
+import time
+
+import pytest
+
+from contrastive.clock import Clock
+from contrastive.config import load
+from contrastive.data import Order
+from contrastive.recipe import Recipe
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in seconds; set it."""
+    time_of_day = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: time_of_day[0])
+    return time_of_day
+
+
+def clock(*words: str, spent: float = 0.0) -> Clock:
+    return Clock(load(Recipe, None, list(words)), Order(1000, 100, 0), spent)
+
+
+def test_time_within_a_pause_is_no_training_and_takes_nothing_from_the_budget(now: list[float]) -> None:
+    running = clock("train.minutes=1")
+    now[0] += 15
+    assert (running.seconds(), running.progress(3)) == (15, 0.25)
+    with running.paused():
+        now[0] += 1000
+    assert (running.seconds(), running.progress(3)) == (15, 0.25)
+    now[0] += 15
+    assert (running.seconds(), running.progress(3)) == (30, 0.5)
+
+
+def test_what_was_spent_before_a_resume_counts(now: list[float]) -> None:
+    resumed = clock("train.minutes=1", spent=45.0)
+    now[0] += 3
+    assert (resumed.seconds(), resumed.progress(0)) == (48, 0.8)
+    now[0] += 60
+    assert resumed.progress(0) == 1
+
+
+def test_epochs_are_counted_by_steps_whatever_the_time(now: list[float]) -> None:
+    running = clock("train.epochs=4")
+    now[0] += 1e6
+    assert [running.progress(step) for step in (0, 10, 40, 50)] == [0, 0.25, 1, 1]
