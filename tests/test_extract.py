@@ -371,10 +371,10 @@ def test_a_cut_before_the_manifest_leaves_nothing_to_encode_and_is_finished(
 
 
 def refuse(write: Callable[..., None], name: str) -> Callable[..., None]:
-    def full(file: Path, content: Iterable[str]) -> None:
+    def full(file: Path, content: Iterable[bytes], root: Path | None = None) -> None:
         if file.name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, content)
+        write(file, content, root)
 
     return full
 

@@ -22,6 +22,7 @@ from contrastive.evaluate.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, 
 from contrastive.launch import start
 from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
+from contrastive.untrusted.writing import make_folder, replacing
 from contrastive.views import enlarged
 
 LABELS = "labels.npy"
@@ -151,7 +152,7 @@ def features_of(
                 return rows
     if cache is not None:
         try:
-            return _kept(cache / name, key, opened, layers, parts, settings, teller, said)
+            return _kept(cache.parent, cache / name, key, opened, layers, parts, settings, teller, said)
         except (OSError, ValueError) as problem:
             teller.warn(f"features are not kept: {problem}")
     teller.say(said)
@@ -168,6 +169,7 @@ def _complete(folder: Path, key: Mapping[str, Any], layer: str) -> Tensor | None
 
 
 def _kept(
+    root: Path,
     folder: Path,
     key: Mapping[str, Any],
     opened: Opened,
@@ -179,26 +181,26 @@ def _kept(
 ) -> Tensor:
     """The rows of a folder, which are computed where they are not complete; raises where they cannot be written."""
     (layer,) = key["layers"]
-    with stored.held(folder, key, replace=True) as complete:
+    with stored.held(folder, key, replace=True, root=root) as complete:
         if not complete:
             teller.say(said)
-            _fill(folder, key, opened, layers, parts, settings, teller)
+            _fill(folder, key, opened, layers, parts, settings, teller, root)
             if stored.remarks(folder):
-                return _not_kept(folder, layer, teller)
+                return _not_kept(root, folder, layer, teller)
             with together():
                 if distributed.rank() == 0:
-                    stored.finish(folder, [f"{layer}.npy"], key, ())
+                    stored.finish(folder, [f"{layer}.npy"], key, (), root)
         return stored.mapped(folder / f"{layer}.npy")
 
 
-def _not_kept(folder: Path, layer: str, teller: Teller) -> Tensor:
+def _not_kept(root: Path, folder: Path, layer: str, teller: Teller) -> Tensor:
     """Features some of which are those of a grey square: used now, and computed anew when the files can be read."""
     count = len(stored.remarks(folder))
     teller.warn(f"{count} images could not be read now, and stand as grey; so these features are not kept")
     features = stored.mapped(folder / stored.PARTIAL / f"{layer}.npy")
     distributed.barrier()
     if distributed.rank() == 0:
-        stored.remove(folder)
+        stored.remove(folder, root)
     return features
 
 
@@ -305,6 +307,7 @@ def _fill(
     parts: Sequence[Part],
     settings: EncodeSettings,
     teller: Teller,
+    root: Path | None = None,
 ) -> None:
     with teller.bar():
         fill(
@@ -317,6 +320,7 @@ def _fill(
             workers=settings.workers,
             say=teller.say,
             update=teller.update,
+            root=root,
         )
 
 
@@ -325,7 +329,7 @@ def _publish(
 ) -> None:
     """Writes what stands beside complete rows: labels, exports and, last, the manifest."""
     place = output / stored.PARTIAL
-    place.mkdir(exist_ok=True)
+    make_folder(place, output)
     unreadable = [list(entry) for entry in split.unreadable] + stored.remarks(output)
     before = stored.described(output)
     if before is not None:
@@ -333,15 +337,18 @@ def _publish(
     files = [layer["file"] for layer in key["layers"].values()]
     labels = labels_of(parts)
     if labels is not None:
-        np.save(place / LABELS, labels)
+        with replacing(place / LABELS, output) as (_, file):
+            np.save(file, labels)
         files.append(LABELS)
     there = {name: [place / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
     rows = {name: np.load(next(filter(Path.exists, files)), mmap_mode="r") for name, files in there.items()}
     if exports.TABLE in wanted:
-        exports.write_parquet(place / exports.TABLE, rows, entries(parts), labels)
+        with replacing(place / exports.TABLE, output) as (path, _):
+            exports.write_parquet(path, rows, entries(parts), labels)
     for name, values in rows.items():
         if f"{name}.fvecs" in wanted:
-            exports.write_vectors(place / f"{name}.fvecs", values)
+            with replacing(place / f"{name}.fvecs", output) as (path, _):
+                exports.write_vectors(path, values)
     files += dict.fromkeys([*wanted, *((before or {}).get("files", ()))])
     manifest = {
         "model": opened.name if opened.folder is None else str(opened.folder.resolve()),

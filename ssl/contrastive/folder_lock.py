@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from contrastive import distributed
 from contrastive.checkpoints import together
 from contrastive.untrusted.files import read_json, shown
+from contrastive.untrusted.writing import open_there, remove
 
 LOCK = ".lock"
 """The file in the folder that is locked; it stays, empty, when the lock is released."""
@@ -70,6 +71,8 @@ def folder_lock(
 
 def _acquire(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> None:
     try:
+        # No link and no pipe.
+        os.close(open_there(folder / LOCK, append=True))
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
@@ -90,17 +93,19 @@ def _again(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> None:
 
 def _sign(file: Path) -> None:
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with suppress(OSError):
-        file.write_text(json.dumps(holder) + "\n")
+    with suppress(OSError), os.fdopen(open_there(file), "r+b") as writing:
+        writing.truncate()
+        writing.write(f"{json.dumps(holder)}\n".encode())
 
 
 def _release(lock: FileLock, file: Path, *, keep: bool) -> None:
     """Releases the lock; its file goes, while it is still locked, if it is not kept."""
     with suppress(OSError):
         if keep:
-            os.truncate(file, 0)
+            with os.fdopen(open_there(file), "r+b") as writing:
+                writing.truncate()
         else:
-            file.unlink()
+            remove(file)
     lock.release()
 
 

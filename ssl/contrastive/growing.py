@@ -1,16 +1,15 @@
 """A file that grows at its end and outlives a full disk, and another program that removes it."""
 
 import os
-import secrets
 import threading
 from pathlib import Path
 
 from contrastive.untrusted.files import shown
+from contrastive.untrusted.writing import aside_of, make_folder, open_there, remove, rename
 
 MOST_KEPT = 1 << 26
 """Bytes that are kept in memory where a disk is full: days of metrics."""
 PIECE = 1 << 20
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 class Growing:
@@ -20,12 +19,13 @@ class Growing:
     written to its path again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        """Opens the file, which is made where it does not exist, in a root that it must stay in."""
+        self.path, self._root = path, path.parent if root is None else root
         self.failing = False
         self.lost = 0
         """Bytes that are missing: those that were cut off by another program and, once closed, those not written."""
-        self._descriptor = os.open(path, _FLAGS, 0o666)
+        self._descriptor = open_there(path, self._root, append=True)
         self._size = os.fstat(self._descriptor).st_size
         self._kept = bytearray()
         self._watched = True
@@ -82,18 +82,18 @@ class Growing:
             return news
         if not self._watched or _is_at(self.path, own):
             return ""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-        new = os.open(aside, _FLAGS | os.O_EXCL, 0o666)
+        make_folder(self.path.parent, self._root)
+        aside = aside_of(self.path)
+        new = open_there(aside, self._root, append=True)
         try:
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             while piece := os.read(self._descriptor, PIECE):
                 while piece:
                     piece = piece[os.write(new, piece) :]
-            aside.replace(self.path)
+            rename(aside, self.path, self._root)
         except BaseException:
             os.close(new)
-            aside.unlink(missing_ok=True)
+            remove(aside, self._root)
             raise
         os.close(self._descriptor)
         self._descriptor = new

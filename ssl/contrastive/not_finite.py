@@ -12,9 +12,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.checkpoints import way_on, write_whole
+from contrastive.checkpoints import way_on
 from contrastive.machine import Machine
 from contrastive.run import CHECKPOINTS
+from contrastive.untrusted.writing import write_whole
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20

@@ -20,7 +20,6 @@ from contrastive.checkpoints import (
     optimiser_shards,
     sync,
     together,
-    write_whole,
 )
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
@@ -51,6 +50,7 @@ from contrastive.run import (
 from contrastive.step import Taken, compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.untrusted.files import shown
+from contrastive.untrusted.writing import make_folder, remove, write_whole
 from contrastive.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
@@ -307,10 +307,10 @@ def open_run(
 ) -> Run:
     """The folder with its configuration, the list of what could not be read, and the picture of the views."""
     split, _, machine, found, _ = ready
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, folder)
     if (folder / DONE).exists():
         # A finished run that is extended: from here on it is not finished, whenever a cut comes.
-        (folder / DONE).unlink()
+        remove(folder / DONE)
         sync(folder)
     if (folder / CONFIG).exists():
         note(machine.recipe, folder, found, teller)
@@ -319,7 +319,7 @@ def open_run(
     if split.inventory is not None and not (folder / INVENTORY).exists():
         write_inventory(folder / INVENTORY, split.inventory)
     if found is None:
-        (folder / UNREADABLE).unlink(missing_ok=True)
+        remove(folder / UNREADABLE)
     known = {name for name, _ in read_unreadable(folder)}
     if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
         teller.warn(f"{len(new)} files could not be read and were left out: {folder / UNREADABLE}")

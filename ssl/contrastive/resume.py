@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive import distributed
-from contrastive.checkpoints import Checkpoint, newest_checkpoint, write_whole
+from contrastive.checkpoints import Checkpoint, newest_checkpoint
 from contrastive.config import dump_yaml, load, validate
 from contrastive.data import Images
 from contrastive.optim import cosine
@@ -17,6 +17,7 @@ from contrastive.progress import Teller
 from contrastive.recipe import Recipe, TrainSettings
 from contrastive.run import CHECKPOINTS, CONFIG
 from contrastive.untrusted.files import MEBIBYTE, read_text
+from contrastive.untrusted.writing import write_whole
 
 FREE_IN_TRAINING = (
     *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),

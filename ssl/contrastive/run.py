@@ -1,5 +1,6 @@
 """The run folder: what a run writes, how it is resumed, and how it never loses what it has."""
 
+import io
 import json
 import math
 import os
@@ -21,15 +22,18 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from contrastive import distributed
-from contrastive.checkpoints import sync, together, write_whole
+from contrastive.checkpoints import sync, together
 from contrastive.folder_lock import LOCK
 from contrastive.growing import Growing
 from contrastive.metrics_lines import in_words, kept_lines, was
 from contrastive.untrusted.files import check_links, open_lines, shown
+from contrastive.untrusted.writing import make_folder, open_new, remove, write_whole
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
 """What a fine-tuned run has in place of a backbone."""
+FOLDERS = ("backbone", CHECKPOINTS, CLASSIFIER, "tensorboard")
+"""What a run makes in its folder."""
 UNREADABLE, INVENTORY = "unreadable.txt", "images.jsonl"
 VIEWS = "views"
 HISTOGRAM_BINS = 100
@@ -68,9 +72,9 @@ class Run:
         self.folder = folder
         self._warn, self._lock_again = warn, lock_again
         metrics, events = folder / METRICS, folder / "tensorboard"
-        for name in (CONFIG, METRICS, DONE):
+        for name in (*SMALL, INVENTORY, METRICS, DONE):
             for left in folder.glob(f".{name}.*.partial"):
-                left.unlink()
+                remove(left)
         if metrics.exists() or metrics.is_symlink():
             rubbish: list[int] = []
             # What begins anew keeps none, not even of step 0, which it measures again.
@@ -82,8 +86,8 @@ class Run:
         if not step:
             # Of an attempt that was cut off before its first checkpoint, which begins anew.
             for file in events.glob(EVENTS):
-                file.unlink()
-        events.mkdir(parents=True, exist_ok=True)
+                remove(file, folder)
+        make_folder(events, folder)
         self._metrics = Growing(metrics)
         self._earlier = sorted(events.glob(EVENTS))
         # TensorBoard reads files in the order of their names; a run may be cut off and resumed within one second, and
@@ -92,7 +96,7 @@ class Run:
         begins = max(now, *(_latest(file) + 1 for file in self._earlier), 0)
         self._ahead, self._wall = (begins - now) / 1e9, 0.0
         name = f"events.out.tfevents.{begins // 10**9:010d}.{begins % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._events = Growing(events / name)
+        self._events = Growing(events / name, folder)
         self._records = RecordWriter(self._events)
         self._small = {name: (folder / name).read_bytes() for name in SMALL if (folder / name).is_file()}
         self._add(Event(file_version="brain.Event:2"))
@@ -116,10 +120,12 @@ class Run:
     def picture(self, name: str, picture: Tensor, step: int = 0) -> None:
         """Writes a picture, uint8 [3, height, width], to `name.png` in the folder and to TensorBoard."""
         file = self.folder / f"{name}.png"
+        content = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
         try:
-            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file)
+            write_whole(file, [content.getvalue()])
             if file.name in SMALL:
-                self._small[file.name] = file.read_bytes()
+                self._small[file.name] = content.getvalue()
         except OSError as problem:
             self._warn(f"{file} could not be written: {problem}")
         self._show(summary.image(name, picture, dataformats="CHW"), step)
@@ -176,7 +182,7 @@ class Run:
         """
         self._restore()
         self.close()
-        for file in (*exported.iterdir(), exported):
+        for file in (*filter(Path.is_file, exported.iterdir()), exported):
             sync(file)
         files = (self._metrics, self._events)
         lacking = [f"{shown(file.path)} lacks {file.lost:,} bytes" for file in files if file.lost]
@@ -210,7 +216,7 @@ class Run:
         gone = [name for name in self._small if not (self.folder / name).exists()]
         with suppress(OSError):
             for name in gone:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder, self.folder)
                 write_whole(self.folder / name, [self._small[name]])
                 self._warn(f"{shown(self.folder / name)} was removed or renamed by another program: it is written anew")
             if gone:
@@ -257,6 +263,12 @@ def check_content(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"output={folder} holds {state}; add resume=true to go on with it, or output=… for a new one")
     # What is written and removed from here on stays inside.
     check_links(folder)
+    for name in FOLDERS:
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"{shown(folder / name)} is a symbolic link; a run writes into folders of its own: put what it leads "
+                "to in its place"
+            )
 
 
 def _check_shared(folder: Path) -> None:
@@ -265,12 +277,12 @@ def _check_shared(folder: Path) -> None:
     own = folder / f"{START}{start}-{distributed.rank()}"
     try:
         with together():
-            folder.mkdir(parents=True, exist_ok=True)
-            own.touch()
+            make_folder(folder, folder)
+            open_new(own).close()
         there = [(folder / f"{START}{start}-{number}").exists() for number in range(distributed.size())]
         seen = json.loads(distributed.texts(json.dumps(there))[0])
     finally:
-        own.unlink(missing_ok=True)
+        remove(own)
     absent = [str(number) for number, found in enumerate(seen) if not found]
     if absent:
         raise ValueError(

@@ -17,6 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from contrastive.untrusted.files import read_json, shown
+from contrastive.untrusted.writing import make_folder, remove, replacing
 
 LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
 SOURCES = (LOCAL, *HUB)
@@ -149,12 +150,13 @@ def export(
         "num_classes": len(classes),
     }
     model.__dict__["pretrained_cfg"] = description | changed
-    folder.mkdir(parents=True, exist_ok=True)
+    root = folder.parent
+    make_folder(folder, root)
+    for left in folder.glob(".*.partial"):
+        remove(left, root)
     # Each in memory of its own, and not channels_last: safetensors refuses tensors that are shared or not contiguous.
     state = model.state_dict()
-    save_file(
-        {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / WEIGHTS
-    )
-    # Readable for whom the folder is, as config.json; safetensors makes it the owner's alone.
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
-    save_config_for_hf(model, str(folder / CONFIG), {"label_names": list(classes)})
+    with replacing(folder / WEIGHTS, root) as (path, _):
+        save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, path)
+    with replacing(folder / CONFIG, root) as (path, _):
+        save_config_for_hf(model, str(path), {"label_names": list(classes)})

@@ -13,7 +13,6 @@ from contrastive.checkpoints.checkpoint import (
     room_needed,
     sync,
     together,
-    write_whole,
 )
 from contrastive.checkpoints.manifest import folder_name
 from contrastive.checkpoints.reading import newest_checkpoint, way_on
@@ -32,5 +31,4 @@ __all__ = [
     "sync",
     "together",
     "way_on",
-    "write_whole",
 ]

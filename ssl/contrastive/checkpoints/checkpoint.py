@@ -1,8 +1,7 @@
 """What a checkpoint holds, how much room it takes, and how processes agree on what went wrong with one."""
 
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,26 +140,8 @@ def room_needed(checkpoint: Checkpoint, *, keep: int) -> int:
 def sync(path: Path) -> None:
     """Returns once a file, or a folder's list of files, is on the disk."""
     with suppress(PermissionError):  # Windows opens no folder
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def write_whole(file: Path, content: Iterable[bytes]) -> None:
-    """Writes a file that is there as a whole or not at all: aside, under a name of this writer's own, synced, renamed.
-
-    Raises:
-        OSError: if it cannot be written; what was there before stays.
-    """
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with aside.open("xb") as writing:
-            writing.writelines(content)
-        sync(aside)
-        aside.replace(file)
-        sync(file.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -5,6 +5,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from contrastive.checkpoints.checkpoint import FORESEEN, Checkpoint, room_needed
 from contrastive.checkpoints.manifest import File, Manifest, folder_name
 from contrastive.checkpoints.reading import steps, way_on
 from contrastive.checkpoints.writing import copied, publish, rotate, scores, tidy, write
+from contrastive.untrusted.writing import make_folder, remove
 
 PATIENCE = 5.0
 """Seconds that a run which an error ends still gives the thread that writes."""
@@ -145,9 +147,9 @@ class Saver:
         aside = _aside(target)
         with together():
             if first:
-                self.place.mkdir(parents=True, exist_ok=True)
+                make_folder(self.place, self.place.parent)
                 tidy(self.place)
-                aside.mkdir()
+                make_folder(aside, self.place.parent, new=True)
         with together():
             tensors, texts = copied(checkpoint)
         written = _Work(partial(write, aside, tensors, texts, before))
@@ -223,7 +225,8 @@ class Saver:
 
     def _clear(self) -> None:
         if distributed.rank() == 0:
-            shutil.rmtree(_aside(self.place / folder_name(self._step)), ignore_errors=True)
+            with suppress(OSError):
+                remove(_aside(self.place / folder_name(self._step)), self.place.parent)
 
 
 class _Work(threading.Thread):

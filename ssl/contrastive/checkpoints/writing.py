@@ -1,8 +1,8 @@
 """The files and folders of a checkpoint on the disk: written, put into place, and removed."""
 
 import json
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from contrastive.checkpoints.manifest import (
     shard_file,
 )
 from contrastive.checkpoints.reading import steps
+from contrastive.untrusted.writing import open_new, remove, rename, replacing
 
 
 def copied(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
@@ -60,32 +61,36 @@ def write(
     before: Callable[[], object] | None,
 ) -> dict[str, File]:
     """Writes and syncs the files of this process; what they are known by."""
+    root = root_of(aside)
     for name, text in texts.items():
-        (aside / name).write_text(text, "utf-8")
+        with open_new(aside / name, root) as file:
+            file.write(text.encode())
     for name, state in tensors.items():
-        save_file(state, aside / name)
-        # Readable for whom the folder is, as any other file; safetensors makes it the owner's alone.
-        (aside / name).chmod(aside.stat().st_mode & 0o666)
+        with replacing(aside / name, root, synced=False) as (path, _):
+            save_file(state, path)
     written = [aside / name for name in (*tensors, *texts)]
-    for file in written:
-        sync(file)
+    for path in written:
+        sync(path)
     if before is not None and distributed.rank() == 0:
         before()
-    return {file.name: File(bytes=file.stat().st_size, sha256=digest(file)) for file in written}
+    return {path.name: File(bytes=path.stat().st_size, sha256=digest(path)) for path in written}
 
 
 def publish(aside: Path, target: Path, manifest: Manifest) -> None:
     """Makes a checkpoint of the files that all processes have written aside."""
-    (aside / FILE).write_text(manifest.text(), "utf-8")
+    root = root_of(aside)
+    with open_new(aside / FILE, root) as file:
+        file.write(manifest.text().encode())
     sync(aside / FILE)
     sync(aside)
     # The same step may have been saved before, and be the only checkpoint: it stays readable until the new one is.
     replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
+        rename(target, replaced, root)
+    rename(aside, target, root)
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        remove(replaced, root)
 
 
 def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
@@ -97,7 +102,8 @@ def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
         stay.append(max(found, key=lambda folder: found[folder]))
     for folder in there:
         if folder not in stay:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                remove(folder, root_of(folder))
 
 
 def scores(place: Path, *, upto: str) -> dict[Path, float]:
@@ -116,13 +122,18 @@ def scores(place: Path, *, upto: str) -> dict[Path, float]:
 def tidy(place: Path) -> None:
     """Removes what a run that was cut off while it saved has left."""
     for folder in place.glob(".step-*.partial*"):
-        shutil.rmtree(folder)
+        remove(folder, root_of(folder))
     for folder in place.glob("step-*.replaced"):
         original = folder.with_suffix("")
         if original.exists():
-            shutil.rmtree(folder)
+            remove(folder, root_of(folder))
         else:
-            folder.rename(original)
+            rename(folder, original, root_of(folder))
+
+
+def root_of(folder: Path) -> Path:
+    """What a checkpoint's folder must stay in, the run's: RUN/checkpoints may be a stranger's link."""
+    return folder.parent.parent
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from contrastive.checkpoints import write_whole
 from contrastive.data.digests import DIGEST
 from contrastive.data.images import Inventory
 from contrastive.untrusted.files import open_lines, shown
+from contrastive.untrusted.writing import write_whole
 
 MOST_NAMED = 3
 

@@ -55,6 +55,7 @@ def fill(
     workers: int,
     say: Callable[[str], None],
     update: Callable[[str, float, str], None],
+    root: Path | None = None,
 ) -> None:
     """Encodes the images whose rows are not in the folder yet; collective, in a folder that is `held`.
 
@@ -71,6 +72,7 @@ def fill(
         workers: threads that read ahead.
         say: told what is there already.
         update: told what is done, how much of it, and how fast.
+        root: that of `held`.
 
     Raises:
         ValueError: if features are not finite or an image's layer is not one vector.
@@ -94,7 +96,7 @@ def fill(
     count, expected = 0, sum(len(ids) for _, ids in own)
     device = next(layers.parameters()).device
     start = time.monotonic()
-    with together(), Writer(folder, layers.layers) as writer:
+    with together(), Writer(folder, layers.layers, root) as writer:
         for part in parts:
             batches = [ids for owner, ids in own if owner is part]
             failed: dict[str, str] = getattr(part.images, "failed", {})

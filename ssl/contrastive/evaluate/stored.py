@@ -5,9 +5,9 @@ where each process notes the rows that it has safely written.
 """
 
 import json
+import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,9 +20,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from contrastive import distributed
-from contrastive.checkpoints import sync, together
+from contrastive.checkpoints import together
+from contrastive.untrusted import writing
 from contrastive.untrusted.arrays import mapped_array
 from contrastive.untrusted.files import LARGEST_JSON, open_lines, parse_json, read_json
+from contrastive.untrusted.writing import make_folder, open_new, rename, write_whole
 
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEY, DONE, ANY_DONE = "key.json", "done-{:05d}.txt", "done-*.txt"
@@ -66,7 +68,9 @@ def ours(folder: Path) -> bool:
 
 
 @contextmanager
-def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1) -> Iterator[bool]:
+def held(
+    folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1, root: Path | None = None
+) -> Iterator[bool]:
     """Holds a folder for the features of a key while it is open; tells whether they are complete; collective.
 
     Where they are not, they are begun, or those that were begun are left as they are.
@@ -76,6 +80,7 @@ def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1
         key: as in `state`, with the files and shapes under "layers".
         replace: delete the features of another key.
         copies: how many times the space of the features is needed.
+        root: a folder above, which no link may lead out of; without one that is the folder itself.
 
     Raises:
         ValueError: if it holds features of another key, or another program holds it, or the disk has no room; on the
@@ -87,14 +92,14 @@ def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1
         try:
             with together():
                 if distributed.rank() == 0:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    make_folder(folder, root or folder)
                     try:
                         stack.enter_context(FileLock(folder / LOCK, timeout=0))
                     except Timeout as problem:
                         raise ValueError(f"{folder} is being written by another program; wait for it") from problem
                     # While it is held: afterwards it may be another program's.
-                    stack.callback((folder / LOCK).unlink, missing_ok=True)
-                    complete = _ready(folder, key, replace, copies)
+                    stack.callback(writing.remove, folder / LOCK, root)
+                    complete = _ready(folder, key, replace, copies, root)
         except BaseException:
             stack.close()
             if not existed and distributed.rank() == 0:
@@ -104,7 +109,7 @@ def held(folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1
         yield distributed.any_rank(complete)
 
 
-def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int) -> bool:
+def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int, root: Path | None) -> bool:
     try:
         found = state(folder, key)
     except ValueError as problem:
@@ -112,7 +117,7 @@ def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int) -> 
             raise ValueError(
                 f"{folder} holds other features: {problem}; overwrite=true replaces them, or name another output"
             ) from problem
-        remove(folder)
+        remove(folder, root)
         found = "absent"
     shapes = {name: layer["shape"] for name, layer in key["layers"].items()}
     needed = sum(4 * rows * width for rows, width in shapes.values()) * (copies - (found != "absent"))
@@ -120,7 +125,7 @@ def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int) -> 
     if needed > free:
         raise ValueError(f"{folder}: the features take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free")
     if found == "absent":
-        _begin(folder, key, shapes)
+        _begin(folder, key, shapes, root or folder)
     return found == "complete"
 
 
@@ -163,16 +168,14 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [f"{name} was {_brief(old)} and is {_brief(new)}"]
 
 
-def remove(folder: Path) -> None:
-    """Deletes features, complete or begun, and nothing else that lies in the folder."""
+def remove(folder: Path, root: Path | None = None) -> None:
+    """Deletes features, complete or begun, and nothing else that lies in the folder; `root` is that of `held`."""
     found: dict[str, Any] = {}
     with suppress(ValueError):
         found = described(folder) or {}
     # First of all: what is half deleted must not look complete.
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    for file in found.get("files", ()):
-        (folder / file).unlink(missing_ok=True)
+    for name in (MANIFEST, PARTIAL, *found.get("files", ())):
+        writing.remove(folder / name, root)
 
 
 def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -195,7 +198,11 @@ def remarks(folder: Path) -> list[Any]:
 
 
 def finish(
-    folder: Path, names: Sequence[str], manifest: Mapping[str, Any], images: Iterable[Sequence[str | int]]
+    folder: Path,
+    names: Sequence[str],
+    manifest: Mapping[str, Any],
+    images: Iterable[Sequence[str | int]],
+    root: Path | None = None,
 ) -> None:
     """Moves complete files to their place and writes the manifest, last; called by one process.
 
@@ -204,20 +211,23 @@ def finish(
         names: the files in `.partial` to keep.
         manifest: JSON values, the key among them.
         images: for each row its entry in the manifest, streamed.
+        root: that of `held`.
     """
+    root = root or folder
     for name in names:
         if (folder / PARTIAL / name).exists():  # or a cut came between the moves
-            (folder / PARTIAL / name).replace(folder / name)
+            rename(folder / PARTIAL / name, folder / name, root)
     head = json.dumps({**manifest, "files": list(names)}, indent=1)
 
-    def lines() -> Iterable[str]:
-        yield head.removesuffix("\n}") + f",\n{IMAGES}"
+    def lines() -> Iterable[bytes]:
+        yield (head.removesuffix("\n}") + f",\n{IMAGES}").encode()
         for number, entry in enumerate(images):
-            yield f"{',' if number else ''}\n  {json.dumps(list(entry))}"
-        yield "\n ]\n}\n"
+            yield f"{',' if number else ''}\n  {json.dumps(list(entry))}".encode()
+        yield b"\n ]\n}\n"
 
-    write_whole(folder / MANIFEST, lines())
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    write_whole(folder / MANIFEST, lines(), root)
+    with suppress(OSError):
+        writing.remove(folder / PARTIAL, root)
 
 
 def mapped(file: Path) -> Tensor:
@@ -226,53 +236,34 @@ def mapped(file: Path) -> Tensor:
     return torch.from_numpy(mapped_array(file, "c"))
 
 
-def write_whole(file: Path, content: Iterable[str]) -> None:
-    """Writes a text file that is there in whole or not at all, whenever a cut comes and whoever else writes it."""
-    aside = aside_of(file)
-    try:
-        with aside.open("w", encoding="utf-8") as opened:
-            opened.writelines(content)
-        sync(aside)
-        aside.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    sync(file.parent)
-
-
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, as `write_whole` does."""
-    write_whole(file, [json.dumps(value, indent=1), "\n"])
+    write_whole(file, [json.dumps(value, indent=1).encode(), b"\n"])
 
 
-def aside_of(file: Path) -> Path:
-    """A name beside a file, of this process alone, to write it under before it takes the file's name."""
-    return file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-
-
-def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], root: Path) -> None:
     """Makes the files NAME.npy, with their space on the disk, so that a full disk is found now."""
     place = folder / PARTIAL
     # What was cut off before the key was written is nothing to go on from.
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    writing.remove(place, root)
+    make_folder(place, root, new=True)
     try:
-        _allocate(place, shapes)
-        write_whole(place / KEY, [json.dumps(key, indent=1)])
+        _allocate(place, shapes, root)
+        write_whole(place / KEY, [json.dumps(key, indent=1).encode()], root)
     except OSError:
         # Files without their rows would only take the room.
-        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            writing.remove(place, root)
         raise
 
 
-def _allocate(place: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+def _allocate(place: Path, shapes: Mapping[str, Sequence[int]], root: Path) -> None:
     for name, shape in shapes.items():
-        array = np.lib.format.open_memmap(place / f"{name}.npy", "w+", np.float32, tuple(shape))
-        size = array.nbytes + array.offset
-        del array
-        if hasattr(os, "posix_fallocate") and size:
-            with (place / f"{name}.npy").open("r+b") as file:
+        with open_new(place / f"{name}.npy", root) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
+            size = file.tell() + 4 * math.prod(shape)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.evaluate.stored import DONE, PARTIAL, REMARK
+from contrastive.untrusted.writing import open_there
 
 SECONDS_BETWEEN_SYNCS = 2.0
 
@@ -26,16 +27,20 @@ class Writer:
     exception ends it; after a write or a sync that failed, what was not noted before stays so, and is done again.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], root: Path | None = None) -> None:
+        """Opens the files NAME.npy of a folder of features that is `held` with the root."""
+        root = root or folder
         self._stack = ExitStack()
         place = folder / PARTIAL
         self._files = {}
         for name in names:
             array = np.load(place / f"{name}.npy", mmap_mode="r")
-            file = self._stack.enter_context((place / f"{name}.npy").open("r+b"))
+            descriptor = open_there(place / f"{name}.npy", root)
+            file = self._stack.enter_context(os.fdopen(descriptor, "r+b"))
             self._files[name] = (file, array.offset, array.shape[1])
             del array
-        self._done = self._stack.enter_context((place / DONE.format(distributed.rank())).open("a", encoding="utf-8"))
+        descriptor = open_there(place / DONE.format(distributed.rank()), root, append=True)
+        self._done = self._stack.enter_context(os.fdopen(descriptor, "a", encoding="utf-8"))
         self._done.write("\n" if self._done.tell() else "")
         self._unsafe: list[str] = []
         self._synced = monotonic()

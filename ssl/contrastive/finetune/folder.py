@@ -1,6 +1,5 @@
 """The folder of a fine-tuning: how it is begun, described, gone on with, and removed where nothing came of it."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from contrastive.finetune.task import Task
 from contrastive.progress import Teller
 from contrastive.resume import check_facts, check_processes, check_settings
 from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, METRICS, Run, read_metrics
+from contrastive.untrusted.writing import make_folder, remove, write_whole
 
 FREE = {
     "output",
@@ -88,9 +88,9 @@ def open_run(
 ) -> Run:
     """The folder with its configuration, to be written to from the checkpoint's step on."""
     # It tells a run from a classifier, also while there is none yet.
-    (folder / CLASSIFIER).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / CLASSIFIER, folder)
     if not (folder / CONFIG).exists():
-        (folder / CONFIG).write_text(header + dump_yaml(task.settings), "utf-8")
+        write_whole(folder / CONFIG, [(header + dump_yaml(task.settings)).encode()])
     run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
     if found is None:
         run.text("config", dump_yaml(task.settings))
@@ -104,10 +104,8 @@ def remove_unbegun(folder: Path) -> None:
     """
     if any((folder / CHECKPOINTS).glob("*")) or any(line["step"] for line in read_metrics(folder)):
         return
-    for name in (CONFIG, METRICS):
-        (folder / name).unlink(missing_ok=True)
-    for name in (CLASSIFIER, CHECKPOINTS, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (CONFIG, METRICS, CLASSIFIER, CHECKPOINTS, "tensorboard"):
+        remove(folder / name)
 
 
 def describe(

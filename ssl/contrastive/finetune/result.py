@@ -1,6 +1,5 @@
 """What came of fine-tuning: the one look at the test images, the classifier in timm's format, pictures and a record."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from contrastive.data import Images
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.intervals import wilson
-from contrastive.evaluate.stored import write_whole
+from contrastive.evaluate.stored import write_json
 from contrastive.finetune.classifier import Probe
 from contrastive.finetune.task import Task, outputs, probe_logits
 from contrastive.progress import Teller
@@ -85,7 +84,7 @@ def measure(
         if probe is not None and probe.held_out is not None:
             line += f"; the probe {100 * probe.held_out:.1f} %"
         said.append(line)
-    write_whole(run.folder / RESULT, [json.dumps(record, indent=1), "\n"])
+    write_json(run.folder / RESULT, record)
     if test is not None and ids is not None and logits is not None:
         _draw(logits, test, ids, classes, record["step"], run, teller)
     run.finish(run.folder / CLASSIFIER)

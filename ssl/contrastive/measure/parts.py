@@ -1,7 +1,6 @@
 """What is measured of a run: features of each kind, and what is found of them."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from contrastive.evaluate.layers import BACKBONE, EMBEDDING, OneLayer
 from contrastive.evaluate.map import flat_map
 from contrastive.evaluate.protocol import Gallery, Task
 from contrastive.evaluate.scores import Evaluation
-from contrastive.evaluate.stored import aside_of
 from contrastive.evaluate.two_views import Pixels, two_views
 from contrastive.extract import features_of, layers_of
 from contrastive.measure.layer import distances_of
@@ -32,6 +30,7 @@ from contrastive.opened import Opened
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS
+from contrastive.untrusted.writing import make_folder, replacing
 
 FEATURES = "features"
 FOREIGN = "of other data than the run's"
@@ -129,15 +128,12 @@ def comparison(
         assert settings.metric is not None, "only metrics that were asked for are fitted"
         name = kind.replace(" ", "_").replace("(", "").replace(")", "")
         file = output / "metrics" / settings.metric.name / f"{name}.safetensors"
-        aside = aside_of(file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fitted.save(aside)
-            aside.replace(file)
+            make_folder(file.parent, output)
+            with replacing(file, output) as (path, _):
+                fitted.save(path)
         except (OSError, SafetensorError) as problem:
             teller.warn(f"{file} could not be written: {problem}")
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
 
     def augmented(kind: str) -> AugmentedResult:
         assert split.test is not None

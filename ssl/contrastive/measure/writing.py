@@ -10,8 +10,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from contrastive.checkpoints import sync
-from contrastive.evaluate.stored import aside_of
 from contrastive.launch import in_a_line
 from contrastive.measure.record import EVALUATION, OUTCOMES, Outcomes, Record, merge, with_kept
 from contrastive.opened import digest
@@ -19,6 +17,7 @@ from contrastive.report import Findings, write_report
 from contrastive.run import CONFIG
 from contrastive.untrusted.arrays import read_tensors
 from contrastive.untrusted.files import read_json
+from contrastive.untrusted.writing import aside_of, make_folder, open_new, remove, rename, replacing
 
 LOCK, LOCK_SECONDS = ".evaluation.lock", 120.0
 PROBED = 1 << 20
@@ -44,8 +43,8 @@ def unwritable(output: Path) -> str:
     """Why a folder cannot be written to, found by writing a megabyte; empty where it can; nothing is left behind."""
     probe = aside_of(output / "probe")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
+        make_folder(output, output)
+        with open_new(probe) as file:
             file.write(bytes(PROBED))
             file.flush()
             os.fsync(file.fileno())
@@ -53,7 +52,7 @@ def unwritable(output: Path) -> str:
         return in_a_line(problem)
     finally:
         with suppress(OSError):
-            probe.unlink(missing_ok=True)
+            remove(probe)
     return ""
 
 
@@ -108,12 +107,12 @@ def read(output: Path) -> tuple[dict[str, Any], Outcomes]:
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
     """The folder's lock, which the system takes back from a process that dies."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, output)
     with FileLock(output / LOCK, timeout=LOCK_SECONDS):
         # Whoever wrote these has died: the others wait.
         for litter in output.glob(".*.partial"):
             if litter.name.startswith((f".{EVALUATION}.", f".{OUTCOMES}.", ".report.html.")):
-                litter.unlink(missing_ok=True)
+                remove(litter)
         yield
 
 
@@ -129,7 +128,7 @@ def _merged(record: Record, outcomes: Outcomes, output: Path, warn: Warn) -> tup
     except FileNotFoundError:
         return record, outcomes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        (output / EVALUATION).replace(output / DAMAGED)
+        rename(output / EVALUATION, output / DAMAGED)
         warn(f"{output / EVALUATION} was damaged and is {DAMAGED} now: {in_a_line(problem)}")
         return record, outcomes
     if dropped:
@@ -139,24 +138,23 @@ def _merged(record: Record, outcomes: Outcomes, output: Path, warn: Warn) -> tup
 
 def _keep(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
     """Both are written aside before one takes the place of what was there: a full disk leaves both as they were."""
-    aside = {name: aside_of(output / name) for name in (OUTCOMES, EVALUATION)}
+    whole["outcomes"] = None
+    aside = aside_of(output / OUTCOMES)
     try:
-        whole["outcomes"] = None
         with _warned(output / OUTCOMES, warn):
-            save_file({name: value.contiguous() for name, value in outcomes.items()}, aside[OUTCOMES])
-            sync(aside[OUTCOMES])
-            whole["outcomes"] = digest(aside[OUTCOMES])
-        with _warned(output / EVALUATION, warn):
-            aside[EVALUATION].write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            sync(aside[EVALUATION])
+            with replacing(aside) as (path, _):
+                save_file({name: value.contiguous() for name, value in outcomes.items()}, path)
+            whole["outcomes"] = digest(aside)
+        with _warned(output / EVALUATION, warn), replacing(output / EVALUATION) as (_, file):
+            file.write(f"{json.dumps(whole, indent=1)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
             # The record comes last: it knows its outcomes by their hash.
-            for name in (OUTCOMES, EVALUATION) if whole["outcomes"] else (EVALUATION,):
-                aside[name].replace(output / name)
-            sync(output)
+            if whole["outcomes"]:
+                rename(aside, output / OUTCOMES)
     finally:
-        for file in aside.values():
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(aside)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from contrastive.evaluate.alone import sentences
 from contrastive.evaluate.kinds import label
-from contrastive.evaluate.stored import write_whole
 from contrastive.report import plots
 from contrastive.report.findings import Findings, has_labels
 from contrastive.report.history import History, facts, read_history, warnings_of
@@ -25,6 +24,7 @@ from contrastive.report.score_table import sheets
 from contrastive.report.tensorboard import write_tensorboard
 from contrastive.report.training_curves import is_thinned, panels
 from contrastive.untrusted.files import spelled
+from contrastive.untrusted.writing import write_whole
 
 REPORT = "report.html"
 SIDE = 96
@@ -81,7 +81,7 @@ def write_report(
     shown = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, seen, seed)
     shown["sections"] = [(anchor, name) for anchor, name in SECTIONS.items() if _has(shown, anchor)]
     page = (output or findings.folder) / REPORT
-    write_whole(page, [_render(shown)])
+    write_whole(page, [_render(shown).encode()])
     try:
         write_tensorboard(findings, seen, seed, page.parent / "tensorboard")
     except Exception as problem:

@@ -1,6 +1,6 @@
 """The pictures of the report for TensorBoard, and the embeddings with small pictures for its projector."""
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from contrastive.evaluate.map import principal_components
-from contrastive.evaluate.stored import aside_of
 from contrastive.report import plots
 from contrastive.report.findings import Findings, drawn
 from contrastive.report.look import Look
@@ -18,7 +17,7 @@ from contrastive.report.neighbours import Query
 from contrastive.report.pictures import sheet, thumbnails
 from contrastive.similarity import normalize
 from contrastive.untrusted.files import spelled
-from contrastive.untrusted.raw_bytes import utf8_path
+from contrastive.untrusted.writing import aside_of, folder_path, make_folder, remove, rename
 
 FOLDER = "evaluation"
 MOST = 2_000
@@ -42,15 +41,16 @@ def write_tensorboard(findings: Findings, seen: Look, seed: int, place: Path | N
         OSError: if it cannot be written; what was there then stays.
     """
     place = place or findings.folder / "tensorboard"
-    aside = aside_of(place / FOLDER)
+    root, aside = place.parent, aside_of(place / FOLDER)
     try:
-        aside.mkdir(parents=True)
-        with utf8_path(aside) as named, SummaryWriter(str(named)) as writer:
+        make_folder(aside, root, new=True)
+        with folder_path(aside, root) as path, SummaryWriter(str(path)) as writer:
             _write(writer, findings, seen, seed)
-        shutil.rmtree(place / FOLDER, ignore_errors=True)
-        aside.rename(place / FOLDER)
+        remove(place / FOLDER, root)
+        rename(aside, place / FOLDER, root)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            remove(aside, root)
 
 
 def _write(writer: SummaryWriter, findings: Findings, seen: Look, seed: int) -> None:
