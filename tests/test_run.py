@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from contrastive import run as run_module
 from contrastive.run import Run, prepare, read_metrics
+from contrastive.untrusted.writing import write_whole
 
 
 def test_metrics_are_lines_and_curves_from_the_first_step_and_never_double_back(tmp_path: Path) -> None:
@@ -291,3 +292,19 @@ def test_what_was_exported_is_on_the_disk_before_done_is_written(
     Run(tmp_path).finish(tmp_path / "backbone")
     assert synced[:2] == ["model.safetensors", "backbone"]
     assert (tmp_path / "done").exists()
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_its_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "done").write_text("before")
+    seen: list[tuple[int, str]] = []
+    fsync = os.fsync
+
+    def noted(file: int) -> None:
+        seen.append((os.fstat(file).st_ino, (tmp_path / "done").read_text()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_whole(tmp_path / "done", [b"after"])
+    assert seen == [((tmp_path / "done").stat().st_ino, "before"), (tmp_path.stat().st_ino, "after")]
