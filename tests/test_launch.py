@@ -144,6 +144,18 @@ def test_a_signal_that_nobody_asked_for_is_not_lost() -> None:
         failing()
 
 
+def test_what_a_signal_breaks_in_the_middle_of_something_ends_as_the_signal_does() -> None:
+    def broken() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise OSError(9, "Bad file descriptor")
+
+    with pytest.raises(Interrupted) as ended, Stop(at_once=True):
+        broken()
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
 def test_an_indivisible_batch_names_a_batch_that_divides(tmp_path: object) -> None:
     code = (
         "from contrastive.launch import start\n"

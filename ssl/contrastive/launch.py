@@ -219,8 +219,13 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
-        if kind is None and self.signal is None and self._received is not None:
+        if self._received is None or self.signal is not None:
+            return
+        if kind is None:
             signal.raise_signal(self._received)
+        elif self._at_once and not issubclass(kind, Interrupted):
+            # Raised in the middle of anything, it may come out as another exception.
+            raise Interrupted(self._received)
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:

@@ -1,4 +1,7 @@
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,9 @@ import torch
 from PIL import Image
 
 from contrastive.data import Folder, InMemory, listed, shorthand
-from contrastive.data.files import Files
+from contrastive.data.decode import UnreadableImageError
+from contrastive.data.files import Files, in_threads
+from contrastive.launch import Interrupted, Stop
 
 
 def picture(path: Path, value: int = 0, side: int = 8, **options) -> Path:
@@ -285,3 +290,26 @@ def test_shorthand_knows_names_and_paths_and_helps_with_neither(tmp_path):
         shorthand("cifra10")
     with pytest.raises(ValueError, match="but holds nothing like 'zzzzzz'"):
         shorthand(str(tmp_path / "zzzzzz"))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_signal_in_the_middle_of_a_decoder_calls_no_image_broken(tmp_path, workers):
+    began, found = threading.Event(), []
+
+    def visit(position):
+        began.set()
+        try:
+            time.sleep(0.05)
+        except BaseException as problem:  # as a file that a decoder then closes twice makes it
+            raise UnreadableImageError(tmp_path / f"{position}.png", "bad file descriptor") from problem
+
+    def send():
+        assert began.wait(10)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(Interrupted), Stop(at_once=True), Stop(at_once=True):
+        found.append(in_threads(visit, 40, workers))
+    sender.join()
+    assert found == []

@@ -173,16 +173,19 @@ def in_threads(
         return len(positions)
 
     starts = range(0, count, CHUNK)
-    with quiet():
-        if workers < 2 or len(starts) < 2:
+    # Not in the thread that asks, for that may be the main one: a signal's exception, raised in the middle of a
+    # decoder, can leave it as another one, and a sound file would be called broken.
+    with quiet(), ThreadPoolExecutor(max(workers, 1), thread_name_prefix="decode") as pool:
+        try:
+            futures: list[Future[int]] = [pool.submit(chunk, start) for start in starts]
+            _follow((future.result() for future in as_completed(futures)), count, report)
+        except RuntimeError as problem:
+            if "can't start new thread" not in str(problem):
+                raise
+            pool.shutdown(cancel_futures=True)
             _follow(map(chunk, starts), count, report)
-        else:
-            with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-                futures: list[Future[int]] = [pool.submit(chunk, start) for start in starts]
-                try:
-                    _follow((future.result() for future in as_completed(futures)), count, report)
-                finally:
-                    pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return dict(sorted(failures.items()))
 
 
