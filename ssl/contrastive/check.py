@@ -66,7 +66,7 @@ def check(recipe: Recipe) -> None:
 
 def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
     """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
-    split, order, machine, found, _ = ready
+    split, order, machine, found = ready[:4]
     settings, first = machine.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
     compile_encoder(machine, split.train, order, begun)
@@ -161,7 +161,7 @@ def memory() -> tuple[int, int]:
 
 def _seconds_of_a_step(ready: Ready, step: int) -> float:
     """The median of some more steps, with the wait for their images; the same on all processes."""
-    split, order, machine, _, _ = ready
+    split, order, machine = ready[:3]
     device, rank, size = machine.accelerator.device, distributed.rank(), distributed.size()
     workers = machine.recipe.train.workers
     taken: list[float] = []

@@ -10,11 +10,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from contrastive.data import ClassOrder, Images, Order
+from contrastive.data import ClassOrder, Composition, Images, Order, composition, way_out
 from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
-from contrastive.objectives import ObjectiveModule, Population
-from contrastive.recipe import Recipe
+from contrastive.objectives import MarginSoftmax, NPair, ObjectiveModule, Population, Queue, Ranking
+from contrastive.recipe import POSITIVES_IN_BATCH, Recipe
 from contrastive.views import Views, enlarged
 
 M = TypeVar("M", bound=nn.Module)
@@ -113,6 +113,61 @@ def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None
             f"images; resume it on {begun_on}"
         )
     return found
+
+
+def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition | None:
+    """What the batches hold where classes are the ids; None where images are.
+
+    Raises:
+        ValueError: if nothing could be learned: all images have one class, or no batch holds the negatives, or the
+            positives, that the objective takes from it.
+    """
+    if recipe.ids != "labels":
+        return None
+    ids, name = label_names(images), recipe.objective.name
+    instead = "ids=images, as in the recipes called …_instances, makes each image a class of its own"
+    if int(ids.max()) == 0:
+        raise ValueError(
+            f"ids=labels takes negatives from other classes, and all {len(ids):,} images are of one class; {instead}"
+        )
+    views = 1 if recipe.objective.splits_views else recipe.views.num_views
+    found = composition(order, ids, views=views, paired=isinstance(recipe.objective, NPair))
+    if not isinstance(recipe.objective, (*POSITIVES_IN_BATCH, Ranking)):
+        return found
+    size, per_class = recipe.train.batch_size, recipe.train.images_per_class
+    asked = f"train.batch_size={size}" + (f" and train.images_per_class={per_class}" if per_class else "")
+    fewer = way_out(ids.bincount().numpy(), size, size // 2)
+    if found.without_negatives == found.batches:
+        raise ValueError(
+            f"objective={name} takes negatives from the batch, and with {asked} each batch holds one class alone: the "
+            f"loss would be 0 without anything learned; {fewer}"
+        )
+    if found.without_positives == found.batches:
+        raise ValueError(
+            f"objective={name} takes positives from the batch, and with {asked}, of one view each, no batch "
+            "holds two images of a class; {fewer}, or set views.num_views=2"
+        )
+    return found
+
+
+def negatives_of(recipe: Recipe, images: Images, found: Composition | None, most: int) -> int:
+    """Negatives of an anchor in a step, on average over the anchors where classes are the ids.
+
+    Args:
+        recipe: the recipe.
+        images: what there is to train on.
+        found: what the batches hold.
+        most: the objective's number where each image is a class of its own.
+    """
+    if found is None or isinstance(recipe.objective, MarginSoftmax):
+        return most
+    if isinstance(recipe.objective, (*POSITIVES_IN_BATCH, Ranking)):
+        return round(found.negatives)
+    if isinstance(recipe.objective, Queue):
+        # What stands in the queue are images of all classes, by their shares.
+        shares = label_names(images).bincount().double() / len(images)
+        return round(most * (1 - shares.square().sum().item()))
+    return most
 
 
 def label_names(images: Images) -> Int64[Tensor, " images"]:

@@ -84,7 +84,8 @@ def _run(
     lock_again: Callable[[], None],
 ) -> None:
     """A run from what is read before the first step to `done`, in a folder that no other program writes to."""
-    split, order, machine, found, _ = ready = make_ready(recipe, accelerator, folder, teller)
+    ready = make_ready(recipe, accelerator, folder, teller)
+    split, order, machine, found = ready[:4]
     compile_encoder(machine, split.train, order, found.step if found else 0)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
@@ -306,7 +307,7 @@ def open_run(
     ready: Ready, folder: Path, teller: Teller, header: str = "", lock_again: Callable[[], None] = lambda: None
 ) -> Run:
     """The folder with its configuration, the list of what could not be read, and the picture of the views."""
-    split, _, machine, found, _ = ready
+    split, _, machine, found = ready[:4]
     make_folder(folder, folder)
     if (folder / DONE).exists():
         # A finished run that is extended: from here on it is not finished, whenever a cut comes.

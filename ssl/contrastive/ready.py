@@ -9,9 +9,19 @@ from accelerate import Accelerator
 from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, together
 from contrastive.config import load
-from contrastive.data import ClassOrder, Folder, Inventory, Order, Split, changes, leave_out, read_inventory
+from contrastive.data import (
+    ClassOrder,
+    Composition,
+    Folder,
+    Inventory,
+    Order,
+    Split,
+    changes,
+    leave_out,
+    read_inventory,
+)
 from contrastive.folder_lock import folder_lock
-from contrastive.machine import Machine, batches, build, cautions
+from contrastive.machine import Machine, batches, build, cautions, check_classes, negatives_of
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.resume import (
@@ -33,6 +43,7 @@ from contrastive.resume import (
 from contrastive.run import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
 from contrastive.scale import in_words, scale
 from contrastive.untrusted.files import shown
+from contrastive.vocabulary import many
 
 
 class Ready(NamedTuple):
@@ -45,6 +56,8 @@ class Ready(NamedTuple):
     """What it goes on from, in the machine already."""
     extended: str | None = None
     """What to say of a schedule that is not the one it was begun with."""
+    contrasts: Composition | None = None
+    """What the batches hold where classes are the ids."""
 
 
 def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = True) -> bool:
@@ -143,6 +156,7 @@ def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: T
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
     begun_on = found.facts["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    contrasts = check_classes(recipe, split.train, order)
     extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
     machine = build(recipe, accelerator, split.train)
     if split.test is not None:
@@ -151,12 +165,12 @@ def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: T
         if found.facts.get("held_out", machine.held_out) != machine.held_out:
             teller.warn("the held-out images are not those that the run was begun with: scores are not comparable")
         _restore(machine, found)
-    return Ready(split, order, machine, found, extended)
+    return Ready(split, order, machine, found, extended, contrasts)
 
 
 def describe(ready: Ready, teller: Teller) -> None:
     """Says what will run, so that a mistake is seen before hours have gone by."""
-    split, order, machine, _, extended = ready
+    split, order, machine, _, extended, contrasts = ready
     recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
     processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
@@ -180,8 +194,9 @@ def describe(ready: Ready, teller: Teller) -> None:
     teller.say(f"objective  {recipe.objective.name}{silent}")
     sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
     ids = len(train) if machine.names is None else int(machine.names.max()) + 1
-    cost = in_words(scale(recipe.objective, images=ids, processes=processes, **sizes))
-    teller.say(f"negatives  {'at most ' if recipe.ids == 'labels' else ''}{cost}")
+    cost = scale(recipe.objective, images=ids, processes=processes, **sizes)
+    cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
+    teller.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
     teller.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
@@ -191,6 +206,11 @@ def describe(ready: Ready, teller: Teller) -> None:
     teller.say(f"run        {folder_of(recipe).resolve()}")
     for caution in cautions(machine):
         teller.warn(caution)
+    if contrasts is not None and contrasts.without_negatives:
+        teller.warn(
+            f"in {contrasts.without_negatives:,} of {many(contrasts.batches, 'batch', 'batches')} all images are of "
+            "one class, and have no negatives; train.images_per_class=… fills each batch with several classes"
+        )
     if isinstance(order, ClassOrder) and order.left_out:
         teller.warn(
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "

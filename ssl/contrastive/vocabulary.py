@@ -1,4 +1,4 @@
-"""What other libraries and the papers call keys, objectives and recipes of ours: the answers to names that we lack."""
+"""What other libraries and papers call keys, objectives and recipes of ours; and the plural of what is counted."""
 
 from collections.abc import Mapping
 
@@ -133,3 +133,8 @@ HINTS: Mapping[str, str] = {
     for name in names.split()
 }
 """A key that no setting here has, and what is done instead."""
+
+
+def many(count: int, noun: str, plural: str = "") -> str:
+    """A number and what is counted: 1 image, 2,000 images."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -1,10 +1,13 @@
 """Batches of P classes with K images of each: what is in them, and that they resume."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from contrastive.data import ClassOrder, Loader
+from contrastive.data import way_out as classes_to_fill
 from contrastive.data.images import InMemory, Names
 
 LABELS = torch.arange(90) % 9
@@ -83,5 +86,27 @@ def test_ranks_share_its_batches_and_a_loader_resumes_in_the_middle() -> None:
 def test_batches_that_cannot_be_are_refused_with_one_that_can() -> None:
     with pytest.raises(ValueError, match=r"batch of 10 images cannot have 4 .* use a batch of 8"):
         ClassOrder(LABELS, 10, 4, seed=0)
-    with pytest.raises(ValueError, match=r"takes 10 classes, but 9 have as many images; use a batch of at most 36"):
+    with pytest.raises(
+        ValueError, match=r"takes 10 classes, but 9 have as many images; use train.batch_size=36 train.images_"
+    ):
         ClassOrder(LABELS, 40, 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "per_class", "way_out"),
+    [
+        ([44] * 4, 250, 50, "train.batch_size=176 train.images_per_class=44"),
+        ([70, 44, 44], 50, 50, "train.batch_size=50 train.images_per_class=25"),
+        ([120, 14, 2, 1], 250, 50, "train.batch_size=28 train.images_per_class=14"),
+        ([9, 1, 1], 8, 4, "no two classes have two images each"),
+        ([3], 2, 2, "no two classes have two images each"),
+    ],
+)
+def test_the_way_out_is_a_batch_that_can_be_filled(sizes: list[int], batch: int, per_class: int, way_out: str) -> None:
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    said = classes_to_fill(torch.tensor(sizes).numpy(), batch, per_class)
+    assert way_out in said
+    if numbers := re.findall(r"=(\d+)", said):
+        order = ClassOrder(labels, int(numbers[0]), int(numbers[1]), seed=0)
+        assert order.steps_per_epoch >= 1
+        assert order.classes_per_batch >= 2

@@ -7,7 +7,8 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from contrastive.data.cifar import CIFAR10, CIFAR100
-from contrastive.data.class_order import ClassOrder
+from contrastive.data.class_order import ClassOrder, way_out
+from contrastive.data.composition import Composition, composition
 from contrastive.data.fashion_mnist import FashionMNIST
 from contrastive.data.files import listed, newly_unreadable
 from contrastive.data.folder import Folder
@@ -26,6 +27,7 @@ __all__ = [
     "STL10",
     "Batch",
     "ClassOrder",
+    "Composition",
     "Data",
     "FashionMNIST",
     "Folder",
@@ -38,6 +40,7 @@ __all__ = [
     "Sample",
     "Split",
     "changes",
+    "composition",
     "leave_out",
     "listed",
     "newly_unreadable",
@@ -46,6 +49,7 @@ __all__ = [
     "read_inventory",
     "select",
     "shorthand",
+    "way_out",
     "write_inventory",
 ]
 

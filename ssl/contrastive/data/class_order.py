@@ -1,11 +1,14 @@
 """Batches of P classes with K images of each, as losses over pairs of one class need them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from contrastive.data.order import Order
+from contrastive.vocabulary import many
 
 # Keeps this stream apart from every other that is seeded with (seed, epoch).
 STREAM = int.from_bytes(b"class", "big")
@@ -36,18 +39,18 @@ class ClassOrder(Order):
                 f"a batch of {batch_size} images cannot have {per_class} of each of its classes; use a batch of "
                 f"{nearest}"
             )
-        super().__init__(len(labels), batch_size, seed)
         self.per_class, self.classes_per_batch = per_class, batch_size // per_class
         self._labels = labels.numpy()
         sizes = np.bincount(self._labels[self._labels >= 0])
         self._groups = sizes // per_class
         usable = int((self._groups > 0).sum())
         if usable < self.classes_per_batch:
+            classes = many(self.classes_per_batch, "class", "classes")
             raise ValueError(
-                f"a batch of {batch_size} images with {per_class} of each class takes {self.classes_per_batch} "
-                f"classes, but {usable} have as many images; use a batch of at most {usable * per_class}, or more "
-                "images of each class in it"
+                f"a batch of {batch_size} images with {per_class} of each class takes {classes}, but {usable} have as "
+                f"many images; {way_out(sizes, batch_size, per_class)}"
             )
+        super().__init__(len(labels), batch_size, seed)
         self.left_out = int(sizes[self._groups == 0].sum()) + int((self._labels < 0).sum())
         self.steps_per_epoch = self._steps()
         self.images_per_epoch = self.steps_per_epoch * batch_size
@@ -94,3 +97,22 @@ class ClassOrder(Order):
         images = by_class[places[:, :, None] + np.arange(per_class)].reshape(steps, self.batch_size)
         # Shuffled in the batch too: each process gets a part of it, and batch norms should see what is usual.
         return torch.from_numpy(generator.permuted(images, axis=1).astype(np.int64).ravel())
+
+
+def way_out(sizes: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, per_class: int) -> str:
+    """The largest batch of at least two classes, with two images of each or more, that classes of these sizes fill.
+
+    Neither it nor its images of each class are more than was asked for; of several the one with more classes.
+    """
+    fitting = [
+        (classes * number, classes, number)
+        for number in range(2, max(per_class, 2) + 1)
+        if (classes := min(int((sizes >= number).sum()), batch_size // number)) >= 2
+    ]
+    if not fitting:
+        return (
+            "no two classes have two images each, of which pairs could be made; add images of each class, or use "
+            "ids=images without train.images_per_class, as the recipes called …_instances do"
+        )
+    size, _, number = max(fitting)
+    return f"use train.batch_size={size} train.images_per_class={number}, or add images of each class"

@@ -14,8 +14,9 @@ from contrastive.data.labels import labelled, read_labels
 from contrastive.data.layout import splits_of
 from contrastive.data.listing import Listing, by_folder, hold_out, listing_of, with_classes
 from contrastive.data.paths import same_spelling
-from contrastive.data.walk import PassedOver, identity, many, walk
+from contrastive.data.walk import PassedOver, identity, walk
 from contrastive.untrusted.files import shown
+from contrastive.vocabulary import many
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contrastive.data.listing import Listing, listing_of
-from contrastive.data.walk import PassedOver, many
+from contrastive.data.walk import PassedOver
 from contrastive.untrusted.files import shown
+from contrastive.vocabulary import many
 
 TRAIN = ("train", "training")
 HELD_OUT = (("test", "testing"), ("val", "valid", "validation"), ("dev",), ("eval", "evaluation"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from contrastive.data.decode import looks_like_an_image
 from contrastive.untrusted.files import shown
+from contrastive.vocabulary import many
 
 T = TypeVar("T")
 
@@ -142,11 +143,6 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
             else:
                 passed.endings[Path(entry.name).suffix.lower()] += 1
     return names, passed
-
-
-def many(count: int, noun: str, plural: str = "") -> str:
-    """A number and what is counted: 1 image, 2,000 images."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def identity(folder: Path) -> Identity:
