@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from contrastive import distributed
 from contrastive import recipe as recipes
@@ -83,7 +84,8 @@ def evaluate(words: Sequence[str]) -> int:
         first_of(words, EvaluateSettings, "a run folder comes first, for example runs/quickstart")
         given = list(takewhile(lambda word: not is_setting(word, EvaluateSettings), words))
         folder, *others = [Path(word).expanduser() for word in given]
-        settings = load(EvaluateSettings, None, words[len(given) :])
+        rest = words[len(given) :]
+        settings = load(EvaluateSettings, None, rest, base=own_data(folder, rest))
         if others:
             compare_runs([folder, *others], settings)
         elif settings.comparison is not None:
@@ -105,7 +107,7 @@ def extract(words: Sequence[str]) -> int:
 
     def run() -> None:
         given = first_of(words, ExtractSettings, MODEL)
-        extract_features(given, load(ExtractSettings, None, words[1:]))
+        extract_features(given, load(ExtractSettings, None, words[1:], base=own_data(Path(given), words[1:])))
 
     return _answer(usage, about, ExtractSettings, words, run, goes_on=AGAIN)
 
@@ -120,7 +122,7 @@ def finetune(words: Sequence[str]) -> int:
 
     def run() -> None:
         given, rest = first_of(words, FinetuneSettings, MODEL), words[1:]
-        settings = load(FinetuneSettings, None, rest)
+        settings = load(FinetuneSettings, None, rest, base=own_data(Path(given), rest))
         begun = finetuned_folder(given, settings) / CONFIG
         # resume=true is enough: what it was begun with stands in the folder.
         if settings.resume and begun.is_file():
@@ -171,6 +173,15 @@ def is_setting(word: str, model: type[Settings]) -> bool:
     if not equals or not KEY.fullmatch(key):
         return False
     return field_at(model, key.split(".")) is not None or not Path(word).expanduser().exists()
+
+
+def own_data(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The images of a run, where words change a part of them, as data.test=FOLDER does; nothing otherwise."""
+    given = {word.partition("=")[0].strip().lstrip("-") for word in words}
+    config = folder.expanduser() / CONFIG
+    if {"data", "data.name"} & given or not any(key.startswith("data.") for key in given) or not config.is_file():
+        return {}
+    return {"data": load(Recipe, config).data.model_dump(mode="json")}
 
 
 def first_of(words: Sequence[str], model: type[Settings], what: str) -> str:

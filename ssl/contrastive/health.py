@@ -181,7 +181,8 @@ def _collapsed(values: Mapping[str, float]) -> str | None:
         )
     return (
         f"the embeddings have collapsed: two images have a cosine similarity of {1 - deviation**2:.3f} on average "
-        f"(embedding_std is {deviation:.3f}; spread out it would be 1); try a lower optim.rate or a longer optim.warmup"
+        f"(embedding_std is {deviation:.3f}; spread out it would be 1); see in views.png whether the images themselves "
+        "are alike, then try a lower optim.rate or a longer optim.warmup"
     )
 
 
@@ -218,6 +219,13 @@ def _at_chance(values: Mapping[str, float]) -> str | None:
     information, ceiling = values.get("information", math.inf), values.get("ceiling", math.inf)
     if not information < LEAST_INFORMATION * ceiling:
         return None
+    deviation = values.get("embedding_std", math.inf)
+    if deviation < LEAST_SPREAD:
+        return (
+            f"the loss sits at log N, {ceiling:.2f} nats, for the embeddings of all images are nearly the same "
+            f"(embedding_std is {deviation:.3f}): either the images or their views are all alike (see views.png), or "
+            "the embeddings have collapsed"
+        )
     return (
         f"the loss sits at log N: it shows {information:.3f} of at most {ceiling:.2f} nats, so that a positive is "
         "hardly told from the other candidates; see in views.png whether two views of an image still have something "

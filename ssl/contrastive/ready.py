@@ -16,6 +16,7 @@ from contrastive.data import (
     Inventory,
     Order,
     Split,
+    alike,
     changes,
     leave_out,
     read_inventory,
@@ -204,7 +205,7 @@ def describe(ready: Ready, teller: Teller) -> None:
     if extended:
         teller.say(extended)
     teller.say(f"run        {folder_of(recipe).resolve()}")
-    for caution in cautions(machine):
+    for caution in (*cautions(machine), *(alike(split) if distributed.rank() == 0 else ())):
         teller.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
         teller.warn(

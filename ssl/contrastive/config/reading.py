@@ -19,8 +19,10 @@ from contrastive.untrusted.files import read_text, shown
 S = TypeVar("S", bound=Settings)
 
 
-def load(model: type[S], file: Path | None = None, words: Sequence[str] = ()) -> S:
-    """Settings from a model's defaults, one YAML file and `key=value` words, the later over the earlier.
+def load(
+    model: type[S], file: Path | None = None, words: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
+) -> S:
+    """Settings from a model's defaults, `base`, one YAML file and `key=value` words, the later over the earlier.
 
     A layer that changes a component's `name` drops what earlier layers said of that component: the temperature of one
     objective is not the temperature of another. Interpolations such as `${oc.env:HOME}` are refused.
@@ -28,7 +30,7 @@ def load(model: type[S], file: Path | None = None, words: Sequence[str] = ()) ->
     Raises:
         ValueError: naming the key, the value, the bound, and the nearest key that exists.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = dict(base or {})
     if file is not None:
         tree = _merge(model, tree, _expand(model, _read_yaml(file)))
     tree = _merge(model, tree, _parse_words(model, words))
@@ -189,6 +191,9 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
             return f"there is no key {key}{hint or suggestion_for(model, key, tree)}"
         case "missing":
             return f"{key} is required: write {key}=…"
+        case "union_tag_invalid" if error["ctx"]["tag"] == "None":
+            part = next(iter(value.keys() - {"name"}), "name")
+            return f"{key}.{part} is a part of {key}, and which {key} is not said: write {key}=… too"
         case "union_tag_invalid":
             choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
             return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}" + _nearest(

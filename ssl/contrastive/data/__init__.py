@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
+from contrastive.data.alike import alike
 from contrastive.data.cifar import CIFAR10, CIFAR100
 from contrastive.data.class_order import ClassOrder, way_out
 from contrastive.data.composition import Composition, composition
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Sample",
     "Split",
+    "alike",
     "changes",
     "composition",
     "leave_out",

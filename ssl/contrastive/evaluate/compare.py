@@ -14,7 +14,7 @@ from contrastive.evaluate.alone import Failed, alone
 from contrastive.evaluate.augmented import AugmentedResult
 from contrastive.evaluate.clustering import clustering
 from contrastive.evaluate.figures import LEADING, Figures, Grouping
-from contrastive.evaluate.held_out import hold_out_some, num_classes
+from contrastive.evaluate.held_out import balanced_accuracy, hold_out_some, num_classes, uneven
 from contrastive.evaluate.intervals import paired_difference, wilson
 from contrastive.evaluate.kinds import LAYERS, in_order, is_learned, label, leading
 from contrastive.evaluate.knn import MOST_HELD_OUT, knn
@@ -110,7 +110,14 @@ def compare(
                 )
                 if found is not None:
                     score, guesses = found
-                    scores.append(replace(score, layer=layer, metric=used.name if task == "knn" else None))
+                    scores.append(
+                        replace(
+                            score,
+                            layer=layer,
+                            metric=used.name if task == "knn" else None,
+                            balanced=balanced_accuracy(guesses, truth) if uneven(truth) else None,
+                        )
+                    )
                     right = hits[task, kind] = guesses == truth
                     predictions[f"{task}/{kind}"] = _among(guesses, labelled, len(test_labels))
                     of_each[f"{task}/{kind}"] = _among(right, labelled, len(test_labels))

@@ -38,25 +38,27 @@ def worst(
 def confusion_picture(
     matrix: Int[Tensor, "classes classes"], classes: Sequence[str]
 ) -> UInt8[Tensor, "3 rows columns"]:
-    """The confusion matrix: each row, a true class, in per cent of its images; darker is more."""
+    """The confusion matrix: images of each true class, a row, by predicted class; darker is more of the row."""
     number = len(classes)
     shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     side = min(3.5 + 0.45 * number, 14)
+    totals = matrix.sum(1).tolist()
     names = [_short(name) for name in classes] if number <= MOST_NAMES else []
+    rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=False)]
     with lettering(names):
         figure = Figure((side, side), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
-        axes.set_title("Per cent of the images of each true class")
+        axes.set_title("Images by true and predicted class")
         if names:
             axes.set_xticks(range(number), names, rotation=90)
-            axes.set_yticks(range(number), names)
+            axes.set_yticks(range(number), rows)
         if number <= MOST_NUMBERS:
             for row, column in matrix.nonzero().tolist():
                 share = float(shares[row, column])
-                text = f"{share:.0f}" if share >= 1 else "<1"
+                text = f"{int(matrix[row, column])}"
                 colour = "white" if share > 50 else "black"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
         return _drawn(figure)

@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+UNEVEN = 1.5
+"""How many times the smallest class the largest one is where an accuracy is mostly that of large classes."""
+
 
 def hold_out(
     labels: Int[Tensor, " images"], *, share: float, seed: int, most: int | None = None
@@ -93,3 +96,17 @@ def _by_class(indices: Tensor, labels: Tensor) -> list[Tensor]:
     order = labels[indices].argsort(stable=True)
     counts = labels[indices].bincount()
     return list(torch.split(indices[order], counts[counts > 0].tolist()))
+
+
+def uneven(labels: Int[Tensor, " images"]) -> bool:
+    """Whether classes are of so unequal size that an accuracy is mostly that of the large ones; −1: no class."""
+    counts = labels[labels >= 0].bincount()
+    counts = counts[counts > 0]
+    return len(counts) > 1 and int(counts.max()) > UNEVEN * int(counts.min())
+
+
+def balanced_accuracy(predictions: Int[Tensor, " images"], labels: Int[Tensor, " images"]) -> float:
+    """The mean, over the classes that images have, of the share of a class's images that is predicted right."""
+    counts = labels.bincount()
+    right = labels[predictions == labels].bincount(minlength=len(counts))
+    return (right[counts > 0] / counts[counts > 0]).mean().item()

@@ -140,7 +140,15 @@ def knn(
         most: at most so many images are held out.
         nearness: cosine, or Euclidean distance of the features as they are.
         shared: all processes, which hold the same, search together: see `predict`.
+
+    Raises:
+        ValueError: if the test images are the training images.
     """
+    if train.shape == test.shape and torch.equal(train, test):
+        raise ValueError(
+            "the held-out images are the images to learn from, of which each would find itself; name others by "
+            "data.test=FOLDER"
+        )
     kept, held = hold_out_some(train_labels, share=share, seed=seed, most=most)
     grid = settings.neighbours, settings.temperatures
     # Where no class has a second image to hold out, the first pair of the grid: of one vote for each class the nearest

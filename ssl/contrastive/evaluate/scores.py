@@ -52,6 +52,8 @@ class Score:
     """Of the encoder: backbone or embedding; None for raw pixels."""
     metric: str | None = None
     """The distance by which neighbours were searched; None where none were."""
+    balanced: float | None = None
+    """The mean of the accuracies on each class, where classes are of unequal size."""
 
     @property
     def choice(self) -> str:
@@ -83,6 +85,8 @@ class Difference:
             return f"beat {baseline} by {points}"
         if self.high < 0:
             return f"fall behind {baseline} by {points}"
+        if not round(1000 * self.difference):
+            return f"cannot be told from {baseline}: equal ({100 * self.low:+.1f} to {100 * self.high:+.1f} points)"
         sign = "ahead" if self.difference > 0 else "behind"
         return f"cannot be told from {baseline}: {sign} by {points}"
 
@@ -152,6 +156,7 @@ class Evaluation:
         for beside in (("knn", "linear"), ("augmented",)):
             scores = [score for score in self.scores if score.method in beside]
             tables += [self._accuracies(scores)] if scores else []
+            tables += [_balanced(scores)] if any(score.balanced is not None for score in scores) else []
         for task in dict.fromkeys(figures.task for figures in self.figures):
             own = [figures for figures in self.figures if figures.task == task]
             tables.append(tell.table(self._title(own), own))
@@ -193,3 +198,18 @@ class Evaluation:
                 cells += [f"{100 * score.accuracy:.1f}", f"{100 * score.low:.1f}–{100 * score.high:.1f}", score.choice]
             table.add_row(*cells, style="bold" if kind == first.features else None)
         return table
+
+
+def _balanced(scores: Sequence[Score]) -> Table:
+    """Each class counts as much as another: the accuracies where classes are of unequal size."""
+    title = "Balanced accuracy, the mean over the classes (%)"
+    table = Table("features", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    methods = [method for method in TITLES if any(score.method == method for score in scores)]
+    for method in methods:
+        table.add_column(TITLES[method].split()[0], justify="right", no_wrap=True)
+    for kind in dict.fromkeys(score.features for score in scores):
+        own = {score.method: score.balanced for score in scores if score.features == kind}
+        numbers = [own.get(method) for method in methods]
+        cells = ["–" if number is None else f"{100 * number:.1f}" for number in numbers]
+        table.add_row(label(kind), *cells, style="bold" if kind == scores[0].features else None)
+    return table

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contrastive.data import Images
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
+from contrastive.evaluate.held_out import balanced_accuracy, uneven
 from contrastive.evaluate.intervals import wilson
 from contrastive.evaluate.stored import write_json
 from contrastive.finetune.classifier import Probe
@@ -139,13 +140,16 @@ def _measured(
     low, high = wilson(right, total)
     record = {**record, "images": {**record["images"], "test": total}}
     record |= {"accuracy": right / total, "interval": [low, high]}
+    balanced = balanced_accuracy(predictions, labels) if uneven(labels) else None
+    record["balanced_accuracy"] = balanced
     if classes <= MOST_SQUARED:
         record["confusion"] = confusion(labels, predictions, classes).tolist()
     else:
         pairs, counts = torch.stack([labels, predictions], 1).unique(dim=0, return_counts=True)
         record["confusion_pairs"] = torch.cat([pairs, counts[:, None]], 1).tolist()
     said = f"test       {100 * right / total:.1f} % of {total:,} images right"
-    return record, f"{said} (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    said = f"{said} (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    return record, said + (f", {100 * balanced:.1f} % as the mean over the classes" if balanced is not None else "")
 
 
 def _draw(

@@ -12,15 +12,15 @@ from contrastive.evaluate import fractions, geometry
 from contrastive.evaluate.alone import Failure, alone, sentences
 from contrastive.evaluate.compare import refusals, takes_training
 from contrastive.evaluate.held_out import kind_of_choice
-from contrastive.evaluate.kinds import LEARNED
+from contrastive.evaluate.kinds import LEARNED, PIXELS
 from contrastive.evaluate.knn import MOST_HELD_OUT
 from contrastive.evaluate.logistic import MOST_CLASSES_SOLVED, STEPS_OF_MANY
 from contrastive.evaluate.protocol import Task
 from contrastive.extract import images_of
 from contrastive.launch import in_a_line, lost_process, start
+from contrastive.measure import cautions
 from contrastive.measure.layer import chosen
 from contrastive.measure.parts import (
-    FOREIGN,
     comparison,
     few_labels,
     gallery_of,
@@ -37,6 +37,7 @@ from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.report import Findings
 from contrastive.run import DONE
+from contrastive.vocabulary import many
 
 
 def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -> Findings:
@@ -59,6 +60,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     keeps = _looked_at(output, teller)
     split = images_of(opened, settings, teller)
     labels, shown = _labels(split), split.train if split.test is None else split.test
+    inventory = cautions.inventory_of(folder)
     looks = planned(settings, recipe, labelled=labels is not None)
     layers = chosen(opened, settings, looks)
     failures: list[Failure] = []
@@ -71,7 +73,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     tasks: list[Task] = [look for look in looks if look != "fractions" and look != "geometry"]
     gallery = None
     if labels is not None and tasks:
-        gallery = gallery_of(split.train, shown, recipe, settings)
+        own = cautions.is_own(settings.data, recipe.data, inventory, split)
+        gallery = gallery_of(split.train, shown, recipe, settings, own=own)
         refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
         if len(refused) == len(looks):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))
@@ -97,6 +100,9 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             geometries = geometries_of(opened, recipe, kinds, shown, settings, teller, failed)
             with alone("staleness of the bank", LEARNED, failed):
                 stale = stale_rows(opened, recipe, split.train, settings, teller)
+        noticed: list[str] = []
+        with alone("copies and sizes of classes", LEARNED, failed):
+            noticed += cautions.of_measured(split, kinds.get(PIXELS), geometries)
     findings = Findings(
         folder=folder,
         train=split.train,
@@ -107,7 +113,11 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         fractions=few,
         staleness=stale,
         points=maps(kinds, settings, teller, failed) if settings.report else {},
-        warnings=tuple(_warnings(folder, recipe, split, looks, settings, layers.missing)),
+        warnings=(
+            *_warnings(folder, split, looks, settings, layers.missing),
+            *cautions.whose(settings.data, recipe.data, inventory, split),
+            *noticed,
+        ),
         layers=layers.reason,
         failures=tuple(failures),
     )
@@ -169,19 +179,15 @@ def planned(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool) -> tu
 
 
 def _warnings(
-    folder: Path, recipe: Recipe, split: Split, looks: tuple[Look, ...], settings: EvaluateSettings, missing: str
+    folder: Path, split: Split, looks: tuple[Look, ...], settings: EvaluateSettings, missing: str
 ) -> Iterator[str]:
     """What a reader of the numbers should know."""
     if missing:
         yield f"{missing[0].upper()}{missing[1:]}."
     if not (folder / DONE).exists():
         yield "The run has not finished: these are the weights of its newest checkpoint."
-    if settings.data is not None and settings.data != recipe.data:
-        yield f"The images are {FOREIGN}."
     if split.unreadable:
-        yield f"{len(split.unreadable)} files could not be read and were left out."
-    if split.test is None:
-        yield "No images were held out: those shown are images that the run has learned from."
+        yield f"{many(len(split.unreadable), 'file')} left out, for they could not be read."
     if split.train.labels is not None and {"knn", "linear", "augmented"} & set(looks):
         yield from _choice(split.train.labels, settings)
     if {"linear", "fractions"} & set(looks) and len(split.train.classes) > MOST_CLASSES_SOLVED:

@@ -43,10 +43,12 @@ Kinds = dict[str, tuple[Tensor | None, Tensor]]
 """Features by kind: of the training images, where they are needed, and of those that are shown."""
 
 
-def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSettings) -> Gallery:
-    """The test images of the classes asked for, or of those that the run has never seen, or of all."""
+def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSettings, *, own: bool) -> Gallery:
+    """The test images of the classes asked for, or of those that the run has never seen, or of all.
+
+    `own` tells whether the images are the run's.
+    """
     others = torch.arange(len(train))
-    own = settings.data is None or settings.data == recipe.data
     asked = settings.classes or (recipe.unseen if own else ())
     if not asked:
         return Gallery(torch.arange(len(test)), "seen in training" if own else FOREIGN, others)

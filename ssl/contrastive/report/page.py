@@ -244,7 +244,7 @@ def _matrix(findings: Findings, seen: Look) -> dict[str, Any] | None:
         cells = [
             {"count": count, "share": count / total, "diagonal": row == column} for column, count in enumerate(counts)
         ]
-        rows.append({"name": names[row], "cells": cells})
+        rows.append({"name": names[row], "images": sum(counts), "cells": cells})
     return {"names": names, "rows": rows}
 
 

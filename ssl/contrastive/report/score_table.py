@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from contrastive.evaluate.figures import LEADING, Figures, distances
 from contrastive.evaluate.kinds import label
-from contrastive.evaluate.scores import TITLES, Evaluation
+from contrastive.evaluate.scores import TITLES, Evaluation, Score
 from contrastive.report.findings import Findings
 
 GROUPED = {
@@ -80,7 +80,7 @@ def _accuracies(evaluation: Evaluation) -> list[Sheet]:
             scale = _scale([score.low for score in scores], [score.high for score in scores])
             score = own.get(method)
             cells.append(
-                Cell("–") if score is None else _cell(score.accuracy, (score.low, score.high), scale, score.choice)
+                Cell("–") if score is None else _cell(score.accuracy, (score.low, score.high), scale, _note(score))
             )
         rows.append(Row(label(kind), tuple(cells)))
     meaning = (
@@ -89,6 +89,11 @@ def _accuracies(evaluation: Evaluation) -> list[Sheet]:
     )
     columns = ("dim", *(TITLES[method] for method in methods))
     return [Sheet(evaluation.accuracy_title(first), meaning, columns, tuple(rows))]
+
+
+def _note(score: Score) -> str:
+    balanced = "" if score.balanced is None else f"; balanced {100 * score.balanced:.1f}"
+    return f"{score.choice}{balanced}"
 
 
 def _figures(evaluation: Evaluation) -> list[Sheet]:
