@@ -1,11 +1,14 @@
+import io
 import json
 import subprocess
 import sys
+import time
 
+import huggingface_hub
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from contrastive.encoder import (
@@ -133,12 +136,60 @@ def test_weights_that_cannot_be_had_are_an_error_in_words(monkeypatch):
     def no_network(*args, **options):
         raise OSError("no route to host")
 
+    monkeypatch.setattr("socket.create_connection", lambda *args, **options: io.BytesIO())
     monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", no_network)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
     with pytest.raises(ValueError, match=r"of resnet18 cannot be had .*no route to host.*encoder\.pretrained=false"):
         build("resnet18", 3, 32, pretrained=True)
     with pytest.raises(ValueError, match="/nowhere is no folder in timm's format"):
         build("local-dir:/nowhere", 3, 32)
+    with pytest.raises(ValueError, match=r"no published weights of light_resnet; encoder\.pretrained=false"):
+        build(pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet18.a1_in1k"])
+def test_without_a_network_weights_are_looked_for_once_in_the_cache_alone(monkeypatch, caplog, tmp_path, name):
+    asked = []
+
+    def refused(address, **options):
+        asked.append(address)
+        raise OSError(111, "connection refused")
+
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setattr("contrastive.timm_folder.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", refused)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"cannot be reached: connection refused.*local-dir:FOLDER"):
+        build(name, 3, 32, pretrained=True)
+    assert len(asked) == 1
+    assert time.monotonic() - began < 10
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.popitem(), r"it lacks 1 \([\w.]+\) of \d+ keys; both files must be of one model"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), r"it has 1 \(extra\) that the model does not"),
+        (lambda weights: weights.update({"head.weight": torch.zeros(3, 3)}), "model.safetensors"),
+        (None, r"holds no model\.safetensors.*encoder\.pretrained=false"),
+    ],
+)
+def test_what_a_folder_lacks_of_a_models_weights_is_named(tmp_path, change, message):
+    torch.manual_seed(0)
+    export(build().backbone, tmp_path, channels=1, size=28, mean=0.5, std=0.5)
+    file = tmp_path / "model.safetensors"
+    if change is None:
+        file.unlink()
+    else:
+        weights = {name: value.clone() for name, value in load_file(file).items()}
+        change(weights)
+        save_file(weights, file)
+    with pytest.raises(ValueError, match=message) as refused:
+        build(f"local-dir:{tmp_path}", 1, 28, pretrained=True)
+    assert "network" not in str(refused.value)
 
 
 # The momentum twin

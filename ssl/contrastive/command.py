@@ -30,6 +30,7 @@ from contrastive.pretrain import pretrain as run_recipe
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
 from contrastive.untrusted import terminal
+from contrastive.untrusted.disk import in_words
 from contrastive.untrusted.files import spelled
 
 HELP = {"-h", "--help", "help"}
@@ -207,7 +208,8 @@ def _answer(
         with Stop(at_once=True):
             run()
     except (ValueError, OSError) as problem:
-        _say("".join(f"error: {line}\n" for line in str(problem).splitlines()))
+        text = in_words(problem) if isinstance(problem, OSError) else str(problem)
+        _say("".join(f"error: {line}\n" for line in text.splitlines()))
         return WRONG_USE
     except Interrupted as asked:
         if int(os.environ.get("RANK", "0")) == 0:

@@ -3,7 +3,8 @@
 import copy
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 import contrastive.small_models  # noqa: F401  (for its registrations with timm)
 from contrastive.config import Settings
 from contrastive.split_norm import split_batch_norms
-from contrastive.timm_folder import HUB, LOCAL, WEIGHTS, hub_folder, read_folder
+from contrastive.timm_folder import (
+    HUB,
+    LOCAL,
+    WEIGHTS,
+    TimmFolder,
+    hub_folder,
+    hub_in_time,
+    no_weights,
+    other_weights,
+    read_folder,
+)
 from contrastive.untrusted.arrays import read_tensors
 from contrastive.untrusted.files import shown
 
@@ -87,7 +98,12 @@ class EncoderSettings(Settings):
                 its weights cannot be had.
         """
         backbone = create_backbone(
-            self.name, channels=channels, size=size, pretrained=self.pretrained, drop_path=self.drop_path
+            self.name,
+            channels=channels,
+            size=size,
+            pretrained=self.pretrained,
+            drop_path=self.drop_path,
+            key="encoder.pretrained",
         )
         num_features, width = widths(backbone, channels=channels, size=size)
         projector = self.projector.build(width)
@@ -190,12 +206,18 @@ def follow(module: nn.Module, leader: nn.Module, share: float) -> None:
 
 
 def create_backbone(
-    name: str, *, channels: int, size: int, pretrained: bool = False, drop_path: float = 0.0
+    name: str,
+    *,
+    channels: int,
+    size: int,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+    key: str = "pretrained",
 ) -> nn.Module:
     """A timm model without classifier, for square images of this size and number of channels.
 
     Of a folder, and of a model on the hub, config.json is believed as `timm_folder` tells, and weights come from
-    model.safetensors alone. Without `pretrained` no network is used.
+    model.safetensors alone. Without `pretrained` no network is used; `key` is what asks for it, for messages.
 
     Raises:
         ValueError: timm does not know the name, or the model has no such option, or its weights cannot be had.
@@ -211,6 +233,11 @@ def create_backbone(
         model, fixed = found.architecture, found.described.fixed_input_size
         options |= found.options(pretrained=pretrained)
         if pretrained:
+            if not (found.folder / WEIGHTS).is_file():
+                raise ValueError(
+                    f"{shown(found.folder)} holds no {WEIGHTS}, in which alone weights are read; {key}=false begins "
+                    f"with random ones of {shown(model)}"
+                )
             # Looked at before timm does: a damaged file is then told in words.
             read_tensors(found.folder / WEIGHTS)
     if not timm.is_model(model.split(".")[0]):
@@ -218,21 +245,41 @@ def create_backbone(
     if model == name:
         description = timm.get_pretrained_cfg(name)
         fixed = description is not None and description.fixed_input_size
+        if pretrained and not (description is not None and description.has_weights):
+            raise ValueError(f"there are no published weights of {shown(name)}; {key}=false begins with random ones")
     if fixed:
         options["img_size"] = size
     if drop_path:
         options["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(model, **options)
+        if not pretrained or model != name:
+            return timm.create_model(model, **options)
+        with hub_in_time() as unreachable:
+            try:
+                return timm.create_model(model, **options)
+            except TypeError:
+                raise
+            except Exception as problem:
+                raise ValueError(no_weights(name, problem, unreachable, key)) from problem
     except TypeError as problem:
         raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
     except Exception as problem:
-        if not pretrained and model == name:
+        if model == name:
             raise
-        raise ValueError(
-            f"the weights of {shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}); "
-            "is there a network, and does timm publish weights of that name? encoder.pretrained=false starts afresh"
-        ) from problem
+        raise ValueError(_of_another_model(found, options, problem)) from problem
+
+
+def _of_another_model(found: TimmFolder, options: Mapping[str, Any], problem: Exception) -> str:
+    """Why a folder's weights do not go into the model that it names."""
+    plain = {**options, "pretrained": False, "num_classes": found.described.num_classes}
+    with suppress(Exception):  # the model itself cannot be made as the folder describes it
+        model = timm.create_model(found.architecture, **plain).state_dict()
+        if said := other_weights(found.folder, found.architecture, model, read_tensors(found.folder / WEIGHTS)):
+            return said
+    return (
+        f"{shown(found.folder)} does not make {shown(found.architecture)} ({type(problem).__name__}: "
+        f"{shown(problem)}); its {WEIGHTS} and config.json must be of one model"
+    )
 
 
 def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch _"]:

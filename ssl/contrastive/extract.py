@@ -1,6 +1,5 @@
 """Features of images, computed once by a backbone that has learned something, and kept as files."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from contrastive.evaluate.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, 
 from contrastive.launch import start
 from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
+from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.writing import make_folder, replacing
 from contrastive.views import enlarged
 
@@ -235,11 +235,7 @@ def check_place(output: Path) -> None:
     Raises:
         ValueError: if it is a file, holds other things than features, or may not be written to.
     """
-    existing = next(place for place in (output, *output.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output={output}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output={output}: {existing} may not be written to; name another folder")
+    check_writable(output)
     if output.is_dir() and not stored.ours(output) and any(output.iterdir()):
         raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
 

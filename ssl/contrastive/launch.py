@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from contrastive import distributed
+from contrastive.untrusted.disk import in_words
 from contrastive.untrusted.files import shown
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -252,5 +253,6 @@ def lost_process(problem: BaseException) -> bool:
 
 def in_a_line(problem: BaseException) -> str:
     """What an exception says, on one line, with its kind where that is no plain ValueError or OSError."""
-    said = shown(" ".join(str(problem).split())) or "no reason is given"
+    text = in_words(problem) if isinstance(problem, OSError) else str(problem)
+    said = shown(" ".join(text.split())) or "no reason is given"
     return said if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {said}"

@@ -26,6 +26,7 @@ from contrastive.checkpoints import sync, together
 from contrastive.folder_lock import LOCK
 from contrastive.growing import Growing
 from contrastive.metrics_lines import in_words, kept_lines, was
+from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.files import check_links, open_lines, shown
 from contrastive.untrusted.writing import make_folder, open_new, remove, write_whole
 
@@ -249,10 +250,9 @@ def check_content(folder: Path, *, resume: bool) -> None:
     """Checks that a folder is none, empty, or with `resume` a run's, without links out of it.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={folder} is a file; name a folder that does not exist yet")
+    check_writable(folder)
     # Hidden files of a start that came no further are nothing that could be lost.
     if not folder.is_dir() or all(entry.name.startswith((LOCK, START)) for entry in folder.iterdir()):
         return

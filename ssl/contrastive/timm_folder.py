@@ -5,12 +5,17 @@ which of timm's models it is and what its input was, and the weights are those o
 """
 
 import copy
-from collections.abc import Sequence
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.utils import logging
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -26,6 +31,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
 """What an exported backbone keeps of timm's description."""
 LARGEST_WEIGHTS = 1 << 36
+SECONDS = 5.0
+"""How long the hub may take to answer, once, before its local cache alone is looked at."""
+MOST_NAMED = 3
 SET_HERE = {"in_chans", "num_classes", "img_size", "drop_rate", "drop_path_rate", "pretrained"}
 """Arguments that follow from the images and the recipe, whatever the folder says."""
 BELIEVED: dict[str, type] = {"global_pool": str, "class_token": bool, "dynamic_img_size": bool}
@@ -109,14 +117,69 @@ def hub_folder(name: str) -> Path:
         ValueError: if it cannot be had.
     """
     owner, _, revision = name.partition(":")[2].partition("@")
-    try:
-        files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
-    except Exception as problem:  # of the network, of the hub, of the name
-        raise ValueError(
-            f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}); is there a network, and does "
-            f"the hub have a {WEIGHTS} of that name?"
-        ) from problem
+    with hub_in_time() as unreachable:
+        try:
+            files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
+        except Exception as problem:  # of the network, of the hub, of the name
+            raise ValueError(_cannot_be_had(name, problem, unreachable)) from problem
     return files[0].parent
+
+
+@contextmanager
+def hub_in_time() -> Iterator[str]:
+    """Hugging Face's hub, where it answers within seconds, else its local cache alone; without lines of its own.
+
+    The client tries each file again and again for most of a minute, and says so each time. Yields why the hub cannot
+    be reached; empty where it can, or where that is a proxy's affair.
+    """
+    problem, verbosity, offline = "", logging.get_verbosity(), constants.HF_HUB_OFFLINE
+    address = urlsplit(constants.ENDPOINT)
+    if not offline and address.scheme not in getproxies() and "all" not in getproxies():
+        try:
+            port = address.port or (80 if address.scheme == "http" else 443)
+            socket.create_connection((address.hostname or "", port), timeout=SECONDS).close()
+        except OSError as refused:
+            problem = f"{constants.ENDPOINT} cannot be reached: {refused.strerror or refused}"
+    try:
+        constants.HF_HUB_OFFLINE = offline or bool(problem)
+        logging.set_verbosity_error()
+        yield "HF_HUB_OFFLINE is set" if offline else problem
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logging.set_verbosity(verbosity)
+
+
+def no_weights(name: str, problem: Exception, unreachable: str, key: str) -> str:
+    """Why published weights cannot be had, and what can be done instead; `key` is what asks for them."""
+    return f"{_cannot_be_had(f'the weights of {name}', problem, unreachable)}; {key}=false begins with random weights"
+
+
+def _cannot_be_had(name: str, problem: Exception, unreachable: str) -> str:
+    if not unreachable:
+        reason = f"{type(problem).__name__}: {shown(problem)}"
+        return f"{shown(name)} cannot be had ({reason}); look whether the hub has a {WEIGHTS} of that name"
+    return (
+        f"{shown(name)} cannot be had ({unreachable}), and {constants.HF_HUB_CACHE} does not hold them; with {CONFIG} "
+        f"and {WEIGHTS} of the model in a folder, its name is {LOCAL}FOLDER"
+    )
+
+
+def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], found: Collection[str]) -> str:
+    """What a folder's weights lack for the model that its config.json names, or have beside it; empty where nothing."""
+    lacking, beside = [key for key in model if key not in found], [key for key in found if key not in model]
+    if not lacking and not beside:
+        return ""
+    parts = [f"it lacks {_some(lacking)} of {len(model):,} keys"] if lacking else []
+    parts += [f"it has {_some(beside)} that the model does not"] if beside else []
+    return (
+        f"{shown(folder / WEIGHTS)} does not hold the weights of {shown(architecture)}, which {CONFIG} names: "
+        f"{' and '.join(parts)}; both files must be of one model, as timm's save_for_hf and RUN/backbone have them"
+    )
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = " …" if len(keys) > MOST_NAMED else ""
+    return f"{len(keys):,} ({shown(', '.join(keys[:MOST_NAMED]))}{more})"
 
 
 def export(
