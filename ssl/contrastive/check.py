@@ -29,6 +29,7 @@ from contrastive.run import CHECKPOINTS, prepare, read_metrics
 from contrastive.step import compile_encoder, train_step
 from contrastive.timm_folder import export
 from contrastive.views import MEAN, STD
+from contrastive.vocabulary import many
 
 STEPS = 2
 MOST_TIMED, LONGEST_TIMED = 20, 5.0
@@ -123,7 +124,7 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
         expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
     else:
         left = max(1, round(settings.epochs * order.steps_per_epoch)) - begun
-        expected = f"about {duration(left * seconds)} for {left:,} steps"
+        expected = f"about {duration(left * seconds)} for {many(left, 'step')}"
     pace = order.batch_size / seconds
     rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {pace:,.0f} images/s)"
     return rows, problems

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from contrastive import distributed, vocabulary
 from contrastive.checkpoints import together
 from contrastive.config import Settings, as_list
-from contrastive.data import Data, Images, Split, shorthand
+from contrastive.data import Data, Images, Split, background_of, shorthand
 from contrastive.evaluate import exports, features, stored
 from contrastive.evaluate.filling import Part, entries, fill, labels_of
 from contrastive.evaluate.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, OneLayer, widths_of
@@ -24,6 +24,7 @@ from contrastive.progress import Teller
 from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.writing import make_folder, replacing
 from contrastive.views import enlarged
+from contrastive.vocabulary import many
 
 LABELS = "labels.npy"
 
@@ -103,7 +104,8 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
             _fill(output, key, opened, layers, parts, settings, teller)
         with together():
             if distributed.rank() == 0:
-                _publish(output, key, opened, split, parts, wanted)
+                data = settings.data or (opened.recipe.data if opened.recipe is not None else None)
+                _publish(output, key, opened, data, split, parts, wanted)
     for layer in key["layers"].values():
         rows, width = layer["shape"]
         teller.say(f"{rows:,} × {width:,} features: {output / layer['file']}")
@@ -142,7 +144,7 @@ def features_of(
         ValueError: for an unknown layer, or features that are not finite.
     """
     layers, origin = layers_of(opened, (layer,), untrained=untrained)
-    said = f"encoding {len(images):,} images: {'random weights' if untrained else opened.name}"
+    said = f"encoding {many(len(images), 'image')}: {'random weights' if untrained else opened.name}"
     if cache is not None or also is not None:
         parts = [Part("images", images, 0)]
         key = _key(opened, origin, settings, parts, widths_of(layers, opened.blank()))
@@ -196,7 +198,7 @@ def _kept(
 def _not_kept(root: Path, folder: Path, layer: str, teller: Teller) -> Tensor:
     """Features some of which are those of a grey square: used now, and computed anew when the files can be read."""
     count = len(stored.remarks(folder))
-    teller.warn(f"{count} images could not be read now, and stand as grey; so these features are not kept")
+    teller.warn(f"{many(count, 'image')} could not be read now, and stand as grey; so these features are not kept")
     features = stored.mapped(folder / stored.PARTIAL / f"{layer}.npy")
     distributed.barrier()
     if distributed.rank() == 0:
@@ -321,7 +323,13 @@ def _fill(
 
 
 def _publish(
-    output: Path, key: Mapping[str, Any], opened: Opened, split: Split, parts: Sequence[Part], wanted: Sequence[str]
+    output: Path,
+    key: Mapping[str, Any],
+    opened: Opened,
+    data: Data | None,
+    split: Split,
+    parts: Sequence[Part],
+    wanted: Sequence[str],
 ) -> None:
     """Writes what stands beside complete rows: labels, exports and, last, the manifest."""
     place = output / stored.PARTIAL
@@ -349,6 +357,8 @@ def _publish(
     manifest = {
         "model": opened.name if opened.folder is None else str(opened.folder.resolve()),
         **key,
+        # Files are decoded to squares first, which "input" tells what is made of.
+        "decoded": {"size": split.train.size, "interpolation": "bicubic", "background": background_of(data)},
         "classes": list(split.train.classes),
         "unreadable": unreadable,
         "versions": {name: version(name) for name in ("contrastive", "torch", "timm")},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from contrastive.untrusted.files import shown
 from contrastive.untrusted.writing import aside_of, make_folder, open_there, remove, rename
+from contrastive.vocabulary import many
 
 MOST_KEPT = 1 << 26
 """Bytes that are kept in memory where a disk is full: days of metrics."""
@@ -77,7 +78,7 @@ class Growing:
         own = os.fstat(self._descriptor)
         if own.st_size < self._size:
             self.lost += self._size - own.st_size
-            news = f"{self._size - own.st_size:,} bytes of {shown(self.path)} were cut off by another program"
+            news = f"{many(self._size - own.st_size, 'byte')} of {shown(self.path)} were cut off by another program"
             self._size = own.st_size
             return news
         if not self._watched or _is_at(self.path, own):

@@ -23,7 +23,7 @@ from contrastive.checkpoints import (
 )
 from contrastive.clock import Clock, Record
 from contrastive.config import dump_yaml
-from contrastive.data import Images, Loader, Order, listed, newly_unreadable, write_inventory
+from contrastive.data import Images, Loader, Order, background_of, listed, newly_unreadable, write_inventory
 from contrastive.evaluate.features import Stopped, extract
 from contrastive.evaluate.knn import monitor_knn
 from contrastive.folder_lock import folder_lock
@@ -52,6 +52,7 @@ from contrastive.timm_folder import export
 from contrastive.untrusted.files import shown
 from contrastive.untrusted.writing import make_folder, remove, write_whole
 from contrastive.views import MEAN, STD, plain
+from contrastive.vocabulary import many
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
 FEWEST_OF_A_CLASS = 5
@@ -109,7 +110,15 @@ def _run(
     place, size = folder / "backbone", machine.views.window.size
     with together():
         if run is not None and stop.signal is None:
-            export(machine.encoder.backbone, place, channels=split.train.channels, size=size, mean=MEAN, std=STD)
+            export(
+                machine.encoder.backbone,
+                place,
+                channels=split.train.channels,
+                size=size,
+                mean=MEAN,
+                std=STD,
+                background=background_of(recipe.data),
+            )
             run.finish(place, [folder / CHECKPOINTS / folder_name(step)])
             teller.say(f"finished: the backbone is in {place}")
         elif run is not None:
@@ -323,7 +332,7 @@ def open_run(
         remove(folder / UNREADABLE)
     known = {name for name, _ in read_unreadable(folder)}
     if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
-        teller.warn(f"{len(new)} files could not be read and were left out: {folder / UNREADABLE}")
+        teller.warn(f"{many(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
     run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
     if new:
         run.unreadable(listed(new))

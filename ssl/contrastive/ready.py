@@ -177,8 +177,8 @@ def describe(ready: Ready, teller: Teller) -> None:
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
     each = f" ({local} on each)" if processes > 1 else ""
     each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
-    budget = f"{recipe.train.minutes:g} minutes" if recipe.train.minutes else f"{recipe.train.epochs:g} epochs"
-    budget += f", {order.steps_per_epoch:,} steps an epoch"
+    budget = many(recipe.train.minutes, "minute") if recipe.train.minutes else many(recipe.train.epochs, "epoch")
+    budget += f", {many(order.steps_per_epoch, 'step')} an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
     teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
     if split.layout:
@@ -200,7 +200,7 @@ def describe(ready: Ready, teller: Teller) -> None:
     teller.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
     teller.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
-        f"{processes} × {accelerator.device.type} ({torch.get_num_threads()} threads)"
+        f"{processes} × {accelerator.device.type} ({many(torch.get_num_threads(), 'thread')})"
     )
     if extended:
         teller.say(extended)

@@ -132,7 +132,7 @@ class Recipe(Settings):
     values: ValuesSource | None = None
     """Continuous labels, for objectives that compare distances with theirs: pixels (each image's 7 × 7 thumbnail),
     labels (its thumbnail and its class), or a file of numbers: .npy with a row for each training image, or .csv with
-    their names (a header, then name, numbers)."""
+    their names (name, numbers in each line)."""
     unseen: Annotated[tuple[int | str, ...], BeforeValidator(as_list)] = ()
     """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()

@@ -18,6 +18,7 @@ from contrastive.recipe import Recipe, TrainSettings
 from contrastive.run import CHECKPOINTS, CONFIG
 from contrastive.untrusted.files import MEBIBYTE, read_text
 from contrastive.untrusted.writing import write_whole
+from contrastive.vocabulary import many
 
 FREE_IN_TRAINING = (
     *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
@@ -82,11 +83,11 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller:
         return
     if not elastic:
         raise ValueError(
-            f"the checkpoint of step {found.step:,} was written by {before} processes and this is a start of "
-            f"{processes}, which would go on otherwise; start {before}, or add elastic=true to go on from the same "
-            "sample with the same global batch, but not bit for bit"
+            f"the checkpoint of step {found.step:,} was written by {many(before, 'process', 'processes')} and this is "
+            f"a start of {processes}, which would go on otherwise; start {before}, or add elastic=true to go on from "
+            "the same sample with the same global batch, but not bit for bit"
         )
-    teller.warn(f"begun on {before} processes, goes on with {processes}: the same global batch")
+    teller.warn(f"begun on {many(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
 def check_facts(found: Checkpoint, kinds: Mapping[str, type]) -> Mapping[str, Any]:

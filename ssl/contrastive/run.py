@@ -29,6 +29,7 @@ from contrastive.metrics_lines import in_words, kept_lines, was
 from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.files import check_links, open_lines, shown
 from contrastive.untrusted.writing import make_folder, open_new, remove, write_whole
+from contrastive.vocabulary import many
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
@@ -167,7 +168,7 @@ class Run:
             before = file.lost
             file.close()
             if file.lost > before:
-                self._warn(f"{file.lost - before:,} bytes are missing at the end of {file.path}")
+                self._warn(f"{many(file.lost - before, 'byte')} are missing at the end of {file.path}")
 
     def finish(self, exported: Path, needed: Sequence[Path] = ()) -> None:
         """Closes the files and writes `done`, the last thing a run that is complete ever writes.
@@ -186,7 +187,7 @@ class Run:
         for file in (*filter(Path.is_file, exported.iterdir()), exported):
             sync(file)
         files = (self._metrics, self._events)
-        lacking = [f"{shown(file.path)} lacks {file.lost:,} bytes" for file in files if file.lost]
+        lacking = [f"{shown(file.path)} lacks {many(file.lost, 'byte')}" for file in files if file.lost]
         there = (*(file.path for file in files), *(self.folder / name for name in self._small), *needed)
         lacking += [f"{shown(path)} is missing" for path in there if not path.exists()]
         if lacking:
@@ -225,8 +226,8 @@ class Run:
         lost = [file for file in self._earlier if not file.exists()]
         if lost:
             self._warn(
-                f"{len(lost)} files of earlier curves in {shown(self.folder / 'tensorboard')} were removed by another "
-                f"program; {METRICS} has their numbers"
+                f"{many(len(lost), 'file')} of earlier curves removed from {shown(self.folder / 'tensorboard')} by "
+                f"another program; {METRICS} has their numbers"
             )
             self._earlier = [file for file in self._earlier if file not in lost]
 

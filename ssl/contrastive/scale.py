@@ -28,6 +28,7 @@ from contrastive.objectives import (
     Triplet,
 )
 from contrastive.objectives.noise import DENSE
+from contrastive.vocabulary import many
 
 NUMBER, ID, STEP = 4, 8, 4
 """Bytes of a float32, of an id, and of the step at which a row was written."""
@@ -210,7 +211,7 @@ def in_words(found: Scale) -> str:
     """A line about it, as the log has it."""
     parts = [f"{found.negatives:,} per anchor"]
     if found.rows:
-        parts.append(f"{found.rows:,} rows on each process ({amount(found.memory)})")
+        parts.append(f"{many(found.rows, 'row')} on each process ({amount(found.memory)})")
     if found.traffic:
         parts.append(f"{amount(found.traffic)} received by each process per step")
     return ", ".join(parts)

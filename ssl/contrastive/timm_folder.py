@@ -190,14 +190,15 @@ def export(
     size: int,
     mean: float | tuple[float, ...],
     std: float | tuple[float, ...],
-    interpolation: str = "bilinear",
     classes: Sequence[str] = (),
+    background: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
 
     The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
     that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
-    its classes in `config.json` too. Weights that layers share are written under each of their names.
+    its classes in `config.json` too, and `background` is the colour that transparent pixels were shown before. The
+    interpolation is that by which files are decoded. Weights that layers share are written under each of their names.
     """
     # A copy: timm wants the description on the model.
     model = copy.deepcopy(backbone).cpu()
@@ -208,7 +209,7 @@ def export(
         "input_size": (channels, size, size),
         "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
         "std": std if isinstance(std, tuple) else (std,) * channels,
-        "interpolation": interpolation,
+        "interpolation": "bicubic",
         "crop_pct": 1.0,
         "num_classes": len(classes),
     }
@@ -221,5 +222,6 @@ def export(
     state = model.state_dict()
     with replacing(folder / WEIGHTS, root) as (path, _):
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, path)
+    shown_before = {} if background is None else {"background": list(background)}
     with replacing(folder / CONFIG, root) as (path, _):
-        save_config_for_hf(model, str(path), {"label_names": list(classes)})
+        save_config_for_hf(model, str(path), {"label_names": list(classes), **shown_before})

@@ -135,6 +135,7 @@ HINTS: Mapping[str, str] = {
 """A key that no setting here has, and what is done instead."""
 
 
-def many(count: int, noun: str, plural: str = "") -> str:
-    """A number and what is counted: 1 image, 2,000 images."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+def many(count: int | float, noun: str, plural: str = "") -> str:
+    """A number and what is counted: 1 image, 2,000 images, 0.5 epochs."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun if count == 1 else plural or f'{noun}s'}"

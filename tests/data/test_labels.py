@@ -1,5 +1,6 @@
 """Classes from a CSV file in place of sub-folders."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +104,23 @@ def test_a_mistake_in_the_table_is_named_with_its_line(tmp_path: Path, lines: li
         build(folder, table(tmp_path / "labels.csv", *lines))
 
 
-def test_a_table_without_a_header_or_without_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("header", ["name{}label\n", "file{}class name\n", ""])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_commas_semicolons_and_tabs_with_a_header_or_without_are_read_alike(
+    tmp_path: Path, delimiter: str, mark: str, header: str
+) -> None:
+    names = ["a,b/1;2.png", "a,b/3.png", "4.png"]
+    file = tmp_path / "labels.csv"
+    with file.open("w", encoding="utf-8", newline="") as content:
+        content.write(mark + header.format(delimiter))
+        csv.writer(content, delimiter=delimiter).writerows(zip(names, ["x, y", "z", "x, y"], strict=True))
+    assert read_labels(file, names) == {names[0]: "x, y", names[1]: "z", names[2]: "x, y"}
+
+
+def test_a_table_of_one_column_or_without_a_file_is_refused(tmp_path: Path) -> None:
     folder = images(tmp_path / "images", NAMES)
-    with pytest.raises(ValueError, match=r"but 0.png is an image"):
-        build(folder, table(tmp_path / "labels.csv", "1.png,b", header="0.png,a"))
-    with pytest.raises(ValueError, match="the image's name, then its label"):
+    with pytest.raises(ValueError, match=r"first line has one column.*commas, semicolons or tabs"):
         build(folder, table(tmp_path / "labels.csv", header="names"))
     with pytest.raises(ValueError, match=r"lables.csv does not exist.*holds.*labels.csv"):
         build(folder, tmp_path / "lables.csv")

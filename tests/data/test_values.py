@@ -116,6 +116,16 @@ def test_what_is_wrong_in_a_table_is_named(lines: list[str], message: str, tmp_p
         values_of(images(), write(tmp_path / "values.csv", lines))
 
 
+def test_numbers_between_semicolons_without_a_header_are_read_and_a_decimal_comma_is_told_of(tmp_path: Path) -> None:
+    lines = [f"{name};{number}.5;1" for number, name in enumerate(NAMES)]
+    (tmp_path / "values.csv").write_text("\n".join(lines))
+    plain = write(tmp_path / "plain.csv", [line.replace(";", ",") for line in lines])
+    assert torch.equal(values_of(images(), str(tmp_path / "values.csv")), values_of(images(), str(plain)))
+    (tmp_path / "values.csv").write_text("\n".join(lines).replace(".5", ",5"))
+    with pytest.raises(ValueError, match=r"line 1: '0,5' in column 'column 2' is no number; write 0\.5"):
+        values_of(images(), str(tmp_path / "values.csv"))
+
+
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "values.npy"
     with pytest.raises(ValueError, match=r"values\.npy does not exist; .* does"):
@@ -135,7 +145,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             values_of(images(), str(file))
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(ValueError, match="the first line must name the columns"):
+    with pytest.raises(ValueError, match="its first line has no columns"):
         values_of(images(), str(tmp_path / "empty.csv"))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ValueError, match="is a folder"):

@@ -1,11 +1,13 @@
 """Where images come from: uint8 squares with stable ids, in an order that is a function of the seed and the step."""
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
+from contrastive import distributed
 from contrastive.data.alike import alike
 from contrastive.data.cifar import CIFAR10, CIFAR100
 from contrastive.data.class_order import ClassOrder, way_out
@@ -41,6 +43,7 @@ __all__ = [
     "Sample",
     "Split",
     "alike",
+    "background_of",
     "changes",
     "composition",
     "leave_out",
@@ -55,8 +58,15 @@ __all__ = [
     "write_inventory",
 ]
 
+logger = logging.getLogger(__name__)
+
 Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder
 Data = Annotated[Sources, Field(discriminator="name")]
+
+
+def background_of(data: Sources | None) -> tuple[int, int, int] | None:
+    """Red, green and blue that transparent pixels of a folder's images are shown before; None of other data."""
+    return data.decoding().background if isinstance(data, Folder) else None
 
 
 def shorthand(value: str) -> dict[str, Any]:
@@ -66,9 +76,13 @@ def shorthand(value: str) -> dict[str, Any]:
         ValueError: neither such a name nor such a path exists.
     """
     known = [source.model_fields["name"].default for source in get_args(Sources)]
-    if value in known:
-        return {"name": value}
     path = Path(value).expanduser()
+    if value in known:
+        if path.is_dir() and not distributed.rank():
+            logger.warning(
+                "data=%s is the data set of that name; data=./%s reads the folder %s", value, value, path.absolute()
+            )
+        return {"name": value}
     if path.exists():
         return {"name": "folder", "path": value}
     alike = difflib.get_close_matches(value, known, n=1)

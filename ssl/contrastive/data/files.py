@@ -18,6 +18,7 @@ from contrastive.data.decode import Opener, UnreadableImageError, quiet, read_im
 from contrastive.data.digests import State, digest, state_of
 from contrastive.data.images import Images, Names, Report
 from contrastive.untrusted.files import open_beneath, open_regular, shown
+from contrastive.vocabulary import many
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, m
     lines = [f"  {shown(name)}: {reason}" for name, reason in unreadable[:10]]
     if len(unreadable) > len(lines):
         lines.append(f"  and {len(unreadable) - len(lines)} more")
-    share = f"{len(unreadable)} of {total} images in {shown(root)} cannot be read, more than data.max_bad={max_bad:g}"
+    share = f"{len(unreadable)} of {many(total, 'image')} in {shown(root)} cannot be read"
+    share += f", more than data.max_bad={max_bad:g}"
     way_out = "Repair or remove them, or allow a larger share with data.max_bad"
     raise ValueError("\n".join([f"{share} allows:", *lines, way_out]))

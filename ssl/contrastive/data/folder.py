@@ -38,8 +38,8 @@ class Folder(Settings):
 
     labels: LabelsSource | None = None
     """null: sub-folders are classes if there are two and most images lie in them. folders: they are, and images beside
-    them have no label. none: no labels. Or a CSV file with a header, then in each line an image's name below the
-    folder, such as a/1.jpg, and its label; an image that it leaves out has no label."""
+    them have no label. none: no labels. Or a CSV file (with commas, semicolons or tabs, with a header or none): in each
+    line an image's name below the folder, such as a/1.jpg, and its label; an image that it leaves out has no label."""
 
     test: FolderPath | None = None
     """Folder of held-out images, one sub-folder per class, never learned from though it lie within `path`; null: test

@@ -1,4 +1,4 @@
-"""The classes of images from a table: a CSV file with a header, then a name and a label in each line."""
+"""The classes of images from a table: a CSV file with a name and a label in each line, below a header or without."""
 
 import csv
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from contrastive.data.listing import Listing
 from contrastive.data.paths import most_alike, nearest, same_spelling
+from contrastive.data.table import read_table
 from contrastive.untrusted.files import open_lines, shown
 from contrastive.untrusted.raw_bytes import NOT_UTF8, is_raw
 
@@ -19,7 +20,8 @@ UNLABELLED = -1
 def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
     """The label of each image that a table names, by the image's name; an image that it leaves out has none.
 
-    The first line names the columns; the first two columns are the name and the label, further ones are passed over.
+    The first two columns are the name and the label, further ones are passed over; commas, semicolons or tabs stand
+    between them, and the first line may name them.
     How accents are composed (NFC, NFD) does not matter to labels, nor to names that nothing else tells apart.
 
     Args:
@@ -39,19 +41,11 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
     known, not_utf8 = same_spelling(names), False
     try:
         with open_lines(path) as content:
-            reader = csv.reader(content)
-            header = next(reader, [])
-            if len(header) < 2:
-                raise ValueError(f"{path}: the first line must name the columns: the image's name, then its label")
-            if known(header[0]) is not None:
-                raise ValueError(f"{path}: the first line must name the columns, but {shown(header[0])} is an image")
-            for row in reader:
-                if not row:
-                    continue
-                line = f"{shown(path)}, line {reader.line_num}"
+            for number, row in read_table(path, content, known).rows:
+                line = f"{shown(path)}, line {number}"
                 if len(row) < 2:
                     raise ValueError(f"{line}: one column, where a name and a label should stand")
-                given, label = row[0], unicodedata.normalize("NFC", row[1].strip())
+                given, label = row[0] if known(row[0]) else row[0].strip(), unicodedata.normalize("NFC", row[1].strip())
                 not_utf8 = not_utf8 or is_raw(given + label)
                 name = known(given)
                 if name in lines:
@@ -66,7 +60,7 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
                     raise ValueError(f"{line}: {shown(repr(given))} is not among the {len(names):,} images; {hint}")
                 if not label:
                     raise ValueError(f"{line}: {shown(name)} has an empty label; leave the line out if it has none")
-                lines[name], labels[name] = reader.line_num, label
+                lines[name], labels[name] = number, label
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not_utf8:

@@ -5,6 +5,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from contrastive.vocabulary import many
+
 # Keeps this stream apart from every other that is seeded with (seed, epoch).
 STREAM = int.from_bytes(b"order", "big")
 
@@ -34,10 +36,10 @@ class Order:
 
     def __init__(self, num_images: int, batch_size: int, seed: int, *, smallest: int | None = None) -> None:
         if batch_size < 1:
-            raise ValueError(f"a batch of {batch_size} images is empty; use at least 1")
+            raise ValueError(f"a batch of {many(batch_size, 'image')} is empty; use at least 1")
         if num_images < batch_size:
             raise ValueError(
-                f"{num_images} images are fewer than a batch of {batch_size}; "
+                f"{many(num_images, 'image')} are fewer than a batch of {batch_size}; "
                 f"use a batch size of at most {num_images}, or more images"
             )
         self.num_images = num_images

@@ -11,6 +11,7 @@ from torch import Tensor
 from contrastive.data.files import Files
 from contrastive.data.images import Images, InMemory, Names, fingerprint
 from contrastive.data.paths import same_spelling
+from contrastive.vocabulary import many
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
@@ -20,7 +21,7 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         ValueError: if none is kept.
     """
     if not len(keep):
-        raise ValueError(f"none of {len(images):,} images is left")
+        raise ValueError(f"none of {many(len(images), 'image')} is left")
     chosen = keep.tolist()
     labels = None if images.labels is None else images.labels[keep]
     mark = fingerprint([images.fingerprint, keep.numpy()])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from contrastive.data.images import Images
 from contrastive.data.paths import nearest, same_spelling
+from contrastive.data.table import read_table
 from contrastive.untrusted.arrays import mapped_array
 from contrastive.untrusted.files import open_lines, shown
 from contrastive.untrusted.raw_bytes import NOT_UTF8, is_raw
@@ -140,19 +141,16 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     lines = np.zeros(len(images), dtype=np.int64)
     try:
         with open_lines(path) as content:
-            reader = csv.reader(content)
-            header = next(reader, [])
-            if len(header) < 2:
-                raise ValueError(f"{path}: the first line must name the columns: the image's name, then its numbers")
+            header, rows = read_table(path, content, known)
             if len(header) > MOST_COLUMNS:
                 raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
             numbers = np.zeros((len(images), len(header) - 1))
-            for row in reader:
-                name = known(row[0]) if row else None
+            for line, row in rows:
+                name = known(row[0].strip())
                 if name is None:
-                    not_utf8 = not_utf8 or (bool(row) and is_raw(row[0]))
+                    not_utf8 = not_utf8 or is_raw(row[0])
                     continue
-                image, line = places[name], reader.line_num
+                image = places[name]
                 if lines[image]:
                     raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
                 numbers[image], lines[image] = _numbers(path, line, row, header), line
@@ -176,7 +174,8 @@ def _numbers(path: Path, line: int, row: list[str], header: list[str]) -> list[f
         try:
             found.append(float(text))
         except ValueError:
+            hint = f"; write {text.replace(',', '.')}" if text.count(",") == 1 else ""
             raise ValueError(
-                f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number"
+                f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number{hint}"
             ) from None
     return found

@@ -24,6 +24,7 @@ from contrastive.evaluate.protocol import Gallery, ProtocolSettings, Task
 from contrastive.evaluate.retrieval import retrieve
 from contrastive.evaluate.scores import COMPARED, Difference, Evaluation, Method, Score
 from contrastive.evaluate.verification import draw_pairs, verify
+from contrastive.vocabulary import many
 
 PROBES: tuple[Task, ...] = ("knn", "linear", "augmented")
 """Tasks that predict the classes of test images; those of `LEADING` compare test images with each other."""
@@ -183,7 +184,7 @@ def refusals(
     classes = len(labels.unique())
     if classes < 2:
         reason = (
-            f"{len(labels)} test images of {classes} class{'' if classes == 1 else 'es'} are to be compared with each "
+            f"{many(len(labels), 'test image')} of {many(classes, 'class', 'classes')} are to be compared with each "
             "other; name 2 classes or more"
         )
         found |= {task: reason for task in LEADING if task in tasks}

@@ -9,13 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from contrastive.evaluate.lettering import legible, lettering
+from contrastive.evaluate.lettering import lettering, shortened
 
 MOST_NUMBERS = 25
 """Classes up to which the picture writes a number into each field."""
 MOST_NAMES = 60
 """Classes up to which the picture names each."""
-NAME_LENGTH = 22
 
 
 def confusion(
@@ -43,7 +42,7 @@ def confusion_picture(
     shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     side = min(3.5 + 0.45 * number, 14)
     totals = matrix.sum(1).tolist()
-    names = [_short(name) for name in classes] if number <= MOST_NAMES else []
+    names = [shortened(name) for name in classes] if number <= MOST_NAMES else []
     rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=False)]
     with lettering(names):
         figure = Figure((side, side), layout="constrained")
@@ -78,7 +77,7 @@ def mistakes_picture(
         columns: images in a row.
     """
     rows = max(1, -(-len(images) // columns))
-    said = [f"{_short(above)}\n{_short(below)}" for above, below in captions]
+    said = [f"{shortened(above)}\n{shortened(below)}" for above, below in captions]
     with lettering(said):
         figure = Figure((2.0 * columns, 2.45 * rows), layout="constrained")
         figure.suptitle("True class → predicted class and its probability")
@@ -91,11 +90,6 @@ def mistakes_picture(
             axes.set_axis_off()
             axes.set_title(caption, fontsize=9)
         return _drawn(figure)
-
-
-def _short(text: str) -> str:
-    line = legible(text)
-    return line if len(line) <= NAME_LENGTH else f"{line[: NAME_LENGTH - 1]}…"
 
 
 def _drawn(figure: Figure) -> Tensor:

@@ -15,6 +15,7 @@ from contrastive.data import Images
 from contrastive.evaluate import features, stored
 from contrastive.evaluate.layers import Layers
 from contrastive.evaluate.writer import Writer
+from contrastive.vocabulary import many
 
 
 class Part(NamedTuple):
@@ -85,7 +86,7 @@ def fill(
     if done.all():
         return
     if done.any():
-        say(f"{int(done.sum()):,} of {total:,} images are there already; going on with the others")
+        say(f"{int(done.sum()):,} of {many(total, 'image')} are there already; going on with the others")
     grid = [
         (part, ids)
         for part in parts
@@ -115,5 +116,5 @@ def fill(
                 pace = count / (time.monotonic() - start)
                 update("encoding", count / expected, f"{count:,} of {expected:,}  {pace:,.0f} images/s")
     written = int(stored.rows_done(folder, total).sum())
-    assert written == total, f"{written} rows for {total} images"
+    assert written == total, f"{written} rows for {many(total, 'image')}"
     distributed.barrier()

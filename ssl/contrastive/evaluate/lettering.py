@@ -14,6 +14,7 @@ BASE = "DejaVu Sans"
 """matplotlib's own font, which is always there."""
 LAST_RESORT = "Last Resort"
 """The beginning of the name of a font that comes with matplotlib: its glyphs say what is missing."""
+NAME_LENGTH = 22
 PLAIN = 400
 """The weight of a font that is neither light nor bold."""
 
@@ -36,6 +37,12 @@ def legible(name: str) -> str:
     missing = set(map(ord, line)) - _letters(BASE)
     missing -= set().union(*map(_letters, _families(frozenset(line))))
     return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in line)
+
+
+def shortened(name: str) -> str:
+    """A name as `legible`, of at most 22 letters: a longer one would take the picture's place."""
+    line = legible(name)
+    return line if len(line) <= NAME_LENGTH else f"{line[: NAME_LENGTH - 1]}…"
 
 
 @cache

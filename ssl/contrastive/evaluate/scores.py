@@ -15,6 +15,7 @@ from contrastive.evaluate.figures import Figures
 from contrastive.evaluate.kinds import EMBEDDED, is_learned, label
 from contrastive.evaluate.metric import Cosine, Metric
 from contrastive.evaluate.protocol import ProtocolSettings, Task
+from contrastive.vocabulary import many
 
 Method = Literal["knn", "linear", "augmented"]
 TITLES: Mapping[Method, str] = {"knn": "kNN", "linear": "linear probe", "augmented": "augmented probe"}
@@ -175,7 +176,8 @@ class Evaluation:
     def accuracy_title(self, first: Score) -> str:
         """What the table of accuracies is called, by one of them."""
         by = "" if isinstance(self.metric, Cosine) else f", kNN by {self.metric.name}"
-        return f"Accuracy on {first.num_test:,} test images, {first.num_train:,} labelled training images{by} (%)"
+        test, train = many(first.num_test, "test image"), many(first.num_train, "labelled training image")
+        return f"Accuracy on {test}, {train}{by} (%)"
 
     def _accuracies(self, scores: Sequence[Score]) -> Table:
         first = scores[0]

@@ -16,6 +16,7 @@ from contrastive.progress import Teller
 from contrastive.resume import check_facts, check_processes, check_settings
 from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, METRICS, Run, read_metrics
 from contrastive.untrusted.writing import make_folder, remove, write_whole
+from contrastive.vocabulary import many
 
 FREE = {
     "output",
@@ -114,18 +115,20 @@ def describe(
     """Says what will run, so that a mistake is seen before time has gone by."""
     settings, trained, held = task.settings, len(task.images), len(task.held_out)
     moving = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs"
-    floor = "" if settings.minutes else f", at least {settings.min_steps} steps"
+    budget = many(settings.minutes, "minute") if settings.minutes else many(settings.epochs, "epoch")
+    floor = "" if settings.minutes else f", at least {many(settings.min_steps, 'step')}"
     random = settings.scratch or task.opened.origin.get("pretrained") is False
     weights = "random weights" if random else "pretrained weights"
-    teller.say(f"images     {trained:,} to train on, {held:,} held out, {len(task.images.classes):,} classes")
+    teller.say(
+        f"images     {trained:,} to train on, {held:,} held out, {many(len(task.images.classes), 'class', 'classes')}"
+    )
     teller.say(f"model      {task.opened.name}, {weights}, {settings.mode}: {moving:,} parameters move")
     teller.say(
         f"training   {budget}{floor}, batch {task.batch_size}, {accelerator.num_processes} × {accelerator.device}"
     )
     teller.say(f"run        {folder.resolve()}")
     if task.split.unreadable:
-        teller.warn(f"{len(task.split.unreadable)} files could not be read and were left out")
+        teller.warn(f"{many(len(task.split.unreadable), 'file')} left out: could not be read")
     if probe is not None and probe.held_out is not None:
         teller.say(
             f"probe      {100 * probe.held_out:.1f} % of the held-out images right, by logistic regression on the "

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from contrastive.data import Images
+from contrastive.data import Images, background_of
 from contrastive.evaluate.confusion import confusion, confusion_picture, mistakes_picture, worst
 from contrastive.evaluate.held_out import balanced_accuracy, uneven
 from contrastive.evaluate.intervals import wilson
@@ -18,6 +18,7 @@ from contrastive.progress import Teller
 from contrastive.run import CLASSIFIER, Run
 from contrastive.timm_folder import export
 from contrastive.untrusted.files import shown
+from contrastive.vocabulary import many
 
 RESULT = "result.json"
 MISTAKES = 24
@@ -57,8 +58,8 @@ def measure(
         size=opened.size,
         mean=opened.mean,
         std=opened.std,
-        interpolation=opened.interpolation,
         classes=classes,
+        background=background_of(settings.data or (opened.recipe.data if opened.recipe is not None else None)),
     )
     trained, held_out = len(task.images), len(task.held_out)
     record: dict[str, Any] = {"command": header.partition("\n")[0].removeprefix("# "), "model": opened.name}
@@ -147,7 +148,7 @@ def _measured(
     else:
         pairs, counts = torch.stack([labels, predictions], 1).unique(dim=0, return_counts=True)
         record["confusion_pairs"] = torch.cat([pairs, counts[:, None]], 1).tolist()
-    said = f"test       {100 * right / total:.1f} % of {total:,} images right"
+    said = f"test       {100 * right / total:.1f} % of {many(total, 'image')} right"
     said = f"{said} (95 %: {100 * low:.1f} to {100 * high:.1f})"
     return record, said + (f", {100 * balanced:.1f} % as the mean over the classes" if balanced is not None else "")
 

@@ -231,7 +231,7 @@ def _tell(findings: Findings, teller: Teller) -> None:
         low, high = stale.quantiles["5 %"], stale.quantiles["95 %"]
         teller.say(
             f"Memory bank: the cosine of a row with a fresh embedding of its image is {stale.mean:.2f} on average "
-            f"({low:.2f} to {high:.2f} for nine rows of ten, {stale.images:,} rows); 1 where no row is stale."
+            f"({low:.2f} to {high:.2f} for nine rows of ten, {many(stale.images, 'row')}); 1 where no row is stale."
         )
     for text in (*findings.warnings, *sentences(findings.failures, list(findings.features))):
         teller.warn(text)

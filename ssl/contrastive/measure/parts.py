@@ -31,6 +31,7 @@ from contrastive.progress import Teller
 from contrastive.recipe import Recipe
 from contrastive.run import CHECKPOINTS
 from contrastive.untrusted.writing import make_folder, replacing
+from contrastive.vocabulary import many
 
 FEATURES = "features"
 FOREIGN = "of other data than the run's"
@@ -280,7 +281,7 @@ def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller, failed: Faile
     ids = _some(len(rows), MAPPED, seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for method in settings.maps:
-        teller.say(f"map of {len(ids):,} images: {method}")
+        teller.say(f"map of {many(len(ids), 'image')}: {method}")
         try:
             found[method] = ids, flat_map(rows[ids], method, seed=seed)
         except Exception as problem:

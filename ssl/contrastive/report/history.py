@@ -13,6 +13,7 @@ from contrastive.recipe import Recipe
 from contrastive.report.findings import Findings, has_labels
 from contrastive.run import CONFIG, DONE, METRICS
 from contrastive.untrusted.files import open_lines, parse_json, spelled
+from contrastive.vocabulary import many
 
 UNREADABLE = "unreadable.txt"
 MOST_LETTERS = 1 << 26
@@ -94,7 +95,11 @@ def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
         said.append(("features", _width(findings)))
     held_out = f" and {len(test):,} held out" if test is not None else ", none held out"
     kind = "grey" if train.channels == 1 else "colour"
-    labels = f", {len(findings.classes):,} classes" if has_labels(findings.shown.labels) else ", without labels"
+    labels = (
+        f", {many(len(findings.classes), 'class', 'classes')}"
+        if has_labels(findings.shown.labels)
+        else ", without labels"
+    )
     said.append(("measured on", f"{len(train):,} training images{held_out}, {kind}, {train.size} px{labels}"))
     said += [("command", history.command)] if history.command else []
     said += [("made by", history.commit)] if history.commit else []
@@ -112,7 +117,7 @@ def warnings_of(history: History, widest: int) -> list[str]:
         return said
     lost = sum(not math.isfinite(line["loss"]) for line in metrics)
     if lost:
-        said.append(f"the loss was not finite in {lost:,} of {len(metrics):,} lines of metrics")
+        said.append(f"the loss was not finite in {lost:,} of {many(len(metrics), 'line')} of metrics")
     if recipe is not None:
         projector = recipe.encoder.projector
         dim = projector.dim if projector.layers else widest
@@ -144,18 +149,18 @@ def _encoder(recipe: Recipe, findings: Findings) -> str:
 
 
 def _width(findings: Findings) -> str:
-    return f"{findings.width:,} features per image"
+    return f"{many(findings.width, 'feature')} per image"
 
 
 def _images(recipe: Recipe) -> str:
-    views = f"{recipe.views.num_views} views of each image, {recipe.views.size} px"
+    views = f"{many(recipe.views.num_views, 'view')} of each image, {recipe.views.size} px"
     unseen = f"; without classes {', '.join(map(str, recipe.unseen))}" if recipe.unseen else ""
     return f"{in_words(recipe.data)}; {views}{unseen}"
 
 
 def _training(recipe: Recipe, history: History) -> str:
     settings, metrics = recipe.train, history.metrics
-    budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.epochs:g} epochs"
+    budget = many(settings.minutes, "minute") if settings.minutes else many(settings.epochs, "epoch")
     words = f"{budget}, batch {settings.batch_size:,}, {in_words(recipe.optim)}, seed {recipe.seed}"
     seconds = max((line["seconds"] for line in metrics if math.isfinite(line.get("seconds", math.nan))), default=None)
     if seconds is not None:

@@ -128,7 +128,7 @@ def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
     said = [*findings.warnings, *sentences(findings.failures, list(findings.features))]
     said += [*warnings_of(history, findings.width)]
-    if unreadable:
+    if unreadable and not any("could not be read" in warning for warning in findings.warnings):
         one = len(unreadable) == 1
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
         said.append(f"{what} left out")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
-from contrastive.evaluate.lettering import legible, lettering
+from contrastive.evaluate.lettering import lettering, shortened
 
 INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
 THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
@@ -33,6 +33,10 @@ OTHER = "#8a8f98"
 MOST_POINTS = 300
 """Points of a curve: more are not told apart on a screen."""
 BINS = 60
+CURVE_WIDTH = 3.4
+"""Inches."""
+TICK_PAD, TICK_LETTER = 8.0, 5.3
+"""Points beside a number at an axis, and of one of its letters."""
 
 
 class Thinned(NamedTuple):
@@ -58,8 +62,7 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = MOST_POINT
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
     """Curves over the steps, by name: the first drawn full, the others dashed; at most three."""
     # Of many small plots the layout would cost more than the drawing.
-    figure, axes = _figure(3.4, 1.9, layout=None)
-    figure.subplots_adjust(0.14, 0.13, 0.98, 0.92)
+    figure, axes = _figure(CURVE_WIDTH, 1.9, layout=None)
     for number, ((name, (steps, values)), colour) in enumerate(
         zip(lines.items(), (FIRST, SECOND, THIRD), strict=False)
     ):
@@ -81,6 +84,10 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figu
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # As wide as the longest number beside the axis.
+    formatter = axes.yaxis.get_major_formatter()
+    longest = max((len(text) for text in formatter.format_ticks(axes.get_yticks())), default=0)
+    figure.subplots_adjust((TICK_PAD + TICK_LETTER * longest) / (72 * CURVE_WIDTH), 0.13, 0.97, 0.92)
     if len(lines) > 1:
         _legend(axes)
     return figure
@@ -124,16 +131,17 @@ def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Ma
             legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
             # Not as labels: matplotlib leaves out those that begin with an underscore.
             for text, name in zip(legend.get_texts(), names, strict=True):
-                text.set_text(legible(name))
+                text.set_text(shortened(name))
     return figure
 
 
 def matrix(counts: Int64[Tensor, "classes classes"], names: Sequence[str]) -> Figure:
     """What was taken for what: shares of each row as shades, counts as numbers."""
-    side = 2.2 + 0.42 * len(names)
+    lines = list(map(shortened, names))
+    side = 1.2 + 0.42 * len(names) + 0.09 * max(map(len, lines))
     with lettering(names):
         figure, axes = _figure(side, side)
-        places, lines = list(range(len(names))), list(map(legible, names))
+        places = list(range(len(names)))
         axes.set_xticks(places, lines, rotation=90)
         axes.set_yticks(places, lines)
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()

@@ -8,6 +8,7 @@ from contrastive.evaluate.figures import LEADING, Figures, distances
 from contrastive.evaluate.kinds import label
 from contrastive.evaluate.scores import TITLES, Evaluation, Score
 from contrastive.report.findings import Findings
+from contrastive.vocabulary import many
 
 GROUPED = {
     "retrieval": "Each test image is looked up among all others: is what it finds of its class? Higher is better.",
@@ -124,7 +125,7 @@ def _fractions(findings: Findings) -> list[Sheet]:
     if not results:
         return []
     first = next(iter(results.values()))
-    columns = tuple(f"{result.name} ({result.images:,} images)" for result in first)
+    columns = tuple(f"{result.name} ({many(result.images, 'image')})" for result in first)
     rows = []
     for kind, own in results.items():
         cells = []

@@ -29,7 +29,7 @@ WORDS = {
 
 
 def in_words(problem: OSError) -> str:
-    """An error of the system as a sentence on its file, with what to do; its own text where there are no words for it."""
+    """An error of the system as a sentence on its file, with what to do; its own text where there is no other."""
     words = WORDS.get(problem.errno or 0)
     if words is None or problem.filename is None:
         return shown(problem)
