@@ -1,7 +1,8 @@
 """Optimisers by name, with the right tensors left out of weight decay, and the schedule as a pure function."""
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -9,6 +10,7 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from contrastive.config import Settings
+from contrastive.vocabulary import SCHEDULE
 
 REFERENCE_BATCH = 256
 """The batch that a scaled rate is stated for (Goyal et al. 2017)."""
@@ -21,6 +23,10 @@ WEIGHT_DECAYS: dict[str, float] = {"adamw": 0.05, "sgd": 5e-4, "lars": 1e-6}
 
 class OptimSettings(Settings):
     """What moves the weights, and how fast over the run."""
+
+    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("scheduler", "lr_scheduler", "lr_schedule", "schedule", "min_lr", "gamma", "step_size"), SCHEDULE
+    )
 
     name: Name = "adamw"
     """adamw; sgd with momentum; lars (You et al. 2017) for very large batches."""

@@ -105,7 +105,7 @@ class Recipe(Settings):
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
     hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = {"objective": vocabulary.OBJECTIVES}
+    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = vocabulary.VALUES
 
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
@@ -231,7 +231,7 @@ def find(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    name = recipe.strip().lower().replace("-", "_")
+    name = vocabulary.plain(recipe)
     near = (
         [vocabulary.RECIPES[name]] if name in vocabulary.RECIPES else difflib.get_close_matches(name, names(), 1, 0.5)
     )

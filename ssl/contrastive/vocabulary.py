@@ -35,10 +35,11 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("k", "objective.size", "knn.neighbours"),
         ("knn_k neighbors n_neighbors", "knn.neighbours", "neighbours"),
         ("moco_m ema_decay", "objective.momentum", "ema"),
-        ("nce_k nce_m m num_negatives n_negatives neg", "objective.negatives", "objective.m2"),
+        ("nce_k nce_m num_negatives n_negatives neg", "objective.negatives"),
+        ("m", "objective.negatives", "objective.m2", "objective.momentum", "objective.margin"),
         ("alpha", "objective.margin", "mixup"),
         ("s", "objective.scale"),
-        ("mining miner sampler", "sampling.name"),
+        ("mining miner sampler", "objective.sampling"),
         ("z", "normaliser"),
         ("p", "images_per_class"),
         ("out outdir out_dir output_folder logdir log_dir save_dir exp_dir name run_name", "output"),
@@ -61,6 +62,11 @@ _SIMCLR = "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"
 _PAIRS = "the pairs' contrastive loss is objective=contrastive, as in recipes siamese and siamese_instances"
 _ANGLE = "{} is objective=margin_softmax objective.preset={}, as in recipe {}"
 _RANKING = "{} is objective=ranking objective.loss={}"
+_ABSENT = "{} and is not here; the nearest that is: objective={}"
+_PROXIES = (
+    "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
+    "by finetune.py)"
+)
 
 OBJECTIVES: Mapping[str, str] = {
     name: answer
@@ -80,7 +86,21 @@ OBJECTIVES: Mapping[str, str] = {
         ("siamese pairs pairwise", _PAIRS),
         ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
         ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
+        ("triplet_margin", "the triplet loss with a margin is objective=triplet, as in recipe facenet"),
         ("npair npairs", "the N-pair loss is objective=n_pair"),
+        ("byol simsiam", _ABSENT.format("it has no negatives", "queue, with a momentum twin, as in recipe moco")),
+        ("barlow_twins barlow vicreg", _ABSENT.format("it decorrelates dimensions", "in_batch, as in recipe simclr")),
+        (
+            "dino dinov2 swav deepcluster",
+            _ABSENT.format("it assigns clusters", "nearest_neighbours, as in recipe nnclr"),
+        ),
+        ("mae simmim ijepa", _ABSENT.format("it predicts hidden parts of an image", "in_batch, as in recipe simclr")),
+        ("clip siglip", _ABSENT.format("it contrasts images with texts", "in_batch, as in recipe simclr")),
+        ("softmax cross_entropy ce normalized_softmax proxy_nca proxy_anchor", _PROXIES),
+        (
+            "multi_similarity circle lifted_structure tuplet",
+            _ABSENT.format("it weighs all pairs of a batch", "supervised, as in recipe supervised"),
+        ),
         ("arcface aam", _ANGLE.format("ArcFace", "arcface", "arcface")),
         ("cosface lmcl am_softmax", _ANGLE.format("CosFace (LMCL)", "cosface", "cosface")),
         ("sphereface a_softmax asoftmax", _ANGLE.format("SphereFace (A-Softmax)", "sphereface", "sphereface")),
@@ -92,6 +112,43 @@ OBJECTIVES: Mapping[str, str] = {
     for name in names.split()
 }
 """A method's name, in lower case with underscores, and the objective that it is here."""
+
+_HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
+SAMPLINGS: Mapping[str, str] = {
+    **dict.fromkeys(("batch_hard", "batchhard", "hard_negative", "hardest_negative"), _HARDEST),
+    **dict.fromkeys(("batch_all", "none", "no"), "all pairs or triplets are objective.sampling=all"),
+    **dict.fromkeys(("distance", "dwm", "weighted"), "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
+}
+"""What others call a way to choose pairs or triplets."""
+
+PRESETS: Mapping[str, str] = {
+    **dict.fromkeys(("lmcl", "am_softmax", "amsoftmax"), "LMCL (AM-Softmax) is objective.preset=cosface"),
+    **dict.fromkeys(("a_softmax", "asoftmax"), "A-Softmax is objective.preset=sphereface"),
+    **dict.fromkeys(("aam", "aam_softmax", "arc"), "AAM-Softmax is objective.preset=arcface"),
+    **dict.fromkeys(("normalized_softmax", "nsoftmax"), "the softmax of unit vectors is objective.preset=norm_face"),
+}
+"""What others call a margin of a softmax over classes."""
+
+OPTIMIZERS: Mapping[str, str] = {
+    **dict.fromkeys(("adam", "nadam", "radam"), "Adam is optim=adamw with optim.weight_decay=0"),
+    **dict.fromkeys(("sgdm", "momentum", "nesterov"), "SGD with momentum is optim=sgd, with optim.momentum"),
+    **dict.fromkeys(("lamb",), "for very large batches there is optim=lars"),
+}
+"""What others call an optimizer."""
+
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "objective": OBJECTIVES,
+    "objective.sampling": SAMPLINGS,
+    "objective.preset": PRESETS,
+    "optim.name": OPTIMIZERS,
+}
+"""By the key, what others call its values."""
+
+
+def plain(name: str) -> str:
+    """A name as the tables have it: in lower case, with underscores, without the word loss at its end."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_").removesuffix("loss").rstrip("_")
+
 
 RECIPES: Mapping[str, str] = {
     name: recipe
@@ -119,6 +176,7 @@ RECIPES: Mapping[str, str] = {
 """A method's name, in lower case with underscores, and the recipe that trains by it."""
 
 
+SCHEDULE = "the rate rises over the share optim.warmup of the run and falls along a cosine; there is no other schedule"
 _PROCESSES = (
     "the launcher starts the processes: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py, or "
     "torchrun --nproc-per-node N"
@@ -128,6 +186,8 @@ HINTS: Mapping[str, str] = {
     for names, answer in (
         ("gpus devices num_gpus n_gpu nproc num_processes world_size nodes strategy", _PROCESSES),
         ("device cuda cpu", "the device is the best one that there is; CUDA_VISIBLE_DEVICES= hides the GPUs"),
+        ("scheduler lr_scheduler lr_schedule schedule", SCHEDULE),
+        ("_base_ base defaults", "a recipe stands alone: begin with the other one and add key=value, or copy its file"),
         ("config cfg recipe", "a recipe comes first and has no key: pretrain.py simclr key=value"),
     )
     for name in names.split()

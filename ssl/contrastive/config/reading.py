@@ -3,6 +3,7 @@
 import difflib
 import re
 import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from contrastive import vocabulary
 from contrastive.config.keys import hint_for, kind, suggestion_for
 from contrastive.config.settings import Settings, field_at, leaves_of, members_of
 from contrastive.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
@@ -56,12 +58,29 @@ def dump_yaml(settings: Settings) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        tree = parse(read_text(file, MAX_YAML_BYTES))
+        text = read_text(file, MAX_YAML_BYTES)
+        if not text.strip():
+            raise ValueError("it is empty")
+        tree = parse(text)
     except ValueError as problem:
         raise ValueError(f"{shown(file)} is no recipe: {problem}") from None
+    if isinstance(tree, dict):
+        _refuse_dots(file, tree)
     if not isinstance(tree, dict):
-        raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe is a list of `key: value` lines")
+        raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe holds `key: value`, one on each line")
     return tree
+
+
+def _refuse_dots(file: Path, tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if "." in key:
+            outer, _, inner = key.partition(".")
+            raise ValueError(
+                f"{shown(file)}: the key {shown(key)} has a dot, as on a command line; in a recipe it is nested, "
+                f"{shown(outer)}: {{{shown(inner)}: …}}"
+            )
+        if isinstance(value, dict):
+            _refuse_dots(file, value)
 
 
 def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word, tree)}")
         if text == "":
-            raise ValueError(f"{key} has no value; write {key}=null for none")
+            raise ValueError(f"{key} has no value{_nothing(field_at(model, key.split('.')), key)}")
         if key in seen:
             raise ValueError(f"{key} is given twice; keep one of them")
         seen.add(key)
@@ -95,10 +114,23 @@ def _value(field: FieldInfo | None, key: str, text: str) -> Any:
     if field is not None and (members_of(field.annotation) or leaves <= {str, Path, types.NoneType}):
         refuse_interpolation(text)
         return text.strip("'\"") if text[:1] in "'\"" else text
+    # A list needs no brackets: 0.2,1 is [0.2, 1].
+    listed = field is not None and _is_list(field.annotation) and "," in text and text[:1] != "["
     try:
-        return cast("dict[str, Any]", parse(f"value: {text}"))["value"]
+        return cast("dict[str, Any]", parse(f"value: [{text}]" if listed else f"value: {text}"))["value"]
     except ValueError as problem:
         raise ValueError(f"{key}={shown(text)} cannot be read: {problem}") from None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple or any(map(_is_list, typing.get_args(annotation)))
+
+
+def _nothing(field: FieldInfo | None, key: str) -> str:
+    """How a person writes that a field has no value, as the end of a sentence."""
+    if field is None or types.NoneType in leaves_of(field.annotation):
+        return f"; write {key}=null for none"
+    return f"; write {key}=[] for none" if _is_list(field.annotation) else f"; it must be {kind(field)}"
 
 
 def _scalars(tree: Any) -> Iterator[Any]:
@@ -188,6 +220,17 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
                 path.append(str(next(iter(value))))
                 value = value[path[-1]]
             key = ".".join(path)
+            if path[-1] == "name" and (above := field_at(model, path[:-1])) is not None:
+                parts = [name for settings in members_of(above.annotation).values() for name in settings.model_fields]
+                return (
+                    f"{key.removesuffix('.name')}={value}: it has no kinds to choose from; set its {', '.join(parts)}"
+                )
+            for depth in range(1, len(path)):
+                above = field_at(model, path[:depth])
+                if above is not None and path[depth] in members_of(above.annotation):
+                    place = ".".join(path[:depth])
+                    made = f"{place}.name={path[depth]}"
+                    return f"there is no key {key}: {path[depth]} is a kind; write {made}, and its keys beside the name"
             return f"there is no key {key}{hint or suggestion_for(model, key, tree)}"
         case "missing":
             return f"{key} is required: write {key}=…"
@@ -201,13 +244,22 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
             )
         case "string_type" if isinstance(value, bool | int | float):
             return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
+        case "tuple_type" if field is not None:
+            return f"{key}={value}: it must be a list, {kind(field)}; write it as {key}=[a,b]"
+        case "float_parsing" | "float_type" | "int_parsing" | "int_type" | "bool_parsing" | "bool_type" if field:
+            about = (field.description or "").partition(".")[0].partition("\n")[0].partition(":")[0].strip()
+            return f"{key}={value}: it must be {kind(field)}" + (f" ({about})" if about else "")
+        case "value_error" if isinstance(value, dict) and path:
+            return f"{key}: {error['ctx']['error']}"
         case "value_error":
             return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         case _ if field is not None and str(error["loc"][-1]) != path[-1]:
             return f"{key}={value}: it must be {kind(field)}"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-            return f"{key}={value}: it must be one of {', '.join(choices)}{_nearest(str(value), choices, {})}"
+            return f"{key}={value}: it must be one of {', '.join(choices)}" + _nearest(
+                str(value), choices, model.value_synonyms.get(key, {})
+            )
         case _:
             message = error["msg"].removeprefix("Input ").replace("should", "must")
             return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
@@ -235,7 +287,8 @@ def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
 
 def _nearest(name: str, choices: Sequence[str], synonyms: Mapping[str, str]) -> str:
     """What a refused choice is called here, or the nearest one, as the end of a sentence."""
-    if answer := synonyms.get(name.lower().replace("-", "_")):
+    plain = vocabulary.plain(name)
+    if answer := synonyms.get(plain) or {key.replace("_", ""): text for key, text in synonyms.items()}.get(plain):
         return f"; {answer}"
     near = difflib.get_close_matches(name, choices, 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""

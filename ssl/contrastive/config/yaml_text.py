@@ -35,8 +35,10 @@ def parse(text: str) -> Any:
         if yaml.ScalarEvent in kinds and kinds[kinds.index(yaml.DocumentStartEvent) + 1] is yaml.ScalarEvent:
             return text.strip()
         return restored(_with_texts_for_keys(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))))
+    except yaml.MarkedYAMLError as problem:
+        raise ValueError(_said(problem, text)) from None
     except yaml.YAMLError as problem:
-        raise ValueError(f"it is not YAML that can be read: {problem}") from None
+        raise ValueError(f"it is not YAML that can be read: {shown(problem)}") from None
     except OmegaConfBaseException as problem:
         # Its other lines are about OmegaConf's own objects.
         raise ValueError(f"it is not YAML that can be read: {str(problem).partition(chr(10))[0]}") from None
@@ -91,6 +93,16 @@ def _judged(event: yaml.Event) -> type[yaml.Event]:
 
 def _line(event: yaml.Event) -> str:
     return "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+
+
+def _said(problem: yaml.MarkedYAMLError, text: str) -> str:
+    """What is wrong with a text that is no YAML, on one line, by the line of it."""
+    mark = problem.problem_mark or problem.context_mark
+    line = "" if mark is None else f"line {mark.line + 1}: "
+    own = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
+    if own[: len(own) - len(own.lstrip())].count("\t"):
+        return f"{line}a tab cannot indent a line of YAML; use spaces"
+    return f"{line}it is not YAML that can be read: {shown(problem.problem or problem.context or '')}"
 
 
 def _with_texts_for_keys(tree: Any) -> Any:
