@@ -96,7 +96,8 @@ def test_names_are_shown_as_one_line_that_no_terminal_obeys() -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "is damaged"),
         (b"[1]", "it holds a list and no object"),
         (b"{", "is damaged"),
-        (b"\xff\xfe{}", "no text in UTF-8"),
+        (b"\xff\xfe{}", "text in UTF-16; save it as UTF-8"),
+        (b"{\xff}", "no text in UTF-8"),
         (b'{"a": "' + b"a" * 2000 + b'"}', "more than 1,000 bytes"),
     ],
 )

@@ -5,6 +5,7 @@ which of timm's models it is and what its input was, and the weights are those o
 """
 
 import copy
+import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.utils import logging
+from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -132,7 +133,7 @@ def hub_in_time() -> Iterator[str]:
     The client tries each file again and again for most of a minute, and says so each time. Yields why the hub cannot
     be reached; empty where it can, or where that is a proxy's affair.
     """
-    problem, verbosity, offline = "", logging.get_verbosity(), constants.HF_HUB_OFFLINE
+    problem, verbosity, offline = "", get_verbosity(), constants.HF_HUB_OFFLINE
     address = urlsplit(constants.ENDPOINT)
     if not offline and address.scheme not in getproxies() and "all" not in getproxies():
         try:
@@ -142,11 +143,11 @@ def hub_in_time() -> Iterator[str]:
             problem = f"{constants.ENDPOINT} cannot be reached: {refused.strerror or refused}"
     try:
         constants.HF_HUB_OFFLINE = offline or bool(problem)
-        logging.set_verbosity_error()
+        set_verbosity(logging.ERROR)
         yield "HF_HUB_OFFLINE is set" if offline else problem
     finally:
         constants.HF_HUB_OFFLINE = offline
-        logging.set_verbosity(verbosity)
+        set_verbosity(verbosity)
 
 
 def no_weights(name: str, problem: Exception, unreachable: str, key: str) -> str:

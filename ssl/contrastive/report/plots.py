@@ -86,7 +86,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figu
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     # As wide as the longest number beside the axis.
     formatter = axes.yaxis.get_major_formatter()
-    longest = max((len(text) for text in formatter.format_ticks(axes.get_yticks())), default=0)
+    longest = max((len(text) for text in formatter.format_ticks(axes.get_yticks().tolist())), default=0)
     figure.subplots_adjust((TICK_PAD + TICK_LETTER * longest) / (72 * CURVE_WIDTH), 0.13, 0.97, 0.92)
     if len(lines) > 1:
         _legend(axes)

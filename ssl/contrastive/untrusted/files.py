@@ -14,6 +14,8 @@ LARGEST_JSON = 16 * MEBIBYTE
 """Bytes of a JSON file; in memory it takes some thirty times as much."""
 LONGEST_LINE = MEBIBYTE
 LONGEST_SHOWN = 1000
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+"""How a text in UTF-16 begins."""
 BEHIND_A_LINK = "is a symbolic link, or lies behind one"
 
 # A pipe would be waited for without O_NONBLOCK; a regular file does not care.
@@ -108,8 +110,11 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 def read_text(path: Path, most: int) -> str:
     """The text of a regular file in UTF-8, if it has at most so many bytes; raises ValueError or OSError otherwise."""
+    content = read_bytes(path, most)
+    if content[:2] in UTF16:
+        raise ValueError(f"{shown(path)} is text in UTF-16; save it as UTF-8")
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise ValueError(f"{shown(path)} is no text in UTF-8: {problem.reason} at byte {problem.start:,}") from problem
 
@@ -149,7 +154,7 @@ def open_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[Iterator[str
     """
     # newline="": the ends stay as they are, which a CSV reader wants.
     with open_regular(path) as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+        if file.read(2) in UTF16:
             raise ValueError(f"{shown(path)} is text in UTF-16; save it as “CSV UTF-8”")
         file.seek(0)
         with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
