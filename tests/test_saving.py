@@ -171,7 +171,7 @@ def test_a_fault_of_the_program_is_raised_and_not_taken_for_a_full_disk(
         raise ZeroDivisionError("a fault")
 
     saver = Saver(tmp_path)
-    monkeypatch.setattr(writing, "write_tensors", faulty)
+    monkeypatch.setattr(writing, "save_file", faulty)
     saver.begin(checkpoint(1))
     with pytest.raises(ZeroDivisionError, match="a fault"):
         until_written(saver)
