@@ -151,6 +151,14 @@ def test_a_loss_at_log_n_is_warned_of_once() -> None:
     assert "0.010 of at most 5.50 nats" in lines[5 + PATIENCE - 1][0]
 
 
+def test_a_loss_at_log_n_with_embeddings_that_are_all_alike_says_so_and_blames_no_rate() -> None:
+    watch, values = Watch(32), {"information": 0.01, "ceiling": 5.5, "embedding_std": 0.003, "effective_rank": 1.0}
+    said = [text for line in range(50) for text in watch.warnings(line / 50, 3.0, values)]
+    (at_chance,) = (text for text in said if text.startswith("the loss sits at log N"))
+    assert "either the images or their views are all alike" in at_chance
+    assert "optim.rate" not in at_chance
+
+
 def test_a_loss_above_log_n_that_falls_is_not_warned_of() -> None:
     # As with a memory bank, whose rows are renewed slowly.
     watch = Watch(32)

@@ -17,7 +17,7 @@ from contrastive.report.hover_map import hover_map
 from contrastive.report.look import look
 from contrastive.report.neighbours import look_alikes, look_up, queries
 from contrastive.report.pictures import sprite, thumbnails
-from contrastive.report.plots import PALETTE, as_pixels, as_svg, curves, histogram, thin
+from contrastive.report.plots import PALETTE, as_pixels, as_svg, curves, histogram, matrix, thin
 from contrastive.report.similarities import similarities
 from contrastive.report.tensorboard import rows, write_tensorboard
 from contrastive.views import ViewsSettings
@@ -140,6 +140,29 @@ def test_a_long_curve_is_thinned_to_the_mean_and_the_ends_of_each_stretch() -> N
     assert (seen.low[1], seen.mean[1], seen.high[1], seen.steps[1]) == (0, 4.5, 9, 14.5)
     assert np.isnan(thin([1.0], [math.inf]).mean).all()
     assert len(thin([], []).steps) == 0
+
+
+def inked(pixels: torch.Tensor) -> torch.Tensor:
+    """Where a picture is not white: [height, width]."""
+    return (pixels < 250).any(0)
+
+
+@pytest.mark.parametrize("values", [(0.000125, 0.000165), (123_400.0, 123_850.0), (-0.00212, -0.00209), (3.0, 4.0)])
+def test_the_numbers_beside_a_curve_are_within_the_picture(values: tuple[float, float]) -> None:
+    pixels = as_pixels(curves({"rate": (np.arange(40.0).tolist(), np.linspace(*values, 40).tolist())}))
+    edge = inked(pixels)
+    assert not edge[:, 0].any()
+    assert not edge[:, -1].any()
+
+
+@pytest.mark.parametrize("length", [1, 20, 200])
+def test_a_matrix_of_long_names_keeps_its_fields(length: int) -> None:
+    counts = torch.eye(5, dtype=torch.int64) * 9
+    picture = inked(as_pixels(matrix(counts, ["w" * length] * 5)))
+    # The fields of the diagonal are the darkest: they take more of the picture than any letters.
+    assert picture.double().mean() > 0.05
+    assert not picture[:, 0].any()
+    assert not picture[0].any()
 
 
 def test_a_plot_takes_its_colours_from_the_page_and_is_the_same_every_time() -> None:
