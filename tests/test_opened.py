@@ -30,7 +30,7 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 def test_a_run_is_opened_with_its_weights_and_the_input_it_was_trained_on(run: Path) -> None:
     opened = open_model(str(run))
     assert (opened.channels, opened.size, opened.folder) == (1, 28, run)
-    assert opened.transform == {"channels": 1, "size": 28, "mean": 0.5, "std": 0.25, "interpolation": "bilinear"}
+    assert opened.transform == {"channels": 1, "size": 28, "mean": 0.5, "std": 0.25, "interpolation": "bicubic"}
     assert opened.origin["file"] == "backbone/model.safetensors"
     assert not equal(opened.backbone(), opened.untrained())
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
