@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl" / "contrastive"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
-    {"untrusted", "vocabulary"},
+    {"untrusted", "vocabulary", "memory"},
     {"config", "distributed", "keyed"},
     {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder", "growing", "metrics_lines"},
     {"folder_lock"},
@@ -35,6 +35,7 @@ LEVELS = [
     {"evaluate"},
     {"recipe"},
     {"launch", "clock", "resume", "scale", "opened"},
+    {"limits"},
     {"machine", "extract"},
     {"not_finite"},
     {"step", "features", "ready"},

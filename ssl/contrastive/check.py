@@ -21,6 +21,7 @@ from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, Saver, newest_checkpoint, room_needed, together
 from contrastive.data import Loader
 from contrastive.launch import Stop, start
+from contrastive.memory import device, gigabytes, ran_out
 from contrastive.pretrain import open_run, state_of, train
 from contrastive.progress import Teller, duration
 from contrastive.ready import Ready, describe, finished, folder_of, make_ready
@@ -79,7 +80,7 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
     try:
         step = train(tried, split.train, order, run, saver, Teller(quiet=True), found, Stop())
     except (RuntimeError, MemoryError) as problem:
-        if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem):
+        if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
         raise
     finally:
@@ -105,17 +106,17 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
 
     kept = settings.keep + settings.keep_best
     needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(place).free
-    rows["disk"] = f"{_gigabytes(needed)} for {kept + 1} checkpoints, of {_gigabytes(free)} that are free"
+    rows["disk"] = f"{gigabytes(needed)} for {kept + 1} checkpoints, of {gigabytes(free)} that are free"
     if needed > free:
         problems.append(
-            f"{_gigabytes(needed)} are needed for {kept + 1} checkpoints, and {_gigabytes(free)} are free in "
+            f"{gigabytes(needed)} are needed for {kept + 1} checkpoints, and {gigabytes(free)} are free in "
             f"{place.parent}; make room, lower train.keep, or name another output"
         )
 
     used, there = memory()
     several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())) if not torch.cuda.is_available() else 1
     each = f" for each of {several} processes" if several > 1 else ""
-    rows["memory"] = f"{_gigabytes(used)}{each}, of {_gigabytes(there)}"
+    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(there)}"
     if used * several > MOST_MEMORY * there:
         problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
 
@@ -151,13 +152,9 @@ def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
 def memory() -> tuple[int, int]:
     """Bytes that this process has had at most, on the GPU if there is one, and bytes that are there."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties().total_memory
+        return torch.cuda.max_memory_reserved(), device()
     unit = 1 if sys.platform == "darwin" else 1024
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):
-        # A container's own limit; "max" where it has none.
-        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, there
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
 
 
 def _seconds_of_a_step(ready: Ready, step: int) -> float:
@@ -216,7 +213,3 @@ def _same(read: Mapping[str, object], state: Mapping[str, object], key: str) -> 
     # As bytes: NaN equals itself.
     left, right = (value.detach().cpu().contiguous().flatten().view(torch.uint8) for value in (one, two))
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(left, right)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"

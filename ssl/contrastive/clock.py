@@ -47,11 +47,11 @@ class Record:
 
     def __init__(self, clock: Clock, step: int, facts: Mapping[str, Any]) -> None:
         """From a step on; `facts` are those of the checkpoint that is gone on from, empty in a new run."""
-        self.skipped = int(facts.get("skipped", 0))
+        self.skipped = int(facts.get("skipped") or 0)
         """Steps of the whole run that moved nothing, for a number was not finite."""
         self.cut_off = bool(facts.get("cut_off", False))
         """Whether a measurement was due at this step and was cut off by a signal: it is made up for."""
-        self._before: dict[str, list[float]] = dict(facts.get("losses", {}))
+        self._before: dict[str, list[float]] = dict(facts.get("losses") or {})
         self._losses: list[Loss] = []
         self._clock, self._step, self._seconds = clock, step, clock.seconds()
 

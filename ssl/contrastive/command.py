@@ -23,9 +23,10 @@ from contrastive.extract import extract as extract_features
 from contrastive.finetune import FinetuneSettings
 from contrastive.finetune import finetune as finetune_model
 from contrastive.finetune import folder_of as finetuned_folder
-from contrastive.launch import Interrupted, Stop, lost_process
+from contrastive.launch import Interrupted, Stop, in_a_line, lost_process
 from contrastive.measure import EvaluateSettings, check_measured
 from contrastive.measure import evaluate as evaluate_run
+from contrastive.memory import ran_out
 from contrastive.pretrain import pretrain as run_recipe
 from contrastive.recipe import Recipe
 from contrastive.run import CONFIG
@@ -215,7 +216,13 @@ def _answer(
         if int(os.environ.get("RANK", "0")) == 0:
             _say(f"stopped by {asked.signal.name}: what had been saved stays, and {goes_on}\n")
         return 128 + asked.signal
-    except RuntimeError as problem:
+    except (RuntimeError, MemoryError) as problem:
+        if ran_out(problem):
+            _say(
+                f"error: there is too little memory ({in_a_line(problem)}); use a smaller batch_size or size, a part "
+                "of the batch at a time (train.chunk), or a smaller model\n"
+            )
+            return WRONG_USE
         if "can't start new thread" in str(problem):
             _say(
                 "error: the system starts no more threads (ulimit -u, or the container's limit of processes); raise "

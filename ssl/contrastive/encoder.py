@@ -3,7 +3,8 @@
 import copy
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from contrastive.untrusted.files import shown
 
 WIDEST = 16_384
 """Numbers of a layer: beyond it one layer alone would take a gigabyte."""
+ADAPTED = 1 << 26
+"""Weights by which a model may be larger than those that it is given: of other channels, or of larger images."""
 
 
 class ProjectorSettings(Settings):
@@ -83,7 +86,7 @@ class EncoderSettings(Settings):
     network used."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: largest probability to skip a block."""
-    batch_norm_splits: int = Field(1, ge=1)
+    batch_norm_splits: int = Field(1, ge=1, le=1024)
     """Parts of a process's batch that are normalised apart; for a momentum twin on a single process."""
     projector: ProjectorSettings = ProjectorSettings()
     """From the features to the embeddings."""
@@ -251,6 +254,9 @@ def create_backbone(
         options["img_size"] = size
     if drop_path:
         options["drop_path_rate"] = drop_path
+    if model != name and (found.folder / WEIGHTS).is_file():
+        bare = {**options, "pretrained": False}
+        check_count(shown(name), (found.folder / WEIGHTS).stat().st_size, lambda: timm.create_model(model, **bare))
     try:
         if not pretrained or model != name:
             return timm.create_model(model, **options)
@@ -280,6 +286,37 @@ def _of_another_model(found: TimmFolder, options: Mapping[str, Any], problem: Ex
         f"{shown(found.folder)} does not make {shown(found.architecture)} ({type(problem).__name__}: "
         f"{shown(problem)}); its {WEIGHTS} and config.json must be of one model"
     )
+
+
+def weight_count(build: Callable[[], nn.Module]) -> int | None:
+    """How many weights a module has, which is built without memory; None where that cannot be."""
+    try:
+        # The meta device knows shapes alone.
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            return sum(parameter.numel() for parameter in build().parameters())
+    except Exception:
+        # What is wrong with it is said where it is built in earnest.
+        return None
+
+
+def check_count(name: str, held: int, build: Callable[[], nn.Module]) -> None:
+    """Refuses a model of more weights than the bytes that hold them, before it is built: its description is not theirs.
+
+    Args:
+        name: of the model.
+        held: bytes; a weight has one at least.
+        build: makes the model.
+
+    Raises:
+        ValueError: with both.
+    """
+    count = weight_count(build) or 0
+    # Channels and size may be others here than those of the weights.
+    if count > held + ADAPTED:
+        raise ValueError(
+            f"{name} describes a model of {count:,} weights, and those beside it have {held:,} bytes: they are not of "
+            "each other"
+        )
 
 
 def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch _"]:

@@ -21,6 +21,7 @@ from contrastive.evaluate.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, 
 from contrastive.launch import start
 from contrastive.opened import Opened, digest_of, open_model
 from contrastive.progress import Teller
+from contrastive.untrusted.arrays import mapped_array
 from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.writing import make_folder, replacing
 from contrastive.views import enlarged
@@ -38,11 +39,11 @@ class EncodeSettings(Settings):
 
     data: Data | None = None
     """The images; null: the run's own, or for a timm model the bundled sample."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=1_048_576)
     """Images encoded at once by each process; the features depend on it by rounding alone."""
     precision: features.Precision = "fp32"
     """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024)
     """Threads that decode images, for each process."""
 
 
@@ -62,13 +63,13 @@ class ExtractSettings(EncodeSettings):
     its name, whose maps are averaged: layer3, blocks.5."""
     pretrained: bool | None = None
     """For a timm name: true for its published weights (downloaded), false for random ones."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(None, ge=1, le=4096)
     """Side of the square that the backbone sees, in pixels; null: what it was trained on."""
     parquet: bool = False
     """Write features.parquet too: split, id, name, label and a column for each layer (needs pyarrow)."""
     faiss: bool = False
     """Write LAYER.fvecs too: vectors of unit length, as faiss reads them."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Threads of each process on the CPU; null: the cores divided among the processes."""
 
 
@@ -345,7 +346,7 @@ def _publish(
             np.save(file, labels)
         files.append(LABELS)
     there = {name: [place / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
-    rows = {name: np.load(next(filter(Path.exists, files)), mmap_mode="r") for name, files in there.items()}
+    rows = {name: mapped_array(next(filter(Path.exists, files))) for name, files in there.items()}
     if exports.TABLE in wanted:
         with replacing(place / exports.TABLE, output) as (path, _):
             exports.write_parquet(path, rows, entries(parts), labels)

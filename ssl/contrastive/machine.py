@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from contrastive.data import ClassOrder, Composition, Images, Order, composition, way_out
 from contrastive.data.values import values_of
 from contrastive.encoder import Encoder, MomentumTwin
+from contrastive.limits import check_encoder, check_objective, check_views
 from contrastive.objectives import MarginSoftmax, NPair, ObjectiveModule, Population, Queue, Ranking
 from contrastive.recipe import POSITIVES_IN_BATCH, Recipe
 from contrastive.views import Views, enlarged
@@ -48,9 +49,11 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     Raises:
         ValueError: if a part cannot be built for the images, or does not go with another.
     """
-    torch.manual_seed(recipe.seed)
-    names = label_names(images) if recipe.ids == "labels" else None
+    names, processes = label_names(images) if recipe.ids == "labels" else None, accelerator.num_processes
+    check_views(recipe, images=len(images), channels=images.channels, processes=processes)
     views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
+    check_encoder(recipe.encoder, channels=images.channels, size=views.window.size)
+    torch.manual_seed(recipe.seed)
     encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
     chunk, smallest = recipe.train.chunk, smallest_part(encoder)
     if chunk is not None and chunk < smallest:
@@ -68,6 +71,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
         encoder = encoder.to(memory_format=torch.channels_last)
     values = None if recipe.values is None else values_of(images, recipe.values)
     population = Population(torch.arange(len(images)) if names is None else names, values)
+    check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None

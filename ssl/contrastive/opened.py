@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from contrastive.checkpoints import newest_checkpoint
 from contrastive.config import load
-from contrastive.encoder import Encoder, create_backbone, widths
+from contrastive.encoder import Encoder, check_count, create_backbone, widths
 from contrastive.recipe import Recipe
 from contrastive.run import CLASSIFIER, CONFIG
 from contrastive.timm_folder import HUB, LOCAL, SOURCES, WEIGHTS, Described, hub_folder, read_folder
 from contrastive.untrusted.arrays import read_tensors
-from contrastive.untrusted.files import check_links, shown
+from contrastive.untrusted.files import check_links, open_regular, shown
 from contrastive.views import MEAN, STD, Interpolation, plain
 
 SEED = 0
@@ -126,10 +126,17 @@ class Opened:
         state, origin = self.encoder, dict(self.origin)
         if state is None:
             state, origin = self._newest(self.folder, layer)
+        random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
+        build = partial(random.build, channels=self.channels, size=self.size)
+        check_count(shown(self.name), sum(value.nbytes for value in state.values()), build)
         with torch.random.fork_rng(devices=[]):
-            random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
-            encoder = random.build(channels=self.channels, size=self.size)
-        encoder.load_state_dict(dict(state))
+            encoder = build()
+        try:
+            encoder.load_state_dict(dict(state))
+        except RuntimeError as problem:
+            raise ValueError(
+                f"{shown(self.name)}: the checkpoint's encoder is not the recipe's: {shown(problem)}"
+            ) from problem
         return encoder, origin
 
     def _newest(self, folder: Path, layer: str) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -215,11 +222,14 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
             raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
         step, encoder, prefix = found.step, found.parts["encoder"], "backbone."
         weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
-        channels = int(found.facts.get("channels", 0))
+        known = found.facts.get("channels")
         # Of what was read: its file may have gone by now, or be another's.
         origin = {"file": _encoder_file(step), "sha256": digest_of(encoder)}
-        if channels not in (1, 3):
-            raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(channels)} channels")
+        if type(known) is not int or known not in (1, 3):
+            raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(known)} channels")
+        channels = known
+    create = partial(_of_recipe, recipe, model, channels, size or recipe.views.size)
+    check_count(shown(folder), sum(value.nbytes for value in weights.values()), partial(create, pretrained=False))
     opened = Opened(
         name=str(folder),
         model=model,
@@ -230,7 +240,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         mean=MEAN,
         std=STD,
         interpolation="bicubic",
-        create=partial(_of_recipe, recipe, model, channels, size or recipe.views.size),
+        create=create,
         folder=folder,
         recipe=recipe,
         step=step,
@@ -249,7 +259,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as content:
+    with open_regular(file) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -298,7 +308,9 @@ def _of_recipe(recipe: Recipe, model: str, channels: int, size: int, *, pretrain
         )
     if pretrained is not None:
         encoder = encoder.model_copy(update={"name": model, "pretrained": pretrained})
-    return encoder.build(channels=channels, size=size).backbone
+    return create_backbone(
+        encoder.name, channels=channels, size=size, pretrained=encoder.pretrained, drop_path=encoder.drop_path
+    )
 
 
 def _of_timm(name: str, channels: int, size: int, *, pretrained: bool = False) -> nn.Module:

@@ -30,21 +30,21 @@ class OptimSettings(Settings):
 
     name: Name = "adamw"
     """adamw; sgd with momentum; lars (You et al. 2017) for very large batches."""
-    rate: float | None = Field(None, gt=0)
+    rate: float | None = Field(None, gt=0, le=1e4)
     """Peak learning rate, before scaling; by default 3e-3 for adamw, 0.06 for sgd, 0.3 for lars (SimCLR's)."""
     scale: Literal["none", "linear", "sqrt"] | None = None
     """How the rate grows with global batch / 256; by default none for adamw, linear for sgd and lars."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0, le=1e4)
     """Not on norms and biases; by default 0.05 for adamw (decoupled, times the rate), 5e-4 for sgd, 1e-6 for lars."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of sgd and lars."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of adamw's two moments."""
-    trust: float = Field(1e-3, gt=0)
+    trust: float = Field(1e-3, gt=0, le=1e4)
     """Trust coefficient of lars: a tensor's step is this share of its norm, times the rate."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the run in which the rate rises linearly from zero; then it falls to zero along a cosine."""
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(None, gt=0, le=1e9)
     """Largest norm of the whole gradient; none by default."""
 
     def peak_rate(self, batch_size: int) -> float:

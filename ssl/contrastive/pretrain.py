@@ -309,7 +309,7 @@ def _monitor(machine: Machine, images: Images, chosen: Tensor, stop: Stop, telle
 
 
 def _budget(recipe: Mapping[str, Any]) -> list[Any]:
-    return [recipe["train"][key] for key in ("epochs", "minutes")]
+    return [recipe["train"].get(key) for key in ("epochs", "minutes")]
 
 
 def open_run(

@@ -22,6 +22,7 @@ from contrastive.data import (
     read_inventory,
 )
 from contrastive.folder_lock import folder_lock
+from contrastive.limits import check_steps
 from contrastive.machine import Machine, batches, build, cautions, check_classes, negatives_of
 from contrastive.progress import Teller
 from contrastive.recipe import Recipe
@@ -157,6 +158,7 @@ def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: T
     found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
     begun_on = found.facts["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
     extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
     machine = build(recipe, accelerator, split.train)

@@ -49,17 +49,17 @@ class TrainSettings(Settings):
         ACCUMULATION,
     )
 
-    epochs: float = Field(100, gt=0)
+    epochs: float = Field(100, gt=0, le=1_000_000)
     """Passes over the images; a part of one is allowed."""
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0, le=10_000_000)
     """Wall-clock minutes of training, in place of epochs; the schedule then follows the clock."""
-    batch_size: int = Field(256, ge=2)
+    batch_size: int = Field(256, ge=2, le=1_048_576)
     """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
     whatever the chunks and the processes."""
-    chunk: int | None = Field(None, ge=1)
+    chunk: int | None = Field(None, ge=1, le=1_048_576)
     """Images per forward pass on each process, where a batch is beyond its memory: the same gradient for one more
     forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time."""
-    images_per_class: int | None = Field(None, ge=1)
+    images_per_class: int | None = Field(None, ge=1, le=1_048_576)
     """Images of each class in a batch, which then has batch_size / images_per_class different classes (with
     ids=labels); null: images as they come. An epoch is as many batches as can be filled so."""
     keep_views: bool = False
@@ -73,21 +73,21 @@ class TrainSettings(Settings):
     """Memory layout of the encoder: channels last is the faster one for convolutions on most devices."""
     compile: bool = False
     """Compile the encoder with torch.compile: a slow first step, then faster ones."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024)
     """Processes or threads that decode images, for each process."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Threads of each process on the CPU; null: the cores divided among the processes."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, le=1_000_000_000)
     """Steps between two lines of metrics."""
-    monitor: int = Field(4, ge=0)
+    monitor: int = Field(4, ge=0, le=10_000)
     """How many times in the run kNN is measured on held-out labels, where there are labels; 0: never."""
-    save_minutes: float = Field(5, gt=0)
+    save_minutes: float = Field(5, gt=0, le=10_000_000)
     """Minutes between two checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, le=100_000)
     """Checkpoints that stay; the older ones go after a new one is safe."""
     keep_best: bool = True
     """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy that `monitor` has found."""
-    preview: int = Field(8, ge=0)
+    preview: int = Field(8, ge=0, le=256)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
     def steps(self, steps_per_epoch: int) -> int:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, newest_checkpoint
@@ -30,6 +32,22 @@ FREE = {"output", "data.max_bad", *OF_A_START, *(f"train.{key}" for key in FREE_
 SCHEDULE = {"train.epochs", "train.minutes"}
 """Settings that may change where extend=true asks for it: every rate depends on them."""
 OTHER_IMAGES = "ids would mean other images: put them back, or start another run with output=…"
+Seconds = Annotated[float, Field(ge=0, le=1e10)]
+Counted = Annotated[int, Field(ge=0, lt=10**9)]
+Measured = Annotated[float, Field(allow_inf_nan=False)]
+FACTS = {
+    "seconds": Seconds,
+    "images": str,
+    "recipe": dict,
+    "skipped": Counted | None,
+    "cut_off": bool | None,
+    "losses": dict[str, Annotated[list[float], Field(min_length=1)]] | None,
+    "score": Measured | None,
+    "held_out": str | None,
+    "channels": Annotated[int, Field(ge=1, le=64)] | None,
+    "scaler": dict[str, Measured | int] | None,
+}
+"""What a run goes on by, of the facts of its checkpoint; some may be missing, as in those of older versions."""
 LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 """Settings that may change as long as what lies there is the same."""
 
@@ -55,7 +73,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, tell
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
     if found is None:
         return None
-    facts = check_facts(found, {"seconds": float, "images": str, "recipe": dict})
+    facts = check_facts(found, FACTS)
     # The file may have been edited, or belong to another run.
     check_settings(facts["recipe"], now, FREE | SCHEDULE | moved(facts["recipe"], now))
     check_images(found, images)
@@ -90,19 +108,21 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller:
     teller.warn(f"begun on {many(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
-def check_facts(found: Checkpoint, kinds: Mapping[str, type]) -> Mapping[str, Any]:
-    """The facts of a checkpoint, if those that are needed are there and of their kind.
+def check_facts(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of a checkpoint, if each of those that are needed is of its type, with its bounds.
 
     Raises:
         ValueError: naming one that is not; another program, or a much older one, has written the checkpoint then.
     """
     for key, kind in kinds.items():
-        value = found.facts.get(key)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        try:
+            TypeAdapter(kind).validate_python(found.facts.get(key), strict=True)
+        except ValidationError as problem:
+            first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
             raise ValueError(
-                f"the checkpoint of step {found.step:,} does not say its {key} as it should ({kind.__name__}); "
-                "start another run with output=…"
-            )
+                f"the checkpoint of step {found.step:,} does not say its {key} as it should "
+                f"({first['msg'].removeprefix('Input ')}); start another run with output=…"
+            ) from None
     return found.facts
 
 

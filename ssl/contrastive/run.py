@@ -24,7 +24,7 @@ from torch.utils.tensorboard import summary
 from contrastive import distributed
 from contrastive.checkpoints import sync, together
 from contrastive.folder_lock import LOCK
-from contrastive.growing import Growing
+from contrastive.growing import MOST_KEPT, Growing
 from contrastive.metrics_lines import in_words, kept_lines, was
 from contrastive.untrusted.disk import check_writable
 from contrastive.untrusted.files import check_links, open_lines, shown
@@ -100,7 +100,8 @@ class Run:
         name = f"events.out.tfevents.{begins // 10**9:010d}.{begins % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
         self._events = Growing(events / name, folder)
         self._records = RecordWriter(self._events)
-        self._small = {name: (folder / name).read_bytes() for name in SMALL if (folder / name).is_file()}
+        there = [folder / name for name in SMALL if (folder / name).is_file()]
+        self._small = {file.name: file.read_bytes() for file in there if file.stat().st_size <= MOST_KEPT}
         self._add(Event(file_version="brain.Event:2"))
         if step:
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))

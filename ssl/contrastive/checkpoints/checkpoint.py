@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from contrastive import distributed
+from contrastive.untrusted.files import shown
 
 FORESEEN = (OSError, ValueError, KeyError, SafetensorError)
 """What a damaged checkpoint, a full disk or a wrong setting raises; anything else is a fault of the program."""
@@ -94,6 +95,10 @@ def restore_optimiser(optimiser: Any, kept: Mapping[str, Any]) -> None:
         ValueError: if it is of other groups or other parameters.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    # Its own, for rates and decays follow from the recipe, and a checkpoint may be a stranger's.
+    groups = optimiser.state_dict()["param_groups"]
+    if [group.get("params") for group in kept["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("the optimiser has other groups of parameters than the checkpoint")
     states: dict[int, dict[str, Any]] = {}
     for index, state in kept["state"].items():
         if not 0 <= index < len(parameters):
@@ -102,6 +107,8 @@ def restore_optimiser(optimiser: Any, kept: Mapping[str, Any]) -> None:
             )
         states[index], parameter = dict(state), parameters[index]
         for key, value in state.items():
+            if not isinstance(value, Tensor | int | float):
+                raise ValueError(f"the optimiser's {shown(key)} of parameter {index} is no number in the checkpoint")
             if isinstance(value, Tensor) and value.ndim:
                 if value.shape != parameter.shape:
                     raise ValueError(
@@ -109,7 +116,7 @@ def restore_optimiser(optimiser: Any, kept: Mapping[str, Any]) -> None:
                         f"checkpoint, and the parameter {tuple(parameter.shape)}"
                     )
                 states[index][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    optimiser.load_state_dict({**kept, "state": states})
+    optimiser.load_state_dict({"state": states, "param_groups": groups})
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:

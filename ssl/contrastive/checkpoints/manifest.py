@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from contrastive.untrusted.files import open_regular
 from contrastive.untrusted.raw_bytes import restored, storable
 
 FILE = "manifest.json"
@@ -138,7 +139,7 @@ def regular_size(file: Path) -> int:
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file."""
-    with file.open("rb") as content:
+    with open_regular(file) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 

@@ -253,7 +253,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
             return f"{key}: {error['ctx']['error']}"
         case "value_error":
             return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
-        case _ if field is not None and str(error["loc"][-1]) != path[-1]:
+        case _ if field is not None and (str(error["loc"][-1]) != path[-1] or error["type"] == "int_parsing_size"):
             return f"{key}={value}: it must be {kind(field)}"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])

@@ -19,6 +19,7 @@ from contrastive.data.finding import Found, Read, find
 from contrastive.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from contrastive.data.listing import Listing
 from contrastive.data.paths import WORDS, FolderPath, LabelsSource, existing_folder
+from contrastive.memory import host
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -51,7 +52,7 @@ class Folder(Settings):
     holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share of each class that is held out for measuring when there is no folder for it."""
 
-    holdout_seed: int = Field(default=0, ge=0)
+    holdout_seed: int = Field(default=0, ge=0, lt=2**31)
     """Which images are held out; not the run's seed, so that runs stay comparable."""
 
     size: int = Field(default=96, ge=8, le=1024)
@@ -73,7 +74,7 @@ class Folder(Settings):
     max_pixels: int = Field(default=120_000_000, gt=0, le=PILLOW_LIMIT)
     """Files of more pixels are refused before they are decoded."""
 
-    memory: float = Field(default=2.0, ge=0)
+    memory: float = Field(default=2.0, ge=0, le=1_000_000)
     """GiB per process that the decoded images may take; a larger set is decoded again in each epoch."""
 
     follow_links: bool = False
@@ -99,7 +100,7 @@ class Folder(Settings):
         listings = [found.train] if found.test is None else [found.train, found.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
-        in_memory = not began and total * self.channels * self.size**2 <= self.memory * 2**30
+        in_memory = not began and total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
         read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
         unreadable = [entry for part in read for entry in part.unreadable]
         refuse_too_many(found.train.root, unreadable, total, self.max_bad)

@@ -32,17 +32,17 @@ class LMNN(Settings):
 
     name: Literal["lmnn"] = "lmnn"
 
-    neighbours: int = Field(3, ge=1)
+    neighbours: int = Field(3, ge=1, le=10_000)
     """Target neighbours of each image: the nearest of its class before anything is learned."""
     push: float = Field(0.5, gt=0, lt=1)
     """The paper's μ: the weight of what pushes; what pulls has the rest."""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, le=65_536)
     """Dimensions of the transformed features; none: as many as before."""
     start: Literal["pca", "whitening"] = "pca"
     """pca: the principal components, all of which are the Euclidean distance; whitening: those after mahalanobis."""
-    iterations: int = Field(100, ge=1)
+    iterations: int = Field(100, ge=1, le=1_000_000)
     """Steps at most."""
-    tolerance: float = Field(1e-2, gt=0)
+    tolerance: float = Field(1e-2, gt=0, le=1e4)
     """It ends when ten steps lower the loss by less than this share."""
 
     @torch.no_grad()

@@ -29,11 +29,11 @@ class MMC(Settings):
     """Share of the squared distances within classes that is the Euclidean distance's in any case; the paper has 0."""
     shrinkage: Shrinkage | None = None
     """As of mahalanobis, of the scatter within classes; the paper has 0."""
-    most: int = Field(20_000, ge=2)
+    most: int = Field(20_000, ge=2, le=1_000_000)
     """Images whose pairs are dissimilar pairs, evenly drawn; the time grows with the square."""
-    iterations: int = Field(200, ge=1)
+    iterations: int = Field(200, ge=1, le=1_000_000)
     """Steps at most."""
-    tolerance: float = Field(1e-3, gt=0)
+    tolerance: float = Field(1e-3, gt=0, le=1e4)
     """It ends when the distances between classes are proved to be within this share of the largest possible."""
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from contrastive import distributed
@@ -26,18 +26,26 @@ MOMENTUM = 0.9
 class AugmentedSettings(Settings):
     """The grid of heads that are trained at once, and what they see."""
 
-    epochs: int = Field(90, ge=1)
+    epochs: int = Field(90, ge=1, le=100_000)
     """Passes over the training images, in each of which the backbone encodes them anew."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=1_048_576)
     """Images of one step of stochastic gradient descent, over all processes."""
-    rates: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    rates: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1, max_length=64
+    )
     """Learning rates for a batch of 256 images, scaled with the batch; they fall to zero along a cosine."""
-    decays: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0, 1e-6, 1e-4), min_length=1)
+    decays: tuple[Annotated[float, Field(ge=0, le=1e4)], ...] = Field((0.0, 1e-6, 1e-4), min_length=1, max_length=64)
     """Weight decays."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a crop shows."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _crops_show_a_share(self) -> "AugmentedSettings":
+        if not 1e-4 <= self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is {list(self.crop_scale)}; it must be [smallest, largest] in [0.0001, 1]")
+        return self
 
 
 class AugmentedResult(NamedTuple):

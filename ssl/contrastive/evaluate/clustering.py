@@ -19,9 +19,9 @@ from contrastive.evaluate.nearness import Nearness
 class ClusteringSettings(Settings):
     """How k-means is run."""
 
-    restarts: int = Field(10, ge=1)
+    restarts: int = Field(10, ge=1, le=10_000)
     """Starts of k-means (k-means++), of which the one with the least squared distances counts."""
-    most: int = Field(50_000, ge=1)
+    most: int = Field(50_000, ge=1, le=10_000_000)
     """Images beyond which k-means takes mini-batches, which are faster and a little worse."""
 
 

@@ -24,9 +24,13 @@ SCORES = 1 << 17
 class KnnSettings(Settings):
     """The grid of which the best pair on held-out training images is used."""
 
-    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10, 20, 50, 100, 200), min_length=1)
+    neighbours: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field(
+        (1, 5, 10, 20, 50, 100, 200), min_length=1, max_length=64
+    )
     """Numbers of neighbours that vote; Wu et al. 2018 take 200, DINO reports the best of 10, 20, 100 and 200."""
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.02, 0.07, 0.2), min_length=1)
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = Field(
+        (0.02, 0.07, 0.2), min_length=1, max_length=64
+    )
     """Temperatures of a vote's weight, exp(cosine / temperature); the usual one is 0.07."""
 
 

@@ -19,9 +19,9 @@ HITS = 1 << 22
 class RetrievalSettings(Settings):
     """How many of the nearest images are looked at."""
 
-    recall_at: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8), min_length=1)
+    recall_at: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field((1, 2, 4, 8), min_length=1, max_length=64)
     """Numbers k of Recall@k; papers take 1, 2, 4, 8 for few hundred classes and 1, 10, 100, 1000 for thousands."""
-    ndcg_at: tuple[Annotated[int, Field(ge=1)], ...] = (10,)
+    ndcg_at: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field((10,), max_length=64)
     """Numbers k of NDCG@k."""
 
 

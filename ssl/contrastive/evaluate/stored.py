@@ -182,7 +182,7 @@ def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which rows have been safely written, by any process."""
     done = np.zeros(total, dtype=np.bool_)
     for file in (folder / PARTIAL).glob(ANY_DONE):
-        for line in file.read_text("utf-8").split("\n")[:-1]:
+        for line in _whole_lines(file):
             # A line that was cut off in the middle, and ended when the work was taken up again, has no third word.
             match line.split():
                 case [start, stop, "done"] if start.isdecimal() and stop.isdecimal() and len(start + stop) < 40:
@@ -192,7 +192,7 @@ def rows_done(folder: Path, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 def remarks(folder: Path) -> list[Any]:
     """What the processes have remarked, each value once."""
-    lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in file.read_text("utf-8").split("\n")]
+    lines = [line for file in sorted((folder / PARTIAL).glob(ANY_DONE)) for line in _whole_lines(file)]
     found = dict.fromkeys(line for line in lines if line.startswith(REMARK))
     return [json.loads(line.removeprefix(REMARK)) for line in found]
 
@@ -265,6 +265,11 @@ def _allocate(place: Path, shapes: Mapping[str, Sequence[int]], root: Path) -> N
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _whole_lines(file: Path) -> list[str]:
+    with open_lines(file) as lines:
+        return [line.removesuffix("\n") for line in lines if line.endswith("\n")]
 
 
 def _check_rows(file: Path, shape: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contrastive import distributed
 from contrastive.evaluate.stored import DONE, PARTIAL, REMARK
+from contrastive.untrusted.arrays import mapped_array
 from contrastive.untrusted.writing import open_there
 
 SECONDS_BETWEEN_SYNCS = 2.0
@@ -34,7 +35,7 @@ class Writer:
         place = folder / PARTIAL
         self._files = {}
         for name in names:
-            array = np.load(place / f"{name}.npy", mmap_mode="r")
+            array = mapped_array(place / f"{name}.npy")
             descriptor = open_there(place / f"{name}.npy", root)
             file = self._stack.enter_context(os.fdopen(descriptor, "r+b"))
             self._files[name] = (file, array.offset, array.shape[1])

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 from accelerate import Accelerator
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from contrastive import distributed
@@ -13,10 +15,17 @@ from contrastive.finetune.classifier import Probe
 from contrastive.finetune.settings import FinetuneSettings
 from contrastive.finetune.task import Task
 from contrastive.progress import Teller
-from contrastive.resume import check_facts, check_processes, check_settings
+from contrastive.resume import Counted, Measured, Seconds, check_facts, check_processes, check_settings
 from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, METRICS, Run, read_metrics
 from contrastive.untrusted.writing import make_folder, remove, write_whole
 from contrastive.vocabulary import many
+
+
+def _with_strength(probe: list[float | None]) -> list[float | None]:
+    if probe[0] is None:
+        raise ValueError("its strength is missing")
+    return probe
+
 
 FREE = {
     "output",
@@ -33,6 +42,17 @@ FREE = {
     "keep",
 }
 """Settings that may change when a run goes on; where the images are may, for they are compared."""
+Probed = Annotated[list[Measured | None], Field(min_length=2, max_length=2), AfterValidator(_with_strength)]
+"""The strength of the linear probe, and its accuracy where images were held out."""
+FACTS = {
+    "step": Counted,
+    "seconds": Seconds,
+    "tested": Counted,
+    "best_step": Counted,
+    "losses": list[float],
+    "best_accuracy": Measured | None,
+}
+"""What fine-tuning goes on by, of the facts of its checkpoint."""
 
 
 def folder_of(given: str, settings: FinetuneSettings) -> Path:
@@ -60,9 +80,8 @@ def resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
     check_unchanged(folder, task.settings)
     if found is None:
         return None
-    kinds = {"step": int, "seconds": float, "tested": int, "best_step": int, "losses": list}
-    facts = check_facts(found, kinds | ({"probe": list} if task.probes else {}))
-    if not all(isinstance(loss, float) for loss in facts["losses"]) or ("probe" in found.parts) != task.probes:
+    check_facts(found, FACTS | ({"probe": Probed} if task.probes else {}))
+    if ("probe" in found.parts) != task.probes:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is not one that fine-tuning writes; start another with output=…"
         )

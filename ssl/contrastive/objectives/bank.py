@@ -42,19 +42,19 @@ class Bank(ObjectiveSettings):
     """Divides the similarities; smaller: harder negatives count more."""
     momentum: float = Field(0.5, ge=0, lt=1)
     """Share of its old value a row keeps when its image was seen."""
-    proximal: float = Field(0.0, ge=0)
+    proximal: float = Field(0.0, ge=0, le=1e6)
     """Weight of the squared distance to the image's own row, which slows the embeddings (Wu et al. 2018, 3.3)."""
     storage: Storage = "float32"
     """Number format of the rows; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
     estimator: Literal["exact", "nce", "infonce", "parametric"] = "exact"
     """Softmax over all rows; noise-contrastive estimation; softmax over rows drawn; or learned weights for rows."""
-    negatives: int = Field(4096, gt=0)
+    negatives: int = Field(4096, gt=0, le=16_777_216)
     """Noise rows per anchor (nce, infonce)."""
     shared: bool = True
     """One draw of noise rows for the whole batch instead of one per image: far cheaper, equal on average."""
-    normaliser: Literal["exact", "first_batch", "ema"] | Annotated[float, Field(gt=0)] = "ema"
+    normaliser: Literal["exact", "first_batch", "ema"] | Annotated[float, Field(gt=0, le=1e37)] = "ema"
     """The softmax's denominator Z: over all rows, from the first batch, its moving average, or a number (nce)."""
-    normaliser_every: int = Field(1, gt=0)
+    normaliser_every: int = Field(1, gt=0, le=1_000_000_000)
     """Steps between two sums over all rows, where the normaliser is exact (nce)."""
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ class InBatch(ObjectiveSettings):
     """Leave the positive out of the denominator (Yeh et al. 2022, DCL): better with small batches."""
     positive_probability: float = Field(0.0, ge=0, lt=1)
     """How often a negative is in truth of the anchor's class, for which the sum is corrected (Chuang et al. 2020)."""
-    hardness: float = Field(0.0, ge=0)
+    hardness: float = Field(0.0, ge=0, le=1e4)
     """Weigh negatives by how similar they are, exp(hardness · similarity / temperature) (Robinson et al. 2021)."""
     score: Literal["cosine", "bilinear"] = "cosine"
     """Similarity of unit embeddings; or zᵀ W c of embeddings as they are, with a learned matrix W (CPC)."""

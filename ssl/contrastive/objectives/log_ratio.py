@@ -29,7 +29,7 @@ class LogRatio(ObjectiveSettings):
     squared: Squared = "both"
     """Which distances are squared: both (the paper); neither, a quarter of it (the authors' code); or those of the
     embeddings alone, which are then to grow as the roots of label distances."""
-    epsilon: float = Field(1e-6, gt=0)
+    epsilon: float = Field(1e-6, gt=0, le=1e4)
     """Added to each squared distance inside the logarithm, as a share of the mean squared distance."""
 
     @property

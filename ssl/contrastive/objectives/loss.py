@@ -206,4 +206,4 @@ def _warn_if_tiny(temperature: float) -> float:
     return temperature
 
 
-Temperature = Annotated[float, Field(gt=0), AfterValidator(_warn_if_tiny)]
+Temperature = Annotated[float, Field(gt=0, le=1e4), AfterValidator(_warn_if_tiny)]

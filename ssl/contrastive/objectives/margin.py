@@ -23,13 +23,13 @@ class Margin(ObjectiveSettings):
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin"] = "margin"
-    margin: float = Field(0.2, ge=0)
+    margin: float = Field(0.2, ge=0, le=1e4)
     """Distance on either side of the boundary within which pairs still cost something: the paper's α."""
-    beta: float = Field(1.2, gt=0)
+    beta: float = Field(1.2, gt=0, le=1e4)
     """The boundary at the start: pairs nearer than it are to be the same."""
     beta_per: Literal["all", "class"] = "all"
     """One boundary for all anchors, or one for each id."""
-    nu: float = Field(0.0, ge=0)
+    nu: float = Field(0.0, ge=0, le=1e4)
     """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
     sampling: Sampling = DistanceWeighted()
     """Which pairs."""

@@ -58,11 +58,11 @@ class MarginSoftmax(ObjectiveSettings):
     """Is added to the angle to the own class, in radians (ArcFace)."""
     m3: float = Field(0.0, ge=0, le=2)
     """Is subtracted from the cosine of that angle (CosFace)."""
-    scale: float | None = Field(None, gt=0)
+    scale: float | None = Field(None, gt=0, le=1e4)
     """Multiplies the cosines; null: the least at which an embedding may reach a probability of 0.9999."""
     normalized: bool = True
     """Embeddings of length 1, times the scale; if false, of their own length (SphereFace)."""
-    annealing: float | None = Field(None, gt=0)
+    annealing: float | None = Field(None, gt=0, le=1e12)
     """How fast the margin comes in: beside it the cosine has the weight max(5, 1000 / (1 + annealing · step)); null: it
     is there at once, and alone."""
 

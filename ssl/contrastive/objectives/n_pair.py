@@ -38,7 +38,7 @@ class NPair(ObjectiveSettings):
     """One softmax over the positives of all pairs (N-pair-mc), or a logistic loss for each negative (one-vs-one)."""
     symmetric: bool = False
     """The mean of the loss and of that with anchors and positives exchanged; the paper's anchors are one half."""
-    norm_penalty: float = Field(3e-3, ge=0)
+    norm_penalty: float = Field(3e-3, ge=0, le=1e6)
     """Times half the mean squared length of the embeddings: what keeps them short (section 3.2.2)."""
 
     @property

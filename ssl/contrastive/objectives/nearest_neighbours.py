@@ -34,7 +34,7 @@ class NearestNeighbours(ObjectiveSettings):
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
-    size: int = Field(65_536, gt=0)
+    size: int = Field(65_536, gt=0, le=2**31)
     """Projections in the support set, over all processes; by default as many as lightly keeps. More of them have nearer
     neighbours, but as many as there are images, or more, have each image itself."""
 

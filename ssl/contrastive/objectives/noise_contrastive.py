@@ -47,18 +47,18 @@ class NoiseContrastive(ObjectiveSettings):
     """Divides the products of embeddings and rows; with normalized=false, 1 is the papers'."""
     normalized: bool = True
     """Embeddings and rows of length 1; if false, of their own lengths, as in the papers."""
-    negatives: int | None = Field(None, gt=0)
+    negatives: int | None = Field(None, gt=0, le=16_777_216)
     """Rows drawn as noise, k: with replacement. Null: 1,024 with the correction, which evens them out, and 5 without
     (as word2vec), where each weighs as much as the anchor's own row."""
     shared: bool | None = None
     """One draw of k for all anchors, of all processes, instead of one for each anchor. Null: shared with the
     correction, for which it is far cheaper and equal on average, and not without (word2vec: k for each pair)."""
-    power: float = Field(0.75, ge=0)
+    power: float = Field(0.75, ge=0, le=100)
     """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
     correction: bool = True
     """Take log Z and the log of the expected noise, k · P(noise is this id), off the scores. If false they count as
     they are, and noise that is the anchor's own id for nothing (negative sampling)."""
-    normaliser: Literal["learned"] | Annotated[float, Field(gt=0)] = "learned"
+    normaliser: Literal["learned"] | Annotated[float, Field(gt=0, le=1e37)] = "learned"
     """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
 
     @property

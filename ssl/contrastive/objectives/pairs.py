@@ -19,7 +19,7 @@ class Contrastive(ObjectiveSettings):
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["contrastive"] = "contrastive"
-    margin: float = Field(1.0, gt=0)
+    margin: float = Field(1.0, gt=0, le=1e4)
     """Distance up to which negatives are pushed apart; points on the unit sphere are 2 apart at most."""
     squared: bool = True
     """Half the squared distance and half the squared hinge (the paper), or the distance and the hinge themselves."""

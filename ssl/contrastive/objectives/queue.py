@@ -38,7 +38,7 @@ class Queue(ObjectiveSettings):
     name: Literal["queue"] = "queue"
     temperature: Temperature = 0.2
     """Divides the similarities; smaller: harder negatives count more."""
-    size: int = Field(65_536, gt=0)
+    size: int = Field(65_536, gt=0, le=2**31)
     """Keys in the queue, which are the negatives of each anchor."""
     per_process: bool = False
     """Take the size for each process: with W processes the queue holds W times as many keys."""

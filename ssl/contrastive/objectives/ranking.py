@@ -56,7 +56,7 @@ class Ranking(ObjectiveSettings):
     temperature: Temperature = 0.1
     """Divides the cosines, which makes them scores (squared_error compares the cosines as they are). The hinge's margin
     is a score of 1, and so a cosine of this number."""
-    label_temperature: float = Field(0.1, gt=0)
+    label_temperature: float = Field(0.1, gt=0, le=1e4)
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:

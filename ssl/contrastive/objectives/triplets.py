@@ -37,7 +37,7 @@ class Triplet(ObjectiveSettings):
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["triplet"] = "triplet"
-    margin: float = Field(0.2, ge=0)
+    margin: float = Field(0.2, ge=0, le=1e4)
     """How much nearer the positive is to be, in distance or in squared distance; a soft margin has none."""
     squared: bool = True
     """Compare squared distances (FaceNet) or plain ones."""

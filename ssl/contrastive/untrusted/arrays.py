@@ -34,7 +34,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{shown(file)} is damaged: {shown(problem)}") from problem
 
 
-def mapped_array(file: Path, mode: Literal["r", "c"] = "r") -> np.ndarray[Any, np.dtype[Any]]:
+def mapped_array(file: Path, mode: Literal["r", "c"] = "r") -> np.memmap[Any, np.dtype[Any]]:
     """The real numbers of a .npy file, mapped into memory; mode "c" lets the copy in memory be changed.
 
     Raises:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 MEBIBYTE = 1 << 20
 LARGEST_JSON = 16 * MEBIBYTE
@@ -57,7 +57,7 @@ class RefusedFileError(ValueError):
         self.reason = reason
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file to be read, through links too; a pipe is not waited for and a device is not touched.
 
     Raises:
@@ -68,7 +68,7 @@ def open_regular(path: Path) -> BinaryIO:
     return _opened(path, path, 0, None)
 
 
-def open_beneath(root: Path, name: str) -> BinaryIO:
+def open_beneath(root: Path, name: str) -> io.BufferedReader:
     """Opens a regular file below a folder, to be read; no part of its name may be a link, whatever has been put there.
 
     Args:
@@ -195,7 +195,7 @@ def _without_links(part: str, flags: int, folder: int, path: Path) -> int:
         raise
 
 
-def _opened(place: str | Path, path: Path, flags: int, folder: int | None) -> BinaryIO:
+def _opened(place: str | Path, path: Path, flags: int, folder: int | None) -> io.BufferedReader:
     descriptor = os.open(place, _READING | flags, dir_fd=folder)
     try:
         # Again: another may have taken its place since.

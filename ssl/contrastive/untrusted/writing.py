@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from contrastive.untrusted.files import BEHIND_A_LINK, shown
 
+IRREGULAR = "is no regular file"
 BY_DESCRIPTOR = {os.open, os.mkdir, os.unlink, os.rename, os.stat} <= os.supports_dir_fd
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _FLAGS
@@ -188,13 +189,16 @@ def _open(path: Path, folder: int | None, flags: int) -> int:
         descriptor = os.open(name, flags, 0o666, dir_fd=folder)
     except OSError as problem:
         with suppress(FileNotFoundError):
-            if not flags & os.O_EXCL and stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            if not flags & os.O_EXCL and stat.S_ISLNK(kind):
                 raise LinkError(path) from problem
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise LinkError(path, IRREGULAR) from problem
         # The name alone tells nobody where it is.
         raise type(problem)(problem.errno, problem.strerror, str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISDIR(mode):
         os.close(descriptor)
-        raise LinkError(path, "is no regular file")
+        raise LinkError(path, IRREGULAR)
     return descriptor
 
 

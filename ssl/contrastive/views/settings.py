@@ -15,9 +15,9 @@ from contrastive.views.tone import RandomTone
 class ViewsSettings(Settings):
     """Views of an image: random crops with changed colours; what is null follows the image size and channels."""
 
-    num_views: int = Field(2, ge=1)
+    num_views: int = Field(2, ge=1, le=256)
     """Views per image."""
-    size: int | None = Field(None, ge=8)
+    size: int | None = Field(None, ge=8, le=4096)
     """Side of a view in pixels; null is the size of the data."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of the image's area that a crop shows."""
@@ -35,11 +35,11 @@ class ViewsSettings(Settings):
     """Largest shear in degrees, either way, along both axes."""
     padding: Literal["zeros", "border", "reflection"] = "border"
     """What lies beyond the image's edge, where rotation, translation or shear look."""
-    brightness: float | None = Field(None, ge=0)
+    brightness: float | None = Field(None, ge=0, le=100)
     """Strength x: the brightness factor is uniform in 1 - x to 1 + x."""
-    contrast: float | None = Field(None, ge=0)
+    contrast: float | None = Field(None, ge=0, le=100)
     """Strength x: the contrast factor is uniform in 1 - x to 1 + x."""
-    saturation: float | None = Field(None, ge=0)
+    saturation: float | None = Field(None, ge=0, le=100)
     """Strength x: the saturation factor is uniform in 1 - x to 1 + x; needs three channels."""
     hue: float | None = Field(None, ge=0, le=0.5)
     """Largest hue shift in turns, either way; needs three channels."""

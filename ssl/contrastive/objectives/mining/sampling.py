@@ -92,7 +92,7 @@ class DistanceWeighted(Sampler):
     name: Literal["distance_weighted"] = "distance_weighted"
     cutoff: float = Field(0.5, gt=0, lt=2)
     """Distance below which negatives weigh as much as at it; bounds the variance of the gradient."""
-    farthest: float | None = Field(1.4, gt=0)
+    farthest: float | None = Field(1.4, gt=0, le=1e4)
     """Distance from which negatives are no candidates, for the loss ignores them; null: all are candidates."""
 
     @model_validator(mode="after")
