@@ -21,7 +21,7 @@ from contrastive.timm_folder import read_folder
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from benchmarks import fuzz
-from benchmarks.fuzzing.kinds import Kind, kinds
+from benchmarks.fuzzing.kinds import Kind
 
 EACH = 12
 DRAWN = settings(
@@ -36,17 +36,19 @@ JSON = st.recursive(
 
 @pytest.fixture(scope="module")
 def every(tmp_path_factory: pytest.TempPathFactory) -> list[Kind]:
-    return kinds(tmp_path_factory.mktemp("sound"))
+    return fuzz.every(tmp_path_factory.mktemp("sound"))
 
 
 def test_damaged_files_of_every_kind_are_taken_or_refused_in_a_sentence(every: list[Kind], tmp_path: Path) -> None:
     seen = set()
     for kind in every:
-        for number in range(len(kind.samples), len(kind.samples) + EACH):
+        # A whole run takes a second.
+        for number in range(len(kind.samples), len(kind.samples) + (EACH if kind.patience == 1 else EACH // 3)):
             outcome, detail = fuzz.read(kind, fuzz.content_of(kind, number, 1), tmp_path / "one")
             assert outcome in (fuzz.TAKEN, fuzz.REFUSED), f"{kind.name}, input {number}: {detail}"
             seen.add((kind.name, outcome))
-    assert len({name for name, outcome in seen if outcome == fuzz.REFUSED}) >= len(every) - 1
+    # What lies in a folder's names, or in lines of metrics, is passed over where it is damaged.
+    assert len({name for name, outcome in seen if outcome == fuzz.REFUSED}) >= len(every) - 3
 
 
 def test_sound_files_of_every_kind_are_taken(every: list[Kind], tmp_path: Path) -> None:

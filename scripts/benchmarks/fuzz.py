@@ -22,6 +22,7 @@ import torch
 from benchmarks import harness
 from benchmarks.fuzzing.damage import damaged
 from benchmarks.fuzzing.kinds import Kind, kinds
+from benchmarks.fuzzing.strangers import WHOLE_RUN, strangers
 
 INPUTS = 12_000
 SECONDS = 5.0
@@ -34,6 +35,7 @@ NOTES = (
     "taken: read to the end; refused: a ValueError or OSError with a message, which a command prints as one sentence.",
     "other error, hang, crash: faults; each is listed below with its input's number, and --keep writes it to a folder.",
     f"each in a process that may take {MEBIBYTES:,} MiB more than it begins with, and {SECONDS:g} s for one input.",
+    f"a run folder is resumed, evaluated or extracted, and may take {WHOLE_RUN} times as long.",
 )
 
 
@@ -94,8 +96,9 @@ def outcomes(folder: Path, inputs: int, seed: int, word: str = "", keep: Path | 
             ready = receiver.poll(120) and receiver.recv()
             assert ready, "the process that reads did not come up"
             while jobs:
-                if not receiver.poll(3 * SECONDS):
-                    one = Outcome(*jobs[0], HANG, "it did not come back", 3 * SECONDS)
+                longest = 3 * SECONDS * chosen[jobs[0][0]].patience
+                if not receiver.poll(longest):
+                    one = Outcome(*jobs[0], HANG, "it did not come back", longest)
                 else:
                     one = receiver.recv()
                 _keep(one, chosen, seed, keep)
@@ -111,6 +114,12 @@ def outcomes(folder: Path, inputs: int, seed: int, word: str = "", keep: Path | 
         finally:
             process.kill()
             process.join()
+
+
+def every(place: Path) -> list[Kind]:
+    """All kinds; what is needed beside the inputs is made in a folder."""
+    files = kinds(place)
+    return files + strangers(place, files)
 
 
 def content_of(kind: Kind, number: int, seed: int) -> bytes:
@@ -144,7 +153,7 @@ def _chosen(folder: Path, word: str) -> list[Kind]:
     place = folder / "sound"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    return [kind for kind in kinds(place) if word in kind.name]
+    return [kind for kind in every(place) if word in kind.name]
 
 
 def _work(sender: Connection, jobs: list[tuple[int, int]], seed: int, word: str) -> None:
@@ -172,11 +181,12 @@ def one_of(kind: Kind, content: bytes, folder: Path) -> tuple[str, str]:
         raise _TooSlow
 
     before = signal.signal(signal.SIGALRM, too_slow)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    longest = SECONDS * kind.patience
+    signal.setitimer(signal.ITIMER_REAL, longest)
     try:
         return read(kind, content, folder / "one")
     except _TooSlow:
-        return HANG, f"longer than {SECONDS:g} s"
+        return HANG, f"longer than {longest:g} s"
     except BaseException as problem:
         frame = _last(problem.__traceback__)
         return OTHER, f"{type(problem).__name__}: {str(problem)[:200]} ({frame})"

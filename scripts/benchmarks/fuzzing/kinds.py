@@ -50,6 +50,8 @@ class Kind(NamedTuple):
     samples: Sequence[bytes]
     read: Callable[[Path, bytes], object]
     """Writes a file into a folder of its own and reads it; raises ValueError or OSError where it is refused."""
+    patience: int = 1
+    """How many times longer than others it may take."""
 
 
 class RefusedError(ValueError):

@@ -123,9 +123,8 @@ def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Floa
 
 
 def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    numbers = mapped_array(path)
-    if numbers.ndim == 1:
-        numbers = numbers[:, None]
+    mapped = mapped_array(path)
+    numbers = mapped[:, None] if mapped.ndim == 1 else mapped
     if numbers.ndim != 2 or len(numbers) != len(images) or not numbers.shape[1]:
         raise ValueError(
             f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images to train on; it must "

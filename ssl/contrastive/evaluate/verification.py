@@ -19,7 +19,7 @@ class VerificationSettings(Settings):
 
     pairs: int = Field(6_000, ge=4, le=10_000_000)
     """Pairs of images, half of the same class; fewer where there are not as many different ones."""
-    folds: int = Field(10, ge=2, le=1000)
+    folds: int = Field(10, ge=2, le=10_000)
     """Parts of the pairs: each is judged by a threshold that is chosen on all others."""
     false_accept_rates: tuple[Share, ...] = (0.1, 0.01, 0.001)
     """Rates of false accepts at which true accepts are counted; those below what the pairs can tell are left out."""

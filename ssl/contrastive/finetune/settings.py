@@ -76,7 +76,7 @@ class FinetuneSettings(Settings):
     """Wall-clock minutes, in place of epochs; the schedule then follows the clock."""
     batch_size: int = Field(128, ge=2, le=1_048_576)
     """Images per step over all processes together; no more than there are to train on."""
-    rate: float = Field(2e-3, gt=0, le=1e4)
+    rate: float = Field(2e-3, gt=0, le=1e30)
     """Peak learning rate of the head (adamw); it falls to zero along a cosine."""
     layer_decay: float = Field(0.75, gt=0, le=1)
     """Each layer below moves at this share of the rate of the one above (timm's layers; Bao et al. 2022)."""
