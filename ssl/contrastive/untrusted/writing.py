@@ -188,12 +188,11 @@ def _open(path: Path, folder: int | None, flags: int) -> int:
     try:
         descriptor = os.open(name, flags, 0o666, dir_fd=folder)
     except OSError as problem:
+        # Where a new one is made, whatever has the name is in the way.
         with suppress(FileNotFoundError):
             kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-            if not flags & os.O_EXCL and stat.S_ISLNK(kind):
-                raise LinkError(path) from problem
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                raise LinkError(path, IRREGULAR) from problem
+            if not flags & os.O_EXCL and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise LinkError(path, BEHIND_A_LINK if stat.S_ISLNK(kind) else IRREGULAR) from problem
         # The name alone tells nobody where it is.
         raise type(problem)(problem.errno, problem.strerror, str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISDIR(mode):
