@@ -93,7 +93,7 @@ def outcomes(folder: Path, inputs: int, seed: int, word: str = "", keep: Path | 
         process.start()
         sender.close()
         try:
-            ready = receiver.poll(120) and receiver.recv()
+            ready = receiver.poll(600) and receiver.recv()
             assert ready, "the process that reads did not come up"
             while jobs:
                 longest = 3 * SECONDS * chosen[jobs[0][0]].patience
