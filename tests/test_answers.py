@@ -64,8 +64,11 @@ def test_a_mistyped_word_is_answered_by_the_term_the_bound_and_the_way_out(words
         (" \n", "it is empty"),
         ("objective:\n  triplet:\n    margin: 0.2\n", "triplet is a kind; write objective.name=triplet, and its keys"),
         ("objective.name: queue\n", "the key objective.name has a dot, as on a command line; in a recipe it is nested"),
-        ("train:\n  minutes: 2h\n", "train.minutes=2h: it must be float | null > 0 (Wall-clock minutes of training"),
-        ("train:\n  epochs: [1, 2]\n", "train.epochs=[1, 2]: it must be float > 0 (Passes over the images"),
+        (
+            "train:\n  minutes: 2h\n",
+            "train.minutes=2h: it must be float | null > 0 ≤ 10000000 (Wall-clock minutes of training",
+        ),
+        ("train:\n  epochs: [1, 2]\n", "train.epochs=[1, 2]: it must be float > 0 ≤ 1000000 (Passes over the images"),
         ("trainer:\n  max_epochs: 10\n", "there is no key trainer.max_epochs; did you mean train.epochs?"),
         ("_base_: [simclr.py]\n", "a recipe stands alone: begin with the other one and add key=value"),
         ("loss: NTXentLoss\n", "there is no key loss; did you mean objective?"),

@@ -135,6 +135,20 @@ def test_what_differs_is_refused_with_the_difference(
     assert {path for path in before if path != run and after[path] != before[path]} == set()
 
 
+def test_another_budget_is_refused_before_the_first_checkpoint_too(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(recipe(tmp_path / "run", data))
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    with pytest.raises(ValueError, match=r"train\.epochs was 2\.0 and is 4\.0; add extend=true"):
+        pretrain(recipe(tmp_path / "run", data, "resume=true", epochs=4))
+    pretrain(recipe(tmp_path / "run", data, "resume=true", "extend=true", epochs=4))
+    assert config(tmp_path / "run").train.epochs == 4
+
+
 def test_extend_is_for_a_run_that_goes_on(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="extend=true goes on with a run that was begun: add resume=true"):
         recipe(tmp_path / "run", data, "extend=true")
@@ -154,7 +168,6 @@ def test_an_extended_run_says_its_schedule_and_goes_on_bit_for_bit_as_its_own_ru
     capsys.readouterr()
     pretrain(recipe(run, data, "resume=true", "extend=true", epochs=4))
     told = " ".join(capsys.readouterr().out.split())
-    assert f"extended: train.epochs was 2.0 and is 4.0; step {step + 1} of 12 has a rate of" in told
     assert (run / "done").exists()
     assert (run / "backbone" / "model.safetensors").read_bytes() != exported
     assert config(run).train.epochs == 4
@@ -163,6 +176,10 @@ def test_an_extended_run_says_its_schedule_and_goes_on_bit_for_bit_as_its_own_ru
     # From there on each rate is that of a run which had the whole budget from its beginning.
     whole = pretrain(recipe(tmp_path / "whole", data, epochs=4))
     assert rates(run)[step:] == rates(whole)[step:]
+    short = rates(pretrain(recipe(tmp_path / "short", data)))
+    before = f"{short[step]:.3g}" if step < len(short) else "0"
+    said = f"step {step + 1} of 12 has a rate of {rates(whole)[step]:.3g}, not {before}"
+    assert f"extended: train.epochs was 2.0 and is 4.0; {said}" in told
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 13))
     # Stopped and resumed, with the words that extended it or with those of any resumption.
     copy = stopped(monkeypatch, 2, recipe(tmp_path / "copy", data, "resume=true", "extend=true", epochs=4))

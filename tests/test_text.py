@@ -242,7 +242,7 @@ def test_names_of_any_kind_are_drawn_without_a_warning(caplog: pytest.LogCapture
     assert not caplog.records
     legend = figure.axes[0].get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == list(map(lettering.legible, NAMES))
+    assert [text.get_text() for text in legend.get_texts()] == list(map(lettering.shortened, NAMES))
 
 
 def test_a_letter_that_no_font_has_is_spelled_and_one_that_another_font_has_is_drawn(

@@ -23,20 +23,20 @@ def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
         )
 
 
-def check_views(recipe: Recipe, *, images: int, channels: int, processes: int) -> None:
+def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, processes: int) -> None:
     """Refuses views that do not fit in the device's memory by themselves.
 
     Args:
-        recipe: with the size of the views.
+        recipe: the views'.
         images: how many there are.
         channels: of each.
+        stored: side of each, in pixels.
         processes: that share a batch.
 
     Raises:
         ValueError: with what they take and how much there is.
     """
-    size, views, train = recipe.views.size, recipe.views.num_views, recipe.train
-    assert size is not None
+    size, views, train = recipe.views.size or stored, recipe.views.num_views, recipe.train
     part, picture = min(train.chunk or train.batch_size, train.batch_size // processes), channels * size**2 * NUMBER
     of_images = f"of {channels} × {size} × {size} pixels"
     _check(

@@ -50,7 +50,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
         ValueError: if a part cannot be built for the images, or does not go with another.
     """
     names, processes = label_names(images) if recipe.ids == "labels" else None, accelerator.num_processes
-    check_views(recipe, images=len(images), channels=images.channels, processes=processes)
+    check_views(recipe, images=len(images), channels=images.channels, stored=images.size, processes=processes)
     views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
     check_encoder(recipe.encoder, channels=images.channels, size=views.window.size)
     torch.manual_seed(recipe.seed)

@@ -119,7 +119,7 @@ def test_too_many_broken_files_stop_with_the_list_the_bound_and_the_way_out(tmp_
 
 def test_nothing_but_broken_files_is_an_error_under_any_bound(tmp_path):
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match="1 of 1 images"):
+    with pytest.raises(ValueError, match="1 of 1 image in"):
         build(tmp_path, max_bad=0.99)
 
 
@@ -313,3 +313,12 @@ def test_a_signal_in_the_middle_of_a_decoder_calls_no_image_broken(tmp_path, wor
         found.append(in_threads(visit, 40, workers))
     sender.join()
     assert found == []
+
+
+def test_images_on_disk_are_read_under_inference_mode_too(tmp_path):
+    for index in range(3):
+        picture(tmp_path / f"{index}.png", 40 * index)
+    images = build(tmp_path, memory=0, holdout=0).train
+    with torch.inference_mode():
+        pixels = images.read(torch.arange(3))
+    assert pixels[:, 0, 0, 0].tolist() == [0, 40, 80]

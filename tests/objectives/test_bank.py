@@ -196,6 +196,20 @@ def test_the_first_normaliser_is_kept_and_the_moving_one_follows() -> None:
         assert (values[0] == pytest.approx(values[1])) == (bank is kept)
 
 
+def test_the_moving_normaliser_forgets_with_0_9_in_the_logarithm() -> None:
+    moving, fresh = (build(estimator="nce", normaliser="ema", negatives=30) for _ in range(2))
+    expected = torch.nan
+    for step in range(3):
+        z, ids = batch(seed=step), torch.arange(4)
+        # What one that has seen no step before makes of the same rows, draws and anchors.
+        fresh.rows.copy_(moving.rows)
+        fresh.log_normaliser.fill_(torch.nan)
+        alone = fresh(z, ids, None, step).terms["normaliser"].log().item()
+        expected = 0.9 * expected + 0.1 * alone if step else alone
+        assert moving(z, ids, None, step).terms["normaliser"].log().item() == pytest.approx(expected)
+        moving.update(z, ids, None)
+
+
 def test_a_step_that_was_not_taken_leaves_everything_as_it_was() -> None:
     bank = build(estimator="nce")
     bank(batch(), torch.arange(4), None, 0)
@@ -323,8 +337,11 @@ def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights
     with torch.no_grad():
         objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
     z, ids = batch(views=views), torch.tensor([3, 11, 3, 0])
-    found, expected = objective(z, ids, None, 0).total, exact_oracle(z, ids, objective.weight, 0.2)
+    loss = objective(z, ids, None, 0)
+    found, expected = loss.total, exact_oracle(z, ids, objective.weight, 0.2)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cosines = torch.stack([torch.cosine_similarity(view, objective.weight[ids]) for view in z])
+    torch.testing.assert_close(loss.terms["positive_similarity"], cosines.mean())
     wanted = [z, objective.weight]
     torch.testing.assert_close(
         torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), rtol=1e-9, atol=1e-12

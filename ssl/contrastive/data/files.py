@@ -113,7 +113,9 @@ class Files:
         Raises:
             ValueError: more than the share `max_bad` of all images have become unreadable.
         """
-        pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
+        # An inference tensor could not be written to by the threads, which are not in the caller's inference mode.
+        with torch.inference_mode(mode=False):
+            pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
         images = ids.tolist()
 
         def visit(position: int) -> None:
