@@ -572,6 +572,21 @@ def test_many_classes_have_their_confusion_listed_and_a_picture_that_fails_takes
     assert "finished" in said
 
 
+@pytest.mark.parametrize(("most", "warned"), [(2, True), (3, False)])
+def test_a_probe_that_is_cut_off_for_its_many_classes_is_warned_of(
+    tmp_path: Path,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    most: int,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_CLASSES_SOLVED", most)
+    finetune(str(run), settings(tmp_path / "tuned"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("With 3 classes each fit of the probe ends after 20 steps" in said) == warned
+
+
 # The classifier
 
 

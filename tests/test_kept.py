@@ -321,7 +321,7 @@ def test_outcomes_that_cannot_be_written_leave_the_numbers(
 def test_a_probe_that_is_cut_off_for_its_many_classes_is_warned_of(
     run: Path, monkeypatch: pytest.MonkeyPatch, most: int, task: str, warned: bool
 ) -> None:
-    monkeypatch.setattr(sys.modules["contrastive.measure.evaluate"], "MOST_CLASSES_SOLVED", most)
+    monkeypatch.setattr("contrastive.evaluate.logistic.MOST_CLASSES_SOLVED", most)
     assert command.evaluate([str(run), *BARE, f"tasks={task}"]) == 0
     sentence = "With 3 classes each fit of the probe ends after 20 steps"
     assert any(line.startswith(sentence) for line in recorded(run)["warnings"]) == warned

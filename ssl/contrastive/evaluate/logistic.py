@@ -31,6 +31,16 @@ TILE = 1024
 """Images whose logits are one product: for few rows of weights that is quicker than all images at once."""
 
 
+def cut_short(classes: int) -> str | None:
+    """What a reader of a probe of so many classes should know; None where each fit goes on to its minimum."""
+    if classes <= MOST_CLASSES_SOLVED:
+        return None
+    return (
+        f"With {classes:,} classes each fit of the probe ends after {STEPS_OF_MANY} steps, maybe before its optimum: "
+        "the probe's accuracies may be too low."
+    )
+
+
 class LogisticFit(NamedTuple):
     """The minimiser for each regularisation."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from contrastive import distributed
 from contrastive.checkpoints import Checkpoint, newest_checkpoint
 from contrastive.config import dump_yaml, load
+from contrastive.evaluate.logistic import cut_short
 from contrastive.finetune.classifier import Probe
 from contrastive.finetune.settings import FinetuneSettings
 from contrastive.finetune.task import Task
@@ -153,6 +154,8 @@ def describe(
             f"probe      {100 * probe.held_out:.1f} % of the held-out images right, by logistic regression on the "
             f"features before fine-tuning (regularisation {probe.regularisation:g})"
         )
+    if probe is not None and (remark := cut_short(len(task.images.classes))):
+        teller.warn(remark)
     if settings.held_out and not held:
         teller.warn(
             "there are too few labels of each class to hold any out: the last checkpoint is kept, and nothing but "

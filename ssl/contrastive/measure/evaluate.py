@@ -14,7 +14,7 @@ from contrastive.evaluate.compare import refusals, takes_training
 from contrastive.evaluate.held_out import kind_of_choice
 from contrastive.evaluate.kinds import LEARNED, PIXELS
 from contrastive.evaluate.knn import MOST_HELD_OUT
-from contrastive.evaluate.logistic import MOST_CLASSES_SOLVED, STEPS_OF_MANY
+from contrastive.evaluate.logistic import cut_short
 from contrastive.evaluate.protocol import Task
 from contrastive.extract import images_of
 from contrastive.launch import in_a_line, lost_process, start
@@ -190,11 +190,8 @@ def _warnings(
         yield f"{many(len(split.unreadable), 'file')} left out, for they could not be read."
     if split.train.labels is not None and {"knn", "linear", "augmented"} & set(looks):
         yield from _choice(split.train.labels, settings)
-    if {"linear", "fractions"} & set(looks) and len(split.train.classes) > MOST_CLASSES_SOLVED:
-        yield (
-            f"With {len(split.train.classes):,} classes each fit of the probe ends after {STEPS_OF_MANY} steps, maybe "
-            "before its optimum: the probe's accuracies may be too low."
-        )
+    if {"linear", "fractions"} & set(looks) and (remark := cut_short(len(split.train.classes))):
+        yield remark
 
 
 def _choice(labels: Tensor, settings: EvaluateSettings) -> Iterator[str]:
