@@ -16,7 +16,7 @@ from contrastive.opened import digest
 from contrastive.report import Findings, write_report
 from contrastive.run import CONFIG
 from contrastive.untrusted.arrays import read_tensors
-from contrastive.untrusted.disk import in_words
+from contrastive.untrusted.disk import nearest_existing
 from contrastive.untrusted.files import read_json
 from contrastive.untrusted.writing import aside_of, make_folder, open_new, remove, rename, replacing
 
@@ -33,12 +33,7 @@ def check_output(output: Path, folder: Path) -> None:
     Raises:
         ValueError: if it is a file, or another run's folder.
     """
-    try:
-        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    except OSError as problem:
-        raise ValueError(f"output={in_words(problem)}") from problem
-    if not existing.is_dir():
-        raise ValueError(f"output={output}: {existing} is a file; name a folder")
+    nearest_existing(output)
     if (output / CONFIG).is_file() and output.resolve() != folder.resolve():
         raise ValueError(f"output={output} is another run's folder; name one that is no run, or leave output out")
 

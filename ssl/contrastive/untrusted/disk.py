@@ -47,6 +47,21 @@ def check_writable(folder: Path, key: str = "output") -> None:
     Raises:
         ValueError: if not, with the reason.
     """
+    existing = nearest_existing(folder, key)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={_short(str(folder))}: {shown(existing)} may not be written to; name another folder")
+
+
+def nearest_existing(folder: Path, key: str = "output") -> Path:
+    """The folder itself where it exists, else the nearest one above it that does.
+
+    Args:
+        folder: the folder.
+        key: what a person names it by.
+
+    Raises:
+        ValueError: if a file is in its way, or no folder can have its name.
+    """
     place = f"{key}={_short(str(folder))}"
     long = [part for part in folder.parts if len(os.fsencode(part)) > LONGEST_PART]
     if long:
@@ -56,9 +71,8 @@ def check_writable(folder: Path, key: str = "output") -> None:
     except OSError as problem:
         raise ValueError(f"{place}: {in_words(problem)}") from problem
     if not existing.is_dir():
-        raise ValueError(f"{place}: {shown(existing)} is a file; name a folder that does not exist yet")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{place}: {shown(existing)} may not be written to; name another folder")
+        raise ValueError(f"{place}: {shown(existing)} is a file; name a folder")
+    return existing
 
 
 def _short(name: str) -> str:
