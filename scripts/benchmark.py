@@ -1,6 +1,6 @@
 """Measures this project beside its rivals: `python scripts/benchmark.py NAME [--json FILE] [--repetitions N]`.
 
-Each NAME is a file in scripts/benchmarks/. The rivals come with `pip install 'contrastive[benchmark]'`.
+Each NAME is a file in scripts/benchmarks/. The rivals come with `pip install 'manyviews[benchmark]'`.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import sys
 
-from contrastive.command import evaluate
+from manyviews.cli import evaluate
 
 if __name__ == "__main__":
     sys.exit(evaluate(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from contrastive.command import extract
+from manyviews.cli import extract
 
 if __name__ == "__main__":
     sys.exit(extract(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from contrastive.command import finetune
+from manyviews.cli import finetune
 
 if __name__ == "__main__":
     sys.exit(finetune(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from contrastive.command import pretrain
+from manyviews.cli import pretrain
 
 if __name__ == "__main__":
     sys.exit(pretrain(sys.argv[1:]))

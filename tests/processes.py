@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing
 
-multiprocessing.set_forkserver_preload(["contrastive.command", "pytest"])
+multiprocessing.set_forkserver_preload(["manyviews.cli", "pytest"])
 
 
 def start(work: Callable[..., None], args: tuple[Any, ...] = (), *, count: int, join: bool = True) -> Any:

@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contrastive import recipe
-from contrastive.config import dump_yaml, load
-from contrastive.data import InMemory
-from contrastive.evaluate.compare import compare
-from contrastive.evaluate.fractions import FractionResult
-from contrastive.evaluate.geometry import Geometry, Staleness
-from contrastive.evaluate.protocol import Task
-from contrastive.evaluate.scores import Evaluation
-from contrastive.recipe import Recipe
-from contrastive.report import Findings
+from manyviews import recipe
+from manyviews.config import dump_yaml, load
+from manyviews.data import InMemory
+from manyviews.evaluators.compare import compare
+from manyviews.evaluators.fractions import FractionResult
+from manyviews.evaluators.geometry import Geometry, Staleness
+from manyviews.evaluators.protocol import Task
+from manyviews.evaluators.scores import Evaluation
+from manyviews.recipe import Recipe
+from manyviews.report import Findings
 
 TASKS: tuple[Task, ...] = ("knn", "linear", "retrieval", "clustering", "verification")
 
@@ -44,7 +44,7 @@ def run_folder(folder: Path, *, lines: int = 40, curves: bool = False) -> Path:
     """A run's folder as far as a report reads it; with curves its metrics are all that a run writes."""
     folder.mkdir(parents=True)
     made = load(Recipe, recipe.find("quickstart"), ["train.epochs=2"])
-    header = "# pretrain.py quickstart train.epochs=2\n# commit 0123abc; contrastive 0.1.0 torch 2.10\n"
+    header = "# pretrain.py quickstart train.epochs=2\n# commit 0123abc; manyviews 0.1.0 torch 2.10\n"
     (folder / "config.yaml").write_text(header + dump_yaml(made))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, lines + 1):

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from contrastive import recipe
-from contrastive.checkpoints import Checkpoint, save_checkpoint
-from contrastive.config import dump_yaml, load
-from contrastive.encoder import Encoder
-from contrastive.run import CONFIG
-from contrastive.timm_folder import export
-from contrastive.views import MEAN, STD
+from manyviews import recipe
+from manyviews.config import dump_yaml, load
+from manyviews.encoder.encoder import Encoder
+from manyviews.encoder.timm_format import export
+from manyviews.run.checkpoints import Checkpoint, save_checkpoint
+from manyviews.run.folder import CONFIG
+from manyviews.views import MEAN, STD
 
 
 def small_run(folder: Path, *words: str, channels: int = 1, size: int = 28) -> Encoder:
@@ -28,3 +30,14 @@ def small_run(folder: Path, *words: str, channels: int = 1, size: int = 28) -> E
     save_checkpoint(folder / "checkpoints", Checkpoint(7, parts, optimiser, {"channels": channels}))
     export(encoder.backbone, folder / "backbone", channels=channels, size=size, mean=MEAN, std=STD)
     return encoder
+
+
+def photographs(folder: Path, count: int = 20) -> Path:
+    """Three classes that differ little, so that some images are mistaken."""
+    for number, name in enumerate(("dark", "grey", "light")):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            draw = np.random.default_rng((number, index))
+            pixels = draw.normal(100 + 12 * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from contrastive.command import own_data
-from contrastive.config import dump_yaml, load
-from contrastive.data import shorthand
-from contrastive.finetune import FinetuneSettings
-from contrastive.measure import EvaluateSettings
-from contrastive.recipe import Recipe, find
+from manyviews.cli import own_data
+from manyviews.config import dump_yaml, load
+from manyviews.data import shorthand
+from manyviews.evaluate import EvaluateSettings
+from manyviews.recipe import Recipe, find
+from manyviews.train.finetune import FinetuneSettings
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive import command
-from contrastive.data import InMemory, Sample
+from manyviews import cli
+from manyviews.data import InMemory, Sample
 from small_run import small_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -77,7 +77,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = any(word.startswith("data=") for word in words)
             given = {word.partition("=")[0] for word in words}
             words += [word for word in small if wanted and word.partition("=")[0] not in given]
-            assert getattr(command, name)(words) == 0
+            assert getattr(cli, name)(words) == 0
 
     def peak(prepare: Callable[..., harness.Work], *arguments: object) -> float:
         prepare(*arguments)()
@@ -193,8 +193,8 @@ def test_finetune_stands_beside_the_probe_and_training_from_scratch(
 
 def test_infonce_stands_beside_the_rivals_and_the_limit(tmp_path: Path) -> None:
     rows = rows_of("infonce", tmp_path, "--sizes", "64")
-    assert seconds_of(rows, "loss").keys() >= {"contrastive", "limit"}
-    assert [row["loss"] for row in rows] == ["contrastive", *infonce.RIVALS, "limit"]
+    assert seconds_of(rows, "loss").keys() >= {"manyviews", "limit"}
+    assert [row["loss"] for row in rows] == ["manyviews", *infonce.RIVALS, "limit"]
 
 
 def test_knn_stands_beside_the_rivals_and_the_limits(tmp_path: Path) -> None:
@@ -245,9 +245,9 @@ def test_pipeline_is_compared_with_the_encoder_alone(tmp_path: Path, monkeypatch
     case = pipeline.CASES[28]._replace(batch_size=8, steps=2)
     monkeypatch.setattr(pipeline, "CASES", {28: case})
     rows = {row["loop"]: row for row in rows_of("pipeline", tmp_path, "--sizes", "28")}
-    assert rows.keys() == {"encoder alone", "contrastive", "lightly"}
+    assert rows.keys() == {"encoder alone", "manyviews", "lightly"}
     assert rows["encoder alone"]["of the encoder alone"] == 1
-    assert rows["contrastive"]["images/s"]["median"] > 0
+    assert rows["manyviews"]["images/s"]["median"] > 0
 
 
 def test_ranks_hold_equal_shares_of_the_rows_and_one_process_receives_nothing(

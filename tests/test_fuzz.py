@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from contrastive.config import load
-from contrastive.config.yaml_text import parse
-from contrastive.evaluate import stored
-from contrastive.measure import EvaluateSettings
-from contrastive.recipe import Recipe
-from contrastive.timm_folder import read_folder
+from manyviews.config import load
+from manyviews.config.yaml_text import parse
+from manyviews.encoder.timm_format import read_folder
+from manyviews.evaluate import EvaluateSettings
+from manyviews.features import store
+from manyviews.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -111,7 +111,7 @@ def test_any_description_of_a_backbone_and_of_features_is_read_or_refused(
     for content in (tree, {"files": ["backbone.npy"], "layers": tree, "weights": other}):
         (tmp_path / "manifest.json").write_text(json.dumps(content))
         key = {"weights": {}, "layers": {"backbone": {"file": "backbone.npy", "shape": [1, 1]}}}
-        refused_or_read(stored.state, tmp_path, key)
+        refused_or_read(store.state, tmp_path, key)
 
 
 @DRAWN

@@ -15,34 +15,27 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from contrastive import command, recipe, vocabulary
-from contrastive.config import keys, load
-from contrastive.extract import ExtractSettings
-from contrastive.finetune import FinetuneSettings
-from contrastive.measure import EvaluateSettings
-from contrastive.objectives import Objective
-from contrastive.recipe import Recipe
+from manyviews import cli, recipe
+from manyviews.config import keys, load, vocabulary
+from manyviews.evaluate import EvaluateSettings
+from manyviews.features.extract import ExtractSettings
+from manyviews.objectives import Objective
+from manyviews.recipe import Recipe
+from manyviews.train.finetune import FinetuneSettings
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "ssl" / "contrastive"
+PACKAGE = ROOT / "ssl" / "manyviews"
 README = (ROOT / "README.md").read_text()
 LEVELS = [
-    {"untrusted", "vocabulary", "memory"},
-    {"config", "distributed", "keyed"},
-    {"similarity", "small_models", "split_norm", "checkpoints", "timm_folder", "growing", "metrics_lines"},
-    {"folder_lock"},
-    {"data", "views", "encoder", "objectives", "optim", "distances", "run", "progress", "health"},
-    {"evaluate"},
+    {"system"},
+    {"config", "engine"},
+    {"run", "data", "views", "encoder", "objectives", "linear_metrics", "optim"},
     {"recipe"},
-    {"launch", "clock", "resume", "scale", "opened"},
-    {"limits"},
-    {"machine", "extract"},
-    {"not_finite"},
-    {"step", "features", "ready"},
-    {"report"},
-    {"pretrain", "measure"},
-    {"check", "compare_runs", "finetune"},
-    {"command"},
+    {"features"},
+    {"evaluators"},
+    {"report", "train"},
+    {"evaluate"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -55,7 +48,7 @@ def test_ssl_is_still_the_standard_library() -> None:
 
 
 def test_only_the_package_lives_in_ssl() -> None:
-    assert {path.name for path in (ROOT / "ssl").iterdir()} - {"__pycache__"} == {"contrastive"}
+    assert {path.name for path in (ROOT / "ssl").iterdir()} - {"__pycache__"} == {"manyviews"}
 
 
 def imported(path: Path) -> set[str]:
@@ -63,19 +56,19 @@ def imported(path: Path) -> set[str]:
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [
-        f"contrastive.{alias.name}"
+        f"manyviews.{alias.name}"
         for node in nodes
-        if isinstance(node, ast.ImportFrom) and node.module == "contrastive"
+        if isinstance(node, ast.ImportFrom) and node.module == "manyviews"
         for alias in node.names
     ]
-    return {module.split(".")[1] for module in modules if module.startswith("contrastive.")}
+    return {module.split(".")[1] for module in modules if module.startswith("manyviews.")}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if importer == "__init__":
-        assert imported(path) <= {"small_models", "features"}
+        assert imported(path) <= {"encoder", "features"}
         return
     for name in imported(path) - {importer}:
         assert LEVEL[name] < LEVEL[importer], f"{path.name} imports {name}"
@@ -109,7 +102,7 @@ TERMS = (
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_of_the_field_is_in_the_help_and_in_the_docs(term: str) -> None:
-    shown = " ".join(command.help_text("", "", Recipe).split())
+    shown = " ".join(cli.help_text("", "", Recipe).split())
     assert term in shown
     assert term in (ROOT / "configs" / "README.md").read_text()
 
@@ -160,7 +153,7 @@ def test_every_path_in_the_readmes_tree_exists_and_every_module_is_in_it() -> No
 def test_the_recipes_and_the_sample_are_in_the_package_data() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"] == {"configs": "contrastive/configs"}
+    assert wheel["force-include"] == {"configs": "manyviews/configs"}
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -199,9 +192,9 @@ def test_every_launch_in_the_readme_is_one_that_its_launcher_understands() -> No
             if not found:
                 continue
             given = parser.parse_args(words.split())
-            launched_scripts = {"scripts/pretrain.py", "scripts/evaluate.py", "scripts/extract.py", "contrastive"}
+            launched_scripts = {"scripts/pretrain.py", "scripts/evaluate.py", "scripts/extract.py", "manyviews"}
             assert given.training_script in launched_scripts, line
-            assert {word for word in given.training_script_args if word.startswith("-")} <= {command.CHECK}, line
+            assert {word for word in given.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
             launched[launcher] += 1
     assert launched["accelerate launch"] >= 4
     assert launched["torchrun"] >= 3
@@ -214,15 +207,15 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
-    assert {f"contrastive/configs/{name}.yaml" for name in recipe.names()} <= names
-    assert {"contrastive/py.typed", "contrastive/data/sample/train.png", "contrastive/data/sample/LICENSE"} <= names
-    assert {f"contrastive/report/{name}" for name in ("template.html", "style.css", "map.js")} <= names
+    assert {f"manyviews/configs/{name}.yaml" for name in recipe.names()} <= names
+    assert {"manyviews/py.typed", "manyviews/data/sample/train.png", "manyviews/data/sample/LICENSE"} <= names
+    assert {f"manyviews/report/{name}" for name in ("template.html", "style.css", "map.js")} <= names
     code = (
-        "import contrastive, sys; from contrastive import recipe; from contrastive.data import Sample\n"
-        f"assert contrastive.__file__.startswith({str(tmp_path)!r}), contrastive.__file__\n"
-        "assert 'quickstart' in recipe.names() and recipe.folder().parent.name == 'contrastive'\n"
+        "import manyviews, sys; from manyviews import recipe; from manyviews.data import Sample\n"
+        f"assert manyviews.__file__.startswith({str(tmp_path)!r}), manyviews.__file__\n"
+        "assert 'quickstart' in recipe.names() and recipe.folder().parent.name == 'manyviews'\n"
         "assert len(Sample().build().train) == 10_000\n"
-        "from contrastive.command import pretrain; sys.exit(pretrain(['--help']))"
+        "from manyviews.cli import pretrain; sys.exit(pretrain(['--help']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from contrastive.optim import OptimSettings, cosine, decay_groups, set_rate
+from manyviews.optim import OptimSettings, cosine, decay_groups, set_rate
 
 
 def small() -> nn.Module:

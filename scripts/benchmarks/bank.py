@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import harness
-from contrastive.objectives import Bank, Population
-from contrastive.objectives.shards import unit_rows
+from manyviews.objectives import Bank, Population
+from manyviews.objectives.sharded_rows import unit_rows
 
 DIM, QUERIES, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 256, 4096, 0.07, 0.5
 SIZES = (60_000, 1_281_167)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from contrastive.config import load
-from contrastive.data import Sample
-from contrastive.launch import start
-from contrastive.machine import Machine, build
-from contrastive.recipe import Recipe
-from contrastive.step import gradient
+from manyviews.config import load
+from manyviews.data import Sample
+from manyviews.recipe import Recipe
+from manyviews.system.launch import start
+from manyviews.train.components import Machine, build
+from manyviews.train.step import gradient
 
 BATCH, CHUNK = 8_192, 256
 MEBIBYTE = 2**20

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from contrastive.data import Sample
-from contrastive.distances import LMNN, MMC, Mahalanobis, Metric
-from contrastive.similarity import squared_distance_rows, top_k
+from manyviews.data import Sample
+from manyviews.engine import squared_distance_rows, top_k
+from manyviews.linear_metrics import LMNN, MMC, Mahalanobis, Metric
 
 DIM = 128
 SIZES = (1_000, 10_000)
@@ -77,9 +77,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--environment",
         type=Path,
-        default=Path.home() / ".cache" / "contrastive" / "metric-learn",
+        default=Path.home() / ".cache" / "manyviews" / "metric-learn",
         metavar="FOLDER",
-        help="metric-learn's virtual environment, made there if it is missing (~/.cache/contrastive/metric-learn)",
+        help="metric-learn's virtual environment, made there if it is missing (~/.cache/manyviews/metric-learn)",
     )
 
 

@@ -13,16 +13,16 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import harness
-from contrastive.config import load
-from contrastive.data import InMemory
-from contrastive.encoder import create_backbone
-from contrastive.evaluate import features, stored
-from contrastive.evaluate.features import Precision
-from contrastive.evaluate.filling import Part, fill
-from contrastive.evaluate.layers import BACKBONE, Layers, OneLayer, widths_of
-from contrastive.extract import ExtractSettings
-from contrastive.launch import bf16_pays, start
-from contrastive.views import plain
+from manyviews.config import load
+from manyviews.data import InMemory
+from manyviews.encoder.encoder import create_backbone
+from manyviews.features import encoding, store
+from manyviews.features.encoding import Precision
+from manyviews.features.extract import ExtractSettings
+from manyviews.features.layers import BACKBONE, Layers, OneLayer, widths_of
+from manyviews.features.store_rows import Part, fill
+from manyviews.system.launch import bf16_pays, start
+from manyviews.views import plain
 
 
 class Case(NamedTuple):
@@ -92,7 +92,7 @@ def _measure(
 
     def to_files() -> None:
         folder = scratch / "features"
-        with stored.held(folder, key, replace=False):
+        with store.held(folder, key, replace=False):
             fill(
                 folder,
                 layers,
@@ -104,11 +104,11 @@ def _measure(
                 say=_ignore,
                 update=_ignore,
             )
-            stored.finish(folder, [f"{BACKBONE}.npy"], key, ())
+            store.finish(folder, [f"{BACKBONE}.npy"], key, ())
         shutil.rmtree(folder)
 
     def in_memory() -> None:
-        features.extract(
+        encoding.extract(
             OneLayer(layers), images, prepare=prepare, device=device, batch_size=BATCH, precision=precision
         )
 

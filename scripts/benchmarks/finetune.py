@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from contrastive.evaluate.fractions import FractionSettings, fractions
+from manyviews.evaluators.fractions import FractionSettings, fractions
 
 SCRATCH = ("scratch=true", "mode=full", "layer_decay=1")
 """Random weights: no reason to spare the first layers, and no features for a head to begin from."""

@@ -199,7 +199,7 @@ def _last(trace: types.TracebackType | None) -> str:
     place = ""
     while trace is not None:
         code = trace.tb_frame.f_code
-        if "contrastive" in code.co_filename:
+        if "manyviews" in code.co_filename:
             place = f"{Path(code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place

@@ -75,7 +75,7 @@ def rival(module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as problem:
         name = module.partition(".")[0]
-        raise RivalMissingError(f"{name} is not installed: pip install 'contrastive[benchmark]'") from problem
+        raise RivalMissingError(f"{name} is not installed: pip install 'manyviews[benchmark]'") from problem
 
 
 def first_line(file: Path) -> str:
@@ -124,7 +124,7 @@ def available_mebibytes() -> float:
 
 def commands(threads: int, *lines: Sequence[str]) -> None:
     """Runs commands (`["pretrain", "moco", "seed=1"]`) in one new process; only their errors are shown."""
-    code = "import sys, json; from contrastive import command\n"
+    code = "import sys, json; from manyviews import cli as command\n"
     code += "for name, *words in json.loads(sys.argv[1]):\n    getattr(command, name)(words) and sys.exit(1)"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-c", code, json.dumps(lines)]
@@ -147,7 +147,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
-    versions = [f"{name} {_version(name)}" for name in ("torch", "contrastive", *packages)]
+    versions = [f"{name} {_version(name)}" for name in ("torch", "manyviews", *packages)]
     return found | {"versions": ", ".join(versions)}
 
 

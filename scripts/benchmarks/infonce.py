@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from contrastive.objectives.in_batch import nt_xent
+from manyviews.objectives.in_batch import nt_xent
 
 DIM, TEMPERATURE = 128, 0.1
 SIZES = (2_048, 16_384, 131_072)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> harness.Report:
 
 
 def _measure(size: int, repetitions: int) -> list[dict[str, harness.Value]]:
-    works: dict[str, Callable[[], object]] = {"contrastive": prepare("contrastive", size)}
+    works: dict[str, Callable[[], object]] = {"manyviews": prepare("manyviews", size)}
     skipped: dict[str, str] = {}
     for name, estimate in RIVALS.items():
         needed, there = estimate(size) / MEBIBYTE, harness.available_mebibytes()
@@ -72,10 +72,10 @@ def _measure(size: int, repetitions: int) -> list[dict[str, harness.Value]]:
     square = torch.randn(2048, 2048)
     times = harness.seconds({**works, "product": lambda: square @ square}, repetitions, warm_up=size <= 16_384)
     limit = 4 * size**2 * DIM / (2 * 2048**3 / times.pop("product").median)
-    ours = times["contrastive"].median
+    ours = times["manyviews"].median
     memory = {name: harness.peak_mebibytes(prepare, name, size) for name in times}
     rows: list[dict[str, harness.Value]] = []
-    for name in ("contrastive", *RIVALS):
+    for name in ("manyviews", *RIVALS):
         row: dict[str, harness.Value] = {"loss": name, "embeddings": size}
         if name in times:
             row |= {
@@ -83,7 +83,7 @@ def _measure(size: int, repetitions: int) -> list[dict[str, harness.Value]]:
                 "times ours": times[name].median / ours,
                 "memory (MiB)": memory[name],
             }
-            if (used := memory[name]) and (own := memory["contrastive"]):
+            if (used := memory[name]) and (own := memory["manyviews"]):
                 row["memory, times ours"] = used / own
         else:
             row["seconds"] = skipped[name]
@@ -112,7 +112,7 @@ def prepare(name: str, size: int) -> Callable[[], object]:
 def _loss(name: str, size: int) -> Callable[[Tensor], Tensor]:
     ids = torch.arange(size // 2)
     match name:
-        case "contrastive":
+        case "manyviews":
             return lambda views: nt_xent(views, ids, TEMPERATURE).total
         case "lightly NTXentLoss":
             lightly = harness.rival("lightly.loss", "NTXentLoss")(temperature=TEMPERATURE)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from contrastive.evaluate.knn import predict
-from contrastive.similarity import candidates, normalize, top_k
+from manyviews.engine import candidates, normalize, top_k
+from manyviews.evaluators.knn import predict
 
 DIM, NEIGHBOURS, TEMPERATURE, CLASSES = 512, 200, 0.1, 10
 SIZES = ["60000x10000"]

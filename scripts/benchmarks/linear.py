@@ -19,11 +19,11 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import harness
-from contrastive.data import FashionMNIST, Images, Sample
-from contrastive.evaluate.features import extract
-from contrastive.evaluate.held_out import hold_out
-from contrastive.evaluate.linear import LinearResult, LinearSettings, linear
-from contrastive.opened import Opened, open_run
+from manyviews.data import FashionMNIST, Images, Sample
+from manyviews.evaluators.linear import LinearResult, LinearSettings, linear
+from manyviews.evaluators.splits import hold_out
+from manyviews.features.backbone import Opened, open_run
+from manyviews.features.encoding import extract
 
 EPOCHS = 90
 BATCH = 256

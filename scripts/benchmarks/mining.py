@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from contrastive.objectives.loss import Population
-from contrastive.objectives.margin import Margin
-from contrastive.objectives.mining import All, Hardest
-from contrastive.objectives.triplets import Triplet
+from manyviews.objectives.margin import Margin
+from manyviews.objectives.mining import All, Hardest
+from manyviews.objectives.objective import Population
+from manyviews.objectives.triplet import Triplet
 
 DIM, PER_CLASS = 128, 4
 SIZES = (256, 1_024, 4_096)
 MEBIBYTE = 2**20
-OURS, THEIRS = "contrastive", "pytorch-metric-learning"
+OURS, THEIRS = "manyviews", "pytorch-metric-learning"
 
 
 class Case(NamedTuple):

@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
-from contrastive.checkpoints import Checkpoint, Saver
-from contrastive.config import load
-from contrastive.data import InMemory, Order, Sample
-from contrastive.launch import Stop, bf16_pays, start
-from contrastive.machine import Machine, build
-from contrastive.pretrain import train
-from contrastive.progress import Teller
-from contrastive.recipe import QUICKSTART, Recipe, folder
-from contrastive.run import Run
-from contrastive.views import MEAN, STD
+from manyviews.config import load
+from manyviews.data import InMemory, Order, Sample
+from manyviews.recipe import QUICKSTART, Recipe, folder
+from manyviews.run.checkpoints import Checkpoint, Saver
+from manyviews.run.folder import Run
+from manyviews.system.console import Teller
+from manyviews.system.launch import Stop, bf16_pays, start
+from manyviews.train.components import Machine, build
+from manyviews.train.pretrain import train
+from manyviews.views import MEAN, STD
 
 
 class Case(NamedTuple):
@@ -46,7 +46,7 @@ CASES = {
 NOTES = (
     "images/s: median (smallest-largest); the cases take turns. Two views per image.",
     "encoder alone: its forward and backward pass on views that lie in memory; no views, loss or optimiser.",
-    "contrastive: the loop of scripts/pretrain.py itself: reading, views, encoder, loss, optimiser and metrics.",
+    "manyviews: the loop of scripts/pretrain.py itself: reading, views, encoder, loss, optimiser and metrics.",
     "lightly: its SimCLRTransform (with its advice for small images below 64 px) on decoded images, a DataLoader with",
     "2 workers that stay alive, NTXentLoss, the same encoder, optimiser and batch, in the faster of fp32 and bf16.",
 )
@@ -77,7 +77,7 @@ def _measure(size: int, case: Case, repetitions: int) -> list[dict[str, harness.
         log = Run(Path(scratch))
         works: dict[str, Callable[[], object]] = {
             "encoder alone": partial(_passes, machine, images, case.steps),
-            "contrastive": partial(_loop, machine, images, log),
+            "manyviews": partial(_loop, machine, images, log),
         }
         missing = ""
         try:
@@ -86,7 +86,7 @@ def _measure(size: int, case: Case, repetitions: int) -> list[dict[str, harness.
             missing = str(problem)
         times = harness.seconds(works, repetitions)
         log.close()
-    alone, ours = times["encoder alone"].median, times["contrastive"].median
+    alone, ours = times["encoder alone"].median, times["manyviews"].median
     rows: list[dict[str, harness.Value]] = []
     for name, spread in times.items():
         row: dict[str, harness.Value] = {

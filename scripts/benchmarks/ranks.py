@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import harness
-from contrastive import distributed
-from contrastive.config import Settings
-from contrastive.objectives import Bank, Population, Queue
+from manyviews.config import Settings
+from manyviews.objectives import Bank, Population, Queue
+from manyviews.system import distributed
 
 DIM, MEBIBYTE = 128, 2**20
 ROWS = (60_000, 120_000, 240_000, 480_000)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from contrastive import recipe as recipes
+from manyviews import recipe as recipes
 
 PROTOCOL = "protocol.linear.regularisations=[0.001,0.003,0.01,0.03]"
 """A part of the grid, for time's sake."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive.data.decode import UnreadableImageError, check_header, quiet, read_image
+from manyviews.data.decoding.decode import UnreadableImageError, check_header, quiet, read_image
 
 WHITE = (255, 255, 255)
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from contrastive.data import STL10, Folder, Images
-from contrastive.data import content as contents
-from contrastive.data import digests as cache
-from contrastive.data.digests import Known, State, digest, state_of
-from contrastive.data.files import Files
+from manyviews.data import STL10, Folder, Images
+from manyviews.data.decoding.files import Files
+from manyviews.data.listing import content as contents
+from manyviews.data.listing import digests as cache
+from manyviews.data.listing.digests import Known, State, digest, state_of
 from processes import start
 
 SIDE = 12
@@ -27,7 +27,7 @@ SIDE = 12
 def own_cache(tmp_path_factory, monkeypatch) -> Path:
     home = tmp_path_factory.mktemp("torch")
     monkeypatch.setenv("TORCH_HOME", str(home))
-    return home / "contrastive/digests"
+    return home / "manyviews/digests"
 
 
 @pytest.fixture

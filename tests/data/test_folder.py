@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive.data import Folder, InMemory, listed, shorthand
-from contrastive.data.decode import UnreadableImageError
-from contrastive.data.files import Files, in_threads
-from contrastive.launch import Interrupted, Stop
+from manyviews.data import Folder, InMemory, listed, shorthand
+from manyviews.data.decoding.decode import UnreadableImageError
+from manyviews.data.decoding.files import Files, in_threads
+from manyviews.system.launch import Interrupted, Stop
 
 
 def picture(path: Path, value: int = 0, side: int = 8, **options) -> Path:

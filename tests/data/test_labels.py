@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive.config import load
-from contrastive.data import Folder, Split
-from contrastive.data.labels import read_labels
-from contrastive.recipe import Recipe
+from manyviews.config import load
+from manyviews.data import Folder, Split
+from manyviews.data.labels import read_labels
+from manyviews.recipe import Recipe
 
 NAMES = [f"{number}.png" for number in range(12)]
 

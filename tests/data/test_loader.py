@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from contrastive.data import Folder, Loader, Order, newly_unreadable
-from contrastive.data.files import Files
+from manyviews.data import Folder, Loader, Order, newly_unreadable
+from manyviews.data.decoding.files import Files
 from processes import start
 
 
@@ -215,7 +215,7 @@ def test_a_program_that_leaves_in_the_middle_leaves_quietly(tmp_path):
     program = tmp_path / "program.py"
     (tmp_path / "images").mkdir()
     program.write_text(
-        "from contrastive.data import Folder, Loader, Order\n"
+        "from manyviews.data import Folder, Loader, Order\n"
         "if __name__ == '__main__':\n"
         f"    images = Folder(path={str(folder(tmp_path / 'images'))!r}, size=8, memory=0).build(workers=2).train\n"
         "    for step, batch in enumerate(Loader(images, Order(len(images), 4, 0), workers=2)):\n"

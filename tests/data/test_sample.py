@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrastive.data import FashionMNIST, Sample
-from contrastive.data.sample.make import make
+from manyviews.data import FashionMNIST, Sample
+from manyviews.data.sample.make import make
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 needs_source = pytest.mark.skipif(not DEBIAN.is_dir(), reason="compares with Debian's dataset-fashion-mnist")
@@ -34,7 +34,7 @@ def test_the_sample_loads_at_once_and_weighs_about_five_megabytes():
     started = time.process_time()
     Sample().build()
     assert time.process_time() - started < 1.0
-    folder = Path(str(files("contrastive.data.sample")))
+    folder = Path(str(files("manyviews.data.sample")))
     assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix in {".png", ".csv"}) < 5.6e6
     assert "Copyright © 2017 Zalando SE" in (folder / "LICENSE").read_text(encoding="utf-8")
 
@@ -53,10 +53,10 @@ def test_the_sample_holds_the_images_that_its_names_say():
 def test_the_script_makes_the_files_again(tmp_path, monkeypatch):
     make(DEBIAN, tmp_path)
     for name in ("train.csv", "test.csv"):
-        assert (tmp_path / name).read_bytes() == files("contrastive.data.sample").joinpath(name).read_bytes()
+        assert (tmp_path / name).read_bytes() == files("manyviews.data.sample").joinpath(name).read_bytes()
     shipped = Sample().build()
     # Another zlib may compress otherwise, so what is read from the PNG is compared, not its bytes.
-    monkeypatch.setattr("contrastive.data.sample.files", lambda package: tmp_path)
+    monkeypatch.setattr("manyviews.data.sample.files", lambda package: tmp_path)
     again = Sample().build()
     assert again.train.fingerprint == shipped.train.fingerprint
     assert again.test.fingerprint == shipped.test.fingerprint

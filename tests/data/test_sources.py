@@ -9,7 +9,7 @@ import torch
 import torchvision
 from pydantic import TypeAdapter
 
-from contrastive.data import CIFAR10, CIFAR100, STL10, Data, FashionMNIST, Folder, Images, Sample
+from manyviews.data import CIFAR10, CIFAR100, STL10, Data, FashionMNIST, Folder, Images, Sample
 
 RANDOM = np.random.default_rng(0)
 

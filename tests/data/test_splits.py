@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrastive.data import Folder, Split
-from contrastive.data.walk import RUN_CONFIG, RUN_PARTS
-from contrastive.run import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, METRICS
+from manyviews.data import Folder, Split
+from manyviews.data.listing.walk import RUN_CONFIG, RUN_PARTS
+from manyviews.run.folder import CHECKPOINTS, CLASSIFIER, CONFIG, DONE, METRICS
 
 SERIAL: Iterator[int] = count()
 

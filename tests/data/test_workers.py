@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from test_loader import equal, folder, images, take, trapped
 
-from contrastive.data import Loader, Order
-from contrastive.data.files import Files
-from contrastive.data.workers import Packed
+from manyviews.data import Loader, Order
+from manyviews.data.decoding.files import Files
+from manyviews.data.workers import Packed
 
 RUNS = """
 import sys
 {before}
-from contrastive.data import Folder, Loader, Order
+from manyviews.data import Folder, Loader, Order
 images = Folder(path=sys.argv[1], size=80, memory=0).build(workers=2).train
 for step, batch in enumerate(Loader(images, Order(len(images), 4, 0), workers=2)):
     if step == 5:
@@ -31,7 +31,7 @@ print(step, len(batch.ids))
 """
 FEW_FILES = """
 import os, resource, threading
-import contrastive.data
+import manyviews.data
 started = threading.Thread(target=print)
 most = len(os.listdir("/proc/self/fd")) + 3
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -167,7 +167,7 @@ def test_no_process_outlives_one_that_is_killed(tmp_path):
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "from pathlib import Path\n"
         "from test_loader import trapped\n"
-        "from contrastive.data import Loader, Order\n"
+        "from manyviews.data import Loader, Order\n"
         "batches = iter(Loader(trapped(Path(sys.argv[1]), '3.png'), Order(13, 1, 0), workers=2))\n"
         "for _ in range(2):\n"
         "    next(batches)\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Bank, Population, noise
-from contrastive.objectives.bank import BankObjective, ParametricObjective
-from contrastive.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives import Bank, Population, noise
+from manyviews.objectives.bank import BankObjective, ParametricObjective
+from manyviews.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
 DIM, IMAGES = 5, 12
 

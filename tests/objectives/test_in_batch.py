@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import InBatch, Population
-from contrastive.objectives.in_batch import InBatchObjective, bilinear_contrast, debiased, nt_xent
+from manyviews.objectives import InBatch, Population
+from manyviews.objectives.in_batch import InBatchObjective, bilinear_contrast, debiased, nt_xent
 
 
 def embeddings(views: int = 2, batch: int = 7, dim: int = 5) -> Tensor:

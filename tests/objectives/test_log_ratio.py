@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Population
-from contrastive.objectives.labels import mean_squared_distance
-from contrastive.objectives.log_ratio import LogRatio, Squared
-from contrastive.similarity import tiles
+from manyviews.engine import tiles
+from manyviews.objectives import Population
+from manyviews.objectives.labels import mean_squared_distance
+from manyviews.objectives.log_ratio import LogRatio, Squared
 
 IMAGES = 12
 SQUARED: tuple[Squared, ...] = ("both", "embeddings", "neither")

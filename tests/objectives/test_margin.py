@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from triples import REPEATED, Triple, compare, embeddings, prepared, sampled, table_of
 
-from contrastive.objectives import Population
-from contrastive.objectives.margin import Margin, margin_loss
-from contrastive.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
-from contrastive.similarity import tiles
+from manyviews.engine import tiles
+from manyviews.objectives import Population
+from manyviews.objectives.margin import Margin, margin_loss
+from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
 
 EVERY: list[Sampling] = [
     All(),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.config import dump_yaml, load
-from contrastive.objectives import MarginSoftmax, Population
-from contrastive.objectives.margin_softmax import (
+from manyviews.config import dump_yaml, load
+from manyviews.objectives import MarginSoftmax, Population
+from manyviews.objectives.margin_softmax import (
     PRESETS,
     MarginSoftmaxObjective,
     angles_between,
@@ -19,7 +19,7 @@ from contrastive.objectives.margin_softmax import (
     least_scale,
     margin_cosine,
 )
-from contrastive.recipe import Recipe
+from manyviews.recipe import Recipe
 
 DIM, CLASSES = 6, 9
 RANDOM: dict[str, Any] = {"m1": 1.37, "m2": 0.61, "m3": 0.23, "scale": 11.0}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from triples import REPEATED, by_loops, embeddings, prepared, sampled, table_of
 
-from contrastive import recipe
-from contrastive.config import load
-from contrastive.objectives.mining import (
+from manyviews import recipe
+from manyviews.config import load
+from manyviews.objectives.mining import (
     All,
     DistanceWeighted,
     Easiest,
@@ -25,8 +25,8 @@ from contrastive.objectives.mining import (
     refuse_off_sphere,
     sampling,
 )
-from contrastive.objectives.mining.distance_weighted import draw, log_weights
-from contrastive.recipe import Recipe
+from manyviews.objectives.mining.distance_weighted import draw, log_weights
+from manyviews.recipe import Recipe
 
 FIXED: dict[str, type[Any]] = {
     "all": All,

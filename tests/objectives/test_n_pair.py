@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import Population
-from contrastive.objectives.n_pair import Form, NPair, n_pair, pairs_of
-from contrastive.similarity import tiles
+from manyviews.engine import tiles
+from manyviews.objectives import Population
+from manyviews.objectives.n_pair import Form, NPair, n_pair, pairs_of
 
 LABELS = {"distinct": range(7), "repeated": [4, 4, 9, 4, 1, 0, 9], "one class": [3] * 7}
 FORMS: tuple[Form, ...] = ("multi_class", "one_vs_one")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import NoiseContrastive, Population, noise_contrastive
-from contrastive.objectives.noise_contrastive import NoiseContrastiveObjective, draw
+from manyviews.objectives import NoiseContrastive, Population, noise_contrastive
+from manyviews.objectives.noise_contrastive import NoiseContrastiveObjective, draw
 
 DIM, IMAGES = 5, 12
 CLASSES = torch.tensor([0, 0, 1, 2, 2, 2, 2, 3, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6])

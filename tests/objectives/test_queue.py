@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrastive.objectives import Loss, Population, Queue
-from contrastive.objectives.queue import QueueObjective
+from manyviews.objectives import Loss, Population, Queue
+from manyviews.objectives.queue import QueueObjective
 
 DIM = 5
 

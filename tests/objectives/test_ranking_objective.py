@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import Population, query_losses
-from contrastive.objectives.in_batch import nt_xent
-from contrastive.objectives.query_losses import binary_hinge, hinge, list_mle, list_net, rank_net
-from contrastive.objectives.ranking import LOSSES, Ranking, RankingLoss
-from contrastive.similarity import tiles
+from manyviews.engine import tiles
+from manyviews.objectives import Population, query_losses
+from manyviews.objectives.in_batch import nt_xent
+from manyviews.objectives.query_losses import binary_hinge, hinge, list_mle, list_net, rank_net
+from manyviews.objectives.ranking import LOSSES, Ranking, RankingLoss
 
 IMAGES = 12
 PAIRWISE: dict[str, Callable[[Tensor], Tensor]] = {

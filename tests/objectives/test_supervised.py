@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrastive.objectives import Population, Supervised
-from contrastive.objectives.in_batch import nt_xent
-from contrastive.objectives.supervised import class_sums, supervised_contrast
+from manyviews.objectives import Population, Supervised
+from manyviews.objectives.in_batch import nt_xent
+from manyviews.objectives.supervised import class_sums, supervised_contrast
 
 LABELS = {"distinct": range(7), "repeated": [4, 4, 9, 4, 1, 0, 9], "one class": [3] * 7}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from contrastive.objectives.mining import Batch, Sampling, batch_of, choose
+from manyviews.objectives.mining import Batch, Sampling, batch_of, choose
 
 Triple = tuple[int, int, int]
 REPEATED = torch.tensor([3, 3, 3, 8, 5, 5, 0, 9, 5, 3])

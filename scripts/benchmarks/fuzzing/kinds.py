@@ -15,21 +15,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from contrastive import recipe
-from contrastive.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
-from contrastive.config import dump_yaml, load
-from contrastive.data import InMemory
-from contrastive.data.decode import read_image
-from contrastive.data.fashion_mnist import read_split
-from contrastive.data.labels import read_labels
-from contrastive.data.values import values_of
-from contrastive.distances import LinearMetric
-from contrastive.evaluate import stored
-from contrastive.recipe import Recipe
-from contrastive.report.history import read_history, warnings_of
-from contrastive.timm_folder import read_folder
-from contrastive.untrusted.arrays import mapped_array, read_tensors
-from contrastive.untrusted.files import read_json
+from manyviews import recipe
+from manyviews.config import dump_yaml, load
+from manyviews.data import InMemory
+from manyviews.data.continuous_labels import values_of
+from manyviews.data.decoding.decode import read_image
+from manyviews.data.labels import read_labels
+from manyviews.data.sources.fashion_mnist import read_split
+from manyviews.encoder.timm_format import read_folder
+from manyviews.features import store
+from manyviews.linear_metrics import LinearMetric
+from manyviews.recipe import Recipe
+from manyviews.report.history import read_history, warnings_of
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
+from manyviews.system.arrays import mapped_array, read_tensors
+from manyviews.system.files import read_json
 
 PIXELS = 1_000_000
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -240,17 +240,17 @@ def _read_description(place: Path, content: bytes) -> None:
 
 def _manifests() -> list[bytes]:
     head = json.dumps({**KEY, "unreadable": [], "files": ["backbone.npy"]}, indent=1).removesuffix("\n}")
-    return [f'{head},\n{stored.IMAGES}\n  ["train", 0, "a.png"]\n ]\n}}\n'.encode()]
+    return [f'{head},\n{store.IMAGES}\n  ["train", 0, "a.png"]\n ]\n}}\n'.encode()]
 
 
 def _read_manifest(place: Path, content: bytes) -> None:
-    _written(place / stored.MANIFEST, content)
+    _written(place / store.MANIFEST, content)
     np.save(place / "backbone.npy", np.zeros((6, 3), np.float32))
     try:
-        stored.state(place, KEY)
+        store.state(place, KEY)
     finally:
-        stored.remove(place)
-        if (place / stored.MANIFEST).exists():
+        store.remove(place)
+        if (place / store.MANIFEST).exists():
             raise AssertionError("a manifest outlived its removal")
 
 

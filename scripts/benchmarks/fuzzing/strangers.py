@@ -13,16 +13,18 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fuzzing.kinds import Kind
-from contrastive import memory, opened, run
-from contrastive.config import keys, load
-from contrastive.data import Folder
-from contrastive.extract import ExtractSettings, extract
-from contrastive.launch import start
-from contrastive.measure import EvaluateSettings, evaluate
-from contrastive.pretrain import pretrain
-from contrastive.progress import Teller
-from contrastive.ready import make_ready
-from contrastive.recipe import Recipe
+from manyviews.config import keys, load
+from manyviews.data import Folder
+from manyviews.evaluate import EvaluateSettings, evaluate
+from manyviews.features import backbone
+from manyviews.features.extract import ExtractSettings, extract
+from manyviews.recipe import Recipe
+from manyviews.run import folder as run
+from manyviews.system import memory
+from manyviews.system.console import Teller
+from manyviews.system.launch import start
+from manyviews.train.pretrain import pretrain
+from manyviews.train.setup import make_ready
 
 SMALL = [
     *("data.holdout=0.3", "data.size=8", "views.size=16", "encoder.projector.hidden=8", "encoder.projector.dim=8"),
@@ -155,11 +157,11 @@ def _link(file: Path, draw: random.Random, outside: Path) -> None:
 @contextmanager
 def _unforeseen() -> Iterator[None]:
     kept = run.check_links
-    run.check_links = opened.check_links = lambda _: None
+    run.check_links = backbone.check_links = lambda _: None
     try:
         yield
     finally:
-        run.check_links = opened.check_links = kept
+        run.check_links = backbone.check_links = kept
 
 
 def _seen(place: Path) -> dict[str, tuple[int, bytes]]:

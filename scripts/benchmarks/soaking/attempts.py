@@ -27,7 +27,7 @@ from benchmarks.soaking.starts import (
     waiting,
     writing,
 )
-from contrastive import command
+from manyviews import cli
 
 STARTING = 0.8
 """Seconds in which a start has not yet come to its first step, most often."""
@@ -226,7 +226,7 @@ class Disturbed:
             if fault is not None and fault.moment == "starting":
                 # Before there is anything to save, a signal ends a process by itself, and another that waits for it is
                 # ended by its launcher or says whom it has lost.
-                wanted |= {-fault.number, -signal.SIGTERM, command.LOST_PROCESS}
+                wanted |= {-fault.number, -signal.SIGTERM, cli.LOST_PROCESS}
             if killed and code == 0 and not done:
                 self._problem(f"process {number} ended with 0 after another was killed")
             if not killed and not hung and code not in wanted | ({0} if done else set()):

@@ -10,7 +10,8 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contrastive import command, machine
+from manyviews import cli
+from manyviews.train import components
 
 NOT_FINITE = 97
 """Of so many steps one has a loss that is not finite, on the last process alone."""
@@ -65,7 +66,7 @@ def train(
     os.environ |= place.environment()
     if gauge is not None:
         failing_sync(gauge)
-    build = machine.build
+    build = components.build
 
     def watched(*arguments: Any) -> Any:
         made = build(*arguments)
@@ -82,7 +83,7 @@ def train(
     for module in list(sys.modules.values()):
         if getattr(module, "build", None) is build:
             setattr(module, "build", watched)  # noqa: B010
-    raise SystemExit(command.pretrain(words))
+    raise SystemExit(cli.pretrain(words))
 
 
 def failing_sync(gauge: Path) -> None:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from contrastive.checkpoints import newest_checkpoint
-from contrastive.run import read_metrics
+from manyviews.run.checkpoints import newest_checkpoint
+from manyviews.run.folder import read_metrics
 
 CLOCKED = {"images_per_second", "seconds"}
 """What depends on the time of day."""

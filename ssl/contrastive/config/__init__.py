@@ -1,7 +1,0 @@
-"""Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
-
-from contrastive.config.keys import Key, Need, keys
-from contrastive.config.reading import dump_yaml, load, validate
-from contrastive.config.settings import Settings, as_list, field_at
-
-__all__ = ["Key", "Need", "Settings", "as_list", "dump_yaml", "field_at", "keys", "load", "validate"]

@@ -1,6 +1,0 @@
-"""The report of a run: one page that needs no network, and the same pictures for TensorBoard."""
-
-from contrastive.report.findings import Findings
-from contrastive.report.page import write_report
-
-__all__ = ["Findings", "write_report"]

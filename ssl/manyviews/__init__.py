@@ -1,0 +1,18 @@
+"""Self-supervised contrastive pretraining: from a folder of images to a backbone whose features are worth using."""
+
+from typing import TYPE_CHECKING, Any
+
+# Imported for what it does: after it `timm.create_model` knows the small-image backbones.
+from manyviews.encoder import small_models as small_models
+
+if TYPE_CHECKING:
+    from manyviews.features.transformer import Features as Features
+
+
+def __getattr__(name: str) -> Any:
+    """`manyviews.Features`, when it is first asked for: it imports much that the rest does not need."""
+    if name == "Features":
+        from manyviews.features.transformer import Features
+
+        return Features
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

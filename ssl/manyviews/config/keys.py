@@ -1,0 +1,185 @@
+"""Every key of a tree of settings, as `--help` lists them, and the nearest one to a key that does not exist."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic.fields import FieldInfo
+
+from manyviews.config.settings import Settings, members_of
+
+
+class Need(NamedTuple):
+    """A choice between components that a key depends on."""
+
+    field: str
+    """The dotted key of the field, such as objective."""
+    names: tuple[str, ...]
+    """The components that have the key, any of which will do."""
+    about: str
+    """The first line of the component's docstring; of several, of none."""
+
+
+class Key(NamedTuple):
+    """One key of the command line, as `--help` shows it."""
+
+    key: str
+    kind: str
+    default: str
+    doc: str
+    needs: tuple[Need, ...] = ()
+    """The components to which the key belongs, the outermost first."""
+
+
+def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
+    """Every key of the tree with its type and bounds, default and one line, in the order of the fields.
+
+    Components of one field that have the same keys, with the same defaults, share one entry for each.
+    """
+    for name, field in model.model_fields.items():
+        key, members = f"{prefix}{name}", members_of(field.annotation)
+        if not members:
+            yield Key(key, kind(field), _default(field), field.description or "")
+        elif set(members) == {None}:
+            yield from keys(members[None], f"{key}.")
+        else:
+            chosen = field.get_default(call_default_factory=True)
+            choices = " | ".join(str(member) for member in members)
+            yield Key(f"{key}.name", choices, str(getattr(chosen, "name", "null")), field.description or "")
+            groups: dict[tuple[Key, ...], list[str]] = {}
+            for member, settings in members.items():
+                entries = tuple(entry for entry in keys(settings, f"{key}.") if entry.key != f"{key}.name")
+                groups.setdefault(entries, []).append(str(member))
+            for entries, names in groups.items():
+                about = (members[names[0]].__doc__ or "").strip().partition("\n")[0] if len(names) == 1 else ""
+                need = Need(key, tuple(names), about)
+                yield from (entry._replace(needs=(need, *entry.needs)) for entry in entries)
+
+
+def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> str:
+    """The nearest key that exists, or the component that it belongs to, as the end of a sentence.
+
+    Args:
+        model: the root of the settings.
+        key: the dotted key that does not exist.
+        tree: the settings that were given, which say which components are chosen.
+    """
+    entries = list(keys(model))
+    usable = list(dict.fromkeys(entry.key for entry in entries if not _missing(model, tree, entry)))
+    if belongs := _belongs(model, tree, [entry for entry in entries if entry.key == key]):
+        return f": it belongs to {belongs}"
+    if any(name.startswith(f"{key}.") for name in usable):
+        return f"; did you mean {key}=… ?"
+    parent, _, last = key.rpartition(".")
+    synonyms = model.synonyms.get(last.lower(), ())
+    for end in (last, *synonyms):
+        if near := _ending(usable, end, parent):
+            return f"; did you mean {' or '.join(near[:3])}?"
+    siblings = {name.rpartition(".")[2]: name for name in usable if name.rpartition(".")[0] == parent}
+    lasts = {name.rpartition(".")[2]: name for name in usable}
+    close = [siblings[name] for name in _close(last, siblings)] or _close(key, usable)
+    close = close or [lasts[name] for name in _close(last, lasts)]
+    # Before what is only spelled like it: `alpha` is a margin, whichever objective is chosen.
+    told = []
+    for end in (*synonyms, *(() if close else (last,))):
+        elsewhere = [entry for entry in entries if _ends(entry.key, end)]
+        if belongs := _belongs(model, tree, elsewhere):
+            told.append(f"{elsewhere[0].key} belongs to {belongs}")
+    if told:
+        return f"; {', '.join(told)}"
+    return f"; did you mean {close[0]}?" if close else "; --help lists every key"
+
+
+def hint_for(model: type[Settings], path: Sequence[str]) -> str:
+    """What the settings at a dotted path say of a key that they do not have."""
+    models = [model]
+    for part in path[:-1]:
+        fields = [above.model_fields[part] for above in models if part in above.model_fields]
+        models = [settings for field in fields for settings in members_of(field.annotation).values()]
+    hints = [settings.hints[path[-1]] for settings in models if path[-1] in settings.hints]
+    return f": {hints[0]}" if hints else ""
+
+
+def kind(field: FieldInfo) -> str:
+    """The type of a field with its bounds, as `--help` and messages show it."""
+    return _type_name(field.annotation) + _bounds(field.metadata)
+
+
+def _missing(model: type[Settings], tree: Mapping[str, Any], entry: Key) -> tuple[Need, ...]:
+    """The choices that an entry needs and that are not made."""
+    made = [_chosen(model, tree, need.field) in need.names for need in entry.needs]
+    return entry.needs[made.index(False) :] if False in made else ()
+
+
+def _chosen(model: type[Settings], tree: Mapping[str, Any], path: str) -> str | None:
+    """The name of the component at a dotted path, which is given or the default."""
+    name = None
+    for part in path.split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        value = tree.get(part) if isinstance(tree, Mapping) else None
+        tree = value if isinstance(value, Mapping) else {}
+        name = value if isinstance(value, str) else tree.get("name")
+        name = name or getattr(field.get_default(call_default_factory=True), "name", None)
+        members = members_of(field.annotation)
+        model = members.get(name) or members.get(None) or Settings
+    return name
+
+
+def _belongs(model: type[Settings], tree: Mapping[str, Any], entries: Sequence[Key]) -> str:
+    """The fewest choices that would bring one of these keys, as a person types them."""
+    missing = [_missing(model, tree, entry) for entry in entries]
+    fewest = min(map(len, missing), default=0)
+    names: dict[str, dict[str, None]] = {}
+    for needs in missing:
+        for need in needs if len(needs) == fewest else ():
+            names.setdefault(need.field, {}).update(dict.fromkeys(need.names))
+    return ", with ".join(f"{field}={' or '.join(choices)}" for field, choices in names.items())
+
+
+def _ends(key: str, end: str) -> bool:
+    return key in (end, f"{end}.name") or key.endswith(f".{end}")
+
+
+def _ending(known: Sequence[str], end: str, parent: str) -> list[str]:
+    """Keys that end so, in the same component if it has one."""
+    ending = [end if name == f"{end}.name" else name for name in known if _ends(name, end)]
+    return [name for name in ending if parent and name.startswith(f"{parent}.")] or ending
+
+
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    # Two or three letters have half of theirs in common with anything.
+    return difflib.get_close_matches(name, list(known), 1, 0.6 if len(name) > 3 else 0.8)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0]) + _bounds(arguments[1:])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is tuple:
+        return "[" + ", ".join("…" if argument is Ellipsis else _type_name(argument) for argument in arguments) + "]"
+    return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    flat = [inner for bound in metadata for inner in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
+    return "".join(
+        f" {sign} {getattr(bound, name)}" for bound in flat for name, sign in signs.items() if hasattr(bound, name)
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,294 @@
+"""Settings from defaults, one YAML file and `key=value` words, with what is wrong said in words."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from manyviews.config import vocabulary
+from manyviews.config.keys import hint_for, kind, suggestion_for
+from manyviews.config.settings import Settings, field_at, leaves_of, members_of
+from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
+from manyviews.system.files import read_text, shown
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(
+    model: type[S], file: Path | None = None, words: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
+) -> S:
+    """Settings from a model's defaults, `base`, one YAML file and `key=value` words, the later over the earlier.
+
+    A layer that changes a component's `name` drops what earlier layers said of that component: the temperature of one
+    objective is not the temperature of another. Interpolations such as `${oc.env:HOME}` are refused.
+
+    Raises:
+        ValueError: naming the key, the value, the bound, and the nearest key that exists.
+    """
+    tree: dict[str, Any] = dict(base or {})
+    if file is not None:
+        tree = _merge(model, tree, _expand(model, _read_yaml(file)))
+    tree = _merge(model, tree, _parse_words(model, words))
+    return validate(model, tree)
+
+
+def validate(model: type[S], tree: Mapping[str, Any]) -> S:
+    """Settings from a nested dictionary; raises ValueError in words, as `load` does."""
+    named = _name_defaults(model, tree)
+    _refuse_booleans_for_numbers(model, named)
+    try:
+        return model.model_validate(named)
+    except ValidationError as problem:
+        # A union of plain types has an error for each of them.
+        lines = {".".join(_path(model, error)): _explain(model, tree, error) for error in problem.errors()}
+        raise ValueError("\n".join(lines.values())) from None
+
+
+def dump_yaml(settings: Settings) -> str:
+    """The whole tree as YAML text that `load` reads back to an equal tree."""
+    return dump(settings.model_dump(mode="json"))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = read_text(file, MAX_YAML_BYTES)
+        if not text.strip():
+            raise ValueError("it is empty")
+        tree = parse(text)
+    except ValueError as problem:
+        raise ValueError(f"{shown(file)} is no recipe: {problem}") from None
+    if isinstance(tree, dict):
+        _refuse_dots(file, tree)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe holds `key: value`, one on each line")
+    return tree
+
+
+def _refuse_dots(file: Path, tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if "." in key:
+            outer, _, inner = key.partition(".")
+            raise ValueError(
+                f"{shown(file)}: the key {shown(key)} has a dot, as on a command line; in a recipe it is nested, "
+                f"{shown(outer)}: {{{shown(inner)}: …}}"
+            )
+        if isinstance(value, dict):
+            _refuse_dots(file, value)
+
+
+def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    seen: set[str] = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word, tree)}")
+        if text == "":
+            raise ValueError(f"{key} has no value{_nothing(field_at(model, key.split('.')), key)}")
+        if key in seen:
+            raise ValueError(f"{key} is given twice; keep one of them")
+        seen.add(key)
+        branch: dict[str, Any] = {}
+        leaf = branch
+        *parents, last = key.split(".")
+        for parent in parents:
+            leaf = leaf.setdefault(parent, {})
+        leaf[last] = _value(field_at(model, key.split(".")), key, text)
+        tree = _merge(model, tree, _expand(model, branch), same_layer=True)
+    return tree
+
+
+def _value(field: FieldInfo | None, key: str, text: str) -> Any:
+    """The text itself where a text is expected (a folder called 010 stays 010), else what YAML makes of it."""
+    leaves = leaves_of(field.annotation) if field else set()
+    if text == "null" and types.NoneType in leaves:
+        return None
+    if field is not None and (members_of(field.annotation) or leaves <= {str, Path, types.NoneType}):
+        refuse_interpolation(text)
+        return text.strip("'\"") if text[:1] in "'\"" else text
+    # A list needs no brackets: 0.2,1 is [0.2, 1].
+    listed = field is not None and _is_list(field.annotation) and "," in text and text[:1] != "["
+    try:
+        return cast("dict[str, Any]", parse(f"value: [{text}]" if listed else f"value: {text}"))["value"]
+    except ValueError as problem:
+        raise ValueError(f"{key}={shown(text)} cannot be read: {problem}") from None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple or any(map(_is_list, typing.get_args(annotation)))
+
+
+def _nothing(field: FieldInfo | None, key: str) -> str:
+    """How a person writes that a field has no value, as the end of a sentence."""
+    if field is None or types.NoneType in leaves_of(field.annotation):
+        return f"; write {key}=null for none"
+    return f"; write {key}=[] for none" if _is_list(field.annotation) else f"; it must be {kind(field)}"
+
+
+def _scalars(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list):
+        yield tree
+        return
+    for branch in tree:
+        yield from _scalars(branch)
+
+
+def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Bare values where a component is expected, written out."""
+    expanded: dict[str, Any] = {}
+    for key, value in tree.items():
+        members = members_of(model.model_fields[key].annotation) if key in model.model_fields else {}
+        if members and isinstance(value, str | int | float) and not isinstance(value, bool):
+            shorthand = model.shorthands.get(key)
+            expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
+        elif members and isinstance(value, dict):
+            # A word may speak of a part of a component that another layer names: whichever has the part will do.
+            partly = (settings for settings in members.values() if value.keys() <= settings.model_fields.keys())
+            settings = members.get(value.get("name"), next(partly, next(iter(members.values()))))
+            expanded[key] = _expand(settings, value)
+        else:
+            expanded[key] = value
+    return expanded
+
+
+def _merge(
+    model: type[Settings], base: Mapping[str, Any], layer: Mapping[str, Any], *, same_layer: bool = False
+) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in layer.items():
+        before = merged.get(key)
+        if not isinstance(value, dict) or not isinstance(before, dict):
+            merged[key] = value
+            continue
+        field = model.model_fields.get(key)
+        members = members_of(field.annotation) if field else {}
+        default = getattr(field.get_default(call_default_factory=True), "name", None) if field else None
+        if not same_layer and value.get("name", before.get("name", default)) != before.get("name", default):
+            before = {}
+        inner = members.get(value.get("name", before.get("name", default)), members.get(None, Settings))
+        merged[key] = _merge(inner, before, value, same_layer=same_layer)
+    return merged
+
+
+def _name_defaults(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the default component's name where a component is described but not named."""
+    named = dict(tree)
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        members = members_of(field.annotation) if field else {}
+        if field and members and isinstance(value, dict):
+            default = getattr(field.get_default(call_default_factory=True), "name", None)
+            if None not in members and "name" not in value:
+                value = {"name": default, **value}
+            named[key] = _name_defaults(members.get(value.get("name"), next(iter(members.values()))), value)
+    return named
+
+
+def _refuse_booleans_for_numbers(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> None:
+    # Python's True is the integer 1: without this, `temperature: on` would train with a temperature of 1.
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        members = members_of(field.annotation) if field else {}
+        if field and members and isinstance(value, dict):
+            settings = members.get(value.get("name"), members.get(None))
+            if settings:
+                _refuse_booleans_for_numbers(settings, value, f"{prefix}{key}.")
+        elif field and bool not in leaves_of(field.annotation) and bool in map(type, _scalars(value)):
+            raise ValueError(
+                f"{prefix}{key}={value}: YAML reads on, off, yes, no, true and false as booleans, and none belongs "
+                "here; if you meant the word itself, quote it"
+            )
+
+
+def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails) -> str:
+    path, value = _path(model, error), error["input"]
+    key, field = ".".join(path), field_at(model, path) if path else None
+    match error["type"]:
+        case "extra_forbidden":
+            # Of a whole branch that does not exist, its first key says more: trian.epochs is like train.epochs.
+            while not (hint := hint_for(model, path)) and isinstance(value, dict) and value:
+                path.append(str(next(iter(value))))
+                value = value[path[-1]]
+            key = ".".join(path)
+            if path[-1] == "name" and (above := field_at(model, path[:-1])) is not None:
+                parts = [name for settings in members_of(above.annotation).values() for name in settings.model_fields]
+                return (
+                    f"{key.removesuffix('.name')}={value}: it has no kinds to choose from; set its {', '.join(parts)}"
+                )
+            for depth in range(1, len(path)):
+                above = field_at(model, path[:depth])
+                if above is not None and path[depth] in members_of(above.annotation):
+                    place = ".".join(path[:depth])
+                    made = f"{place}.name={path[depth]}"
+                    return f"there is no key {key}: {path[depth]} is a kind; write {made}, and its keys beside the name"
+            return f"there is no key {key}{hint or suggestion_for(model, key, tree)}"
+        case "missing":
+            return f"{key} is required: write {key}=…"
+        case "union_tag_invalid" if error["ctx"]["tag"] == "None":
+            part = next(iter(value.keys() - {"name"}), "name")
+            return f"{key}.{part} is a part of {key}, and which {key} is not said: write {key}=… too"
+        case "union_tag_invalid":
+            choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
+            return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}" + _nearest(
+                str(error["ctx"]["tag"]), choices, model.value_synonyms.get(key, {})
+            )
+        case "string_type" if isinstance(value, bool | int | float):
+            return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
+        case "tuple_type" if field is not None:
+            return f"{key}={value}: it must be a list, {kind(field)}; write it as {key}=[a,b]"
+        case "float_parsing" | "float_type" | "int_parsing" | "int_type" | "bool_parsing" | "bool_type" if field:
+            about = (field.description or "").partition(".")[0].partition("\n")[0].partition(":")[0].strip()
+            return f"{key}={value}: it must be {kind(field)}" + (f" ({about})" if about else "")
+        case "value_error" if isinstance(value, dict) and path:
+            return f"{key}: {error['ctx']['error']}"
+        case "value_error":
+            return f"{key}={value}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        case _ if field is not None and (str(error["loc"][-1]) != path[-1] or error["type"] == "int_parsing_size"):
+            return f"{key}={value}: it must be {kind(field)}"
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+            return f"{key}={value}: it must be one of {', '.join(choices)}" + _nearest(
+                str(value), choices, model.value_synonyms.get(key, {})
+            )
+        case _:
+            message = error["msg"].removeprefix("Input ").replace("should", "must")
+            return f"{key}={value}: it {message}" if message.startswith("must") else f"{key}={value}: {message}"
+
+
+def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
+    """The dotted key of an error, as a person types it, without what pydantic adds of unions and plain types."""
+    path: list[str] = []
+    here: Mapping[str | None, type[Settings]] = {None: model}
+    skip = False
+    for part in error["loc"]:
+        # pydantic puts the member's name into the path of a discriminated union; a user never types it.
+        if skip and part in here:
+            here, skip = {None: here[str(part)]}, False
+            continue
+        # Nor the members of a union of plain types, such as literal['ema'] and constrained-float.
+        if not here and not isinstance(part, int):
+            continue
+        path.append(str(part))
+        fields = next(iter(here.values())).model_fields if here else {}
+        here = members_of(fields[str(part)].annotation) if str(part) in fields else {}
+        skip = bool(here) and None not in here
+    return path
+
+
+def _nearest(name: str, choices: Sequence[str], synonyms: Mapping[str, str]) -> str:
+    """What a refused choice is called here, or the nearest one, as the end of a sentence."""
+    plain = vocabulary.plain(name)
+    if answer := synonyms.get(plain) or {key.replace("_", ""): text for key, text in synonyms.items()}.get(plain):
+        return f"; {answer}"
+    near = difflib.get_close_matches(name, choices, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""

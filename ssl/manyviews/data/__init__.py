@@ -1,0 +1,92 @@
+"""Where images come from: uint8 squares with stable ids, in an order that is a function of the seed and the step."""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import Field
+
+from manyviews.data.class_balance import Composition, composition
+from manyviews.data.class_sampler import ClassOrder, way_out
+from manyviews.data.decoding.files import listed, newly_unreadable
+from manyviews.data.images import Images, InMemory, Inventory, Report, Split
+from manyviews.data.listing.inventory import changes, read_inventory, write_inventory
+from manyviews.data.loader import Batch, Loader
+from manyviews.data.near_duplicates import alike
+from manyviews.data.sample import Sample
+from manyviews.data.sampler import Order, order
+from manyviews.data.sources.cifar import CIFAR10, CIFAR100
+from manyviews.data.sources.fashion_mnist import FashionMNIST
+from manyviews.data.sources.folder import Folder
+from manyviews.data.sources.paths import nearest
+from manyviews.data.sources.stl10 import STL10
+from manyviews.data.subset import leave_out, of_classes, select
+from manyviews.system import distributed
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "STL10",
+    "Batch",
+    "ClassOrder",
+    "Composition",
+    "Data",
+    "FashionMNIST",
+    "Folder",
+    "Images",
+    "InMemory",
+    "Inventory",
+    "Loader",
+    "Order",
+    "Report",
+    "Sample",
+    "Split",
+    "alike",
+    "background_of",
+    "changes",
+    "composition",
+    "leave_out",
+    "listed",
+    "newly_unreadable",
+    "of_classes",
+    "order",
+    "read_inventory",
+    "select",
+    "shorthand",
+    "way_out",
+    "write_inventory",
+]
+
+logger = logging.getLogger(__name__)
+
+Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder
+Data = Annotated[Sources, Field(discriminator="name")]
+
+
+def background_of(data: Sources | None) -> tuple[int, int, int] | None:
+    """Red, green and blue that transparent pixels of a folder's images are shown before; None of other data."""
+    return data.decoding().background if isinstance(data, Folder) else None
+
+
+def shorthand(value: str) -> dict[str, Any]:
+    """What a bare `data=value` stands for: a known name, or else the path of a folder.
+
+    Raises:
+        ValueError: neither such a name nor such a path exists.
+    """
+    known = [source.model_fields["name"].default for source in get_args(Sources)]
+    path = Path(value).expanduser()
+    if value in known:
+        if path.is_dir() and not distributed.rank():
+            logger.warning(
+                "data=%s is the data set of that name; data=./%s reads the folder %s", value, value, path.absolute()
+            )
+        return {"name": value}
+    if path.exists():
+        return {"name": "folder", "path": value}
+    alike = difflib.get_close_matches(value, known, n=1)
+    hint = f" (did you mean {alike[0]}?)" if alike else ""
+    raise ValueError(
+        f"data={value} is neither a known name{hint}: {', '.join(known)}; nor an existing path: {nearest(path)}"
+    )

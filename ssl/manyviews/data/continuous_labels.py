@@ -1,0 +1,180 @@
+"""Continuous labels of images: from their own pixels, from pixels and classes, or from a file."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
+from pydantic import AfterValidator
+from torch import Tensor
+
+from manyviews.data.images import Images
+from manyviews.data.label_table import read_table
+from manyviews.data.sources.paths import nearest, same_spelling
+from manyviews.system.arrays import mapped_array
+from manyviews.system.files import open_lines, shown
+from manyviews.system.path_bytes import NOT_UTF8, is_raw
+
+SIDE = 7
+"""Side of the thumbnail that is an image's label, in pixels."""
+BATCH = 1024
+FILES = (".npy", ".csv")
+LARGEST = 1e18
+MOST_COLUMNS = 10_000
+
+
+def _source(source: str) -> str:
+    if source in ("pixels", "labels"):
+        return source
+    path = Path(source).expanduser().absolute()
+    if path.suffix.lower() not in FILES:
+        raise ValueError(
+            f"values={source} is neither pixels nor labels nor the path of a .npy or .csv file; a .csv has a header, "
+            "then a line for each image: its name and its numbers"
+        )
+    return str(path)
+
+
+ValuesSource = Annotated[str, AfterValidator(_source)]
+"""Where continuous labels come from; a path is made absolute when it is read, as that of images is."""
+
+
+def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
+    """The continuous labels of images to learn from, of which only Euclidean distances count.
+
+    Nothing is standardised: numbers of different units in a file must be brought to one scale there.
+
+    Args:
+        images: all that there are to train on.
+        source: "pixels": thumbnails. "labels": thumbnails beside the classes, so that images of two classes are
+            farther from each other than most of one class, in which thumbnails still tell. Or a file: .npy, [images,
+            numbers] in the order of the images; or .csv, a header and then a line for each image in any order: its
+            name (for files the path below the folder) and its numbers; lines of other images are passed over.
+
+    Raises:
+        ValueError: if the file cannot be read, is not of that form or lacks an image; if an image has no class; if a
+            number is not finite, or all images have the same ones.
+    """
+    if source in ("pixels", "labels"):
+        values = thumbnails(images)
+        if source == "labels":
+            values = torch.cat([values, _classes(images, values)], 1)
+    else:
+        values = _centred(Path(source), images)
+    if bool((values == values[:1]).all()):
+        raise ValueError(f"values={source}: all {len(images):,} images have the same numbers, which tell nothing")
+    return values
+
+
+def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
+    """The mean brightness, from 0 to 1, of 7 × 7 fields of each image, for each channel."""
+    pieces = [
+        F.adaptive_avg_pool2d(images.read(ids).float().div_(255), SIDE).flatten(1)
+        for ids in torch.arange(len(images)).split(BATCH)
+    ]
+    return torch.cat(pieces)
+
+
+def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
+    """The numbers of a file less their mean: float32 then keeps the differences of large ones, such as dates."""
+    if path.is_dir():
+        raise ValueError(f"values={path} is a folder; name a .npy or .csv file")
+    if not path.is_file():
+        raise ValueError(f"values={path} does not exist; {nearest(path)}")
+    numbers = _from_npy(path, images) if path.suffix.lower() == ".npy" else _from_csv(path, images)
+    broken = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
+    if len(broken):
+        image = int(broken[0])
+        raise ValueError(
+            f"{path}: the numbers of {images.names[image]} (image {image}) are {numbers[image].tolist()}, which are "
+            "not all finite; fill in what is missing"
+        )
+    numbers -= numbers.mean(0)
+    extremes = np.abs(numbers).max(1)
+    if extremes.max() > LARGEST:
+        image = int(extremes.argmax())
+        raise ValueError(
+            f"{path}: the numbers of {images.names[image]} (image {image}) differ by {extremes[image]:g} from the "
+            f"mean, and at most {LARGEST:g} can be squared in 32 bits; use a larger unit"
+        )
+    return torch.from_numpy(numbers.astype(np.float32))
+
+
+def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Float32[Tensor, "images classes"]:
+    """For each image its class, one number for each, as far from 0 as two thumbnails are from each other.
+
+    That is the root of their mean squared distance, so that two classes are √2 of it apart.
+    """
+    labels = images.labels
+    if labels is None or bool((labels < 0).any()):
+        first = 0 if labels is None else int((labels < 0).nonzero()[0])
+        raise ValueError(
+            f"values=labels needs the class of every image, and {images.names[first]} has none; put the images into "
+            "one folder for each class, or use values=pixels"
+        )
+    squared = 2 * thumbnail.var(0, correction=0).sum()
+    # Thumbnails that are all alike have no distance; any other number then does as well.
+    length = squared.sqrt() if squared > 0 else torch.ones(())
+    present, places = labels.unique(return_inverse=True)
+    return F.one_hot(places, len(present)) * length
+
+
+def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    mapped = mapped_array(path)
+    numbers = mapped[:, None] if mapped.ndim == 1 else mapped
+    if numbers.ndim != 2 or len(numbers) != len(images) or not numbers.shape[1]:
+        raise ValueError(
+            f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images to train on; it must "
+            f"have a row for each, [{len(images)}, numbers], or be a .csv with their names"
+        )
+    found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = numbers.astype(np.float64)
+    return found
+
+
+def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    places = {images.names[image]: image for image in range(len(images))}
+    known, not_utf8 = same_spelling(places), False
+    lines = np.zeros(len(images), dtype=np.int64)
+    try:
+        with open_lines(path) as content:
+            header, rows = read_table(path, content, known)
+            if len(header) > MOST_COLUMNS:
+                raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
+            numbers = np.zeros((len(images), len(header) - 1))
+            for line, row in rows:
+                name = known(row[0].strip())
+                if name is None:
+                    not_utf8 = not_utf8 or is_raw(row[0])
+                    continue
+                image = places[name]
+                if lines[image]:
+                    raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
+                numbers[image], lines[image] = _numbers(path, line, row, header), line
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    missing = np.flatnonzero(lines == 0)
+    if len(missing):
+        way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"
+        raise ValueError(
+            f"{path} has no line for {len(missing):,} of {len(images):,} images to train on, the first of which is "
+            f"{images.names[int(missing[0])]}; {way_out}"
+        )
+    return numbers
+
+
+def _numbers(path: Path, line: int, row: list[str], header: list[str]) -> list[float]:
+    if len(row) != len(header):
+        raise ValueError(f"{path}, line {line}: {len(row)} columns, where the header has {len(header)}")
+    found = []
+    for name, text in zip(header[1:], row[1:], strict=True):
+        try:
+            found.append(float(text))
+        except ValueError:
+            hint = f"; write {text.replace(',', '.')}" if text.count(",") == 1 else ""
+            raise ValueError(
+                f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number{hint}"
+            ) from None
+    return found

@@ -1,0 +1,273 @@
+"""From the samples of a picture that Pillow opened to 8 bits of each, where Pillow itself would lose or mix them."""
+
+import io
+import logging
+import struct
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from torch.utils.data import get_worker_info
+
+from manyviews.data.decoding.planes import (
+    BITS,
+    LARGEST_SAMPLE,
+    LARGEST_TYPED,
+    PHOTOMETRIC,
+    PLANAR,
+    SAMPLE_FORMAT,
+    SAMPLES,
+    SIGNED,
+    Deep,
+    Samples,
+    deep_samples,
+    packing_of,
+)
+
+logger = logging.getLogger(__name__)
+
+GUESSES = (8, 10, 12, 14)
+"""Bits that 16-bit values without a declaration are said to have, if the largest of a picture fits into them."""
+SCALED = frozenset({"JPEG2000", "PPM"})
+"""Formats whose values Pillow has scaled to 16 bits by what the file declares."""
+MOST_CHUNKS = 1000
+LARGEST_HEAD = 1 << 16
+
+
+def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int | None = None) -> Image.Image:
+    """A picture in 8 bits a channel, loaded, without transparency.
+
+    Integers of more than 8 bits are divided by their white: by what the file declares (a TIFF's bits and largest sample
+    value, a PNG's sBIT, the maximum of a PPM, the bits of a JPEG 2000), else by `bits`, else by the fewest of 8, 10,
+    12, 14 and 16 bits that hold the largest value of the picture. Floats from 0 to 1 are shares of white, from 0 to
+    255 are 8-bit values. Negative values, and larger ones, have no agreed scale: the picture's own range is stretched.
+
+    Args:
+        image: the picture; of a file, best not yet loaded.
+        background: red, green and blue behind transparent pixels.
+        bits: significant bits of 16-bit integers that do not declare them; None: guessed.
+
+    Raises:
+        ValueError: the picture is of a kind that would be decoded wrong, or holds NaN or infinite values.
+    """
+    _mend(image)
+    declared = _declared_bits(image)
+    extent = image.tile[0].extents if isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 else None
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    white_is_zero, depth = tags.get(PHOTOMETRIC) == 0, tags.get(BITS, (8,))[0]
+    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    no_alpha = image.format == "TGA" and image.mode == "RGBA" and not _tga_alpha_bits(image)
+    clear = image.info.get("transparency")
+    deep = deep_samples(image)
+    if deep is None or not tags:
+        # A PNG says how it was held after its pixels, too.
+        image.load()
+    if deep is not None:
+        return _on_background(_reduced(deep, 16 if deep.full else declared, bits, clear), background)
+    if image.mode.startswith("I") or image.mode == "F" or signed:
+        values = np.asarray(image)
+        if signed and image.mode == "L":
+            values = values.view(np.int8)
+        elif tags and not signed and depth == 32 and image.mode == "I":
+            values = values.view(np.uint32)
+        grey = _scaled(values, declared, bits, (1 << 15) - 1 if signed and depth == 16 else (1 << 16) - 1)
+        grey = 255 - grey if white_is_zero else grey
+        if isinstance(clear, int):
+            shown = np.where(values == clear, 0, 255).astype(np.uint8)
+            return _on_background(Image.fromarray(np.stack([grey, shown], -1), "LA"), background)
+        return Image.fromarray(grey)
+    if no_alpha:
+        return image.convert("RGB")
+    if image.format == "GIF" and extent is not None and extent != (0, 0, *image.size):
+        # The first frame does not fill the canvas: what lies beside it shows the background.
+        canvas = Image.new("RGBA", image.size)
+        canvas.paste(image.convert("RGBA").crop(extent), extent[:2])
+        return _on_background(canvas, background)
+    if image.has_transparency_data:
+        return _on_background(image, background)
+    return image.convert("L") if image.mode == "1" else image
+
+
+def without_text(file: BinaryIO) -> io.BytesIO:
+    """A PNG file without its texts, of which Pillow reads no more than 1 MB each."""
+    file.seek(0)
+    kept = io.BytesIO()
+    kept.write(file.read(8))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(length + 4, io.SEEK_CUR)
+        else:
+            kept.write(head + file.read(length + 4))
+    kept.seek(0)
+    return kept
+
+
+def _mend(image: Image.Image) -> None:
+    """Corrects how Pillow would unpack a picture; raises ValueError for what it would mix up."""
+    if image.format == "JPEG2000" and _signed_jpeg2000(image):
+        raise ValueError("JPEG 2000 with signed samples is not read; save it as TIFF or PNG")
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PLANAR) == 2 and image.tag_v2.get(SAMPLES, 1) == 1:
+        # One plane is no plane apart, but Pillow would take its samples for bytes.
+        image.tag_v2[PLANAR] = 1
+        image._setup()
+    tile, clear = image.tile[0], image.info.get("transparency")
+    if image.format == "PNG" and tile.args in ("L;2", "L;4") and isinstance(clear, int):
+        # Pillow scales these greys to 8 bits, and not the one that is transparent.
+        image.info["transparency"] = clear * 255 // (3 if tile.args == "L;2" else 15)
+    if isinstance(image, TiffImageFile) and tile.codec_name == "libtiff":
+        # libtiff has put the bytes into the machine's order.
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        mode = packing_of(image)
+        natural = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF", "I;16S": "I;16NS", "I;32S": "I;32NS"}
+        image.tile = [tile._replace(args=(natural.get(mode, mode), *arguments[1:]))]
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PLANAR) == 2 and image.mode == "PA":
+        raise ValueError("a TIFF with a palette and transparency in separate planes is not read; interleave them")
+
+
+def _declared_bits(image: Image.Image) -> int | None:
+    """The significant bits of a file's integers, where it says so; 16 where Pillow has scaled them to that."""
+    if image.format in SCALED:
+        return 16
+    if isinstance(image, TiffImageFile):
+        tags = image.tag_v2
+        depth = tags.get(BITS, (1,))[0]
+        if 8 < depth < 16:
+            return int(depth)
+        for tag in (LARGEST_SAMPLE, LARGEST_TYPED):
+            largest = tags.get(tag, 0)
+            highest = max(largest) if isinstance(largest, tuple) else largest
+            if isinstance(highest, int) and 0 < highest < 1 << 16:
+                # By TIFF 6.0 it is the largest value in use: it tells the bits, not the white.
+                return highest.bit_length()
+    return _png_bits(image) if image.format == "PNG" else None
+
+
+def _png_bits(image: Image.Image) -> int | None:
+    """What the chunk sBIT says of a PNG that is not loaded yet."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return None
+    position = file.tell()
+    try:
+        file.seek(8)
+        for _ in range(MOST_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IDAT":
+                return None
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"sBIT" and 0 < length <= 4:
+                return int(max(file.read(length)))
+            file.seek(length + 4, io.SEEK_CUR)
+        return None
+    finally:
+        file.seek(position)
+
+
+def _signed_jpeg2000(image: Image.Image) -> bool:
+    """Whether a component of a codestream is signed, by its marker SIZ (ISO 15444-1, A.5.1)."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return False
+    position = file.tell()
+    file.seek(0)
+    head = file.read(LARGEST_HEAD)
+    file.seek(position)
+    start = head.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(head) < start + 42:
+        return False
+    (components,) = struct.unpack_from(">H", head, start + 40)
+    return any(depth & 0x80 for depth in head[start + 42 : start + 42 + 3 * components : 3])
+
+
+def _tga_alpha_bits(image: Image.Image) -> int:
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 8
+    position = file.tell()
+    file.seek(17)
+    last = file.read(1)
+    file.seek(position)
+    return int(last[0]) & 15
+
+
+def _reduced(deep: Deep, declared: int | None, bits: int | None, clear: object) -> Image.Image:
+    """A picture of 16-bit samples in 8 bits; colours and alpha have a white of their own each."""
+    values, opaque = deep.values, None
+    if deep.mode in ("RGBA", "RGBa", "LA", "La"):
+        values, opaque = values[..., :-1], values[..., -1]
+    top = (1 << 16) - 1
+    channels = _scaled(values, declared, bits, top)
+    mode = deep.mode
+    if isinstance(clear, tuple) and len(clear) == values.shape[-1]:
+        opaque, mode = np.where((values == np.asarray(clear)).all(-1), 0, top).astype(np.uint16), f"{mode}A"
+    if opaque is not None:
+        if mode in ("RGBa", "La"):
+            # Premultiplied: no colour is brighter than its alpha, which therefore has the same white.
+            both = _scaled(deep.values, declared, bits, top)
+            channels, alpha = both[..., :-1], both[..., -1]
+        else:
+            alpha = _scaled(opaque, declared, bits, top)
+        channels = np.concatenate([channels, alpha[..., None]], -1)
+    size = (channels.shape[1], channels.shape[0])
+    return Image.frombytes(mode, size, np.ascontiguousarray(channels).tobytes())
+
+
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    straight = image.convert("LA") if image.mode == "La" else image
+    if not straight.has_transparency_data:
+        return straight
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), straight.convert("RGBA"))
+
+
+def _scaled(values: Samples, declared: int | None, bits: int | None, top: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Values of any kind as 8 bits; `top` is the white of integers that use all of their bits."""
+    if not np.isfinite(values).all():
+        raise ValueError("holds NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    if values.dtype == np.int8:
+        white = 127.0
+    elif values.dtype.kind in "iu":
+        white = float(_white(values, int(high), declared, bits, top))
+    else:
+        white = 1.0 if high <= 1 else 255.0
+    if low < 0 or high > white:
+        start, span = low, max(high - low, 1e-30)
+    else:
+        start, span = 0.0, white
+    return np.asarray(np.rint((values.astype(np.float64) - start) * (255 / span)), np.uint8)
+
+
+def _white(values: Samples, highest: int, declared: int | None, bits: int | None, top: int) -> int:
+    """The value that is white among integers of 16 bits."""
+    if declared is not None:
+        fits = highest < 1 << declared < 1 << 16
+        # By the specification a PNG's values are scaled up, whatever sBIT says; not all writers do.
+        shifted = fits and highest > 0 and not bool((values % (1 << (16 - declared))).any())
+        return (1 << declared) - 1 if fits and not shifted else top
+    if bits is not None:
+        return min((1 << bits) - 1, top) if highest < 1 << bits else top
+    for guess in GUESSES:
+        if highest < 1 << guess:
+            if highest:
+                _say(guess)
+            return (1 << guess) - 1
+    return top
+
+
+@cache
+def _say(bits: int) -> None:
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        logger.warning(
+            "16-bit images whose values are all below %s are read as images of %d bits, white being %s; where that "
+            "is wrong, name the bits of all of them: data.bits=16",
+            f"{1 << bits:,}",
+            bits,
+            f"{(1 << bits) - 1:,}",
+        )

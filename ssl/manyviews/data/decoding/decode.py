@@ -1,0 +1,237 @@
+"""From an image file of any kind to a uint8 square, as a person would see it."""
+
+import errno
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from manyviews.data.decoding.bit_depth import eight_bits, without_text
+from manyviews.system.files import RefusedFileError, open_regular, shown
+
+# A list of our own: Pillow would also try formats that run other programs (EPS) or that any file can be mistaken for.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "SGI")
+BY_NAME = {".tga": "TGA", ".pcx": "PCX"}
+"""Formats that many other files could be mistaken for, tried only where the name says so."""
+ENDINGS = (
+    "jpg jpeg jpe jfif png apng gif bmp dib webp tif tiff ppm pgm pbm pnm pfm jp2 j2k j2c jpc jpf jpx avif qoi sgi "
+    "tga pcx heic heif"
+)
+SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
+"""Names with these endings are images; HEIC is among them so that it is reported, not silently left out."""
+
+SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
+    *(b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  ", b"qoif"),
+)
+
+PILLOW_LIMIT = 178_956_970
+"""Pillow refuses more pixels than this by itself."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image, a broken one, or one that is refused; `reason` says which."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{shown(path)}: {reason}")
+        self.reason = reason
+
+
+T = TypeVar("T")
+Opener = Callable[[], BinaryIO]
+"""Opens a regular file to be read; raises OSError or ValueError where that cannot be."""
+
+
+def read_image(
+    path: Path,
+    channels: int,
+    size: int,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    *,
+    bits: int | None = None,
+    opener: Opener | None = None,
+) -> UInt8[Tensor, "channels size size"]:
+    """The central square of an image file, upright, resized to `size` with antialiasing, in 1 or 3 channels.
+
+    The kind of a file is found in its content, not in its name. Transparency is composited on `background`, values of
+    more than 8 bits are scaled to 8 as `bit_depth` says, and of an animation the first frame is taken. Colour
+    profiles are not applied.
+
+    Args:
+        path: the file.
+        channels: 1 or 3.
+        size: side of the square, in pixels.
+        background: red, green and blue.
+        max_pixels: the most that a picture may have before it is decoded.
+        bits: significant bits of 16-bit values that do not declare them; None: guessed by the largest.
+        opener: opens the file, in place of following its path.
+
+    Raises:
+        UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
+    """
+
+    def decoded(file: BinaryIO | io.BytesIO) -> UInt8[Tensor, "channels size size"]:
+        with Image.open(file, formats=_formats(path.suffix)) as image:
+            _refuse_bombs(image, max_pixels)
+            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
+            image.draft(None, (2 * size, 2 * size))
+            return square_of(image, channels, size, background, bits)
+
+    try:
+        with _opened(path, opener) as file:
+            return _whatever_its_text(decoded, file)
+    except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
+        _refuse_exhaustion(error)
+        raise UnreadableImageError(path, _reason(error, path)) from error
+
+
+def square_of(
+    image: Image.Image, channels: int, size: int, background: tuple[int, int, int], bits: int | None = None
+) -> UInt8[Tensor, "channels size size"]:
+    """The central square of a picture, upright, resized to `size` with antialiasing, in 1 or 3 channels."""
+    eight = eight_bits(image, background, bits)
+    # Pillow has turned a TIFF.
+    upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
+    picture = eight.convert("L" if channels == 1 else "RGB")
+    if upright is not None:
+        picture = picture.transpose(upright)
+    pixels = np.array(_square(picture, size)).reshape(size, size, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -> None:
+    """Open an image without decoding it; the arguments are those of `read_image`.
+
+    Raises:
+        UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
+    """
+
+    def opened(file: BinaryIO | io.BytesIO) -> None:
+        with Image.open(file, formats=_formats(path.suffix)) as image:
+            _refuse_bombs(image, max_pixels)
+
+    try:
+        with _opened(path, opener) as file:
+            _whatever_its_text(opened, file)
+    except Exception as error:
+        _refuse_exhaustion(error)
+        raise UnreadableImageError(path, _reason(error, path)) from error
+
+
+def looks_like_an_image(path: Path) -> bool:
+    """Whether a name without an ending, or else the first bytes, are those of an image."""
+    suffix = path.suffix.lower()
+    if suffix:
+        return suffix in SUFFIXES
+    try:
+        with open_regular(path) as file:
+            start = file.read(12)
+    except (OSError, RefusedFileError):
+        return False
+    webp, avif = start[:4] == b"RIFF" and start[8:] == b"WEBP", start[4:] in (b"ftypavif", b"ftypavis")
+    return start.startswith(SIGNATURES) or webp or avif
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Pillow's warnings (odd metadata, its own limit of pixels) to itself; enter it before starting threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@cache
+def _formats(suffix: str) -> tuple[str, ...]:
+    Image.init()
+    known = tuple(name for name in FORMATS if name in Image.OPEN)
+    named = BY_NAME.get(suffix.lower())
+    return known if named is None else (*known, named)
+
+
+def _whatever_its_text(read: Callable[[BinaryIO | io.BytesIO], T], file: BinaryIO) -> T:
+    """Reads a file, and a PNG once more without its texts where Pillow refuses these for their length."""
+    try:
+        return read(file)
+    except ValueError as error:
+        if not re.search("MAX_TEXT_CHUNK|text chunks", str(error)):
+            raise
+        return read(without_text(file))
+
+
+def _opened(path: Path, opener: Opener | None) -> BinaryIO:
+    file = open_regular(path) if opener is None else opener()
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise ValueError("the file is empty")
+    return file
+
+
+def _refuse_exhaustion(error: Exception) -> None:
+    """Raises what is no fault of the file: it would be left out, and the next ones after it."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise OSError(
+            error.errno, "too many files are open; raise the limit (ulimit -n) or use fewer workers", error.filename
+        ) from error
+
+
+def _refuse_bombs(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if path.suffix.lower() in {".heic", ".heif"}:
+        return "HEIC is not read; convert it to JPEG or PNG"
+    if isinstance(error, UnidentifiedImageError):
+        if path.suffix.lower() in {".tif", ".tiff"}:
+            return "not an image, or a TIFF of samples or a compression that are not read; save it with 8 or 16 bits"
+        return "not an image, or of an unknown kind"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than data.max_pixels allows ({error})"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    if isinstance(error, RefusedFileError):
+        return error.reason
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return shown(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken metadata around a good picture
+        return 1
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image.crop(box)
+    # One resize of the central square is the resize of the shorter side followed by the crop, at less cost.
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)

@@ -1,0 +1,178 @@
+"""Every image file below a folder, and an account of all that was passed over."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from manyviews.data.decoding.decode import looks_like_an_image
+from manyviews.system.files import shown
+from manyviews.system.plural import plural
+
+T = TypeVar("T")
+
+MACOS_ARCHIVE = "__MACOSX"
+"""What macOS adds to archives: for each file one of the same ending that is no image."""
+RUN_CONFIG = "config.yaml"
+RUN_PARTS = frozenset({"metrics.jsonl", "checkpoints", "tensorboard", "backbone", "classifier", "done"})
+"""A folder with a config.yaml and one of these is a run's; its pictures are of images, not images."""
+CAMERA_ENDINGS = frozenset(
+    {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raw", ".svg", ".jxl", ".exr", ".hdr", ".dcm"}
+)
+"""Pictures that Pillow does not know either."""
+MOST_NAMED, MOST_ENDINGS = 3, 10
+Identity = tuple[int, int]
+
+
+@dataclass
+class PassedOver:
+    """What lies below a folder and is not read as an image, by the reason."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    """Files by their ending in lower case; "" for those without one that do not begin as an image."""
+    hidden: int = 0
+    """Files and folders whose name begins with a dot, and `__MACOSX`."""
+    special: int = 0
+    """Pipes, sockets and devices."""
+    links: list[str] = field(default_factory=list)
+    """Symbolic links that are not followed."""
+    broken: list[str] = field(default_factory=list)
+    """Symbolic links that lead nowhere."""
+    unreadable: list[str] = field(default_factory=list)
+    """Folders that may not be listed."""
+    runs: list[str] = field(default_factory=list)
+    """Run folders."""
+    excluded: list[str] = field(default_factory=list)
+    """Folders that were asked to be left out."""
+    unused: list[str] = field(default_factory=list)
+    """Sentences about images that belong to no split."""
+
+    def __str__(self) -> str:
+        common = self.endings.most_common(MOST_ENDINGS)
+        files = [f"{count:,} {ending or 'without an ending'}" for ending, count in common]
+        if others := self.endings.total() - sum(count for _, count in common):
+            files.append(f"{others:,} of other endings")
+        parts = [", ".join(files)] if files else []
+        parts += [f"{self.hidden:,} hidden"] if self.hidden else []
+        parts += [plural(self.special, "pipe or device", "pipes or devices")] if self.special else []
+        for names, noun, rest in (
+            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
+            (self.broken, "broken symbolic link", ""),
+            (self.unreadable, "unreadable folder", ""),
+            (self.runs, "run folder", ""),
+            (self.excluded, "folder", " that is read as another split"),
+        ):
+            parts += [f"{plural(len(names), noun)}{rest}: {_listed(names)}"] if names else []
+        return shown("; ".join([*parts, *self.unused]))
+
+    def warnings(self) -> Iterator[str]:
+        """Sentences on what a person would not expect to be passed over."""
+        pictures = [f"{count:,} {ending}" for ending, count in sorted(self.endings.items()) if ending in _pictures()]
+        if pictures:
+            yield f"pictures of kinds that are not read were passed over: {', '.join(pictures)}; convert them to PNG"
+        for names, noun, rest in (
+            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
+            (self.broken, "broken symbolic link", ""),
+            (self.unreadable, "unreadable folder", ""),
+        ):
+            if names:
+                verb = "was" if len(names) == 1 else "were"
+                yield f"{plural(len(names), noun)} {verb} passed over{rest}: {_listed(names)}"
+        yield from self.unused
+
+
+def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
+    """The names of all image files below a folder, with `/` between their parts, and what was passed over.
+
+    Args:
+        start: the folder, which may be a link itself.
+        follow_links: follow symbolic links to files and folders below it.
+        exclude: folders that are not entered, by `identity`.
+
+    Raises:
+        ValueError: the folder itself may not be read or is a run's, or one below cannot be listed for another reason.
+    """
+    names: list[str] = []
+    passed = PassedOver()
+    folders = [""]
+    visited: set[Identity] = set()
+    while folders:
+        below = folders.pop()
+        folder = start / below
+        try:
+            own = _or_sentence(partial(identity, folder), folder)
+            # A loop of links, or a second way to the same folder.
+            if own in visited:
+                continue
+            entries = sorted(_or_sentence(partial(os.scandir, folder), folder), key=lambda entry: entry.name)
+        except PermissionError as error:
+            if not below:
+                raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
+            passed.unreadable.append(below)
+            continue
+        visited.add(own)
+        if own in exclude:
+            passed.excluded.append(below)
+            continue
+        present = {entry.name for entry in entries}
+        if RUN_CONFIG in present and not RUN_PARTS.isdisjoint(present):
+            if not below:
+                raise ValueError(f"{shown(folder)} is a run folder, not a folder of images")
+            passed.runs.append(below)
+            continue
+        for entry in entries:
+            name = below + entry.name
+            if entry.name.startswith(".") or entry.name == MACOS_ARCHIVE:
+                passed.hidden += 1
+            elif entry.is_symlink() and not follow_links:
+                passed.links.append(name)
+            elif _is(entry.is_dir):
+                folders.append(f"{name}/")
+            elif not _is(entry.is_file):
+                if entry.is_symlink():
+                    passed.broken.append(name)
+                else:
+                    passed.special += 1
+            elif looks_like_an_image(start / name):
+                names.append(name)
+            else:
+                passed.endings[Path(entry.name).suffix.lower()] += 1
+    return names, passed
+
+
+def identity(folder: Path) -> Identity:
+    """What a folder is known by, under whichever name and through whichever link it is reached."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # links in a circle
+        return False
+
+
+def _or_sentence(look: Callable[[], T], folder: Path) -> T:
+    try:
+        return look()
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
+
+
+@cache
+def _pictures() -> frozenset[str]:
+    """Endings of pictures, of which those of films and documents that Pillow knows are none."""
+    Image.init()
+    return CAMERA_ENDINGS | (set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"})
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(shown(name.rstrip("/")) for name in names[:MOST_NAMED]) + (" …" if len(names) > MOST_NAMED else "")

@@ -1,0 +1,134 @@
+"""Batches of images for training, from any step on, the same with any number of workers."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import count, cycle
+from queue import Empty
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from manyviews.data.decoding.decode import quiet
+from manyviews.data.decoding.files import Files
+from manyviews.data.images import Images
+from manyviews.data.sampler import Order
+from manyviews.data.workers import Packed, Reader, Worker
+from manyviews.system import distributed
+
+PREFETCHED = 2
+"""Batches of each worker that are decoded, or being decoded, before they are asked for."""
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch, with the epoch it belongs to."""
+
+    images: UInt8[Tensor, "batch channels size size"]
+    ids: Int64[Tensor, " batch"]
+    epoch: int
+
+
+class Loader:
+    """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
+
+    Images in memory are indexed; images on disk are decoded ahead by `workers` processes, which end with the iterator.
+    On a machine with CUDA the batches are pinned, so that `.to(device, non_blocking=True)` does not wait.
+
+    A file that cannot be decoded any more is replaced by the next readable image, under that image's id: the row of
+    the broken one in a memory bank stays as it was. `images.failed` lists these files.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks; while iterating, too many files are unreadable.
+        TimeoutError: while iterating, no batch came for `timeout` seconds; names the files being read.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        order: Order,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        workers: int = 0,
+        start: int = 0,
+        timeout: float = 300.0,
+    ) -> None:
+        if order.batch_size % size:
+            nearest = max(round(order.batch_size / size), 1) * size
+            raise ValueError(
+                f"a batch of {order.batch_size} images does not divide over {size} processes; use {nearest}"
+            )
+        self.images = images
+        self.order = order
+        self.start = start
+        self.workers = workers
+        self.timeout = timeout
+        self.rank, self.size = rank, size
+        self._pin = torch.cuda.is_available()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not isinstance(self.images, Files):
+            return self._from_memory(self.images)
+        return self._from_workers(self.images) if self.workers else self._from_disk(self.images)
+
+    def _plan(self) -> Iterator[tuple[int, list[int]]]:
+        for step in count(self.start):
+            epoch, ids = self.order.batch(step)
+            # Of a smaller last batch some ranks get one image more than others.
+            yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
+
+    def _from_memory(self, images: Images) -> Iterator[Batch]:
+        for epoch, share in self._plan():
+            ids = torch.tensor(share)
+            pixels = images.read(ids)
+            yield Batch(pixels.pin_memory() if self._pin else pixels, ids, epoch)
+
+    def _from_disk(self, images: Files) -> Iterator[Batch]:
+        reader = Reader(images, lambda image: None)
+        for epoch, share in self._plan():
+            with quiet():
+                pixels, ids, failures = reader.read(share)
+            _note(images, failures)
+            yield Batch(pixels, torch.tensor(ids), epoch)
+
+    def _from_workers(self, images: Files) -> Iterator[Batch]:
+        with ExitStack() as stack:
+            packed = stack.enter_context(closing(Packed(images, self.workers)))
+            workers: list[Worker] = []
+            for number in range(self.workers):
+                try:
+                    worker = Worker(packed, number, pin=self._pin)
+                except RuntimeError:  # not even a thread can be started: those that could be do the work
+                    break
+                workers.append(stack.enter_context(closing(worker)))
+            if not workers:
+                yield from self._from_disk(images)
+                return
+            plan, turns = self._plan(), cycle(workers)
+            asked: deque[tuple[Worker, int]] = deque()
+
+            def ask() -> None:
+                (epoch, share), worker = next(plan), next(turns)
+                worker.ask(share)
+                asked.append((worker, epoch))
+
+            for _ in range(PREFETCHED * len(workers)):
+                ask()
+            while True:
+                worker, epoch = asked.popleft()
+                try:
+                    pixels, ids, failures = worker.get(self.timeout)
+                except Empty:
+                    reading = worker.reading()
+                    where = f"; being read: {reading}" if reading else ""
+                    raise TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}") from None
+                ask()
+                _note(images, failures)
+                yield Batch(pixels, torch.tensor(ids), epoch)
+
+
+def _note(images: Files, failures: list[tuple[str, str]]) -> None:
+    for name, reason in failures:
+        images.note(name, reason)

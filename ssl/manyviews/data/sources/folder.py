@@ -1,0 +1,212 @@
+"""Any folder of images: nested or flat, of mixed sizes and kinds, with other files among them."""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from manyviews.config import Settings
+from manyviews.data.decoding.decode import PILLOW_LIMIT, check_header
+from manyviews.data.decoding.files import OTHER_FILE, Decoding, Files, in_threads, named, open_image, refuse_too_many
+from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
+from manyviews.data.listing.content import digests_of, refuse_differences, shared
+from manyviews.data.listing.digests import DIGEST, State, digest
+from manyviews.data.listing.finding import Found, Read, find
+from manyviews.data.listing.listing import Listing
+from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.memory import host
+
+GREYS = {"white": 255, "grey": 128, "black": 0}
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class Folder(Settings):
+    """Images in a folder, at any depth.
+
+    Ids count the readable images in natural order of their names. Which files are readable is looked at in each run;
+    the fingerprint, over names, contents, labels and the stored form, changes when anything of that does.
+    """
+
+    name: Literal["folder"] = "folder"
+
+    path: FolderPath
+    """The folder; with one sub-folder per class its images have labels, for measuring."""
+
+    labels: LabelsSource | None = None
+    """null: sub-folders are classes if there are two and most images lie in them. folders: they are, and images beside
+    them have no label. none: no labels. Or a CSV file (with commas, semicolons or tabs, with a header or none): in each
+    line an image's name below the folder, such as a/1.jpg, and its label; an image that it leaves out has no label."""
+
+    test: FolderPath | None = None
+    """Folder of held-out images, one sub-folder per class, never learned from though it lie within `path`; null: test
+    or val beside train, or else `holdout`."""
+
+    splits: bool = True
+    """Read folders called train, test, val and the like as splits; false: as folders of any other name."""
+
+    holdout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of each class that is held out for measuring when there is no folder for it."""
+
+    holdout_seed: int = Field(default=0, ge=0, lt=2**31)
+    """Which images are held out; not the run's seed, so that runs stay comparable."""
+
+    size: int = Field(default=96, ge=8, le=1024)
+    """Side of the stored square in pixels: the shorter side is resized to it, then the centre is cut out."""
+
+    channels: Literal[1, 3] = 3
+    """Stored channels: 3 for colour, 1 for grey."""
+
+    background: Literal["white", "grey", "black"] | tuple[Byte, Byte, Byte] = "white"
+    """What shows through transparent pixels: a name, or red, green and blue from 0 to 255."""
+
+    bits: int | None = Field(default=None, ge=8, le=16)
+    """Significant bits of 16-bit images that do not declare them; null: the fewest of 8, 10, 12, 14 and 16 that hold an
+    image's largest value."""
+
+    max_bad: float = Field(default=0.01, ge=0, lt=1)
+    """Share of files that may be unreadable; they are left out and listed, and beyond it the run stops."""
+
+    max_pixels: int = Field(default=120_000_000, gt=0, le=PILLOW_LIMIT)
+    """Files of more pixels are refused before they are decoded."""
+
+    memory: float = Field(default=2.0, ge=0, le=1_000_000)
+    """GiB per process that the decoded images may take; a larger set is decoded again in each epoch."""
+
+    follow_links: bool = False
+    """Follow symbolic links, also out of the folder."""
+
+    def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
+        """The readable images, decoded into memory or, beyond the budget, opened once to see that they are images.
+
+        All processes call it together, and get the same images.
+
+        Args:
+            workers: threads that decode.
+            report: hears how far it has come.
+            began: of a run that goes on, the digests of its files when it began, by their names
+                (`Inventory.marks`). Those that are lost since keep their ids, as images on disk that have failed.
+
+        Raises:
+            ValueError: a folder is missing, may not be read or holds no images, its layout can be read in several
+                ways, too many files are unreadable, or the processes do not see the same files.
+        """
+        with raise_on_all_ranks():
+            found = self._listings(began or ())
+        listings = [found.train] if found.test is None else [found.train, found.test]
+        refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
+        total = sum(len(listing.names) for listing in listings)
+        in_memory = not began and total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
+        read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
+        unreadable = [entry for part in read for entry in part.unreadable]
+        refuse_too_many(found.train.root, unreadable, total, self.max_bad)
+        for name, part in zip(("learn from", "measure with"), read, strict=False):
+            if not len(part.images):
+                raise ValueError(f"{self.path}: no readable image is left to {name}")
+        # The sizes, too: of files on disk each process has read a part only.
+        mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
+        refuse_differences(self.path, "reads", mark)
+        found.warn(read)
+        test = read[1].images if len(read) > 1 else None
+        own = [part for part, listing in zip(read, listings, strict=True) if listing.root == found.train.root]
+        lost = {name for part in own if isinstance(part.images, Files) for name in part.images.failed}
+        inventory = Inventory(
+            tuple((Names(part.images.names), part.digests) for part in own),
+            tuple(name for part in own for name, _ in part.unreadable if name not in lost),
+        )
+        return Split(read[0].images, test, tuple(unreadable), found.line(read[0].images, test), inventory)
+
+    def _listings(self, also: Collection[str]) -> Found:
+        root = existing_folder(self.path)
+        table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
+        test = None if self.test is None else existing_folder(self.test)
+        return find(
+            root,
+            test,
+            follow_links=self.follow_links,
+            splits=self.splits,
+            labels=table or self.labels,
+            holdout=self.holdout,
+            seed=self.holdout_seed,
+            also=also,
+        )
+
+    def _read(
+        self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
+    ) -> Read:
+        root, names = listing.root, listing.names
+        decoding = self.decoding()
+        states = np.zeros((len(names), len(State._fields)), np.int64)
+        digests = np.zeros((len(names), DIGEST), np.uint8)
+        pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
+
+        def opener(index: int) -> tuple[BinaryIO, State]:
+            return open_image(root, names[index], follow_links=self.follow_links)
+
+        def opened(index: int) -> BinaryIO:
+            file, states[index] = opener(index)
+            if in_memory:
+                digests[index] = np.frombuffer(digest(file), np.uint8)
+            return file
+
+        def visit(index: int) -> None:
+            path = root / names[index]
+            if in_memory:
+                pixels[index] = decoding.read(path, partial(opened, index))
+            else:
+                check_header(path, self.max_pixels, opener=partial(opened, index))
+
+        failures = shared(
+            in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
+        )
+        if not in_memory:
+            digests = digests_of(root, states, failures, opener, workers, named(report, "hashing"))
+        lost: dict[str, str] = {}
+        for index, name in enumerate(names) if began else ():
+            before = bytes.fromhex(began.get(name, ""))
+            if before and (index in failures or digests[index].tobytes() != before):
+                lost[name] = failures.pop(index, OTHER_FILE)
+                digests[index], states[index] = np.frombuffer(before, np.uint8), 0
+        kept = [index for index in range(len(names)) if index not in failures]
+        if failures and in_memory:
+            # Closing the gaps in place: a copy would need the memory twice.
+            for target, index in enumerate(kept):
+                pixels[target] = pixels[index]
+        kept_names, digests = Names(names[index] for index in kept), digests[kept]
+        labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
+        # No path and no time: a copy elsewhere is the same images.
+        table = [] if labels is None else [labels.numpy(), listing.classes]
+        mark = fingerprint([decoding, kept_names, digests, *table])
+        sizes = states[kept, 0]
+        bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
+        if in_memory:
+            return Read(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes)
+        files = Files(
+            root,
+            kept_names,
+            labels,
+            listing.classes,
+            mark,
+            decoding,
+            self.max_bad,
+            workers,
+            states=torch.from_numpy(states[kept]),
+            digests=torch.from_numpy(digests),
+            follow_links=self.follow_links,
+            failed=lost,
+            told=set(lost),
+        )
+        return Read(files, bad, digests, sizes)
+
+    def decoding(self) -> Decoding:
+        """How a file becomes a square."""
+        return Decoding(self.channels, self.size, self._colour(), self.max_pixels, self.bits)
+
+    def _colour(self) -> tuple[int, int, int]:
+        if isinstance(self.background, str):
+            return (GREYS[self.background],) * 3
+        return self.background

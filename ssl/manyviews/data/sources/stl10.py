@@ -1,0 +1,99 @@
+"""STL-10 (Coates et al. 2011): 100,000 unlabelled and 13,000 labelled colour images of 96 x 96 pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from manyviews.config import Settings
+from manyviews.data.decoding.files import named
+from manyviews.data.images import Names, Report, Split, fingerprint
+from manyviews.data.listing.content import Progress, file_digests
+from manyviews.data.sources.paths import FolderPath, cache_folder, download
+from manyviews.system.files import LONGEST_LINE, read_bytes, read_text
+
+SIZE = 96
+BYTES = 3 * SIZE * SIZE
+LARGEST = 1 << 24
+"""Bytes of a file of labels."""
+FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin", "class_names.txt")
+
+
+class STL10(Settings):
+    """STL-10, whose labelled and unlabelled images are learnt from together."""
+
+    name: Literal["stl10"] = "stl10"
+
+    path: FolderPath | None = None
+    """Folder of torchvision's `stl10_binary`; none: the cache. Downloaded there when missing."""
+
+    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+        """5,000 labelled then 100,000 unlabelled images (label -1) to learn from, and 8,000 labelled ones held out."""
+        root = Path(self.path) if self.path else cache_folder()
+        folder = root / "stl10_binary"
+        if not all((folder / name).is_file() for name in FILES):
+            download(root, self.name, lambda: torchvision.datasets.STL10(str(root), download=True))
+        classes = tuple(read_text(folder / "class_names.txt", LONGEST_LINE).split())
+        hashing = named(report, "hashing")
+        train = _mapped(folder, ("train", "unlabeled"), classes, hashing)
+        return Split(train, _mapped(folder, ("test",), classes, hashing))
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """Images that stay in their files, mapped into memory: 3 GB that all ranks of a machine share."""
+
+    parts: tuple[UInt8[Tensor, "_ 3 96 96"], ...]
+    names: Names
+    labels: Int64[Tensor, " images"]
+    classes: tuple[str, ...]
+    fingerprint: str
+    channels: int = 3
+    size: int = SIZE
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch 3 96 96"]:
+        """The images of these ids, in their order."""
+        pixels = torch.empty(len(ids), 3, SIZE, SIZE, dtype=torch.uint8)
+        start = 0
+        for part in self.parts:
+            here = (ids >= start) & (ids < start + len(part))
+            # The files hold each image column by column.
+            pixels[here] = part.index_select(0, ids[here] - start).transpose(2, 3)
+            start += len(part)
+        return pixels
+
+
+def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], report: Progress | None) -> Mapped:
+    parts, names, labels = [], [], []
+    for split in splits:
+        path = folder / f"{split}_X.bin"
+        count, rest = divmod(path.stat().st_size, BYTES)
+        if rest or not count:
+            raise ValueError(f"{path} is cut short: {path.stat().st_size} bytes are no multiple of {BYTES}")
+        flat = torch.from_file(str(path), shared=False, size=count * BYTES, dtype=torch.uint8)
+        parts.append(flat.view(count, 3, SIZE, SIZE))
+        names += [f"{split}/{index:05d}" for index in range(count)]
+        labels.append(_labels(folder / f"{split}_y.bin", count, len(classes)))
+    joined = torch.cat(labels)
+    digests = file_digests(folder, [f"{split}_X.bin" for split in splits], 0, report)
+    mark = fingerprint(["stl10", digests, joined.numpy(), *classes])
+    return Mapped(tuple(parts), Names(names), joined, classes, mark)
+
+
+def _labels(path: Path, count: int, classes: int) -> Int64[Tensor, " images"]:
+    if path.name.startswith("unlabeled"):
+        return torch.full((count,), -1)
+    labels = np.frombuffer(read_bytes(path, LARGEST), np.uint8)
+    if len(labels) != count:
+        raise ValueError(f"{path} holds {len(labels)} labels for {count} images")
+    if labels.max(initial=0) > classes:
+        raise ValueError(f"{path} has labels up to {labels.max()}, and there are {classes} classes")
+    return torch.from_numpy(labels.astype(np.int64)) - 1

@@ -1,0 +1,94 @@
+"""A part of a set of images: those of some classes, or all but those of some classes."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from manyviews.data.decoding.files import Files
+from manyviews.data.images import Images, InMemory, Names, fingerprint
+from manyviews.data.sources.paths import same_spelling
+from manyviews.system.plural import plural
+
+
+def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
+    """The images of these ids alone, in their order, with new ids from 0; labels keep their numbers.
+
+    Raises:
+        ValueError: if none is kept.
+    """
+    if not len(keep):
+        raise ValueError(f"none of {plural(len(images), 'image')} is left")
+    chosen = keep.tolist()
+    labels = None if images.labels is None else images.labels[keep]
+    mark = fingerprint([images.fingerprint, keep.numpy()])
+    names = Names(images.names[index] for index in chosen)
+    if isinstance(images, InMemory):
+        pixels = images.pixels.index_select(0, keep)
+        return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
+    assert isinstance(images, Files)
+    states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
+    failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
+    return dataclasses.replace(
+        images,
+        names=names,
+        labels=labels,
+        fingerprint=mark,
+        states=states,
+        digests=digests,
+        failed=failed,
+        told=set(failed),
+    )
+
+
+def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
+    """The ids of the images that have one of these classes, given by name or by number, in ascending order.
+
+    Where all classes are named by numbers, as folders called 1 to 12 are, a number is a name.
+
+    Raises:
+        ValueError: if the images have no labels, or not such a class.
+    """
+    if images.labels is None:
+        raise ValueError(
+            f"classes {', '.join(map(str, classes))} are asked for, but these images have no labels; put them into one "
+            "folder for each class"
+        )
+    numbers = torch.tensor(sorted({_number(images.classes, entry) for entry in classes}), dtype=torch.int64)
+    return torch.isin(images.labels, numbers).nonzero().flatten()
+
+
+def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
+    """All images but those of these classes; the same object where there are none to leave out.
+
+    Raises:
+        ValueError: if the images have no labels, or not such a class, or no image is left.
+    """
+    if not classes:
+        return images
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[of_classes(images, classes)] = False
+    return select(images, kept.nonzero().flatten())
+
+
+def _number(classes: Sequence[str], entry: int | str) -> int:
+    text = str(entry)
+    name = same_spelling(classes)(text)
+    if name is not None:
+        return classes.index(name)
+    if text.isdecimal():
+        # A number that a person types loses its zeros: 2 for a folder called 02.
+        named = [index for index, each in enumerate(classes) if each.isdecimal() and int(each) == int(text)]
+        if len(named) == 1:
+            return named[0]
+        if not all(each.isdecimal() for each in classes) and int(text) < len(classes):
+            return int(text)
+    if text.isdecimal() and not all(each.isdecimal() for each in classes):
+        raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
+    near = difflib.get_close_matches(text, classes, 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    shown = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
+    raise ValueError(f"{entry!r} is not one of the classes ({shown}){hint}")

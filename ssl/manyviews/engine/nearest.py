@@ -1,0 +1,144 @@
+"""The nearest keys of each query, exact, in tiles, with a rule for equal values."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyviews.engine import candidates
+from manyviews.engine.candidates import Keys
+from manyviews.engine.rows import at_least_float32, normalize, slices
+from manyviews.system import distributed
+
+COLUMNS = 1 << 16
+SCORES = 1 << 23
+"""Scores held at once: 32 MiB, about the third-level cache of a small machine."""
+
+
+@torch.no_grad()
+def top_k(
+    queries: Float[Tensor, "queries dim"],
+    keys: Float[Tensor, "keys dim"],
+    k: int,
+    *,
+    query_ids: Int[Tensor, " queries"] | None = None,
+    key_ids: Int[Tensor, " keys"] | None = None,
+    cosine: bool = False,
+    shared: bool = False,
+) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
+    """The k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
+
+    Equal values are ordered by index, lower first. Keys that have the query's id are left out; where fewer than k
+    are left, the last values are −inf. Exact, in tiles, in float32 (float64 where the queries are).
+
+    With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, where they are shorter): keys are
+    normalised tile by tile, and never copied as a whole.
+
+    With `shared` all processes, which hold the same queries and keys, come together: each looks through its share of
+    the keys, and all get the whole answer. It is that of one process; the last bit of a value may differ.
+
+    Raises:
+        ValueError: if k is not between 1 and the number of keys, or ids are given on one side only.
+    """
+    if not 1 <= k <= len(keys):
+        raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = normalize(queries) if cosine else at_least_float32(queries)
+        given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
+        if shared and distributed.size() > 1:
+            return _of_all_processes(queries, given, k, query_ids)
+        return _of_this_process(queries, given, k, query_ids)
+
+
+def _of_all_processes(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    own = distributed.share(len(keys.rows))
+    keys = keys.part(own)
+    few = min(k, len(keys.rows))
+    found, places = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    places = places.to(queries.device)
+    if few:
+        found, places = _of_this_process(queries, keys, few, query_ids)
+    lengths = distributed.counts(few)
+    values = queries.new_empty(len(queries), k)
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    for rows in slices(0, len(queries), max(1, SCORES // sum(lengths))):
+        pieces = (distributed.gather_without_gradient(part[rows].T, lengths) for part in (found, places + own.start))
+        gathered, origins = (piece.T for piece in pieces)
+        # Processes have consecutive keys, so what is of equal value stands in the order of the indices already.
+        ordered = gathered.sort(dim=1, descending=True, stable=True)
+        values[rows], indices[rows] = ordered.values[:, :k], origins.gather(1, ordered.indices[:, :k])
+    return values, indices
+
+
+def _of_this_process(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not candidates.pays(queries, keys.rows, k):
+        return _of_all_products(queries, keys, k, query_ids)
+    values, indices, proved = candidates.search(queries, keys, k, query_ids)
+    if not proved.all():
+        rest = (~proved).nonzero().squeeze(1)
+        ids = query_ids[rest] if query_ids is not None else None
+        values[rest], indices[rest] = _of_all_products(queries[rest], keys, k, ids)
+    return values, indices
+
+
+def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = queries.new_empty(len(queries), k)
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    columns = min(len(keys.rows), COLUMNS)
+    for rows in slices(0, len(queries), SCORES // columns):
+        best = None
+        for span in slices(0, len(keys.rows), columns):
+            tile = keys.part(span)
+            scores = queries[rows] @ tile.rows.to(queries.dtype).T
+            if tile.lengths is not None:
+                scores /= tile.lengths
+            if query_ids is not None and tile.ids is not None:
+                scores.masked_fill_(query_ids[rows, None] == tile.ids, -torch.inf)
+            found, places = _largest(scores, min(k, scores.shape[1]))
+            places = places + span.start
+            if best is not None:
+                # What was found before stands first: at equal values its index is the lower one.
+                found, places = torch.cat([best[0], found], 1), torch.cat([best[1], places], 1)
+                found, chosen = _largest(found, min(k, found.shape[1]))
+                places = places.gather(1, chosen)
+            best = found, places
+        assert best is not None
+        values[rows], indices[rows] = best
+    return values, indices
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns, largest first, equal values by column."""
+    count = scores.shape[1]
+    if k == count:
+        ordered = scores.sort(dim=1, descending=True, stable=True)
+        return ordered.values, ordered.indices
+    depth = math.isqrt(count // k)
+    if depth >= 4:
+        # Column j is in group j mod `spread`; the k largest are in the k groups with the largest maxima.
+        spread = count // depth
+        maxima, groups = scores[:, : spread * depth].reshape(-1, depth, spread).amax(1).topk(k + 1, dim=1)
+        offsets = torch.arange(0, spread * depth, spread, device=scores.device)
+        rest = torch.arange(spread * depth, count, device=scores.device).expand(len(scores), -1)
+        columns = torch.cat([(groups[:, :k, None] + offsets).flatten(1), rest], 1)
+        values, places = scores.gather(1, columns).topk(k + 1, dim=1)
+        indices = columns.gather(1, places)
+        cut = maxima[:, k] == maxima[:, k - 1]
+    else:
+        values, indices = scores.topk(k + 1, dim=1)
+        cut = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    # topk leaves open how equal values are ordered, and which of them it keeps at the end.
+    tied = (values[:, 1:k] == values[:, : k - 1]).any(1)
+    cut |= values[:, k] == values[:, k - 1]
+    values, indices = values[:, :k], indices[:, :k]
+    if tied.any():
+        found = indices[tied].sort(dim=1).values
+        ordered = scores[tied].gather(1, found).sort(dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = ordered.values, found.gather(1, ordered.indices)
+    if cut.any():
+        ordered = scores[cut].sort(dim=1, descending=True, stable=True)
+        values[cut], indices[cut] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, indices

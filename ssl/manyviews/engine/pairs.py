@@ -1,0 +1,166 @@
+"""All pairs of two sets of rows, in tiles that stay in a cache, with a mask only where ids may be equal.
+
+*Sorted by id*, equal ids lie beside each other: a tile needs a mask only where the ids of its rows and of its columns
+meet, whatever the ids stand for.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from manyviews.engine.rows import slices
+from manyviews.engine.threads import on_all_cores
+from manyviews.system import distributed
+
+PIECES = 64
+"""Pieces of work that a sum over many keys is cut into, where there are as many."""
+
+
+class Pairs:
+    """Sorted queries and keys whose ids are sorted by `key_order`, and their products, tile by tile."""
+
+    def __init__(
+        self, rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
+    ) -> None:
+        self.rows, self.keys, self.key_order = rows, keys, key_order
+        self.row_ids, self.key_ids = row_ids, key_ids
+        self.narrow_rows = rows.bfloat16() if as_bfloat16(rows, keys) else None
+
+    def pieces(self) -> tuple[list[slice], list[slice]]:
+        """Queries and keys cut so that there are enough pieces for all cores; by their numbers alone."""
+        height, width = tile_shape(self.rows.device)
+        a = list(slices(0, len(self.rows), height)) or [slice(0, 0)]
+        if self.rows.device.type != "cpu":
+            return a, [slice(0, len(self.keys))]
+        wanted = min(PIECES // len(a), len(self.keys) // (2 * width))
+        return a, cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
+
+    def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each tile of keys and its products with the queries, −inf where ids are equal, in one buffer used again."""
+        height, width = tile_shape(self.rows.device)
+        buffer = self.rows.new_empty(height * width)
+        narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
+        # Few queries: longer tiles, of as many products.
+        tiles = list(slices(columns.start, columns.stop, height * width // max(min(a.stop - a.start, height), 1)))
+        meetings = None
+        if self.row_ids is not None and self.key_ids is not None:
+            meetings = _meetings(self.row_ids, self.key_ids, tiles)
+        for index, b in enumerate(tiles):
+            tile = self.keys[b] if self.key_order is None else self.keys[self.key_order[b]]
+            if narrow is not None and self.narrow_rows is not None:
+                scores = _multiply(self.narrow_rows[a], tile, narrow)
+                scores = buffer[: scores.numel()].view_as(scores).copy_(scores)
+            else:
+                scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
+            if meetings is not None and self.row_ids is not None and self.key_ids is not None:
+                _exclude(scores, a, b, meetings[index], self.row_ids, self.key_ids)
+            yield b, tile, scores
+
+
+def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], None]) -> None:
+    """Calls `add(a, b, 2^(row · row))` for this process's part of all pairs of tiles, a = b or a before b.
+
+    The exponentials are zero where the ids are equal, and in a buffer that is used again. The chunks of rows meet as
+    the teams of a tournament do: in each round every chunk has one other, so that the pairs of a round, spread over
+    the cores, never write to the same rows; and each process plays its part of every round.
+    """
+    height, width = tile_shape(rows.device)
+    processes = distributed.size()
+    # Enough chunks for many cores, also of few rows, but none below what a product needs to be efficient.
+    width = min(width, max(2 * height, len(rows) // (16 * processes)))
+    count = 2 * processes * max(1, round(len(rows) / (2 * processes * width)))
+    chunks = cut(len(rows), count)
+
+    def tiles_of(i: int, j: int) -> list[tuple[slice, slice]]:
+        first, second = chunks[min(i, j)], chunks[max(i, j)]
+        if i != j:
+            return [(part, second) for part in slices(first.start, first.stop, height)]
+        # On the diagonal each part meets itself, where half of the work is done twice, and what comes after it.
+        parts = slices(first.start, first.stop, max(1, min(height, -(-_length(first) // 2))))
+        return [tile for part in parts for tile in ((part, part), (part, slice(part.stop, first.stop)))]
+
+    def play(i: int, j: int) -> None:
+        tiles = [(a, b) for a, b in tiles_of(i, j) if a.stop > a.start and b.stop > b.start]
+        meetings = _meetings(ids, ids, [b for _, b in tiles])
+        buffer = rows.new_empty(max((math.prod(map(_length, tile)) for tile in tiles), default=0))
+        for (a, b), meeting in zip(tiles, meetings, strict=True):
+            scores = _multiply(rows[a], rows[b], buffer)
+            _exclude(scores, a, b, meeting, ids, ids)
+            add(a, b, scores.exp2_())
+
+    own = distributed.share(count)
+    on_all_cores([partial(play, i, i) for i in range(own.start, own.stop)], rows.device)
+    matches = distributed.share(count // 2)
+    for turn in range(count - 1):
+        # The circle method: the last chunk stays, the others move on by one place from round to round.
+        places = [count - 1, *((turn + place) % (count - 1) for place in range(count - 1))]
+        games = [(places[place], places[count - 1 - place]) for place in range(matches.start, matches.stop)]
+        on_all_cores([partial(play, i, j) for i, j in games], rows.device)
+
+
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile: a CPU core keeps its scores in its own cache; on a GPU launches cost more."""
+    return (256, 1536) if device.type == "cpu" else (8192, 8192)
+
+
+def as_bfloat16(rows: Tensor, keys: Tensor) -> bool:
+    """Whether products are taken in bfloat16, which a CPU with instructions for it does twice as fast."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or keys.dtype != torch.bfloat16:
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cut(count: int, pieces: int) -> list[slice]:
+    """Consecutive slices of `count` things, as many as `pieces`, alike to one thing."""
+    return [distributed.share(count, piece, pieces) for piece in range(pieces)]
+
+
+def order_of(ids: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The order that sorts the ids (None where they are sorted) and the sorted ids."""
+    if bool((ids[1:] >= ids[:-1]).all()):
+        return None, ids
+    ids, order = ids.sort(stable=True)
+    return order, ids
+
+
+def take(rows: Tensor, order: Tensor | None) -> Tensor:
+    """The rows in an order that `order_of` found."""
+    return rows if order is None else rows[order]
+
+
+def put(rows: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of `take`."""
+    if order is None:
+        return rows
+    placed = torch.empty_like(rows)
+    placed[order] = rows
+    return placed
+
+
+def _length(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length
+
+
+def _meetings(row_ids: Tensor, key_ids: Tensor, tiles: Sequence[slice]) -> list[list[int]]:
+    """For each tile of keys the first and last row whose id may be in it; all ids sorted."""
+    lowest, highest = key_ids[[b.start for b in tiles]], key_ids[[b.stop - 1 for b in tiles]]
+    first = torch.searchsorted(row_ids, lowest)
+    last = torch.searchsorted(row_ids, highest, right=True)
+    meetings: list[list[int]] = torch.stack([first, last], 1).tolist()
+    return meetings
+
+
+def _exclude(scores: Tensor, a: slice, b: slice, meeting: list[int], row_ids: Tensor, key_ids: Tensor) -> None:
+    first, last = max(meeting[0], a.start), min(meeting[1], a.stop)
+    if first < last:
+        equal = row_ids[first:last, None] == key_ids[b]
+        scores[first - a.start : last - a.start].masked_fill_(equal, -torch.inf)
+
+
+def _multiply(rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
+    shape = len(rows), len(columns)
+    return torch.mm(rows, columns.T, out=buffer[: shape[0] * shape[1]].view(shape))

@@ -1,0 +1,277 @@
+"""The log of sums of exponentials over all pairs of embeddings, exact, in tiles, with its own backward.
+
+Five ideas carry it. *Sorted by id*, equal ids lie beside each other, so that a mask is needed only where the ids of
+a tile's rows and columns meet, whatever the ids stand for. *Powers of two*: with log₂e folded into the scale,
+exp(s/τ) is exp2 of the product itself, at a third of exp's price on CPU. *No shift*: the exponentials are summed as
+they are, and only where a sum leaves the safe range of the number format (for unit vectors never at a temperature of
+0.03 or above) is the work done again with a running maximum. *A core for a tile*: tiles are dealt out to the cores,
+by a rule that does not depend on their number, so that results do not either. *A process for its keys*: queries
+travel to the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys,
+the processes share out the pairs. All five lose nothing: the results are exact.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from manyviews.engine.pairs import PIECES, Pairs, as_bfloat16, cut, each_pair, order_of, put, take, tile_shape
+from manyviews.engine.rows import at_least_float32, slices
+from manyviews.engine.threads import on_all_cores
+from manyviews.system import distributed
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+
+
+def log_sum_exp(
+    queries: Float[Tensor, "queries dim"],
+    keys: Float[Tensor, "keys dim"] | None,
+    temperature: float,
+    *,
+    query_ids: Int[Tensor, " queries"] | None = None,
+    key_ids: Int[Tensor, " keys"] | None = None,
+) -> Float[Tensor, " queries"]:
+    """For each query, the log of the sum of exp(query · key / temperature) over the keys that have another id.
+
+    The keys are those of all processes: each passes its own queries and its own keys, any number of them, and gets
+    the values of its own queries. All processes must call together.
+
+    Without `keys` the queries are the keys: each product then serves a row and a column, at half the price. Without
+    ids every key counts. Where no key is left the value is −inf and its gradient zero. Memory grows with the number
+    of embeddings, never with the number of pairs.
+
+    Everything is computed in float32, also under autocast, or in float64 where the queries are; keys of a narrower
+    type are widened tile by tile, and the values are exact for the keys as they are. One exception: float32 queries
+    and bfloat16 keys are multiplied as bfloat16 on CPUs that do so, for nearly twice the speed, and summed in float32.
+    That moves the values of unit vectors by less than 2⁻⁸ / τ, and by some 1e-3 at 0.07 where many keys share the sum.
+    Differentiable once, in the queries and, where they ask for it, in the keys; in backward, too, all processes must
+    come together.
+
+    Raises:
+        ValueError: if the temperature is not above 0, or ids are missing.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be above 0; 0.05 to 0.5 is usual")
+    if keys is None and query_ids is None:
+        raise ValueError(
+            "query_ids are missing: without keys they say which pairs are left out, the own row among them"
+        )
+    if keys is not None and (query_ids is None) != (key_ids is None):
+        raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = at_least_float32(queries)
+        lengths = distributed.counts(len(queries))
+        if keys is None:
+            result: Tensor
+            result, safe = _SymmetricLogSumExp.apply(queries, query_ids, temperature, lengths)
+            if safe:
+                return result
+            keys, key_ids = queries, query_ids
+        result = _LogSumExp.apply(queries, keys, query_ids, key_ids, temperature, lengths)
+    return result
+
+
+class _SymmetricLogSumExp(torch.autograd.Function):
+    """The queries are the keys: tile (a, b) is also tile (b, a), in forward and in backward.
+
+    With E = exp(z zᵀ / τ), its row sums S and u = g / S, the gradient of Σ gᵢ log Sᵢ in zᵢ is Σⱼ Eᵢⱼ (uᵢ + uⱼ) zⱼ / τ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, ids: Tensor, temperature: float, lengths: list[int]
+    ) -> tuple[Tensor, bool]:
+        order, ids = order_of(distributed.gather_without_gradient(ids, lengths))
+        # Both sides scaled by one root: their products are the exponents of two.
+        scale = math.sqrt(LOG2_E / temperature)
+        rows = take(distributed.gather_without_gradient(embeddings, lengths), order).mul(scale)
+        sums = rows.new_zeros(len(rows))
+
+        def add(a: slice, b: slice, exponentials: Tensor) -> None:
+            sums[a] += exponentials.sum(1)
+            if a != b:
+                sums[b] += exponentials.sum(0)
+
+        each_pair(rows, ids, add)
+        sums = distributed.total(sums)
+        ctx.save_for_backward(rows, ids, order, sums)
+        ctx.scale, ctx.lengths = scale, lengths
+        logarithms = sums.log()
+        return _own(put(logarithms, order), lengths), _is_safe(logarithms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, ids, order, sums = ctx.saved_tensors
+        assert gradients[0] is not None
+        shares = take(distributed.gather_without_gradient(gradients[0], ctx.lengths), order) / sums
+        gradient = torch.zeros_like(rows)
+
+        def add(a: slice, b: slice, exponentials: Tensor) -> None:
+            weights = exponentials.mul_(shares[a, None] + shares[b])
+            gradient[a].addmm_(weights, rows[b])
+            if a != b:
+                gradient[b].addmm_(weights.T, rows[a])
+
+        each_pair(rows, ids, add)
+        whole = put(gradient.mul_(ctx.scale * LN_2), order)
+        return distributed.scatter_sum(whole, ctx.lengths), None, None, None
+
+
+class _LogSumExp(torch.autograd.Function):
+    """One pass gives the log-sum-exp and the softmax-weighted mean of the keys, its gradient in the queries.
+
+    A second pass, in backward, is needed only where the keys want their gradient too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        query_ids: Tensor | None,
+        key_ids: Tensor | None,
+        temperature: float,
+        lengths: list[int],
+    ) -> Tensor:
+        query_order, key_order = None, None
+        if query_ids is not None and key_ids is not None:
+            query_order, query_ids = order_of(distributed.gather_without_gradient(query_ids, lengths))
+            key_order, key_ids = order_of(key_ids)
+        rows = take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
+        pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
+        for running_maximum in (False, True):
+            found = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
+            logarithms = found.sums.log2().add_(found.maximum).mul_(LN_2).squeeze(1)
+            if _is_safe(logarithms):
+                break
+        mean = None
+        if found.weighted is not None:
+            tiny = torch.finfo(rows.dtype).tiny
+            mean = distributed.scatter_sum(put(found.weighted, query_order), lengths)
+            mean /= _own(put(found.sums, query_order), lengths).clamp(min=tiny)
+        ctx.temperature, ctx.lengths = temperature, lengths
+        rest = (rows, keys, query_ids, key_ids, query_order, key_order, logarithms) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(mean, *rest)
+        return _own(put(logarithms, query_order), lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        mean, *rest = ctx.saved_tensors
+        (gradient,) = gradients
+        query_gradient = key_gradient = None
+        if mean is not None:
+            query_gradient = mean * (gradient / ctx.temperature).unsqueeze(1)
+        if rest:
+            key_gradient = _key_gradient(distributed.gather_without_gradient(gradient, ctx.lengths), *rest)
+        return query_gradient, key_gradient, None, None, None, None
+
+
+class _Sums(NamedTuple):
+    """Sums of powers of two over some keys: the true sums are 2^maximum times these."""
+
+    maximum: Tensor
+    sums: Tensor
+    weighted: Tensor | None
+    """The keys, weighted by their powers and added."""
+
+
+def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sums:
+    """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
+    height, columns = pairs.pieces()
+    works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
+    found = on_all_cores(works, pairs.rows.device)
+    joined = [_join(found[first : first + len(columns)]) for first in range(0, len(found), len(columns))]
+    maximum, sums = (torch.cat([getattr(part, name) for part in joined]) for name in ("maximum", "sums"))
+    weighted = torch.cat([part.weighted for part in joined if part.weighted is not None]) if with_keys else None
+    if running_maximum and distributed.size() > 1:
+        highest = distributed.maximum(maximum)
+        shrink = torch.exp2(maximum - highest)
+        maximum, sums = highest, sums * shrink
+        if weighted is not None:
+            weighted *= shrink
+    return _Sums(maximum, distributed.total(sums), weighted)
+
+
+def _sum_over_piece(pairs: Pairs, a: slice, columns: slice, running_maximum: bool, with_keys: bool) -> _Sums:
+    sums = pairs.rows.new_zeros(a.stop - a.start, 1)
+    # Below every score, yet finite: where no key is left, 2^(−inf − maximum) is 0 and not NaN.
+    maximum = torch.full_like(sums, torch.finfo(sums.dtype).min if running_maximum else 0.0)
+    weighted = sums.new_zeros(len(sums), pairs.rows.shape[1]) if with_keys else None
+    for _, tile, scores in pairs.scores(a, columns):
+        if running_maximum:
+            highest = torch.maximum(maximum, scores.amax(1, keepdim=True))
+            shrink = torch.exp2(maximum - highest)
+            maximum = highest
+            sums *= shrink
+            if weighted is not None:
+                weighted *= shrink
+            scores.sub_(highest)
+        exponentials = scores.exp2_()
+        sums += exponentials.sum(1, keepdim=True)
+        if weighted is not None:
+            _add_weighted(weighted, exponentials, tile)
+    return _Sums(maximum, sums, weighted)
+
+
+def _add_weighted(weighted: Tensor, exponentials: Tensor, tile: Tensor) -> None:
+    if as_bfloat16(weighted, tile):
+        weighted += torch.mm(exponentials.bfloat16(), tile)
+    else:
+        weighted.addmm_(exponentials, tile.to(weighted.dtype))
+
+
+def _join(parts: Sequence[_Sums]) -> _Sums:
+    """The sums over several sets of keys."""
+    maximum = torch.stack([part.maximum for part in parts]).amax(0)
+    shrink = [torch.exp2(part.maximum - maximum) for part in parts]
+    sums = torch.stack([part.sums * factor for part, factor in zip(parts, shrink, strict=True)]).sum(0)
+    weighted = None
+    for part, factor in zip(parts, shrink, strict=True):
+        if part.weighted is not None:
+            part.weighted.mul_(factor)
+            weighted = part.weighted if weighted is None else weighted.add_(part.weighted)
+    return _Sums(maximum, sums, weighted)
+
+
+def _key_gradient(
+    gradient: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    query_order: Tensor | None,
+    key_order: Tensor | None,
+    logarithms: Tensor,
+) -> Tensor:
+    """Softmaxᵀ · (gradient · queries) / τ, with the softmax recomputed tile by tile."""
+    exponent = logarithms.mul(LOG2_E).masked_fill_(logarithms.isneginf(), 0).unsqueeze(1)
+    weighted_rows = rows * (take(gradient, query_order) * LN_2).unsqueeze(1)
+    found = rows.new_zeros(len(keys), rows.shape[1])
+    pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
+
+    def add(columns: slice) -> None:
+        for a in slices(0, len(rows), tile_shape(rows.device)[0]):
+            for b, _, scores in pairs.scores(a, columns):
+                found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
+
+    on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
+    return put(found, key_order).to(keys.dtype)
+
+
+def _own(whole: Tensor, lengths: list[int]) -> Tensor:
+    own: Tensor = whole.split(lengths)[distributed.rank()]
+    return own
+
+
+def _is_safe(logarithms: Tensor) -> bool:
+    """Whether exponentials of this sum neither overflowed nor lost digits to underflow: two thirds of the range."""
+    limit = 0.66 * math.log(torch.finfo(logarithms.dtype).max)
+    return bool((logarithms.detach().abs() < limit).all())

@@ -1,0 +1,124 @@
+"""Sums over all pairs of anchors and candidates of what is not a softmax: tile by tile, differentiated on the way."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from manyviews.engine.rows import slices
+from manyviews.engine.threads import on_all_cores
+
+Term = Callable[..., tuple[Tensor, Tensor]]
+"""Called with a slice of the anchors, their products with all candidates, and the parameters; see `sum_over_tiles`."""
+
+NUMBERS = 1 << 18
+"""Products of a tile: 1 MiB, so that a tile and what is made of it stay in the cache of a core."""
+FEW = 1 / 16
+"""Share of a tile's pairs up to which adding the rows of each is faster than a product with all."""
+
+
+def sum_over_tiles(
+    anchors: Float[Tensor, "anchors dim"], candidates: Float[Tensor, "candidates dim"], term: Term, *parameters: Tensor
+) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
+    """The sum of a term over tiles of the products of anchors and candidates, which are never all held at once.
+
+    Each call `term(rows, products, *parameters)` is for a slice of the anchors and all candidates: `products` are
+    anchors[rows] @ candidates.T. It returns a scalar, and figures in one dimension that carry no gradient and are
+    added up as well. What it does with the products it may do with any differentiable function: each tile is
+    differentiated as soon as it is computed, so that the memory is that of some tiles and of the gradient. Gradients
+    reach the anchors, the candidates and the parameters.
+
+    On a CPU the term is called in several threads at once, so it must be a pure function. With no anchor it is called
+    once, with an empty tile, for the number of figures.
+    """
+    total, figures = _Sum.apply(term, anchors, candidates, *parameters)
+    return total, figures
+
+
+class _Part(NamedTuple):
+    """What some tiles come to."""
+
+    total: Tensor
+    figures: Tensor
+    candidates: Tensor | None
+    """The gradient in all candidates."""
+    parameters: list[Tensor]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, term: Term, anchors: Tensor, candidates: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        needed = any(ctx.needs_input_grad)
+        gradient = torch.zeros_like(anchors) if needed else None
+        height = max(1, NUMBERS // max(len(candidates), 1))
+        tiles = list(slices(0, len(anchors), height)) or [slice(0, 0)]
+        threads = min(torch.get_num_threads(), len(tiles)) if anchors.device.type == "cpu" else 1
+        # Tiles go to parts in turn and parts are added in order: the result depends on the number of threads alone.
+        works = [
+            partial(_part, tiles[part::threads], term, anchors, candidates, parameters, gradient)
+            for part in range(threads)
+        ]
+        parts = on_all_cores(works, anchors.device)
+        total = torch.stack([part.total for part in parts]).sum()
+        figures = torch.stack([part.figures for part in parts]).sum(0)
+        if needed:
+            others = torch.stack([part.candidates for part in parts if part.candidates is not None]).sum(0)
+            owned = [
+                torch.stack(list(found)).sum(0) for found in zip(*(part.parameters for part in parts), strict=True)
+            ]
+            ctx.save_for_backward(gradient, others, *owned)
+        ctx.mark_non_differentiable(figures)
+        return total, figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *(saved * gradients[0] if need else None for saved, need in wanted)
+
+
+def _part(
+    tiles: list[slice],
+    term: Term,
+    anchors: Tensor,
+    candidates: Tensor,
+    parameters: tuple[Tensor, ...],
+    gradient: Tensor | None,
+) -> _Part:
+    """The sum over some tiles; the gradient in their anchors is written into its place."""
+    leaves = [parameter.detach().requires_grad_(gradient is not None) for parameter in parameters]
+    others = torch.zeros_like(candidates) if gradient is not None else None
+    owned = [torch.zeros_like(parameter) for parameter in parameters]
+    totals, figures = [], []
+    for rows in tiles:
+        products = (anchors[rows].detach() @ candidates.detach().T).requires_grad_(gradient is not None)
+        with torch.set_grad_enabled(gradient is not None):
+            total, found = term(rows, products, *leaves)
+        totals.append(total.detach())
+        figures.append(found.detach().to(anchors.dtype))
+        if gradient is None or others is None or not total.requires_grad:
+            continue
+        weights, *moved = torch.autograd.grad(total, [products, *leaves], allow_unused=True)
+        if weights is not None:
+            _add_products(weights, anchors[rows], candidates, gradient[rows], others)
+        for kept, new in zip(owned, moved, strict=True):
+            if new is not None:
+                kept += new
+    return _Part(torch.stack(totals).sum(), torch.stack(figures).sum(0), others, owned)
+
+
+def _add_products(weights: Tensor, anchors: Tensor, candidates: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds weights @ candidates to `left`, and weights.T @ anchors to `right`."""
+    # Where pairs were sampled nearly all weights are zero. A GPU would have to wait for their number.
+    if weights.device.type == "cpu" and int(weights.count_nonzero()) <= FEW * weights.numel():
+        rows, columns = weights.nonzero(as_tuple=True)
+        values = weights[rows, columns].unsqueeze(1)
+        left.index_add_(0, rows, values * candidates[columns])
+        right.index_add_(0, columns, values * anchors[rows])
+    else:
+        left.addmm_(weights, candidates)
+        right.addmm_(weights.T, anchors)

@@ -1,0 +1,232 @@
+"""The linear probe as papers train it: heads on a frozen backbone that sees new crops and flips in every epoch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Int64, UInt8
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from manyviews.config import Settings
+from manyviews.data import Images, Report, sampler
+from manyviews.evaluators.splits import hold_out_some
+from manyviews.features.encoding import encoded, extract
+from manyviews.optim import cosine
+from manyviews.system import distributed
+from manyviews.views import MEAN, STD, Views, ViewsSettings
+
+MOMENTUM = 0.9
+
+
+class AugmentedSettings(Settings):
+    """The grid of heads that are trained at once, and what they see."""
+
+    epochs: int = Field(90, ge=1, le=100_000)
+    """Passes over the training images, in each of which the backbone encodes them anew."""
+    batch_size: int = Field(256, ge=1, le=1_048_576)
+    """Images of one step of stochastic gradient descent, over all processes."""
+    rates: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1, max_length=64
+    )
+    """Learning rates for a batch of 256 images, scaled with the batch; they fall to zero along a cosine."""
+    decays: tuple[Annotated[float, Field(ge=0, le=1e4)], ...] = Field((0.0, 1e-6, 1e-4), min_length=1, max_length=64)
+    """Weight decays."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a crop shows."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _crops_show_a_share(self) -> "AugmentedSettings":
+        if not 1e-4 <= self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is {list(self.crop_scale)}; it must be [smallest, largest] in [0.0001, 1]")
+        return self
+
+
+class AugmentedResult(NamedTuple):
+    """The test predictions and what they were made with."""
+
+    predictions: Int[Tensor, " queries"]
+    rate: float
+    decay: float
+    validation: float
+    """Accuracy of the chosen pair on the held-out training images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cropped:
+    """The images of a split as one epoch shows them, each through a window that its id and the epoch determine."""
+
+    images: Images
+    views: Views
+    epoch: int
+
+    @property
+    def names(self) -> Sequence[str]:
+        """As in the split."""
+        return self.images.names
+
+    @property
+    def labels(self) -> Int64[Tensor, " images"] | None:
+        """As in the split."""
+        return self.images.labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """As in the split."""
+        return self.images.classes
+
+    @property
+    def channels(self) -> int:
+        """As in the split."""
+        return self.images.channels
+
+    @property
+    def size(self) -> int:
+        """As in the split."""
+        return self.images.size
+
+    @property
+    def fingerprint(self) -> str:
+        """As in the split."""
+        return self.images.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
+        """The views of these ids, in their order, as 8-bit images, which any backbone's own transform takes."""
+        view = self.views(self.images.read(ids), ids, self.epoch)[0]
+        pixels: UInt8[Tensor, "batch channels size size"] = view.mul(255 * STD).add(255 * MEAN).round().byte()
+        return pixels
+
+
+def augmented_probe(
+    backbone: nn.Module,
+    images: Images,
+    test: Images,
+    prepare: Callable[[Tensor], Tensor],
+    settings: AugmentedSettings,
+    classes: int,
+    *,
+    share: float = 0.2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+    report: Report | None = None,
+) -> AugmentedResult:
+    """Predicts the test images by a linear head trained on random crops and flips of all labelled training images.
+
+    Stochastic gradient descent with momentum 0.9 and a cosine, a head for each pair of learning rate and weight decay,
+    all in one product (as DINOv2 does, `dinov2/eval/linear.py`). Each pair has two heads that take the same steps: for
+    one of them the held-out images do not count, and their accuracy, whole images and not crops, chooses the pair; the
+    other, which counts them all, predicts the test images. So the backbone sees each image once in an epoch, and the
+    test labels are no argument. Equal accuracies go to the pair that the grid names first.
+
+    The backbone stays as it is, in evaluation mode meanwhile. Draws are a pure function of seed, epoch and image. Over
+    several processes each encodes its part of every batch.
+
+    Args:
+        backbone: any module from [batch, channels, height, width] to [batch, width].
+        images: the training images; those labelled −1 are left out.
+        test: the test images.
+        prepare: from a uint8 batch on the device to the backbone's input.
+        settings: the grid, and what the heads see.
+        classes: number of classes in both.
+        share: part of each class that is held out for the choice.
+        seed: of the draw of that part, of the order and of the views.
+        device: where the backbone is.
+        workers: threads that read ahead, and cut the crops.
+        report: told how far the training has come.
+
+    Raises:
+        ValueError: if no training image has a label, or too few for a part of them to be held out.
+    """
+    if images.labels is None:
+        raise ValueError("a linear head is trained on labelled images, and there are no labels")
+    labels = images.labels
+    _, held = hold_out_some(labels, share=share, seed=seed)
+    if not len(held):
+        raise ValueError("the probe on crops chooses its rate on held-out images, and no class has two to hold one out")
+    labelled = (labels >= 0).nonzero().squeeze(1)
+    counts = torch.ones(2, len(labels), dtype=torch.bool)
+    counts[0, held] = False
+    crop = ViewsSettings(
+        num_views=1, crop_scale=settings.crop_scale, flip=settings.flip, brightness=0.0, contrast=0.0, saturation=0.0,
+        hue=0.0, gamma=0.0, greyscale=0.0, blur=0.0,
+    )  # fmt: skip
+    views = crop.build(size=images.size, channels=images.channels, seed=seed)
+    grid = list(product(settings.rates, settings.decays))
+    heads: Heads | None = None
+    total, step = settings.epochs * -(-len(labelled) // settings.batch_size), 0
+    read = partial(encoded, prepare=prepare, device=device, workers=workers)
+    whole_images = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
+    for epoch in range(settings.epochs):
+        batches = torch.split(labelled[sampler(len(labelled), seed, epoch)], settings.batch_size)
+        shares = [batch.tensor_split(distributed.size())[distributed.rank()] for batch in batches]
+        # A process whose part is empty must still take part: it encodes an image that is dropped.
+        seen = [part if len(part) else batch[:1] for part, batch in zip(shares, batches, strict=True)]
+        rows = read(backbone, Cropped(images, views, epoch), seen)
+        for batch, part, (_, own) in zip(batches, shares, rows, strict=True):
+            features = distributed.gather_without_gradient(own[: len(part)].to(device))
+            heads = heads or Heads(grid, classes, features)
+            rate = settings.batch_size / 256 * cosine(step / total)
+            heads.step(features, labels[batch].to(device), counts[:, batch].to(device), rate)
+            step += 1
+            if report is not None:
+                report("training linear heads on crops", step, total)
+    assert heads is not None, "there are labelled images"
+    apart = whole_images(backbone, images, ids=held).to(device)
+    hits = (heads.predict(apart, 0).cpu() == labels[held]).sum(1)
+    best = int(hits.argmax())
+    predictions = heads.predict(whole_images(backbone, test).to(device), 1, best)[0].cpu()
+    return AugmentedResult(predictions, *grid[best], hits[best].item() / len(held))
+
+
+class Heads:
+    """Linear classifiers on the same features, one for each part of the images and pair of rate and decay, from zero.
+
+    Args:
+        grid: pairs of learning rate and weight decay.
+        classes: their number.
+        like: features of the width, precision and device that are to come.
+    """
+
+    def __init__(self, grid: Sequence[tuple[float, float]], classes: int, like: Float[Tensor, "batch width"]) -> None:
+        self.rates, self.decays = (like.new_tensor(column)[:, None, None] for column in zip(*grid, strict=True))
+        # The last column is the bias.
+        self.weights = like.new_zeros(2, len(grid), classes, like.shape[1] + 1)
+        self.momentum = torch.zeros_like(self.weights)
+
+    @torch.no_grad()
+    def step(
+        self,
+        features: Float[Tensor, "batch width"],
+        labels: Int[Tensor, " batch"],
+        counts: Bool[Tensor, "2 batch"],
+        rate: float,
+    ) -> None:
+        """One step on the mean cross-entropy of the images that count for each part; `rate` scales every rate."""
+        inputs = F.pad(features, (0, 1), value=1.0)
+        classes = self.weights.shape[2]
+        logits = (inputs @ self.weights.flatten(0, 2).T).unflatten(1, (2, -1, classes))
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        residual = torch.softmax(logits, 3).sub_(F.one_hot(labels, classes)[:, None, None])
+        residual *= share.T[:, :, None, None]
+        gradient = (residual.flatten(1).T @ inputs).view_as(self.weights)
+        self.momentum.mul_(MOMENTUM).add_(gradient).add_(self.decays * self.weights)
+        self.weights -= rate * self.rates * self.momentum
+
+    @torch.no_grad()
+    def predict(
+        self, features: Float[Tensor, "images width"], part: int, head: int | None = None
+    ) -> Int[Tensor, "heads images"]:
+        """The class with the largest logit by each head of a part, or by one; −1 where a head has diverged."""
+        chosen = self.weights[part] if head is None else self.weights[part, head][None]
+        found = torch.stack([(features @ one[:, :-1].T + one[:, -1]).argmax(1) for one in chosen])
+        return found.masked_fill(~chosen.isfinite().all((1, 2))[:, None], -1)

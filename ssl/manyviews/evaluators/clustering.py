@@ -1,0 +1,80 @@
+"""Clustering: whether groups that k-means finds in the features are the classes."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int64
+from pydantic import Field
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from torch import Tensor
+
+from manyviews.config import Settings
+from manyviews.evaluators.distance import Nearness
+
+
+class ClusteringSettings(Settings):
+    """How k-means is run."""
+
+    restarts: int = Field(10, ge=1, le=10_000)
+    """Starts of k-means (k-means++), of which the one with the least squared distances counts."""
+    most: int = Field(50_000, ge=1, le=10_000_000)
+    """Images beyond which k-means takes mini-batches, which are faster and a little worse."""
+
+
+class ClusteringResult(NamedTuple):
+    """How far clusters and classes tell of each other."""
+
+    nmi: float
+    """Normalised mutual information, 2 I / (H(clusters) + H(classes)); above 0 by chance, more so of many clusters."""
+    ami: float
+    """Adjusted mutual information (Vinh et al. 2010): 0 is what clusters drawn at random have, 1 is perfect."""
+
+
+def clustering(
+    features: Float[Tensor, "images dim"],
+    labels: Int[Tensor, " images"],
+    settings: ClusteringSettings | None = None,
+    *,
+    nearness: Nearness = "cosine",
+    seed: int = 0,
+) -> ClusteringResult:
+    """Groups the images into as many clusters as there are classes, and compares the two.
+
+    Features are normalised for the cosine, and taken as they are for Euclidean distance. Images labelled −1 are left
+    out.
+
+    Raises:
+        ValueError: if the images have fewer than 2 classes.
+    """
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    classes = len(labels.unique())
+    if classes < 2:
+        raise ValueError(f"images of {classes} class{'' if classes == 1 else 'es'} cannot be clustered; give 2 or more")
+    found = k_means(features, classes, settings, nearness=nearness, seed=seed).numpy()
+    truth = labels.cpu().numpy()
+    return ClusteringResult(
+        float(normalized_mutual_info_score(truth, found)), float(adjusted_mutual_info_score(truth, found))
+    )
+
+
+def k_means(
+    features: Float[Tensor, "images dim"],
+    clusters: int,
+    settings: ClusteringSettings | None = None,
+    *,
+    nearness: Nearness = "cosine",
+    seed: int = 0,
+) -> Int64[Tensor, " images"]:
+    """The cluster of each image by scikit-learn's k-means, the same for the same seed."""
+    settings = settings or ClusteringSettings()
+    rows = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features
+    method = KMeans if len(rows) <= settings.most else MiniBatchKMeans
+    with warnings.catch_warnings():
+        # Fewer different rows than clusters leave some empty: that is the finding, and no reason to warn.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = method(clusters, n_init=settings.restarts, random_state=seed).fit_predict(rows.cpu().numpy())
+    return torch.from_numpy(found).long()

@@ -1,0 +1,99 @@
+"""Which classes a classifier takes for which, and its most confident mistakes, as numbers and as pictures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from manyviews.evaluators.lettering import lettering, shortened
+
+MOST_NUMBERS = 25
+"""Classes up to which the picture writes a number into each field."""
+MOST_NAMES = 60
+"""Classes up to which the picture names each."""
+
+
+def confusion(
+    labels: Int[Tensor, " images"], predictions: Int[Tensor, " images"], classes: int
+) -> Int[Tensor, "classes classes"]:
+    """How many images of each class (row) were taken for each class (column); both are numbers from 0."""
+    return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
+
+
+def worst(
+    logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], most: int
+) -> tuple[Int[Tensor, " mistakes"], Float[Tensor, " mistakes"]]:
+    """The images that were most surely taken for another class, surest first: their places, and the probabilities."""
+    sure, predictions = logits.softmax(1).max(1)
+    wrong = (predictions != labels).nonzero().flatten()
+    order = sure[wrong].argsort(descending=True, stable=True)[:most]
+    return wrong[order], sure[wrong[order]]
+
+
+def confusion_picture(
+    matrix: Int[Tensor, "classes classes"], classes: Sequence[str]
+) -> UInt8[Tensor, "3 rows columns"]:
+    """The confusion matrix: images of each true class, a row, by predicted class; darker is more of the row."""
+    number = len(classes)
+    shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = min(3.5 + 0.45 * number, 14)
+    totals = matrix.sum(1).tolist()
+    names = [shortened(name) for name in classes] if number <= MOST_NAMES else []
+    rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=False)]
+    with lettering(names):
+        figure = Figure((side, side), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        axes.set_title("Images by true and predicted class")
+        if names:
+            axes.set_xticks(range(number), names, rotation=90)
+            axes.set_yticks(range(number), rows)
+        if number <= MOST_NUMBERS:
+            for row, column in matrix.nonzero().tolist():
+                share = float(shares[row, column])
+                text = f"{int(matrix[row, column])}"
+                colour = "white" if share > 50 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        return _drawn(figure)
+
+
+def mistakes_picture(
+    images: UInt8[Tensor, "mistakes channels size size"],
+    captions: Sequence[tuple[str, str]],
+    *,
+    columns: int = 6,
+) -> UInt8[Tensor, "3 rows columns"]:
+    """Images in a grid, each under its two lines: what it is, and what it was taken for.
+
+    Args:
+        images: as they are stored, with 1 or 3 channels; none at all makes a picture that says so.
+        captions: a pair of lines for each.
+        columns: images in a row.
+    """
+    rows = max(1, -(-len(images) // columns))
+    said = [f"{shortened(above)}\n{shortened(below)}" for above, below in captions]
+    with lettering(said):
+        figure = Figure((2.0 * columns, 2.45 * rows), layout="constrained")
+        figure.suptitle("True class → predicted class and its probability")
+        if not len(images):
+            figure.text(0.5, 0.5, "no image was mistaken", ha="center", va="center")
+        for place, (image, caption) in enumerate(zip(images, said, strict=True), start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+            axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=9)
+        return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Tensor:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -1,0 +1,41 @@
+"""How near two features are: by their cosine, or by Euclidean distance, as products that the engine can search."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyviews.engine import squared_distance_rows
+
+Nearness = Literal["cosine", "euclidean"]
+
+
+def searchable(
+    queries: Float[Tensor, "queries dim"], references: Float[Tensor, "references dim"], nearness: Nearness
+) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "references wide"]]:
+    """Rows whose products are the similarities of queries and references: what `engine.top_k` takes.
+
+    The similarity is the cosine, or −d² / (2 v) of the Euclidean distance d, where v is the mean squared distance of
+    the references from their mean. So pairs of references have −1 on average whatever the scale of the features; and
+    for unit rows whose mean is 0 it is the cosine less 1: the temperatures of a vote mean the same in both.
+    """
+    if nearness == "cosine":
+        return F.normalize(queries, dim=1, eps=1e-6), F.normalize(references, dim=1, eps=1e-6)
+    variance = (references - references.mean(0)).square().sum(1).mean()
+    left, right = squared_distance_rows(queries, references)
+    return left / (-2 * torch.where(variance > 0, variance, 1)), right
+
+
+def similarity_of_pairs(
+    features: Float[Tensor, "images dim"], pairs: Int[Tensor, "pairs 2"], nearness: Nearness
+) -> Float[Tensor, " pairs"]:
+    """The cosine of each pair of images, or minus its squared Euclidean distance; in float64."""
+    if nearness == "cosine":
+        features = F.normalize(features, dim=1, eps=1e-6)
+    pieces = []
+    for part in pairs.split(8192):
+        first, second = features[part[:, 0]].double(), features[part[:, 1]].double()
+        pieces.append((first * second).sum(1) if nearness == "cosine" else -(first - second).square().sum(1))
+    return torch.cat(pieces)

@@ -1,0 +1,89 @@
+"""Features as points in the plane: what lies near what, for the eye."""
+
+import importlib
+import warnings
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+Method = Literal["pca", "tsne", "umap"]
+
+DIRECTIONS = 50
+"""What t-SNE and UMAP see: the first principal components, which leave out noise and cost (van der Maaten & Hinton
+2008, section 4.2, take 30)."""
+STEPS = 500
+"""Of t-SNE, half of scikit-learn's default: the neighbours of a few thousand points are in place by then."""
+
+
+@torch.no_grad()
+def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int) -> Float[Tensor, "images 2"]:
+    """Features as points in the plane, float32: by principal components, t-SNE or UMAP, the same for the same seed.
+
+    Principal components keep what is far apart; t-SNE and UMAP keep neighbours, and their distances and sizes of groups
+    mean little. Both start from the first two components.
+
+    Raises:
+        ValueError: if there are fewer than 3 images, numbers that are not finite, or umap-learn is not installed.
+    """
+    if len(features) < 3:
+        raise ValueError(f"a map takes 3 images or more, and there are {len(features)}")
+    if not torch.isfinite(features).all():
+        raise ValueError("a map takes finite features, and some are not")
+    if method == "pca":
+        return principal_components(features, 2).float()
+    components = principal_components(features, DIRECTIONS)
+    start = components[:, :2] / components[:, 0].std().clamp(min=1e-12)
+    points = _tsne(components, start, seed) if method == "tsne" else _umap(components, start, seed)
+    return torch.as_tensor(points, dtype=torch.float32)
+
+
+def principal_components(features: Float[Tensor, "images dim"], count: int) -> Float[Tensor, "images count"]:
+    """The first principal components, float64 on the CPU: zeros beyond those that there are.
+
+    The largest weight of each component is positive, so that no sign is left to chance.
+    """
+    rows = features.cpu().double()
+    rows = rows - rows.mean(0)
+    found = min(count, *rows.shape)
+    # The smaller of the two matrices of products has all that is needed.
+    if rows.shape[0] >= rows.shape[1]:
+        weights = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -found:].flip(1)
+    else:
+        weights = rows.T @ torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -found:].flip(1)
+        weights = weights / torch.linalg.vector_norm(weights, dim=0).clamp(min=1e-12)
+    largest = weights.gather(0, weights.abs().argmax(0, keepdim=True))
+    points = rows.new_zeros(len(rows), count)
+    points[:, :found] = rows @ torch.where(largest < 0, -weights, weights)
+    return points
+
+
+def _tsne(components: Tensor, start: Tensor, seed: int) -> Any:
+    # As scikit-learn begins by itself, but with signs that are not left to chance. It adds up what its threads have
+    # found in any order, and they wait by spinning: one thread gives the same points each time, and is no slower on a
+    # busy machine.
+    perplexity = min(30.0, (len(components) - 1) / 3)
+    maker = TSNE(perplexity=perplexity, init=(1e-4 * start).float().numpy(), random_state=seed, max_iter=STEPS)
+    with threadpool_limits(1, "openmp"):
+        return maker.fit_transform(components.float().numpy())
+
+
+def _umap(components: Tensor, start: Tensor, seed: int) -> Any:
+    with warnings.catch_warnings():
+        # umap-learn warns of its own dependencies, and that a seed leaves it one thread.
+        warnings.simplefilter("ignore")
+        try:
+            umap = importlib.import_module("umap")
+        except ImportError as problem:
+            raise ValueError(
+                "a map by UMAP needs umap-learn, which is not installed: pip install 'manyviews[umap]', or take "
+                "t-SNE or PCA"
+            ) from problem
+        # It divides by the width of where it starts, which may be nothing.
+        start = start + 1e-3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+        neighbours = min(15, len(components) - 1)
+        maker = umap.UMAP(n_neighbors=neighbours, init=start.float().numpy(), random_state=seed, n_jobs=1)
+        return maker.fit_transform(components.float().numpy())

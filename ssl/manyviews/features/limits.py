@@ -1,0 +1,109 @@
+"""What a recipe asks for at least, so that what cannot be is refused in a sentence before anything is built."""
+
+from manyviews.encoder.encoder import EncoderSettings, weight_count
+from manyviews.objectives import Bank, NearestNeighbours, NoiseContrastive, Queue
+from manyviews.objectives.cost import ID, NUMBER, scale
+from manyviews.recipe import Recipe, TrainSettings
+from manyviews.system import memory
+from manyviews.system.files import shown
+
+MOST_STEPS = 10**9 - 1
+"""Of a run: what the name of a checkpoint's folder has digits for."""
+COPIES = 3
+"""Numbers for each weight, at least: itself, its gradient and one average."""
+PREVIEW_EPOCHS = 4
+
+
+def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
+    """Refuses a budget of more steps than a run counts; raises ValueError."""
+    if settings.minutes is None and (steps := settings.steps(steps_per_epoch)) > MOST_STEPS:
+        raise ValueError(
+            f"train.epochs={settings.epochs:g} is {steps:,} steps, and a run has at most {MOST_STEPS:,}; name fewer "
+            "epochs, or train.minutes"
+        )
+
+
+def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, processes: int) -> None:
+    """Refuses views that do not fit in the device's memory by themselves.
+
+    Args:
+        recipe: the views'.
+        images: how many there are.
+        channels: of each.
+        stored: side of each, in pixels.
+        processes: that share a batch.
+
+    Raises:
+        ValueError: with what they take and how much there is.
+    """
+    size, views, train = recipe.views.size or stored, recipe.views.num_views, recipe.train
+    part, picture = min(train.chunk or train.batch_size, train.batch_size // processes), channels * size**2 * NUMBER
+    of_images = f"of {channels} × {size} × {size} pixels"
+    _check(
+        part * views * picture,
+        f"{part:,} × {views} views {of_images}, by train.batch_size, views.num_views and views.size,",
+        "lower one of them, or set train.chunk to fewer images",
+    )
+    pictured = min(train.preview, images)
+    _check(
+        pictured * (1 + PREVIEW_EPOCHS * views) * picture,
+        f"the picture of views, for train.preview={train.preview} images {of_images},",
+        "lower it, or set train.preview=0",
+    )
+
+
+def check_encoder(settings: EncoderSettings, *, channels: int, size: int) -> None:
+    """Refuses an encoder whose weights do not fit in the device's memory with what training needs of each.
+
+    Raises:
+        ValueError: with what they take and how much there is.
+    """
+    random = settings.model_copy(update={"pretrained": False})
+    count = weight_count(lambda: random.build(channels=channels, size=size)) or 0
+    _check(
+        COPIES * NUMBER * count,
+        f"the {count:,} weights of encoder.name={shown(settings.name)}, its projector and predictor, with their "
+        "gradients and averages,",
+        "choose a smaller encoder, or lower hidden and dim of encoder.projector and encoder.predictor",
+    )
+
+
+def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> None:
+    """Refuses an objective whose rows, or those that it draws in a step, do not fit in the device's memory.
+
+    Args:
+        recipe: the objective's.
+        ids: how many images there are, or classes where these are the ids.
+        dim: of the embeddings.
+        processes: that share the rows.
+
+    Raises:
+        ValueError: with what they take and how much there is.
+    """
+    settings, views, batch = recipe.objective, recipe.views.num_views, recipe.train.batch_size
+    cost = scale(settings, images=ids, views=views, batch=batch, dim=dim, processes=processes)
+    length = "objective.size, " if isinstance(settings, Queue | NearestNeighbours) else ""
+    _check(
+        cost.memory,
+        f"the {cost.rows:,} rows of {dim:,} numbers that objective={settings.name} keeps on each process",
+        f"lower {length}encoder.projector.dim, or start more processes",
+    )
+    noise, together = 0, True
+    if isinstance(settings, Bank) and settings.estimator in ("nce", "infonce"):
+        noise, together = settings.negatives, settings.shared
+    if isinstance(settings, NoiseContrastive):
+        noise, together = settings.count, settings.one_draw
+    _check(
+        noise * (NUMBER * dim + ID * (1 if together else batch)),
+        f"objective.negatives={noise:,} rows of {dim:,} numbers{'' if together else ' for each image'}",
+        f"lower objective.negatives{'' if together else ', or set objective.shared=true'}",
+    )
+
+
+def _check(needed: int, what: str, cure: str) -> None:
+    there = memory.device()
+    if needed > there:
+        raise ValueError(
+            f"{what} take at least {memory.gigabytes(needed)}, and there are {memory.gigabytes(there)} of memory; "
+            f"{cure}"
+        )

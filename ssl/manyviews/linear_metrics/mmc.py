@@ -1,0 +1,186 @@
+"""MMC (Xing, Ng, Jordan and Russell 2002): similar images near, dissimilar ones far on average; a convex problem."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from manyviews.config import Settings
+from manyviews.engine.rows import slices
+from manyviews.linear_metrics.linear_metric import Labelled, LinearMetric, Report, labelled
+from manyviews.linear_metrics.mahalanobis import Shrinkage, inverse_root, shrunk_covariance
+
+TILE = 512
+"""Rows and columns of a tile of pairs: 1 MiB of distances."""
+FIRST = 1_000
+"""Images of the problem that is solved first, for a start from which few steps with all images are left."""
+
+
+class MMC(Settings):
+    """Least squared distances within classes for the distances between classes that they leave."""
+
+    name: Literal["mmc"] = "mmc"
+
+    diagonal: bool = False
+    """One weight for each feature instead of a full matrix."""
+    prior: float = Field(0.9, ge=0, le=1)
+    """Share of the squared distances within classes that is the Euclidean distance's in any case; the paper has 0."""
+    shrinkage: Shrinkage | None = None
+    """As of mahalanobis, of the scatter within classes; the paper has 0."""
+    most: int = Field(20_000, ge=2, le=1_000_000)
+    """Images whose pairs are dissimilar pairs, evenly drawn; the time grows with the square."""
+    iterations: int = Field(200, ge=1, le=1_000_000)
+    """Steps at most."""
+    tolerance: float = Field(1e-3, gt=0, le=1e4)
+    """It ends when the distances between classes are proved to be within this share of the largest possible."""
+
+    @torch.no_grad()
+    def fit(
+        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
+    ) -> LinearMetric:
+        """The metric A ⪰ 0 with the least Σ_S ‖x − y‖²_A such that the mean of ‖x − y‖_A over D is 1 at least.
+
+        S are all pairs within a class, D all pairs of different classes (equation 3, with the mean for the sum, which
+        only scales A). Images labelled −1 are left out. By homogeneity it is the A with the largest sum over D for a
+        given sum over S. In the coordinates where the scatter within classes is the identity that says: A has trace 1.
+        There the paper's projections are not needed, and `ascend` replaces its gradient steps, and its Newton steps on
+        the diagonal problem.
+
+        The paper's optimum is nearly of rank one where one difference between classes is much larger than all others:
+        good to tell two clusters apart, bad for nearest neighbours in many classes. Therefore the prior.
+
+        Raises:
+            ValueError: if there is one class only, or the scatter is singular for want of shrinkage.
+        """
+        data = labelled(features, labels)
+        if len(data.names) < 2:
+            raise ValueError(
+                f"all labelled images are of class {int(data.names[0])}: there is no dissimilar pair; give two classes"
+            )
+        # The sum over the pairs of a class of squared differences is its size times the sum of squared residuals.
+        residuals = data.residuals * data.counts[data.labels].double().sqrt()[:, None]
+        covariance, shrinkage = shrunk_covariance(residuals, self.shrinkage)
+        if self.diagonal:
+            covariance = covariance.diagonal().diag()
+        whitening = inverse_root(covariance)
+        inputs = (data.features @ whitening).to(features.dtype if features.dtype == torch.float64 else torch.float32)
+        # The Euclidean distance in these coordinates.
+        fixed = self.prior * covariance / covariance.trace()
+        free = torch.eye(len(covariance)).to(fixed) * (1 - self.prior) / len(covariance)
+        order = data.labels.argsort(stable=True)
+        for images in sorted({min(images, self.most, len(order)) for images in (FIRST, len(order))}):
+            chosen = order[torch.linspace(0, len(order) - 1, images).round().long().to(order.device)]
+            found = ascend(
+                inputs[chosen],
+                data.labels[chosen],
+                fixed,
+                free,
+                diagonal=self.diagonal,
+                iterations=self.iterations,
+                tolerance=self.tolerance,
+                report=report,
+            )
+            free = found.free
+        return self._scaled(data, root(fixed + free) @ whitening, found, shrinkage)
+
+    def _scaled(
+        self, data: Labelled, weights: Float[Tensor, "dim dim"], found: "Ascent", shrinkage: float
+    ) -> LinearMetric:
+        weights = weights / found.values[-1]
+        # Over pairs of a class, the mean of squared differences is twice that of squared residuals, by pairs.
+        sizes = data.counts[data.labels].double()
+        within = float(sizes @ (data.residuals @ weights.T).square().sum(1)) / float((sizes - 1).sum() / 2)
+        return data.metric(
+            weights,
+            self,
+            shrinkage=shrinkage,
+            iterations=len(found.values) - 1,
+            gap=found.gap,
+            within=within,
+        )
+
+
+class Ascent(NamedTuple):
+    """Where `ascend` ended."""
+
+    free: Float[Tensor, "dim dim"]
+    values: list[float]
+    """The mean distance between classes before the first step and after each."""
+    gap: float
+    """No metric's is larger than the last by more than this share."""
+
+
+def ascend(
+    inputs: Float[Tensor, "images dim"],
+    labels: Int[Tensor, " images"],
+    fixed: Float[Tensor, "dim dim"],
+    free: Float[Tensor, "dim dim"],
+    *,
+    diagonal: bool,
+    iterations: int,
+    tolerance: float,
+    report: Report | None = None,
+) -> Ascent:
+    """Maximises g(B) = mean of ‖z‖_(fixed + B) over differences z of images with unlike labels; B ⪰ 0 of free's trace.
+
+    A step is B ← c G B G, with G = the gradient of g, and c such that the trace stays (a diagonal B stays diagonal with
+    G's diagonal). With B = LᵀL it maximises the bound ‖z‖_new ≥ ⟨z, z⟩ / ‖z‖_old that Cauchy and Schwarz give, in
+    which ⟨ ⟩ is between the old and the new image of z, so g never falls. g is concave, so
+    trace · λ_max(G) − ⟨G, B⟩ bounds what is missing to the maximum.
+    """
+    trace, values = float(free.trace()), list[float]()
+    for step in range(iterations + 1):
+        total, scatter = between(inputs @ root(fixed + free).to(inputs), inputs, labels)
+        gradient = scatter / 2
+        if diagonal:
+            gradient = gradient.diagonal().diag()
+        largest = float(torch.linalg.eigvalsh(gradient)[-1])
+        gap = max(0.0, trace * largest - float((gradient * free).sum())) / total
+        values.append(total)
+        if report is not None:
+            report("MMC", step, iterations)
+        if gap <= tolerance or step == iterations:
+            break
+        free = gradient @ free @ gradient
+        free = free * (trace / free.trace())
+    return Ascent(free, values, gap)
+
+
+def between(
+    mapped: Float[Tensor, "images rank"], inputs: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]
+) -> tuple[float, Float[Tensor, "dim dim"]]:
+    """Means over all pairs of images with unlike labels: of ‖m‖, and of z zᵀ / ‖m‖.
+
+    m are the differences of `mapped` and z those of `inputs`. In tiles of pairs, each pair once, with two products of a
+    tile: Σ w z zᵀ = Zᵀ (diag(Σ w) − w) Z. Float64 in float64. Pairs that coincide count as very near, not as infinitely
+    attractive.
+    """
+    squares = mapped.square().sum(1)
+    least = torch.finfo(mapped.dtype).eps * float(squares.mean())
+    weighted, degrees = torch.zeros_like(inputs), torch.zeros_like(squares)
+    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    for rows in slices(0, len(inputs), TILE):
+        for columns in slices(rows.start, len(inputs), TILE):
+            distances = torch.addmm(squares[columns][None], mapped[rows], mapped[columns].T, alpha=-2)
+            distances = distances.add_(squares[rows, None]).clamp_(min=least or 1.0).sqrt_()
+            unlike = labels[rows, None] != labels[columns]
+            weights = distances.reciprocal().mul_(unlike)
+            # A tile on the diagonal holds each of its pairs twice.
+            total += (distances.mul_(unlike)).sum() * (0.5 if rows == columns else 1.0)
+            weighted[rows].addmm_(weights, inputs[columns])
+            degrees[rows] += weights.sum(1)
+            if rows != columns:
+                weighted[columns].addmm_(weights.T, inputs[rows])
+                degrees[columns] += weights.sum(0)
+    pairs = (len(labels) ** 2 - int(labels.bincount().square().sum())) / 2
+    scatter = (inputs.T @ (degrees[:, None] * inputs - weighted)).double()
+    return float(total) / pairs, (scatter + scatter.T) / 2 / pairs
+
+
+def root(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
+    """The symmetric root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    found: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return found

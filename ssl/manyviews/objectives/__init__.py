@@ -1,0 +1,58 @@
+"""The objectives, chosen by name: each contrasts views of one image with other images, and differs in which."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from manyviews.objectives.bank import Bank
+from manyviews.objectives.contrastive import Contrastive
+from manyviews.objectives.in_batch import InBatch
+from manyviews.objectives.log_ratio import LogRatio
+from manyviews.objectives.margin import Margin
+from manyviews.objectives.margin_softmax import MarginSoftmax
+from manyviews.objectives.n_pair import NPair
+from manyviews.objectives.nnclr import NearestNeighbours
+from manyviews.objectives.noise_contrastive import NoiseContrastive
+from manyviews.objectives.objective import Loss, Population
+from manyviews.objectives.objective import Objective as ObjectiveModule
+from manyviews.objectives.queue import Queue
+from manyviews.objectives.ranking import Ranking
+from manyviews.objectives.supervised import Supervised
+from manyviews.objectives.triplet import Triplet
+
+Objective = Annotated[
+    InBatch
+    | Queue
+    | Bank
+    | Supervised
+    | NearestNeighbours
+    | Contrastive
+    | Triplet
+    | Margin
+    | MarginSoftmax
+    | NoiseContrastive
+    | NPair
+    | LogRatio
+    | Ranking,
+    Field(discriminator="name"),
+]
+
+__all__ = [
+    "Bank",
+    "Contrastive",
+    "InBatch",
+    "LogRatio",
+    "Loss",
+    "Margin",
+    "MarginSoftmax",
+    "NPair",
+    "NearestNeighbours",
+    "NoiseContrastive",
+    "Objective",
+    "ObjectiveModule",
+    "Population",
+    "Queue",
+    "Ranking",
+    "Supervised",
+    "Triplet",
+]

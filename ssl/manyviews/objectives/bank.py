@@ -1,0 +1,294 @@
+"""A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from manyviews.engine import log_sum_exp, normalize
+from manyviews.objectives.learned_rows import LearnedRows
+from manyviews.objectives.noise import Noise, log_mean_exp, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+    information,
+)
+from manyviews.objectives.sharded_rows import Storage, fetch, owned, unit_rows
+from manyviews.system import distributed
+
+NORMALISER_DECAY = 0.9
+
+
+class Bank(ObjectiveSettings):
+    """Non-parametric instance discrimination (Wu et al. 2018), each image a class of its own.
+
+    The defaults are the paper's for ImageNet, but for the estimator: one pass over all rows gives the exact softmax
+    and its gradient, so that estimating it is an option and not a need. The negatives of each anchor are all other
+    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
+    its share of the rows; they do not grow with gradient accumulation.
+    """
+
+    name: Literal["bank"] = "bank"
+    temperature: Temperature = 0.07
+    """Divides the similarities; smaller: harder negatives count more."""
+    momentum: float = Field(0.5, ge=0, lt=1)
+    """Share of its old value a row keeps when its image was seen."""
+    proximal: float = Field(0.0, ge=0, le=1e6)
+    """Weight of the squared distance to the image's own row, which slows the embeddings (Wu et al. 2018, 3.3)."""
+    storage: Storage = "float32"
+    """Number format of the rows; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
+    estimator: Literal["exact", "nce", "infonce", "parametric"] = "exact"
+    """Softmax over all rows; noise-contrastive estimation; softmax over rows drawn; or learned weights for rows."""
+    negatives: int = Field(4096, gt=0, le=16_777_216)
+    """Noise rows per anchor (nce, infonce)."""
+    shared: bool = True
+    """One draw of noise rows for the whole batch instead of one per image: far cheaper, equal on average."""
+    normaliser: Literal["exact", "first_batch", "ema"] | Annotated[float, Field(gt=0, le=1e37)] = "ema"
+    """The softmax's denominator Z: over all rows, from the first batch, its moving average, or a number (nce)."""
+    normaliser_every: int = Field(1, gt=0, le=1_000_000_000)
+    """Steps between two sums over all rows, where the normaliser is exact (nce)."""
+
+    @model_validator(mode="after")
+    def _parametric_alone(self) -> "Bank":
+        if self.estimator == "parametric" and (self.storage != "float32" or self.proximal):
+            raise ValueError(
+                f"storage={self.storage} and proximal={self.proximal} are for rows that embeddings move; "
+                "estimator=parametric learns its weights by the optimiser: leave both out"
+            )
+        return self
+
+    @property
+    def bounds_information(self) -> bool:
+        """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
+        return True
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
+        if self.estimator == "parametric":
+            return ParametricObjective(self, dim=dim, population=population, seed=seed)
+        return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
+
+
+class BankObjective(Objective):
+    """The bank's state: unit rows, when each was last written, the steps so far, and log Z (NaN until it is known).
+
+    Each process holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
+    seen travels to the rows it belongs to.
+    """
+
+    rows: Tensor
+    written: Tensor
+    steps: Tensor
+    log_normaliser: Tensor
+
+    def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int) -> None:
+        super().__init__()
+        self.settings, self.num_images, self.seed = settings, num_images, seed
+        self.own = distributed.share(num_images)
+        self.register_buffer("rows", unit_rows(self.own, dim, seed=seed, storage=settings.storage))
+        self.register_buffer("written", torch.zeros(len(self.rows), dtype=torch.int32))
+        self.register_buffer("steps", torch.tensor(0, dtype=torch.int32))
+        # The logarithm: at a temperature of 0.01 Z itself would leave float32.
+        self.register_buffer("log_normaliser", torch.tensor(math.nan))
+        self._pending_log_normaliser: Tensor | None = None
+
+    def shards(self) -> dict[str, int]:
+        """The rows and when they were written."""
+        return {"rows": self.num_images, "written": self.num_images}
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors, the mean over views, against the rows as the last step left them.
+
+        Raises:
+            ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
+        """
+        _check(ids, self.num_images)
+        settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_rows = fetch(self.rows, self.own.start, ids, lengths).to(anchors.dtype).repeat(views, 1)
+        positives = (anchors * own_rows).sum(1)
+        terms = {"positive_similarity": positives.detach().mean(), "staleness": self.staleness()}
+        if settings.estimator == "exact":
+            row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
+            losses = instance_softmax(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
+            negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
+        else:
+            noise = Noise(
+                self.rows,
+                self.own.start,
+                self.num_images,
+                count=settings.negatives,
+                images=None if settings.shared else sum(lengths),
+                seed=self.seed,
+                step=step,
+            )
+            own_hits = noise.own_hits(ids, sum(lengths[: distributed.rank()])).repeat(views)
+            negatives = (settings.negatives - own_hits).to(positives.dtype)
+            losses, log_normaliser, others = self._estimated(
+                anchors, positives, anchor_ids, noise, own_hits, lengths, step
+            )
+            if log_normaliser is not None:
+                self._pending_log_normaliser = log_normaliser
+                terms["normaliser"] = log_normaliser.exp()
+            bounding = losses if others is None else cross_entropy(others, positives.detach() / settings.temperature)
+        terms |= information(bounding, 1 + negatives)
+        terms["negatives"] = negatives.mean()
+        if settings.proximal:
+            losses = losses + settings.proximal * (anchors - own_rows).square().sum(1)
+        return Loss(average(losses), terms)
+
+    @torch.no_grad()
+    def update(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+    ) -> None:
+        """Moves the rows of the images seen, by all processes, towards this step's embeddings; keeps the step's Z.
+
+        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
+        comes more than once, in views, in the batch or on several processes, is averaged first.
+        """
+        _check(ids, self.num_images)
+        lengths = distributed.counts(len(ids))
+        means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
+        places = distributed.gather_without_gradient(ids, lengths) - self.own.start
+        here = owned(self.rows, places)
+        seen, index = torch.unique(places[here], return_inverse=True)
+        # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
+        sums = means.new_zeros(len(seen), means.shape[1]).index_put_((index,), means[here], accumulate=True)
+        counts = means.new_zeros(len(seen)).index_put_((index,), means.new_ones(len(index)), accumulate=True)
+        momentum = self.settings.momentum
+        moved = momentum * self.rows[seen].to(sums.dtype) + (1 - momentum) * sums / counts.unsqueeze(1)
+        self.steps += 1
+        self.rows.index_copy_(0, seen, normalize(moved).to(self.rows.dtype))
+        self.written.index_copy_(0, seen, self.steps.expand(len(seen)))
+        if self._pending_log_normaliser is not None:
+            self.log_normaliser.copy_(self._pending_log_normaliser)
+            self._pending_log_normaliser = None
+
+    def staleness(self) -> Float[Tensor, ""]:
+        """The mean number of steps since this process's rows were written: how far the bank is behind the encoder."""
+        return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
+
+    def _estimated(
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        ids: Tensor,
+        noise: Noise,
+        own_hits: Tensor,
+        lengths: list[int],
+        step: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The losses by noise rows; for NCE the step's log Z, equal on every process, and the log-sums over noise."""
+        temperature, rule = self.settings.temperature, self.settings.normaliser
+        if self.settings.estimator == "infonce":
+            others = log_sum_over_noise(anchors, ids, noise, temperature, lengths)
+            return cross_entropy(others, positives / temperature), None, None
+        due = step % self.settings.normaliser_every == 0
+        with torch.no_grad():
+            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
+            if not isinstance(rule, str):
+                log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
+            elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
+                log_normaliser = self.log_normaliser.clone()
+            else:
+                if rule == "exact":
+                    logarithms = log_sum_exp(anchors.detach(), self.rows, temperature)
+                else:
+                    logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
+                log_normaliser = self._averaged(logarithms)
+        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature, lengths)
+        return losses, log_normaliser, others
+
+    def _averaged(self, logarithms: Tensor) -> Tensor:
+        """The step's log Z from its anchors' estimates, over all processes and, by the rule, over steps.
+
+        The original takes the mean over the first batch's scores, positives among them, and keeps it for ever: right
+        only while the rows are random, before the first epoch is over. The moving average is the default: it follows
+        the rows, at the cost of one more product with the noise. A batch's estimate rests on its anchors times the
+        noise rows and is precise already, so it forgets with 0.9, and in the logarithm, which falls as fast as it
+        rises: Z grows and shrinks by orders of magnitude while the first rows replace the random ones.
+        """
+        stored = self.log_normaliser
+        fresh = log_mean_exp(distributed.gather_without_gradient(logarithms)).to(stored.dtype)
+        if self.settings.normaliser != "ema":
+            return fresh
+        return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
+
+
+class ParametricObjective(LearnedRows):
+    """The parametric softmax that the paper compares with: one learned weight per image, spread over the processes.
+
+    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights begin as
+    the bank's rows do and are free in length.
+    """
+
+    def __init__(self, settings: Bank, *, dim: int, population: Population, seed: int) -> None:
+        super().__init__(population, dim=dim, seed=seed)
+        self.settings = settings
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The cross-entropy of this process's anchors, each image its own class, the mean over views.
+
+        Raises:
+            ValueError: if an id is not one of the images (checked on CPU).
+        """
+        self.check(ids)
+        views, lengths = len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
+        products = (anchors * own_weights).sum(1)
+        losses = instance_softmax(anchors, products, anchor_ids, self.weight, self.own_ids(), self.settings.temperature)
+        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
+        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
+        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
+        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))
+
+
+def instance_softmax(
+    anchors: Float[Tensor, "anchors dim"],
+    positives: Float[Tensor, " anchors"],
+    ids: Int[Tensor, " anchors"],
+    rows: Float[Tensor, "rows dim"],
+    row_ids: Int[Tensor, " rows"],
+    temperature: float,
+) -> Float[Tensor, " anchors"]:
+    """Cross-entropy of the softmax over the rows of all processes, the anchor's own row as its class.
+
+    That is equation 2 of Wu et al. 2018. `positives` are the products of the anchors with their own rows.
+    """
+    others = log_sum_exp(anchors, rows, temperature, query_ids=ids, key_ids=row_ids)
+    return cross_entropy(others, positives / temperature)
+
+
+def _check(ids: Tensor, num_images: int) -> None:
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_images:
+        raise ValueError(
+            f"the bank has one row per image, ids 0 to {num_images - 1}; the batch holds ids from "
+            f"{int(ids.min())} to {int(ids.max())}; build the bank with the number of training images"
+        )

@@ -1,0 +1,120 @@
+"""Pairs: the contrastive loss of the Siamese network, which draws equal ids together and pushes others apart."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from manyviews.engine import sum_over_tiles
+from manyviews.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.system import distributed
+
+
+class Contrastive(ObjectiveSettings):
+    """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all processes."""
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["contrastive"] = "contrastive"
+    margin: float = Field(1.0, gt=0, le=1e4)
+    """Distance up to which negatives are pushed apart; points on the unit sphere are 2 apart at most."""
+    squared: bool = True
+    """Half the squared distance and half the squared hinge (the paper), or the distance and the hinge themselves."""
+    normalized: bool = True
+    """Compare points on the unit sphere; else the embeddings as they are, as in 2006."""
+    average: Literal["active", "all"] = "active"
+    """The mean over the negative pairs within the margin, or over all that were sampled."""
+    sampling: Sampling = All()
+    """Which pairs."""
+
+    @model_validator(mode="after")
+    def _on_the_sphere(self) -> "Contrastive":
+        refuse_off_sphere(self.sampling, self.normalized)
+        return self
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
+        return "cosine" if self.normalized else "euclidean"
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective; it has no state: `seed` is of the pairs that are drawn."""
+        return ContrastiveObjective(self, seed)
+
+
+class ContrastiveObjective(Objective):
+    """The contrastive loss with its settings; it keeps no state."""
+
+    def __init__(self, settings: Contrastive, seed: int) -> None:
+        super().__init__()
+        self.settings, self.seed = settings, seed
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        return contrastive_loss(embeddings, ids, self.settings, seed=self.seed, step=step)
+
+
+@float32_island
+def contrastive_loss(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    settings: Contrastive,
+    *,
+    seed: int,
+    step: int,
+) -> Loss:
+    """The mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
+
+    That is equation 4 of Hadsell et al. 2006 but for the two means: in their sum over all pairs the positives would
+    weigh next to nothing, for there are as many times more negatives as there are other images. Not `squared`, it is
+    d and [margin − d]₊.
+
+    The pairs are those that the sampled triples hold, each counted once: with all, each embedding of this process
+    with each other one of its id, and with each one of another id, on all processes; else each positive with the one
+    negative sampled for it. A positive without a negative is left out, and so is an anchor without a positive: pulled
+    alone everything would come together, pushed alone nothing would be learned. The mean over negative pairs is over
+    those within the margin, or over all; where there is no pair the loss and its gradient are zero.
+    """
+    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
+    weight = torch.ones_like(batch.positive_similarity)
+
+    def hinge(products: Tensor) -> Tensor:
+        return (settings.margin - batch.distances(products)).relu()
+
+    def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        triples = choose(settings.sampling, batch, rows, products)
+        if triples.negatives is None:
+            near = products.gather(1, triples.positives)
+            compared = triples.chosen.any(1)
+            hinges = hinge(products).scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
+            count = (batch.classes.negatives(rows) * compared).sum()
+        else:
+            near, far = products.gather(1, torch.cat([triples.positives, triples.negatives], 1)).tensor_split(2, 1)
+            hinges = hinge(far).where(triples.chosen, 0)
+            count = triples.chosen.sum()
+        pulls = batch.squared_distances(near) / 2 if settings.squared else batch.distances(near)
+        pushes = hinges.square() / 2 if settings.squared else hinges
+        total = pulls.where(triples.chosen, 0).sum() + weight * pushes.sum()
+        counts = torch.stack([triples.chosen.sum(), (hinges.detach() > 0).sum(), count]).to(products.dtype)
+        hard = hardness(triples, batch, rows, products, hinges.detach() == 0)
+        return total, torch.cat([counts, triples.figures, hard])
+
+    if settings.average == "active" or settings.sampling.name == "all":
+        # What a negative pair weighs has to be known before the tiles are differentiated: they are counted first.
+        _, figures = sum_over_tiles(batch.anchors.detach(), batch.candidates.detach(), term)
+        positives, active, count = distributed.total(figures[:3])
+        weight = positives / (active if settings.average == "active" else count).clamp(min=1)
+    total, figures = sum_over_tiles(batch.anchors, batch.candidates, term)
+    figures = distributed.total(figures)
+    positives, active, count = figures[:3]
+    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[3:])
+    return Loss(total * distributed.size() / positives.clamp(min=1), terms)

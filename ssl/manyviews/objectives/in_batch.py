@@ -1,0 +1,277 @@
+"""In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from manyviews.engine import log_sum_exp, normalize
+from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+    information,
+)
+from manyviews.system import distributed
+
+
+class InBatch(ObjectiveSettings):
+    """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three other ways to count negatives.
+
+    With the bilinear score it is the loss of contrastive predictive coding (van den Oord et al. 2018, equations 3, 4).
+    The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
+    with the batch and the processes, and not with gradient accumulation.
+    """
+
+    name: Literal["in_batch"] = "in_batch"
+    temperature: Temperature = 0.1
+    """Divides the similarities; smaller: harder negatives count more."""
+    decoupled: bool = False
+    """Leave the positive out of the denominator (Yeh et al. 2022, DCL): better with small batches."""
+    positive_probability: float = Field(0.0, ge=0, lt=1)
+    """How often a negative is in truth of the anchor's class, for which the sum is corrected (Chuang et al. 2020)."""
+    hardness: float = Field(0.0, ge=0, le=1e4)
+    """Weigh negatives by how similar they are, exp(hardness · similarity / temperature) (Robinson et al. 2021)."""
+    score: Literal["cosine", "bilinear"] = "cosine"
+    """Similarity of unit embeddings; or zᵀ W c of embeddings as they are, with a learned matrix W (CPC)."""
+
+    @model_validator(mode="after")
+    def _has_a_least_score(self) -> "InBatch":
+        if self.score == "bilinear" and self.positive_probability:
+            raise ValueError(
+                f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the "
+                "corrected sum is kept above what the least possible score would give, and a bilinear score has none; "
+                "set score=cosine or positive_probability=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_bounded_gradients(self) -> "InBatch":
+        if self.decoupled and self.positive_probability:
+            raise ValueError(
+                f"decoupled and positive_probability {self.positive_probability} exclude each other: the corrected sum "
+                "may come near zero, where without the positive beside it its gradient has no bound; "
+                "set decoupled=false or positive_probability=0"
+            )
+        return self
+
+    @property
+    def bounds_information(self) -> bool:
+        """Of its scores InfoNCE says so, also where they are trained by another of its losses."""
+        return True
+
+    @property
+    def fewest_views(self) -> int:
+        """A positive is another view."""
+        return 2
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
+        return InBatchObjective(self, dim=dim)
+
+
+class InBatchObjective(Objective):
+    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all processes."""
+
+    def __init__(self, settings: InBatch, *, dim: int) -> None:
+        super().__init__()
+        self.settings = settings
+        if settings.score == "bilinear":
+            self.matrix = nn.Parameter(torch.eye(dim))
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        settings = self.settings
+        if settings.score == "bilinear":
+            return bilinear_contrast(
+                embeddings,
+                ids,
+                self.matrix,
+                settings.temperature,
+                decoupled=settings.decoupled,
+                hardness=settings.hardness,
+            )
+        return nt_xent(
+            embeddings,
+            ids,
+            settings.temperature,
+            decoupled=settings.decoupled,
+            positive_probability=settings.positive_probability,
+            hardness=settings.hardness,
+        )
+
+
+@float32_island
+def nt_xent(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    temperature: float,
+    *,
+    decoupled: bool = False,
+    positive_probability: float = 0.0,
+    hardness: float = 0.0,
+) -> Loss:
+    """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
+
+    An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
+    Its negatives are all embeddings of another id, on every process: an image that comes twice is neither.
+    The mean over anchors is the usual loss; SimCLR's own code returns twice that.
+
+    What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
+    `positive_probability` what `debiased` makes of it, with `decoupled` all of the denominator. An anchor without
+    negatives adds nothing. In each case the terms say what InfoNCE of the same scores, with `hardness` times
+    1 + hardness, bounds.
+
+    Raises:
+        ValueError: if there is one view only.
+    """
+    return _contrast(
+        normalize(embeddings),
+        None,
+        ids,
+        temperature,
+        decoupled=decoupled,
+        positive_probability=positive_probability,
+        hardness=hardness,
+    )
+
+
+@float32_island
+def bilinear_contrast(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    matrix: Float[Tensor, "dim dim"],
+    temperature: float,
+    *,
+    decoupled: bool = False,
+    hardness: float = 0.0,
+) -> Loss:
+    """InfoNCE as contrastive predictive coding scores it: f(z, c) = exp(zᵀ W c) (van den Oord et al. 2018, equation 3).
+
+    Each embedding is once the context c, with the other views of its image as positives and all embeddings of another
+    id, on every process, as negatives: as in `nt_xent`, with another similarity. Embeddings keep their length. W is
+    the matrix divided by the dimension and the temperature: with the identity, and embeddings of unit variance in each
+    dimension, scores begin on the scale of cosines. The matrix learns whatever else there is to them.
+
+    Raises:
+        ValueError: if there is one view only.
+    """
+    keys = at_least_float32(embeddings)
+    queries = keys @ matrix.T / len(matrix)
+    return _contrast(queries, keys, ids, temperature, decoupled=decoupled, hardness=hardness)
+
+
+def _contrast(
+    queries: Tensor,
+    keys: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    *,
+    decoupled: bool,
+    positive_probability: float = 0.0,
+    hardness: float,
+) -> Loss:
+    """The loss of all queries against the keys; without `keys` the queries are the keys, and of length 1."""
+    views, batch, _ = queries.shape
+    if views < 2:
+        raise ValueError(
+            f"an in-batch loss contrasts 2 views or more of each image, not {views}; set views.num_views=2"
+        )
+    # Each ordered pair of views: [anchor's view, positive's view, image].
+    similarities = torch.einsum("vbd,wbd->vwb", queries, queries if keys is None else keys)
+    pairs = ~torch.eye(views, dtype=torch.bool, device=ids.device)
+    positives = similarities[pairs].view(views, views - 1, batch)
+    counts = (views * other_images(ids)).to(positives.dtype)
+    sums, negatives = _negatives(queries, keys, ids, temperature, hardness, counts)
+    negatives, logits = negatives.unsqueeze(1).expand_as(positives), positives / temperature
+    plain = cross_entropy(sums.detach().unsqueeze(1).expand_as(positives), (1 + hardness) * logits.detach())
+    if positive_probability:
+        negatives = debiased(negatives, logits, counts, positive_probability, temperature)
+    if decoupled:
+        losses = (negatives - logits).masked_fill(negatives.isneginf(), 0)
+    else:
+        losses = cross_entropy(negatives, logits)
+    total = average(losses.mean(1).flatten())
+    cosines = positives if keys is None else _cosines(keys)[pairs]
+    terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
+    terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
+    return Loss(total, terms)
+
+
+def debiased(
+    negatives: Float[Tensor, "*pairs batch"],
+    positives: Float[Tensor, "*pairs batch"],
+    counts: Float[Tensor, " batch"],
+    positive_probability: float,
+    temperature: float,
+) -> Float[Tensor, "*pairs batch"]:
+    """The log of the sum over true negatives, from that over all and the positive (Chuang et al. 2020, equation 8).
+
+    Of N negatives a share τ⁺ are expected to be positives, each like the positive at hand: what is left is
+    (Σ − τ⁺ N e^p) / (1 − τ⁺), but no less than N e^(−1/τ), the least a sum over N can be. Where that bound holds, the
+    gradient is zero, as in the authors' code; unlike theirs, nothing is exponentiated.
+
+    Args:
+        negatives: log Σ, for each pair of an anchor and a positive.
+        positives: the positives' logits, p.
+        counts: N, the negatives of each anchor.
+        positive_probability: τ⁺, in (0, 1).
+        temperature: τ.
+    """
+    counts = counts.log()
+    excess = positives + (counts + math.log(positive_probability)) - negatives
+    left = excess < 0
+    # Both branches of a `where` have a gradient: the one not taken must be finite.
+    rest = negatives + torch.log(-torch.expm1(excess.where(left, -1))) - math.log1p(-positive_probability)
+    least = (counts - 1 / temperature).expand_as(rest)
+    return rest.where(left & (rest > least), least)
+
+
+def other_images(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """For each image the number of images in the batches of all processes that have another id."""
+    ordered = distributed.gather_without_gradient(ids).sort().values
+    equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return len(ordered) - equal
+
+
+def _negatives(
+    queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
+) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
+    """The log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what stands for their sum.
+
+    That is the same without hardness (β = 0), and with it N times their weighted mean. The weights e^(βs/τ) join the
+    terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as in the authors' code.
+    """
+    views, batch, _ = queries.shape
+    anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)
+    others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
+
+    def logarithms(temperature: float) -> Tensor:
+        found = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
+        return found.view(views, batch)
+
+    sums = logarithms(temperature / (1 + hardness))
+    if not hardness:
+        return sums, sums
+    return sums, (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
+
+
+@torch.no_grad()
+def _cosines(embeddings: Tensor) -> Float[Tensor, "views views batch"]:
+    unit = normalize(embeddings)
+    return torch.einsum("vbd,wbd->vwb", unit, unit)

@@ -1,0 +1,137 @@
+"""The log-ratio loss for continuous labels (Kim et al. 2019): ratios of distances become those of the labels."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from manyviews.engine import squared_distance_rows, sum_over_tiles
+from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.gathered import gather_views, share_of_mean
+from manyviews.objectives.labels import Labels, mean_squared_distance
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+
+Squared = Literal["both", "embeddings", "neither"]
+
+
+class LogRatio(ObjectiveSettings):
+    """Log-ratio loss (Kim et al. 2019) over all triplets of a batch, of embeddings that are not normalised.
+
+    It takes the recipe's `values`, the continuous labels. No class, no positive and no margin is needed: an image's
+    distances to any two others are to be in the ratio of its label distances.
+    """
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["log_ratio"] = "log_ratio"
+    squared: Squared = "both"
+    """Which distances are squared: both (the paper); neither, a quarter of it (the authors' code); or those of the
+    embeddings alone, which are then to grow as the roots of label distances."""
+    epsilon: float = Field(1e-6, gt=0, le=1e4)
+    """Added to each squared distance inside the logarithm, as a share of the mean squared distance."""
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """That whose ratios are trained."""
+        return "euclidean"
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with the label of each image.
+
+        Raises:
+            ValueError: if the population has no values.
+        """
+        if population.values is None:
+            raise ValueError(
+                "objective=log_ratio compares distances with those of continuous labels, and there are none; set "
+                "values=pixels, values=labels, or values=FILE with numbers for each image"
+            )
+        return LogRatioObjective(self, population.values)
+
+
+class LogRatioObjective(Objective):
+    """The settings at work on the labels of all images."""
+
+    def __init__(self, settings: LogRatio, values: Float[Tensor, "images numbers"]) -> None:
+        super().__init__()
+        self.settings, self.labels = settings, Labels(values)
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of the triplets whose anchors are this process's."""
+        settings = self.settings
+        return log_ratio(embeddings, ids, self.labels, squared=settings.squared, epsilon=settings.epsilon)
+
+
+@float32_island
+def log_ratio(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    labels: Labels,
+    *,
+    squared: Squared,
+    epsilon: float,
+) -> Loss:
+    """The mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
+
+    D is the squared Euclidean distance (Kim et al. 2019, equation 2). Every embedding of the batch is an anchor a, and
+    i < j are all pairs of others whose labels differ from the anchor's. The authors take one anchor from each batch,
+    its nearest neighbours by label among the others, and all pairs i < j.
+
+    An embedding of equal label, another view of the anchor's image among them, is neither i nor j: it has no ratio,
+    and with ε in its place the arbitrary log ε would outweigh all other terms. Its closeness follows from the others:
+    both embeddings are to have the same distances to all the rest.
+
+    With uᵢ = log D(f_a, f_i) − log D(y_a, y_i) the sum over the pairs of M others is M Σ(uᵢ − ū)², so that it costs no
+    more than the distances. ε (`epsilon`) is a share of the mean squared distance, of this batch's embeddings and of
+    all labels, where the authors add 1e-6 as it is: so the loss depends neither on the length of embeddings nor on the
+    unit of labels, and ε stays above the rounding of distances. It is added to the squared distance in either case, so
+    that gradients stay finite where embeddings coincide.
+
+    Args:
+        embeddings: of this process's images.
+        ids: their numbers among all images.
+        labels: of all images.
+        squared: which D are squared; a distance that is not counts half, by its logarithm.
+        epsilon: ε.
+    """
+    gathered = gather_views(at_least_float32(embeddings), ids)
+    own, dtype = gathered.own, gathered.rows.dtype
+    left, right = squared_distance_rows(embeddings.flatten(0, 1), gathered.rows)
+    between = labels.between(gathered.ids[own], gathered.ids, dtype)
+    # Never 0, or the logarithm would have no bound where all coincide.
+    least = torch.finfo(dtype).eps ** 2
+    smallest = epsilon * mean_squared_distance(gathered.rows.detach()) + least
+    smallest_label = epsilon * labels.scale.to(dtype) + least
+    power, label_power = (1.0 if squared != "neither" else 0.5), (1.0 if squared == "both" else 0.5)
+
+    def term(tile: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        label_squares, equal = between(tile)
+        label_distances = label_squares.add(smallest_label).log() * label_power
+        distances = products.clamp(min=0).add(smallest).log() * power
+        compared = ~equal
+        others = compared.sum(1)
+        misfit = _squares_about_the_mean(distances - label_distances, compared)
+        spread = _squares_about_the_mean(label_distances, compared)
+        triplets = others * (others - 1) // 2
+        figures = [triplets.sum(), others.sum(), (others * misfit).sum(), (others * spread).sum()]
+        return (others * misfit).sum(), torch.stack([figure.detach().double() for figure in figures])
+
+    total, (triplets, negatives, misfit, spread) = sum_over_tiles(left, right, term)
+    # Embeddings with equal distances throughout would leave a misfit of all that the labels differ by.
+    explained = torch.where(spread > 0, 1 - misfit / spread, 0)
+    terms = {"negatives": negatives / max(len(own), 1), "explained": explained}
+    return Loss(share_of_mean(total, triplets), {name: figure.to(dtype) for name, figure in terms.items()})
+
+
+def _squares_about_the_mean(numbers: Tensor, counted: Tensor) -> Tensor:
+    """For each row Σ(u − ū)² over what is counted."""
+    mean = numbers.where(counted, 0).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return (numbers - mean).where(counted, 0).square().sum(1)

@@ -1,0 +1,125 @@
+"""The margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from manyviews.engine import sum_over_tiles
+from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.system import distributed
+
+
+class Margin(ObjectiveSettings):
+    """The margin-based loss with distance-weighted sampling (Wu et al. 2017, Sampling Matters).
+
+    The defaults are the paper's. The boundary β between same and different is learned with the weights, by the same
+    optimiser: one for all, or one for each id, which with ids=images is each image.
+    """
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["margin"] = "margin"
+    margin: float = Field(0.2, ge=0, le=1e4)
+    """Distance on either side of the boundary within which pairs still cost something: the paper's α."""
+    beta: float = Field(1.2, gt=0, le=1e4)
+    """The boundary at the start: pairs nearer than it are to be the same."""
+    beta_per: Literal["all", "class"] = "all"
+    """One boundary for all anchors, or one for each id."""
+    nu: float = Field(0.0, ge=0, le=1e4)
+    """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
+    sampling: Sampling = DistanceWeighted()
+    """Which pairs."""
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with its boundaries; `seed` is of the pairs that are drawn."""
+        return MarginObjective(self, population, seed)
+
+
+class MarginObjective(Objective):
+    """The margin-based loss with its boundaries, which are learned and equal on all processes."""
+
+    def __init__(self, settings: Margin, population: Population, seed: int) -> None:
+        super().__init__()
+        self.settings, self.seed = settings, seed
+        count = population.size if settings.beta_per == "class" else 1
+        self.beta = nn.Parameter(torch.full((count,), settings.beta))
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
+        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
+        return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
+
+
+@float32_island
+def margin_loss(
+    embeddings: Float[Tensor, "views batch dim"],
+    ids: Int[Tensor, " batch"],
+    boundaries: Float[Tensor, " batch"],
+    settings: Margin,
+    *,
+    seed: int,
+    step: int,
+) -> Loss:
+    """The sum of [α + d − β]₊ over positive and of [α − d + β]₊ over negative pairs, over the number of active pairs.
+
+    Wu et al. 2017, section 4.2: β is the anchor's boundary, d the distance of unit vectors, and active is a pair that
+    costs something. Unlike a triplet loss it compares distances with a boundary and not with each other, which is
+    isotonic regression: only the order of all distances counts. To the sum ν β is added for each positive pair, as in
+    the authors' code. With it a boundary rests where the active positive pairs outnumber the active negative ones by
+    ν for each pair that is compared, and without it where they are as many.
+
+    The pairs are those that the sampled triples hold: each positive with the negative sampled for it, or, with all,
+    each embedding of this process with each other one of its id, and with each one of another id, on all processes.
+    Where no pair is active the loss and its gradient are zero, ν or not.
+
+    Args:
+        embeddings: of any length.
+        ids: equal for positives.
+        boundaries: β of each image.
+        settings: α, ν and the sampling.
+        seed: of what is drawn.
+        step: of what is drawn.
+    """
+    batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)
+
+    def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        triples = choose(settings.sampling, batch, rows, products)
+        beta = beta[rows, None]
+        if triples.negatives is None:
+            near = batch.distances(products.gather(1, triples.positives))
+            compared = triples.chosen.any(1)
+            pushes = (settings.margin + beta - batch.distances(products)).relu()
+            pushes = pushes.scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
+            count = triples.chosen.sum() + (batch.classes.negatives(rows) * compared).sum()
+        else:
+            found = products.gather(1, torch.cat([triples.positives, triples.negatives], 1))
+            near, far = batch.distances(found).tensor_split(2, 1)
+            pushes = (settings.margin + beta - far).relu().where(triples.chosen, 0)
+            count = 2 * triples.chosen.sum()
+        pulls = (settings.margin + near - beta).relu().where(triples.chosen, 0)
+        total = pulls.sum() + pushes.sum()
+        if settings.nu:
+            total = total + settings.nu * (beta * triples.chosen).sum()
+        active = (pulls.detach() > 0).sum() + (pushes.detach() > 0).sum()
+        counts = torch.stack([active, count]).to(products.dtype)
+        return total, torch.cat(
+            [counts, triples.figures, hardness(triples, batch, rows, products, pushes.detach() == 0)]
+        )
+
+    wide = boundaries.to(batch.anchors.dtype).repeat(len(embeddings))
+    total, figures = sum_over_tiles(batch.anchors, batch.candidates, term, wide)
+    figures = distributed.total(figures)
+    active, count = figures[:2]
+    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[2:])
+    return Loss((total * distributed.size() / active.clamp(min=1)).where(active > 0, 0), terms)

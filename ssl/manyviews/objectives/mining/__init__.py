@@ -1,0 +1,36 @@
+"""Which pairs and triplets of a batch are compared: an anchor's positives, and the negatives sampled for each."""
+
+from manyviews.objectives.mining.batch import Batch, Classes, batch_of
+from manyviews.objectives.mining.hardness import hardness, shares
+from manyviews.objectives.mining.sampling import (
+    All,
+    DistanceWeighted,
+    Easiest,
+    Hard,
+    Hardest,
+    Random,
+    Sampling,
+    SemiHard,
+    Triples,
+    choose,
+    refuse_off_sphere,
+)
+
+__all__ = [
+    "All",
+    "Batch",
+    "Classes",
+    "DistanceWeighted",
+    "Easiest",
+    "Hard",
+    "Hardest",
+    "Random",
+    "Sampling",
+    "SemiHard",
+    "Triples",
+    "batch_of",
+    "choose",
+    "hardness",
+    "refuse_off_sphere",
+    "shares",
+]

@@ -1,0 +1,169 @@
+"""Nearest-neighbour contrast: an image's positive is what lies nearest to it among the images of the last steps."""
+
+import itertools
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from manyviews.engine import log_sum_exp, normalize, top_k
+from manyviews.objectives.fifo_buffer import Ring
+from manyviews.objectives.in_batch import other_images
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+    information,
+)
+from manyviews.system import distributed
+
+
+class NearestNeighbours(ObjectiveSettings):
+    """NNCLR (Dwibedi et al. 2021): neighbours in a support set are contrasted with the predictions of other views.
+
+    It wants an encoder with a predictor, `encoder.predictor.layers=2`, and works less well without.
+    """
+
+    name: Literal["nearest_neighbours"] = "nearest_neighbours"
+    temperature: Temperature = 0.1
+    """Divides the similarities; smaller: harder negatives count more."""
+    size: int = Field(65_536, gt=0, le=2**31)
+    """Projections in the support set, over all processes; by default as many as lightly keeps. More of them have nearer
+    neighbours, but as many as there are images, or more, have each image itself."""
+
+    @property
+    def bounds_information(self) -> bool:
+        """A neighbour follows from its view and the support set, and knows no more of the other view than its view."""
+        return True
+
+    @property
+    def fewest_views(self) -> int:
+        """A positive is another view."""
+        return 2
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective with an empty support set."""
+        return NearestNeighboursObjective(self, dim=dim, seed=seed)
+
+
+class NearestNeighboursObjective(Objective):
+    """The support set, one projection of each image of the last steps, and the loss against it.
+
+    A support set that reaches back a whole epoch holds each image itself, which is then likely its own neighbour: the
+    loss becomes NT-Xent with a positive of the last epoch. The paper leaves the image in, for it seldom is there, and
+    so is it here. The term `own_neighbours` says how often it is its own neighbour.
+    """
+
+    def __init__(self, settings: NearestNeighbours, *, dim: int, seed: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.ring = Ring(settings.size, dim, seed=seed)
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's neighbours against the predictions of all processes, over all pairs of views.
+
+        `embeddings` are the predictions, `targets` the projections; without a predictor there are no targets, and the
+        embeddings are both.
+
+        Raises:
+            ValueError: if there is one view only.
+        """
+        views = len(embeddings)
+        if views < 2:
+            raise ValueError(
+                f"nearest neighbours of one view are contrasted with another view of each image, and there is {views}; "
+                "set views.num_views=2"
+            )
+        predictions, projections = normalize(embeddings), normalize(_projections(embeddings, targets))
+        neighbours, neighbour_ids = self.neighbours(projections.flatten(0, 1), ids.repeat(views))
+        neighbours = neighbours.view_as(projections)
+        losses, similarities = [], []
+        for view, other in itertools.permutations(range(views), 2):
+            near, predicted = neighbours[view], predictions[other]
+            positives = (near * predicted).sum(1)
+            losses.append(neighbour_softmax(near, predicted, positives, ids, self.settings.temperature))
+            similarities.append(positives.detach().mean())
+        negatives, found = other_images(ids).to(predictions.dtype), torch.stack(losses).mean(0)
+        terms = {
+            "positive_similarity": torch.stack(similarities).mean(),
+            "negatives": negatives.mean(),
+            "own_neighbours": (neighbour_ids == ids.repeat(views)).to(predictions.dtype).mean(),
+            "filled": self.ring.filled.to(predictions.dtype),
+        }
+        return Loss(average(found), terms | information(found, 1 + negatives))
+
+    @torch.no_grad()
+    def update(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+    ) -> None:
+        """Puts view 0's projections of all processes into the support set; the other views never enter it."""
+        self.ring.enqueue(_projections(embeddings, targets)[0], ids)
+
+    @torch.no_grad()
+    def neighbours(
+        self, projections: Float[Tensor, "queries dim"], ids: Int[Tensor, " queries"]
+    ) -> tuple[Float[Tensor, "queries dim"], Int[Tensor, " queries"]]:
+        """The nearest rows of the support set over all processes, with their ids; no gradient.
+
+        Only what has been put in is searched, where the authors begin with random rows: until something has been,
+        which is in the first step, the projections themselves are returned. Of equally near rows it is the one in the
+        first slot.
+        """
+        lengths = distributed.counts(len(projections))
+        queries = distributed.gather_without_gradient(projections, lengths)
+        written = int(self.ring.occupied().sum())
+        places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        similarities = torch.full_like(queries[:, 0], -torch.inf)
+        if written:
+            values, indices = top_k(queries, self.ring.rows[:written], 1)
+            similarities, places = values[:, 0], indices[:, 0]
+        winners = distributed.gather_without_gradient(similarities.unsqueeze(0)).argmax(0)
+        won = (winners == distributed.rank()) & similarities.isfinite()
+        # Each query is answered by one process, and by the others with zeros.
+        rows, row_ids = torch.zeros_like(queries), torch.zeros_like(places)
+        rows[won] = self.ring.rows[places[won]].to(rows.dtype)
+        row_ids[won] = self.ring.ids[places[won]]
+        filled = self.ring.filled > 0
+        found = distributed.scatter_sum(rows, lengths).where(filled, projections)
+        return found, distributed.scatter_sum(row_ids, lengths).where(filled, ids)
+
+    def shards(self) -> dict[str, int]:
+        """The support set is spread over the processes."""
+        return {f"ring.{name}": length for name, length in self.ring.shards().items()}
+
+
+def neighbour_softmax(
+    neighbours: Float[Tensor, "batch dim"],
+    predictions: Float[Tensor, "batch dim"],
+    positives: Float[Tensor, " batch"],
+    ids: Int[Tensor, " batch"],
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each image's neighbour with its own prediction against all other images' (equation 3).
+
+    `positives` are the products of the neighbours with the predictions of their own images. Predictions of an image of
+    the same id are neither positives nor negatives.
+    """
+    negatives = log_sum_exp(neighbours, predictions, temperature, query_ids=ids, key_ids=ids)
+    return cross_entropy(negatives, positives / temperature)
+
+
+def _projections(embeddings: Tensor, targets: Tensor | None) -> Tensor:
+    return (embeddings if targets is None else targets).detach()

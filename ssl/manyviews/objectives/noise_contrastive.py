@@ -1,0 +1,240 @@
+"""Learned rows, each told from rows drawn as noise: noise-contrastive estimation, and word2vec's negative sampling."""
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Float64, Int, Int64
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyviews.engine import normalize, sum_over_tiles
+from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.gathered import share_of_mean
+from manyviews.objectives.learned_rows import LearnedRows
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+)
+from manyviews.objectives.sharded_rows import fetch, keyed_generator
+from manyviews.system import distributed
+
+
+class NoiseContrastive(ObjectiveSettings):
+    """Is this row the anchor's, or noise? (Gutmann and Hyvärinen 2010; Mikolov et al. 2013), with one row per id.
+
+    With the correction it is noise-contrastive estimation, in which scores go to log P(id | anchor) + log Z. Noise may
+    then be the anchor's own id: without it scores would go to the odds. Without the correction it is word2vec's
+    negative sampling, in which scores go to the log of the odds over the expected noise: for rare ids, with noise as
+    frequent as they are, that is the pointwise mutual information less log k.
+
+    The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
+    follow the embeddings, and are spread over the processes.
+    """
+
+    name: Literal["noise_contrastive"] = "noise_contrastive"
+    temperature: Temperature = 0.1
+    """Divides the products of embeddings and rows; with normalized=false, 1 is the papers'."""
+    normalized: bool = True
+    """Embeddings and rows of length 1; if false, of their own lengths, as in the papers."""
+    negatives: int | None = Field(None, gt=0, le=16_777_216)
+    """Rows drawn as noise, k: with replacement. Null: 1,024 with the correction, which evens them out, and 5 without
+    (as word2vec), where each weighs as much as the anchor's own row."""
+    shared: bool | None = None
+    """One draw of k for all anchors, of all processes, instead of one for each anchor. Null: shared with the
+    correction, for which it is far cheaper and equal on average, and not without (word2vec: k for each pair)."""
+    power: float = Field(0.75, ge=0, le=100)
+    """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
+    correction: bool = True
+    """Take log Z and the log of the expected noise, k · P(noise is this id), off the scores. If false they count as
+    they are, and noise that is the anchor's own id for nothing (negative sampling)."""
+    normaliser: Literal["learned"] | Annotated[float, Field(gt=0, le=1e37)] = "learned"
+    """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
+
+    @property
+    def count(self) -> int:
+        """How many rows are drawn as noise."""
+        return self.negatives or (1024 if self.correction else 5)
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all anchors have the same noise."""
+        return self.correction if self.shared is None else self.shared
+
+    @property
+    def bounds_information(self) -> bool:
+        """By InfoNCE over the own row and the noise."""
+        return True
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
+
+        Raises:
+            ValueError: if there are fewer than two ids.
+        """
+        return NoiseContrastiveObjective(self, dim=dim, population=population, seed=seed)
+
+
+class NoiseContrastiveObjective(LearnedRows):
+    """The rows, and log Z where it is learned."""
+
+    frequencies: Tensor
+
+    def __init__(self, settings: NoiseContrastive, *, dim: int, population: Population, seed: int) -> None:
+        if population.size < 2:
+            raise ValueError(
+                f"noise is other ids, and there is {population.size} only: give labels of at least 2 classes, or set "
+                "ids=images"
+            )
+        super().__init__(population, dim=dim, seed=seed)
+        self.settings, self.seed = settings, seed
+        # Known from the images, so no part of a checkpoint.
+        self.register_buffer("frequencies", population.frequencies, persistent=False)
+        frequencies = population.frequencies.cpu().double()
+        weights = frequencies**settings.power
+        self._cumulative = weights.cumsum(0)
+        # How far the noise is from what it is noise of, Σ p log(p / q): InfoNCE bounds what is known beyond the noise.
+        shares = frequencies / frequencies.sum()
+        self._divergence = float(torch.xlogy(shares, shares * self._cumulative[-1] / weights).sum())
+        if settings.correction and settings.normaliser == "learned":
+            self.log_normaliser = nn.Parameter(torch.tensor(math.log(self.classes)))
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against their own rows and the step's noise, the mean over views.
+
+        Raises:
+            ValueError: if an id has no row (checked on CPU).
+        """
+        self.check(ids)
+        settings, views, batch = self.settings, len(embeddings), distributed.counts(len(ids))
+        measure = normalize if settings.normalized else at_least_float32
+        anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)
+        own_rows = measure(fetch(self.weight, self.own.start, ids, batch)).repeat(views, 1)
+        products = (anchors * own_rows).sum(1)
+        noise_ids, noise_rows, times = self._noise(batch, views, step, anchors)
+        log_normaliser = self._log_normaliser(anchors)
+        own_offsets = log_normaliser + self._offsets(anchor_ids, anchors)
+        own_logits = products / settings.temperature - own_offsets
+        term = partial(
+            noise_term,
+            ids=None if settings.correction else anchor_ids,
+            noise_ids=noise_ids,
+            times=times,
+            offsets=self._offsets(noise_ids, anchors),
+            own_logits=own_logits.detach(),
+            temperature=settings.temperature,
+        )
+        total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
+        anchor_count = torch.tensor(len(anchors), device=ids.device)
+        own = F.softplus(-own_logits, threshold=40)
+        terms = {
+            "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
+            "negatives": figures[0] / anchor_count.clamp(min=1),
+        }
+        if log_normaliser.requires_grad:
+            terms["normaliser"] = log_normaliser.detach().exp()
+        # So little noise of so unlike ids bounds nothing.
+        if self._divergence < math.log1p(settings.count):
+            terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
+        return Loss(average(own) + share_of_mean(total, anchor_count), terms)
+
+    def _noise(
+        self, batch: list[int], views: int, step: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
+        """The step's noise: ids, their rows with gradient, and how often each is noise for some of the anchors.
+
+        Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
+        """
+        count, key = self.settings.count, {"seed": self.seed, "step": step}
+        if self.settings.one_draw:
+            drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
+            times = number.to(like)
+            return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
+        whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
+        own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
+        drawn, places = (found.to(like.device) for found in own.unique(return_inverse=True))
+        fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
+
+        def times_of(rows: slice) -> Tensor:
+            ones = like.new_ones(1, 1).expand_as(places[rows])
+            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, places[rows], ones)
+
+        return drawn, fetched, times_of
+
+    def _shared_rows(self, drawn: Tensor) -> Tensor:
+        """The rows of ids in rising order, from the processes that own them and with gradient to them."""
+        shares = [distributed.share(self.classes, rank, distributed.size()) for rank in range(distributed.size())]
+        edges = torch.searchsorted(drawn, torch.tensor([0, *(share.stop for share in shares)])).tolist()
+        rank = distributed.rank()
+        places = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
+        return distributed.gather(self.weight[places], [last - first for first, last in itertools.pairwise(edges)])
+
+    def _log_normaliser(self, like: Tensor) -> Tensor:
+        rule = self.settings.normaliser
+        if not self.settings.correction:
+            return like.new_zeros(())
+        return self.log_normaliser if isinstance(rule, str) else like.new_tensor(math.log(rule))
+
+    def _offsets(self, ids: Tensor, like: Tensor) -> Tensor:
+        """log(k · P(noise is this id)) of each id; 0 without the correction."""
+        settings = self.settings
+        if not settings.correction:
+            return like.new_zeros(len(ids))
+        expected = math.log(settings.count) - math.log(float(self._cumulative[-1]))
+        return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
+
+
+def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
+    """Ids drawn with replacement from the sums of their weights up to each; from the seed and the step alone.
+
+    On the CPU, so that they are the same on every device.
+    """
+    numbers = torch.rand(count, generator=keyed_generator(seed, step), dtype=torch.float64)
+    return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
+
+
+def noise_term(
+    rows: slice,
+    products: Float[Tensor, "anchors noise"],
+    log_normaliser: Float[Tensor, ""],
+    *,
+    ids: Int[Tensor, " all"] | None,
+    noise_ids: Int[Tensor, " noise"],
+    times: Callable[[slice], Tensor],
+    offsets: Float[Tensor, " noise"],
+    own_logits: Float[Tensor, " all"],
+    temperature: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
+    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three figures.
+
+    Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id where `ids`, those of
+    all anchors, are given. The figures are sums over the anchors: the noise rows N − 1 that counted, log N less the
+    InfoNCE loss of the same scores, with `own_logits` those of the anchors' own rows, and log N.
+    """
+    logits = products / temperature - (log_normaliser + offsets)
+    weights = times(rows).expand_as(products)
+    if ids is not None:
+        weights = weights.masked_fill(ids[rows, None] == noise_ids, 0)
+    with torch.no_grad():
+        counts = weights.sum(1)
+        losses = cross_entropy((logits + weights.log()).logsumexp(1), own_logits[rows])
+        highest = counts.log1p()
+        figures = torch.stack([counts.sum(), (highest - losses).sum(), highest.sum()])
+    return (weights * F.softplus(logits, threshold=40)).sum(), figures

@@ -1,0 +1,209 @@
+"""What every objective returns, and what their settings have in common."""
+
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyviews.config import Settings
+from manyviews.objectives.gathered import share_of_mean
+from manyviews.system import distributed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Loss(NamedTuple):
+    """One step's loss and the figures worth logging beside it."""
+
+    total: Float[Tensor, ""]
+    """The mean over the local anchors; the mean over processes is the loss of the whole batch."""
+    terms: dict[str, Tensor]
+    """Detached scalars of this process."""
+
+
+class Population(NamedTuple):
+    """What an objective may know of all images before the first step."""
+
+    ids: Int[Tensor, " images"]
+    """What each image goes by: its own number, or that of its class; from 0, without gaps."""
+    values: Float[Tensor, "images numbers"] | None = None
+    """Continuous labels of each image, where the recipe has them."""
+
+    @staticmethod
+    def each(count: int) -> "Population":
+        """So many images, of which each is its own class."""
+        return Population(torch.arange(count))
+
+    @property
+    def size(self) -> int:
+        """How many different ids there are."""
+        return int(self.ids.max()) + 1
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several images have one id, as with labels."""
+        return self.size < len(self.ids)
+
+    @property
+    def frequencies(self) -> Int[Tensor, " ids"]:
+        """How many images have each id."""
+        return self.ids.bincount()
+
+
+def cross_entropy(
+    negatives: Float[Tensor, "*anchors"], positives: Float[Tensor, "*anchors"]
+) -> Float[Tensor, "*anchors"]:
+    """−log(e^p / (e^p + Σ e^n)) from the log-sum-exp of the negatives' logits and the positive's logit.
+
+    0, with a zero gradient, where the negatives are −inf, for there are none.
+    """
+    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
+    return F.softplus(negatives - positives, threshold=40)
+
+
+def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
+    """This process's part of the mean over the anchors of all processes: the mean of the parts is that mean.
+
+    It is the local mean where all processes have equally many anchors, and stays exact where a last batch is uneven.
+    """
+    return losses.sum() * (distributed.size() / sum(distributed.counts(len(losses))))
+
+
+def information(
+    losses: Float[Tensor, " anchors"],
+    candidates: Float[Tensor, " anchors"],
+    *,
+    positives: Float[Tensor, " anchors"] | None = None,
+    counted: Bool[Tensor, " anchors"] | None = None,
+) -> dict[str, Tensor]:
+    """What InfoNCE losses say of the mutual information of anchor and positive: a lower bound and its ceiling, in nats.
+
+    I ≥ log N − loss (van den Oord et al. 2018, section 2.3), with N candidates for each anchor, its positives among
+    them; and this for any scores (Poole et al. 2019, equation 10), whatever loss they are trained by. The bound can
+    never say more than log N; with P positives that share the softmax, as in SupCon, no more than log N − log P.
+
+    Collective: the mean over the processes is the mean over the anchors of all of them.
+
+    Args:
+        losses: of each anchor, the mean over its positives of −log of the positive's share of the softmax.
+        candidates: N of each anchor.
+        positives: P of each anchor; none: 1.
+        counted: which anchors count; none: all.
+    """
+    highest = candidates.clamp(min=1).log()
+    ceiling = highest if positives is None else highest - positives.clamp(min=1).log()
+    if counted is None:
+        counted = torch.ones_like(losses, dtype=torch.bool)
+    figures = torch.stack([highest - losses.detach(), ceiling]).where(counted, 0).sum(1)
+    bound, ceiling = share_of_mean(figures, counted.sum())
+    return {"information": bound, "ceiling": ceiling}
+
+
+def float32_island(function: Callable[P, R]) -> Callable[P, R]:
+    """Keeps autocast out of a function of tensors: at a temperature of 0.07 bfloat16 logits are off by 0.02."""
+
+    @functools.wraps(function)
+    def island(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*arguments, **options)
+
+    return island
+
+
+class Objective(nn.Module, ABC):
+    """What an objective is to the loop: a loss of embeddings, and memory that moves after the weights have."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors; `targets` are the momentum twin's embeddings where there is a twin."""
+
+    @torch.no_grad()
+    def update(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+    ) -> None:
+        """Moves the memory after a step that was taken; an objective without memory has nothing to do."""
+
+    def shards(self) -> dict[str, int]:
+        """The length over all processes of what is spread over them, by its name in the state dictionary.
+
+        Each process holds the part `distributed.share(length)` of the first axis; all other state is equal everywhere.
+        """
+        return {}
+
+
+class ObjectiveSettings(Settings):
+    """What the settings of all objectives have in common."""
+
+    compares_embeddings: ClassVar[bool] = False
+    """Whether embeddings are trained to be compared with each other, so that they, and not the backbone's features, are
+    what images are retrieved, clustered and verified by."""
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """By which embeddings are to be compared: the cosine, or the Euclidean distance of embeddings as they are."""
+        return "cosine"
+
+    @abstractmethod
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective for embeddings of `dim` dimensions; what is random in it follows from `seed`."""
+
+    @property
+    def twin_momentum(self) -> float | None:
+        """Share of its old weights that a momentum twin keeps at each step; none: there is no twin."""
+        return None
+
+    @property
+    def bounds_information(self) -> bool:
+        """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+        return False
+
+    @property
+    def fewest_views(self) -> int:
+        """How many views of each image it needs at least."""
+        return 1
+
+    @property
+    def most_views(self) -> int | None:
+        """How many views of each image it can use; none: any number."""
+        return None
+
+    @property
+    def splits_views(self) -> bool:
+        """Whether the encoder sees view 0 only and the twin view 1 only, instead of both seeing both."""
+        return False
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the twin's batch norms are to see other companies of images than the encoder's, across processes."""
+        return False
+
+
+def _warn_if_tiny(temperature: float) -> float:
+    if temperature < 0.01:
+        warnings.warn(
+            f"temperature {temperature} is below 0.01: only the hardest negative of each anchor will count; "
+            "0.05 to 0.5 is usual",
+            stacklevel=2,
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(gt=0, le=1e4), AfterValidator(_warn_if_tiny)]

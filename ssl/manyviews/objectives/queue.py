@@ -1,0 +1,217 @@
+"""A queue of negatives: the momentum twin's embeddings of the images of the last steps."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from manyviews.engine import log_sum_exp, normalize
+from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.fifo_buffer import Ring
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    average,
+    cross_entropy,
+    float32_island,
+    information,
+)
+from manyviews.objectives.sharded_rows import Storage
+from manyviews.system import distributed
+
+
+class Queue(ObjectiveSettings):
+    """MoCo (He et al. 2020, algorithm 1) with the second version's defaults (Chen et al. 2020).
+
+    The negatives of each anchor are the keys in the queue, on any number of processes, each of which holds its share
+    of them; with `per_process` they grow with the processes. They do not grow with gradient accumulation.
+
+    With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
+    contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
+    """
+
+    name: Literal["queue"] = "queue"
+    temperature: Temperature = 0.2
+    """Divides the similarities; smaller: harder negatives count more."""
+    size: int = Field(65_536, gt=0, le=2**31)
+    """Keys in the queue, which are the negatives of each anchor."""
+    per_process: bool = False
+    """Take the size for each process: with W processes the queue holds W times as many keys."""
+    storage: Storage = "float32"
+    """Number format of the keys; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
+    momentum: float = Field(0.999, ge=0, le=1)
+    """Share of its old weights the twin keeps at each step."""
+    symmetric: bool = False
+    """Contrast view 1 with the twin's view 0 too, and take the mean."""
+    shuffle: bool = True
+    """On several processes, the twin sees the images in other company than the encoder, for batch norm's sake."""
+
+    @property
+    def twin_momentum(self) -> float | None:
+        """The momentum of the twin that makes the keys."""
+        return self.momentum
+
+    @property
+    def bounds_information(self) -> bool:
+        """It is InfoNCE."""
+        return True
+
+    @property
+    def fewest_views(self) -> int:
+        """A query and its key are two views."""
+        return 2
+
+    @property
+    def most_views(self) -> int | None:
+        """A query and its key are two views."""
+        return 2
+
+    @property
+    def splits_views(self) -> bool:
+        """Without symmetry the encoder needs view 0 only, and the twin view 1."""
+        return not self.symmetric
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the twin's batch is shuffled between processes."""
+        return self.shuffle
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
+        return QueueObjective(self, dim=dim, population=population, seed=seed)
+
+
+class QueueObjective(Objective):
+    """The queue with its settings; whether keys of equal ids are positives follows from the images' ids."""
+
+    def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
+        super().__init__()
+        self.settings, self.supervised = settings, population.grouped
+        size = settings.size * (distributed.size() if settings.per_process else 1)
+        self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
+
+    def shards(self) -> dict[str, int]:
+        """The queue's rows and ids."""
+        return {f"queue.{name}": length for name, length in self.queue.shards().items()}
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the queue as the last step left it.
+
+        With symmetry `embeddings` and `targets` are both views of the encoder and of the twin, and each view is
+        contrasted with the other; without, they are view 0 of the encoder and view 1 of the twin.
+
+        Raises:
+            ValueError: if there are no targets, or another number of views.
+        """
+        targets = self._checked(embeddings, targets)
+        queries, keys = normalize(embeddings), normalize(targets.detach()).flip(0)
+        positives = (queries * keys).sum(2).flatten()
+        anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(len(queries))
+        temperature = self.settings.temperature
+        if self.supervised:
+            sums, counts = key_sums(self.queue, ids)
+            sums, counts = sums.repeat(len(queries), 1), counts.repeat(len(queries))
+            losses, cosines = supervised_queue_softmax(anchors, positives, sums, counts, self.queue.rows, temperature)
+        else:
+            counts, cosines = torch.zeros_like(positives), positives
+            losses = queue_softmax(anchors, positives, anchor_ids, self.queue.rows, self.queue.ids, temperature)
+        terms = {
+            "positive_similarity": cosines.detach().mean(),
+            "negatives": (self.queue.size - counts).mean(),
+            "filled": self.queue.filled.float(),
+        }
+        candidates = torch.full_like(losses.detach(), 1 + self.queue.size)
+        return Loss(average(losses), terms | information(losses, candidates, positives=1 + counts))
+
+    @torch.no_grad()
+    def update(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+    ) -> None:
+        """Enqueues one key per image of all processes: the twin's view 1.
+
+        The symmetric loss enqueues no more than that: MoCo's notebook for CIFAR-10 enqueues both views, which halves
+        the number of images the queue reaches back to.
+        """
+        self.queue.enqueue(self._checked(embeddings, targets)[-1], ids)
+
+    def _checked(self, embeddings: Tensor, targets: Tensor | None) -> Tensor:
+        if targets is None:
+            raise ValueError(
+                "the queue contrasts with a momentum twin: pass its embeddings of the same views as targets"
+            )
+        views = 2 if self.settings.symmetric else 1
+        if len(embeddings) != views or len(targets) != views:
+            raise ValueError(
+                f"the queue contrasts 2 views of each image; {len(embeddings)} of the encoder and {len(targets)} of "
+                f"the twin are not {views} and {views}; set views.num_views=2"
+            )
+        return targets
+
+
+def queue_softmax(
+    queries: Float[Tensor, "batch dim"],
+    positives: Float[Tensor, " batch"],
+    ids: Int[Tensor, " batch"],
+    rows: Float[Tensor, "slots dim"],
+    row_ids: Int[Tensor, " slots"],
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each query's own key against the queue; rows that hold the query's own image are left out.
+
+    `positives` are the products of the queries with their own keys, `rows` this process's part of the queue. MoCo's
+    code leaves the query's image in.
+    """
+    negatives = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids)
+    return cross_entropy(negatives, positives / temperature)
+
+
+def supervised_queue_softmax(
+    queries: Float[Tensor, "batch dim"],
+    positives: Float[Tensor, " batch"],
+    sums: Float[Tensor, "batch dim"],
+    counts: Float[Tensor, " batch"],
+    rows: Float[Tensor, "slots dim"],
+    temperature: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """For each query the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
+
+    Its positives are its own key and the keys of its id in the queue; the sum goes over its own key and the whole queue
+    (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and
+    `counts` what `key_sums` gives for them, `rows` this process's part of the queue.
+    """
+    products = (positives + (queries * sums).sum(1)) / (1 + counts)
+    candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature), positives / temperature)
+    return candidates - products / temperature, products
+
+
+@torch.no_grad()
+def key_sums(queue: Ring, ids: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
+    """For each id the sum of the keys in the queue, on all processes, that have it, and their number; collective.
+
+    Similarities with all keys of an id add up to that with their sum, so that none is compared by itself.
+    """
+    lengths = distributed.counts(len(ids))
+    wanted, places = distributed.gather_without_gradient(ids, lengths).unique(return_inverse=True)
+    index = torch.searchsorted(wanted, queue.ids).clamp(max=len(wanted) - 1)
+    here = wanted[index] == queue.ids
+    rows = at_least_float32(queue.rows[here])
+    counted = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
+    found = counted.new_zeros(len(wanted), counted.shape[1]).index_put_((index[here],), counted, accumulate=True)
+    found = distributed.scatter_sum(found[places], lengths)
+    return found[:, :-1], found[:, -1]

@@ -1,0 +1,129 @@
+"""Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from manyviews.engine import normalize, sum_over_tiles
+from manyviews.objectives.gathered import gather_views, share_of_mean
+from manyviews.objectives.labels import Labels
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, Temperature, float32_island
+from manyviews.objectives.query_losses import (
+    binary_hinge,
+    cross_entropy,
+    hinge,
+    list_mle,
+    list_net,
+    rank_net,
+    squared_error,
+)
+
+RankingLoss = Literal["squared_error", "cross_entropy", "rank_net", "hinge", "list_net", "list_mle"]
+LOSSES: dict[RankingLoss, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared_error": squared_error,
+    "cross_entropy": cross_entropy,
+    "rank_net": rank_net,
+    "hinge": hinge,
+    "list_net": list_net,
+    "list_mle": list_mle,
+}
+
+
+class Ranking(ObjectiveSettings):
+    """Ranking losses over all other embeddings of the batch: by point, by pair or by list.
+
+    The relevance of an item to a query is 1 where they have the same id and 0 elsewhere; with the recipe's `values`
+    it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
+    """
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["ranking"] = "ranking"
+    loss: RankingLoss = "list_net"
+    """Of each item (squared_error, cross_entropy); of each pair, one more relevant than the other (RankNet, hinge); or
+    of the whole list (ListNet, ListMLE). With `values` the losses of pairs cost (images of a batch)³."""
+    temperature: Temperature = 0.1
+    """Divides the cosines, which makes them scores (squared_error compares the cosines as they are). The hinge's margin
+    is a score of 1, and so a cosine of this number."""
+    label_temperature: float = Field(0.1, gt=0, le=1e4)
+    """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective, with the label of each image where the population has values."""
+        return RankingObjective(self, population.values)
+
+
+class RankingObjective(Objective):
+    """The labels of all images, if any; and for the cross-entropy the learned cosine of even odds, 1 at first."""
+
+    def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.labels = None if values is None else Labels(values)
+        # Few items are relevant: at 1 nearly all are rightly told to be unlikely (Zhai et al. 2023, section 3.2).
+        self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
+
+    @float32_island
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's queries: the mean over those with items of different relevance.
+
+        An item is every embedding of the batch, on all processes, but the query itself.
+        """
+        gathered = gather_views(normalize(embeddings), ids)
+        queries = normalize(embeddings).flatten(0, 1)
+        relevance = self._relevance(gathered.ids, gathered.own, queries.dtype)
+        own, loss = gathered.own, self._loss()
+        learned = () if self.threshold is None else (self.threshold,)
+
+        def term(tile: slice, products: Tensor, *threshold: Tensor) -> tuple[Tensor, Tensor]:
+            cosines, relevances = _without(own[tile], products), _without(own[tile], relevance(tile))
+            if not cosines.shape[1]:
+                return cosines.sum(), products.new_zeros(4, dtype=torch.float64)
+            best = relevances.amax(1, keepdim=True)
+            asked = (best > relevances.amin(1, keepdim=True)).squeeze(1)
+            total = loss(cosines - threshold[0] if threshold else cosines, relevances).where(asked, 0).sum()
+            first = (relevances == best) & asked[:, None]
+            figures = [asked, cosines.where(first, 0), first, ~first & asked[:, None]]
+            return total, torch.stack([figure.detach().sum().double() for figure in figures])
+
+        total, (asked, similarities, first, rest) = sum_over_tiles(queries, gathered.rows, term, *learned)
+        terms = {"positive_similarity": similarities / first.clamp(min=1), "negatives": rest / asked.clamp(min=1)}
+        if self.threshold is not None:
+            terms["threshold"] = self.threshold.detach().clone()
+        return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
+
+    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of each query, from the cosines of its items and their relevances."""
+        settings, loss = self.settings, LOSSES[self.settings.loss]
+        if settings.loss == "squared_error":
+            return loss
+        if settings.loss == "hinge" and self.labels is None:
+            loss = binary_hinge
+        if settings.loss == "list_net":
+            return lambda cosines, relevances: loss(
+                cosines / settings.temperature, relevances / settings.label_temperature
+            )
+        return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
+
+    def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        """How relevant all embeddings of the batch are to some of this process's queries."""
+        if self.labels is None:
+            return lambda tile: (ids[own[tile], None] == ids).to(dtype)
+        between = self.labels.between(ids[own], ids, dtype)
+        return lambda tile: 1 / (1 + between(tile)[0].sqrt())
+
+
+def _without(places: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
+    """Each row without one of its columns."""
+    columns = torch.arange(max(matrix.shape[1] - 1, 0), device=matrix.device)
+    return matrix.gather(1, columns + (columns >= places[:, None]))

@@ -1,0 +1,119 @@
+"""Supervised contrast: all embeddings of one id, whatever the id stands for, are each other's positives."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyviews.engine import log_sum_exp, normalize
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    float32_island,
+    information,
+)
+from manyviews.system import distributed
+
+
+class Supervised(ObjectiveSettings):
+    """SupCon (Khosla et al. 2020, equation 2, L_out); `ids=labels` makes the positives those of one class.
+
+    With images as ids and two views it is NT-Xent.
+    """
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["supervised"] = "supervised"
+    temperature: Temperature = 0.1
+    """Divides the similarities; smaller: harder negatives count more."""
+
+    @property
+    def bounds_information(self) -> bool:
+        """For two images of an id, in batches that are drawn at random."""
+        return True
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective; it has no state, so the arguments change nothing."""
+        return SupervisedObjective(self)
+
+
+class SupervisedObjective(Objective):
+    """The supervised loss with its settings; it keeps no state."""
+
+    def __init__(self, settings: Supervised) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        return supervised_contrast(embeddings, ids, self.settings.temperature)
+
+
+@float32_island
+def supervised_contrast(
+    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"], temperature: float
+) -> Loss:
+    """For each anchor the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
+
+    An anchor's positives are all other embeddings of its id, on every process; the sum goes over all embeddings but
+    the anchor itself, positives among them. Anchors without a positive are left out of the mean over anchors: the
+    authors' code divides by zero there (a later version by one, which counts them with a loss of zero), and it
+    multiplies the loss by τ / 0.07.
+
+    Each positive with all candidates is InfoNCE of two images of an id, for what is drawn at random may be of the same
+    id too: the terms hold its bound, which P positives keep below log N − log P.
+
+    A positive is never compared one by one: the similarities with all of a class add up to that with its sum, so that
+    memory and traffic stay linear, one row for each id of each process.
+    """
+    views, batch, _ = embeddings.shape
+    embeddings = normalize(embeddings)
+    anchors = embeddings.flatten(0, 1)
+    rows = distributed.counts(len(anchors))
+    first = sum(rows[: distributed.rank()])
+    own_rows = torch.arange(first, first + len(anchors), device=ids.device)
+    candidates = log_sum_exp(anchors, None, temperature, query_ids=own_rows).view(views, batch)
+    sums, members = class_sums(embeddings, ids)
+    positives = (members - 1).to(anchors.dtype)
+    # An anchor is a member of its class, but not its own positive.
+    similarities = (embeddings * (sums - embeddings)).sum(2) / positives.clamp(min=1)
+    contrasted = (positives > 0).expand_as(similarities)
+    losses = (candidates - similarities / temperature).where(contrasted, 0)
+    total = losses.sum() * distributed.size() / distributed.total(contrasted.sum()).clamp(min=1)
+    terms = {
+        "positive_similarity": similarities.detach().where(contrasted, 0).sum() / contrasted.sum().clamp(min=1),
+        "negatives": (sum(rows) - members).to(anchors.dtype).mean(),
+    }
+    terms |= information(
+        losses.flatten(),
+        torch.full_like(losses, sum(rows) - 1).flatten(),
+        positives=positives.repeat(views),
+        counted=contrasted.flatten(),
+    )
+    return Loss(total, terms)
+
+
+def class_sums(
+    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
+    """For each id the sum of all embeddings that have it, on all processes and with gradient, and their number."""
+    own, places = ids.unique(return_inverse=True)
+    local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, places, embeddings.sum(0))
+    counts = torch.bincount(places, minlength=len(own)) * len(embeddings)
+    lengths = distributed.counts(len(own))
+    classes, positions = distributed.gather_without_gradient(own, lengths).unique(return_inverse=True)
+    sums = embeddings.new_zeros(len(classes), embeddings.shape[2])
+    sums = sums.index_add(0, positions, distributed.gather(local, lengths))
+    members = torch.zeros_like(classes).index_add(0, positions, distributed.gather_without_gradient(counts, lengths))
+    wanted = torch.searchsorted(classes, ids)
+    return sums[wanted], members[wanted]

@@ -1,0 +1,203 @@
+"""Triplets: an anchor nearer to its positive than to a negative, by a margin."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from manyviews.engine import sum_over_tiles
+from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.system import distributed
+
+FEW = 32
+"""Positives of a row up to which a pass over the row for each is faster than searching among them."""
+
+
+class Triplet(ObjectiveSettings):
+    """The triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all processes.
+
+    The defaults are FaceNet's: squared distances on the unit sphere, a margin of 0.2, semi-hard negatives for all
+    positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
+    margin.
+    """
+
+    compares_embeddings: ClassVar[bool] = True
+
+    name: Literal["triplet"] = "triplet"
+    margin: float = Field(0.2, ge=0, le=1e4)
+    """How much nearer the positive is to be, in distance or in squared distance; a soft margin has none."""
+    squared: bool = True
+    """Compare squared distances (FaceNet) or plain ones."""
+    soft: bool = False
+    """log(1 + e^x) of the difference of the distances in place of max(0, x + margin) (Hermans et al. 2017)."""
+    normalized: bool = True
+    """Compare points on the unit sphere; else the embeddings as they are."""
+    average: Literal["active", "all"] = "active"
+    """The mean over the triplets that violate the margin, or over all that were sampled."""
+    sampling: Sampling = SemiHard()
+    """Which triplets."""
+
+    @model_validator(mode="after")
+    def _on_the_sphere(self) -> "Triplet":
+        refuse_off_sphere(self.sampling, self.normalized)
+        return self
+
+    @property
+    def distance(self) -> Literal["cosine", "euclidean"]:
+        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
+        return "cosine" if self.normalized else "euclidean"
+
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """The objective; it has no state: `seed` is of the triplets that are drawn."""
+        return TripletObjective(self, seed)
+
+
+class TripletObjective(Objective):
+    """The triplet loss with its settings; it keeps no state."""
+
+    def __init__(self, settings: Triplet, seed: int) -> None:
+        super().__init__()
+        self.settings, self.seed = settings, seed
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "views batch dim"],
+        ids: Int[Tensor, " batch"],
+        targets: Float[Tensor, "views batch dim"] | None,
+        step: int,
+    ) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        return triplet_loss(embeddings, ids, self.settings, seed=self.seed, step=step)
+
+
+@float32_island
+def triplet_loss(
+    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"], settings: Triplet, *, seed: int, step: int
+) -> Loss:
+    """The mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² in place of d where `squared`.
+
+    Anchors are all embeddings of this process, positives the other embeddings of the anchor's id and negatives those
+    of other ids, on all processes. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017
+    find best), or over all that were sampled (FaceNet's equation 3 is their sum); with a soft margin all are above.
+    Where there is none the loss and its gradient are zero.
+
+    All triplets are counted without being listed: for each positive the negatives within its margin, by a pass over
+    the row, or by a search among the row's sorted positives where they are many. A soft margin, which every triplet
+    exceeds, always takes the passes.
+    """
+    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
+    read = batch.squared_distances if settings.squared else batch.distances
+    margin = None if settings.soft else settings.margin
+
+    def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        triples = choose(settings.sampling, batch, rows, products)
+        if triples.negatives is None:
+            total, active = all_triplets(
+                read(products), triples.positives, triples.chosen, batch.classes.mates(rows), margin
+            )
+            counts = hardness(triples, batch, rows, products, torch.zeros_like(products, dtype=torch.bool))
+            # Not listed one by one, the easy triples are those that are neither active nor hard.
+            counts[2] = counts[0] - active.maximum(counts[1])
+        else:
+            compared = products.gather(1, torch.cat([triples.positives, triples.negatives], 1))
+            positive, negative = read(compared).tensor_split(2, 1)
+            losses = _excess(positive - negative, margin).where(triples.chosen, 0)
+            total, active = losses.sum(), (losses > 0).sum()
+            counts = hardness(triples, batch, rows, products, losses == 0)
+        return total, torch.cat([active.to(products.dtype)[None], triples.figures, counts])
+
+    total, figures = sum_over_tiles(batch.anchors, batch.candidates, term)
+    figures = distributed.total(figures)
+    active, count = figures[0], figures[4]
+    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[1:])
+    compared = count if settings.average == "all" or settings.soft else active
+    return Loss(total * distributed.size() / compared.clamp(min=1), terms)
+
+
+def all_triplets(
+    distances: Float[Tensor, "rows all"],
+    positives: Int[Tensor, "rows positives"],
+    there: Bool[Tensor, "rows positives"],
+    mates: Int[Tensor, "rows members"],
+    margin: float | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The sum of [d(a, p) − d(a, n) + margin]₊ over a row's positives and all its negatives, and how many are above 0.
+
+    Args:
+        distances: of the anchors from all candidates.
+        positives: the places of each row's positives.
+        there: which of them there are.
+        mates: the places that are no negatives.
+        margin: None is a soft one.
+    """
+    total, active = _AllTriplets.apply(distances, positives, there, mates, margin)
+    return total, active
+
+
+def _excess(difference: Tensor, margin: float | None) -> Tensor:
+    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
+    return F.softplus(difference, threshold=40) if margin is None else (difference + margin).relu()
+
+
+class _AllTriplets(torch.autograd.Function):
+    """Finds the gradient with the value: autograd would keep a tile for each positive."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, distances: Tensor, positives: Tensor, there: Tensor, mates: Tensor, margin: float | None
+    ) -> tuple[Tensor, Tensor]:
+        # A positive at −∞ and a negative at ∞ are in no triplet that costs anything.
+        own = distances.gather(1, positives).masked_fill_(~there, -torch.inf)
+        others = distances.scatter(1, mates, torch.inf)
+        if margin is not None and own.shape[1] > FEW:
+            total, own_weights, weights = _by_search(own + margin, others)
+            active = own_weights.sum()
+        else:
+            total, active, own_weights, weights = _by_passes(own, others, margin)
+        ctx.save_for_backward(weights.scatter_add_(1, positives, own_weights))
+        ctx.mark_non_differentiable(active)
+        return total, active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        return weights * gradients[0], None, None, None, None
+
+
+def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, number of active triplets, and the derivatives in the positives and in the negatives."""
+    totals, counts = torch.zeros_like(own), torch.zeros_like(own)
+    own_weights, weights = torch.zeros_like(own), torch.zeros_like(others)
+    for column in range(own.shape[1]):
+        difference = own[:, [column]] - others
+        losses = _excess(difference, margin)
+        slopes = difference.sigmoid_() if margin is None else losses.sign()
+        totals[:, column], own_weights[:, column] = losses.sum(1), slopes.sum(1)
+        counts[:, column] = own_weights[:, column] if margin is not None else losses.sign_().sum(1)
+        weights -= slopes
+    return totals.sum(), counts.sum(), own_weights, weights
+
+
+def _by_search(limits: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, and the derivatives in the positives, which are counts of negatives, and in the negatives.
+
+    A negative at d is in an active triplet with each positive whose limit, its distance and the margin, is above d.
+    With the limits sorted these are all from a place on that a search finds: their number and, by cumulated sums from
+    the end, the sum of their limits give all that the negative costs at once.
+    """
+    ordered, order = limits.sort(1)
+    count = ordered.shape[1]
+    places = torch.searchsorted(ordered, others, right=True)
+    # From each place to the end; none from the last place. Limits of −∞ stand first and are above nothing.
+    sums = F.pad(ordered.flip(1).cumsum(1).flip(1), (0, 1))
+    weights = (count - places).to(others.dtype)
+    total = (sums.gather(1, places) - weights * others.where(places < count, 0)).sum()
+    found = torch.zeros_like(sums).scatter_add_(1, places, torch.ones_like(others))
+    own_weights = torch.zeros_like(limits).scatter_(1, order, found.cumsum(1)[:, :-1])
+    return total, own_weights, weights.neg_()

@@ -1,0 +1,135 @@
+"""Optimisers by name, with the right tensors left out of weight decay, and the schedule as a pure function."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from timm.optim.lars import Lars
+from torch import nn
+
+from manyviews.config import Settings
+from manyviews.config.vocabulary import SCHEDULE
+
+REFERENCE_BATCH = 256
+"""The batch that a scaled rate is stated for (Goyal et al. 2017)."""
+
+Name = Literal["adamw", "sgd", "lars"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+RATES: dict[str, float] = {"adamw": 3e-3, "sgd": 0.06, "lars": 0.3}
+WEIGHT_DECAYS: dict[str, float] = {"adamw": 0.05, "sgd": 5e-4, "lars": 1e-6}
+
+
+class OptimSettings(Settings):
+    """What moves the weights, and how fast over the run."""
+
+    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("scheduler", "lr_scheduler", "lr_schedule", "schedule", "min_lr", "gamma", "step_size"), SCHEDULE
+    )
+
+    name: Name = "adamw"
+    """adamw; sgd with momentum; lars (You et al. 2017) for very large batches."""
+    rate: float | None = Field(None, gt=0, le=1e4)
+    """Peak learning rate, before scaling; by default 3e-3 for adamw, 0.06 for sgd, 0.3 for lars (SimCLR's)."""
+    scale: Literal["none", "linear", "sqrt"] | None = None
+    """How the rate grows with global batch / 256; by default none for adamw, linear for sgd and lars."""
+    weight_decay: float | None = Field(None, ge=0, le=1e4)
+    """Not on norms and biases; by default 0.05 for adamw (decoupled, times the rate), 5e-4 for sgd, 1e-6 for lars."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd and lars."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of adamw's two moments."""
+    trust: float = Field(1e-3, gt=0, le=1e4)
+    """Trust coefficient of lars: a tensor's step is this share of its norm, times the rate."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the run in which the rate rises linearly from zero; then it falls to zero along a cosine."""
+    clip: float | None = Field(None, gt=0, le=1e9)
+    """Largest norm of the whole gradient; none by default."""
+
+    def peak_rate(self, batch_size: int) -> float:
+        """The highest rate of the run, for a global batch: accumulation and all processes included."""
+        rate = RATES[self.name] if self.rate is None else self.rate
+        ratio = batch_size / REFERENCE_BATCH
+        scale = self.scale or ("none" if self.name == "adamw" else "linear")
+        return rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scale]
+
+    def build(self, module: nn.Module, objective: nn.Module | None = None, *, batch_size: int) -> torch.optim.Optimizer:
+        """The optimiser of a module's trainable parameters at its peak rate, which `set_rate` then follows.
+
+        Parameters that an objective owns, one row per image over all processes, are the last group: without weight
+        decay, which would pull at rows whose image did not come, and without LARS' adaptation, whose norm would be
+        that of this process's rows.
+
+        Args:
+            module: whose parameters move; one that does not require a gradient stays.
+            objective: what else has parameters, most have none.
+            batch_size: images per step over all processes.
+
+        Raises:
+            ValueError: if nothing is trainable.
+        """
+        decayed, spared = decay_groups(module)
+        if not decayed and not spared:
+            raise ValueError("no parameter of the module requires a gradient: there is nothing to train")
+        rate = self.peak_rate(batch_size)
+        decay = WEIGHT_DECAYS[self.name] if self.weight_decay is None else self.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": decay, "peak_rate": rate},
+            {"params": spared, "weight_decay": 0.0, "peak_rate": rate},
+        ]
+        owned = list(objective.parameters()) if objective is not None else []
+        groups.append({"params": owned, "weight_decay": 0.0, "peak_rate": rate})
+        groups = [group for group in groups if group["params"]]
+        if self.name == "adamw":
+            # One kernel for all tensors where there is one: on the CPU more than twice as fast as a loop.
+            fused = all(
+                parameter.device.type in {"cpu", "cuda", "mps", "xpu"} for parameter in [*decayed, *spared, *owned]
+            )
+            return torch.optim.AdamW(groups, lr=rate, betas=self.betas, fused=fused)
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=rate, momentum=self.momentum)
+        for group in groups:
+            # timm's LARS adapts where there is weight decay, unless told: a decay of 0 would turn it off.
+            group["always_adapt"] = group["params"] is decayed
+        return Lars(groups, lr=rate, momentum=self.momentum, trust_coeff=self.trust)
+
+
+def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters of a module that decay, and those that do not.
+
+    Spared are vectors and scalars (norms, biases), and what a submodule itself exempts by timm's `no_weight_decay()`
+    (position embeddings, class tokens).
+    """
+    exempt: set[str] = set()
+    for prefix, child in module.named_modules():
+        own = getattr(child, "no_weight_decay", None)
+        if callable(own):
+            exempt |= {f"{prefix}.{name}" if prefix else name for name in own()}
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (spared if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    return decayed, spared
+
+
+def cosine(progress: float, warmup: float = 0.0) -> float:
+    """The share of the peak rate: rises linearly over the warm-up, then falls along half a cosine (SGDR, 2017) to 0.
+
+    Args:
+        progress: how much of the run is done, by steps or by the clock; beyond [0, 1] it counts as the nearer end.
+        warmup: the share of the run that is warm-up.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup:
+        return progress / warmup
+    if warmup >= 1:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group's rate to a share of its peak; also through an optimiser that Accelerate wraps."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak_rate"] * factor

@@ -1,0 +1,228 @@
+"""The whole typed tree: every component's settings, composed; and the recipes that `configs/` holds."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from manyviews.config import Settings, as_list, vocabulary
+from manyviews.data import Data, Sample, shorthand
+from manyviews.data.continuous_labels import ValuesSource
+from manyviews.encoder.encoder import EncoderSettings
+from manyviews.objectives import Contrastive, InBatch, LogRatio, Margin, NPair, Objective, Ranking, Supervised, Triplet
+from manyviews.optim import OptimSettings
+from manyviews.views import ViewsSettings
+
+QUICKSTART = "quickstart"
+POSITIVES_IN_BATCH = (Contrastive, Margin, NPair, Supervised, Triplet)
+"""Objectives whose positives are other images of the batch, or other views: one view of each image has none."""
+ONE_IMAGE = {
+    "bank": "which has one row per image",
+    "in_batch": "whose positives are views of one image only",
+    "nearest_neighbours": "whose positives are what lies nearest, whatever its label",
+}
+"""Objectives that know images and not classes, and why."""
+ACCUMULATION = (
+    "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
+    "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
+)
+
+
+class TrainSettings(Settings):
+    """How long, how much at once, and how often something is written."""
+
+    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("accumulate", "accumulation", "accumulation_steps", "gradient_accumulation", "gradient_accumulation_steps"),
+        ACCUMULATION,
+    )
+
+    epochs: float = Field(100, gt=0, le=1_000_000)
+    """Passes over the images; a part of one is allowed."""
+    minutes: float | None = Field(None, gt=0, le=10_000_000)
+    """Wall-clock minutes of training, in place of epochs; the schedule then follows the clock."""
+    batch_size: int = Field(256, ge=2, le=1_048_576)
+    """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
+    whatever the chunks and the processes."""
+    chunk: int | None = Field(None, ge=1, le=1_048_576)
+    """Images per forward pass on each process, where a batch is beyond its memory: the same gradient for one more
+    forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time."""
+    images_per_class: int | None = Field(None, ge=1, le=1_048_576)
+    """Images of each class in a batch, which then has batch_size / images_per_class different classes (with
+    ids=labels); null: images as they come. An epoch is as many batches as can be filled so."""
+    keep_views: bool = False
+    """Keep the views of all chunks for the second pass, instead of making them again with less memory."""
+    drop_last: bool = True
+    """Leave out the rest of an epoch that does not fill a batch, another one each time. If false it is a smaller batch,
+    unless it has fewer than 2 images for each process (and for each part of a split batch norm)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoder; auto: bf16 where the device is built for it. Objectives are always fp32."""
+    channels_last: bool = True
+    """Memory layout of the encoder: channels last is the faster one for convolutions on most devices."""
+    compile: bool = False
+    """Compile the encoder with torch.compile: a slow first step, then faster ones."""
+    workers: int = Field(2, ge=0, le=1024)
+    """Processes or threads that decode images, for each process."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """Threads of each process on the CPU; null: the cores divided among the processes."""
+    log_every: int = Field(10, ge=1, le=1_000_000_000)
+    """Steps between two lines of metrics."""
+    monitor: int = Field(4, ge=0, le=10_000)
+    """How many times in the run kNN is measured on held-out labels, where there are labels; 0: never."""
+    save_minutes: float = Field(5, gt=0, le=10_000_000)
+    """Minutes between two checkpoints."""
+    keep: int = Field(2, ge=1, le=100_000)
+    """Checkpoints that stay; the older ones go after a new one is safe."""
+    keep_best: bool = True
+    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy that `monitor` has found."""
+    preview: int = Field(8, ge=0, le=256)
+    """Images in the picture of originals and their views that is made before the first step; 0: none."""
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """The steps of a run whose budget is in epochs."""
+        return max(1, round(self.epochs * steps_per_epoch))
+
+    def progress(self, step: int | float, seconds: float, steps_per_epoch: int) -> float:
+        """The share of the budget that is spent, in [0, 1]: of the minutes, if it is in minutes, else of the steps."""
+        return min(1.0, seconds / (60 * self.minutes) if self.minutes else step / self.steps(steps_per_epoch))
+
+
+class Recipe(Settings):
+    """One run, from images to backbone."""
+
+    shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
+    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
+    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
+    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = vocabulary.VALUES
+
+    output: str | None = None
+    """The run folder; by default runs/ and the recipe's name."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the run folder, bit for bit."""
+    elastic: bool = False
+    """Let a run go on with another number of processes than its checkpoint was written by: from the same sample and
+    with the same global batch, but not bit for bit. The rows of a bank or queue are shared out anew; a queue with
+    per_process=true, whose length would change, is refused."""
+    extend: bool = False
+    """With resume=true, go on with another train.epochs or train.minutes than the run was begun with, if it is finished
+    too: from there on the schedule is that of the new budget."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Weights, order, views and noise all follow from it."""
+    data: Data = Sample()
+    """The images; data=/some/folder is short for data.name=folder data.path=/some/folder."""
+    views: ViewsSettings = ViewsSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    objective: Objective = InBatch()
+    """What is learned from."""
+    ids: Literal["images", "labels"] = "images"
+    """What makes two embeddings positives of each other: views of the same image, or images of the same label. An image
+    without a label is then alone in its class."""
+    values: ValuesSource | None = None
+    """Continuous labels, for objectives that compare distances with theirs: pixels (each image's 7 × 7 thumbnail),
+    labels (its thumbnail and its class), or a file of numbers: .npy with a row for each training image, or .csv with
+    their names (name, numbers in each line)."""
+    unseen: Annotated[tuple[int | str, ...], BeforeValidator(as_list)] = ()
+    """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _extended_is_resumed(self) -> "Recipe":
+        if self.extend and not self.resume:
+            raise ValueError("extend=true goes on with a run that was begun: add resume=true, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _positives_of_the_same_label(self) -> "Recipe":
+        reason = ONE_IMAGE.get(self.objective.name)
+        if self.ids == "labels" and reason is not None:
+            raise ValueError(
+                f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
+                "label use objective=supervised (in the batch) or objective=queue (in the last batches too), or set "
+                "ids=images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _values_and_what_compares_them(self) -> "Recipe":
+        name = self.objective.name
+        if isinstance(self.objective, LogRatio) and self.values is None:
+            raise ValueError(
+                f"objective={name} compares distances with those of continuous labels, and there are none; set "
+                "values=pixels, values=labels, or values=FILE with numbers for each image"
+            )
+        if self.values is not None and not isinstance(self.objective, LogRatio | Ranking):
+            raise ValueError(
+                f"values={self.values} is not for objective={name}, which compares no continuous labels; leave it "
+                "out, or use objective=log_ratio or objective=ranking"
+            )
+        if self.values is not None and self.ids == "labels":
+            raise ValueError(
+                f"values={self.values} belong to images, and with ids=labels the objective knows classes alone; use "
+                "ids=images, and values=labels to have classes among the values"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_in_a_batch(self) -> "Recipe":
+        size, number = self.train.batch_size, self.train.images_per_class
+        if number is None:
+            return self
+        if self.ids != "labels":
+            raise ValueError(f"train.images_per_class={number} needs classes; set ids=labels, or leave it out")
+        if not self.train.drop_last:
+            raise ValueError(
+                f"train.images_per_class={number} makes whole batches only; leave train.drop_last=false out"
+            )
+        if size % number or size < number:
+            nearest = max(round(size / number), 1) * number
+            raise ValueError(
+                f"train.batch_size={size} is no multiple of train.images_per_class={number}; use {nearest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_to_contrast(self) -> "Recipe":
+        fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
+        ranks_images = isinstance(self.objective, Ranking) and self.values is None
+        if (ranks_images or isinstance(self.objective, POSITIVES_IN_BATCH)) and self.ids == "images":
+            fewest = 2
+        if given < fewest or (most is not None and given > most):
+            bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
+            raise ValueError(
+                f"views.num_views={given}, but objective={self.objective.name} contrasts {bound} of each image; "
+                f"set views.num_views={fewest}"
+            )
+        return self
+
+
+def folder() -> Path:
+    """Where the recipes lie: beside the package in a wheel, at the root in a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def names() -> list[str]:
+    """The names of the recipes, in order."""
+    return sorted(file.stem for file in folder().glob("*.yaml"))
+
+
+def find(recipe: str) -> Path:
+    """The file of a recipe, given by its name in `configs/` or by its path.
+
+    Raises:
+        ValueError: naming the recipes that exist and the nearest one.
+    """
+    named = folder() / f"{recipe}.yaml"
+    if named.is_file():
+        return named
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    name = vocabulary.plain(recipe)
+    near = (
+        [vocabulary.RECIPES[name]] if name in vocabulary.RECIPES else difflib.get_close_matches(name, names(), 1, 0.5)
+    )
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{recipe!r} is neither a recipe ({', '.join(names())}) nor a file that exists{hint}")

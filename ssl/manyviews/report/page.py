@@ -1,0 +1,263 @@
+"""The page: what is known of a run, put together as one file that holds all it needs."""
+
+import base64
+import hashlib
+import warnings
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from manyviews.evaluators.alone import sentences
+from manyviews.evaluators.kinds import label
+from manyviews.report import plots
+from manyviews.report.findings import Findings, has_labels
+from manyviews.report.history import History, facts, read_history, warnings_of
+from manyviews.report.hover_map import hover_map
+from manyviews.report.look import Look, look
+from manyviews.report.neighbours import Neighbour, Query
+from manyviews.report.pictures import data_uri, png, uris
+from manyviews.report.score_table import sheets
+from manyviews.report.tensorboard import write_tensorboard
+from manyviews.report.training_curves import is_thinned, panels
+from manyviews.system.files import spelled
+from manyviews.system.writing import write_whole
+
+REPORT = "report.html"
+SIDE = 96
+"""Of the pictures of neighbours and mistakes, in pixels."""
+SMALL = 64
+"""Images of at most so many pixels are enlarged without smoothing: their pixels are what the network saw."""
+LARGEST_PICTURE = 1 << 25
+"""Bytes of the picture of views; a larger one is not a run's."""
+LISTED = 50
+"""Unreadable files that are listed one by one."""
+NO_SCORES = (
+    "These images have no labels, or none are held out, so nothing is scored; what follows shows what the features "
+    "find alike."
+)
+SECTIONS = {
+    "warnings": "Warnings",
+    "run": "Run",
+    "scores": "Scores",
+    "curves": "Curves",
+    "views": "Views",
+    "neighbours": "Neighbours",
+    "map-section": "Map",
+    "confusion": "Confusions",
+    "similarities": "Similarities",
+}
+"""The parts of the page, by anchor, and what the links to them are called."""
+
+
+def write_report(
+    findings: Findings, output: Path | None = None, *, warn: Callable[[str], object] = warnings.warn
+) -> Path:
+    """Writes report.html into the run's folder, and the same pictures and the embeddings for TensorBoard.
+
+    The page is one file: pictures, style and script are in it, and its security policy forbids it any network. All that
+    people have named (classes, files, recipes, warnings) is escaped. The same findings make the same page. One process
+    writes it.
+
+    Args:
+        findings: what it tells of.
+        output: another folder than the run's to write to.
+        warn: called with a sentence where TensorBoard's part could not be written.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: if features and images do not match in number, or the run's configuration cannot be read.
+        OSError: if the page cannot be written.
+    """
+    _check(findings)
+    history = read_history(findings.folder)
+    seed = history.recipe.seed if history.recipe is not None else 0
+    seen = look(findings, seed)
+    shown = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, seen, seed)
+    shown["sections"] = [(anchor, name) for anchor, name in SECTIONS.items() if _has(shown, anchor)]
+    page = (output or findings.folder) / REPORT
+    write_whole(page, [_render(shown).encode()])
+    try:
+        write_tensorboard(findings, seen, seed, page.parent / "tensorboard")
+    except Exception as problem:
+        warn(f"the report's pictures for TensorBoard could not be written: {problem}")
+    return page
+
+
+def _has(shown: dict[str, Any], anchor: str) -> bool:
+    """Whether a part of the page has anything to show; some always have."""
+    told = {
+        "warnings": shown["warnings"],
+        "curves": shown["curves"] or shown["no_curves"],
+        "views": shown["views"],
+        "map-section": shown["map"],
+        "confusion": shown["confusion"],
+        "similarities": shown["histogram"],
+    }
+    return bool(told.get(anchor, True))
+
+
+def _check(findings: Findings) -> None:
+    for kind, (train, shown) in findings.features.items():
+        for part, images, name in ((train, findings.train, "training"), (shown, findings.shown, "shown")):
+            if part is not None and len(part) != len(images):
+                raise ValueError(f"{kind}: {len(part)} features of {name} images, and there are {len(images)} of these")
+    for method, (ids, points) in findings.points.items():
+        if len(ids) != len(points):
+            raise ValueError(f"the map {method} has {len(points)} points for {len(ids)} images")
+
+
+def _render(shown: dict[str, Any]) -> str:
+    files = resources.files("manyviews.report")
+    style, script, template = (
+        files.joinpath(name).read_text("utf-8") for name in ("style.css", "map.js", "template.html")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        shown, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
+    )
+
+
+def _run(findings: Findings, history: History) -> dict[str, Any]:
+    unreadable = history.unreadable
+    said = [*findings.warnings, *sentences(findings.failures, list(findings.features))]
+    said += [*warnings_of(history, findings.width)]
+    if unreadable and not any("could not be read" in warning for warning in findings.warnings):
+        one = len(unreadable) == 1
+        what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
+        said.append(f"{what} left out")
+    return {
+        "title": spelled(findings.folder.resolve().name),
+        "facts": facts(history, findings),
+        "config": history.config.strip(),
+        "warnings": [spelled(text) for text in dict.fromkeys(said)],
+        "unreadable": unreadable[:LISTED],
+        "more_unreadable": max(0, len(unreadable) - LISTED),
+    }
+
+
+def _scores(findings: Findings) -> dict[str, Any]:
+    verdict = None
+    if findings.evaluation is not None:
+        opening, _, rest = findings.evaluation.verdict().partition(": ")
+        verdict = opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []
+    return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": sheets(findings)}
+
+
+def _curves(history: History) -> dict[str, Any]:
+    first, more = panels(history.metrics)
+    return {
+        "curves": first or more,
+        "more_curves": more if first else [],
+        "no_curves": "" if history.recipe is None else "The run has written no metrics.",
+        "thinned": is_thinned(history.metrics),
+    }
+
+
+def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
+    views = findings.folder / "views.png"
+    flat, place = hover_map(findings, seed), "test" if findings.test is not None else "other"
+    searched = place if seen.searched.own else "training"
+    evaluation, histogram, still = findings.evaluation, None, None
+    if seen.histogram is not None:
+        histogram = Markup(plots.as_svg(seen.histogram, "similarities"))
+    if seen.maps:
+        still = data_uri(png(plots.as_pixels(next(iter(seen.maps.values())))), "image/png")
+    by_knn = evaluation is not None and f"knn/{findings.kind}" in evaluation.hits
+    shown = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
+    return _looked_up(findings, seen) | {
+        "views": data_uri(views.read_bytes(), "image/png") if shown else None,
+        "small": findings.shown.size <= SMALL,
+        "labelled": has_labels(findings.shown.labels),
+        "features": label(findings.kind),
+        "where": f"{searched} images",
+        "where_one": f"{searched} image",
+        "wrong_by": "kNN" if by_knn else "retrieval",
+        "map": flat,
+        "still": still,
+        "histogram": histogram,
+        "histogram_meaning": _meaning(findings, seen),
+    }
+
+
+def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
+    """The sections of neighbours and of confusions, each picture read once."""
+    looked_up = (*seen.random, *seen.wrong, *seen.alike)
+    worst = seen.confusion.worst if seen.confusion is not None else ()
+    own = [query.id for query in looked_up] + [example for pair in worst for example in pair.examples]
+    shown = uris(findings.shown, own, SIDE)
+    found = uris(seen.searched.images, [near.id for query in looked_up for near in query.near], SIDE)
+
+    def neighbour(near: Neighbour) -> dict[str, Any]:
+        kind, mark = {None: ("", ""), True: ("right", "✓"), False: ("wrong", "✗")}[near.right]
+        name = spelled(seen.searched.images.names[near.id])
+        return {
+            "uri": found[near.id],
+            "name": name,
+            "label": _called(findings, near.label),
+            "kind": kind,
+            "mark": mark,
+            "cosine": near.cosine,
+        }
+
+    def query(own: Query) -> dict[str, Any]:
+        note = "" if own.guess is None else f"taken for {findings.class_name(own.guess)}"
+        name = spelled(findings.shown.names[own.id])
+        near = [neighbour(near) for near in own.near]
+        return {"uri": shown[own.id], "name": name, "label": _called(findings, own.label), "note": note, "near": near}
+
+    pairs = [
+        {
+            "truth": findings.class_name(pair.truth),
+            "guess": findings.class_name(pair.guess),
+            "images": pair.images,
+            "share": pair.share,
+            "examples": [
+                {"uri": shown[example], "name": spelled(findings.shown.names[example])} for example in pair.examples
+            ],
+        }
+        for pair in worst
+    ]
+    return {
+        "random": list(map(query, seen.random)),
+        "wrong": list(map(query, seen.wrong)),
+        "alike": list(map(query, seen.alike)),
+        "worst": pairs,
+        "confusion": seen.confusion,
+        "matrix": _matrix(findings, seen),
+    }
+
+
+def _matrix(findings: Findings, seen: Look) -> dict[str, Any] | None:
+    if seen.confusion is None or seen.confusion.counts is None:
+        return None
+    names = [findings.class_name(number) for number in seen.confusion.classes]
+    rows = []
+    for row, counts in enumerate(seen.confusion.counts.tolist()):
+        total = max(1, sum(counts))
+        cells = [
+            {"count": count, "share": count / total, "diagonal": row == column} for column, count in enumerate(counts)
+        ]
+        rows.append({"name": names[row], "images": sum(counts), "cells": cells})
+    return {"names": names, "rows": rows}
+
+
+def _meaning(findings: Findings, seen: Look) -> str:
+    if not has_labels(findings.shown.labels):
+        text = "How alike two images drawn at random are: features that have collapsed pile up at 1."
+    else:
+        text = (
+            "How alike two images are: the further pairs of the same class lie to the right of the others, the better."
+        )
+    dotted = " The dotted line is where two views of one image lie on average." if seen.views_at is not None else ""
+    return text + dotted
+
+
+def _called(findings: Findings, label: int) -> str:
+    return findings.class_name(label) if label >= 0 else ""

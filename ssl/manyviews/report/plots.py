@@ -1,0 +1,211 @@
+"""Curves, histograms and maps: as SVG in the page's own colours, and as pixels for TensorBoard."""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from torch import Tensor
+
+from manyviews.evaluators.lettering import lettering, shortened
+
+INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
+THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
+"""Variables of the page's style that take the place of these colours, so that the dark mode changes them."""
+PALETTE = (
+    *("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#8f6fc0", "#9c755f"),
+    *("#e377a8", "#3aa6b0", "#b5a22e", "#6b86d6", "#c0504d", "#7fae8a"),
+)
+"""Colours of classes: each is legible on white and on black."""
+OTHER = "#8a8f98"
+"""The colour of all classes beyond the palette, and of images without one."""
+MOST_POINTS = 300
+"""Points of a curve: more are not told apart on a screen."""
+BINS = 60
+CURVE_WIDTH = 3.4
+"""Inches."""
+TICK_PAD, TICK_LETTER = 8.0, 5.3
+"""Points beside a number at an axis, and of one of its letters."""
+
+
+class Thinned(NamedTuple):
+    """A curve in as many points as can be seen: each is the mean of its steps, with the least and the most of them."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def thin(steps: Sequence[float], values: Sequence[float], most: int = MOST_POINTS) -> Thinned:
+    """Means over stretches of a long curve; what is not finite does not count, and a stretch without any is NaN."""
+    parts = np.array_split(np.arange(len(steps)), min(most, len(steps))) if len(steps) else []
+    rows = []
+    for part in parts:
+        own = np.asarray([values[place] for place in part if math.isfinite(values[place])])
+        at = float(np.mean([steps[place] for place in part]))
+        rows.append((at, own.mean(), own.min(), own.max()) if len(own) else (at, *[math.nan] * 3))
+    return Thinned(*np.asarray(rows, dtype=np.float64).reshape(-1, 4).T)
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Curves over the steps, by name: the first drawn full, the others dashed; at most three."""
+    # Of many small plots the layout would cost more than the drawing.
+    figure, axes = _figure(CURVE_WIDTH, 1.9, layout=None)
+    for number, ((name, (steps, values)), colour) in enumerate(
+        zip(lines.items(), (FIRST, SECOND, THIRD), strict=False)
+    ):
+        seen = thin(steps, values)
+        finite = np.isfinite(seen.mean)
+        marker = "o" if finite.sum() <= 12 else None
+        axes.plot(
+            seen.steps,
+            seen.mean,
+            color=colour,
+            linewidth=1.4,
+            linestyle="--" if number else "-",
+            label=name,
+            marker=marker,
+            markersize=3,
+        )
+        if len(steps) > len(seen.steps):
+            axes.fill_between(seen.steps, seen.low, seen.high, color=colour, alpha=0.18, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # As wide as the longest number beside the axis.
+    formatter = axes.yaxis.get_major_formatter()
+    longest = max((len(text) for text in formatter.format_ticks(axes.get_yticks().tolist())), default=0)
+    figure.subplots_adjust((TICK_PAD + TICK_LETTER * longest) / (72 * CURVE_WIDTH), 0.13, 0.97, 0.92)
+    if len(lines) > 1:
+        _legend(axes)
+    return figure
+
+
+def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float] | None = None) -> Figure:
+    """How cosines are distributed, each kind with an area of 1, and one value marked."""
+    figure, axes = _figure(5.4, 2.6)
+    low = min(float(own.min()) for own in values.values())
+    low = math.floor(20 * min(low, mark[1] if mark else 1.0) - 1e-6) / 20
+    edges = np.linspace(max(low, -1.0), 1.0, BINS + 1) if low < 1 else np.linspace(0.95, 1.0, BINS + 1)
+    for (name, own), colour in zip(values.items(), (FIRST, SECOND, THIRD), strict=False):
+        # Rounding puts the cosine of equal features a hair above 1.
+        counts, _ = np.histogram(own.clamp(float(edges[0]), 1.0).numpy(), edges)
+        heights = counts / counts.sum() / np.diff(edges)
+        style = "-" if colour == FIRST else "--"
+        axes.stairs(heights, edges, color=colour, fill=True, alpha=0.22)
+        axes.stairs(heights, edges, color=colour, linewidth=1.3, linestyle=style, label=name)
+    if mark is not None:
+        axes.axvline(mark[1], color=THIRD, linewidth=1.4, linestyle=":", label=mark[0])
+    axes.set_xlabel("cosine of two images' features", color=INK, fontsize=9)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    _legend(axes)
+    return figure
+
+
+def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Mapping[str, str]) -> Figure:
+    """A map: a point for each image; `names` says what the colours stand for, as far as they stand for one thing."""
+    figure, axes = _figure(7.0, 5.2)
+    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=9, c=list(colours), linewidths=0, alpha=0.85)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    for number, colour in enumerate(names.values()):
+        axes.plot([], [], "o", color=colour, markersize=5, label=str(number))
+    if names:
+        with lettering(names):
+            legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            # Not as labels: matplotlib leaves out those that begin with an underscore.
+            for text, name in zip(legend.get_texts(), names, strict=True):
+                text.set_text(shortened(name))
+    return figure
+
+
+def matrix(counts: Int64[Tensor, "classes classes"], names: Sequence[str]) -> Figure:
+    """What was taken for what: shares of each row as shades, counts as numbers."""
+    lines = list(map(shortened, names))
+    side = 1.2 + 0.42 * len(names) + 0.09 * max(map(len, lines))
+    with lettering(names):
+        figure, axes = _figure(side, side)
+        places = list(range(len(names)))
+        axes.set_xticks(places, lines, rotation=90)
+        axes.set_yticks(places, lines)
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            if counts[row, column]:
+                colour = "white" if shares[row, column] > 0.55 else INK
+                axes.text(
+                    column, row, f"{int(counts[row, column])}", color=colour, ha="center", va="center", fontsize=7
+                )
+    axes.set_xlabel("predicted", color=INK, fontsize=9)
+    axes.set_ylabel("true", color=INK, fontsize=9)
+    return figure
+
+
+def as_svg(figure: Figure, description: str) -> str:
+    """A figure as an SVG element whose colours and letters are the page's; the same text every time."""
+    text = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}), _quiet():
+        figure.savefig(text, format="svg", transparent=True, metadata=metadata)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", svg)
+    for colour, name in THEME.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    width, height = figure.get_size_inches() * 72
+    opening = (
+        f'<svg class="plot" role="img" viewBox="0 0 {width:g} {height:g}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return re.sub(r"<svg[^>]*>", opening, svg, count=1, flags=re.DOTALL).strip()
+
+
+def as_pixels(figure: Figure, dpi: int = 110) -> UInt8[Tensor, "3 height width"]:
+    """A figure on white."""
+    figure.set_facecolor("white")
+    figure.set_dpi(dpi)
+    canvas: Any = FigureCanvasAgg(figure)
+    with _quiet():
+        canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+
+
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout=layout)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.grid(visible=True, axis="y", color=FAINT, alpha=0.35, linewidth=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
+        spine.set_linewidth(0.6)
+    return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+
+
+def _quiet() -> AbstractContextManager[object]:
+    # A layout that does not fit into a small figure.
+    return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -1,0 +1,134 @@
+"""The files and folders of a checkpoint on the disk: written, put into place, and removed."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from manyviews.run.checkpoints.checkpoint import Checkpoint, sync, tensors_of
+from manyviews.run.checkpoints.manifest import FILE, OPTIMISER, File, Manifest, digest, read_manifest, shard_file
+from manyviews.run.checkpoints.reading import steps
+from manyviews.system import distributed
+from manyviews.system.distributed import FORESEEN
+from manyviews.system.writing import open_new, remove, rename, replacing
+
+
+def copied(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The files that this process writes: copies of tensors, and texts."""
+    first, missing = distributed.rank() == 0, set(checkpoint.shards)
+    files: dict[str, dict[str, Tensor]] = {}
+    for part, state in tensors_of(checkpoint).items():
+        if first:
+            files[f"{part}.safetensors"] = {}
+        for key, value in state.items():
+            length = checkpoint.shards.get(f"{part}.{key}")
+            if length is None:
+                if first:
+                    files[f"{part}.safetensors"][key] = _copy(value)
+                continue
+            own = distributed.share(length)
+            if len(value) != own.stop - own.start:
+                raise ValueError(f"{part}.{key} has {len(value)} rows here, not the {own.stop - own.start} of {length}")
+            missing.remove(f"{part}.{key}")
+            files.setdefault(shard_file(part, distributed.rank(), distributed.size()), {})[key] = _copy(value)
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} should be spread over the processes, but is no part of a state")
+    if not first:
+        return files, {}
+    numbers = {
+        str(index): {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        for index, state in checkpoint.optimiser["state"].items()
+    }
+    rest = {"state": numbers, "param_groups": checkpoint.optimiser["param_groups"]}
+    return files, {OPTIMISER: json.dumps(rest, allow_nan=False)}
+
+
+def write(
+    aside: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    texts: dict[str, str],
+    before: Callable[[], object] | None,
+) -> dict[str, File]:
+    """Writes and syncs the files of this process; what they are known by."""
+    root = root_of(aside)
+    for name, text in texts.items():
+        with open_new(aside / name, root) as file:
+            file.write(text.encode())
+    for name, state in tensors.items():
+        with replacing(aside / name, root, synced=False) as (path, _):
+            save_file(state, path)
+    written = [aside / name for name in (*tensors, *texts)]
+    for path in written:
+        sync(path)
+    if before is not None and distributed.rank() == 0:
+        before()
+    return {path.name: File(bytes=path.stat().st_size, sha256=digest(path)) for path in written}
+
+
+def publish(aside: Path, target: Path, manifest: Manifest) -> None:
+    """Makes a checkpoint of the files that all processes have written aside."""
+    root = root_of(aside)
+    with open_new(aside / FILE, root) as file:
+        file.write(manifest.text().encode())
+    sync(aside / FILE)
+    sync(aside)
+    # The same step may have been saved before, and be the only checkpoint: it stays readable until the new one is.
+    replaced = target.with_name(f"{target.name}.replaced")
+    if target.exists():
+        rename(target, replaced, root)
+    rename(aside, target, root)
+    sync(target.parent)
+    with suppress(OSError):
+        remove(replaced, root)
+
+
+def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
+    """Removes the checkpoints beside the newest one, but for so many before it and the best."""
+    there = steps(newest.parent)
+    # Those of later steps were passed over, for damage, when the run went on from an older one: they go too.
+    stay = [folder for folder in there if folder <= newest][-keep:]
+    if keep_best and (found := scores(newest.parent, upto=newest.name)):
+        stay.append(max(found, key=lambda folder: found[folder]))
+    for folder in there:
+        if folder not in stay:
+            with suppress(OSError):
+                remove(folder, root_of(folder))
+
+
+def scores(place: Path, *, upto: str) -> dict[Path, float]:
+    """The scores of the checkpoints that have one, oldest first, up to a folder's name; none of what is damaged."""
+    found: dict[Path, float] = {}
+    for folder in steps(place):
+        try:
+            score = read_manifest(folder).facts.get("score") if folder.name <= upto else None
+        except FORESEEN:
+            continue
+        if isinstance(score, float):
+            found[folder] = score
+    return found
+
+
+def tidy(place: Path) -> None:
+    """Removes what a run that was cut off while it saved has left."""
+    for folder in place.glob(".step-*.partial*"):
+        remove(folder, root_of(folder))
+    for folder in place.glob("step-*.replaced"):
+        original = folder.with_suffix("")
+        if original.exists():
+            remove(folder, root_of(folder))
+        else:
+            rename(folder, original, root_of(folder))
+
+
+def root_of(folder: Path) -> Path:
+    """What a checkpoint's folder must stay in, the run's: RUN/checkpoints may be a stranger's link."""
+    return folder.parent.parent
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU and contiguous, in memory of its own."""
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())

@@ -1,0 +1,1 @@
+"""Training: pretraining, its steps and its setup, and fine-tuning."""

@@ -1,0 +1,177 @@
+"""A classifier from a backbone: its head, which of its layers move, and how fast each of them does, by timm."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import auto_group_layers
+from torch import Tensor, nn
+
+from manyviews.encoder.encoder import create_backbone
+from manyviews.evaluators.linear import NEAR, standard
+from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
+from manyviews.features.backbone import Opened
+
+STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
+"""Regularisations of the linear probe, strongest first."""
+UNCHOSEN = 0.1
+"""The one that is taken where no image is held out to choose by."""
+
+
+def backbone_of(opened: Opened, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
+    """The opened backbone with its weights, or with random ones that follow from the seed."""
+    torch.manual_seed(seed)
+    # Anew, and not `opened.backbone()`: a run may have trained with batch norms in parts, and with other options.
+    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=drop_path)
+    if not scratch:
+        model.load_state_dict(dict(opened.weights))
+    return model
+
+
+def set_classes(model: nn.Module, classes: int) -> None:
+    """Gives a backbone a random head.
+
+    Raises:
+        ValueError: if timm does not know how.
+    """
+    reset: Any = getattr(model, "reset_classifier", None)
+    if reset is None:
+        raise ValueError(f"{type(model).__name__} has no reset_classifier, by which timm gives a head; use another")
+    reset(classes)
+
+
+class Probe(NamedTuple):
+    """A linear classifier on a backbone's features as it gives them, not standardised."""
+
+    weights: Float[Tensor, "classes width"]
+    biases: Float[Tensor, " classes"]
+    regularisation: float
+    """The strength it was fitted with."""
+    held_out: float | None
+    """Its accuracy on the held-out images; None without any."""
+
+    def logits(self, features: Float[Tensor, "images width"]) -> Float[Tensor, "images classes"]:
+        """The logits of the classes for each row of features."""
+        return features @ self.weights.T + self.biases
+
+
+def fit_probe(
+    features: Float[Tensor, "images width"],
+    labels: Int[Tensor, " images"],
+    held_out: Float[Tensor, "held width"] | None,
+    held_out_labels: Int[Tensor, " held"],
+    classes: int,
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> Probe:
+    """Fits logistic regression to features, with the regularisation that is best for the held-out ones.
+
+    Of strengths that are equally good the strongest is chosen. Where many images and classes make each fit slow, they
+    are fitted one after the other, the strongest first, each from the solution of the one before, until two in a row
+    have not been better than the best.
+
+    Args:
+        features: of the images that are trained on.
+        labels: their classes.
+        held_out: features of the images that choose the strength; None: `UNCHOSEN` is used.
+        held_out_labels: their classes.
+        classes: number of classes.
+        report: is called with the number of strengths fitted, and of all.
+    """
+    strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,), dtype=torch.float64)
+    scaled = standard(features)
+    inputs = scaled(features)
+    tests = scaled(held_out) if held_out is not None else None
+    numbers = len(inputs) * classes * len(strengths)
+    parts = strengths.split(1 if numbers > MOST_LOGITS else len(strengths))
+    axes, start, best, since = principal_axes(inputs), None, None, 0
+    for done, part in enumerate(parts, start=1):
+        fit = logistic_regression(
+            inputs, labels, part, classes, start=start, axes=axes, tolerance=NEAR if len(parts) > 1 else 1e-5
+        )
+        hits = (fit.predict(tests) == held_out_labels).sum(1) if tests is not None else torch.zeros(len(part))
+        chosen = int(hits.argmax())
+        since += 1
+        if best is None or hits[chosen] > best[0]:
+            best, since = (hits[chosen], part[chosen].item(), fit.weights[chosen], fit.biases[chosen]), 0
+        report(done, len(parts))
+        start = fit if len(part) == 1 else None
+        if since >= 2:
+            break
+    assert best is not None
+    right, strength, weights, biases = best
+    accuracy = right.item() / len(held_out_labels) if tests is not None else None
+    # The standardisation goes into the layer.
+    weights = weights * scaled.scale
+    return Probe(weights, biases - weights @ scaled.mean, strength, accuracy)
+
+
+def set_head(model: nn.Module, probe: Probe) -> None:
+    """Makes the head a linear probe.
+
+    Fine-tuning under a random head first distorts the features that it was begun for (Kumar et al. 2022).
+
+    Raises:
+        ValueError: if the head is not one linear layer on these features.
+    """
+    head, width = _head(model), probe.weights.shape[1]
+    if not isinstance(head, nn.Linear) or head.in_features != width:
+        raise ValueError(
+            f"the head of {type(model).__name__} is not one linear layer on its {width} features, which a "
+            "linear probe could take the place of; use mode=full"
+        )
+    with torch.no_grad():
+        head.weight.copy_(probe.weights)
+        head.bias.copy_(probe.biases)
+
+
+def freeze(model: nn.Module, blocks: int) -> None:
+    """Leaves only the head and the last blocks (timm's layers, norms with them) to be trained.
+
+    Raises:
+        ValueError: if the model has fewer layers.
+    """
+    layers = _layers(model)
+    head = max(layers.values())
+    if not 0 <= blocks <= head:
+        raise ValueError(f"blocks={blocks}: {type(model).__name__} has {head} layers below its head; use at most that")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layers[name] >= head - blocks)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode for what is trained; what is frozen is used as it was learned, its running statistics with it."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def create_optimiser(
+    model: nn.Module, *, rate: float, weight_decay: float, layer_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW with layer-wise rates, whose groups have the `peak_rate` that `optim.set_rate` follows."""
+    optimiser = create_optimizer_v2(
+        model, "adamw", lr=rate, weight_decay=weight_decay, layer_decay=layer_decay, fused=True
+    )
+    for group in optimiser.param_groups:
+        group["peak_rate"] = rate * group["lr_scale"]
+    return optimiser
+
+
+def _head(model: nn.Module) -> Any:
+    # Both typed as tensors by torch, whose modules may hold anything.
+    find: Any = model.get_classifier
+    return find()
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The number of each parameter's layer, from the stem on; the head's is the last."""
+    matcher: Any = getattr(model, "group_matcher", None)
+    found: dict[str, int] = (
+        auto_group_layers(model) if matcher is None else group_parameters(model, matcher(coarse=False), reverse=True)
+    )
+    return found

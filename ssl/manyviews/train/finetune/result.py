@@ -1,0 +1,177 @@
+"""What came of fine-tuning: the one look at the test images, the classifier in timm's format, pictures and a record."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from manyviews.data import Images, background_of
+from manyviews.encoder.timm_format import export
+from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
+from manyviews.evaluators.intervals import wilson
+from manyviews.evaluators.splits import balanced_accuracy, uneven
+from manyviews.features.store import write_json
+from manyviews.run.folder import CLASSIFIER, Run
+from manyviews.system.console import Teller
+from manyviews.system.files import shown
+from manyviews.system.plural import plural
+from manyviews.train.finetune.classifier import Probe
+from manyviews.train.finetune.task import Task, outputs, probe_logits
+
+RESULT = "result.json"
+MISTAKES = 24
+"""Most that are shown."""
+MOST_SQUARED = 500
+"""Classes up to which the confusion matrix is written and drawn; beyond, only its fields that are not 0 are listed."""
+
+
+def measure(
+    model: nn.Module,
+    task: Task,
+    probe: Probe | None,
+    facts: dict[str, Any],
+    run: Run | None,
+    teller: Teller,
+    header: str = "",
+) -> None:
+    """Measures the classifier and the linear probe on the test images and writes what is to stay.
+
+    Collective; the first process writes.
+    """
+    test = task.split.test
+    ids = None if test is None or test.labels is None else (test.labels >= 0).nonzero().flatten()
+    logits, probed = None, None
+    if test is not None and ids is not None and len(ids):
+        logits = outputs(model, task, test, ids)
+        if probe is not None:
+            device = next(model.parameters()).device
+            probed = logits if _is_probe(task, facts) else probe_logits(probe, task, device, test, ids)
+    if run is None:
+        return
+    settings, opened, classes = task.settings, task.opened, task.images.classes
+    export(
+        model,
+        run.folder / CLASSIFIER,
+        channels=opened.channels,
+        size=opened.size,
+        mean=opened.mean,
+        std=opened.std,
+        classes=classes,
+        background=background_of(settings.data or (opened.recipe.data if opened.recipe is not None else None)),
+    )
+    trained, held_out = len(task.images), len(task.held_out)
+    record: dict[str, Any] = {"command": header.partition("\n")[0].removeprefix("# "), "model": opened.name}
+    record |= {key: getattr(settings, key) for key in ("scratch", "mode", "fraction", "seed")}
+    record |= {"images": {"labelled": trained + held_out, "trained": trained, "held_out": held_out}, **facts}
+    record |= {"weights": dict(opened.origin), "classes": list(classes)}
+    if probe is not None:
+        record["probe"] = {"regularisation": probe.regularisation, "held_out_accuracy": probe.held_out}
+    said = ["there are no labelled test images: nothing was measured on them"]
+    if test is not None and test.labels is not None and ids is not None and logits is not None:
+        labels = test.labels[ids]
+        record, line = _measured(record, logits, labels, len(classes))
+        said = [line]
+        if probed is not None:
+            right = int((probed.argmax(1) == labels).sum())
+            record["probe"]["accuracy"] = right / len(ids)
+            said.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
+    record["remarks"] = remarks(
+        record, is_probe=_is_probe(task, facts), begins_as_probe=settings.mode == "linear_then_full"
+    )
+    if facts["best_accuracy"] is not None:
+        epoch, accuracy = facts["best_epoch"], 100 * facts["best_accuracy"]
+        line = f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right"
+        if probe is not None and probe.held_out is not None:
+            line += f"; the probe {100 * probe.held_out:.1f} %"
+        said.append(line)
+    write_json(run.folder / RESULT, record)
+    if test is not None and ids is not None and logits is not None:
+        _draw(logits, test, ids, classes, record["step"], run, teller)
+    run.finish(run.folder / CLASSIFIER)
+    for line in said:
+        teller.say(line)
+    for line in record["remarks"]:
+        teller.warn(line)
+    teller.say(f"finished: the classifier is in {run.folder / CLASSIFIER}, beside {RESULT} and the pictures")
+
+
+def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool) -> list[str]:
+    """Sentences on a classifier that is not better than the linear probe on the features before fine-tuning.
+
+    Args:
+        record: what is in result.json.
+        is_probe: whether the classifier is the probe itself, as it was before the first step.
+        begins_as_probe: whether fine-tuning began from the probe.
+    """
+    probe, held_out, found = record.get("probe"), record["best_accuracy"], []
+    if probe is None:
+        return []
+    if is_probe:
+        found.append(
+            "fine-tuning is nowhere better than the linear probe on the held-out images: the classifier is the probe, "
+            "with the weights from before the first step"
+        )
+    elif held_out is not None and probe["held_out_accuracy"] is not None and held_out <= probe["held_out_accuracy"]:
+        advice = "" if begins_as_probe else "; mode=linear_then_full begins from it"
+        found.append(
+            f"the classifier is not better than the linear probe on the held-out images ({100 * held_out:.1f} % and "
+            f"{100 * probe['held_out_accuracy']:.1f} %){advice}"
+        )
+    accuracy, probed = record.get("accuracy"), probe.get("accuracy")
+    if accuracy is not None and probed is not None and accuracy < probed:
+        found.append(
+            f"the classifier is worse than the linear probe on the test images ({100 * accuracy:.1f} % and "
+            f"{100 * probed:.1f} %)"
+        )
+    return found
+
+
+def _is_probe(task: Task, facts: Mapping[str, Any]) -> bool:
+    return task.settings.mode == "linear_then_full" and not facts["best_step"]
+
+
+def _measured(
+    record: dict[str, Any], logits: Float[Tensor, "tested classes"], labels: Int[Tensor, " tested"], classes: int
+) -> tuple[dict[str, Any], str]:
+    """The record with the figures of the test images, and the same in words."""
+    predictions = logits.argmax(1)
+    right, total = int((predictions == labels).sum()), len(labels)
+    low, high = wilson(right, total)
+    record = {**record, "images": {**record["images"], "test": total}}
+    record |= {"accuracy": right / total, "interval": [low, high]}
+    balanced = balanced_accuracy(predictions, labels) if uneven(labels) else None
+    record["balanced_accuracy"] = balanced
+    if classes <= MOST_SQUARED:
+        record["confusion"] = confusion(labels, predictions, classes).tolist()
+    else:
+        pairs, counts = torch.stack([labels, predictions], 1).unique(dim=0, return_counts=True)
+        record["confusion_pairs"] = torch.cat([pairs, counts[:, None]], 1).tolist()
+    said = f"test       {100 * right / total:.1f} % of {plural(total, 'image')} right"
+    said = f"{said} (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    return record, said + (f", {100 * balanced:.1f} % as the mean over the classes" if balanced is not None else "")
+
+
+def _draw(
+    logits: Float[Tensor, "tested classes"],
+    test: Images,
+    ids: Int[Tensor, " tested"],
+    classes: Sequence[str],
+    step: int,
+    run: Run,
+    teller: Teller,
+) -> None:
+    """Draws the pictures; one that cannot be drawn takes nothing from the result."""
+    assert test.labels is not None
+    labels, predictions = test.labels[ids], logits.argmax(1)
+    try:
+        if len(classes) <= MOST_SQUARED:
+            picture = confusion_picture(confusion(labels, predictions, len(classes)), classes)
+            run.picture("confusion", picture, step)
+        places, sure = worst(logits, labels, MISTAKES)
+        numbers = zip(labels[places].tolist(), predictions[places].tolist(), sure.tolist(), strict=True)
+        captions = [(classes[true], f"→ {classes[taken]}, {100 * sure:.0f} %") for true, taken, sure in numbers]
+        run.picture("mistakes", mistakes_picture(test.read(ids[places]), captions), step)
+    except Exception as problem:
+        teller.warn(f"a picture could not be drawn ({type(problem).__name__}: {shown(problem)}); {RESULT} is complete")

@@ -1,0 +1,162 @@
+"""Steps that were skipped because a number was not finite: what it was, in words and in a report."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from manyviews.run.checkpoints import way_on
+from manyviews.run.folder import CHECKPOINTS
+from manyviews.system import distributed
+from manyviews.system.writing import write_whole
+from manyviews.train.components import Machine
+
+REPORT = "not_finite.json"
+MOST_IN_A_ROW = 20
+"""Skipped steps, one after the other, after which a run ends: it would not recover."""
+MOST_NAMED = 64
+"""Images, and tensors, that the report names for each process."""
+
+
+class Skipped(NamedTuple):
+    """What was not finite on this process in a step that moved nothing; empty where another process had to skip it."""
+
+    step: int
+    epoch: int
+    loss: dict[str, float]
+    """The loss and all its terms."""
+    gradients: tuple[str, ...]
+    """Of which parameters the gradient was not finite."""
+    weights: tuple[str, ...]
+    """Which parameters were not finite themselves."""
+    ids: tuple[int, ...]
+    """The images of the step."""
+    views: tuple[bool, ...]
+    """Whether the views of each image were finite."""
+    embeddings: tuple[bool, ...]
+    """Whether the embeddings of each image were finite."""
+
+    @property
+    def terms(self) -> list[str]:
+        """The names of the loss and of those terms that were not finite."""
+        return [name for name, value in self.loss.items() if not math.isfinite(value)]
+
+
+def skipped(
+    machine: Machine,
+    step: int,
+    epoch: int,
+    ids: Int64[Tensor, " batch"],
+    views: Bool[Tensor, " batch"],
+    embeddings: Bool[Tensor, " batch"],
+    loss: Mapping[str, Tensor],
+) -> Skipped:
+    """What is to be known of a step that is skipped, while its gradients are still there.
+
+    `views` and `embeddings` tell of each image whether they are finite; `loss` holds the total and all terms.
+    """
+    parameters = [(f"encoder.{name}", value) for name, value in machine.encoder.named_parameters()]
+    parameters += [(f"objective.{name}", value) for name, value in machine.objective.named_parameters()]
+    return Skipped(
+        step,
+        epoch,
+        {name: float(value) for name, value in loss.items()},
+        tuple(name for name, value in parameters if value.grad is not None and not _finite(value.grad)),
+        tuple(name for name, value in parameters if not _finite(value)),
+        tuple(ids.tolist()),
+        tuple(views.tolist()),
+        tuple(embeddings.tolist()),
+    )
+
+
+def tell(
+    found: Skipped, *, in_a_row: int, in_all: int, folder: Path, names: Sequence[str], warn: Callable[[str], None]
+) -> None:
+    """Says that a step was skipped, of the first, the tenth, the hundredth …; ends the run where they do not end.
+
+    All processes call it together, and all raise.
+
+    Args:
+        found: what this process knows of the step.
+        in_a_row: how many steps were skipped, one after the other.
+        in_all: how many were skipped in the whole run.
+        folder: the run's, for the report.
+        names: those of all images, by id.
+        warn: told the words.
+
+    Raises:
+        ValueError: after too many skipped steps in a row, naming the report.
+    """
+    if str(in_all).strip("0") == "1":
+        warn(f"step {found.step + 1:,} was skipped: {in_words(found)} not finite; {in_all:,} skipped so far")
+    if in_a_row < MOST_IN_A_ROW:
+        return
+    said, report = in_words(found), write_report(folder, found, in_a_row, names)
+    seen = f"see {report}, which names the images" if report else "the report could not be written"
+    raise ValueError(
+        f"{in_a_row} steps in a row were skipped, up to step {found.step + 1:,}: {said} not finite; {seen}; "
+        f"{way_on(folder / CHECKPOINTS)} with a lower optim.rate or train.precision=fp32"
+    )
+
+
+def in_words(found: Skipped) -> str:
+    """What was not finite on any process; the same on all of them, collective."""
+    own = json.dumps([found.terms, found.gradients, found.weights])
+    seen = zip(*(json.loads(text) for text in distributed.texts(own)), strict=True)
+    # Each name once, whichever process it comes from.
+    terms, gradients, weights = (list(dict.fromkeys(chain.from_iterable(part))) for part in seen)
+    said = [f"the loss ({', '.join(terms)})"] if terms else []
+    for found_names, what in ((gradients, "the gradient"), (weights, "the weights")):
+        others = f" and {len(found_names) - 1} more" if len(found_names) > 1 else ""
+        said += [f"{what} of {found_names[0]}{others}"] if found_names else []
+    return " and ".join(said or ["the norm of the gradient"]) + " " + ("are" if len(said) > 1 else "is")
+
+
+def write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[str]) -> Path | None:
+    """Writes not_finite.json about the last of the skipped steps; collective, the first process writes.
+
+    For each process it names the loss and its terms, the parameters whose gradients or values were not finite, and the
+    images, those first whose views or embeddings were not finite.
+
+    Args:
+        folder: the run's.
+        found: what this process knows of the step.
+        in_a_row: how many steps were skipped, one after the other.
+        names: those of all images, by id.
+
+    Returns:
+        The file; None where it could not be written.
+    """
+    # False comes first: what was not finite is named before the rest.
+    images = sorted(zip(found.ids, found.views, found.embeddings, strict=True), key=lambda image: image[1] and image[2])
+    own: dict[str, Any] = {"process": distributed.rank()}
+    # JSON knows no NaN.
+    own["loss"] = {name: value if math.isfinite(value) else str(value) for name, value in found.loss.items()}
+    own |= {"gradients": _some(found.gradients), "weights": _some(found.weights), "images_of_the_step": len(images)}
+    own["images"] = [
+        {"id": number, "name": names[number], "views_finite": views, "embeddings_finite": embeddings}
+        for number, views, embeddings in images[:MOST_NAMED]
+    ]
+    processes = [json.loads(text) for text in distributed.texts(json.dumps(own))]
+    content = {"step": found.step, "epoch": found.epoch, "skipped_in_a_row": in_a_row, "processes": processes}
+    written = False
+    if distributed.rank() == 0:
+        with suppress(OSError):
+            write_whole(folder / REPORT, [json.dumps(content, indent=1).encode(), b"\n"])
+            written = True
+    return folder / REPORT if distributed.any_rank(written) else None
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    rest = len(names) - MOST_NAMED
+    return [*names[:MOST_NAMED], *([f"and {rest} more"] if rest > 0 else [])]
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

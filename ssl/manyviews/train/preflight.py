@@ -1,0 +1,216 @@
+"""Before a run begins: its recipe, images, memory and disk are verified by two real steps and a checkpoint of them."""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from manyviews.data import Loader
+from manyviews.encoder.timm_format import export
+from manyviews.recipe import Recipe
+from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint, room_needed
+from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
+from manyviews.system import distributed
+from manyviews.system.console import Teller, duration
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.launch import Stop, start
+from manyviews.system.memory import device, gigabytes, ran_out
+from manyviews.system.plural import plural
+from manyviews.train.pretrain import open_run, state_of, train
+from manyviews.train.setup import Ready, describe, finished, folder_of, make_ready
+from manyviews.train.step import compile_encoder, train_step
+from manyviews.views import MEAN, STD
+
+STEPS = 2
+MOST_TIMED, LONGEST_TIMED = 20, 5.0
+"""Steps that are timed after those, and the seconds after which no further one is."""
+MOST_MEMORY = 0.95
+"""Share of the memory beyond which a machine would swap, or end the run."""
+
+
+def check(recipe: Recipe) -> None:
+    """Does what a run would do, from the images to the exported backbone, in two steps and in a folder that goes again.
+
+    All processes call it together; the first one prints a table of what was verified. The output stays as it was.
+
+    Raises:
+        ValueError: with a line for each thing that would go wrong.
+    """
+    accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
+    teller, folder = Teller(quiet=not accelerator.is_main_process), folder_of(recipe)
+    with _untouched(folder):
+        prepare(folder, resume=recipe.resume)
+        if finished(recipe, folder, teller, record=False):
+            return
+        ready = make_ready(recipe, accelerator, folder, teller)
+        describe(ready, teller)
+        with _folder_beside(folder) as place:
+            rows, problems = _tried(ready, place)
+    table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
+    for name, found in rows.items():
+        table.add_row(name, found)
+    teller.console.print(table)
+    everywhere = [json.loads(text) for text in distributed.texts(json.dumps(problems))]
+    if any(everywhere):
+        raise ValueError("\n".join(dict.fromkeys(line for lines in everywhere for line in lines)))
+
+
+def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
+    """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
+    split, order, machine, found = ready[:4]
+    settings, first = machine.recipe.train, distributed.rank() == 0
+    begun = found.step if found else 0
+    compile_encoder(machine, split.train, order, begun)
+    budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
+    short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
+    tried = machine._replace(recipe=machine.recipe.model_copy(update={"train": short, "output": str(place)}))
+    run = open_run(ready._replace(machine=tried), place, Teller(quiet=True)) if first else None
+    saver = Saver(place / CHECKPOINTS, keep=1)
+    try:
+        step = train(tried, split.train, order, run, saver, Teller(quiet=True), found, Stop())
+    except (RuntimeError, MemoryError) as problem:
+        if ran_out(problem):
+            raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
+        raise
+    finally:
+        if run is not None:
+            run.close()
+    if first:
+        pixels, channels = machine.views.window.size, split.train.channels
+        export(machine.encoder.backbone, place / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
+    checkpoint = state_of(tried, split.train, step, {})
+    rows, problems = {"recipe": f"{machine.recipe.objective.name} with {machine.recipe.encoder.name}"}, []
+
+    unreadable = f", {len(split.unreadable):,} unreadable and left out" if split.unreadable else ", all readable"
+    held_out = f" and {len(split.test):,} held out" if split.test is not None else ""
+    rows["images"] = f"{len(split.train):,} to learn from{held_out}{unreadable}"
+
+    skipped = [line["skipped"] for line in read_metrics(place) if "skipped" in line][-1:] if first else [0]
+    if skipped != [0]:
+        problems.append(f"of {STEPS} steps, some were skipped, for the loss or its gradient was not finite")
+    rows["steps"] = f"{STEPS}, from step {begun:,} on"
+
+    problems += differences(checkpoint, place / CHECKPOINTS)
+    rows["checkpoint"] = "written, read back, the same to the last bit" if not problems else "not as it should be"
+
+    kept = settings.keep + settings.keep_best
+    needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(place).free
+    rows["disk"] = f"{gigabytes(needed)} for {kept + 1} checkpoints, of {gigabytes(free)} that are free"
+    if needed > free:
+        problems.append(
+            f"{gigabytes(needed)} are needed for {kept + 1} checkpoints, and {gigabytes(free)} are free in "
+            f"{place.parent}; make room, lower train.keep, or name another output"
+        )
+
+    used, there = memory()
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())) if not torch.cuda.is_available() else 1
+    each = f" for each of {several} processes" if several > 1 else ""
+    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(there)}"
+    if used * several > MOST_MEMORY * there:
+        problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
+
+    seconds = _seconds_of_a_step(ready, step)
+    if settings.minutes:
+        expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
+    else:
+        left = max(1, round(settings.epochs * order.steps_per_epoch)) - begun
+        expected = f"about {duration(left * seconds)} for {plural(left, 'step')}"
+    pace = order.batch_size / seconds
+    rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {pace:,.0f} images/s)"
+    return rows, problems
+
+
+def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
+    """In what the newest checkpoint in a folder differs from what it should be, in words; collective."""
+    found, damaged = newest_checkpoint(place)
+    if found is None:
+        return damaged or [f"no checkpoint is in {place}, though one was written"]
+    pairs = [(part, found.parts.get(part, {}), state) for part, state in checkpoint.parts.items()]
+    for index, state in checkpoint.optimiser["state"].items():
+        pairs.append((f"optimiser.{index}", found.optimiser["state"].get(index, {}), state))
+    other = [
+        f"{part}.{key}"
+        for part, read, state in pairs
+        for key in state
+        # What is not spread over the processes the first one has written, with its own statistics of batch norms.
+        if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(read, state, key)
+    ]
+    return [f"what was read back of the checkpoint is not what was written: {', '.join(other[:5])}"] if other else []
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that this process has had at most, on the GPU if there is one, and bytes that are there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved(), device()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
+
+
+def _seconds_of_a_step(ready: Ready, step: int) -> float:
+    """The median of some more steps, with the wait for their images; the same on all processes."""
+    split, order, machine = ready[:3]
+    device, rank, size = machine.accelerator.device, distributed.rank(), distributed.size()
+    workers = machine.recipe.train.workers
+    taken: list[float] = []
+    machine.forward.train()
+    began = last = distributed.from_first_rank(time.monotonic())
+    for images, ids, epoch in islice(
+        Loader(split.train, order, rank=rank, size=size, workers=workers, start=step), MOST_TIMED
+    ):
+        train_step(machine, images.to(device), ids.to(device), epoch, step + len(taken))
+        now = distributed.from_first_rank(time.monotonic())
+        taken.append(now - last)
+        last = now
+        if now - began > LONGEST_TIMED:
+            break
+    return statistics.median(taken)
+
+
+@contextmanager
+def _untouched(folder: Path) -> Iterator[None]:
+    """Removes the folders on the way to this one that did not exist before, if they are empty."""
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in absent if distributed.rank() == 0 else ():
+            with suppress(OSError):
+                place.rmdir()
+
+
+@contextmanager
+def _folder_beside(folder: Path) -> Iterator[Path]:
+    """A new folder in the file system of this one, for all processes together; it goes again with all it holds."""
+    place = ""
+    with raise_on_all_ranks():
+        if distributed.rank() == 0:
+            existing = next(place for place in folder.absolute().parents if place.is_dir())
+            place = tempfile.mkdtemp(prefix=".check-", dir=existing)
+    made = Path(distributed.texts(place)[0])
+    try:
+        yield made
+        distributed.barrier()
+    finally:
+        if distributed.rank() == 0:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _same(read: Mapping[str, object], state: Mapping[str, object], key: str) -> bool:
+    one, two = read.get(key), state[key]
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return one == two
+    # As bytes: NaN equals itself.
+    left, right = (value.detach().cpu().contiguous().flatten().view(torch.uint8) for value in (one, two))
+    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(left, right)

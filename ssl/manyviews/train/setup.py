@@ -1,0 +1,243 @@
+"""What stands before the first step: images, batches, the parts, and the checkpoint that is gone on from."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from manyviews.config import load
+from manyviews.data import (
+    ClassOrder,
+    Composition,
+    Folder,
+    Inventory,
+    Order,
+    Split,
+    changes,
+    leave_out,
+    near_duplicates,
+    read_inventory,
+)
+from manyviews.features.limits import check_steps
+from manyviews.objectives.cost import in_words, scale
+from manyviews.recipe import Recipe
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
+from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
+from manyviews.system import distributed
+from manyviews.system.console import Teller
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.files import shown
+from manyviews.system.folder_lock import folder_lock
+from manyviews.system.plural import plural
+from manyviews.train.components import Machine, batches, build, cautions, check_classes, negatives_of
+from manyviews.train.resume import (
+    EXTEND,
+    FREE,
+    LOCATIONS,
+    OF_A_START,
+    OTHER_IMAGES,
+    SCHEDULE,
+    check_images,
+    check_lengths,
+    check_schedule,
+    check_settings,
+    differences,
+    moved,
+    record_settings,
+    resumable,
+)
+
+
+class Ready(NamedTuple):
+    """All that a run needs to take its next step."""
+
+    split: Split
+    order: Order
+    machine: Machine
+    found: Checkpoint | None
+    """What it goes on from, in the machine already."""
+    extended: str | None = None
+    """What to say of a schedule that is not the one it was begun with."""
+    contrasts: Composition | None = None
+    """What the batches hold where classes are the ids."""
+
+
+def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = True) -> bool:
+    """Whether a run is finished and nothing is left to do, which is said then; collective.
+
+    Args:
+        recipe: what it is asked to go on with.
+        folder: the run folder.
+        teller: says it.
+        record: whether settings that are free to change, such as the path of the same images, are written down.
+
+    Raises:
+        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
+            only where it is not to be extended.
+    """
+    done = (folder / DONE).exists() and (folder / CONFIG).exists()
+    if not distributed.from_first_rank(float(done)):
+        return False
+    before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
+    # What the views leave open follows from the images.
+    now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
+    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
+    changed = differences(before, now, OF_A_START)
+    if SCHEDULE & changed.keys():
+        if not recipe.extend:
+            check_settings(before, now, FREE | LOCATIONS, EXTEND)
+        return False
+    # Of a finished run only the facts are looked at.
+    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    if found is not None:
+        try:
+            split = read_images(recipe, folder, teller)
+        except (ValueError, OSError) as problem:
+            if LOCATIONS & changed.keys():
+                raise
+            teller.warn(f"the images cannot be compared with those of the run: {problem}")
+        else:
+            check_images(found, split.train)
+    if changed and record:
+        with folder_lock(folder, lambda: None, teller.warn):
+            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, teller)
+    teller.say(f"{folder} is finished: nothing is left to do")
+    return True
+
+
+def note(recipe: Recipe, folder: Path, found: Checkpoint | None, teller: Teller) -> None:
+    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
+    if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
+        teller.say(f"changed    {changed}; {folder / CONFIG} says so")
+
+
+def read_images(recipe: Recipe, folder: Path, teller: Teller) -> Split:
+    """The images of a recipe, without the classes that are left out; those of a run that goes on under their old ids.
+
+    Some of these may be lost, as far as the run has seen it or `data.max_bad` allows: their ids stay.
+
+    Raises:
+        ValueError: for what is wrong with the images; naming files that were added to those of the run, or replaced.
+    """
+    options: dict[str, Any] = {"workers": recipe.train.workers, "report": teller.report}
+    with teller.bar():
+        split = recipe.data.build(**options)
+        if recipe.resume and isinstance(recipe.data, Folder) and split.inventory is not None:
+            began = _began_with(folder, split, split.inventory, teller)
+            split = recipe.data.build(**options, began=began) if began else split
+    return split._replace(train=leave_out(split.train, recipe.unseen))
+
+
+def _began_with(folder: Path, split: Split, now: Inventory, teller: Teller) -> dict[str, str] | None:
+    """The files that a run began with, if some of them are lost since; None if none is, or it is not known."""
+    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    with raise_on_all_ranks():
+        file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
+        if found is None or not file.is_file() or found.facts.get("images") == split.train.fingerprint:
+            return None
+        before = read_inventory(file)
+        changed = changes(before, now)
+        refused = changed._replace(removed=[], replaced=[name for name in changed.replaced if shown(name) not in seen])
+        if any(refused):
+            raise ValueError(f"the images are not those that the run was begun with: {refused}; {OTHER_IMAGES}")
+    if not any(changed):
+        return None
+    teller.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
+    return before
+
+
+def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: Teller) -> Ready:
+    """Reads the images, builds the parts and, with `resume`, restores the newest checkpoint in the folder; collective.
+
+    Raises:
+        ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
+    """
+    split = read_images(recipe, folder, teller)
+    views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
+    recipe = recipe.model_copy(update={"views": views})
+    found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
+    begun_on = found.facts["processes"] if found else None
+    order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    check_steps(recipe.train, order.steps_per_epoch)
+    contrasts = check_classes(recipe, split.train, order)
+    extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
+    machine = build(recipe, accelerator, split.train)
+    if split.test is not None:
+        machine = machine._replace(held_out=split.test.fingerprint)
+    if found is not None:
+        if found.facts.get("held_out", machine.held_out) != machine.held_out:
+            teller.warn("the held-out images are not those that the run was begun with: scores are not comparable")
+        _restore(machine, found)
+    return Ready(split, order, machine, found, extended, contrasts)
+
+
+def describe(ready: Ready, teller: Teller) -> None:
+    """Says what will run, so that a mistake is seen before hours have gone by."""
+    split, order, machine, _, extended, contrasts = ready
+    recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
+    processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
+    local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
+    each = f" ({local} on each)" if processes > 1 else ""
+    each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
+    budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")
+    budget += f", {plural(order.steps_per_epoch, 'step')} an epoch"
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    if split.layout:
+        teller.say(f"layout     {split.layout}")
+    if recipe.unseen and train.labels is not None:
+        learned = set(train.labels.tolist())
+        left_out = [name for number, name in enumerate(train.classes) if number not in learned]
+        teller.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
+    teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
+    teller.say(
+        f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"
+    )
+    silent = "" if recipe.objective.bounds_information else "; it bounds no information, so the metrics hold none"
+    teller.say(f"objective  {recipe.objective.name}{silent}")
+    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
+    ids = len(train) if machine.names is None else int(machine.names.max()) + 1
+    cost = scale(recipe.objective, images=ids, processes=processes, **sizes)
+    cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
+    teller.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
+    teller.say(
+        f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
+        f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
+    )
+    if extended:
+        teller.say(extended)
+    teller.say(f"run        {folder_of(recipe).resolve()}")
+    for caution in (*cautions(machine), *(near_duplicates(split) if distributed.rank() == 0 else ())):
+        teller.warn(caution)
+    if contrasts is not None and contrasts.without_negatives:
+        teller.warn(
+            f"in {contrasts.without_negatives:,} of {plural(contrasts.batches, 'batch', 'batches')} all images are of "
+            "one class, and have no negatives; train.images_per_class=… fills each batch with several classes"
+        )
+    if isinstance(order, ClassOrder) and order.left_out:
+        teller.warn(
+            f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
+            "images, and are left out of training"
+        )
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The run folder."""
+    return Path(recipe.output or "runs/pretrain").expanduser()
+
+
+def _restore(machine: Machine, found: Checkpoint) -> None:
+    check_lengths(found, machine.objective.shards())
+    try:
+        machine.encoder.load_state_dict(dict(found.parts["encoder"]))
+        machine.objective.load_state_dict(dict(found.parts["objective"]))
+        if machine.twin is not None:
+            machine.twin.load_state_dict(dict(found.parts["twin"]))
+        restore_optimiser(machine.optimiser, found.optimiser)
+        if machine.accelerator.scaler is not None:
+            machine.accelerator.scaler.load_state_dict(found.facts["scaler"])
+    except (KeyError, RuntimeError) as problem:
+        raise ValueError(
+            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
+        ) from None

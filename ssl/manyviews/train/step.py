@@ -1,0 +1,258 @@
+"""One update: images → views → embeddings → loss → gradient → weights → memory, all at once or in chunks."""
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from manyviews.data import Images, Order
+from manyviews.encoder.batch_norm import Shuffle
+from manyviews.encoder.encoder import Embedded
+from manyviews.objectives import Loss
+from manyviews.system import distributed
+from manyviews.train.components import Machine, smallest_part
+from manyviews.train.not_finite import Skipped, skipped
+
+
+class Taken(NamedTuple):
+    """A step that was taken, and what it was taken on; detached."""
+
+    loss: Loss
+    embeddings: Float[Tensor, "views batch dim"]
+    ids: Int64[Tensor, " batch"]
+    """As the objective knows them."""
+    targets: Float[Tensor, "others batch dim"] | None
+
+
+def train_step(
+    machine: Machine,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> Taken | Skipped:
+    """One update of the weights and, after it, of what the objective remembers.
+
+    Where the loss or a gradient is not finite on any process, all of them skip the step, and it leaves no trace: not in
+    the weights, nor in the optimiser, the objective's memory, the twin, or the statistics of batch norms.
+
+    Args:
+        machine: the parts.
+        images: this process's share of the batch.
+        ids: the indices of the images.
+        epoch: the pass over the images; with the ids it determines the views.
+        step: the number of updates before this one; it determines the noise.
+    """
+    recipe, accelerator, twin = machine.recipe, machine.accelerator, machine.twin
+    # Passes in training move the running statistics. An objective's passes move nothing: only its updates do.
+    passed = [machine.encoder] if twin is None else [machine.encoder, twin]
+    before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
+    taken = gradient(machine, images, ids, epoch, step)
+    # What fp16 has scaled; nothing otherwise.
+    accelerator.unscale_gradients(machine.optimiser)
+    norm = _norm(machine.encoder.parameters(), accelerator.device)
+    numbers = taken.loss.total, norm, _norm(machine.objective.parameters(), accelerator.device)
+    judged = torch.stack([number.isfinite() for number in numbers])
+    # All processes agree, and nothing else has moved yet: one that skipped alone would leave the others' path.
+    if distributed.any_rank(not bool(judged.all())):
+        embeddings = taken.embeddings.isfinite().all(2).all(0)
+        loss = {"loss": taken.loss.total, **taken.loss.terms}
+        found = skipped(machine, step, epoch, ids, _finite_views(machine, images, ids, epoch), embeddings, loss)
+        for buffer, value in before:
+            buffer.copy_(value)
+        if accelerator.scaler is not None:
+            # As its own step would have done: in fp16 a scale that is too high is the usual reason.
+            accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
+        machine.optimiser.zero_grad(set_to_none=True)
+        return found
+    if recipe.optim.clip is not None:
+        clip_grads_with_norm_(machine.encoder.parameters(), recipe.optim.clip, norm)
+    machine.optimiser.step()
+    machine.optimiser.zero_grad(set_to_none=True)
+    machine.objective.update(taken.embeddings, taken.ids, taken.targets)
+    if twin is not None and recipe.objective.twin_momentum is not None:
+        twin.update(machine.encoder, recipe.objective.twin_momentum)
+    return taken
+
+
+def gradient(
+    machine: Machine,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> Taken:
+    """The first half of `train_step`, with its arguments: leaves the gradient of the whole batch in the parameters.
+
+    With `train.chunk`, the gradient is that of the same batch in one piece (Gao et al. 2021, GradCache, section 3.2):
+    first all chunks pass the encoder without gradient; then comes the loss of all embeddings with its gradient in
+    them; then each chunk passes again and is differentiated with its part of that gradient. Each chunk draws its
+    dropout alike in both passes. The memory is that of one chunk, and the price one more forward pass. Only batch
+    norms see a difference: they normalise each chunk by its own statistics, which they follow once per chunk.
+
+    Gradients of the encoder are means over the processes, by DDP. So are those of parameters that an objective has
+    alike on all processes. What reaches parameters that are spread over the processes is the sum over processes of the
+    gradients of local means: it is divided by their number.
+    """
+    pieces = num_chunks(machine, len(ids))
+    named = ids if machine.names is None else machine.names[ids]
+    batches = list(zip(images.tensor_split(pieces), ids.tensor_split(pieces), strict=True))
+    if pieces == 1:
+        views = machine.views(images, ids, epoch)
+        embeddings, targets = _embed(machine, views, step, 0)
+        loss: Loss = machine.objective(embeddings, named, targets, step)
+        machine.accelerator.backward(loss.total)
+    else:
+        embeddings, targets, kept = _first_passes(machine, batches, epoch, step)
+        loss = machine.objective(embeddings.requires_grad_(), named, targets, step)
+        # With fp16 what arrives in the embeddings is scaled already, and the second pass must not scale it again.
+        machine.accelerator.backward(loss.total)
+        assert embeddings.grad is not None
+        for chunk, cached in enumerate(embeddings.grad.tensor_split(pieces, 1)):
+            last = chunk == pieces - 1
+            # Gradients add up on each process; DDP takes their mean when the last chunk brings its own.
+            with nullcontext() if last else machine.accelerator.no_sync(machine.forward):
+                queries = kept[chunk] if kept else _queries(machine, machine.views(*batches[chunk], epoch))
+                torch.autograd.backward(_encode(machine, queries, step, chunk).embeddings, cached)
+                # Before the next views are made.
+                del queries
+    spread = machine.objective.shards()
+    for name, parameter in machine.objective.named_parameters():
+        # Alike on all processes, so all must come together here, also one whose anchors did not use it.
+        if name not in spread:
+            gradient_here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = distributed.mean(gradient_here)
+        elif parameter.grad is not None:
+            parameter.grad /= distributed.size()
+    return Taken(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
+
+
+def compile_encoder(machine: Machine, images: Images, order: Order, step: int) -> None:
+    """Compiles an encoder that is to be compiled, by the gradient of its next batch, which leaves no trace; collective.
+
+    Raises:
+        ValueError: if that cannot be done here; in a run it would be noticed after its folder was made.
+    """
+    if not machine.recipe.train.compile:
+        return
+    passed = [machine.encoder] if machine.twin is None else [machine.encoder, machine.twin]
+    before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
+    epoch, batch = order.batch(step)
+    ids, device = batch[distributed.share(len(batch))], machine.accelerator.device
+    machine.forward.train()
+    try:
+        gradient(machine, images.read(ids).to(device), ids.to(device), epoch, step)
+    except (TorchDynamoException, OSError, ImportError) as problem:
+        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise ValueError(
+            f"train.compile=true: the encoder cannot be compiled here ({reason.strip()}); it takes a C++ compiler (the "
+            "Debian package g++), on a GPU Triton too, and a folder that may be written (TORCHINDUCTOR_CACHE_DIR); or "
+            "leave train.compile out"
+        ) from problem
+    machine.optimiser.zero_grad(set_to_none=True)
+    for buffer, value in before:
+        buffer.copy_(value)
+
+
+def num_chunks(machine: Machine, batch: int) -> int:
+    """How many chunks a process makes of its share of a batch: the same number on all processes; collective.
+
+    As few as `train.chunk` allows, and of equal size but for one image: no rest of a single image remains, which
+    batch norm could not normalise. Where that takes it, a chunk holds more images than it was asked to.
+    """
+    chunk = machine.recipe.train.chunk
+    if chunk is None:
+        return 1
+    shares = distributed.counts(batch)
+    return max(1, min(-(-max(shares) // chunk), min(shares) // smallest_part(machine.encoder)))
+
+
+def _first_passes(
+    machine: Machine, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Embeddings and targets of all chunks, and the encoder's views of each chunk where they are kept."""
+    before = [(buffer, buffer.clone()) for buffer in machine.encoder.buffers()]
+    embeddings, targets, kept = [], [], []
+    for chunk, batch in enumerate(batches):
+        found, target, queries = _first_pass(machine, machine.views(*batch, epoch), step, chunk)
+        embeddings.append(found)
+        targets += [target] if target is not None else []
+        kept += [queries] if queries is not None else []
+    # The second pass moves the running statistics; twice would be once too often.
+    for buffer, value in before:
+        buffer.copy_(value)
+    return torch.cat(embeddings, 1), torch.cat(targets, 1) if targets else None, kept
+
+
+def _first_pass(machine: Machine, views: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of one chunk: embeddings, targets, and the encoder's views if they are kept."""
+    # Without gradient a compiled encoder would be compiled once more, to a graph that may draw other dropout. What
+    # autograd remembers of a chunk goes with the chunk, so that it needs no more memory than the second pass.
+    with torch.set_grad_enabled(machine.recipe.train.compile), machine.accelerator.no_sync(machine.forward):
+        embeddings, targets = _embed(machine, views, step, chunk)
+    queries = None
+    if machine.recipe.train.keep_views:
+        queries = _queries(machine, views)
+        # A slice would keep the twin's views too.
+        queries = queries.clone() if len(queries) < len(views) else queries
+    return embeddings.detach(), targets, queries
+
+
+def _embed(machine: Machine, views: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor | None]:
+    """What the objective gets: embeddings, and the twin's projections or those that the encoder's predictor is fed."""
+    embedded = _encode(machine, _queries(machine, views), step, chunk)
+    targets = None
+    if machine.twin is not None:
+        targets = _full(_twin(machine, views[1:] if machine.recipe.objective.splits_views else views, step, chunk))
+    elif len(machine.encoder.predictor):
+        targets = embedded.projections.detach()
+    return embedded.embeddings, targets
+
+
+def _encode(machine: Machine, queries: Tensor, step: int, chunk: int) -> Embedded:
+    # Dropout and drop path draw from the global generator: keyed here, a resumed step and a second pass draw alike.
+    key = f"{machine.recipe.seed} {step} {distributed.rank()} {chunk}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+    embedded: Embedded = machine.forward(queries)
+    return Embedded(_full(embedded.embeddings), _full(embedded.projections))
+
+
+@torch.no_grad()
+def _twin(machine: Machine, views: Tensor, step: int, chunk: int) -> Tensor:
+    assert machine.twin is not None
+    with machine.accelerator.autocast():
+        if not machine.shuffled:
+            projections: Tensor = machine.twin(views)
+            return projections
+        # Along the axis of images, which comes first on the way: all views of an image go together.
+        shuffle = Shuffle.draw(views.shape[1], (machine.recipe.seed, step, chunk))
+        there = shuffle.away(views.transpose(0, 1))
+        return shuffle.home(_full(machine.twin(there.transpose(0, 1))).transpose(0, 1)).transpose(0, 1)
+
+
+def _queries(machine: Machine, views: Tensor) -> Tensor:
+    return views[:1] if machine.recipe.objective.splits_views else views
+
+
+def _full(embeddings: Tensor) -> Tensor:
+    """In float32 at least: objectives compute in no less."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def _norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of a whole gradient: it is finite if all numbers are, and none is beyond 1e19."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+
+
+def _finite_views(machine: Machine, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+    """Whether the views of each image are finite, made anew, with the memory of a chunk."""
+    pieces = num_chunks(machine, len(ids))
+    chunks = zip(images.tensor_split(pieces), ids.tensor_split(pieces), strict=True)
+    return torch.cat([machine.views(*chunk, epoch).isfinite().flatten(2).all(2).all(0) for chunk in chunks])

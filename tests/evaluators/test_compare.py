@@ -1,0 +1,220 @@
+"""Retrieval, clustering, verification and fitted metrics beside kNN and the probe: `test_scores` has the latter two."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from manyviews.evaluators.compare import compare, takes_training
+from manyviews.evaluators.intervals import mean_interval, paired_difference
+from manyviews.evaluators.knn import KnnSettings
+from manyviews.evaluators.learned_distance import Cosine, Euclidean
+from manyviews.evaluators.linear import LinearSettings
+from manyviews.evaluators.protocol import Gallery, ProtocolSettings
+from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
+from manyviews.evaluators.scores import Evaluation
+from manyviews.evaluators.splits import hold_out
+from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
+from manyviews.linear_metrics import LinearMetric, Mahalanobis
+
+PROTOCOL = ProtocolSettings(
+    knn=KnnSettings(neighbours=(1, 10), temperatures=(0.07,)),
+    linear=LinearSettings(regularisations=(0.1,)),
+    verification=VerificationSettings(pairs=400, folds=4),
+)
+UNSEEN = (3, 4)
+Kinds = dict[str, tuple[Tensor | None, Tensor]]
+
+
+def kinds(noise: dict[str, float], *, nuisance: float = 0.0) -> tuple[Kinds, Tensor, Tensor]:
+    """Classes around centres; with a nuisance, numbers that vary much and say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    train_labels, test_labels = torch.arange(600) % 5, torch.arange(300) % 5
+    centres = torch.randn(5, 8, generator=generator)
+
+    def draw(labels: Tensor, amount: float) -> Tensor:
+        images = centres[labels] + amount * torch.randn(len(labels), 8, generator=generator)
+        return torch.cat([images, nuisance * torch.randn(len(labels), 3, generator=generator)], 1)
+
+    return (
+        {kind: (draw(train_labels, amount), draw(test_labels, amount)) for kind, amount in noise.items()},
+        train_labels,
+        test_labels,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Kinds, Tensor, Tensor]:
+    return kinds({"learned": 0.5, "random weights": 3.0})
+
+
+def gallery_of(train_labels: Tensor, test_labels: Tensor, classes: tuple[int, ...] = UNSEEN) -> Gallery:
+    chosen = torch.tensor(classes)
+    return Gallery(
+        torch.isin(test_labels, chosen).nonzero().squeeze(1),
+        "never seen in training",
+        (~torch.isin(train_labels, chosen)).nonzero().squeeze(1),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(inputs) -> Evaluation:
+    features, *labels = inputs
+    tasks = ("knn", "linear", "retrieval", "clustering", "verification")
+    return compare(features, *labels, PROTOCOL, tasks=tasks, gallery=gallery_of(*labels))
+
+
+def test_figures_are_those_of_the_gallery_alone(inputs, evaluation):
+    features, _, test_labels = inputs
+    images = torch.isin(test_labels, torch.tensor(UNSEEN))
+    by_task = {(figures.task, figures.features): figures for figures in evaluation.figures}
+    assert len(by_task) == 6
+    for kind, (_, test) in features.items():
+        result = retrieve(test[images], test_labels[images])
+        found = by_task["retrieval", kind]
+        assert found.counts == {"queries": 120, "left_out": 0}
+        assert found.values["MAP@R"] == pytest.approx(result.map_at_r.mean().item())
+        assert found.values["Recall@4"] == pytest.approx(result.recall[2].double().mean().item())
+        assert found.intervals["MAP@R"] == mean_interval(result.map_at_r)
+        pairs = draw_pairs(test_labels[images], PROTOCOL.verification)
+        judged = verify(test[images], pairs, PROTOCOL.verification)
+        assert by_task["verification", kind].values["accuracy"] == pytest.approx(judged.accuracy)
+
+
+def test_the_verdict_covers_retrieval_and_verification_on_the_same_queries_and_pairs(inputs, evaluation):
+    features, _, test_labels = inputs
+    assert [difference.method for difference in evaluation.differences] == [
+        "knn",
+        "linear",
+        "retrieval",
+        "verification",
+    ]
+    images = torch.isin(test_labels, torch.tensor(UNSEEN))
+    first, second = (retrieve(test[images], test_labels[images]).recall[0] for _, test in features.values())
+    retrieval = evaluation.differences[2]
+    assert (retrieval.difference, retrieval.low, retrieval.high) == paired_difference(first, second)
+    assert evaluation.verdict().startswith("Ahead of every baseline: by kNN, ")
+    assert "; by Recall@1, learned features beat random weights by " in evaluation.verdict()
+
+
+def test_a_loss_in_retrieval_alone_is_no_win(inputs):
+    features, *labels = inputs
+    train, test = features["learned"]
+    worse = test.clone()
+    of_gallery = torch.isin(labels[1], torch.tensor(UNSEEN))
+    worse[of_gallery] = features["random weights"][1][of_gallery]
+    options = {"tasks": ("knn", "retrieval"), "gallery": gallery_of(*labels)}
+    turned = compare({"learned": (train, worse), "raw pixels": (train, test)}, *labels, PROTOCOL, **options)
+    assert not turned.verdict().startswith("Ahead")
+    assert "by Recall@1, learned features fall behind raw pixels" in turned.verdict()
+
+
+def test_clustering_alone_claims_nothing(inputs):
+    features, *labels = inputs
+    clustered = compare(features, *labels, PROTOCOL, tasks=("clustering",))
+    assert clustered.differences == ()
+    assert "nothing is said of who is ahead" in clustered.verdict()
+    alone = compare({"learned": features["learned"]}, *labels, PROTOCOL, tasks=("clustering",))
+    assert alone.verdict() == "There is no baseline to compare with."
+
+
+def test_the_record_is_json_and_the_tables_fit_a_narrow_terminal(evaluation):
+    record = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert record["gallery"] == {"images": 120, "classes": [3, 4], "origin": "never seen in training"}
+    assert record["metric"] == {"name": "cosine"}
+    assert {(row["task"], row["features"]) for row in record["figures"]} >= {("retrieval", "learned")}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in evaluation.tables():
+        console.print(table)
+    console.file.close()
+    shown = console.export_text()
+    assert "Retrieval by cosine among 120 test images of 2 classes never seen in training" in " ".join(shown.split())
+    for figures in evaluation.figures:
+        line = [f"{100 * value:.1f}" for value in figures.values.values()]
+        rows = [row for row in shown.splitlines() if row.split()[:1] == figures.features.split()[:1]]
+        assert any(all(number in row for number in line) for row in rows), (figures, shown)
+
+
+def test_recall_at_one_is_measured_whatever_the_grid(inputs):
+    features, *labels = inputs
+    protocol = ProtocolSettings(retrieval=RetrievalSettings(recall_at=(10,), ndcg_at=()))
+    found = compare(features, *labels, protocol, tasks=("retrieval",))
+    assert list(found.figures[0].values) == ["Recall@1", "Recall@10", "R-precision", "MAP@R"]
+    assert len(found.differences) == 1
+
+
+def test_training_features_are_needed_by_knn_the_probe_and_fitted_metrics_alone(inputs):
+    features, *labels = inputs
+    assert takes_training(("knn",), Cosine())
+    assert takes_training(("retrieval",), Mahalanobis())
+    assert not takes_training(("retrieval", "clustering", "verification"), Euclidean())
+    without: Kinds = {kind: (None, test) for kind, (_, test) in features.items()}
+    tasks = ("retrieval", "clustering", "verification")
+    assert (
+        compare(without, *labels, PROTOCOL, tasks=tasks).figures
+        == compare(features, *labels, PROTOCOL, tasks=tasks).figures
+    )
+
+
+def test_a_metric_is_fitted_on_seen_classes_without_the_images_held_out_and_used_by_all_but_the_probe():
+    features, *labels = kinds({"learned": 0.5}, nuisance=20.0)
+    kept: dict[str, LinearMetric] = {}
+    options = {"tasks": ("knn", "linear", "retrieval"), "gallery": gallery_of(*labels)}
+    fitted = compare(features, *labels, PROTOCOL, metric=Mahalanobis(), keep=kept.__setitem__, **options)
+    plain = compare(features, *labels, PROTOCOL, metric=Euclidean(), **options)
+    train, test = features["learned"]
+    assert train is not None
+    chosen, _ = hold_out(labels[0], share=PROTOCOL.held_out, seed=PROTOCOL.seed)
+    chosen = chosen[labels[0][chosen] < 3]
+    expected = Mahalanobis().fit(train[chosen], labels[0][chosen])
+    assert torch.equal(kept["learned"].weights, expected.weights)
+    images = torch.isin(labels[1], torch.tensor(UNSEEN))
+    looked_up = retrieve(expected.transform(test[images]), labels[1][images], nearness="euclidean")
+    assert fitted.figures[0].values["MAP@R"] == pytest.approx(looked_up.map_at_r.mean().item())
+    # Numbers that say nothing drown the classes in the plain distance, and not in the fitted one.
+    assert fitted.scores[0].accuracy > plain.scores[0].accuracy + 0.3
+    assert fitted.figures[0].values["Recall@1"] > plain.figures[0].values["Recall@1"] + 0.3
+    assert fitted.scores[1].accuracy == plain.scores[1].accuracy
+    assert "kNN by mahalanobis" in str(fitted.tables()[0].title)
+
+
+def test_a_vote_by_euclidean_distance_does_not_depend_on_the_scale():
+    features, *labels = kinds({"learned": 2.0})
+    grid = ProtocolSettings(knn=KnnSettings(neighbours=(5, 50), temperatures=(0.02, 0.2)))
+    train, test = features["learned"]
+    assert train is not None
+    one = compare(features, *labels, grid, tasks=("knn",), metric=Euclidean())
+    two = compare({"learned": (64 * train, 64 * test)}, *labels, grid, tasks=("knn",), metric=Euclidean())
+    assert one.scores == two.scores
+
+
+def test_what_the_labels_rule_out_is_refused_in_words(inputs):
+    features, train_labels, test_labels = inputs
+    labels = train_labels, test_labels
+    one = gallery_of(*labels, (3,))
+    with pytest.raises(ValueError, match="60 test images of 1 class are to be compared"):
+        compare(features, *labels, PROTOCOL, tasks=("retrieval",), gallery=one)
+    assert compare(features, *labels, PROTOCOL, tasks=("knn",), gallery=one).scores
+    with pytest.raises(ValueError, match="leave more classes to it"):
+        compare(
+            features,
+            *labels,
+            PROTOCOL,
+            tasks=("retrieval",),
+            gallery=gallery_of(*labels, (1, 2, 3, 4)),
+            metric=Mahalanobis(),
+        )
+    with pytest.raises(ValueError, match="no test image has a label"):
+        compare(features, train_labels, torch.full((300,), -1), PROTOCOL)
+
+
+def test_a_class_with_a_single_test_image_is_left_out_of_retrieval_and_said_so(inputs):
+    features, train_labels, test_labels = inputs
+    lonely = test_labels.clone()
+    lonely[(test_labels == 4).nonzero().squeeze(1)[1:]] = -1
+    found = compare(features, train_labels, lonely, PROTOCOL, tasks=("retrieval", "clustering"))
+    assert found.figures[0].counts == {"queries": 240, "left_out": 1}
+    assert "1 left out" in str(found.tables()[0].title)
+    assert [figures.counts["images"] for figures in found.figures[2:]] == [241, 241]

@@ -1,0 +1,157 @@
+"""Gains of rankings against scikit-learn, torchmetrics and the mean over all orders, and where they are not defined."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from sklearn.metrics import dcg_score, ndcg_score
+from torch import Tensor
+
+from manyviews.evaluators.ranking import (
+    Gain,
+    cg,
+    cg_at_k,
+    dcg,
+    dcg_at_k,
+    gains_by_rank,
+    ideal_dcg,
+    ideal_hits,
+    mean_over_queries,
+    ndcg,
+    ndcg_at_k,
+)
+
+CUTS = (1, 3, 8, 20, None)
+
+
+def rankings(*, ties: bool, graded: bool = True) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    relevances = torch.randint(4 if graded else 2, (9, 8), generator=generator).double()
+    relevances[:, 0] = 1
+    scores = torch.randn(9, 8, generator=generator, dtype=torch.float64)
+    return relevances, (scores * 2).round() if ties else scores
+
+
+def expected_by_orders(relevances: Tensor, scores: Tensor, k: int, gain: Gain) -> float:
+    """The mean DCG over all orders of the items that agree with the scores."""
+    items, values = range(len(scores)), []
+    for order in itertools.permutations(items):
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order)):
+            worth = [relevances[i].item() if gain == "linear" else 2 ** relevances[i].item() - 1 for i in order[:k]]
+            values.append(sum(value / math.log2(rank + 2) for rank, value in enumerate(worth)))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("k", CUTS)
+def test_dcg_and_ndcg_equal_scikit_learn_with_ties_averaged(k: int | None) -> None:
+    relevances, scores = rankings(ties=True)
+    expected = dcg_score(relevances, scores, k=k)
+    assert dcg(relevances, scores, k).mean().item() == pytest.approx(expected, rel=1e-12)
+    assert ndcg(relevances, scores, k).mean().item() == pytest.approx(ndcg_score(relevances, scores, k=k), rel=1e-12)
+
+
+@pytest.mark.parametrize("k", CUTS)
+def test_dcg_and_ndcg_equal_scikit_learn_where_ties_are_ignored(k: int | None) -> None:
+    # On scores without ties: scikit-learn's order of tied items is that of an unstable sort.
+    relevances, scores = rankings(ties=False)
+    for found, oracle in ((dcg, dcg_score), (ndcg, ndcg_score)):
+        expected = pytest.approx(oracle(relevances, scores, k=k, ignore_ties=True), rel=1e-12)
+        assert found(relevances, scores, k, ties="first").mean().item() == expected
+        assert found(relevances, scores, k, ties="average").mean().item() == expected
+
+
+@pytest.mark.parametrize("k", [1, 3, None])
+@pytest.mark.parametrize("ties", [False, True])
+def test_ndcg_equals_torchmetrics(k: int | None, ties: bool) -> None:
+    oracle = pytest.importorskip("torchmetrics.functional.retrieval").retrieval_normalized_dcg
+    relevances, scores = rankings(ties=ties)
+    expected = torch.stack([oracle(s, r.long(), top_k=k) for r, s in zip(relevances, scores, strict=True)])
+    torch.testing.assert_close(ndcg(relevances, scores, k).float(), expected.float())
+
+
+@pytest.mark.parametrize("gain", ["linear", "exponential"])
+@pytest.mark.parametrize("k", [1, 2, 4, 6])
+def test_averaged_ties_are_the_mean_over_all_orders_that_agree_with_the_scores(k: int, gain: Gain) -> None:
+    relevances = torch.tensor([[3, 0, 1, 2, 0, 1]], dtype=torch.float64)
+    scores = torch.tensor([[0.5, 0.5, 2.0, 0.5, -1.0, -1.0]], dtype=torch.float64)
+    found = dcg(relevances, scores, k, gain=gain).item()
+    assert found == pytest.approx(expected_by_orders(relevances[0], scores[0], k, gain), rel=1e-12)
+
+
+def test_ties_that_are_not_averaged_keep_the_order_of_the_list() -> None:
+    relevances, scores = torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([[1.0, 1.0, 2.0]])
+    assert gains_by_rank(relevances, scores, ties="first").tolist() == [[1, 0, 3]]
+    assert gains_by_rank(relevances, scores).tolist() == [[1, 1.5, 1.5]]
+
+
+def test_gains_equal_those_worked_out_by_hand() -> None:
+    hits = torch.tensor([[3, 0, 2]])
+    assert cg_at_k(hits).item() == 5
+    assert cg_at_k(hits, "exponential").item() == 10
+    assert dcg_at_k(hits).item() == 3 / math.log2(2) + 2 / math.log2(4)
+    assert dcg_at_k(hits, "exponential").item() == 7 / math.log2(2) + 3 / math.log2(4)
+    assert ndcg_at_k(hits, torch.tensor([[3, 2, 1, 1]])).item() == pytest.approx(4 / (3 + 2 / math.log2(3) + 1 / 2))
+
+
+def test_cumulative_gain_does_not_know_the_order_of_what_it_adds_up() -> None:
+    relevances, scores = rankings(ties=False)
+    assert torch.equal(cg(relevances, scores), relevances.sum(1))
+    assert torch.equal(cg(relevances, scores, 1), relevances.gather(1, scores.argmax(1, keepdim=True))[:, 0])
+
+
+def test_both_gains_are_equal_for_binary_relevance_only() -> None:
+    for graded in (False, True):
+        relevances, scores = rankings(ties=False, graded=graded)
+        equal = torch.equal(dcg(relevances, scores), dcg(relevances, scores, gain="exponential"))
+        assert equal is not graded
+
+
+@pytest.mark.parametrize("gain", ["linear", "exponential"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_first_k_items_and_the_largest_relevances_are_enough(k: int, gain: Gain) -> None:
+    relevances, scores = rankings(ties=False)
+    hits = relevances.gather(1, scores.topk(k).indices)
+    found = ndcg_at_k(hits, relevances.topk(k).values, gain)
+    torch.testing.assert_close(found, ndcg(relevances, scores, k, gain=gain), rtol=1e-12, atol=0)
+    longer = ndcg_at_k(hits, relevances.sort(descending=True).values, gain)
+    torch.testing.assert_close(found, longer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_for_binary_relevance_the_number_of_relevant_items_is_enough(k: int) -> None:
+    relevances, scores = rankings(ties=False, graded=False)
+    hits = relevances.gather(1, scores.topk(k).indices)
+    found = ndcg_at_k(hits, ideal_hits(relevances.sum(1).long(), k))
+    torch.testing.assert_close(found, ndcg(relevances, scores, k), rtol=1e-12, atol=0)
+
+
+def test_the_best_order_has_the_whole_gain_and_k_beyond_the_list_is_the_list() -> None:
+    relevances, _ = rankings(ties=False)
+    torch.testing.assert_close(ndcg(relevances, relevances), torch.ones(9, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(dcg(relevances, relevances, 5), ideal_dcg(relevances, 5))
+    assert torch.equal(ideal_dcg(relevances, 800), ideal_dcg(relevances))
+
+
+def test_queries_without_a_relevant_item_are_left_out_of_the_mean_and_counted() -> None:
+    relevances, scores = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.0]] * 3)
+    values = ndcg(relevances, scores)
+    assert values.isnan().tolist() == [True, False, False]
+    found = mean_over_queries(values)
+    assert found == (pytest.approx((1 / math.log2(3) + 1) / 2), 2, 1)
+    nothing = mean_over_queries(values[:1])
+    assert math.isnan(nothing.mean)
+    assert nothing[1:] == (0, 1)
+    assert ndcg_at_k(torch.zeros(1, 3), ideal_hits(torch.tensor([0]), 3)).isnan().all()
+
+
+def test_what_has_no_gain_or_no_rank_is_refused() -> None:
+    relevances, scores = rankings(ties=False)
+    with pytest.raises(ValueError, match=r"relevances from -1 to 3 .* shift or scale"):
+        ndcg(relevances - 1 * (relevances == 0), scores)
+    with pytest.raises(ValueError, match=r"from 0 to 3000 .* exponential gain"):
+        dcg_at_k(relevances * 1000, "exponential")
+    with pytest.raises(ValueError, match="a score is NaN"):
+        cg(relevances, scores * torch.nan)
+    with pytest.raises(ValueError, match="k=0 items have no gain"):
+        ndcg(relevances, scores, 0)

@@ -1,0 +1,126 @@
+"""Methods side by side: what is called what, what is said of it, and what is written."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from rich.console import Console
+
+from manyviews.evaluators.bootstrap import bootstrap_differences
+from manyviews.evaluators.geometry import Geometry
+from manyviews.evaluators.methods import methods
+from manyviews.evaluators.protocol import Task
+from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of, spread_of
+
+QUEUE = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 100}}
+BATCH = {"objective": {"name": "in_batch", "temperature": 0.1}, "train": {"epochs": 100}}
+LONGER = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 800}}
+OTHER = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 9, "chunk": 4, "images_per_class": 2}}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "folders", "expected"),
+    [
+        ([QUEUE, BATCH, QUEUE], ["a", "b", "c"], {"objective=queue": [0, 2], "objective=in_batch": [1]}),
+        ([QUEUE, LONGER], ["a", "b"], {"train.epochs=100": [0], "train.epochs=800": [1]}),
+        ([QUEUE, QUEUE], ["runs/moco-0", "runs/moco-1"], {"moco": [0, 1]}),
+        ([QUEUE, QUEUE], ["runs/a", "runs/b"], {"runs/a": [0, 1]}),
+        ([QUEUE, OTHER], ["runs/plain", "runs/chunked"], {"plain": [0], "chunked": [1]}),
+        ([QUEUE, OTHER], ["first/run", "second/run"], {"first/run": [0], "second/run": [1]}),
+    ],
+)
+def test_runs_with_equal_recipes_are_one_method_named_by_what_differs_or_by_its_folders(
+    recipes: list[dict[str, dict[str, object]]], folders: list[str], expected: dict[str, list[int]]
+):
+    if OTHER in recipes:
+        # Too much differs for a name.
+        recipes = [{**recipe, "data": {"path": 30 * str(place)}} for place, recipe in enumerate(recipes)]
+    assert methods(recipes, folders) == expected
+
+
+def row(name: str, share: float, runs: int = 1, *, baseline: bool = False) -> Row:
+    hits = torch.rand(runs, 400, generator=torch.Generator().manual_seed(3)) < share
+    geometry = [Geometry("learned", 400, 64, 20.0 + number, -2.5, 0.5) for number in range(runs)]
+    accuracies = tuple(hits.double().mean(1).tolist())
+    names = tuple(f"runs/{name}-{number}" for number in range(runs))
+    values = {"kNN": accuracies, "AMI": (0.5,) * runs}
+    return Row(name, names, tuple(range(runs)), values, tuple(geometry), baseline, {"knn": hits})
+
+
+def compared() -> Comparison:
+    rows = (row("in_batch", 0.6, 2), row("queue", 0.9, 3), row("raw pixels", 0.3, baseline=True))
+    overlaps = (Overlap("in_batch", "in_batch", 0.625), Overlap("in_batch", "queue", 0.25))
+    return Comparison(rows, differences(rows, seed=0), 400, overlaps, 10, ("one of them has not finished",))
+
+
+def test_differences_are_those_of_the_bootstrap_from_the_first_row():
+    comparison = compared()
+    expected = bootstrap_differences([row.hits["knn"] for row in comparison.rows], seed=0)
+    assert [(own.difference, own.low, own.high) for own in comparison.differences] == expected
+    assert [(own.features, own.baseline) for own in comparison.differences] == [
+        ("queue", "in_batch"),
+        ("raw pixels", "in_batch"),
+    ]
+    assert comparison.verdict().startswith("By kNN, features of queue beat in_batch by ")
+    assert "raw pixels" not in comparison.verdict()
+
+
+def test_tables_show_means_spreads_and_intervals_in_80_columns():
+    comparison = compared()
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in comparison.tables():
+        console.print(table)
+    console.file.close()
+    shown = console.export_text()
+    queue, difference = comparison.rows[1], comparison.differences[0]
+    assert spread_of([100 * value for value in queue.values["kNN"]]) in shown
+    assert f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}" in shown
+    for text in ("21.0 ± 1.0", "-2.50 ± 0.00", "62.5", "25.0", "by chance 2.5"):
+        assert text in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+
+
+def test_the_record_is_json_with_each_run_by_itself():
+    comparison = compared()
+    record = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert record["rows"][1]["values"]["kNN"] == list(comparison.rows[1].values["kNN"])
+    assert record["rows"][1]["runs"] == ["runs/queue-0", "runs/queue-1", "runs/queue-2"]
+    assert record["rows"][0]["geometry"][1]["effective_rank"] == 21
+    assert "hits" not in record["rows"][0]
+    assert record["overlaps"][1] == {"first": "in_batch", "second": "queue", "share": 0.25}
+    assert record["notes"] == ["one of them has not finished"]
+
+
+def test_geometry_alone_claims_nothing():
+    rows = tuple(Row(name, (name,), (0,), {}, (Geometry("learned", 9, 4, 3.0, -1.0, None),)) for name in ("a", "b"))
+    comparison = Comparison(rows, differences(rows, seed=0), 9)
+    assert [str(table.title).split()[0] for table in comparison.tables()] == ["Geometry"]
+    assert "nothing is said" in comparison.verdict()
+
+
+def test_a_record_is_read_by_the_tasks_asked_for():
+    record = {
+        "scores": [
+            {"features": "learned", "method": "knn", "accuracy": 0.5},
+            {"features": "raw pixels", "method": "knn", "accuracy": 0.1},
+        ],
+        "fractions": {"learned": [{"name": "1 %", "accuracies": [0.2, 0.4]}]},
+        "figures": [{"features": "learned", "task": "retrieval", "values": {"Recall@1": 0.7, "MAP@R": 0.2}}],
+    }
+    assert figures_of(record, "learned", ("knn", "fractions", "retrieval")) == {
+        "kNN": 0.5,
+        "1 %": pytest.approx(0.3),
+        "Recall@1": 0.7,
+    }
+    assert figures_of(record, "learned", ("linear", "geometry")) == {}
+    assert figures_of({}, "learned", ("knn",)) == {}
+
+
+def test_every_task_has_its_figure_in_the_table():
+    assert set(FIGURES) == set(get_args(Task))
+
+
+def test_a_single_value_has_no_spread():
+    assert spread_of([93.14]) == "93.1"
+    assert spread_of([1.0, 3.0], digits=2) == "2.00 ± 1.41"

@@ -1,0 +1,288 @@
+"""The formulas for memory, traffic and arithmetic against what processes measure, and the numbers in the README."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from manyviews.engine import tiles
+from manyviews.objectives import (
+    Bank,
+    Contrastive,
+    InBatch,
+    LogRatio,
+    Margin,
+    MarginSoftmax,
+    NearestNeighbours,
+    NoiseContrastive,
+    NPair,
+    Objective,
+    Population,
+    Queue,
+    Ranking,
+    Supervised,
+    Triplet,
+)
+from manyviews.objectives.cost import Scale, amount, in_words, scale
+from manyviews.objectives.mining import DistanceWeighted, Hardest
+from manyviews.system import distributed
+from processes import start
+
+BATCH, DIM, IMAGES = 64, 24, 203
+VIEWS = {"n_pair, five views, both ways round": 5, "supervised": 3, "nearest_neighbours": 3, "bank": 1}
+OBJECTIVES: dict[str, Objective] = {
+    "in_batch": InBatch(),
+    "in_batch, hard negatives": InBatch(hardness=0.5, positive_probability=0.1),
+    "in_batch, bilinear": InBatch(score="bilinear"),
+    "in_batch, bilinear, hard negatives": InBatch(score="bilinear", hardness=0.5),
+    "supervised": Supervised(),
+    "nearest_neighbours": NearestNeighbours(size=70),
+    "queue": Queue(size=70),
+    "queue, symmetric": Queue(size=70, symmetric=True),
+    "queue, per process": Queue(size=70, per_process=True, storage="bfloat16"),
+    "bank": Bank(),
+    "bank, two views": Bank(proximal=1.0),
+    "bank, 16 bits": Bank(storage="float16"),
+    "bank, nce": Bank(estimator="nce", negatives=40),
+    "bank, nce, noise per image": Bank(estimator="nce", negatives=40, shared=False),
+    "bank, nce, little noise per image": Bank(estimator="nce", negatives=3, shared=False),
+    "bank, nce, exact Z": Bank(estimator="nce", negatives=40, normaliser="exact"),
+    "bank, nce, first Z": Bank(estimator="nce", negatives=40, normaliser="first_batch"),
+    "bank, nce, fixed Z": Bank(estimator="nce", negatives=40, normaliser=3.0),
+    "bank, infonce": Bank(estimator="infonce", negatives=40),
+    "bank, parametric": Bank(estimator="parametric"),
+    "margin_softmax": MarginSoftmax(),
+    "margin_softmax, of any length": MarginSoftmax(preset="sphereface"),
+    # As much noise as draws every row.
+    "noise_contrastive": NoiseContrastive(negatives=5_000),
+    "noise_contrastive, negative sampling": NoiseContrastive(negatives=5_000, correction=False),
+    "n_pair": NPair(),
+    "n_pair, five views, both ways round": NPair(symmetric=True),
+    "n_pair, one_vs_one": NPair(form="one_vs_one"),
+    "log_ratio": LogRatio(),
+    "ranking": Ranking(),
+    "ranking, pairs": Ranking(loss="rank_net"),
+    "contrastive": Contrastive(),
+    "contrastive, one negative each": Contrastive(average="all", sampling=DistanceWeighted()),
+    "triplet": Triplet(),
+    "triplet, un-normalised": Triplet(normalized=False, sampling=Hardest()),
+    "margin": Margin(),
+}
+AGREEMENTS = 12
+"""How often the processes may agree on a number of 8 bytes in a step: fewer bytes than one number for each anchor."""
+
+
+def views(name: str) -> int:
+    return VIEWS.get(name, 2)
+
+
+def predicted(name: str, processes: int) -> Scale:
+    return scale(OBJECTIVES[name], images=IMAGES, views=views(name), batch=BATCH, dim=DIM, processes=processes)
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications in matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name, factors = str(function.overloadpacket), [value for value in arguments if isinstance(value, Tensor)]
+        if name in {"aten.mm", "aten.bmm", "aten.addmm", "aten.addmm_", "aten.baddbmm"}:
+            self.count += factors[-2].numel() * factors[-1].shape[-1]
+        return function(*arguments, **(options or {}))
+
+
+def step(objective: Any, settings: Objective, number: int, num_views: int) -> Tensor:
+    """One step of training on this process's share; the mean number of negatives."""
+    generator = torch.Generator().manual_seed(number)
+    encoded = 1 if settings.splits_views else num_views
+    own = distributed.share(BATCH)
+    ids = torch.randperm(IMAGES, generator=generator)[:BATCH]
+    embeddings = torch.randn(encoded, BATCH, DIM, generator=generator)[:, own].requires_grad_()
+    targets = torch.randn(encoded, BATCH, DIM, generator=generator)[:, own]
+    loss = objective(embeddings, ids[own], targets, number)
+    loss.total.backward()
+    objective.update(embeddings.detach(), ids[own], targets)
+    return loss.terms["negatives"]
+
+
+def build(settings: Objective) -> Any:
+    values = torch.arange(1.0 * IMAGES).unsqueeze(1) if isinstance(settings, LogRatio) else None
+    return settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values), seed=0)
+
+
+def work(rank: int, processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    found = {}
+    for name, settings in OBJECTIVES.items():
+        objective = build(settings)
+        for number in range(2):
+            step(objective, settings, number, views(name))
+        with distributed.traffic() as traffic:
+            negatives = step(objective, settings, 2, views(name))
+        state = objective.state_dict()
+        spread = [state[key] for key in objective.shards()]
+        found[name] = {
+            "traffic": traffic.received,
+            "negatives": negatives.item(),
+            "rows": len(spread[0]) if spread else 0,
+            "memory": sum(tensor.nbytes for tensor in spread),
+            "rest": sum(tensor.nbytes for tensor in state.values()) - sum(tensor.nbytes for tensor in spread),
+        }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    start(work, (request.param, str(folder)), count=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_traffic_is_what_every_process_receives_but_for_agreements(name: str, measured: list[dict[str, Any]]) -> None:
+    processes = len(measured)
+    for found in measured:
+        assert 0 <= found[name]["traffic"] - predicted(name, processes).traffic <= AGREEMENTS * 8 * (processes - 1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_memory_is_what_the_largest_part_takes(name: str, measured: list[dict[str, Any]]) -> None:
+    expected = predicted(name, len(measured))
+    assert max(found[name]["rows"] for found in measured) == expected.rows
+    assert max(found[name]["memory"] for found in measured) == expected.memory
+    # What every process holds besides: a pointer, a count, a normaliser, a matrix; a digest of what it was built with.
+    rest = {"in_batch, bilinear": 4 * DIM**2, "log_ratio": 32}.get(name.removesuffix(", hard negatives"), 16)
+    assert all(found[name]["rest"] <= rest for found in measured)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_negatives_are_what_the_anchors_see(name: str, measured: list[dict[str, Any]]) -> None:
+    expected = predicted(name, len(measured)).negatives
+    seen = sum(found[name]["negatives"] for found in measured) / len(measured)
+    # Noise that falls on an anchor's own row is none.
+    assert seen == pytest.approx(expected, rel=0.05 if "nce" in name or "sampling" in name else 1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_products_are_those_that_one_process_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One piece of work after the other, in the thread that is watched.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    # Pairs that were sampled are few, and their gradient is then found without products.
+    monkeypatch.setattr(tiles, "FEW", -1)
+    objective = build(OBJECTIVES[name])
+    for number in range(2):
+        step(objective, OBJECTIVES[name], number, views(name))
+    with Products() as products:
+        step(objective, OBJECTIVES[name], 2, views(name))
+    expected = predicted(name, 1).products
+    # Positives and normalisation are products too, of views alone; of a batch beside itself a part of the diagonal is
+    # computed on both of its sides.
+    rest = views(name) ** 2 * BATCH * DIM
+    if isinstance(OBJECTIVES[name], InBatch | Supervised):
+        rest += 0.16 * expected
+    if isinstance(OBJECTIVES[name], LogRatio):
+        # Labels of one number, three in a row of squared distances.
+        rest += 3 * (views(name) * BATCH) ** 2
+    if isinstance(OBJECTIVES[name], MarginSoftmax | NoiseContrastive):
+        # Learned rows are normalised too.
+        rest += IMAGES * DIM
+    assert expected <= products.count <= expected + rest
+
+
+def test_one_process_receives_nothing() -> None:
+    for name in OBJECTIVES:
+        assert predicted(name, 1).traffic == 0
+
+
+def test_a_process_holds_its_part_of_a_bank_and_the_traffic_does_not_know_how_long_it_is() -> None:
+    sizes = {"views": 1, "batch": 256, "dim": 128}
+    one, eight = (scale(Bank(), images=1 << 20, processes=processes, **sizes) for processes in (1, 8))
+    assert (eight.memory, eight.products) == (one.memory // 8, one.products // 8)
+    assert scale(Bank(), images=1 << 30, processes=8, **sizes).traffic == eight.traffic
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+IMAGENET = {"images": 1_281_167, "batch": 256 * 8, "dim": 128, "processes": 8}
+BILLION = {"images": 10**9, "batch": 256 * 64, "dim": 128, "processes": 64}
+SIXTEEN_BITS: dict[str, Any] = {"storage": "bfloat16"}
+EXAMPLES: list[tuple[str, Objective, int, dict[str, int]]] = [
+    ("ImageNet, in_batch", InBatch(), 2, IMAGENET),
+    ("ImageNet, queue of 65,536", Queue(size=65_536), 2, IMAGENET),
+    ("ImageNet, bank, exact", Bank(), 1, IMAGENET),
+    ("ImageNet, bank, nce, m = 4,096", Bank(estimator="nce"), 1, IMAGENET),
+    ("a billion, in_batch", InBatch(), 2, BILLION),
+    ("a billion, queue of 65,536 for each process", Queue(size=65_536, per_process=True), 2, BILLION),
+    ("a billion, bank, exact, bfloat16", Bank(**SIXTEEN_BITS), 1, BILLION),
+    ("a billion, bank, nce, m = 65,536, bfloat16", Bank(estimator="nce", negatives=65_536, **SIXTEEN_BITS), 1, BILLION),
+]
+FORMULAS: dict[str, tuple[Objective, dict[str, int]]] = {
+    "in_batch": (InBatch(), {"V": 2}),
+    "queue": (Queue(size=640, storage="float16"), {"V": 1, "K": 640, "s": 2}),
+    "bank, exact": (Bank(), {"V": 2, "s": 4}),
+    "bank, nce": (Bank(estimator="nce", negatives=96, storage="bfloat16"), {"V": 2, "m": 96, "s": 2}),
+    "triplet": (Triplet(), {"V": 2}),
+    "margin_softmax": (MarginSoftmax(), {"V": 1}),
+    "noise_contrastive": (NoiseContrastive(negatives=96), {"V": 2, "m": 96}),
+}
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the README's table after a mark, row by row, without its head."""
+    lines = README.split(f"<!-- {heading} -->\n")[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def written(name: str, settings: Objective, num_views: int, sizes: dict[str, int]) -> list[str]:
+    """The row of the README's table for an example."""
+    found = scale(settings, views=num_views, **sizes)
+    memory = amount(found.memory) if found.memory else "–"
+    return [name, f"{found.negatives:,}", memory, amount(found.traffic), f"{found.products / 1e9:,.1f}"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[0])
+def test_the_readme_works_through_the_numbers_of_the_functions(example: tuple[Any, ...]) -> None:
+    rows = {row[0]: row for row in table("scale")}
+    assert rows[example[0]] == written(*example)
+    assert len(rows) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_readmes_formulas_are_those_of_the_functions(name: str, processes: int) -> None:
+    settings, symbols = FORMULAS[name]
+    symbols = {"W": processes, "B": 512, "N": 4096, "D": 64, **symbols}
+    found = scale(settings, images=4096, views=symbols["V"], batch=512, dim=64, processes=processes)
+    cells = {row[0]: row[1:] for row in table("formulas")}[name]
+    python = str.maketrans({"·": "*", "−": "-", "²": "**2", "`": ""})
+    values = [eval(cell.translate(python), {}, symbols) for cell in cells]
+    assert values == [found.negatives, found.memory, found.traffic, found.products]
+
+
+def test_the_readme_compares_with_a_resnet_50_of_the_right_size() -> None:
+    text = " ".join(README.split())
+    assert f"brings each of 8 GPUs {2 * 4 * 25.6e6 * 7 / 8 / 1e6:.0f} MB" in text
+    encoder = 3 * 4.1e9 * 256
+    bank, billion = (scale(settings, views=1, **sizes).products for _, settings, _, sizes in EXAMPLES[2::4])
+    assert f"takes {encoder / 1e9:,.0f}" in text
+    assert f"{100 * bank / encoder:.0f} % of it" in text
+    assert f"{billion / encoder:.0f} times as much" in text
+    assert f"once in {10**9 / BILLION['batch']:,.0f} steps" in text
+
+
+def test_a_cost_is_said_in_one_line() -> None:
+    said = in_words(scale(Bank(), images=60_000, views=1, batch=256, dim=128, processes=2))
+    assert said == "59,999 per anchor, 30,000 rows on each process (15.5 MB), 266 kB received by each process per step"
+    assert in_words(scale(InBatch(), images=60_000, views=2, batch=256, dim=128, processes=1)) == "510 per anchor"
+    assert [amount(count) for count in (7, 7_000, 12_345_678, 5 * 10**13)] == [
+        "7 bytes",
+        "7.0 kB",
+        "12.3 MB",
+        "50.0 TB",
+    ]

@@ -1,0 +1,292 @@
+"""The triplet loss against loops over all triples in float64, against another library, and at its limits."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triples import REPEATED, Triple, by_loops, compare, embeddings, prepared, sampled, table_of
+
+from manyviews.engine import tiles
+from manyviews.objectives import Population
+from manyviews.objectives import triplet as module
+from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
+from manyviews.objectives.triplet import Triplet, triplet_loss
+
+EVERY: list[Sampling] = [
+    All(),
+    All(positives="hard"),
+    Random(),
+    Easiest(),
+    SemiHard(),
+    SemiHard(fallback=None),
+    Hard(),
+    Hardest(),
+    DistanceWeighted(),
+]
+
+
+def name_of(value: object) -> str:
+    return str(getattr(value, "name", value))
+
+
+def loss(z: Tensor, ids: Tensor, **options: Any) -> Tensor:
+    return triplet_loss(z, ids, Triplet(**options), seed=3, step=7).total
+
+
+def oracle(
+    table: Tensor, triples: list[Triple], *, margin: float, squared: bool, soft: bool = False, average: str = "active"
+) -> Tensor:
+    power = 2 if squared else 1
+    losses = []
+    for a, p, n in triples:
+        difference = table[a, p] ** power - table[a, n] ** power
+        losses.append(torch.log(1 + difference.exp()) if soft else (difference + margin).clamp(min=0))
+    active = sum(float(found.detach()) > 0 for found in losses)
+    return torch.stack(losses).sum() / (len(losses) if average == "all" else active)
+
+
+@pytest.mark.parametrize("numbers", [60, 1 << 18], ids=["small tiles", "one tile"])
+@pytest.mark.parametrize(
+    ("margin", "squared", "soft", "normalized", "average"),
+    [
+        (0.2, True, False, True, "active"),
+        (0.5, False, False, True, "all"),
+        (0.1, False, False, False, "active"),
+        (0.2, True, True, True, "active"),
+        (0.2, False, True, False, "all"),
+    ],
+)
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_loss_and_gradient_equal_the_sum_over_triples(
+    kind: Sampling,
+    margin: float,
+    squared: bool,
+    soft: bool,
+    normalized: bool,
+    average: Any,
+    numbers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "NUMBERS", numbers)
+    if kind.name == "distance_weighted" and not normalized:
+        return
+    z = embeddings()
+    triples = sampled(kind, prepared(z, REPEATED, normalized=normalized))
+    expected = oracle(
+        table_of(z, normalized=normalized), triples, margin=margin, squared=squared, soft=soft, average=average
+    )
+    options: dict[str, Any] = {"margin": margin, "squared": squared, "soft": soft, "normalized": normalized}
+    compare(loss(z, REPEATED, sampling=kind, average=average, **options), expected, z)
+
+
+@pytest.mark.parametrize("name", ["all", "easiest", "semi_hard", "hard", "hardest"])
+def test_nothing_but_embeddings_and_ids_decides_where_nothing_is_drawn(name: str) -> None:
+    z = embeddings(3, 6)
+    kinds = {"all": All(), "easiest": Easiest(), "semi_hard": SemiHard(), "hard": Hard(), "hardest": Hardest()}
+    ids = torch.tensor([0, 1, 1, 2, 4, 0])
+    triples = by_loops(name, "hard" if name == "hardest" else "all", table_of(z), ids.repeat(3))
+    compare(loss(z, ids, sampling=kinds[name], margin=0.3), oracle(table_of(z), triples, margin=0.3, squared=True), z)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_a_search_among_the_positives_gives_what_passes_over_the_rows_give(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, ids = embeddings(2, 25), torch.arange(25) ** 2 % (classes + 1)
+    expected = loss(z, ids, sampling=All())
+    monkeypatch.setattr(module, "FEW", 0)
+    compare(loss(z, ids, sampling=All()), expected, z)
+    compare(
+        loss(z, ids, sampling=All(), squared=False, margin=0.0),
+        loss(z, ids, sampling=All(), squared=False, margin=0.0),
+        z,
+    )
+
+
+def test_terms_say_how_much_is_compared() -> None:
+    z = embeddings()
+    result = triplet_loss(z, REPEATED, Triplet(sampling=All()), seed=0, step=0)
+    table, ids = table_of(z.detach()), REPEATED.repeat(2)
+    triples = by_loops("all", "all", table, ids)
+    active = sum(float(table[a, p] ** 2 - table[a, n] ** 2) > -0.2 for a, p, n in triples)
+    assert result.terms["active"].item() == pytest.approx(active / len(triples))
+    pairs = {(a, p) for a, p, _ in triples}
+    cosine = sum(1 - float(table[a, p]) ** 2 / 2 for a, p in pairs) / len(pairs)
+    assert result.terms["positive_similarity"].item() == pytest.approx(cosine)
+    assert result.terms["negatives"].item() == pytest.approx(sum(int((ids != i).sum()) for i in ids) / 20)
+    assert result.terms["without_negative"] == 0
+    assert not any(term.requires_grad for term in result.terms.values())
+    kept = by_loops("semi_hard", "all", table, ids, None)
+    assert 0 < len(kept) < len(pairs)
+    for fallback, name in (("easiest", "fallback"), (None, "without_negative")):
+        terms = triplet_loss(z, REPEATED, Triplet(sampling=SemiHard(fallback=fallback)), seed=0, step=0).terms
+        assert terms[name].item() == pytest.approx(1 - len(kept) / len(pairs))
+        assert terms["fallback"] + terms["without_negative"] == terms[name]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_easy_semi_hard_and_hard_are_the_papers_kinds_of_triplets(
+    kind: Sampling, squared: bool, normalized: bool
+) -> None:
+    if kind.name == "distance_weighted" and not normalized:
+        return
+    z, margin = embeddings(), 0.7
+    settings = Triplet(sampling=kind, margin=margin, squared=squared, normalized=normalized)
+    terms = triplet_loss(z, REPEATED, settings, seed=3, step=7).terms
+    triples = sampled(kind, prepared(z, REPEATED, normalized=normalized))
+    table = table_of(z.detach(), normalized=normalized) ** (2 if squared else 1)
+    kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
+    for a, p, n in triples:
+        difference = float(table[a, n] - table[a, p])
+        kinds["hard" if difference <= 0 else "semi_hard" if difference < margin else "easy"] += 1
+    for name, number in kinds.items():
+        assert terms[name].item() == pytest.approx(number / len(triples), abs=1e-12)
+
+
+@pytest.mark.parametrize("positives", [5, 60])
+def test_kinds_of_all_triplets_are_those_of_pytorch_metric_learning(positives: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        miners = pytest.importorskip("pytorch_metric_learning.miners")
+        distances = pytest.importorskip("pytorch_metric_learning.distances")
+    z, ids = embeddings(1, 3 * positives).detach(), torch.arange(3).repeat_interleave(positives)
+    terms = triplet_loss(z, ids, Triplet(sampling=All()), seed=0, step=0).terms
+    counts = {
+        ours: len(miners.TripletMarginMiner(0.2, theirs, distance=distances.LpDistance(power=2))(z[0], ids)[0])
+        for ours, theirs in {"easy": "easy", "semi_hard": "semihard", "hard": "hard"}.items()
+    }
+    for name, number in counts.items():
+        assert terms[name].item() == pytest.approx(number / sum(counts.values()))
+
+
+def test_semi_hard_with_its_fallback_is_tensorflows_loss() -> None:
+    # triplet_semihard_loss: squared distances, a margin of 1, the mean over all positive pairs; of the negatives that
+    # are farther than the positive the nearest, and where there is none the farthest of all negatives.
+    for seed in range(5):
+        z = embeddings(batch=10, dim=2, seed=seed)
+        table, ids, losses = table_of(z).square(), REPEATED.repeat(2).tolist(), []
+        for a in range(20):
+            negatives = [table[a, n] for n in range(20) if ids[n] != ids[a]]
+            for p in range(20):
+                if p != a and ids[p] == ids[a]:
+                    outside = [d for d in negatives if d > table[a, p]]
+                    losses.append((table[a, p] - (min(outside) if outside else max(negatives)) + 1).clamp(min=0))
+        compare(loss(z, REPEATED, margin=1.0, average="all"), torch.stack(losses).mean(), z)
+
+
+def test_where_every_negative_is_nearer_the_fallback_still_teaches() -> None:
+    # Two classes that lie crosswise: no negative is farther than the positive.
+    z = torch.tensor([[[1.0, 0.1], [-1.0, 0.1], [0.1, 1.0], [0.1, -1.0]]], dtype=torch.float64).requires_grad_()
+    ids = torch.tensor([0, 0, 1, 1])
+    for fallback, taught in (("easiest", True), ("hardest", True), (None, False)):
+        found = loss(z, ids, sampling=SemiHard(fallback=fallback))
+        assert (found.item() > 1) == taught
+        assert bool(torch.autograd.grad(found, z)[0].any()) == taught
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@pytest.mark.parametrize(
+    ("views", "ids"),
+    [(1, torch.arange(10)), (2, torch.full((10,), 4))],
+    ids=["one image of each class", "one class"],
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_without_positives_or_negatives_loss_and_gradient_are_zero(
+    kind: Sampling, views: int, ids: Tensor, soft: bool
+) -> None:
+    z = embeddings(views)
+    found = loss(z, ids, sampling=kind, soft=soft)
+    (gradient,) = torch.autograd.grad(found, z)
+    assert found == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_coincident_opposite_and_zero_points_have_finite_gradients(
+    kind: Sampling, squared: bool, normalized: bool
+) -> None:
+    if kind.name == "distance_weighted" and not normalized:
+        return
+    point = torch.tensor([[1.0, 2.0, 3.0]])
+    for rows in (point.repeat(6, 1), torch.cat([point, point, -point]).repeat(2, 1), torch.zeros(6, 3)):
+        z = rows[None].clone().requires_grad_()
+        found = loss(z, torch.tensor([0, 0, 1, 1, 2, 2]), sampling=kind, squared=squared, normalized=normalized)
+        assert found.isfinite()
+        assert torch.autograd.grad(found, z)[0].isfinite().all()
+
+
+def test_all_equal_points_cost_the_margin() -> None:
+    z = torch.ones(2, 5, 4)
+    for squared in (True, False):
+        assert loss(z, torch.arange(5), sampling=All(), squared=squared).item() == pytest.approx(0.2, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, kind: Sampling) -> None:
+    z = embeddings().detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        found = loss(z, REPEATED, sampling=kind)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, loss(z.float(), REPEATED, sampling=kind), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.grad(found, z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+def test_float32_is_close_to_float64(kind: Sampling) -> None:
+    z, ids = embeddings(2, 60, 16), torch.arange(60) // 2
+    torch.testing.assert_close(
+        loss(z.float(), ids, sampling=kind).double(), loss(z, ids, sampling=kind), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
+    z = embeddings()
+    settings = Triplet(margin=0.4, sampling=Random())
+    objective = settings.build(dim=5, population=Population.each(10), seed=3)
+    assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, margin=0.4, sampling=Random()))
+    assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
+    assert not list(objective.parameters())
+
+
+def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
+    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
+        Triplet(sampling=DistanceWeighted(), normalized=False)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_all_triplets_equal_those_of_pytorch_metric_learning(squared: bool, soft: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        distances = pytest.importorskip("pytorch_metric_learning.distances")
+        reducers = pytest.importorskip("pytorch_metric_learning.reducers")
+    z = embeddings().detach().float()
+    # Its soft loss adds the margin inside the exponential; the paper's has none.
+    theirs = losses.TripletMarginLoss(
+        margin=0.0 if soft else 0.2,
+        smooth_loss=soft,
+        distance=distances.LpDistance(power=2 if squared else 1),
+        reducer=reducers.AvgNonZeroReducer(),
+    )(z.flatten(0, 1), REPEATED.repeat(2))
+    torch.testing.assert_close(
+        loss(z, REPEATED, sampling=All(), squared=squared, soft=soft), theirs, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_batch_hard_equals_that_of_pytorch_metric_learning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        miners = pytest.importorskip("pytorch_metric_learning.miners")
+    z, ids = embeddings().detach().float(), REPEATED.repeat(2)
+    rows = z.flatten(0, 1)
+    theirs = losses.TripletMarginLoss(margin=0.2)(rows, ids, miners.BatchHardMiner()(rows, ids))
+    torch.testing.assert_close(loss(z, REPEATED, sampling=Hardest(), squared=False), theirs, rtol=1e-5, atol=1e-6)
