@@ -12,7 +12,7 @@ from manyviews.config import load
 from manyviews.data import Sample
 from manyviews.recipe import Recipe
 from manyviews.system.launch import start
-from manyviews.train.components import Machine, build
+from manyviews.train.components import Components, build
 from manyviews.train.step import gradient
 
 BATCH, CHUNK = 8_192, 256
@@ -99,16 +99,16 @@ def prepare(encoder: str, batch: int, chunk: int | None, keep_views: bool) -> Ca
     images = Sample().build(workers=0, report=None).train
     views = recipe.views.resolve(size=images.size, channels=images.channels)
     accelerator = start(batch, recipe.train.precision, torch.get_num_threads())
-    machine = build(recipe.model_copy(update={"views": views}), accelerator, images)
-    machine.forward.train()
+    components = build(recipe.model_copy(update={"views": views}), accelerator, images)
+    components.forward.train()
     ids = torch.arange(batch) % len(images)
-    return partial(_gradient, machine, images.read(ids).to(accelerator.device), ids.to(accelerator.device))
+    return partial(_gradient, components, images.read(ids).to(accelerator.device), ids.to(accelerator.device))
 
 
-def _gradient(machine: Machine, images: Tensor, ids: Tensor) -> list[Tensor]:
-    machine.optimiser.zero_grad(set_to_none=True)
-    gradient(machine, images, ids, 0, 0)
-    return [parameter.grad for parameter in machine.encoder.parameters() if parameter.grad is not None]
+def _gradient(components: Components, images: Tensor, ids: Tensor) -> list[Tensor]:
+    components.optimiser.zero_grad(set_to_none=True)
+    gradient(components, images, ids, 0, 0)
+    return [parameter.grad for parameter in components.encoder.parameters() if parameter.grad is not None]
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> harness.Report:
         title=f"Linear metrics on features of Fashion-MNIST, d = {DIM}",
         rows=rows,
         notes=NOTES,
-        machine=harness.machine() | {"rivals": versions(python)},
+        components=harness.components() | {"rivals": versions(python)},
     )
 
 

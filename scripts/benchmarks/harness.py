@@ -62,7 +62,7 @@ class Report:
     notes: Sequence[str] = ()
     packages: Sequence[str] = ()
     """Distributions whose versions belong to the result, beside torch and this project."""
-    machine: Mapping[str, str] = field(default_factory=dict)
+    components: Mapping[str, str] = field(default_factory=dict)
 
 
 class RivalMissingError(ImportError):
@@ -131,7 +131,7 @@ def commands(threads: int, *lines: Sequence[str]) -> None:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def machine(packages: Sequence[str] = ()) -> dict[str, str]:
+def components(packages: Sequence[str] = ()) -> dict[str, str]:
     """Processor, memory, load and versions: what a reader needs to judge the figures."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -154,7 +154,7 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
 def show(report: Report) -> None:
     """Prints the table with the machine above it and the notes below it."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for key, text in (report.machine or machine(report.packages)).items():
+    for key, text in (report.components or components(report.packages)).items():
         console.print(f"[dim]{key:>11}[/dim]  {text}", highlight=False)
     table = Table(title=report.title, title_justify="left")
     columns = list(dict.fromkeys(column for row in report.rows for column in row))
@@ -174,7 +174,7 @@ def write_json(report: Report, file: Path) -> None:
     content = {
         "title": report.title,
         "command": shlex.join(["python", *sys.argv]),
-        "machine": dict(report.machine or machine(report.packages)),
+        "machine": dict(report.components or components(report.packages)),
         "rows": rows,
         "notes": list(report.notes),
     }

@@ -22,7 +22,7 @@ from benchmarks import harness
 from manyviews.data import FashionMNIST, Images, Sample
 from manyviews.evaluators.linear import LinearResult, LinearSettings, linear
 from manyviews.evaluators.splits import hold_out
-from manyviews.features.backbone import Opened, open_run
+from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.encoding import extract
 
 EPOCHS = 90
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> harness.Report:
     )
 
 
-def _opened(folder: Path | None) -> Opened:
+def _opened(folder: Path | None) -> PretrainedBackbone:
     if folder is not None:
         return open_run(folder)
     with TemporaryDirectory() as temporary:
@@ -123,7 +123,7 @@ def _timed(work: Callable[[], tuple[Tensor, float | None]]) -> tuple[Tensor, flo
     return predictions, time.perf_counter() - start, choice
 
 
-def _scikit_learn(opened: Opened, backbone: nn.Module, train: Images, test: Images) -> tuple[Tensor, float]:
+def _scikit_learn(opened: PretrainedBackbone, backbone: nn.Module, train: Images, test: Images) -> tuple[Tensor, float]:
     """The same protocol by scikit-learn: predictions of the test images and the strength that was chosen."""
     assert train.labels is not None
     features, shown = (
@@ -164,7 +164,7 @@ def _classifier() -> Any:
 
 
 def _lightly(
-    opened: Opened,
+    opened: PretrainedBackbone,
     backbone: nn.Module,
     train: Images,
     test: Images,

@@ -21,9 +21,9 @@ from manyviews.data import InMemory, Order, Sample
 from manyviews.recipe import QUICKSTART, Recipe, folder
 from manyviews.run.checkpoints import Checkpoint, Saver
 from manyviews.run.folder import Run
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import Stop, bf16_pays, start
-from manyviews.train.components import Machine, build
+from manyviews.train.components import Components, build
 from manyviews.train.pretrain import train
 from manyviews.views import MEAN, STD
 
@@ -72,16 +72,16 @@ def _measure(size: int, case: Case, repetitions: int) -> list[dict[str, harness.
     recipe = load(Recipe, case.recipe, words)
     accelerator = start(case.batch_size, recipe.train.precision)
     images = _images(size, case.channels, case.batch_size * case.steps)
-    machine = build(recipe, accelerator, images)
+    components = build(recipe, accelerator, images)
     with tempfile.TemporaryDirectory() as scratch:
         log = Run(Path(scratch))
         works: dict[str, Callable[[], object]] = {
-            "encoder alone": partial(_passes, machine, images, case.steps),
-            "manyviews": partial(_loop, machine, images, log),
+            "encoder alone": partial(_passes, components, images, case.steps),
+            "manyviews": partial(_loop, components, images, log),
         }
         missing = ""
         try:
-            works["lightly"] = _fastest(lightly(recipe, machine.encoder, images, size))
+            works["lightly"] = _fastest(lightly(recipe, components.encoder, images, size))
         except harness.RivalMissingError as problem:
             missing = str(problem)
         times = harness.seconds(works, repetitions)
@@ -111,21 +111,21 @@ class Unsaved(Saver):
         """Writes nothing."""
 
 
-def _loop(machine: Machine, images: InMemory, log: Run) -> None:
-    order = Order(len(images), machine.recipe.train.batch_size, machine.recipe.seed)
+def _loop(components: Components, images: InMemory, log: Run) -> None:
+    order = Order(len(images), components.recipe.train.batch_size, components.recipe.seed)
     with Stop() as stop:
-        train(machine, images, order, log, Unsaved(log.folder), Teller(quiet=True), None, stop)
+        train(components, images, order, log, Unsaved(log.folder), Console(quiet=True), None, stop)
 
 
-def _passes(machine: Machine, images: InMemory, steps: int) -> None:
-    ids = torch.arange(machine.recipe.train.batch_size)
-    device = machine.accelerator.device
-    views = machine.views(images.read(ids).to(device), ids.to(device), 0)
-    machine.forward.train()
+def _passes(components: Components, images: InMemory, steps: int) -> None:
+    ids = torch.arange(components.recipe.train.batch_size)
+    device = components.accelerator.device
+    views = components.views(images.read(ids).to(device), ids.to(device), 0)
+    components.forward.train()
     for _ in range(steps):
-        embeddings = machine.forward(views).embeddings
+        embeddings = components.forward(views).embeddings
         embeddings.backward(torch.ones_like(embeddings))
-        machine.optimiser.zero_grad(set_to_none=True)
+        components.optimiser.zero_grad(set_to_none=True)
 
 
 def lightly(recipe: Recipe, encoder: nn.Module, images: InMemory, size: int) -> Mapping[str, Callable[[], object]]:

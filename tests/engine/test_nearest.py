@@ -223,7 +223,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(shared_answers(True), f"{folder}/{rank}.pt")
-    assert distributed.size() == 2
+    assert distributed.world_size() == 2
     dist.destroy_process_group()
 
 

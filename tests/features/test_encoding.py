@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from manyviews.features.encoding import extract, raw_pixels
-from manyviews.system.distributed import any_rank, texts
+from manyviews.system.distributed import any_over_ranks, texts
 from processes import start
 
 
@@ -128,7 +128,7 @@ def _fails_on_one(rank: int, world: int, folder: str) -> None:
 
     def stopped() -> bool:
         asked.append(0)
-        return any_rank(False)
+        return any_over_ranks(False)
 
     with pytest.raises(RuntimeError, match="no room"):
         extract(OnOne(), Grid(), prepare=prepare, batch_size=2, stopped=stopped)

@@ -25,14 +25,14 @@ from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.encoding import encoded
 from manyviews.features.extract import EncodeSettings, ExtractSettings, extract, features_of, images_of
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.views import plain
 from processes import launched
 from small_run import small_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "extract.py"
 SAMPLE = Sample().build()
-QUIET = Teller(quiet=True)
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_cached_features_come_back_while_they_are_true(
     computed = features_of(opened, images, asked, QUIET)
     assert not cache.exists()
     for layer, untrained in (("backbone", False), ("backbone", False), ("backbone", True), ("stem", False)):
-        rows = features_of(opened, images, asked, Teller(), layer=layer, untrained=untrained, cache=cache)
+        rows = features_of(opened, images, asked, Console(), layer=layer, untrained=untrained, cache=cache)
         if layer == "backbone" and not untrained:
             assert torch.equal(rows, computed)
         else:
@@ -260,8 +260,8 @@ def test_cached_features_come_back_while_they_are_true(
     assert len(list(cache.iterdir())) == 4
     # With other weights the old features go, and the new ones take their place.
     object.__setattr__(changed := open_run(run), "origin", {"file": "x", "sha256": "0"})
-    features_of(changed, images, asked, Teller(), cache=cache)
-    features_of(changed, images, asked, Teller(), cache=cache)
+    features_of(changed, images, asked, Console(), cache=cache)
+    features_of(changed, images, asked, Console(), cache=cache)
     assert capsys.readouterr().out.count("encoding 50 images") == 1
     assert len(list(cache.iterdir())) == 4
 
@@ -271,7 +271,7 @@ def test_a_cache_that_cannot_be_kept_is_done_without(
 ) -> None:
     (tmp_path / "features").write_text("a file")
     images = select(SAMPLE.train, torch.arange(5))
-    rows = features_of(open_run(run), images, EncodeSettings(), Teller(), cache=tmp_path / "features")
+    rows = features_of(open_run(run), images, EncodeSettings(), Console(), cache=tmp_path / "features")
     assert rows.shape == (5, 1152)
     assert "features are not kept" in capsys.readouterr().out
 
@@ -389,7 +389,7 @@ def test_features_of_images_that_cannot_be_read_now_are_not_kept(
     content = lost.read_bytes()
     lost.write_bytes(b"")
     for _ in range(2):
-        grey = features_of(open_run(run), split.train, EncodeSettings(batch_size=16), Teller(), cache=cache)
+        grey = features_of(open_run(run), split.train, EncodeSettings(batch_size=16), Console(), cache=cache)
         assert "are not kept" in " ".join(capsys.readouterr().out.split())
         assert not list(cache.rglob("*.npy"))
     lost.write_bytes(content)

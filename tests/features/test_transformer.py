@@ -25,7 +25,7 @@ from manyviews.config import load
 from manyviews.data import Sample
 from manyviews.features.backbone import open_run
 from manyviews.features.extract import EncodeSettings, features_of
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from small_run import small_run
 
 TRAIN = Sample().build().train
@@ -49,7 +49,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_every_kind_of_images_gives_the_features_of_extract(run: Path, paths: list[Path]) -> None:
-    expected = features_of(open_run(run), TRAIN, EncodeSettings(), Teller(quiet=True))[:60].numpy()
+    expected = features_of(open_run(run), TRAIN, EncodeSettings(), Console(quiet=True))[:60].numpy()
     arrays = PIXELS[:, 0].numpy()
     kinds: dict[str, Sequence[object] | np.ndarray | torch.Tensor] = {
         "paths": paths,
@@ -169,6 +169,6 @@ def test_images_of_a_folder_are_decoded_as_the_run_decoded_them(tmp_path: Path) 
     opened = open_run(tmp_path / "run")
     assert opened.recipe is not None
     images = opened.recipe.data.build().train
-    expected = features_of(opened, images, load(EncodeSettings, None, []), Teller(quiet=True))
+    expected = features_of(opened, images, load(EncodeSettings, None, []), Console(quiet=True))
     found = Features(tmp_path / "run").fit_transform([files / name for name in images.names])
     np.testing.assert_array_equal(found, expected.numpy())

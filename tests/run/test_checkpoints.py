@@ -66,7 +66,9 @@ def checkpoint(step: int, rows: int = ROWS, *, adam: bool = False) -> Checkpoint
     shards = {f"objective.{name}": length for name, length in memory.lengths.items()}
     shards |= optimiser_shards(optimiser, [(memory.weight, rows)])
     parts = {"encoder": encoder.state_dict(), "objective": memory.state_dict()}
-    return Checkpoint(step, parts, optimiser.state_dict(), {"seconds": 1.5, "processes": distributed.size()}, shards)
+    return Checkpoint(
+        step, parts, optimiser.state_dict(), {"seconds": 1.5, "processes": distributed.world_size()}, shards
+    )
 
 
 def tensors(found: Checkpoint) -> dict[str, Tensor]:

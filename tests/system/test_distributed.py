@@ -148,7 +148,9 @@ def train(
             weight -= gradients[-1] * (1e-3 if isinstance(settings, NPair) else 1)
             for (name, parameter), gradient in zip(objective.named_parameters(), found[1:], strict=True):
                 # What is spread over the processes has the sum of their gradients, what is alike on all a part of it.
-                parameter -= gradient / distributed.size() if name in objective.shards() else distributed.mean(gradient)
+                parameter -= (
+                    gradient / distributed.world_size() if name in objective.shards() else distributed.mean(gradient)
+                )
         objective.update(embeddings.detach(), ids[own], targets)
     spread = objective.shards()
     state = {name: value.detach() for name, value in objective.state_dict().items()}
@@ -172,7 +174,7 @@ def keys_with_gradient() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     queries, keys = (torch.randn(count, DIM, generator=generator, dtype=torch.float64) for count in (9, 7))
     query_ids, key_ids = torch.tensor([4, 0, 2, 2, 9, 5, 1, 0, 3]), torch.tensor([2, 0, 7, 7, 4, 1, 0])
-    sizes = {1: ([9], [7]), 2: ([9, 0], [2, 5]), 4: ([1, 4, 0, 4], [0, 6, 1, 0])}[distributed.size()]
+    sizes = {1: ([9], [7]), 2: ([9, 0], [2, 5]), 4: ([1, 4, 0, 4], [0, 6, 1, 0])}[distributed.world_size()]
     own_queries, own_keys = (torch.arange(sum(part)).split(part)[distributed.rank()] for part in sizes)
     found = {}
     for temperature in (0.3, 0.004):
@@ -210,7 +212,7 @@ def work(rank: int, size: int, folder: str) -> None:
     (gathered * (rank + 1) * torch.arange(6.0 * size).view(-1, 2)).sum().backward()
     found["functions"] = {
         "rank": distributed.rank(),
-        "size": distributed.size(),
+        "size": distributed.world_size(),
         "gathered": gathered.detach(),
         "leaf": leaf.grad,
         "plain": distributed.gather_without_gradient(leaf),
@@ -226,7 +228,7 @@ def work(rank: int, size: int, folder: str) -> None:
         "maximum": distributed.maximum(torch.tensor([1.0, rank, -rank])),
         "total": distributed.total(torch.tensor([1.0, rank])),
         "mean": distributed.mean(torch.tensor([1.0, rank])),
-        "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
+        "any": [distributed.any_over_ranks(rank == 1), distributed.any_over_ranks(False)],
         "first": distributed.from_first_rank(0.1 + rank),
     }
     distributed.barrier()
@@ -358,7 +360,7 @@ def test_sums_means_and_agreements_are_the_same_everywhere(ranks: list[dict[str,
 
 def test_one_process_needs_no_process_group() -> None:
     local = torch.randn(3, 2, requires_grad=True)
-    assert (distributed.rank(), distributed.size()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.gather(local) is local
     assert torch.equal(distributed.gather_without_gradient(local), local)
     assert not distributed.gather_without_gradient(local).requires_grad
@@ -367,8 +369,8 @@ def test_one_process_needs_no_process_group() -> None:
     assert distributed.counts(3) == [3]
     assert torch.equal(distributed.mean(local), distributed.total(local))
     assert not distributed.mean(local).requires_grad
-    assert distributed.any_rank(True)
-    assert not distributed.any_rank(False)
+    assert distributed.any_over_ranks(True)
+    assert not distributed.any_over_ranks(False)
     assert distributed.from_first_rank(0.3) == 0.3
     distributed.barrier()
 

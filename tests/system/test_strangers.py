@@ -25,10 +25,10 @@ from manyviews.features.extract import ExtractSettings
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints.manifest import File, Manifest, digest, read_manifest
 from manyviews.system import memory
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import start
 from manyviews.train.finetune import FinetuneSettings
-from manyviews.train.setup import make_ready
+from manyviews.train.setup import make_setup
 from small_run import photographs, small_run
 
 NUMBERS = ("1e9", "1e20", "1e308", "-1", "-1e308", "nan", "inf", "1e400")
@@ -108,7 +108,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(
     given = [f"data={images}", f"output={tmp_path / 'run'}", *SMALL, "train.batch_size=6", *words, *size]
     recipe = load(Recipe, None, list({word.partition("=")[0]: word for word in given}.values()))
     with pytest.raises(ValueError, match=message):
-        make_ready(recipe, start(6, "fp32", 1), tmp_path / "run", Teller(quiet=True))
+        make_setup(recipe, start(6, "fp32", 1), tmp_path / "run", Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ from manyviews.report import plots
 from manyviews.run.checkpoints.manifest import Manifest, read_manifest
 from manyviews.system import terminal
 from manyviews.system.arrays import read_tensors
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.files import shown, spelled
 from manyviews.system.path_bytes import restored, storable
 
@@ -39,7 +39,7 @@ RAW = b"caf\xe9".decode("utf-8", "surrogateescape")
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b"
 
 
-class Console:
+class Stream:
     """A stream of some encoding in place of standard output or error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, encoding: str) -> None:
@@ -56,15 +56,15 @@ class Console:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "cp437", "utf-8"])
 def test_no_letter_ends_a_message_or_a_table_on_any_console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    console = Console(monkeypatch, "stdout", encoding)
-    teller = Teller()
-    teller.say(f"3 × 32 → λ – {RAW} 中 \ud800")
-    teller.warn("100 ± 2")
-    teller.update("“x”", 0.5, "√β")
+    stream = Stream(monkeypatch, "stdout", encoding)
+    console = Console()
+    console.say(f"3 × 32 → λ – {RAW} 中 \ud800")
+    console.warn("100 ± 2")
+    console.update("“x”", 0.5, "√β")
     table = Table("features", "chosen", box=box.HEAVY_HEAD)
     table.add_row("learned", "λ 3")
-    teller.console.print(table)
-    said = console.text()
+    console.rich.print(table)
+    said = stream.text()
     assert r"caf\xe9" in said
     assert "learned" in said
     if encoding == "utf-8":
@@ -81,7 +81,7 @@ def test_no_letter_ends_a_message_or_a_table_on_any_console(monkeypatch: pytest.
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_help_and_errors_reach_any_console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    out, error = Console(monkeypatch, "stdout", encoding), Console(monkeypatch, "stderr", encoding)
+    out, error = Stream(monkeypatch, "stdout", encoding), Stream(monkeypatch, "stderr", encoding)
     for ask in (cli.pretrain, cli.evaluate, cli.extract, cli.finetune):
         assert ask(["--help"]) == 0
         assert ask([f"{RAW}→{ESCAPE}=1"]) == cli.WRONG_USE
@@ -92,16 +92,16 @@ def test_help_and_errors_reach_any_console(monkeypatch: pytest.MonkeyPatch, enco
 
 
 def test_control_characters_are_spelled_in_messages_bars_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(monkeypatch, "stdout", "utf-8")
-    teller = Teller()
-    teller.say(f"a{ESCAPE}\nb\tc")
-    teller.warn(ESCAPE)
+    stream = Stream(monkeypatch, "stdout", "utf-8")
+    console = Console()
+    console.say(f"a{ESCAPE}\nb\tc")
+    console.warn(ESCAPE)
     monkeypatch.setattr("manyviews.system.console.SECONDS_BETWEEN_LINES", 0.0)
-    teller.update(f"d{ESCAPE}", 0.5, ESCAPE)
+    console.update(f"d{ESCAPE}", 0.5, ESCAPE)
     table = Table(f"e{ESCAPE}")
     table.add_row(ESCAPE)
-    teller.console.print(table)
-    said = console.text()
+    console.rich.print(table)
+    said = stream.text()
     assert not any(letter in said for letter in "\x1b\x07\x9b\u202e")
     assert said.count(r"\x1b]0;owned\x07\x1b[2J\x9b") == 4
     assert said.count(r"\x1b]0;owned\x1b[2J\x9b") == 2
@@ -111,9 +111,9 @@ def test_what_rich_itself_tells_a_terminal_stays(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    console = Console(monkeypatch, "stdout", "utf-8")
-    Teller().warn(f"yellow{ESCAPE}")
-    assert "\x1b[33mwarning: yellow\\x1b]0" in console.text()
+    stream = Stream(monkeypatch, "stdout", "utf-8")
+    Console().warn(f"yellow{ESCAPE}")
+    assert "\x1b[33mwarning: yellow\\x1b]0" in stream.text()
 
 
 def test_every_letter_of_our_own_messages_can_be_written_in_ascii() -> None:

@@ -9,7 +9,7 @@ from manyviews.config import load
 from manyviews.data import Order
 from manyviews.objectives import Loss
 from manyviews.recipe import Recipe
-from manyviews.train.budget import Clock, Record
+from manyviews.train.budget import Clock, MetricAverager
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_epochs_are_counted_by_steps_whatever_the_time(now: list[float]) -> None
 
 
 def test_a_line_holds_the_means_since_the_last_one_and_the_pace(now: list[float]) -> None:
-    record = Record(clock("train.epochs=4"), 0, {})
+    record = MetricAverager(clock("train.epochs=4"), 0, {})
     for step, value in enumerate((1.0, 2.0, 6.0), 1):
         record.add(Loss(torch.tensor(value), {"negatives": torch.tensor(10 * value)}))
         assert len(record) == step
@@ -68,7 +68,7 @@ def test_a_line_holds_the_means_since_the_last_one_and_the_pace(now: list[float]
 
 def test_a_line_goes_on_with_the_losses_of_before_a_resume(now: list[float]) -> None:
     facts = {"losses": {"loss": [1.0, 2.0]}, "skipped": 3}
-    record = Record(clock("train.epochs=4", spent=2.0), 2, facts)
+    record = MetricAverager(clock("train.epochs=4", spent=2.0), 2, facts)
     record.add(Loss(torch.tensor(6.0), {}))
     now[0] += 2
     assert record.facts()["losses"] == {"loss": [1, 2, 6]}

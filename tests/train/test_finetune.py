@@ -26,7 +26,7 @@ from manyviews.evaluators.intervals import wilson
 from manyviews.features.backbone import open_model, open_run
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import Stop, start
 from manyviews.train.finetune import FinetuneSettings, classifier, finetune, loop
 from manyviews.train.finetune import result as results
@@ -404,7 +404,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, images: Path) -> None
 
 def chosen(run: Path, *words: str) -> tuple[set[str], set[str]]:
     """Names of the images that are trained on and that are held out."""
-    task = task_of(settings(Path("unused"), *words), open_model(str(run)), 1, Teller(quiet=True))
+    task = task_of(settings(Path("unused"), *words), open_model(str(run)), 1, Console(quiet=True))
     return set(task.images.names), {task.split.train.names[index] for index in task.held_out.tolist()}
 
 
@@ -546,9 +546,9 @@ def test_a_budget_out_of_bounds_is_refused_with_the_bound(
 def test_random_weights_are_called_so_and_a_class_without_training_images_is_told(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = task_of(settings(tmp_path, *tiny_words(str(images))), open_model(TINY, pretrained=False), 1, Teller())
+    task = task_of(settings(tmp_path, *tiny_words(str(images))), open_model(TINY, pretrained=False), 1, Console())
     fewer = task._replace(images=select(task.split.train, (task.split.train.labels != 1).nonzero().flatten()))
-    describe(fewer, Tiny(), None, start(None, "fp32", 1), tmp_path, Teller())
+    describe(fewer, Tiny(), None, start(None, "fp32", 1), tmp_path, Console())
     said = capsys.readouterr().out
     assert f"{TINY}, random weights" in said
     assert "1 of 3 classes have no image to train on" in said

@@ -44,9 +44,9 @@ def test_an_image_that_is_removed_between_two_sessions_is_passed_over_and_all_ot
     seen: list[tuple[str, ...]] = []
     original = loop.train_step
 
-    def look(machine: loop.Machine, batch: torch.Tensor, ids: torch.Tensor, epoch: int, step: int) -> object:
+    def look(components: loop.Components, batch: torch.Tensor, ids: torch.Tensor, epoch: int, step: int) -> object:
         seen.append(tuple(ids.tolist()))
-        return original(machine, batch, ids, epoch, step)
+        return original(components, batch, ids, epoch, step)
 
     monkeypatch.setattr(loop, "train_step", look)
     stopped(monkeypatch, 1, run_of(tmp_path, data, word, "resume=true"))

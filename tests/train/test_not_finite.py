@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from test_step import NORMED, QUEUE, machine, own
+from test_step import NORMED, QUEUE, components, own
 from torch import Tensor
 
 from manyviews.system import distributed
-from manyviews.train.components import Machine
+from manyviews.train.components import Components
 from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, Skipped, in_words, tell
-from manyviews.train.step import Taken, train_step
+from manyviews.train.step import StepResult, train_step
 from processes import launched
 
 ADAM = ["optim.name=adamw", "optim.rate=0.01"]
@@ -34,7 +34,7 @@ OBJECTIVES = {
 
 
 @contextmanager
-def infinite_loss(built: Machine) -> Iterator[None]:
+def infinite_loss(built: Components) -> Iterator[None]:
     def infinite(*arguments: Any) -> Any:
         loss = forward(*arguments)
         return loss._replace(total=loss.total * torch.inf, terms=loss.terms | {"spoiled": torch.tensor(torch.nan)})
@@ -46,7 +46,7 @@ def infinite_loss(built: Machine) -> Iterator[None]:
 
 
 @contextmanager
-def infinite_value(built: Machine) -> Iterator[None]:
+def infinite_value(built: Components) -> Iterator[None]:
     """Of the loss alone: its gradient is finite, so that DDP spreads nothing to the other processes."""
 
     def infinite(*arguments: Any) -> Any:
@@ -60,7 +60,7 @@ def infinite_value(built: Machine) -> Iterator[None]:
 
 
 @contextmanager
-def views_of_image_3_are_nan(built: Machine) -> Iterator[None]:
+def views_of_image_3_are_nan(built: Components) -> Iterator[None]:
     def spoiled(pixels: Tensor, ids: Tensor, epoch: int) -> Tensor:
         made = forward(pixels, ids, epoch)
         made[0, ids == 3] = torch.nan
@@ -73,7 +73,7 @@ def views_of_image_3_are_nan(built: Machine) -> Iterator[None]:
 
 
 @contextmanager
-def infinite_gradient_of_the_encoder(built: Machine) -> Iterator[None]:
+def infinite_gradient_of_the_encoder(built: Components) -> Iterator[None]:
     hook = next(built.encoder.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     yield
     hook.remove()
@@ -83,7 +83,7 @@ SPOILS = {"loss": infinite_loss, "views": views_of_image_3_are_nan, "gradient": 
 CASES = [(name, "loss") for name in OBJECTIVES] + [("chunks", "views"), ("split", "gradient"), ("nce", "gradient")]
 
 
-def state(built: Machine) -> dict[str, Tensor]:
+def state(built: Components) -> dict[str, Tensor]:
     """Everything that a step moves."""
     found = {f"encoder.{name}": value for name, value in built.encoder.state_dict().items()}
     found |= {f"objective.{name}": value for name, value in built.objective.state_dict().items()}
@@ -99,7 +99,7 @@ def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name].nan_to_num(7), two[name].nan_to_num(7))]
 
 
-def step(built: Machine, number: int) -> Taken | Skipped:
+def step(built: Components, number: int) -> StepResult | Skipped:
     """A step on twelve images, with image 3 among them."""
     ids = torch.tensor(sorted({3, *((7 * number + 5 * place) % 30 for place in range(11))}))
     return train_step(built, *own(ids), 0, number)
@@ -108,22 +108,22 @@ def step(built: Machine, number: int) -> Taken | Skipped:
 @pytest.mark.parametrize(("name", "spoil"), CASES)
 def test_a_step_that_is_skipped_leaves_no_trace(name: str, spoil: str) -> None:
     words = [*NORMED, *ADAM, *OBJECTIVES[name]]
-    left_out, spoiled = machine(*words), machine(*words)
+    left_out, spoiled = components(*words), components(*words)
     for built in (left_out, spoiled):
-        assert isinstance(step(built, 0), Taken)
+        assert isinstance(step(built, 0), StepResult)
     before = state(spoiled)
     with SPOILS[spoil](spoiled):
         assert isinstance(step(spoiled, 1), Skipped)
     assert differing(before, state(spoiled)) == []
     assert all(parameter.grad is None for parameter in spoiled.encoder.parameters())
     for built in (left_out, spoiled):
-        assert isinstance(step(built, 2), Taken)
+        assert isinstance(step(built, 2), StepResult)
     assert differing(before, state(spoiled)) != []
     assert differing(state(left_out), state(spoiled)) == []
 
 
 def test_what_was_not_finite_is_said() -> None:
-    built, said = machine(*NORMED, *OBJECTIVES["parametric"]), {}
+    built, said = components(*NORMED, *OBJECTIVES["parametric"]), {}
     for name, spoil in SPOILS.items():
         with spoil(built):
             found = step(built, 4)
@@ -142,7 +142,7 @@ def test_what_was_not_finite_is_said() -> None:
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
-    built = machine(*NORMED)
+    built = components(*NORMED)
     built.encoder.projector[0].weight.data[0, 0] = torch.nan
     found = step(built, 0)
     assert isinstance(found, Skipped)
@@ -191,13 +191,13 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
 
 
 def test_a_scale_of_fp16_that_is_too_high_falls_until_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    built, scaler = machine(*NORMED, *ADAM), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    built, scaler = components(*NORMED, *ADAM), torch.amp.GradScaler("cpu", init_scale=2.0**16)
     built = built._replace(optimiser=AcceleratedOptimizer(built.optimiser.optimizer, False, scaler))
     monkeypatch.setattr(built.accelerator, "scaler", scaler)
     monkeypatch.setattr(built.accelerator, "unscale_gradients", lambda wrapped: scaler.unscale_(wrapped.optimizer))
     weight = next(built.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * torch.inf if scaler.get_scale() > 2.0**13 else gradient)
-    assert [type(step(built, number)) for number in range(4)] == [Skipped, Skipped, Skipped, Taken]
+    assert [type(step(built, number)) for number in range(4)] == [Skipped, Skipped, Skipped, StepResult]
     assert scaler.get_scale() == 2.0**13
 
 
@@ -208,7 +208,7 @@ def work(folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for name, spoil in (("queue", infinite_loss), ("parametric", infinite_loss), ("in_batch", infinite_value)):
-        built = machine(*NORMED, *ADAM, *OBJECTIVES[name])
+        built = components(*NORMED, *ADAM, *OBJECTIVES[name])
         kinds = [type(step(built, 0)).__name__]
         before = state(built)
         with spoil(built) if distributed.rank() == 1 else nullcontext():

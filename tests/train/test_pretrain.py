@@ -19,7 +19,7 @@ from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.recipe import Recipe, find
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.train import pretrain as loop
 from manyviews.train.pretrain import pretrain
@@ -316,14 +316,14 @@ def test_monitoring_without_five_images_of_a_class_is_left_out_with_one_sentence
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made, labels = recipe(Path("x"), "train.monitor=3"), torch.arange(100).repeat_interleave(4)
-    assert loop._monitored(labels, recipe(Path("x"), "train.monitor=0"), Teller()) is None
-    assert loop._monitored(labels[:99], made, Teller()) is None
+    assert loop._monitored(labels, recipe(Path("x"), "train.monitor=0"), Console()) is None
+    assert loop._monitored(labels[:99], made, Console()) is None
     assert capsys.readouterr().out == ""
-    assert loop._monitored(labels, made, Teller()) is None
+    assert loop._monitored(labels, made, Console()) is None
     assert "among 400 no class has more than 4; training goes on without it" in capsys.readouterr().out
-    chosen = loop._monitored(torch.cat([labels, torch.tensor([7, -1])]), made, Teller())
+    chosen = loop._monitored(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
     assert chosen is not None
     assert chosen.tolist() == list(range(401))
     # Of 20,000 classes the 5,000 images that are looked at are hardly two of any.
-    assert loop._monitored(torch.arange(20_000).repeat_interleave(30), made, Teller()) is None
+    assert loop._monitored(torch.arange(20_000).repeat_interleave(30), made, Console()) is None
     assert "among 5,000 no class has more than" in capsys.readouterr().out

@@ -22,13 +22,13 @@ from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, save_checkp
 from manyviews.run.checkpoints.manifest import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
 from manyviews.train.pretrain import pretrain, state_of
 from manyviews.train.resume import check_facts, check_processes, check_settings
-from manyviews.train.setup import _restore, make_ready
+from manyviews.train.setup import _restore, make_setup
 from processes import start
 
 STEPS, STOPPED = 6, 4
@@ -297,10 +297,10 @@ def test_a_last_save_that_fails_ends_the_run_in_a_sentence_and_what_was_saved_st
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.train_step
 
-    def spoiled(machine: loop.Machine, images: Tensor, ids: Tensor, epoch: int, step: int) -> Any:
-        taken = original(machine, images, ids, epoch, step)
+    def spoiled(components: loop.Components, images: Tensor, ids: Tensor, epoch: int, step: int) -> Any:
+        taken = original(components, images, ids, epoch, step)
         if step == 4:
-            machine.encoder.backbone.get_submodule("stages.0.0.0").weight.data[0] = torch.nan
+            components.encoder.backbone.get_submodule("stages.0.0.0").weight.data[0] = torch.nan
         return taken
 
     monkeypatch.setattr(loop, "train_step", spoiled)
@@ -356,22 +356,24 @@ def test_a_checkpoint_whose_facts_are_not_those_of_a_run_is_refused_in_words(fac
 
 def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, {"processes": 4})
-    check_processes(found, 4, elastic=False, teller=Teller())
+    check_processes(found, 4, elastic=False, console=Console())
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match=r"step 3 was written by 4 processes and this is a start of 2.*elastic=true"):
-        check_processes(found, 2, elastic=False, teller=Teller())
-    check_processes(found, 2, elastic=True, teller=Teller())
+        check_processes(found, 2, elastic=False, console=Console())
+    check_processes(found, 2, elastic=True, console=Console())
     assert "begun on 4 processes, goes on with 2" in capsys.readouterr().out
 
 
 def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", *ALONE)
     accelerator = start_run(16, "fp32", 1)
-    ready = make_ready(made, accelerator, tmp_path / "run", Teller(quiet=True))
+    ready = make_setup(made, accelerator, tmp_path / "run", Console(quiet=True))
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    save_checkpoint(tmp_path / "run" / "checkpoints", state_of(ready.machine, ready.split.train, 0, {"seconds": 0.0}))
+    save_checkpoint(
+        tmp_path / "run" / "checkpoints", state_of(ready.components, ready.split.train, 0, {"seconds": 0.0})
+    )
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     found, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    _restore(ready.machine, found)
+    _restore(ready.components, found)
     assert accelerator.scaler.get_scale() == 1024.0

@@ -75,7 +75,7 @@ def signalled(step: int) -> Iterator[None]:
 
     def counted(self: Loader) -> Iterator[Batch]:
         for number, batch in enumerate(batches(self), self.start):
-            if number == step and distributed.rank() == distributed.size() - 1:
+            if number == step and distributed.rank() == distributed.world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 

@@ -26,8 +26,8 @@ from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import step
-from manyviews.train.components import Machine, batches, build, cautions, label_names, synchronised
-from manyviews.train.step import Taken, compile_encoder, gradient, num_chunks, train_step
+from manyviews.train.components import Components, batches, build, cautions, label_names, synchronised
+from manyviews.train.step import StepResult, compile_encoder, gradient, num_chunks, train_step
 
 SMALL = [
     "train.batch_size=12",
@@ -65,7 +65,7 @@ def images(labelled: bool = True) -> InMemory:
     return InMemory(pixels, names, labels if labelled else None, tuple("abcdef") if labelled else (), "f")
 
 
-def machine(*words: str) -> Machine:
+def components(*words: str) -> Components:
     given = {word.split("=")[0] for word in words}
     recipe = load(Recipe, None, [*(word for word in SMALL if word.split("=")[0] not in given), *words])
     recipe = recipe.model_copy(update={"views": recipe.views.resolve(size=28, channels=1)})
@@ -98,8 +98,8 @@ def in_float64(self: EncoderSettings, **options: Any) -> Any:
     return original(self, **options).double()
 
 
-def precise_machine(*words: str) -> Machine:
-    built = machine(*words)
+def precise_machine(*words: str) -> Components:
+    built = components(*words)
     return built._replace(views=Precise(built.views), objective=built.objective.double())
 
 
@@ -109,7 +109,7 @@ def own(ids: Tensor) -> tuple[Tensor, Tensor]:
     return images().read(part), part
 
 
-def gradients(built: Machine, ids: Tensor) -> dict[str, Tensor]:
+def gradients(built: Components, ids: Tensor) -> dict[str, Tensor]:
     taken = gradient(built, *own(ids), 0, 0)
     found = {f"encoder.{name}": value.grad for name, value in built.encoder.named_parameters()}
     found |= {f"objective.{name}": value.grad for name, value in built.objective.named_parameters()}
@@ -143,16 +143,18 @@ def test_the_gradient_in_chunks_is_that_of_the_whole_batch(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_gradient_in_chunks_is_that_of_the_whole_batch_in_fewer_digits(precision: str) -> None:
     ids, words = torch.arange(12), [*SMOOTH, *OBJECTIVES["queue"], f"train.precision={precision}"]
-    whole = gradients(machine(*words), ids)
-    assert difference(gradients(machine(*words, "train.chunk=4"), ids), whole) < {"fp32": 1e-5, "bf16": 0.02}[precision]
+    whole = gradients(components(*words), ids)
+    assert (
+        difference(gradients(components(*words, "train.chunk=4"), ids), whole) < {"fp32": 1e-5, "bf16": 0.02}[precision]
+    )
 
 
 def test_a_loss_that_is_scaled_for_fp16_scales_the_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, words = torch.arange(12), [*SMOOTH, *OBJECTIVES["parametric"]]
-    plain = gradients(machine(*words), ids)
+    plain = gradients(components(*words), ids)
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss: (loss * 1024).backward())
     for chunk in ("null", "4"):
-        scaled = gradients(machine(*words, f"train.chunk={chunk}"), ids)
+        scaled = gradients(components(*words, f"train.chunk={chunk}"), ids)
         expected = {name: value * (1 if name == "loss" else 1024) for name, value in plain.items()}
         assert difference(scaled, expected) < 1e-5
 
@@ -171,13 +173,13 @@ class Recorded(nn.Module):
         return embedded
 
 
-def recorded(built: Machine) -> tuple[Machine, list[Tensor]]:
+def recorded(built: Components) -> tuple[Components, list[Tensor]]:
     forward = Recorded(built.forward)
     return built._replace(forward=forward), forward.outputs
 
 
 def check_that_dropout_is_drawn_alike(*words: str) -> None:
-    built, outputs = recorded(machine(*SMOOTH, *QUEUE, "encoder.drop_path=0.5", "train.chunk=4", *words))
+    built, outputs = recorded(components(*SMOOTH, *QUEUE, "encoder.drop_path=0.5", "train.chunk=4", *words))
     same = torch.zeros(12, dtype=torch.int64)
     train_step(built, images().read(same), same, 0, 5)
     assert len(outputs) == 6
@@ -190,7 +192,7 @@ def test_a_chunk_draws_its_dropout_alike_in_both_passes_and_unlike_the_other_chu
     check_that_dropout_is_drawn_alike()
 
 
-def compiling(built: Machine) -> Machine:
+def compiling(built: Components) -> Components:
     train = built.recipe.train.model_copy(update={"compile": True})
     return built._replace(recipe=built.recipe.model_copy(update={"train": train}))
 
@@ -199,7 +201,7 @@ def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypat
     same = torch.zeros(12, dtype=torch.int64)
 
     def drawn(number: int, rank: int = 0, *words: str) -> list[Tensor]:
-        built, outputs = recorded(machine(*SMOOTH, "encoder.drop_path=0.5", "train.chunk=6", *words))
+        built, outputs = recorded(components(*SMOOTH, "encoder.drop_path=0.5", "train.chunk=6", *words))
         # In a step alone: the engine would wait for the other processes.
         monkeypatch.setattr(step, "distributed", SimpleNamespace(**vars(distributed) | {"rank": lambda: rank}))
         gradient(built, images().read(same), same, 0, number)
@@ -212,7 +214,7 @@ def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypat
     assert not any(torch.equal(first[0], other) for other in others)
     # Another seed has other weights too, so that it is the generator that is looked at.
     keys: list[int] = []
-    built = machine(*SMOOTH)
+    built = components(*SMOOTH)
     monkeypatch.setattr(torch, "manual_seed", keys.append)
     for seed in (0, 1):
         recipe = built.recipe.model_copy(update={"seed": seed})
@@ -222,7 +224,7 @@ def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypat
 
 @pytest.mark.parametrize("momentum", [0.25, 0.875])
 def test_the_twin_follows_with_the_momentum_of_the_recipe(momentum: float) -> None:
-    built = machine(*SMOOTH, *QUEUE[:2], f"objective.momentum={momentum}")
+    built = components(*SMOOTH, *QUEUE[:2], f"objective.momentum={momentum}")
     assert built.twin is not None
     before = {name: value.clone() for name, value in built.twin.encoder.named_parameters()}
     train_step(built, *own(torch.arange(12)), 0, 0)
@@ -234,12 +236,12 @@ def test_the_twin_follows_with_the_momentum_of_the_recipe(momentum: float) -> No
 
 @pytest.mark.parametrize("name", ["in_batch", "queue, symmetric", "bank", "margin_softmax"])
 def test_compiling_before_the_first_step_leaves_no_trace(name: str) -> None:
-    def state(built: Machine) -> dict[str, Tensor]:
+    def state(built: Components) -> dict[str, Tensor]:
         parts = {"encoder": built.encoder, "objective": built.objective}
         parts |= {} if built.twin is None else {"twin": built.twin}
         return {f"{part}.{key}": value.clone() for part, of in parts.items() for key, value in of.state_dict().items()}
 
-    ids, built, other = torch.arange(12), machine(*OBJECTIVES[name], *NORMED), machine(*OBJECTIVES[name], *NORMED)
+    ids, built, other = torch.arange(12), components(*OBJECTIVES[name], *NORMED), components(*OBJECTIVES[name], *NORMED)
     before = state(built)
     compile_encoder(compiling(built), images(), batches(built.recipe, images(), 1), 0)
     torch.testing.assert_close(state(built), before, rtol=0, atol=0, equal_nan=True)
@@ -263,7 +265,7 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
     def broken(*arguments: Any) -> None:
         raise problem
 
-    built = machine()
+    built = components()
     monkeypatch.setattr(step, "gradient", broken)
     order = batches(built.recipe, images(), 1)
     compile_encoder(built, images(), order, 0)
@@ -284,7 +286,7 @@ def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
 def test_views_that_are_kept_and_views_that_are_made_again_give_the_same_bits() -> None:
     found = []
     for keep in ("true", "false"):
-        built = machine(*NORMED, *OBJECTIVES["queue"], "train.chunk=4", f"train.keep_views={keep}")
+        built = components(*NORMED, *OBJECTIVES["queue"], "train.chunk=4", f"train.keep_views={keep}")
         for number in range(2):
             train_step(built, *own(torch.arange(number, number + 12)), 0, number)
         found.append(built.encoder.state_dict() | built.objective.state_dict())
@@ -292,7 +294,7 @@ def test_views_that_are_kept_and_views_that_are_made_again_give_the_same_bits() 
 
 
 def test_running_statistics_move_once_for_each_chunk() -> None:
-    built, other = (machine(*NORMED, "train.chunk=4") for _ in range(2))
+    built, other = (components(*NORMED, "train.chunk=4") for _ in range(2))
     before = other.encoder.state_dict()["backbone.stem.1.running_mean"].clone()
     ids = torch.arange(12)
     gradient(built, *own(ids), 0, 0)
@@ -321,7 +323,7 @@ def test_running_statistics_move_once_for_each_chunk() -> None:
 def test_chunks_are_of_equal_size_and_none_is_too_small_for_batch_norm(
     words: list[str], chunk: int, batch: int, sizes: list[int]
 ) -> None:
-    built, outputs = recorded(machine(*words, f"train.chunk={chunk}"))
+    built, outputs = recorded(components(*words, f"train.chunk={chunk}"))
     assert num_chunks(built, batch) == len(sizes)
     gradient(built, *own(torch.arange(batch)), 0, 0)
     assert [output.shape[1] for output in outputs] == (sizes * 2 if len(sizes) > 1 else sizes)
@@ -329,9 +331,9 @@ def test_chunks_are_of_equal_size_and_none_is_too_small_for_batch_norm(
 
 def test_a_chunk_too_small_for_batch_norm_is_refused_with_one_that_is_not() -> None:
     with pytest.raises(ValueError, match=r"train\.chunk=1: .*at least 2 images.*train\.chunk=2"):
-        machine(*NORMED, "train.chunk=1")
+        components(*NORMED, "train.chunk=1")
     with pytest.raises(ValueError, match=r"train\.chunk=3: .*at least 4 images.*train\.chunk=4"):
-        machine(*NORMED, *QUEUE, "encoder.batch_norm_splits=2", "train.chunk=3")
+        components(*NORMED, *QUEUE, "encoder.batch_norm_splits=2", "train.chunk=3")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_a_chunk_too_small_for_batch_norm_is_refused_with_one_that_is_not() -> N
     ],
 )
 def test_what_should_be_known_before_a_run_is_said(words: list[str], said: str | None) -> None:
-    found = [line for line in cautions(machine(*words)) if not line.startswith("views.size")]
+    found = [line for line in cautions(components(*words)) if not line.startswith("views.size")]
     assert len(found) == (said is not None)
     if said is not None:
         with pytest.raises(UserWarning, match=said):
@@ -355,7 +357,7 @@ def test_what_should_be_known_before_a_run_is_said(words: list[str], said: str |
 
 @pytest.mark.parametrize(("size", "larger"), [(28, False), (20, False), (32, True)])
 def test_views_larger_than_the_stored_images_are_said(size: int, larger: bool) -> None:
-    said = [line for line in cautions(machine(*NORMED, f"views.size={size}")) if line.startswith("views.size")]
+    said = [line for line in cautions(components(*NORMED, f"views.size={size}")) if line.startswith("views.size")]
     assert len(said) == larger
     assert all("from 28 to 32 pixels" in line and "data.size" in line for line in said)
 
@@ -365,8 +367,8 @@ def test_views_larger_than_the_stored_images_are_said(size: int, larger: bool) -
 
 def test_the_encoder_sees_one_view_and_the_twin_the_other_where_the_objective_asks_for_it() -> None:
     for words, shapes in (([], ((1, 12, 8), (1, 12, 8))), (["objective.symmetric=true"], ((2, 12, 8), (2, 12, 8)))):
-        taken = train_step(machine(*SMOOTH, *QUEUE, *words), *own(torch.arange(12)), 0, 0)
-        assert isinstance(taken, Taken)
+        taken = train_step(components(*SMOOTH, *QUEUE, *words), *own(torch.arange(12)), 0, 0)
+        assert isinstance(taken, StepResult)
         assert taken.targets is not None
         assert (taken.embeddings.shape, taken.targets.shape) == shapes
 
@@ -374,8 +376,8 @@ def test_the_encoder_sees_one_view_and_the_twin_the_other_where_the_objective_as
 @pytest.mark.parametrize("chunk", ["null", "5"])
 def test_targets_are_the_projections_where_there_is_a_predictor_and_no_twin(chunk: str) -> None:
     ids, words = torch.arange(12), [*SMOOTH, f"train.chunk={chunk}"]
-    assert gradient(machine(*words), *own(ids), 0, 0).targets is None
-    built = machine(*words, "encoder.predictor.layers=2", "encoder.predictor.batch_norm=false")
+    assert gradient(components(*words), *own(ids), 0, 0).targets is None
+    built = components(*words, "encoder.predictor.layers=2", "encoder.predictor.batch_norm=false")
     embedded = built.encoder(built.views(*own(ids), 0))
     taken = gradient(built, *own(ids), 0, 0)
     assert taken.targets is not None
@@ -393,9 +395,9 @@ def test_images_of_a_label_share_an_id_and_images_without_one_have_their_own() -
     alone = found[labels < 0]
     assert len(alone.unique()) == len(alone) == 5
     assert alone.min() > labels.max()
-    built = machine(*SMOOTH, "ids=labels", "objective=supervised")
+    built = components(*SMOOTH, "ids=labels", "objective=supervised")
     taken = train_step(built, *own(torch.tensor([29, 1, 8, 7])), 0, 0)
-    assert isinstance(taken, Taken)
+    assert isinstance(taken, StepResult)
     assert taken.ids.tolist() == found[[29, 1, 8, 7]].tolist()
 
 
@@ -490,25 +492,25 @@ def shuffled() -> dict[str, Any]:
         found[name] = {"local": local, "away": away, "home": shuffle.home(away)}
     found["again"] = Shuffle.draw(6, (3, 7, 0)).away(torch.arange(6.0) + 10 * rank)
     found["other"] = Shuffle.draw(6, (3, 8, 0)).away(torch.arange(6.0) + 10 * rank)
-    built = machine(*NORMED, *QUEUE)
+    built = components(*NORMED, *QUEUE)
     kinds = {type(module) for module in built.encoder.modules()}
     assert built.twin is not None
     seen: list[Tensor] = []
     built.twin.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     ids = torch.arange(12)
     taken = train_step(built, *own(ids), 0, 0)
-    assert isinstance(taken, Taken)
+    assert isinstance(taken, StepResult)
     views = built.views(*own(ids), 0)
-    alone = machine(*NORMED, *QUEUE, "objective.shuffle=false")
-    chunked = machine(*NORMED, *QUEUE, "objective.symmetric=true", "train.chunk=4")
+    alone = components(*NORMED, *QUEUE, "objective.shuffle=false")
+    chunked = components(*NORMED, *QUEUE, "objective.symmetric=true", "train.chunk=4")
     assert chunked.twin is not None
     sizes: list[list[int]] = []
     chunked.twin.register_forward_pre_hook(lambda module, inputs: sizes.append(list(inputs[0].shape[:2])))
-    assert isinstance(train_step(chunked, *own(torch.arange(11)), 0, 0), Taken)
+    assert isinstance(train_step(chunked, *own(torch.arange(11)), 0, 0), StepResult)
     found["chunks"] = sizes
     found["twin"] = {"views": views[1:], "seen": seen[0], "targets": taken.targets, "kinds": kinds}
     found["cautions"] = [cautions(built), cautions(alone)]
-    found["shuffled"] = [built.shuffled, alone.shuffled, machine(*SMOOTH, *QUEUE).shuffled]
+    found["shuffled"] = [built.shuffled, alone.shuffled, components(*SMOOTH, *QUEUE).shuffled]
     return found
 
 
@@ -573,7 +575,7 @@ def test_the_twins_group_is_another_than_the_encoders_and_its_targets_come_home(
     found = [rank["shuffle"]["twin"] for rank in ranks]
     views, seen = (torch.cat([one[name] for one in found], 1) for name in ("views", "seen"))
     # The twin starts as the encoder is: as built here, and split as the processes were.
-    built = machine(*NORMED, *QUEUE)
+    built = components(*NORMED, *QUEUE)
     assert built.twin is not None
     places = [(views[0] == view).flatten(1).all(1).nonzero().item() for view in seen[0]]
     assert sorted(places) == list(range(12))

@@ -21,10 +21,10 @@ from manyviews.features.extract import ExtractSettings, extract
 from manyviews.recipe import Recipe
 from manyviews.run import folder as run
 from manyviews.system import memory
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.launch import start
 from manyviews.train.pretrain import pretrain
-from manyviews.train.setup import make_ready
+from manyviews.train.setup import make_setup
 
 SMALL = [
     *("data.holdout=0.3", "data.size=8", "views.size=16", "encoder.projector.hidden=8", "encoder.projector.dim=8"),
@@ -191,8 +191,8 @@ def _unbounded(images: Path) -> Callable[[Path, bytes], None]:
         try:
             recipe = load(Recipe, None, list(words.values()))
             accelerator = start(recipe.train.batch_size, "fp32", 1)
-            machine = make_ready(recipe, accelerator, folder / "run", Teller(quiet=True)).machine
-            assert sum(value.nbytes for value in machine.objective.state_dict().values()) <= ROOM
+            components = make_setup(recipe, accelerator, folder / "run", Console(quiet=True)).components
+            assert sum(value.nbytes for value in components.objective.state_dict().values()) <= ROOM
         finally:
             memory.device = device
 

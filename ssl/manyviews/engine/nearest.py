@@ -48,7 +48,7 @@ def top_k(
     with torch.autocast(queries.device.type, enabled=False):
         queries = normalize(queries) if cosine else at_least_float32(queries)
         given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
-        if shared and distributed.size() > 1:
+        if shared and distributed.world_size() > 1:
             return _of_all_processes(queries, given, k, query_ids)
         return _of_this_process(queries, given, k, query_ids)
 

@@ -68,7 +68,7 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
     the cores, never write to the same rows; and each process plays its part of every round.
     """
     height, width = tile_shape(rows.device)
-    processes = distributed.size()
+    processes = distributed.world_size()
     # Enough chunks for many cores, also of few rows, but none below what a product needs to be efficient.
     width = min(width, max(2 * height, len(rows) // (16 * processes)))
     count = 2 * processes * max(1, round(len(rows) / (2 * processes * width)))

@@ -191,7 +191,7 @@ def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sum
     joined = [_join(found[first : first + len(columns)]) for first in range(0, len(found), len(columns))]
     maximum, sums = (torch.cat([getattr(part, name) for part in joined]) for name in ("maximum", "sums"))
     weighted = torch.cat([part.weighted for part in joined if part.weighted is not None]) if with_keys else None
-    if running_maximum and distributed.size() > 1:
+    if running_maximum and distributed.world_size() > 1:
         highest = distributed.maximum(maximum)
         shrink = torch.exp2(maximum - highest)
         maximum, sums = highest, sums * shrink

@@ -20,12 +20,12 @@ from manyviews.evaluators.measurement import LEADING
 from manyviews.evaluators.methods import methods
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
-from manyviews.features.backbone import Opened, open_run
+from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.extract import features_of, images_of
 from manyviews.features.store import write_json
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, start
 
@@ -49,7 +49,7 @@ class Shared(NamedTuple):
 class Measured(NamedTuple):
     """A run with what was measured of it."""
 
-    opened: Opened
+    opened: PretrainedBackbone
     record: Mapping[str, Any]
     """What its evaluation.json holds of these images and this protocol."""
     outcomes: Mapping[str, Tensor]
@@ -70,7 +70,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
             if what is asked for takes labels that are not there; or if nothing is left that all were measured by.
     """
     start(None, "fp32", trains=False)
-    teller = Teller(quiet=distributed.rank() > 0)
+    console = Console(quiet=distributed.rank() > 0)
     _check_different(folders)
     file = None if settings.comparison is None else Path(settings.comparison).expanduser()
     if settings.output is not None:
@@ -79,19 +79,19 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
         raise ValueError(f"comparison={file} cannot be written; name a file in a folder that exists")
     runs = [open_run(folder) for folder in folders]
     _check_weights(runs)
-    images = _images(runs, settings, teller)
+    images = _images(runs, settings, console)
     looks = {look for opened in runs for look in planned(settings, _recipe(opened), labelled=images.labelled)}
     kinds = [_kinds(opened, images, settings) for opened in runs]
     measured: list[Measured] = []
     for number, opened in enumerate(runs, 1):
         before = measured_before(opened, images, settings)
         # A file system may show a record to one process before another.
-        if distributed.any_rank(before is None) or before is None:
-            teller.say(f"measuring {opened.name}, run {number} of {len(runs)}")
+        if distributed.any_over_ranks(before is None) or before is None:
+            console.say(f"measuring {opened.name}, run {number} of {len(runs)}")
             # What was measured, and not what was written of it: the folder may take no file.
             findings = evaluate(folders[number - 1], settings, quiet=True)
             for sentence in sentences(findings.failures, list(findings.features)):
-                teller.warn(f"{opened.name}: {sentence}")
+                console.warn(f"{opened.name}: {sentence}")
             before = Measured(opened, *record_of(findings, opened, settings))
         measured.append(before)
     with raise_on_all_ranks():
@@ -104,20 +104,20 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
                 "is measured anew"
             ) from problem
     seed = settings.protocol.seed
-    overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, teller) if "geometry" in looks else ((), 0)
+    overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, console) if "geometry" in looks else ((), 0)
     comparison = Comparison(rows, differences(rows, seed=seed), len(images.shown), overlaps, neighbours, notes)
     with raise_on_all_ranks():
         if distributed.rank() == 0:
-            _tell(comparison, teller)
+            _tell(comparison, console)
             if file is not None:
                 try:
                     write_json(file, comparison.to_json())
                 except OSError as problem:
-                    teller.warn(f"{file} could not be written: {in_a_line(problem)}")
+                    console.warn(f"{file} could not be written: {in_a_line(problem)}")
     return comparison
 
 
-def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) -> Measured | None:
+def measured_before(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> Measured | None:
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
     looks = planned(settings, _recipe(opened), labelled=images.labelled)
     kinds = _kinds(opened, images, settings)
@@ -135,7 +135,7 @@ def measured_before(opened: Opened, images: Shared, settings: EvaluateSettings) 
     return None
 
 
-def _kinds(opened: Opened, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
+def _kinds(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
     """The run's own kinds of features that are measured; collective."""
     return chosen(opened, settings, planned(settings, _recipe(opened), labelled=images.labelled)).kinds
 
@@ -248,12 +248,12 @@ def _row(
     )
 
 
-def _recipe(opened: Opened) -> Recipe:
+def _recipe(opened: PretrainedBackbone) -> Recipe:
     assert opened.recipe is not None, "only runs are compared"
     return opened.recipe
 
 
-def _same_baseline(kind: str, opened: Opened) -> tuple[str, int]:
+def _same_baseline(kind: str, opened: PretrainedBackbone) -> tuple[str, int]:
     """What a baseline follows from but for the seed, and the seed: equal for runs that share it."""
     if kind == "raw pixels":
         return str(opened.size), 0
@@ -270,8 +270,8 @@ def _check_different(folders: Sequence[Path]) -> None:
         raise ValueError(f"{', '.join(dict.fromkeys(twice))} is given twice; name each run once")
 
 
-def _check_weights(runs: Sequence[Opened]) -> None:
-    seen: dict[str, Opened] = {}
+def _check_weights(runs: Sequence[PretrainedBackbone]) -> None:
+    seen: dict[str, PretrainedBackbone] = {}
     for opened in runs:
         before = seen.setdefault(opened.origin["sha256"], opened)
         if before is not opened:
@@ -281,14 +281,14 @@ def _check_weights(runs: Sequence[Opened]) -> None:
             )
 
 
-def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) -> Shared:
+def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, console: Console) -> Shared:
     # Runs of the same images need not read them again.
     splits: dict[str, Split] = {}
     found: dict[tuple[str, ...], list[str]] = {}
     for opened in runs:
         same = repr((settings.data or _recipe(opened).data, opened.channels))
         if same not in splits:
-            splits[same] = images_of(opened, settings, teller)
+            splits[same] = images_of(opened, settings, console)
         parts = [part.fingerprint for part in splits[same][:2] if part is not None]
         found.setdefault(tuple(parts), []).append(opened.name)
     if len(found) > 1:
@@ -303,7 +303,7 @@ def _images(runs: Sequence[Opened], settings: EvaluateSettings, teller: Teller) 
 
 
 def _overlaps(
-    rows: Sequence[Row], runs: Sequence[Opened], shown: Images, settings: EvaluateSettings, teller: Teller
+    rows: Sequence[Row], runs: Sequence[PretrainedBackbone], shown: Images, settings: EvaluateSettings, console: Console
 ) -> tuple[tuple[Overlap, ...], int]:
     """The neighbours that first runs of the methods have in common, and the first two runs of each."""
     k = min(NEIGHBOURS, len(shown) - 2)
@@ -317,7 +317,7 @@ def _overlaps(
     def features(name: str) -> Tensor:
         opened = by_name[name]
         cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
-        return features_of(opened, shown, settings, teller, cache=cache)[drawn]
+        return features_of(opened, shown, settings, console, cache=cache)[drawn]
 
     firsts = {row.name: features(row.runs[0]) for row in methods}
     found = []
@@ -331,13 +331,13 @@ def _overlaps(
     return tuple(found), k
 
 
-def _tell(comparison: Comparison, teller: Teller) -> None:
+def _tell(comparison: Comparison, console: Console) -> None:
     for table in comparison.tables():
-        teller.console.print(table)
+        console.rich.print(table)
     for row in comparison.rows:
         if not row.baseline:
             seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
-            teller.say(f"{row.name}: {', '.join(row.runs)} ({seeds})")
-    teller.say(comparison.verdict())
+            console.say(f"{row.name}: {', '.join(row.runs)} ({seeds})")
+    console.say(comparison.verdict())
     for note in comparison.notes:
-        teller.warn(note)
+        console.warn(note)

@@ -26,7 +26,7 @@ from manyviews.recipe import Recipe
 from manyviews.report import Findings
 from manyviews.run.folder import DONE
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, lost_process, start
 from manyviews.system.plural import plural
@@ -44,13 +44,13 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             nothing of it can be measured.
     """
     start(None, "fp32", trains=False)
-    teller, opened = Teller(quiet=quiet or distributed.rank() > 0), open_run(folder)
+    console, opened = Console(quiet=quiet or distributed.rank() > 0), open_run(folder)
     recipe = opened.recipe
     assert recipe is not None
     output = folder if settings.output is None else Path(settings.output).expanduser()
     check_output(output, folder)
-    keeps = _looked_at(output, teller)
-    split = images_of(opened, settings, teller)
+    keeps = _looked_at(output, console)
+    split = images_of(opened, settings, console)
     labels, shown = _labels(split), split.train if split.test is None else split.test
     inventory = cautions.inventory_of(folder)
     looks = planned(settings, recipe, labelled=labels is not None)
@@ -73,25 +73,25 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         failures += [Failure(task, kind, reason) for task, reason in refused.items() for kind in layers.kinds]
         tasks = [task for task in tasks if task not in refused]
     for sentence in sentences(failures, layers.kinds):
-        teller.warn(sentence)
+        console.warn(sentence)
     training = split.train if "fractions" in looks or takes_training(tasks, settings.metric) else None
     kinds = kinds_of(
-        opened, layers.kinds, training, shown, settings, teller, output=output if keeps else None, failed=failed
+        opened, layers.kinds, training, shown, settings, console, output=output if keeps else None, failed=failed
     )
-    with teller.bar():
+    with console.bar():
         evaluation, few, stale = None, {}, None
         geometries: tuple[geometry.Geometry, ...] = ()
         if labels is not None and gallery is not None and tasks:
             evaluation = comparison(
-                output if keeps else None, opened, split, kinds, labels, settings, tasks, gallery, teller, failed
+                output if keeps else None, opened, split, kinds, labels, settings, tasks, gallery, console, failed
             )
             evaluation = evaluation if evaluation.scores or evaluation.figures else None
         if labels is not None and "fractions" in looks:
-            few = few_labels(kinds, labels, settings, teller, failed)
+            few = few_labels(kinds, labels, settings, console, failed)
         if "geometry" in looks:
-            geometries = geometries_of(opened, recipe, kinds, shown, settings, teller, failed)
+            geometries = geometries_of(opened, recipe, kinds, shown, settings, console, failed)
             with alone("staleness of the bank", LEARNED, failed):
-                stale = stale_rows(opened, recipe, split.train, settings, teller)
+                stale = stale_rows(opened, recipe, split.train, settings, console)
         noticed: list[str] = []
         with alone("copies and sizes of classes", LEARNED, failed):
             noticed += cautions.of_measured(split, kinds.get(PIXELS), geometries)
@@ -104,7 +104,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         geometry=geometries,
         fractions=few,
         staleness=stale,
-        points=maps(kinds, settings, teller, failed) if settings.report else {},
+        points=maps(kinds, settings, console, failed) if settings.report else {},
         warnings=(
             *_warnings(folder, split, looks, settings, layers.missing),
             *cautions.whose(settings.data, recipe.data, inventory, split),
@@ -116,11 +116,11 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     with raise_on_all_ranks():
         if distributed.rank() == 0:
             # Whatever becomes of files.
-            _tell(findings, teller)
+            _tell(findings, console)
             record, outcomes = record_of(findings, opened, settings)
-            page = write(findings, record, outcomes, output, teller.warn, page=settings.report)
+            page = write(findings, record, outcomes, output, console.warn, page=settings.report)
             if page is not None:
-                teller.say(f"report: {page}")
+                console.say(f"report: {page}")
     return findings
 
 
@@ -139,15 +139,15 @@ def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
         raise ValueError("\n".join(sentences(lacking, list(findings.features))))
 
 
-def _looked_at(output: Path, teller: Teller) -> bool:
+def _looked_at(output: Path, console: Console) -> bool:
     """Whether the output folder takes files, looked at by the first process before the work; collective."""
     problem = unwritable(output) if distributed.rank() == 0 else ""
     if problem:
-        teller.warn(
+        console.warn(
             f"{output} cannot be written to ({problem}), so that results will only be printed; output=FOLDER writes "
             "them elsewhere"
         )
-    return not distributed.any_rank(bool(problem))
+    return not distributed.any_over_ranks(bool(problem))
 
 
 def _labels(split: Split) -> tuple[Tensor, Tensor] | None:
@@ -204,23 +204,23 @@ def _choice(labels: Tensor, settings: EvaluateSettings) -> Iterator[str]:
             )
 
 
-def _tell(findings: Findings, teller: Teller) -> None:
+def _tell(findings: Findings, console: Console) -> None:
     """The tables and the verdict."""
     tables = list(findings.evaluation.tables()) if findings.evaluation is not None else []
     tables += [fractions.table(findings.fractions)] if findings.fractions else []
     tables += [geometry.table(findings.geometry)] if findings.geometry else []
     for table in tables:
-        teller.console.print(table)
+        console.rich.print(table)
     if findings.evaluation is not None:
-        teller.say(findings.evaluation.verdict())
+        console.say(findings.evaluation.verdict())
     if findings.layers:
-        teller.say(findings.layers)
+        console.say(findings.layers)
     if findings.staleness is not None:
         stale = findings.staleness
         low, high = stale.quantiles["5 %"], stale.quantiles["95 %"]
-        teller.say(
+        console.say(
             f"Memory bank: the cosine of a row with a fresh embedding of its image is {stale.mean:.2f} on average "
             f"({low:.2f} to {high:.2f} for nine rows of ten, {plural(stale.images, 'row')}); 1 where no row is stale."
         )
     for text in (*findings.warnings, *sentences(findings.failures, list(findings.features))):
-        teller.warn(text)
+        console.warn(text)

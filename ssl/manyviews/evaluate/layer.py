@@ -6,7 +6,7 @@ from typing import NamedTuple
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators.kinds import EMBEDDED, GROUPING, LEARNED
 from manyviews.evaluators.learned_distance import Euclidean, Metric
-from manyviews.features.backbone import Opened
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.layers import BACKBONE, EMBEDDING
 
 KINDS = {BACKBONE: LEARNED, EMBEDDING: EMBEDDED}
@@ -23,7 +23,7 @@ class Chosen(NamedTuple):
     """Why the embedding is not measured though it was to be."""
 
 
-def chosen(opened: Opened, settings: EvaluateSettings, looks: Collection[str]) -> Chosen:
+def chosen(opened: PretrainedBackbone, settings: EvaluateSettings, looks: Collection[str]) -> Chosen:
     """The layers that were asked for, or those that what is measured is about; collective.
 
     Without a word both are measured where the objective trains embeddings to be compared, or where images are compared
@@ -60,7 +60,7 @@ def chosen(opened: Opened, settings: EvaluateSettings, looks: Collection[str]) -
     )
 
 
-def distances_of(opened: Opened, settings: EvaluateSettings) -> dict[str, Metric]:
+def distances_of(opened: PretrainedBackbone, settings: EvaluateSettings) -> dict[str, Metric]:
     """The distances that differ from the cosine where none was asked for: that of the embedding, by its objective."""
     assert opened.recipe is not None
     own = settings.metric is None and opened.recipe.objective.distance == "euclidean"

@@ -23,7 +23,7 @@ from manyviews.evaluators.learned_distance import Cosine, Metric
 from manyviews.evaluators.measurement import LEADING, Figures
 from manyviews.evaluators.protocol import ProtocolSettings
 from manyviews.evaluators.scores import TITLES, Difference, Evaluation, Score
-from manyviews.features.backbone import Opened
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
 from manyviews.report.findings import Also
 
@@ -71,7 +71,7 @@ class Stored(BaseModel):
     staleness: Staleness | None = None
 
 
-def record_of(findings: Findings, opened: Opened, settings: EvaluateSettings) -> tuple[Record, Outcomes]:
+def record_of(findings: Findings, opened: PretrainedBackbone, settings: EvaluateSettings) -> tuple[Record, Outcomes]:
     """What one evaluation has measured, as JSON values, and what was predicted of each test image."""
     images = [part.fingerprint for part in (findings.train, findings.test) if part is not None]
     record: Record = {"weights": dict(opened.origin), "images": images}

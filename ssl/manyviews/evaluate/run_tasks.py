@@ -21,7 +21,7 @@ from manyviews.evaluators.scores import Evaluation
 from manyviews.evaluators.splits import num_classes
 from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.features import encoding
-from manyviews.features.backbone import Opened
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.extract import features_of, layers_of
 from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer
 from manyviews.linear_metrics import LinearMetric
@@ -30,7 +30,7 @@ from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, replacing
 
@@ -62,12 +62,12 @@ def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSe
 
 
 def kinds_of(
-    opened: Opened,
+    opened: PretrainedBackbone,
     learned: Sequence[str],
     training: Images | None,
     shown: Images,
     settings: EvaluateSettings,
-    teller: Teller,
+    console: Console,
     *,
     output: Path | None,
     failed: Failed,
@@ -82,7 +82,7 @@ def kinds_of(
     known: dict[tuple[str, bool], Tensor] = {}
 
     def encoded(images: Images, *, layer: str = BACKBONE, untrained: bool = False) -> Tensor:
-        return features_of(opened, images, settings, teller, layer=layer, untrained=untrained, cache=cache, also=own)
+        return features_of(opened, images, settings, console, layer=layer, untrained=untrained, cache=cache, also=own)
 
     def by(kind: str, images: Images) -> Tensor:
         if kind == PIXELS:
@@ -114,14 +114,14 @@ def _headed(head: nn.Module, rows: Tensor) -> Tensor:
 
 def comparison(
     output: Path | None,
-    opened: Opened,
+    opened: PretrainedBackbone,
     split: Split,
     kinds: Kinds,
     labels: tuple[Tensor, Tensor],
     settings: EvaluateSettings,
     tasks: Sequence[Task],
     gallery: Gallery,
-    teller: Teller,
+    console: Console,
     failed: Failed,
 ) -> Evaluation:
     """Every kind of features by the tasks that compare it with labels; fitted metrics go to `output`, if given."""
@@ -137,7 +137,7 @@ def comparison(
             with replacing(file, output) as (path, _):
                 fitted.save(path)
         except (OSError, SafetensorError) as problem:
-            teller.warn(f"{file} could not be written: {problem}")
+            console.warn(f"{file} could not be written: {problem}")
 
     def augmented(kind: str) -> AugmentedResult:
         assert split.test is not None
@@ -153,7 +153,7 @@ def comparison(
             seed=settings.protocol.seed,
             device=device,
             workers=settings.workers,
-            report=teller.report,
+            report=console.report,
         )
 
     return compare(
@@ -166,14 +166,14 @@ def comparison(
         distances=distances_of(opened, settings),
         keep=keep,
         augmented=augmented,
-        report=teller.say,
-        progress=teller.report,
+        report=console.say,
+        progress=console.report,
         failed=failed,
     )
 
 
 def few_labels(
-    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, teller: Teller, failed: Failed
+    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, console: Console, failed: Failed
 ) -> dict[str, tuple[fractions.FractionResult, ...]]:
     """The probe of each kind of features on few labels."""
     own, test_labels = labels
@@ -181,10 +181,10 @@ def few_labels(
     for kind in in_order(kinds):
         train, test = kinds[kind]
         assert train is not None
-        teller.say(f"few labels: {label(kind)}")
+        console.say(f"few labels: {label(kind)}")
 
         def report(what: str, done: int, total: int, kind: str = kind) -> None:
-            teller.report(f"{what}, {label(kind)} features", done, total)
+            console.report(f"{what}, {label(kind)} features", done, total)
 
         with alone("fractions", kind, failed):
             found[kind] = fractions.fractions(
@@ -194,19 +194,19 @@ def few_labels(
 
 
 def geometries_of(
-    opened: Opened,
+    opened: PretrainedBackbone,
     recipe: Recipe,
     kinds: Kinds,
     shown: Images,
     settings: EvaluateSettings,
-    teller: Teller,
+    console: Console,
     failed: Failed,
 ) -> tuple[geometry.Geometry, ...]:
     """How each kind lies; views are those of the run's own recipe."""
     seed = settings.protocol.seed
     if len(shown) < 2:
         return ()
-    teller.say("geometry")
+    console.say("geometry")
     device = _device()
     pairs = recipe.views.model_copy(update={"num_views": 2})
     views = pairs.build(size=shown.size, channels=opened.channels, seed=recipe.seed).to(device)
@@ -223,7 +223,7 @@ def geometries_of(
     return tuple(found)
 
 
-def _backbone_of(opened: Opened, kind: str) -> nn.Module:
+def _backbone_of(opened: PretrainedBackbone, kind: str) -> nn.Module:
     """What makes the features of a kind."""
     if kind == EMBEDDED:
         return OneLayer(layers_of(opened, (EMBEDDING,))[0])
@@ -236,7 +236,7 @@ def _device() -> torch.device:
 
 
 def stale_rows(
-    opened: Opened, recipe: Recipe, train: Images, settings: EvaluateSettings, teller: Teller
+    opened: PretrainedBackbone, recipe: Recipe, train: Images, settings: EvaluateSettings, console: Console
 ) -> geometry.Staleness | None:
     """How far a bank's rows are behind what the encoder makes of their images; None without a bank, or its images.
 
@@ -251,16 +251,16 @@ def stale_rows(
     if found is None or found.facts.get("images") != images.fingerprint:
         return None
     if opened.step is not None and found.step != opened.step:
-        teller.warn(
+        console.warn(
             f"the rows of the memory bank are not compared with fresh embeddings: the run has gone on to step "
             f"{found.step:,}, and the weights are those of step {opened.step:,}"
         )
         return None
     ids, mine = _some(len(images), PAIRED, settings.protocol.seed), distributed.share(len(images))
     try:
-        fresh = features_of(opened, select(images, ids), settings, teller, layer="projector", cache=None)
+        fresh = features_of(opened, select(images, ids), settings, console, layer="projector", cache=None)
     except ValueError as problem:
-        teller.warn(f"the rows of the memory bank are not compared with fresh embeddings: {problem}")
+        console.warn(f"the rows of the memory bank are not compared with fresh embeddings: {problem}")
         return None
     drawn = ids[(ids >= mine.start) & (ids < mine.stop)] - mine.start
     rows = found.parts["objective"]["rows"][drawn].float().to(_device())
@@ -273,7 +273,9 @@ def _some(count: int, most: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
-def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller, failed: Failed) -> dict[str, tuple[Tensor, Tensor]]:
+def maps(
+    kinds: Kinds, settings: EvaluateSettings, console: Console, failed: Failed
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Maps of some of the images shown, by the features that they are compared by; on the first process alone."""
     leading, (_, rows) = next(iter(kinds.items()))
     seed = settings.protocol.seed
@@ -282,7 +284,7 @@ def maps(kinds: Kinds, settings: EvaluateSettings, teller: Teller, failed: Faile
     ids = _some(len(rows), MAPPED, seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for method in settings.maps:
-        teller.say(f"map of {plural(len(ids), 'image')}: {method}")
+        console.say(f"map of {plural(len(ids), 'image')}: {method}")
         try:
             found[method] = ids, flat_map(rows[ids], method, seed=seed)
         except Exception as problem:

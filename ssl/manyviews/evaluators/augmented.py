@@ -168,7 +168,7 @@ def augmented_probe(
     whole_images = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
     for epoch in range(settings.epochs):
         batches = torch.split(labelled[sampler(len(labelled), seed, epoch)], settings.batch_size)
-        shares = [batch.tensor_split(distributed.size())[distributed.rank()] for batch in batches]
+        shares = [batch.tensor_split(distributed.world_size())[distributed.rank()] for batch in batches]
         # A process whose part is empty must still take part: it encodes an image that is dropped.
         seen = [part if len(part) else batch[:1] for part, batch in zip(shares, batches, strict=True)]
         rows = read(backbone, Cropped(images, views, epoch), seen)

@@ -36,7 +36,7 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class PretrainedBackbone:
     """A backbone that images are encoded by; `open_model` and `open_run` make it."""
 
     name: str
@@ -156,7 +156,7 @@ class Opened:
         return state, {"file": _encoder_file(found.step), "sha256": digest_of(state)}
 
 
-def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> Opened:
+def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> PretrainedBackbone:
     """A run by its folder, or a timm model by its name, `local-dir:FOLDER` and `hf-hub:NAME` included.
 
     Args:
@@ -187,7 +187,7 @@ def open_model(given: str, *, pretrained: bool | None = None, size: int | None =
     return _open_timm(given, pretrained, size)
 
 
-def open_run(folder: Path, *, size: int | None = None) -> Opened:
+def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
     """Reads a run's recipe and its backbone, or the newest checkpoint's if the run has not finished; collective.
 
     The run may be a stranger's: nothing is read from outside of its folder but what its recipe names as images, no
@@ -230,7 +230,7 @@ def open_run(folder: Path, *, size: int | None = None) -> Opened:
         channels = known
     create = partial(_of_recipe, recipe, model, channels, size or recipe.views.size)
     check_count(shown(folder), sum(value.nbytes for value in weights.values()), partial(create, pretrained=False))
-    opened = Opened(
+    opened = PretrainedBackbone(
         name=str(folder),
         model=model,
         channels=channels,
@@ -272,7 +272,7 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _open_timm(name: str, pretrained: bool, size: int | None) -> Opened:
+def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackbone:
     if name.startswith(HUB) and not pretrained:
         raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
     model = f"{LOCAL}{hub_folder(name)}" if name.startswith(HUB) else name
@@ -283,7 +283,7 @@ def _open_timm(name: str, pretrained: bool, size: int | None) -> Opened:
         backbone = create(pretrained=pretrained)
         widths(backbone, channels=channels, size=side)
     weights = backbone.state_dict()
-    return Opened(
+    return PretrainedBackbone(
         name=name,
         model=model,
         channels=channels,

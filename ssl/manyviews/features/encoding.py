@@ -70,7 +70,7 @@ def extract(
     # A last share may be empty, yet its process must know how wide the features are: it computes one that is dropped.
     # Shares are whole batches: whatever the number of processes, an image has the same company.
     batches = torch.split(chosen, batch_size)
-    rounds = max(1, -(-len(batches) // distributed.size()))
+    rounds = max(1, -(-len(batches) // distributed.world_size()))
     batches = batches[distributed.share(len(batches))]
     own = torch.cat([chosen[:0], *batches])
     batches = batches or (chosen[:1],)
@@ -97,7 +97,7 @@ def extract(
         if problem is not None:
             raise problem
     local = local[: len(own)]
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         local = _gather_by_id(local.to(device), own.to(device), chosen)
     check_finite(local)
     return local

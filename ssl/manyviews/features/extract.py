@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from manyviews.config import Settings, as_list, vocabulary
 from manyviews.data import Data, Images, Split, background_of, shorthand
 from manyviews.features import encoding, exports, store
-from manyviews.features.backbone import Opened, digest_of, open_model
+from manyviews.features.backbone import PretrainedBackbone, digest_of, open_model
 from manyviews.features.layers import BACKBONE, EMBEDDING, PROJECTOR, Layers, OneLayer, widths_of
 from manyviews.features.store_rows import Part, entries, fill, labels_of
 from manyviews.system import distributed
 from manyviews.system.arrays import mapped_array
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.disk import check_writable
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import start
@@ -85,7 +85,7 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
             full; before anything is written.
     """
     accelerator = start(None, "fp32", settings.threads, trains=False)
-    teller = Teller(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not accelerator.is_main_process)
     output = Path(settings.output).expanduser()
     check_place(output)
     if settings.parquet:
@@ -93,31 +93,31 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
     opened = open_model(str(given), pretrained=settings.pretrained, size=settings.size)
     layers, origin = layers_of(opened, settings.layers)
     widths = widths_of(layers, opened.blank())
-    split = images_of(opened, settings, teller)
+    split = images_of(opened, settings, console)
     parts = _parts(split, settings.split)
     key = _key(opened, origin, settings, parts, widths)
     wanted = [exports.TABLE] * settings.parquet + [f"{name}.fvecs" for name in settings.layers] * settings.faiss
     with store.held(output, key, replace=settings.overwrite, copies=1 + settings.parquet + settings.faiss) as complete:
         if complete and all((output / name).is_file() for name in wanted):
-            teller.say(f"{output} is up to date")
+            console.say(f"{output} is up to date")
             return output
         if not complete:
-            _fill(output, key, opened, layers, parts, settings, teller)
+            _fill(output, key, opened, layers, parts, settings, console)
         with raise_on_all_ranks():
             if distributed.rank() == 0:
                 data = settings.data or (opened.recipe.data if opened.recipe is not None else None)
                 _publish(output, key, opened, data, split, parts, wanted)
     for layer in key["layers"].values():
         rows, width = layer["shape"]
-        teller.say(f"{rows:,} × {width:,} features: {output / layer['file']}")
+        console.say(f"{rows:,} × {width:,} features: {output / layer['file']}")
     return output
 
 
 def features_of(
-    opened: Opened,
+    opened: PretrainedBackbone,
     images: Images,
     settings: EncodeSettings,
-    teller: Teller,
+    console: Console,
     *,
     layer: str = BACKBONE,
     untrained: bool = False,
@@ -135,7 +135,7 @@ def features_of(
         opened: a run or a timm model.
         images: what is encoded.
         settings: how it is encoded; its data are not looked at.
-        teller: told how far it has come.
+        console: told how far it has come.
         layer: as in `Layers`.
         untrained: the backbone as it was before its first step, a baseline.
         cache: the folder of all cached features, RUN/features for example; None: none are kept.
@@ -155,10 +155,10 @@ def features_of(
                 return rows
     if cache is not None:
         try:
-            return _kept(cache.parent, cache / name, key, opened, layers, parts, settings, teller, said)
+            return _kept(cache.parent, cache / name, key, opened, layers, parts, settings, console, said)
         except (OSError, ValueError) as problem:
-            teller.warn(f"features are not kept: {problem}")
-    teller.say(said)
+            console.warn(f"features are not kept: {problem}")
+    console.say(said)
     return _in_memory(opened, OneLayer(layers), images, settings)
 
 
@@ -168,38 +168,38 @@ def _complete(folder: Path, key: Mapping[str, Any], layer: str) -> Tensor | None
     with suppress(OSError, ValueError):
         if store.state(folder, key) == "complete":
             rows = store.mapped(folder / f"{layer}.npy")
-    return None if distributed.any_rank(rows is None) else rows
+    return None if distributed.any_over_ranks(rows is None) else rows
 
 
 def _kept(
     root: Path,
     folder: Path,
     key: Mapping[str, Any],
-    opened: Opened,
+    opened: PretrainedBackbone,
     layers: Layers,
     parts: Sequence[Part],
     settings: EncodeSettings,
-    teller: Teller,
+    console: Console,
     said: str,
 ) -> Tensor:
     """The rows of a folder, which are computed where they are not complete; raises where they cannot be written."""
     (layer,) = key["layers"]
     with store.held(folder, key, replace=True, root=root) as complete:
         if not complete:
-            teller.say(said)
-            _fill(folder, key, opened, layers, parts, settings, teller, root)
+            console.say(said)
+            _fill(folder, key, opened, layers, parts, settings, console, root)
             if store.remarks(folder):
-                return _not_kept(root, folder, layer, teller)
+                return _not_kept(root, folder, layer, console)
             with raise_on_all_ranks():
                 if distributed.rank() == 0:
                     store.finish(folder, [f"{layer}.npy"], key, (), root)
         return store.mapped(folder / f"{layer}.npy")
 
 
-def _not_kept(root: Path, folder: Path, layer: str, teller: Teller) -> Tensor:
+def _not_kept(root: Path, folder: Path, layer: str, console: Console) -> Tensor:
     """Features some of which are those of a grey square: used now, and computed anew when the files can be read."""
     count = len(store.remarks(folder))
-    teller.warn(f"{plural(count, 'image')} could not be read now, and stand as grey; so these features are not kept")
+    console.warn(f"{plural(count, 'image')} could not be read now, and stand as grey; so these features are not kept")
     encoding = store.mapped(folder / store.PARTIAL / f"{layer}.npy")
     distributed.barrier()
     if distributed.rank() == 0:
@@ -207,7 +207,7 @@ def _not_kept(root: Path, folder: Path, layer: str, teller: Teller) -> Tensor:
     return encoding
 
 
-def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split:
+def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Console) -> Split:
     """The images that were asked for, as the backbone can see them.
 
     Raises:
@@ -216,8 +216,8 @@ def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split
     data = settings.data or (opened.recipe.data if opened.recipe is not None else None)
     if data is None:
         raise ValueError(f"{opened.name} has no images of its own; say which with data=…, a folder or a known name")
-    with teller.bar():
-        split = data.build(workers=settings.workers, report=teller.report)
+    with console.bar():
+        split = data.build(workers=settings.workers, report=console.report)
     # Grey images are shown in grey to a backbone that has learned from colour.
     if split.train.channels > opened.channels:
         raise ValueError(
@@ -225,10 +225,10 @@ def images_of(opened: Opened, settings: EncodeSettings, teller: Teller) -> Split
             f"for a folder, data.channels={opened.channels} reads them so"
         )
     if split.layout:
-        teller.say(f"images     {split.layout}")
+        console.say(f"images     {split.layout}")
     larger = enlarged(opened.size, split.train.size, data)
     if larger is not None:
-        teller.warn(larger)
+        console.warn(larger)
     return split
 
 
@@ -243,7 +243,9 @@ def check_place(output: Path) -> None:
         raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
 
 
-def layers_of(opened: Opened, names: tuple[str, ...], *, untrained: bool = False) -> tuple[Layers, dict[str, Any]]:
+def layers_of(
+    opened: PretrainedBackbone, names: tuple[str, ...], *, untrained: bool = False
+) -> tuple[Layers, dict[str, Any]]:
     """What reads layers of an opened model, on its device, and where the weights come from, as JSON values.
 
     Raises:
@@ -261,7 +263,7 @@ def layers_of(opened: Opened, names: tuple[str, ...], *, untrained: bool = False
     return layers.to(memory_format=_memory_format(opened)), origin
 
 
-def _memory_format(opened: Opened) -> torch.memory_format:
+def _memory_format(opened: PretrainedBackbone) -> torch.memory_format:
     channels_last = opened.recipe is None or opened.recipe.train.channels_last
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -279,7 +281,7 @@ def _parts(split: Split, chosen: str) -> list[Part]:
 
 
 def _key(
-    opened: Opened,
+    opened: PretrainedBackbone,
     origin: Mapping[str, Any],
     settings: EncodeSettings,
     parts: Sequence[Part],
@@ -301,14 +303,14 @@ def _key(
 def _fill(
     folder: Path,
     key: Mapping[str, Any],
-    opened: Opened,
+    opened: PretrainedBackbone,
     layers: Layers,
     parts: Sequence[Part],
     settings: EncodeSettings,
-    teller: Teller,
+    console: Console,
     root: Path | None = None,
 ) -> None:
-    with teller.bar():
+    with console.bar():
         fill(
             folder,
             layers,
@@ -317,8 +319,8 @@ def _fill(
             precision=settings.precision,
             batch_size=settings.batch_size,
             workers=settings.workers,
-            say=teller.say,
-            update=teller.update,
+            say=console.say,
+            update=console.update,
             root=root,
         )
 
@@ -326,7 +328,7 @@ def _fill(
 def _publish(
     output: Path,
     key: Mapping[str, Any],
-    opened: Opened,
+    opened: PretrainedBackbone,
     data: Data | None,
     split: Split,
     parts: Sequence[Part],
@@ -368,7 +370,7 @@ def _publish(
     store.finish(output, list(dict.fromkeys(files)), manifest, entries(parts))
 
 
-def _in_memory(opened: Opened, module: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
+def _in_memory(opened: PretrainedBackbone, module: nn.Module, images: Images, settings: EncodeSettings) -> Tensor:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     module = module.to(device).to(memory_format=_memory_format(opened))
     return encoding.extract(

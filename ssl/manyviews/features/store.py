@@ -105,7 +105,7 @@ def held(
                 with suppress(OSError):
                     folder.rmdir()
             raise
-        yield distributed.any_rank(complete)
+        yield distributed.any_over_ranks(complete)
 
 
 def _ready(folder: Path, key: Mapping[str, Any], replace: bool, copies: int, root: Path | None) -> bool:

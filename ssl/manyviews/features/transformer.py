@@ -19,7 +19,7 @@ from manyviews.data.decoding.files import Decoding, Files
 from manyviews.data.images import Names
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
-from manyviews.features.backbone import Opened, open_model
+from manyviews.features.backbone import PretrainedBackbone, open_model
 from manyviews.features.extract import layers_of
 from manyviews.features.layers import BACKBONE, OneLayer, widths_of
 
@@ -160,7 +160,7 @@ class _Unnamed(Sequence[str]):
         return map(str, range(self._count))
 
 
-def _decoding(opened: Opened) -> Decoding:
+def _decoding(opened: PretrainedBackbone) -> Decoding:
     """As the run's own images were decoded, or at the size that the backbone sees."""
     data = opened.recipe.data if opened.recipe is not None else None
     return (

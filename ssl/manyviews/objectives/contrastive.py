@@ -117,4 +117,4 @@ def contrastive_loss(
     figures = distributed.total(figures)
     positives, active, count = figures[:3]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[3:])
-    return Loss(total * distributed.size() / positives.clamp(min=1), terms)
+    return Loss(total * distributed.world_size() / positives.clamp(min=1), terms)

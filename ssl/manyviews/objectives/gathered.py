@@ -37,4 +37,4 @@ def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tens
 
     0, with a zero gradient, where nothing was counted; collective.
     """
-    return total * distributed.size() / distributed.total(count).to(total.dtype).clamp(min=1)
+    return total * distributed.world_size() / distributed.total(count).to(total.dtype).clamp(min=1)

@@ -122,4 +122,4 @@ def margin_loss(
     figures = distributed.total(figures)
     active, count = figures[:2]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[2:])
-    return Loss((total * distributed.size() / active.clamp(min=1)).where(active > 0, 0), terms)
+    return Loss((total * distributed.world_size() / active.clamp(min=1)).where(active > 0, 0), terms)

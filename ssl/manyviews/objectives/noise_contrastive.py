@@ -180,7 +180,9 @@ class NoiseContrastiveObjective(LearnedRows):
 
     def _shared_rows(self, drawn: Tensor) -> Tensor:
         """The rows of ids in rising order, from the processes that own them and with gradient to them."""
-        shares = [distributed.share(self.classes, rank, distributed.size()) for rank in range(distributed.size())]
+        shares = [
+            distributed.share(self.classes, rank, distributed.world_size()) for rank in range(distributed.world_size())
+        ]
         edges = torch.searchsorted(drawn, torch.tensor([0, *(share.stop for share in shares)])).tolist()
         rank = distributed.rank()
         places = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start

@@ -74,7 +74,7 @@ def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
 
     It is the local mean where all processes have equally many anchors, and stays exact where a last batch is uneven.
     """
-    return losses.sum() * (distributed.size() / sum(distributed.counts(len(losses))))
+    return losses.sum() * (distributed.world_size() / sum(distributed.counts(len(losses))))
 
 
 def information(

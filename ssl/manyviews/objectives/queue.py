@@ -92,7 +92,7 @@ class QueueObjective(Objective):
     def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
         super().__init__()
         self.settings, self.supervised = settings, population.grouped
-        size = settings.size * (distributed.size() if settings.per_process else 1)
+        size = settings.size * (distributed.world_size() if settings.per_process else 1)
         self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
 
     def shards(self) -> dict[str, int]:

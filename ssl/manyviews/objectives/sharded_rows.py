@@ -43,7 +43,7 @@ def fetch(
     `rows` are those from id `start` on; `lengths` says how many ids each process asks for. All processes must call
     together, and come together again in backward where the rows want a gradient.
     """
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         return rows[ids - start]
     found: Tensor = _Fetch.apply(rows, distributed.gather_without_gradient(ids, lengths) - start, list(lengths))
     return found

@@ -89,7 +89,7 @@ def supervised_contrast(
     similarities = (embeddings * (sums - embeddings)).sum(2) / positives.clamp(min=1)
     contrasted = (positives > 0).expand_as(similarities)
     losses = (candidates - similarities / temperature).where(contrasted, 0)
-    total = losses.sum() * distributed.size() / distributed.total(contrasted.sum()).clamp(min=1)
+    total = losses.sum() * distributed.world_size() / distributed.total(contrasted.sum()).clamp(min=1)
     terms = {
         "positive_similarity": similarities.detach().where(contrasted, 0).sum() / contrasted.sum().clamp(min=1),
         "negatives": (sum(rows) - members).to(anchors.dtype).mean(),

@@ -116,7 +116,7 @@ def triplet_loss(
     active, count = figures[0], figures[4]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[1:])
     compared = count if settings.average == "all" or settings.soft else active
-    return Loss(total * distributed.size() / compared.clamp(min=1), terms)
+    return Loss(total * distributed.world_size() / compared.clamp(min=1), terms)
 
 
 def all_triplets(

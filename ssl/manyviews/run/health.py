@@ -37,7 +37,7 @@ PATIENCE = 5
 """Lines of metrics in a row that show the same sign before it is said."""
 
 
-class Glimpse(NamedTuple):
+class EmbeddingSample(NamedTuple):
     """A few of a step's embeddings at length 1, but for zeros, from all processes, the same on each of them."""
 
     embeddings: Float[Tensor, "images dim"]
@@ -51,16 +51,16 @@ def glimpse(
     embeddings: Float[Tensor, "views batch dim"],
     ids: Int[Tensor, " batch"],
     targets: Float[Tensor, "others batch dim"] | None = None,
-) -> Glimpse:
+) -> EmbeddingSample:
     """A sample of the embeddings of all processes, for a look at their health; collective."""
-    images = slice(0, max(ROWS // distributed.size(), 1))
+    images = slice(0, max(ROWS // distributed.world_size(), 1))
     first, other = embeddings[0, images], None
     if targets is not None:
         other = targets[-1, images]
     elif len(embeddings) > 1:
         other = embeddings[-1, images]
     lengths = distributed.counts(len(first))
-    return Glimpse(
+    return EmbeddingSample(
         distributed.gather_without_gradient(directions(first)[:, :-1], lengths),
         None if other is None else distributed.gather_without_gradient(directions(other)[:, :-1], lengths),
         distributed.gather_without_gradient(ids[images], lengths),
@@ -99,12 +99,12 @@ def effective_rank(embeddings: Float[Tensor, "images dim"]) -> float:
     return math.exp(-(shares * shares.log()).sum().item())
 
 
-def figures(seen: Glimpse) -> dict[str, float]:
+def figures(seen: EmbeddingSample) -> dict[str, float]:
     """The spread and the effective rank of the embeddings, by the names they have in the metrics."""
     return {"embedding_std": spread(seen.embeddings), "effective_rank": effective_rank(seen.embeddings)}
 
 
-def similarities(seen: Glimpse) -> dict[str, Float[Tensor, " pairs"]]:
+def similarities(seen: EmbeddingSample) -> dict[str, Float[Tensor, " pairs"]]:
     """The cosine similarities of pairs of equal ids (positives) and of different ids (negatives), where there are any.
 
     An embedding beside itself is no pair.

@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
+import rich.console
+from rich.console import ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.segment import Segment
 
@@ -13,29 +14,29 @@ from manyviews.system import terminal
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Teller:
-    """Says what happens, on the first process only; the others hold their tongue."""
+class Console:
+    """Console output: lines, warnings and progress bars; silent with `quiet`, as on all ranks but the first."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         terminal.prepare()
-        self.console = Console(quiet=quiet, highlight=False)
-        self.console.push_render_hook(_Cleaning())
+        self.rich = rich.console.Console(quiet=quiet, highlight=False)
+        self.rich.push_render_hook(_Cleaning())
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
-        self.console.print(terminal.clean(text), markup=False, soft_wrap=True)
+        self.rich.print(terminal.clean(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
-        self.console.print(f"warning: {terminal.clean(text)}", style="yellow", markup=False, soft_wrap=True)
+        self.rich.print(f"warning: {terminal.clean(text)}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self) -> Iterator[None]:
         """Shows what `update` and `report` say as bars while the context is open, if this is a terminal."""
-        if not self.console.is_terminal or self.console.quiet:
+        if not self.rich.is_terminal or self.rich.quiet:
             yield
             return
         columns = (
@@ -43,7 +44,7 @@ class Teller:
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=True) as self._bars:
+        with Progress(*columns, console=self.rich, transient=True) as self._bars:
             try:
                 yield
             finally:
@@ -78,7 +79,7 @@ class _Clean:
     def __init__(self, printed: RenderableType) -> None:
         self.printed = printed
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+    def __rich_console__(self, console: rich.console.Console, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self.printed, options):
             yield segment if segment.control else Segment(terminal.clean(segment.text), segment.style)
 

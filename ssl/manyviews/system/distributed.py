@@ -43,20 +43,20 @@ def rank() -> int:
     return dist.get_rank() if _initialised() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """The number of processes; 1 without `torch.distributed`."""
     return dist.get_world_size() if _initialised() else 1
 
 
 def share(count: int, rank_: int | None = None, size_: int | None = None) -> slice:
     """The part of `count` things that belongs to a process (this one): consecutive, and alike to one thing."""
-    number, processes = rank() if rank_ is None else rank_, size() if size_ is None else size_
+    number, processes = rank() if rank_ is None else rank_, world_size() if size_ is None else size_
     return slice(number * count // processes, (number + 1) * count // processes)
 
 
 def counts(count: int) -> list[int]:
     """What each process passed as `count`, in rank order."""
-    if size() == 1:
+    if world_size() == 1:
         return [count]
     found: list[int] = _all_gather(torch.tensor([count], device=_device())).tolist()
     return found
@@ -69,7 +69,7 @@ def gather(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     that is the mean over the local anchors, the mean over processes that DDP takes is then the gradient one process
     would have with the whole batch. `lengths` are those of all processes, where they are known already.
     """
-    if size() == 1:
+    if world_size() == 1:
         return local
     gathered: Tensor = _Gather.apply(local, list(lengths or counts(len(local))))
     return gathered
@@ -79,7 +79,7 @@ def gather(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
 def gather_without_gradient(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """The tensors of all processes, concatenated in rank order along the first axis; no gradient."""
     local = local.detach()
-    return local if size() == 1 else _gather(local, lengths or counts(len(local)))
+    return local if world_size() == 1 else _gather(local, lengths or counts(len(local)))
 
 
 @torch.no_grad()
@@ -88,12 +88,12 @@ def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
 
     The inverse way of `gather`: `whole` holds `lengths[r]` rows for process r.
     """
-    if size() == 1:
+    if world_size() == 1:
         return whole.detach()
     longest = max(lengths)
     pieces = whole.detach()
     if len(set(lengths)) > 1:
-        pieces = whole.new_zeros(size(), longest, *whole.shape[1:])
+        pieces = whole.new_zeros(world_size(), longest, *whole.shape[1:])
         for place, piece in zip(pieces, whole.split(list(lengths)), strict=True):
             place[: len(piece)] = piece
         pieces = pieces.flatten(0, 1)
@@ -111,7 +111,7 @@ def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) ->
     `local` holds `outgoing[r]` rows for process r, and `incoming[r]` rows arrive from it.
     """
     local = local.detach()
-    if size() == 1:
+    if world_size() == 1:
         return local
     arrived = local.new_empty(sum(incoming), *local.shape[1:])
     dist.all_to_all_single(arrived, local.contiguous(), list(incoming), list(outgoing))
@@ -124,7 +124,7 @@ def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) ->
 def total(value: Tensor) -> Tensor:
     """The sum over processes, elementwise; no gradient."""
     value = value.detach().clone()
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
         _note(value, 2)
     return value
@@ -134,7 +134,7 @@ def total(value: Tensor) -> Tensor:
 def maximum(value: Tensor) -> Tensor:
     """The maximum over processes, elementwise; no gradient."""
     value = value.detach().clone()
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         _note(value, 2)
     return value
@@ -142,12 +142,12 @@ def maximum(value: Tensor) -> Tensor:
 
 def mean(value: Tensor) -> Tensor:
     """The mean over processes, elementwise; no gradient."""
-    return total(value) / size()
+    return total(value) / world_size()
 
 
-def any_rank(flag: bool) -> bool:
+def any_over_ranks(flag: bool) -> bool:
     """An agreement: true on every process as soon as it is true on one."""
-    if size() == 1:
+    if world_size() == 1:
         return flag
     votes = torch.tensor(int(flag), device=_device())
     dist.all_reduce(votes)
@@ -156,7 +156,7 @@ def any_rank(flag: bool) -> bool:
 
 def from_first_rank(value: float) -> float:
     """The first process's number, on every process."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     # Gloo and NCCL both carry float64; a device without it (MPS) runs no more than one process.
     number = torch.tensor(value, dtype=torch.float64, device=_device())
@@ -164,15 +164,17 @@ def from_first_rank(value: float) -> float:
     return float(number.item())
 
 
-def texts(text: str) -> list[str]:
+def all_gather_strings(text: str) -> list[str]:
     """What each process says, in rank order."""
     # surrogatepass: it may be the name of a file, which need not be valid UTF-8.
-    return [content.decode("utf-8", "surrogatepass") for content in contents(text.encode("utf-8", "surrogatepass"))]
+    return [
+        content.decode("utf-8", "surrogatepass") for content in all_gather_bytes(text.encode("utf-8", "surrogatepass"))
+    ]
 
 
-def contents(content: bytes) -> list[bytes]:
+def all_gather_bytes(content: bytes) -> list[bytes]:
     """The bytes that each process has, in rank order."""
-    if size() == 1:
+    if world_size() == 1:
         return [content]
     letters = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
     letters = letters.to(_device())
@@ -196,7 +198,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         problem = raised
     kind = "" if problem is None else "foreseen" if isinstance(problem, FORESEEN) else "fault"
     words = "" if problem is None else str(problem) or type(problem).__name__
-    told = [text.split("\n", 1) for text in texts(f"{kind}\n{words}")]
+    told = [text.split("\n", 1) for text in all_gather_strings(f"{kind}\n{words}")]
     # A fault anywhere is a fault everywhere: where damage is passed over, all pass over it or none does.
     for worst, error in (("fault", RuntimeError), ("foreseen", OSError)):
         if problem is not None and kind == worst:
@@ -208,7 +210,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 def barrier() -> None:
     """Returns once every process has come here."""
-    any_rank(False)
+    any_over_ranks(False)
 
 
 class _Gather(torch.autograd.Function):
@@ -227,12 +229,12 @@ def _gather(local: Tensor, lengths: Sequence[int]) -> Tensor:
         return _all_gather(local)
     padded = local.new_zeros(max(lengths), *local.shape[1:])
     padded[: len(local)] = local
-    pieces = _all_gather(padded).view(size(), *padded.shape)
+    pieces = _all_gather(padded).view(world_size(), *padded.shape)
     return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)])
 
 
 def _all_gather(local: Tensor) -> Tensor:
-    gathered = local.new_empty(size() * len(local), *local.shape[1:])
+    gathered = local.new_empty(world_size() * len(local), *local.shape[1:])
     if len(local):
         _gather_into(gathered, local.contiguous())
     _note(gathered, 1)
@@ -242,7 +244,7 @@ def _all_gather(local: Tensor) -> Tensor:
 def _note(tensor: Tensor, rounds: int) -> None:
     """A ring sends each process all but one part of the whole in a round; a sum for all takes two rounds."""
     for meter in _meters:
-        meter.received += rounds * tensor.numel() * tensor.element_size() * (size() - 1) // size()
+        meter.received += rounds * tensor.numel() * tensor.element_size() * (world_size() - 1) // world_size()
 
 
 def _device() -> torch.device:

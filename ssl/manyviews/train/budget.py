@@ -39,7 +39,7 @@ class Clock:
         self._began += time.monotonic() - began
 
 
-class Record:
+class MetricAverager:
     """What has happened since the last line of metrics, and how many steps were skipped in all.
 
     Once a stopped run goes on, its next line is the mean over the steps of both sessions, to the last bit.

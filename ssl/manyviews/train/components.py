@@ -21,7 +21,7 @@ from manyviews.views import Views, enlarged
 M = TypeVar("M", bound=nn.Module)
 
 
-class Machine(NamedTuple):
+class Components(NamedTuple):
     """The parts that move during a run, on their device, alike on every process."""
 
     recipe: Recipe
@@ -43,7 +43,7 @@ class Machine(NamedTuple):
     """The fingerprint of the held-out images, where there are some."""
 
 
-def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
+def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Components:
     """All parts of a run for a set of images.
 
     Raises:
@@ -83,7 +83,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Machine:
     if names is not None:
         names = names.to(accelerator.device)
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
-    return Machine(recipe, accelerator, *parts, images.size)
+    return Components(recipe, accelerator, *parts, images.size)
 
 
 def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:
@@ -222,22 +222,22 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, _BatchNorm) for child in module.modules())
 
 
-def cautions(machine: Machine) -> list[str]:
+def cautions(components: Components) -> list[str]:
     """What does not forbid a run, but should be known before it begins."""
-    recipe, processes = machine.recipe, machine.accelerator.num_processes
-    chunk, normed, local = recipe.train.chunk, has_batch_norm(machine.encoder), recipe.train.batch_size // processes
-    larger = enlarged(machine.views.window.size, machine.stored, recipe.data)
+    recipe, processes = components.recipe, components.accelerator.num_processes
+    chunk, normed, local = recipe.train.chunk, has_batch_norm(components.encoder), recipe.train.batch_size // processes
+    larger = enlarged(components.views.window.size, components.stored, recipe.data)
     said = [] if larger is None else [f"views.size: {larger}"]
     if chunk is not None and chunk >= local:
         said.append(f"train.chunk={chunk} changes nothing: a process has no more than {local} images of a batch")
     elif chunk is not None and normed:
-        joined = processes if any(isinstance(child, nn.SyncBatchNorm) for child in machine.encoder.modules()) else 1
+        joined = processes if any(isinstance(child, nn.SyncBatchNorm) for child in components.encoder.modules()) else 1
         said.append(
             "batch norms normalise each chunk by its own statistics, of about "
             f"{chunk * joined} images and not of {local * joined}: in "
             "this alone the gradient is not that of the whole batch; an encoder without batch norm has exactly that one"
         )
-    if machine.twin is not None and normed and not machine.shuffled and recipe.encoder.batch_norm_splits == 1:
+    if components.twin is not None and normed and not components.shuffled and recipe.encoder.batch_norm_splits == 1:
         cure = "encoder.batch_norm_splits=2 hides it"
         if processes > 1:
             cure = f"objective.shuffle=true, where the objective has it, or {cure}"

@@ -15,7 +15,7 @@ from manyviews.run.checkpoints import way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
 from manyviews.system.writing import write_whole
-from manyviews.train.components import Machine
+from manyviews.train.components import Components
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
@@ -49,7 +49,7 @@ class Skipped(NamedTuple):
 
 
 def skipped(
-    machine: Machine,
+    components: Components,
     step: int,
     epoch: int,
     ids: Int64[Tensor, " batch"],
@@ -61,8 +61,8 @@ def skipped(
 
     `views` and `embeddings` tell of each image whether they are finite; `loss` holds the total and all terms.
     """
-    parameters = [(f"encoder.{name}", value) for name, value in machine.encoder.named_parameters()]
-    parameters += [(f"objective.{name}", value) for name, value in machine.objective.named_parameters()]
+    parameters = [(f"encoder.{name}", value) for name, value in components.encoder.named_parameters()]
+    parameters += [(f"objective.{name}", value) for name, value in components.objective.named_parameters()]
     return Skipped(
         step,
         epoch,
@@ -108,7 +108,7 @@ def tell(
 def in_words(found: Skipped) -> str:
     """What was not finite on any process; the same on all of them, collective."""
     own = json.dumps([found.terms, found.gradients, found.weights])
-    seen = zip(*(json.loads(text) for text in distributed.texts(own)), strict=True)
+    seen = zip(*(json.loads(text) for text in distributed.all_gather_strings(own)), strict=True)
     # Each name once, whichever process it comes from.
     terms, gradients, weights = (list(dict.fromkeys(chain.from_iterable(part))) for part in seen)
     said = [f"the loss ({', '.join(terms)})"] if terms else []
@@ -143,14 +143,14 @@ def write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[st
         {"id": number, "name": names[number], "views_finite": views, "embeddings_finite": embeddings}
         for number, views, embeddings in images[:MOST_NAMED]
     ]
-    processes = [json.loads(text) for text in distributed.texts(json.dumps(own))]
+    processes = [json.loads(text) for text in distributed.all_gather_strings(json.dumps(own))]
     content = {"step": found.step, "epoch": found.epoch, "skipped_in_a_row": in_a_row, "processes": processes}
     written = False
     if distributed.rank() == 0:
         with suppress(OSError):
             write_whole(folder / REPORT, [json.dumps(content, indent=1).encode(), b"\n"])
             written = True
-    return folder / REPORT if distributed.any_rank(written) else None
+    return folder / REPORT if distributed.any_over_ranks(written) else None
 
 
 def _some(names: Sequence[str]) -> list[str]:

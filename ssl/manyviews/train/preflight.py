@@ -23,13 +23,13 @@ from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint, room_needed
 from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
 from manyviews.system import distributed
-from manyviews.system.console import Teller, duration
+from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import Stop, start
 from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
 from manyviews.train.pretrain import open_run, state_of, train
-from manyviews.train.setup import Ready, describe, finished, folder_of, make_ready
+from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup
 from manyviews.train.step import compile_encoder, train_step
 from manyviews.views import MEAN, STD
 
@@ -49,37 +49,37 @@ def check(recipe: Recipe) -> None:
         ValueError: with a line for each thing that would go wrong.
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
-    teller, folder = Teller(quiet=not accelerator.is_main_process), folder_of(recipe)
+    console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
     with _untouched(folder):
         prepare(folder, resume=recipe.resume)
-        if finished(recipe, folder, teller, record=False):
+        if finished(recipe, folder, console, record=False):
             return
-        ready = make_ready(recipe, accelerator, folder, teller)
-        describe(ready, teller)
+        ready = make_setup(recipe, accelerator, folder, console)
+        describe(ready, console)
         with _folder_beside(folder) as place:
             rows, problems = _tried(ready, place)
     table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
     for name, found in rows.items():
         table.add_row(name, found)
-    teller.console.print(table)
-    everywhere = [json.loads(text) for text in distributed.texts(json.dumps(problems))]
+    console.rich.print(table)
+    everywhere = [json.loads(text) for text in distributed.all_gather_strings(json.dumps(problems))]
     if any(everywhere):
         raise ValueError("\n".join(dict.fromkeys(line for lines in everywhere for line in lines)))
 
 
-def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
+def _tried(ready: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
-    split, order, machine, found = ready[:4]
-    settings, first = machine.recipe.train, distributed.rank() == 0
+    split, order, components, found = ready[:4]
+    settings, first = components.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
-    compile_encoder(machine, split.train, order, begun)
+    compile_encoder(components, split.train, order, begun)
     budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
-    tried = machine._replace(recipe=machine.recipe.model_copy(update={"train": short, "output": str(place)}))
-    run = open_run(ready._replace(machine=tried), place, Teller(quiet=True)) if first else None
+    tried = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(place)}))
+    run = open_run(ready._replace(components=tried), place, Console(quiet=True)) if first else None
     saver = Saver(place / CHECKPOINTS, keep=1)
     try:
-        step = train(tried, split.train, order, run, saver, Teller(quiet=True), found, Stop())
+        step = train(tried, split.train, order, run, saver, Console(quiet=True), found, Stop())
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
@@ -88,10 +88,10 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
         if run is not None:
             run.close()
     if first:
-        pixels, channels = machine.views.window.size, split.train.channels
-        export(machine.encoder.backbone, place / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
+        pixels, channels = components.views.window.size, split.train.channels
+        export(components.encoder.backbone, place / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
     checkpoint = state_of(tried, split.train, step, {})
-    rows, problems = {"recipe": f"{machine.recipe.objective.name} with {machine.recipe.encoder.name}"}, []
+    rows, problems = {"recipe": f"{components.recipe.objective.name} with {components.recipe.encoder.name}"}, []
 
     unreadable = f", {len(split.unreadable):,} unreadable and left out" if split.unreadable else ", all readable"
     held_out = f" and {len(split.test):,} held out" if split.test is not None else ""
@@ -115,7 +115,7 @@ def _tried(ready: Ready, place: Path) -> tuple[dict[str, str], list[str]]:
         )
 
     used, there = memory()
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())) if not torch.cuda.is_available() else 1
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())) if not torch.cuda.is_available() else 1
     each = f" for each of {several} processes" if several > 1 else ""
     rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(there)}"
     if used * several > MOST_MEMORY * there:
@@ -158,18 +158,18 @@ def memory() -> tuple[int, int]:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
 
 
-def _seconds_of_a_step(ready: Ready, step: int) -> float:
+def _seconds_of_a_step(ready: Setup, step: int) -> float:
     """The median of some more steps, with the wait for their images; the same on all processes."""
-    split, order, machine = ready[:3]
-    device, rank, size = machine.accelerator.device, distributed.rank(), distributed.size()
-    workers = machine.recipe.train.workers
+    split, order, components = ready[:3]
+    device, rank, size = components.accelerator.device, distributed.rank(), distributed.world_size()
+    workers = components.recipe.train.workers
     taken: list[float] = []
-    machine.forward.train()
+    components.forward.train()
     began = last = distributed.from_first_rank(time.monotonic())
     for images, ids, epoch in islice(
         Loader(split.train, order, rank=rank, size=size, workers=workers, start=step), MOST_TIMED
     ):
-        train_step(machine, images.to(device), ids.to(device), epoch, step + len(taken))
+        train_step(components, images.to(device), ids.to(device), epoch, step + len(taken))
         now = distributed.from_first_rank(time.monotonic())
         taken.append(now - last)
         last = now
@@ -198,7 +198,7 @@ def _folder_beside(folder: Path) -> Iterator[Path]:
         if distributed.rank() == 0:
             existing = next(place for place in folder.absolute().parents if place.is_dir())
             place = tempfile.mkdtemp(prefix=".check-", dir=existing)
-    made = Path(distributed.texts(place)[0])
+    made = Path(distributed.all_gather_strings(place)[0])
     try:
         yield made
         distributed.barrier()

@@ -33,18 +33,18 @@ from manyviews.run.folder import (
 )
 from manyviews.run.health import Watch, figures, glimpse, similarities
 from manyviews.system import distributed
-from manyviews.system.console import Teller, duration
+from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import Stop, in_a_line, lost_process, start
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_whole
-from manyviews.train.budget import Clock, Record
-from manyviews.train.components import Machine
+from manyviews.train.budget import Clock, MetricAverager
+from manyviews.train.components import Components
 from manyviews.train.not_finite import Skipped, tell
-from manyviews.train.setup import Ready, describe, finished, folder_of, make_ready, note
-from manyviews.train.step import Taken, compile_encoder, train_step
+from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, note
+from manyviews.train.step import StepResult, compile_encoder, train_step
 from manyviews.views import MEAN, STD, plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
@@ -60,12 +60,12 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
         ValueError: for what is wrong with the recipe, the images or the launch, before anything is written.
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
-    teller = Teller(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(recipe)
     prepare(folder, resume=recipe.resume)
-    if not finished(recipe, folder, teller):
-        with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), teller.warn) as lock_again:
-            _run(recipe, accelerator, folder, teller, header, lock_again)
+    if not finished(recipe, folder, console):
+        with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
+            _run(recipe, accelerator, folder, console, header, lock_again)
     return folder
 
 
@@ -73,26 +73,26 @@ def _run(
     recipe: Recipe,
     accelerator: Accelerator,
     folder: Path,
-    teller: Teller,
+    console: Console,
     header: str,
     lock_again: Callable[[], None],
 ) -> None:
     """A run from what is read before the first step to `done`, in a folder that no other program writes to."""
-    ready = make_ready(recipe, accelerator, folder, teller)
-    split, order, machine, found = ready[:4]
-    compile_encoder(machine, split.train, order, found.step if found else 0)
+    ready = make_setup(recipe, accelerator, folder, console)
+    split, order, components, found = ready[:4]
+    compile_encoder(components, split.train, order, found.step if found else 0)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
     run = None
     with raise_on_all_ranks():
         if accelerator.is_main_process:
-            run = open_run(ready, folder, teller, header, lock_again)
-    describe(ready, teller)
+            run = open_run(ready, folder, console, header, lock_again)
+    describe(ready, console)
     saver = Saver(folder / CHECKPOINTS, keep=recipe.train.keep, keep_best=recipe.train.keep_best)
 
     try:
         with Stop() as stop:
-            step = train(machine, split.train, order, run, saver, teller, found, stop)
+            step = train(components, split.train, order, run, saver, console, found, stop)
     except BaseException as problem:
         # What ends the run at once, such as a second Ctrl-C, does not wait for the disk.
         if isinstance(problem, Exception):
@@ -100,11 +100,11 @@ def _run(
         if run is not None:
             run.close()
         raise
-    place, size = folder / "backbone", machine.views.window.size
+    place, size = folder / "backbone", components.views.window.size
     with raise_on_all_ranks():
         if run is not None and stop.signal is None:
             export(
-                machine.encoder.backbone,
+                components.encoder.backbone,
                 place,
                 channels=split.train.channels,
                 size=size,
@@ -113,46 +113,46 @@ def _run(
                 background=background_of(recipe.data),
             )
             run.finish(place, [folder / CHECKPOINTS / folder_name(step)])
-            teller.say(f"finished: the backbone is in {place}")
+            console.say(f"finished: the backbone is in {place}")
         elif run is not None:
             run.close()
-            teller.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
+            console.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
     accelerator.end_training()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
 
 
 def train(
-    machine: Machine,
+    components: Components,
     images: Images,
     order: Order,
     run: Run | None,
     saver: Saver,
-    teller: Teller,
+    console: Console,
     found: Checkpoint | None,
     stop: Stop,
 ) -> int:
     """Steps from where the checkpoint ends to the end of the budget or to a signal; returns the steps taken in all."""
-    recipe, device = machine.recipe, machine.accelerator.device
+    recipe, device = components.recipe, components.accelerator.device
     settings, step, in_a_row = recipe.train, found.step if found else 0, 0
     facts = found.facts if found else {}
     score, begun = facts.get("score"), step
     clock = Clock(recipe, order, float(facts.get("seconds", 0.0)))
-    record, saved, progress = Record(clock, step, facts), clock.seconds(), clock.progress(step)
+    record, saved, progress = MetricAverager(clock, step, facts), clock.seconds(), clock.progress(step)
     measured = max(int(progress * settings.monitor) - record.cut_off, 0)
-    watch = Watch(min(settings.batch_size, machine.encoder.dim))
+    watch = Watch(min(settings.batch_size, components.encoder.dim))
     now = recipe.model_dump(mode="json")
-    monitored = _monitored(images.labels, recipe, teller)
+    monitored = _monitored(images.labels, recipe, console)
     loader = Loader(
-        images, order, rank=distributed.rank(), size=distributed.size(), workers=settings.workers, start=step
+        images, order, rank=distributed.rank(), size=distributed.world_size(), workers=settings.workers, start=step
     )
-    machine.forward.train()
-    with teller.bar():
+    components.forward.train()
+    with console.bar():
         for batch, ids, epoch in loader:
             due, best = int(progress * settings.monitor), False
             if monitored is not None and due > measured:
                 with clock.paused():
-                    accuracy = _monitor(machine, images, monitored, stop, teller)
+                    accuracy = _monitor(components, images, monitored, stop, console)
                     best = accuracy is not None and saver.improves(accuracy, step)
                     score = accuracy if best else score
                 record.cut_off = accuracy is None
@@ -160,58 +160,62 @@ def train(
                 if accuracy is not None and not math.isnan(accuracy):
                     if run is not None:
                         run.log(step, {"knn": accuracy})
-                    teller.say(
+                    console.say(
                         f"{100 * progress:3.0f}%  kNN on held-out labels of the training images {100 * accuracy:.1f} %"
                     )
             for news in saver.poll():
-                teller.warn(news)
+                console.warn(news)
             # After the first step: before it, an optimiser keeps nothing yet.
-            if step == begun + 1 and (lacking := saver.room_warning(state_of(machine, images, step, {}))):
-                teller.warn(lacking)
+            if step == begun + 1 and (lacking := saver.room_warning(state_of(components, images, step, {}))):
+                console.warn(lacking)
             late = not saver.under_way and clock.seconds() - saved > 60 * settings.save_minutes
             # An extended run is saved at once: from here on its checkpoints say what it goes on with.
             extended = step == begun and "recipe" in facts and _budget(facts["recipe"]) != _budget(now)
             if late or best or extended:
                 with clock.paused():
-                    save(saver, machine, images, run, step, record.facts() | {"score": score})
+                    save(saver, components, images, run, step, record.facts() | {"score": score})
                 saved = clock.seconds()
             if progress >= 1 or stop.agreed():
                 break
             # The middle of the step: at its beginning a warm-up's first rate is zero, and the step would be wasted.
-            set_rate(machine.optimiser, cosine(clock.progress(step + 0.5), recipe.optim.warmup))
+            set_rate(components.optimiser, cosine(clock.progress(step + 0.5), recipe.optim.warmup))
             taken = train_step(
-                machine, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
+                components, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
             )
             step, score = step + 1, None
             progress = clock.progress(step)
             if isinstance(taken, Skipped):
                 in_a_row, record.skipped = in_a_row + 1, record.skipped + 1
                 place, names = folder_of(recipe), images.names
-                tell(taken, in_a_row=in_a_row, in_all=record.skipped, folder=place, names=names, warn=teller.warn)
+                tell(taken, in_a_row=in_a_row, in_all=record.skipped, folder=place, names=names, warn=console.warn)
             else:
                 in_a_row = 0
                 record.add(taken.loss)
             if len(record) and (step == 1 or step % settings.log_every == 0 or progress >= 1):
-                values = record.take(step, machine.optimiser.param_groups[0]["lr"])
+                values = record.take(step, components.optimiser.param_groups[0]["lr"])
                 shown = step % (LINES_PER_HISTOGRAM * settings.log_every) == 0 or step == 1
-                values |= _look(taken, step, run, shown, teller)
+                values |= _look(taken, step, run, shown, console)
                 if run is not None:
                     run.log(step, values)
                 for warning in watch.warnings(progress, values["epoch"], values):
-                    teller.warn(warning)
+                    console.warn(warning)
                 left = duration(clock.seconds() * (1 - progress) / progress) if progress else "?"
                 pace = f"{values['images_per_second']:,.0f} images/s"
-                teller.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {pace}  {left} left")
-    save(saver, machine, images, run, step, record.facts() | {"score": score})
+                console.update(
+                    "pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {pace}  {left} left"
+                )
+    save(saver, components, images, run, step, record.facts() | {"score": score})
     for news in saver.finish():
-        teller.warn(news)
+        console.warn(news)
     return step
 
 
-def save(saver: Saver, machine: Machine, images: Images, run: Run | None, step: int, known: Mapping[str, Any]) -> None:
+def save(
+    saver: Saver, components: Components, images: Images, run: Run | None, step: int, known: Mapping[str, Any]
+) -> None:
     """Begins to write a checkpoint, which is done beside the next steps; refuses weights that are not finite."""
-    checkpoint = state_of(machine, images, step, known)
-    weights = {f"objective.{name}": parameter.detach() for name, parameter in machine.objective.named_parameters()}
+    checkpoint = state_of(components, images, step, known)
+    weights = {f"objective.{name}": parameter.detach() for name, parameter in components.objective.named_parameters()}
     for part in checkpoint.parts.keys() - {"objective"}:  # of its buffers, one that is not known yet may be NaN
         weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
     check_finite(weights, step, saver.place)
@@ -221,25 +225,25 @@ def save(saver: Saver, machine: Machine, images: Images, run: Run | None, step: 
     saver.begin(checkpoint, before=run.sync if run is not None else None)
 
 
-def state_of(machine: Machine, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
+def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
     """All that a run needs to go on, with the facts that are known of it; nothing is copied."""
-    lengths = machine.objective.shards()
-    parts = {"encoder": machine.encoder.state_dict(), "objective": machine.objective.state_dict()}
-    if machine.twin is not None:
-        parts["twin"] = machine.twin.state_dict()
-    owned = machine.objective.named_parameters()
+    lengths = components.objective.shards()
+    parts = {"encoder": components.encoder.state_dict(), "objective": components.objective.state_dict()}
+    if components.twin is not None:
+        parts["twin"] = components.twin.state_dict()
+    owned = components.objective.named_parameters()
     sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
     shards = {f"objective.{name}": length for name, length in lengths.items()}
-    shards |= optimiser_shards(machine.optimiser, sharded)
-    facts = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": machine.held_out}
-    facts["recipe"] = machine.recipe.model_dump(mode="json")
-    if machine.accelerator.scaler is not None:
-        facts["scaler"] = machine.accelerator.scaler.state_dict()
-    return Checkpoint(step, parts, machine.optimiser.state_dict(), facts, shards)
+    shards |= optimiser_shards(components.optimiser, sharded)
+    facts = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    facts["recipe"] = components.recipe.model_dump(mode="json")
+    if components.accelerator.scaler is not None:
+        facts["scaler"] = components.accelerator.scaler.state_dict()
+    return Checkpoint(step, parts, components.optimiser.state_dict(), facts, shards)
 
 
 def _look(
-    taken: Taken | Skipped, step: int, run: Run | None, with_histograms: bool, teller: Teller
+    taken: StepResult | Skipped, step: int, run: Run | None, with_histograms: bool, console: Console
 ) -> dict[str, float]:
     """The figures of the embeddings' health, on the process that writes them, as far as they can be had; collective."""
     if isinstance(taken, Skipped):
@@ -253,11 +257,11 @@ def _look(
                 run.histogram(f"similarity/{name}", values, step)
         return figures(seen)
     except Exception as problem:
-        teller.warn(f"step {step:,}: the embeddings could not be looked at, training goes on: {in_a_line(problem)}")
+        console.warn(f"step {step:,}: the embeddings could not be looked at, training goes on: {in_a_line(problem)}")
         return {}
 
 
-def _monitored(labels: Tensor | None, recipe: Recipe, teller: Teller) -> Tensor | None:
+def _monitored(labels: Tensor | None, recipe: Recipe, console: Console) -> Tensor | None:
     """The ids of the images that kNN monitoring looks at; None where it cannot, or is not wanted."""
     if labels is None or not recipe.train.monitor:
         return None
@@ -268,7 +272,7 @@ def _monitored(labels: Tensor | None, recipe: Recipe, teller: Teller) -> Tensor 
     chosen = labelled[torch.randperm(len(labelled), generator=generator)[:MAX_MONITOR_IMAGES]].sort().values
     most = int(labels[chosen].bincount().max())
     if most < FEWEST_OF_A_CLASS:
-        teller.warn(
+        console.warn(
             f"kNN monitoring is left out: it holds out a tenth of each class, which takes {FEWEST_OF_A_CLASS} labelled "
             f"images of one, and among {len(chosen):,} no class has more than {most}; training goes on without it"
         )
@@ -276,28 +280,28 @@ def _monitored(labels: Tensor | None, recipe: Recipe, teller: Teller) -> Tensor 
     return chosen
 
 
-def _monitor(machine: Machine, images: Images, chosen: Tensor, stop: Stop, teller: Teller) -> float | None:
+def _monitor(components: Components, images: Images, chosen: Tensor, stop: Stop, console: Console) -> float | None:
     """The kNN accuracy on held-out labels of the training images; None where a signal cut it off; collective.
 
     NaN where it could not be measured, on all processes, which is a warning: a measurement never ends the training.
     """
     assert images.labels is not None
-    device, size = machine.accelerator.device, machine.recipe.views.size
+    device, size = components.accelerator.device, components.recipe.views.size
     assert size is not None
-    prepare, backbone = partial(plain, size=size), machine.encoder.backbone
-    if distributed.size() > 1:
+    prepare, backbone = partial(plain, size=size), components.encoder.backbone
+    if distributed.world_size() > 1:
         # Each process has statistics of its own, and those of the first one are saved and exported.
-        distribute_bn(backbone, distributed.size(), reduce=False)
+        distribute_bn(backbone, distributed.world_size(), reduce=False)
     try:
         features = extract(backbone, images, prepare=prepare, device=device, ids=chosen, stopped=stop.agreed)
         with raise_on_all_ranks():
-            return monitor_knn(features, images.labels[chosen], seed=machine.recipe.seed)
+            return monitor_knn(features, images.labels[chosen], seed=components.recipe.seed)
     except Stopped:
         return None
     except Exception as problem:
         if lost_process(problem):
             raise
-        teller.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
+        console.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
         return math.nan
 
 
@@ -306,39 +310,39 @@ def _budget(recipe: Mapping[str, Any]) -> list[Any]:
 
 
 def open_run(
-    ready: Ready, folder: Path, teller: Teller, header: str = "", lock_again: Callable[[], None] = lambda: None
+    ready: Setup, folder: Path, console: Console, header: str = "", lock_again: Callable[[], None] = lambda: None
 ) -> Run:
     """The folder with its configuration, the list of what could not be read, and the picture of the views."""
-    split, _, machine, found = ready[:4]
+    split, _, components, found = ready[:4]
     make_folder(folder, folder)
     if (folder / DONE).exists():
         # A finished run that is extended: from here on it is not finished, whenever a cut comes.
         remove(folder / DONE)
         sync(folder)
     if (folder / CONFIG).exists():
-        note(machine.recipe, folder, found, teller)
+        note(components.recipe, folder, found, console)
     else:
-        write_whole(folder / CONFIG, [(header + dump_yaml(machine.recipe)).encode()])
+        write_whole(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
     if split.inventory is not None and not (folder / INVENTORY).exists():
         write_inventory(folder / INVENTORY, split.inventory)
     if found is None:
         remove(folder / UNREADABLE)
     known = {name for name, _ in read_unreadable(folder)}
     if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
-        teller.warn(f"{plural(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
-    run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
+        console.warn(f"{plural(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
+    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
     if new:
         run.unreadable(listed(new))
     if found is not None:
-        teller.say(f"resumed at step {found.step:,}")
+        console.say(f"resumed at step {found.step:,}")
         return run
-    run.text("config", dump_yaml(machine.recipe))
-    count = min(machine.recipe.train.preview, len(split.train))
+    run.text("config", dump_yaml(components.recipe))
+    count = min(components.recipe.train.preview, len(split.train))
     if count:
         ids = torch.linspace(0, len(split.train) - 1, count).long()
-        device = machine.accelerator.device
+        device = components.accelerator.device
         try:
-            run.picture(VIEWS, machine.views.preview(split.train.read(ids).to(device), ids.to(device)))
+            run.picture(VIEWS, components.views.preview(split.train.read(ids).to(device), ids.to(device)))
         except Exception as problem:
-            teller.warn(f"there is no picture of the views: {in_a_line(problem)}")
+            console.warn(f"there is no picture of the views: {in_a_line(problem)}")
     return run

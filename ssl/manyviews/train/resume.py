@@ -17,7 +17,7 @@ from manyviews.recipe import Recipe, TrainSettings
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint
 from manyviews.run.folder import CHECKPOINTS, CONFIG
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.files import MEBIBYTE, read_text
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_whole
@@ -52,7 +52,7 @@ LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 """Settings that may change as long as what lies there is the same."""
 
 
-def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, teller: Teller) -> Checkpoint | None:
+def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, console: Console) -> Checkpoint | None:
     """The newest checkpoint of a run, if what it was made with is what goes on now; None: there is none yet.
 
     All processes call it together and get the same step, each with its own part of what is spread over them: on
@@ -64,7 +64,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, tell
     """
     found, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
-        teller.warn(line)
+        console.warn(line)
     now = recipe.model_dump(mode="json")
     if (folder / CONFIG).exists():
         before = load(Recipe, folder / CONFIG).model_dump(mode="json")
@@ -77,7 +77,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, tell
     # The file may have been edited, or belong to another run.
     check_settings(facts["recipe"], now, FREE | SCHEDULE | moved(facts["recipe"], now))
     check_images(found, images)
-    check_processes(found, processes, elastic=recipe.elastic, teller=teller)
+    check_processes(found, processes, elastic=recipe.elastic, console=console)
     return found
 
 
@@ -90,7 +90,7 @@ def check_images(found: Checkpoint, images: Images) -> None:
         )
 
 
-def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller: Teller) -> None:
+def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
     """Refuses another number of processes than a checkpoint was written by, unless that is asked for.
 
     Raises:
@@ -105,7 +105,7 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, teller:
             f"is a start of {processes}, which would go on otherwise; start {before}, or add elastic=true to go on "
             "from the same sample with the same global batch, but not bit for bit"
         )
-    teller.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
+    console.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
 def check_facts(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:

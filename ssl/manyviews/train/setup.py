@@ -25,12 +25,12 @@ from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
 from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.plural import plural
-from manyviews.train.components import Machine, batches, build, cautions, check_classes, negatives_of
+from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
 from manyviews.train.resume import (
     EXTEND,
     FREE,
@@ -49,12 +49,12 @@ from manyviews.train.resume import (
 )
 
 
-class Ready(NamedTuple):
+class Setup(NamedTuple):
     """All that a run needs to take its next step."""
 
     split: Split
     order: Order
-    machine: Machine
+    components: Components
     found: Checkpoint | None
     """What it goes on from, in the machine already."""
     extended: str | None = None
@@ -63,13 +63,13 @@ class Ready(NamedTuple):
     """What the batches hold where classes are the ids."""
 
 
-def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = True) -> bool:
+def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = True) -> bool:
     """Whether a run is finished and nothing is left to do, which is said then; collective.
 
     Args:
         recipe: what it is asked to go on with.
         folder: the run folder.
-        teller: says it.
+        console: says it.
         record: whether settings that are free to change, such as the path of the same images, are written down.
 
     Raises:
@@ -92,27 +92,27 @@ def finished(recipe: Recipe, folder: Path, teller: Teller, *, record: bool = Tru
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     if found is not None:
         try:
-            split = read_images(recipe, folder, teller)
+            split = read_images(recipe, folder, console)
         except (ValueError, OSError) as problem:
             if LOCATIONS & changed.keys():
                 raise
-            teller.warn(f"the images cannot be compared with those of the run: {problem}")
+            console.warn(f"the images cannot be compared with those of the run: {problem}")
         else:
             check_images(found, split.train)
     if changed and record:
-        with folder_lock(folder, lambda: None, teller.warn):
-            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, teller)
-    teller.say(f"{folder} is finished: nothing is left to do")
+        with folder_lock(folder, lambda: None, console.warn):
+            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
+    console.say(f"{folder} is finished: nothing is left to do")
     return True
 
 
-def note(recipe: Recipe, folder: Path, found: Checkpoint | None, teller: Teller) -> None:
+def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
     """Writes down with which settings a run goes on, on the first process, and says what has changed."""
     if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
-        teller.say(f"changed    {changed}; {folder / CONFIG} says so")
+        console.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
-def read_images(recipe: Recipe, folder: Path, teller: Teller) -> Split:
+def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
     """The images of a recipe, without the classes that are left out; those of a run that goes on under their old ids.
 
     Some of these may be lost, as far as the run has seen it or `data.max_bad` allows: their ids stay.
@@ -120,16 +120,16 @@ def read_images(recipe: Recipe, folder: Path, teller: Teller) -> Split:
     Raises:
         ValueError: for what is wrong with the images; naming files that were added to those of the run, or replaced.
     """
-    options: dict[str, Any] = {"workers": recipe.train.workers, "report": teller.report}
-    with teller.bar():
+    options: dict[str, Any] = {"workers": recipe.train.workers, "report": console.report}
+    with console.bar():
         split = recipe.data.build(**options)
         if recipe.resume and isinstance(recipe.data, Folder) and split.inventory is not None:
-            began = _began_with(folder, split, split.inventory, teller)
+            began = _began_with(folder, split, split.inventory, console)
             split = recipe.data.build(**options, began=began) if began else split
     return split._replace(train=leave_out(split.train, recipe.unseen))
 
 
-def _began_with(folder: Path, split: Split, now: Inventory, teller: Teller) -> dict[str, str] | None:
+def _began_with(folder: Path, split: Split, now: Inventory, console: Console) -> dict[str, str] | None:
     """The files that a run began with, if some of them are lost since; None if none is, or it is not known."""
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     with raise_on_all_ranks():
@@ -143,80 +143,80 @@ def _began_with(folder: Path, split: Split, now: Inventory, teller: Teller) -> d
             raise ValueError(f"the images are not those that the run was begun with: {refused}; {OTHER_IMAGES}")
     if not any(changed):
         return None
-    teller.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
+    console.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
     return before
 
 
-def make_ready(recipe: Recipe, accelerator: Accelerator, folder: Path, teller: Teller) -> Ready:
+def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: Console) -> Setup:
     """Reads the images, builds the parts and, with `resume`, restores the newest checkpoint in the folder; collective.
 
     Raises:
         ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
     """
-    split = read_images(recipe, folder, teller)
+    split = read_images(recipe, folder, console)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = resumable(recipe, folder, split.train, accelerator.num_processes, teller) if recipe.resume else None
+    found = resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
     begun_on = found.facts["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
     extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
-    machine = build(recipe, accelerator, split.train)
+    components = build(recipe, accelerator, split.train)
     if split.test is not None:
-        machine = machine._replace(held_out=split.test.fingerprint)
+        components = components._replace(held_out=split.test.fingerprint)
     if found is not None:
-        if found.facts.get("held_out", machine.held_out) != machine.held_out:
-            teller.warn("the held-out images are not those that the run was begun with: scores are not comparable")
-        _restore(machine, found)
-    return Ready(split, order, machine, found, extended, contrasts)
+        if found.facts.get("held_out", components.held_out) != components.held_out:
+            console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
+        _restore(components, found)
+    return Setup(split, order, components, found, extended, contrasts)
 
 
-def describe(ready: Ready, teller: Teller) -> None:
+def describe(ready: Setup, console: Console) -> None:
     """Says what will run, so that a mistake is seen before hours have gone by."""
-    split, order, machine, _, extended, contrasts = ready
-    recipe, accelerator, train = machine.recipe, machine.accelerator, split.train
-    processes, parameters = distributed.size(), sum(p.numel() for p in machine.encoder.parameters())
+    split, order, components, _, extended, contrasts = ready
+    recipe, accelerator, train = components.recipe, components.accelerator, split.train
+    processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
     each = f" ({local} on each)" if processes > 1 else ""
     each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
     budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")
     budget += f", {plural(order.steps_per_epoch, 'step')} an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    teller.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    console.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
     if split.layout:
-        teller.say(f"layout     {split.layout}")
+        console.say(f"layout     {split.layout}")
     if recipe.unseen and train.labels is not None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
-        teller.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
-    teller.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
-    teller.say(
-        f"encoder    {recipe.encoder.name}: {machine.encoder.num_features:,} features, {parameters:,} parameters"
+        console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
+    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
+    console.say(
+        f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
     )
     silent = "" if recipe.objective.bounds_information else "; it bounds no information, so the metrics hold none"
-    teller.say(f"objective  {recipe.objective.name}{silent}")
-    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": machine.encoder.dim}
-    ids = len(train) if machine.names is None else int(machine.names.max()) + 1
+    console.say(f"objective  {recipe.objective.name}{silent}")
+    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": components.encoder.dim}
+    ids = len(train) if components.names is None else int(components.names.max()) + 1
     cost = scale(recipe.objective, images=ids, processes=processes, **sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
-    teller.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
-    teller.say(
+    console.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
+    console.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
     )
     if extended:
-        teller.say(extended)
-    teller.say(f"run        {folder_of(recipe).resolve()}")
-    for caution in (*cautions(machine), *(near_duplicates(split) if distributed.rank() == 0 else ())):
-        teller.warn(caution)
+        console.say(extended)
+    console.say(f"run        {folder_of(recipe).resolve()}")
+    for caution in (*cautions(components), *(near_duplicates(split) if distributed.rank() == 0 else ())):
+        console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
-        teller.warn(
+        console.warn(
             f"in {contrasts.without_negatives:,} of {plural(contrasts.batches, 'batch', 'batches')} all images are of "
             "one class, and have no negatives; train.images_per_class=… fills each batch with several classes"
         )
     if isinstance(order, ClassOrder) and order.left_out:
-        teller.warn(
+        console.warn(
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
@@ -227,16 +227,16 @@ def folder_of(recipe: Recipe) -> Path:
     return Path(recipe.output or "runs/pretrain").expanduser()
 
 
-def _restore(machine: Machine, found: Checkpoint) -> None:
-    check_lengths(found, machine.objective.shards())
+def _restore(components: Components, found: Checkpoint) -> None:
+    check_lengths(found, components.objective.shards())
     try:
-        machine.encoder.load_state_dict(dict(found.parts["encoder"]))
-        machine.objective.load_state_dict(dict(found.parts["objective"]))
-        if machine.twin is not None:
-            machine.twin.load_state_dict(dict(found.parts["twin"]))
-        restore_optimiser(machine.optimiser, found.optimiser)
-        if machine.accelerator.scaler is not None:
-            machine.accelerator.scaler.load_state_dict(found.facts["scaler"])
+        components.encoder.load_state_dict(dict(found.parts["encoder"]))
+        components.objective.load_state_dict(dict(found.parts["objective"]))
+        if components.twin is not None:
+            components.twin.load_state_dict(dict(found.parts["twin"]))
+        restore_optimiser(components.optimiser, found.optimiser)
+        if components.accelerator.scaler is not None:
+            components.accelerator.scaler.load_state_dict(found.facts["scaler"])
     except (KeyError, RuntimeError) as problem:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"

@@ -16,11 +16,11 @@ from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
 from manyviews.objectives import Loss
 from manyviews.system import distributed
-from manyviews.train.components import Machine, smallest_part
+from manyviews.train.components import Components, smallest_part
 from manyviews.train.not_finite import Skipped, skipped
 
 
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     """A step that was taken, and what it was taken on; detached."""
 
     loss: Loss
@@ -31,63 +31,63 @@ class Taken(NamedTuple):
 
 
 def train_step(
-    machine: Machine,
+    components: Components,
     images: UInt8[Tensor, "batch channels height width"],
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
-) -> Taken | Skipped:
+) -> StepResult | Skipped:
     """One update of the weights and, after it, of what the objective remembers.
 
     Where the loss or a gradient is not finite on any process, all of them skip the step, and it leaves no trace: not in
     the weights, nor in the optimiser, the objective's memory, the twin, or the statistics of batch norms.
 
     Args:
-        machine: the parts.
+        components: the parts.
         images: this process's share of the batch.
         ids: the indices of the images.
         epoch: the pass over the images; with the ids it determines the views.
         step: the number of updates before this one; it determines the noise.
     """
-    recipe, accelerator, twin = machine.recipe, machine.accelerator, machine.twin
+    recipe, accelerator, twin = components.recipe, components.accelerator, components.twin
     # Passes in training move the running statistics. An objective's passes move nothing: only its updates do.
-    passed = [machine.encoder] if twin is None else [machine.encoder, twin]
+    passed = [components.encoder] if twin is None else [components.encoder, twin]
     before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
-    taken = gradient(machine, images, ids, epoch, step)
+    taken = gradient(components, images, ids, epoch, step)
     # What fp16 has scaled; nothing otherwise.
-    accelerator.unscale_gradients(machine.optimiser)
-    norm = _norm(machine.encoder.parameters(), accelerator.device)
-    numbers = taken.loss.total, norm, _norm(machine.objective.parameters(), accelerator.device)
+    accelerator.unscale_gradients(components.optimiser)
+    norm = _norm(components.encoder.parameters(), accelerator.device)
+    numbers = taken.loss.total, norm, _norm(components.objective.parameters(), accelerator.device)
     judged = torch.stack([number.isfinite() for number in numbers])
     # All processes agree, and nothing else has moved yet: one that skipped alone would leave the others' path.
-    if distributed.any_rank(not bool(judged.all())):
+    if distributed.any_over_ranks(not bool(judged.all())):
         embeddings = taken.embeddings.isfinite().all(2).all(0)
         loss = {"loss": taken.loss.total, **taken.loss.terms}
-        found = skipped(machine, step, epoch, ids, _finite_views(machine, images, ids, epoch), embeddings, loss)
+        found = skipped(components, step, epoch, ids, _finite_views(components, images, ids, epoch), embeddings, loss)
         for buffer, value in before:
             buffer.copy_(value)
         if accelerator.scaler is not None:
             # As its own step would have done: in fp16 a scale that is too high is the usual reason.
             accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
-        machine.optimiser.zero_grad(set_to_none=True)
+        components.optimiser.zero_grad(set_to_none=True)
         return found
     if recipe.optim.clip is not None:
-        clip_grads_with_norm_(machine.encoder.parameters(), recipe.optim.clip, norm)
-    machine.optimiser.step()
-    machine.optimiser.zero_grad(set_to_none=True)
-    machine.objective.update(taken.embeddings, taken.ids, taken.targets)
+        clip_grads_with_norm_(components.encoder.parameters(), recipe.optim.clip, norm)
+    components.optimiser.step()
+    components.optimiser.zero_grad(set_to_none=True)
+    components.objective.update(taken.embeddings, taken.ids, taken.targets)
     if twin is not None and recipe.objective.twin_momentum is not None:
-        twin.update(machine.encoder, recipe.objective.twin_momentum)
+        twin.update(components.encoder, recipe.objective.twin_momentum)
     return taken
 
 
 def gradient(
-    machine: Machine,
+    components: Components,
     images: UInt8[Tensor, "batch channels height width"],
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
-) -> Taken:
+) -> StepResult:
     """The first half of `train_step`, with its arguments: leaves the gradient of the whole batch in the parameters.
 
     With `train.chunk`, the gradient is that of the same batch in one piece (Gao et al. 2021, GradCache, section 3.2):
@@ -100,54 +100,54 @@ def gradient(
     alike on all processes. What reaches parameters that are spread over the processes is the sum over processes of the
     gradients of local means: it is divided by their number.
     """
-    pieces = num_chunks(machine, len(ids))
-    named = ids if machine.names is None else machine.names[ids]
+    pieces = num_chunks(components, len(ids))
+    named = ids if components.names is None else components.names[ids]
     batches = list(zip(images.tensor_split(pieces), ids.tensor_split(pieces), strict=True))
     if pieces == 1:
-        views = machine.views(images, ids, epoch)
-        embeddings, targets = _embed(machine, views, step, 0)
-        loss: Loss = machine.objective(embeddings, named, targets, step)
-        machine.accelerator.backward(loss.total)
+        views = components.views(images, ids, epoch)
+        embeddings, targets = _embed(components, views, step, 0)
+        loss: Loss = components.objective(embeddings, named, targets, step)
+        components.accelerator.backward(loss.total)
     else:
-        embeddings, targets, kept = _first_passes(machine, batches, epoch, step)
-        loss = machine.objective(embeddings.requires_grad_(), named, targets, step)
+        embeddings, targets, kept = _first_passes(components, batches, epoch, step)
+        loss = components.objective(embeddings.requires_grad_(), named, targets, step)
         # With fp16 what arrives in the embeddings is scaled already, and the second pass must not scale it again.
-        machine.accelerator.backward(loss.total)
+        components.accelerator.backward(loss.total)
         assert embeddings.grad is not None
         for chunk, cached in enumerate(embeddings.grad.tensor_split(pieces, 1)):
             last = chunk == pieces - 1
             # Gradients add up on each process; DDP takes their mean when the last chunk brings its own.
-            with nullcontext() if last else machine.accelerator.no_sync(machine.forward):
-                queries = kept[chunk] if kept else _queries(machine, machine.views(*batches[chunk], epoch))
-                torch.autograd.backward(_encode(machine, queries, step, chunk).embeddings, cached)
+            with nullcontext() if last else components.accelerator.no_sync(components.forward):
+                queries = kept[chunk] if kept else _queries(components, components.views(*batches[chunk], epoch))
+                torch.autograd.backward(_encode(components, queries, step, chunk).embeddings, cached)
                 # Before the next views are made.
                 del queries
-    spread = machine.objective.shards()
-    for name, parameter in machine.objective.named_parameters():
+    spread = components.objective.shards()
+    for name, parameter in components.objective.named_parameters():
         # Alike on all processes, so all must come together here, also one whose anchors did not use it.
         if name not in spread:
             gradient_here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = distributed.mean(gradient_here)
         elif parameter.grad is not None:
-            parameter.grad /= distributed.size()
-    return Taken(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
+            parameter.grad /= distributed.world_size()
+    return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
-def compile_encoder(machine: Machine, images: Images, order: Order, step: int) -> None:
+def compile_encoder(components: Components, images: Images, order: Order, step: int) -> None:
     """Compiles an encoder that is to be compiled, by the gradient of its next batch, which leaves no trace; collective.
 
     Raises:
         ValueError: if that cannot be done here; in a run it would be noticed after its folder was made.
     """
-    if not machine.recipe.train.compile:
+    if not components.recipe.train.compile:
         return
-    passed = [machine.encoder] if machine.twin is None else [machine.encoder, machine.twin]
+    passed = [components.encoder] if components.twin is None else [components.encoder, components.twin]
     before = [(buffer, buffer.clone()) for module in passed for buffer in module.buffers()]
     epoch, batch = order.batch(step)
-    ids, device = batch[distributed.share(len(batch))], machine.accelerator.device
-    machine.forward.train()
+    ids, device = batch[distributed.share(len(batch))], components.accelerator.device
+    components.forward.train()
     try:
-        gradient(machine, images.read(ids).to(device), ids.to(device), epoch, step)
+        gradient(components, images.read(ids).to(device), ids.to(device), epoch, step)
     except (TorchDynamoException, OSError, ImportError) as problem:
         reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise ValueError(
@@ -155,32 +155,32 @@ def compile_encoder(machine: Machine, images: Images, order: Order, step: int) -
             "Debian package g++), on a GPU Triton too, and a folder that may be written (TORCHINDUCTOR_CACHE_DIR); or "
             "leave train.compile out"
         ) from problem
-    machine.optimiser.zero_grad(set_to_none=True)
+    components.optimiser.zero_grad(set_to_none=True)
     for buffer, value in before:
         buffer.copy_(value)
 
 
-def num_chunks(machine: Machine, batch: int) -> int:
+def num_chunks(components: Components, batch: int) -> int:
     """How many chunks a process makes of its share of a batch: the same number on all processes; collective.
 
     As few as `train.chunk` allows, and of equal size but for one image: no rest of a single image remains, which
     batch norm could not normalise. Where that takes it, a chunk holds more images than it was asked to.
     """
-    chunk = machine.recipe.train.chunk
+    chunk = components.recipe.train.chunk
     if chunk is None:
         return 1
     shares = distributed.counts(batch)
-    return max(1, min(-(-max(shares) // chunk), min(shares) // smallest_part(machine.encoder)))
+    return max(1, min(-(-max(shares) // chunk), min(shares) // smallest_part(components.encoder)))
 
 
 def _first_passes(
-    machine: Machine, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
+    components: Components, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Embeddings and targets of all chunks, and the encoder's views of each chunk where they are kept."""
-    before = [(buffer, buffer.clone()) for buffer in machine.encoder.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in components.encoder.buffers()]
     embeddings, targets, kept = [], [], []
     for chunk, batch in enumerate(batches):
-        found, target, queries = _first_pass(machine, machine.views(*batch, epoch), step, chunk)
+        found, target, queries = _first_pass(components, components.views(*batch, epoch), step, chunk)
         embeddings.append(found)
         targets += [target] if target is not None else []
         kept += [queries] if queries is not None else []
@@ -190,54 +190,58 @@ def _first_passes(
     return torch.cat(embeddings, 1), torch.cat(targets, 1) if targets else None, kept
 
 
-def _first_pass(machine: Machine, views: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _first_pass(
+    components: Components, views: Tensor, step: int, chunk: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of one chunk: embeddings, targets, and the encoder's views if they are kept."""
     # Without gradient a compiled encoder would be compiled once more, to a graph that may draw other dropout. What
     # autograd remembers of a chunk goes with the chunk, so that it needs no more memory than the second pass.
-    with torch.set_grad_enabled(machine.recipe.train.compile), machine.accelerator.no_sync(machine.forward):
-        embeddings, targets = _embed(machine, views, step, chunk)
+    with torch.set_grad_enabled(components.recipe.train.compile), components.accelerator.no_sync(components.forward):
+        embeddings, targets = _embed(components, views, step, chunk)
     queries = None
-    if machine.recipe.train.keep_views:
-        queries = _queries(machine, views)
+    if components.recipe.train.keep_views:
+        queries = _queries(components, views)
         # A slice would keep the twin's views too.
         queries = queries.clone() if len(queries) < len(views) else queries
     return embeddings.detach(), targets, queries
 
 
-def _embed(machine: Machine, views: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor | None]:
+def _embed(components: Components, views: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor | None]:
     """What the objective gets: embeddings, and the twin's projections or those that the encoder's predictor is fed."""
-    embedded = _encode(machine, _queries(machine, views), step, chunk)
+    embedded = _encode(components, _queries(components, views), step, chunk)
     targets = None
-    if machine.twin is not None:
-        targets = _full(_twin(machine, views[1:] if machine.recipe.objective.splits_views else views, step, chunk))
-    elif len(machine.encoder.predictor):
+    if components.twin is not None:
+        targets = _full(
+            _twin(components, views[1:] if components.recipe.objective.splits_views else views, step, chunk)
+        )
+    elif len(components.encoder.predictor):
         targets = embedded.projections.detach()
     return embedded.embeddings, targets
 
 
-def _encode(machine: Machine, queries: Tensor, step: int, chunk: int) -> Embedded:
+def _encode(components: Components, queries: Tensor, step: int, chunk: int) -> Embedded:
     # Dropout and drop path draw from the global generator: keyed here, a resumed step and a second pass draw alike.
-    key = f"{machine.recipe.seed} {step} {distributed.rank()} {chunk}".encode()
+    key = f"{components.recipe.seed} {step} {distributed.rank()} {chunk}".encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
-    embedded: Embedded = machine.forward(queries)
+    embedded: Embedded = components.forward(queries)
     return Embedded(_full(embedded.embeddings), _full(embedded.projections))
 
 
 @torch.no_grad()
-def _twin(machine: Machine, views: Tensor, step: int, chunk: int) -> Tensor:
-    assert machine.twin is not None
-    with machine.accelerator.autocast():
-        if not machine.shuffled:
-            projections: Tensor = machine.twin(views)
+def _twin(components: Components, views: Tensor, step: int, chunk: int) -> Tensor:
+    assert components.twin is not None
+    with components.accelerator.autocast():
+        if not components.shuffled:
+            projections: Tensor = components.twin(views)
             return projections
         # Along the axis of images, which comes first on the way: all views of an image go together.
-        shuffle = Shuffle.draw(views.shape[1], (machine.recipe.seed, step, chunk))
+        shuffle = Shuffle.draw(views.shape[1], (components.recipe.seed, step, chunk))
         there = shuffle.away(views.transpose(0, 1))
-        return shuffle.home(_full(machine.twin(there.transpose(0, 1))).transpose(0, 1)).transpose(0, 1)
+        return shuffle.home(_full(components.twin(there.transpose(0, 1))).transpose(0, 1)).transpose(0, 1)
 
 
-def _queries(machine: Machine, views: Tensor) -> Tensor:
-    return views[:1] if machine.recipe.objective.splits_views else views
+def _queries(components: Components, views: Tensor) -> Tensor:
+    return views[:1] if components.recipe.objective.splits_views else views
 
 
 def _full(embeddings: Tensor) -> Tensor:
@@ -251,8 +255,8 @@ def _norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     return get_total_norm(gradients) if gradients else torch.zeros((), device=device)
 
 
-def _finite_views(machine: Machine, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+def _finite_views(components: Components, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
     """Whether the views of each image are finite, made anew, with the memory of a chunk."""
-    pieces = num_chunks(machine, len(ids))
+    pieces = num_chunks(components, len(ids))
     chunks = zip(images.tensor_split(pieces), ids.tensor_split(pieces), strict=True)
-    return torch.cat([machine.views(*chunk, epoch).isfinite().flatten(2).all(2).all(0) for chunk in chunks])
+    return torch.cat([components.views(*chunk, epoch).isfinite().flatten(2).all(2).all(0) for chunk in chunks])

@@ -144,7 +144,7 @@ def newly_unreadable(images: Images) -> list[tuple[str, str]]:
         return []
     own = {name: reason for name, reason in images.failed.items() if name not in images.told}
     found: dict[str, str] = {}
-    for text in distributed.texts(json.dumps(own)):
+    for text in distributed.all_gather_strings(json.dumps(own)):
         found |= json.loads(text)
     new = sorted((name, reason) for name, reason in found.items() if name not in images.told)
     images.told.update(name for name, _ in new)

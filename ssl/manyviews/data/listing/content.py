@@ -88,7 +88,7 @@ def file_digests(folder: Path, names: Sequence[str], workers: int, report: Progr
 def shared(failures: dict[int, str]) -> dict[int, str]:
     """The files that any process cannot read, with the first one's reason, in order; collective."""
     found: dict[int, str] = {}
-    for text in distributed.texts(json.dumps(failures)):
+    for text in distributed.all_gather_strings(json.dumps(failures)):
         found = {int(number): reason for number, reason in json.loads(text).items()} | found
     return dict(sorted(found.items()))
 
@@ -98,7 +98,7 @@ def refuse_differences(folder: str, does: str, mark: str) -> None:
 
     Ids would mean other images there. The mark is that of what this process sees.
     """
-    everywhere = distributed.texts(mark)
+    everywhere = distributed.all_gather_strings(mark)
     others = [str(number) for number, other in enumerate(everywhere) if other != everywhere[0]]
     if others:
         raise ValueError(
@@ -108,4 +108,4 @@ def refuse_differences(folder: str, does: str, mark: str) -> None:
 
 
 def _from_all(own: Digests) -> list[bytes]:
-    return distributed.contents(own.tobytes())
+    return distributed.all_gather_bytes(own.tobytes())

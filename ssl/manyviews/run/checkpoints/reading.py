@@ -70,7 +70,7 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
 def _listed(place: Path) -> list[str]:
     """The folders, newest first, as the first process sees them: a shared file system may show others less."""
     known = map(_known_by, reversed(steps(place, replaced=True)))
-    return distributed.texts("\n".join(filter(None, known)))[0].splitlines()
+    return distributed.all_gather_strings("\n".join(filter(None, known)))[0].splitlines()
 
 
 def _known_by(folder: Path) -> str:
@@ -114,7 +114,7 @@ def _read(folder: Path, only: Collection[str] | None) -> Checkpoint:
         lacking = sorted(set(only or ()) - {part_of(name) for name in chosen})
         if lacking:
             raise ValueError(f"it has no {lacking[0]}")
-        for name in list(chosen)[distributed.rank() :: distributed.size()]:
+        for name in list(chosen)[distributed.rank() :: distributed.world_size()]:
             verify(folder / name, chosen[name])
     with raise_on_all_ranks():
         return _assembled(folder, manifest, chosen)

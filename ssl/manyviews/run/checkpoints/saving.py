@@ -77,7 +77,7 @@ class Saver:
 
     def poll(self) -> list[str]:
         """Goes on with what is being written if all processes can, without waiting; news that a person should hear."""
-        if self._work is not None and not distributed.any_rank(self._work.is_alive()):
+        if self._work is not None and not distributed.any_over_ranks(self._work.is_alive()):
             self._go_on()
         return self._take_news()
 
@@ -160,11 +160,11 @@ class Saver:
         with raise_on_all_ranks():
             own = written.outcome()
         files: dict[str, File] = {}
-        for text in distributed.texts(json.dumps({name: file.model_dump() for name, file in own.items()})):
+        for text in distributed.all_gather_strings(json.dumps({name: file.model_dump() for name, file in own.items()})):
             files |= {name: File(**values) for name, values in json.loads(text).items()}
         manifest = Manifest(
             step=checkpoint.step,
-            processes=distributed.size(),
+            processes=distributed.world_size(),
             shards=dict(checkpoint.shards),
             files=dict(sorted(files.items())),
             facts=dict(checkpoint.facts),
@@ -272,7 +272,7 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
     # One answer from the device for all of them.
     finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
     bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
-    told = [text for text in distributed.texts(", ".join(bad[:3])) if text]
+    told = [text for text in distributed.all_gather_strings(", ".join(bad[:3])) if text]
     if told:
         raise ValueError(
             f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "

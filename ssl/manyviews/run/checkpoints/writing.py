@@ -34,7 +34,7 @@ def copied(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[s
             if len(value) != own.stop - own.start:
                 raise ValueError(f"{part}.{key} has {len(value)} rows here, not the {own.stop - own.start} of {length}")
             missing.remove(f"{part}.{key}")
-            files.setdefault(shard_file(part, distributed.rank(), distributed.size()), {})[key] = _copy(value)
+            files.setdefault(shard_file(part, distributed.rank(), distributed.world_size()), {})[key] = _copy(value)
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} should be spread over the processes, but is no part of a state")
     if not first:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manyviews.encoder.encoder import create_backbone
 from manyviews.evaluators.linear import NEAR, standard
 from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
-from manyviews.features.backbone import Opened
+from manyviews.features.backbone import PretrainedBackbone
 
 STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Regularisations of the linear probe, strongest first."""
@@ -21,7 +21,7 @@ UNCHOSEN = 0.1
 """The one that is taken where no image is held out to choose by."""
 
 
-def backbone_of(opened: Opened, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
+def backbone_of(opened: PretrainedBackbone, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
     """The opened backbone with its weights, or with random ones that follow from the seed."""
     torch.manual_seed(seed)
     # Anew, and not `opened.backbone()`: a run may have trained with batch norms in parts, and with other options.

@@ -13,7 +13,7 @@ from manyviews.evaluators.logistic import cut_short
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint
 from manyviews.run.folder import CHECKPOINTS, CLASSIFIER, CONFIG, METRICS, Run, read_metrics
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_whole
 from manyviews.train.finetune.classifier import Probe
@@ -73,11 +73,11 @@ def check_unchanged(folder: Path, settings: FinetuneSettings) -> None:
         check_settings(before.model_dump(mode="json"), settings.model_dump(mode="json"), FREE)
 
 
-def resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
+def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
     """The newest checkpoint of a run with the same settings, images and weights; None: there is none yet."""
     found, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
-        teller.warn(line)
+        console.warn(line)
     check_unchanged(folder, task.settings)
     if found is None:
         return None
@@ -86,7 +86,7 @@ def resumable(folder: Path, task: Task, teller: Teller) -> Checkpoint | None:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is not one that fine-tuning writes; start another with output=…"
         )
-    check_processes(found, distributed.size(), elastic=task.settings.elastic, teller=teller)
+    check_processes(found, distributed.world_size(), elastic=task.settings.elastic, console=console)
     changed = [key for key, value in task.origin.items() if found.facts.get(key) != value]
     if changed:
         raise ValueError(
@@ -105,14 +105,14 @@ def probe_of(found: Checkpoint) -> Probe | None:
 
 
 def open_run(
-    folder: Path, task: Task, header: str, found: Checkpoint | None, teller: Teller, lock_again: Callable[[], None]
+    folder: Path, task: Task, header: str, found: Checkpoint | None, console: Console, lock_again: Callable[[], None]
 ) -> Run:
     """The folder with its configuration, to be written to from the checkpoint's step on."""
     # It tells a run from a classifier, also while there is none yet.
     make_folder(folder / CLASSIFIER, folder)
     if not (folder / CONFIG).exists():
         write_whole(folder / CONFIG, [(header + dump_yaml(task.settings)).encode()])
-    run = Run(folder, step=found.step if found else 0, warn=teller.warn, lock_again=lock_again)
+    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
     if found is None:
         run.text("config", dump_yaml(task.settings))
     return run
@@ -130,7 +130,7 @@ def remove_unbegun(folder: Path) -> None:
 
 
 def describe(
-    task: Task, model: nn.Module, probe: Probe | None, accelerator: Accelerator, folder: Path, teller: Teller
+    task: Task, model: nn.Module, probe: Probe | None, accelerator: Accelerator, folder: Path, console: Console
 ) -> None:
     """Says what will run, so that a mistake is seen before time has gone by."""
     settings, trained, held = task.settings, len(task.images), len(task.held_out)
@@ -139,28 +139,28 @@ def describe(
     floor = "" if settings.minutes else f", at least {plural(settings.min_steps, 'step')}"
     random = settings.scratch or task.opened.origin.get("pretrained") is False
     weights = "random weights" if random else "pretrained weights"
-    teller.say(
+    console.say(
         f"images     {trained:,} to train on, {held:,} held out, {plural(len(task.images.classes), 'class', 'classes')}"
     )
-    teller.say(f"model      {task.opened.name}, {weights}, {settings.mode}: {moving:,} parameters move")
-    teller.say(
+    console.say(f"model      {task.opened.name}, {weights}, {settings.mode}: {moving:,} parameters move")
+    console.say(
         f"training   {budget}{floor}, batch {task.batch_size}, {accelerator.num_processes} × {accelerator.device}"
     )
-    teller.say(f"run        {folder.resolve()}")
+    console.say(f"run        {folder.resolve()}")
     if task.split.unreadable:
-        teller.warn(f"{plural(len(task.split.unreadable), 'file')} left out: could not be read")
+        console.warn(f"{plural(len(task.split.unreadable), 'file')} left out: could not be read")
     if probe is not None and probe.held_out is not None:
-        teller.say(
+        console.say(
             f"probe      {100 * probe.held_out:.1f} % of the held-out images right, by logistic regression on the "
             f"features before fine-tuning (regularisation {probe.regularisation:g})"
         )
     if probe is not None and (remark := cut_short(len(task.images.classes))):
-        teller.warn(remark)
+        console.warn(remark)
     if settings.held_out and not held:
-        teller.warn(
+        console.warn(
             "there are too few labels of each class to hold any out: the last checkpoint is kept, and nothing but "
             "labelled test images can tell whether it is better than the linear probe"
         )
     absent = len(task.images.classes) - len(task.labels.unique())
     if absent:
-        teller.warn(f"{absent:,} of {len(task.images.classes):,} classes have no image to train on: none is learned")
+        console.warn(f"{absent:,} of {len(task.images.classes):,} classes have no image to train on: none is learned")

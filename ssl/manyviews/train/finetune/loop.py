@@ -24,7 +24,7 @@ from manyviews.optim import cosine, set_rate
 from manyviews.run.checkpoints import Checkpoint, Saver, check_finite, restore_optimiser
 from manyviews.run.folder import CHECKPOINTS, DONE, Run, check_content, prepare
 from manyviews.system import distributed, keyed_random
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import Stop, start
 from manyviews.train.components import synchronised
@@ -53,15 +53,15 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
             written; and for a loss that is not finite.
     """
     accelerator = start(None, settings.precision, settings.threads)
-    teller = Teller(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(given, settings)
     prepare(folder, resume=settings.resume)
     if (folder / DONE).exists():
         check_unchanged(folder, settings)
-        teller.say(f"{folder} is finished: nothing is left to do")
+        console.say(f"{folder} is finished: nothing is left to do")
         return folder
-    with folder_lock(folder, partial(check_content, folder, resume=settings.resume), teller.warn) as lock_again:
-        return _run(given, settings, accelerator, folder, teller, header, lock_again)
+    with folder_lock(folder, partial(check_content, folder, resume=settings.resume), console.warn) as lock_again:
+        return _run(given, settings, accelerator, folder, console, header, lock_again)
 
 
 def _run(
@@ -69,26 +69,26 @@ def _run(
     settings: FinetuneSettings,
     accelerator: Accelerator,
     folder: Path,
-    teller: Teller,
+    console: Console,
     header: str,
     lock_again: Callable[[], None],
 ) -> Path:
     """Fine-tuning in a folder that no other program writes to."""
     opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
-    task = task_of(settings, opened, accelerator.num_processes, teller)
-    found = resumable(folder, task, teller) if settings.resume else None
-    probe = probe_of(found) if found else fitted_probe(task, accelerator.device, teller)
+    task = task_of(settings, opened, accelerator.num_processes, console)
+    found = resumable(folder, task, console) if settings.resume else None
+    probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
     model = first_model(task, accelerator.device, probe)
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
-    run = open_run(folder, task, header, found, teller, lock_again) if accelerator.is_main_process else None
-    describe(task, model, probe, accelerator, folder, teller)
+    run = open_run(folder, task, header, found, console, lock_again) if accelerator.is_main_process else None
+    describe(task, model, probe, accelerator, folder, console)
     saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
         with Stop() as stop:
-            best, facts = train(model, task, probe, accelerator, saver, run, teller, found, stop)
+            best, facts = train(model, task, probe, accelerator, saver, run, console, found, stop)
         if stop.signal is None:
-            measure(best, task, probe, facts, run, teller, header)
+            measure(best, task, probe, facts, run, console, header)
     except Exception:
         saver.abandon()
         if run is not None:
@@ -101,7 +101,7 @@ def _run(
     distributed.barrier()
     accelerator.end_training()
     if stop.signal is not None:
-        teller.say(f"stopped at step {facts['step']:,}, saved; the same words with resume=true go on from there")
+        console.say(f"stopped at step {facts['step']:,}, saved; the same words with resume=true go on from there")
         raise SystemExit(128 + stop.signal)
     return folder
 
@@ -113,7 +113,7 @@ def train(
     accelerator: Accelerator,
     saver: Saver,
     run: Run | None,
-    teller: Teller,
+    console: Console,
     found: Checkpoint | None,
     stop: Stop,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -202,7 +202,7 @@ def train(
         task.images,
         order,
         rank=distributed.rank(),
-        size=distributed.size(),
+        size=distributed.world_size(),
         workers=settings.workers,
         start=step,
     )
@@ -211,7 +211,7 @@ def train(
     if not step and settings.mode == "linear_then_full":
         check()
     train_mode(model)
-    with teller.bar():
+    with console.bar():
         for images, ids, epoch in loader:
             # At least one step is taken, however small the budget.
             if (step and progress(step) >= 1) or stop.agreed():
@@ -239,12 +239,12 @@ def train(
                 if run is not None:
                     rate = optimiser.param_groups[-1]["lr"]
                     run.log(step, {"loss": mean, "rate": rate, "epoch": step / order.steps_per_epoch})
-                teller.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
+                console.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
             if int(done * settings.checks) > checked:
                 checked = int(done * settings.checks)
                 check()
             for news in saver.poll():
-                teller.warn(news)
+                console.warn(news)
             if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
                 save()
                 saved = seconds()
@@ -252,7 +252,7 @@ def train(
         check()
     save()
     for news in saver.finish():
-        teller.warn(news)
+        console.warn(news)
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(best)
     epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}

@@ -14,7 +14,7 @@ from manyviews.evaluators.intervals import wilson
 from manyviews.evaluators.splits import balanced_accuracy, uneven
 from manyviews.features.store import write_json
 from manyviews.run.folder import CLASSIFIER, Run
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.system.files import shown
 from manyviews.system.plural import plural
 from manyviews.train.finetune.classifier import Probe
@@ -33,7 +33,7 @@ def measure(
     probe: Probe | None,
     facts: dict[str, Any],
     run: Run | None,
-    teller: Teller,
+    console: Console,
     header: str = "",
 ) -> None:
     """Measures the classifier and the linear probe on the test images and writes what is to stay.
@@ -88,13 +88,13 @@ def measure(
         said.append(line)
     write_json(run.folder / RESULT, record)
     if test is not None and ids is not None and logits is not None:
-        _draw(logits, test, ids, classes, record["step"], run, teller)
+        _draw(logits, test, ids, classes, record["step"], run, console)
     run.finish(run.folder / CLASSIFIER)
     for line in said:
-        teller.say(line)
+        console.say(line)
     for line in record["remarks"]:
-        teller.warn(line)
-    teller.say(f"finished: the classifier is in {run.folder / CLASSIFIER}, beside {RESULT} and the pictures")
+        console.warn(line)
+    console.say(f"finished: the classifier is in {run.folder / CLASSIFIER}, beside {RESULT} and the pictures")
 
 
 def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool) -> list[str]:
@@ -160,7 +160,7 @@ def _draw(
     classes: Sequence[str],
     step: int,
     run: Run,
-    teller: Teller,
+    console: Console,
 ) -> None:
     """Draws the pictures; one that cannot be drawn takes nothing from the result."""
     assert test.labels is not None
@@ -174,4 +174,4 @@ def _draw(
         captions = [(classes[true], f"→ {classes[taken]}, {100 * sure:.0f} %") for true, taken, sure in numbers]
         run.picture("mistakes", mistakes_picture(test.read(ids[places]), captions), step)
     except Exception as problem:
-        teller.warn(f"a picture could not be drawn ({type(problem).__name__}: {shown(problem)}); {RESULT} is complete")
+        console.warn(f"a picture could not be drawn ({type(problem).__name__}: {shown(problem)}); {RESULT} is complete")

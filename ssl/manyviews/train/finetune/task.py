@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from manyviews.data import Images, Split, select
 from manyviews.evaluators.fractions import draw
 from manyviews.evaluators.splits import hold_out
-from manyviews.features.backbone import Opened
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import extract
 from manyviews.features.extract import EncodeSettings, images_of
 from manyviews.system import distributed
-from manyviews.system.console import Teller
+from manyviews.system.console import Console
 from manyviews.train.finetune.classifier import Probe, backbone_of, fit_probe, freeze, set_classes, set_head
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.views import MEAN, STD
@@ -29,7 +29,7 @@ class Task(NamedTuple):
     """One backbone, its labelled images, and what is to be done with them."""
 
     settings: FinetuneSettings
-    opened: Opened
+    opened: PretrainedBackbone
     split: Split
     images: Images
     """The labelled images that are trained on, with ids of their own."""
@@ -62,13 +62,13 @@ class Task(NamedTuple):
         return {"images": self.images.fingerprint, "weights": origin, "batch size": self.batch_size}
 
 
-def task_of(settings: FinetuneSettings, opened: Opened, processes: int, teller: Teller) -> Task:
+def task_of(settings: FinetuneSettings, opened: PretrainedBackbone, processes: int, console: Console) -> Task:
     """Chooses the labelled images, and which of them are held out.
 
     Raises:
         ValueError: without labels, with those of one class only, or with too few for a batch on every process.
     """
-    split = images_of(opened, EncodeSettings(data=settings.data, workers=settings.workers), teller)
+    split = images_of(opened, EncodeSettings(data=settings.data, workers=settings.workers), console)
     labels = split.train.labels
     if labels is None or not bool((labels >= 0).any()):
         raise ValueError(
@@ -92,7 +92,7 @@ def task_of(settings: FinetuneSettings, opened: Opened, processes: int, teller: 
     return Task(settings, opened, split, images, held_out, batch_size)
 
 
-def fitted_probe(task: Task, device: torch.device, teller: Teller) -> Probe | None:
+def fitted_probe(task: Task, device: torch.device, console: Console) -> Probe | None:
     """The linear probe on the features of the backbone as it was opened, by which fine-tuning is judged; collective.
 
     None where the task has none.
@@ -100,8 +100,8 @@ def fitted_probe(task: Task, device: torch.device, teller: Teller) -> Probe | No
     if not task.probes:
         return None
     model, probed = _backbone(task, device), _few(task.labels, task.settings.seed)
-    with teller.bar():
-        report = partial(teller.report, "encoding")
+    with console.bar():
+        report = partial(console.report, "encoding")
         features = outputs(model, task, task.images, probed, report)
         held_out = outputs(model, task, task.split.train, task.held_out, report) if len(task.held_out) else None
         return fit_probe(
@@ -110,7 +110,7 @@ def fitted_probe(task: Task, device: torch.device, teller: Teller) -> Probe | No
             held_out,
             task.held_out_labels,
             len(task.images.classes),
-            partial(teller.report, "fitting the linear probe"),
+            partial(console.report, "fitting the linear probe"),
         )
 
 
@@ -149,16 +149,16 @@ def outputs(
 
     `report` is called with the number of images that this process has read, and of all.
     """
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         # Each process has seen other images: their running statistics become one.
-        distribute_bn(model, distributed.size(), reduce=True)
+        distribute_bn(model, distributed.world_size(), reduce=True)
     device, workers = next(model.parameters()).device, task.settings.workers
     done, total = 0, len(images) if ids is None else len(ids)
 
     def prepare(pixels: Tensor) -> Tensor:
         nonlocal done
         done += len(pixels)
-        report(min(done * distributed.size(), total), total)
+        report(min(done * distributed.world_size(), total), total)
         return task.opened.prepare(pixels)
 
     return extract(model, images, prepare=prepare, device=device, ids=ids, workers=workers)
@@ -172,7 +172,7 @@ def _backbone(task: Task, device: torch.device) -> nn.Module:
 
 
 def model_input(
-    opened: Opened, views: Float[Tensor, "batch channels height width"]
+    opened: PretrainedBackbone, views: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch _ height width"]:
     """Views as the backbone is used to see them: in its channels, centred and scaled as its own input is."""
     shape = (1, -1, 1, 1)
