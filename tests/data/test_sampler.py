@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manyviews.data import Loader, Order, sampler
+from manyviews.data import Loader, Order, order
 from manyviews.data.images import InMemory, Names
 
 
@@ -16,17 +16,17 @@ def take(loader: Loader, steps: int) -> list[tuple[int, list[int]]]:
 
 
 def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
-    first = sampler(100, seed=3, epoch=5)
+    first = order(100, seed=3, epoch=5)
     torch.manual_seed(1)
-    assert torch.equal(first, sampler(100, seed=3, epoch=5))
+    assert torch.equal(first, order(100, seed=3, epoch=5))
     assert first.sort().values.equal(torch.arange(100))
-    assert not torch.equal(first, sampler(100, seed=3, epoch=6))
-    assert not torch.equal(first, sampler(100, seed=4, epoch=5))
-    assert not torch.equal(sampler(100, seed=5, epoch=3), first)
+    assert not torch.equal(first, order(100, seed=3, epoch=6))
+    assert not torch.equal(first, order(100, seed=4, epoch=5))
+    assert not torch.equal(order(100, seed=5, epoch=3), first)
 
 
 def test_the_order_is_the_same_in_every_version():
-    assert sampler(10, seed=0, epoch=0).tolist() == [2, 3, 1, 4, 7, 0, 6, 5, 8, 9]
+    assert order(10, seed=0, epoch=0).tolist() == [2, 3, 1, 4, 7, 0, 6, 5, 8, 9]
 
 
 def test_the_global_random_state_is_neither_used_nor_changed():
@@ -61,7 +61,7 @@ def test_the_rest_of_an_epoch_is_a_last_batch_if_it_is_large_enough(count, sizes
         assert [at for at, _ in found] == [epoch] * steps
         assert [len(ids) for _, ids in found] == sizes
         assert len(torch.cat([ids for _, ids in found]).unique()) == sum(sizes)
-        assert torch.equal(torch.cat([ids for _, ids in found]), sampler(count, 0, epoch)[: sum(sizes)])
+        assert torch.equal(torch.cat([ids for _, ids in found]), order(count, 0, epoch)[: sum(sizes)])
 
 
 def test_the_images_of_the_steps_before_are_counted():

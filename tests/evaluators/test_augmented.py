@@ -7,7 +7,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyviews.data import InMemory, sampler
+from manyviews.data import InMemory, order
 from manyviews.evaluators.augmented import AugmentedResult, AugmentedSettings, Cropped, Heads, augmented_probe
 from manyviews.evaluators.splits import hold_out
 from manyviews.views import Views, ViewsSettings
@@ -91,7 +91,7 @@ def test_without_augmentation_it_is_gradient_descent_on_plain_features():
     counts[0, held] = False
     heads, step = Heads([(0.5, 0.0), (2.0, 0.0)], 3, features), 0
     for epoch in range(4):
-        for ids in sampler(90, 2, epoch).split(32):
+        for ids in order(90, 2, epoch).split(32):
             factor = 0.5 * (1 + np.cos(np.pi * step / 12)) * 32 / 256
             heads.step(features[ids], images.labels[ids], counts[:, ids], float(factor))
             step += 1

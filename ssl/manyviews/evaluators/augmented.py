@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import Images, Report, sampler
+from manyviews.data import Images, Report, order
 from manyviews.evaluators.splits import hold_out_some
 from manyviews.features.encoding import encoded, extract
 from manyviews.optim import cosine
@@ -167,7 +167,7 @@ def augmented_probe(
     read = partial(encoded, prepare=prepare, device=device, workers=workers)
     whole_images = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
     for epoch in range(settings.epochs):
-        batches = torch.split(labelled[sampler(len(labelled), seed, epoch)], settings.batch_size)
+        batches = torch.split(labelled[order(len(labelled), seed, epoch)], settings.batch_size)
         shares = [batch.tensor_split(distributed.world_size())[distributed.rank()] for batch in batches]
         # A process whose part is empty must still take part: it encodes an image that is dropped.
         seen = [part if len(part) else batch[:1] for part, batch in zip(shares, batches, strict=True)]

@@ -289,8 +289,8 @@ def _check_shared(folder: Path) -> None:
     absent = [str(number) for number, found in enumerate(seen) if not found]
     if absent:
         raise ValueError(
-            f"output={folder} is not one folder for all {distributed.size()} processes: the first does not see what "
-            f"processes {', '.join(absent)} write there; name a folder on a file system that all machines share"
+            f"output={folder} is not one folder for all {distributed.world_size()} processes: the first does not see "
+            f"what processes {', '.join(absent)} write there; name a folder on a file system that all machines share"
         )
 
 

@@ -10,7 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from manyviews.data import ClassOrder, Composition, Images, Order, class_balance, way_out
+from manyviews.data import ClassOrder, Composition, Images, Order, composition, way_out
 from manyviews.data.continuous_labels import values_of
 from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.features.limits import check_encoder, check_objective, check_views
@@ -135,7 +135,7 @@ def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition |
             f"ids=labels takes negatives from other classes, and all {len(ids):,} images are of one class; {instead}"
         )
     views = 1 if recipe.objective.splits_views else recipe.views.num_views
-    found = class_balance(order, ids, views=views, paired=isinstance(recipe.objective, NPair))
+    found = composition(order, ids, views=views, paired=isinstance(recipe.objective, NPair))
     if not isinstance(recipe.objective, (*POSITIVES_IN_BATCH, Ranking)):
         return found
     size, per_class = recipe.train.batch_size, recipe.train.images_per_class

@@ -144,7 +144,7 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
         if before != length:
             raise ValueError(
                 f"objective.{name} has {before:,} rows in the checkpoint, which {found.facts['processes']} processes "
-                f"wrote, and has {length:,} on the {distributed.size()} of now: a queue with "
+                f"wrote, and has {length:,} on the {distributed.world_size()} of now: a queue with "
                 "objective.per_process=true grows with them and cannot be shared out anew; go on with "
                 f"{found.facts['processes']} processes, or start another run with output=…"
             )

@@ -14,9 +14,9 @@ from manyviews.data import (
     Inventory,
     Order,
     Split,
+    alike,
     changes,
     leave_out,
-    near_duplicates,
     read_inventory,
 )
 from manyviews.features.limits import check_steps
@@ -208,7 +208,7 @@ def describe(ready: Setup, console: Console) -> None:
     if extended:
         console.say(extended)
     console.say(f"run        {folder_of(recipe).resolve()}")
-    for caution in (*cautions(components), *(near_duplicates(split) if distributed.rank() == 0 else ())):
+    for caution in (*cautions(components), *(alike(split) if distributed.rank() == 0 else ())):
         console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
         console.warn(
