@@ -16,6 +16,8 @@ from typing import Any
 
 from manyviews import recipe as recipes
 from manyviews.config import Need, Settings, field_at, keys, load
+from manyviews.config.completion import SHELLS
+from manyviews.config.completion import completion as complete
 from manyviews.evaluate import EvaluateSettings, check_measured
 from manyviews.evaluate import evaluate as evaluate_run
 from manyviews.evaluate.compare_runs import compare_runs
@@ -249,13 +251,37 @@ def _say(text: str) -> None:
 COMMANDS = {"pretrain": pretrain, "evaluate": evaluate, "extract": extract, "finetune": finetune}
 
 
+def completion(words: Sequence[str]) -> int:
+    """`manyviews completion bash|zsh|fish`: a script that completes commands, recipes and keys."""
+    if HELP & set(words):
+        terminal.write(
+            f'usage: manyviews completion {"|".join(SHELLS)}; for example eval "$(manyviews completion bash)"\n'
+        )
+        return 0
+    models = {
+        "pretrain": Recipe,
+        "evaluate": EvaluateSettings,
+        "extract": ExtractSettings,
+        "finetune": FinetuneSettings,
+    }
+    choices = {name: [f"{entry.key}=" for entry in keys(model)] for name, model in models.items()}
+    choices["pretrain"] = [*recipes.names(), CHECK, *choices["pretrain"]]
+    try:
+        terminal.write(complete(" ".join(words), "manyviews", {**choices, "completion": SHELLS}))
+    except ValueError as problem:
+        _say(f"error: {problem}\n")
+        return WRONG_USE
+    return 0
+
+
 def main() -> int:
     """`manyviews COMMAND …`: the console command, and `python -m manyviews`."""
+    commands = {**COMMANDS, "completion": completion}
     name, *words = sys.argv[1:] or ["--help"]
-    if name in COMMANDS:
-        return COMMANDS[name](words)
-    nearest = difflib.get_close_matches(name, COMMANDS, 1)
-    usage = f"usage: manyviews {{{','.join(COMMANDS)}}} …; each has --help\n"
+    if name in commands:
+        return commands[name](words)
+    nearest = difflib.get_close_matches(name, commands, 1)
+    usage = f"usage: manyviews {{{','.join(commands)}}} …; each has --help\n"
     if name in HELP:
         terminal.write(usage)
         return 0
