@@ -361,7 +361,7 @@ def test_a_cut_before_the_manifest_leaves_nothing_to_encode_and_is_finished(
     whole = (tmp_path / "out" / "manifest.json").read_bytes(), (tmp_path / "out" / "backbone.npy").read_bytes()
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_whole", refuse(store.write_whole, "manifest.json"))
+        patch.setattr(store, "write_atomic", refuse(store.write_atomic, "manifest.json"))
         with pytest.raises(OSError, match="No space left"):
             extract(run, settings(*given))
     assert (tmp_path / "out" / "backbone.npy").exists()

@@ -33,7 +33,7 @@ from manyviews.train.resume import check_lengths
 from processes import start
 
 ROWS, DIM = 11, 3
-STAGES = ["save_file", "sync", "digest"]
+STAGES = ["save_file", "sync", "sha256"]
 
 
 class Memory(nn.Module):
@@ -314,8 +314,8 @@ def pair(rank: int, name: str) -> None:
     # In the middle of a run: one process waits for its disk, then fails; both go on, and the next save is sound.
     saver, told["beside"] = Saver(place, keep=1), []
     for step, broken in ((3, True), (4, True), (5, False)):
-        slow = slowly(full if rank == 1 and broken else writing.digest)
-        with patched("digest", slow):
+        slow = slowly(full if rank == 1 and broken else writing.sha256)
+        with patched("sha256", slow):
             saver.begin(checkpoint(step))
             polls = 0
             while saver.under_way:
@@ -478,7 +478,7 @@ def abandoned(rank: int, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return ""
 
-    with patched("digest", die if rank else writing.digest):
+    with patched("sha256", die if rank else writing.sha256):
         (folder / "told.txt").write_text(said(lambda: save_checkpoint(folder / "checkpoints", checkpoint(2), keep=1)))
     os._exit(0)
 

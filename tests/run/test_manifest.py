@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, save_checkpoint
-from manyviews.run.checkpoints.manifest import FILE, MAX_BYTES, _seal, digest
+from manyviews.run.checkpoints.manifest import FILE, MAX_BYTES, _seal
+from manyviews.system.files import sha256
 
 ROWS = "objective-00001-of-00001.safetensors"
 
@@ -47,7 +48,7 @@ def manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def known(folder: Path, *names: str) -> None:
     """Enters files into the manifest as they are now."""
-    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in names}
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     manifest(folder, lambda content: content["files"].update(entries))
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from manyviews.run import folder as run_module
 from manyviews.run.folder import Run, prepare, read_metrics
-from manyviews.system.writing import write_whole
+from manyviews.system.writing import write_atomic
 
 
 def test_metrics_are_lines_and_curves_from_the_first_step_and_never_double_back(tmp_path: Path) -> None:
@@ -306,5 +306,5 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_its_name_before_the_
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", noted)
-    write_whole(tmp_path / "done", [b"after"])
+    write_atomic(tmp_path / "done", [b"after"])
     assert seen == [((tmp_path / "done").stat().st_ino, "before"), (tmp_path.stat().st_ino, "after")]

@@ -76,7 +76,7 @@ def until_written(saver: Saver) -> list[str]:
     return news + saver.poll()
 
 
-@pytest.mark.parametrize("stage", ["save_file", "sync", "digest"])
+@pytest.mark.parametrize("stage", ["save_file", "sync", "sha256"])
 def test_what_is_written_is_the_moment_of_begin_whatever_training_does_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_is_begun_while_another_is_written_comes_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path)
-    with held(monkeypatch, "digest"):
+    with held(monkeypatch, "sha256"):
         saver.begin(checkpoint(1))
     saver.begin(checkpoint(2))
     saver.finish()
@@ -256,7 +256,7 @@ def test_room_is_counted_only_when_no_file_comes_or_goes_any_more(
 ) -> None:
     saver = Saver(tmp_path, keep=1)
     saved(saver, checkpoint(1))
-    with held(monkeypatch, "digest") as let_go:
+    with held(monkeypatch, "sha256") as let_go:
         saver.begin(checkpoint(2))
         threading.Timer(0.2, let_go).start()
         assert saver.room_warning(checkpoint(2)) is None

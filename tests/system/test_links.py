@@ -19,7 +19,7 @@ from manyviews.system.writing import (
     remove,
     rename,
     replacing,
-    write_whole,
+    write_atomic,
 )
 from small_run import photographs
 
@@ -65,7 +65,7 @@ WORK: dict[str, Callable[[Path, Path], object]] = {
     "rename out": lambda path, root: rename(root / "inside", path / "file", root),
     "remove a file": lambda path, root: remove(path / "file", root),
     "remove a folder": lambda path, root: remove(path / "step-000000001", root),
-    "write a file": lambda path, root: write_whole(path / "file", [b"other"], root),
+    "write a file": lambda path, root: write_atomic(path / "file", [b"other"], root),
     "give a path": lambda path, root: folder_path(path, root).__enter__(),
     "give a path to a file": lambda path, root: replacing(path / "file", root).__enter__(),
 }
@@ -104,7 +104,7 @@ def test_a_link_is_replaced_or_removed_and_what_it_leads_to_is_not(outside: Path
             open_there(root / "link", append=True)
         with pytest.raises(FileExistsError):
             open_new(root / "link")
-        write_whole(tmp_path / "way" / "link", [b"in", b"side"])
+        write_atomic(tmp_path / "way" / "link", [b"in", b"side"])
         assert (root / "link").read_bytes() == b"inside"
         remove(root / "link")
         (root / "link").symlink_to(outside / name)

@@ -25,9 +25,10 @@ from manyviews.encoder.timm_format import read_folder
 from manyviews.evaluate import EvaluateSettings
 from manyviews.evaluate.compare_runs import Shared, measured_before
 from manyviews.features import store
-from manyviews.features.backbone import digest, open_model, open_run
+from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings, extract
 from manyviews.run.folder import prepare
+from manyviews.system.files import sha256
 from small_run import photographs, small_run
 
 QUIET = ("report=false", "tasks=geometry", "baselines=false")
@@ -299,7 +300,7 @@ def test_records_that_a_stranger_wrote_are_not_taken_for_measured(run: Path) -> 
     settings, opened = load(EvaluateSettings, None, QUIET), open_run(run)
     outcomes = run / "outcomes.safetensors"
     save_file({"hits/knn/learned": torch.ones(3)}, outcomes)
-    known = {"outcomes": digest(outcomes), "weights": dict(opened.origin), "images": ["0" * 64], "precision": "fp32"}
+    known = {"outcomes": sha256(outcomes), "weights": dict(opened.origin), "images": ["0" * 64], "precision": "fp32"}
     known |= settings.model_dump(mode="json", include={"protocol", "metric"})
     shared = Shared(opened.recipe.data.build().test, ["0" * 64], labelled=True)
 

@@ -22,12 +22,12 @@ from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.extract import features_of, images_of
-from manyviews.features.store import write_json
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, start
+from manyviews.system.writing import write_json
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""

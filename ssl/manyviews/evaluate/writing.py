@@ -11,12 +11,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from manyviews.evaluate.record import EVALUATION, OUTCOMES, Outcomes, Record, merge, with_kept
-from manyviews.features.backbone import digest
 from manyviews.report import Findings, write_report
 from manyviews.run.folder import CONFIG
 from manyviews.system.arrays import read_tensors
 from manyviews.system.disk import nearest_existing
-from manyviews.system.files import read_json
+from manyviews.system.files import read_json, sha256
 from manyviews.system.launch import in_a_line
 from manyviews.system.writing import aside_of, make_folder, open_new, remove, rename, replacing
 
@@ -98,7 +97,7 @@ def read(output: Path) -> tuple[dict[str, Any], Outcomes]:
         OSError: if one cannot be read.
     """
     whole = read_json(output / EVALUATION)
-    if whole.get("outcomes") != digest(output / OUTCOMES):
+    if whole.get("outcomes") != sha256(output / OUTCOMES):
         raise ValueError(f"{output / EVALUATION} is not the record of {OUTCOMES}; evaluate the run anew")
     return whole, dict(read_tensors(output / OUTCOMES))
 
@@ -143,7 +142,7 @@ def _keep(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
         with _warned(output / OUTCOMES, warn):
             with replacing(aside) as (path, _):
                 save_file({name: value.contiguous() for name, value in outcomes.items()}, path)
-            whole["outcomes"] = digest(aside)
+            whole["outcomes"] = sha256(aside)
         with _warned(output / EVALUATION, warn), replacing(output / EVALUATION) as (_, file):
             file.write(f"{json.dumps(whole, indent=1)}\n".encode())
             file.flush()

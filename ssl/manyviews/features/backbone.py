@@ -20,7 +20,7 @@ from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import CLASSIFIER, CONFIG
 from manyviews.system.arrays import read_tensors
-from manyviews.system.files import check_links, open_regular, shown
+from manyviews.system.files import check_links, sha256, shown
 from manyviews.views import MEAN, STD, Interpolation, plain
 
 SEED = 0
@@ -214,7 +214,7 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
     if exported.is_file():
         described = read_folder(folder / "backbone").described
         weights, channels = read_tensors(exported), described.input_size[0]
-        origin = {"file": exported.relative_to(folder).as_posix(), "sha256": digest(exported)}
+        origin = {"file": exported.relative_to(folder).as_posix(), "sha256": sha256(exported)}
         model = f"{LOCAL}{folder / 'backbone'}" if model.startswith(SOURCES) else model
     else:
         found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
@@ -255,12 +255,6 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
                 "leave size out"
             ) from problem
     return opened
-
-
-def digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open_regular(file) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:

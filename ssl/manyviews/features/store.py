@@ -23,7 +23,7 @@ from manyviews.system import distributed, writing
 from manyviews.system.arrays import mapped_array
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import LARGEST_JSON, open_lines, parse_json, read_json
-from manyviews.system.writing import make_folder, open_new, rename, write_whole
+from manyviews.system.writing import make_folder, open_new, rename, write_atomic, write_json
 
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEY, DONE, ANY_DONE = "key.json", "done-{:05d}.txt", "done-*.txt"
@@ -224,7 +224,7 @@ def finish(
             yield f"{',' if number else ''}\n  {json.dumps(list(entry))}".encode()
         yield b"\n ]\n}\n"
 
-    write_whole(folder / MANIFEST, lines(), root)
+    write_atomic(folder / MANIFEST, lines(), root)
     with suppress(OSError):
         writing.remove(folder / PARTIAL, root)
 
@@ -235,11 +235,6 @@ def mapped(file: Path) -> Tensor:
     return torch.from_numpy(mapped_array(file, "c"))
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, as `write_whole` does."""
-    write_whole(file, [json.dumps(value, indent=1).encode(), b"\n"])
-
-
 def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], root: Path) -> None:
     """Makes the files NAME.npy, with their space on the disk, so that a full disk is found now."""
     place = folder / PARTIAL
@@ -248,7 +243,7 @@ def _begin(folder: Path, key: Mapping[str, Any], shapes: Mapping[str, Sequence[i
     make_folder(place, root, new=True)
     try:
         _allocate(place, shapes, root)
-        write_whole(place / KEY, [json.dumps(key, indent=1).encode()], root)
+        write_json(place / KEY, key, root)
     except OSError:
         # Files without their rows would only take the room.
         with suppress(OSError):

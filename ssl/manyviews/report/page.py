@@ -24,7 +24,7 @@ from manyviews.report.score_table import sheets
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.report.training_curves import is_thinned, panels
 from manyviews.system.files import spelled
-from manyviews.system.writing import write_whole
+from manyviews.system.writing import write_atomic
 
 REPORT = "report.html"
 SIDE = 96
@@ -81,7 +81,7 @@ def write_report(
     shown = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, seen, seed)
     shown["sections"] = [(anchor, name) for anchor, name in SECTIONS.items() if _has(shown, anchor)]
     page = (output or findings.folder) / REPORT
-    write_whole(page, [_render(shown).encode()])
+    write_atomic(page, [_render(shown).encode()])
     try:
         write_tensorboard(findings, seen, seed, page.parent / "tensorboard")
     except Exception as problem:

@@ -30,7 +30,7 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import check_links, open_lines, shown
 from manyviews.system.folder_lock import LOCK
 from manyviews.system.plural import plural
-from manyviews.system.writing import make_folder, open_new, remove, write_whole
+from manyviews.system.writing import make_folder, open_new, remove, write_atomic
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
@@ -81,7 +81,7 @@ class Run:
         if metrics.exists() or metrics.is_symlink():
             rubbish: list[int] = []
             # What begins anew keeps none, not even of step 0, which it measures again.
-            write_whole(metrics, kept_lines(metrics, step or -1, rubbish))
+            write_atomic(metrics, kept_lines(metrics, step or -1, rubbish))
             if rubbish:
                 warn(f"{shown(metrics)}: {in_words(rubbish)} held no metrics and {was(rubbish)} removed")
         elif step:
@@ -127,7 +127,7 @@ class Run:
         content = io.BytesIO()
         Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
         try:
-            write_whole(file, [content.getvalue()])
+            write_atomic(file, [content.getvalue()])
             if file.name in SMALL:
                 self._small[file.name] = content.getvalue()
         except OSError as problem:
@@ -160,7 +160,7 @@ class Run:
         """Adds lines to unreadable.txt; a disk that does not take them ends nothing, for each was warned of."""
         whole = self._small.get(UNREADABLE, b"") + text.encode()
         with suppress(OSError):
-            write_whole(self.folder / UNREADABLE, [whole])
+            write_atomic(self.folder / UNREADABLE, [whole])
         self._small[UNREADABLE] = whole
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class Run:
         lacking += [f"{shown(path)} is missing" for path in there if not path.exists()]
         if lacking:
             raise OSError(f"the run is at its end, but not complete: {'; '.join(lacking)}; {DONE} is not written")
-        write_whole(self.folder / DONE, [f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode()])
+        write_atomic(self.folder / DONE, [f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode()])
 
     def _show(self, summary: Summary, step: int) -> None:
         self._add(Event(step=step, summary=summary))
@@ -221,7 +221,7 @@ class Run:
         with suppress(OSError):
             for name in gone:
                 make_folder(self.folder, self.folder)
-                write_whole(self.folder / name, [self._small[name]])
+                write_atomic(self.folder / name, [self._small[name]])
                 self._warn(f"{shown(self.folder / name)} was removed or renamed by another program: it is written anew")
             if gone:
                 self._lock_again()

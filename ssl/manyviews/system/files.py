@@ -1,5 +1,6 @@
 """Reading what a stranger may have made: regular files alone, up to a size, and not along a link put there."""
 
+import hashlib
 import io
 import json
 import os
@@ -106,6 +107,12 @@ def read_bytes(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"{shown(path)} has more than {most:,} bytes, the most that is read of such a file")
     return content
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a regular file, in hexadecimal; raises ValueError or OSError where it cannot be read."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, most: int) -> str:

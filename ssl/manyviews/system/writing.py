@@ -6,14 +6,15 @@ before, and none may be a link, whenever that was put there. Windows has no desc
 looked at first.
 """
 
+import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from manyviews.system.files import BEHIND_A_LINK, shown
 
@@ -73,14 +74,19 @@ def remove(path: Path, root: Path | None = None) -> None:
             os.unlink(name, dir_fd=folder)
 
 
-def write_whole(file: Path, content: Iterable[bytes], root: Path | None = None) -> None:
+def write_atomic(file: Path, content: bytes | Iterable[bytes], root: Path | None = None) -> None:
     """Writes a file that is there as a whole or not at all: aside, under a name of this writer's own, synced, renamed.
 
     Raises:
         OSError: if it cannot be written; what was there before stays.
     """
     with replacing(file, root) as (_, aside):
-        aside.writelines(content)
+        aside.writelines([content] if isinstance(content, bytes) else content)
+
+
+def write_json(file: Path, value: Mapping[str, Any], root: Path | None = None) -> None:
+    """Writes a JSON file atomically; raises as `write_atomic` does."""
+    write_atomic(file, f"{json.dumps(value, indent=1)}\n".encode(), root)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from manyviews.run.checkpoints import way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
-from manyviews.system.writing import write_whole
+from manyviews.system.writing import write_json
 from manyviews.train.components import Components
 
 REPORT = "not_finite.json"
@@ -148,7 +148,7 @@ def write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[st
     written = False
     if distributed.rank() == 0:
         with suppress(OSError):
-            write_whole(folder / REPORT, [json.dumps(content, indent=1).encode(), b"\n"])
+            write_json(folder / REPORT, content)
             written = True
     return folder / REPORT if distributed.any_over_ranks(written) else None
 

@@ -39,7 +39,7 @@ from manyviews.system.files import shown
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import Stop, in_a_line, lost_process, start
 from manyviews.system.plural import plural
-from manyviews.system.writing import make_folder, remove, write_whole
+from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train.budget import Clock, MetricAverager
 from manyviews.train.components import Components
 from manyviews.train.not_finite import Skipped, tell
@@ -322,7 +322,7 @@ def open_run(
     if (folder / CONFIG).exists():
         note(components.recipe, folder, found, console)
     else:
-        write_whole(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
+        write_atomic(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
     if split.inventory is not None and not (folder / INVENTORY).exists():
         write_inventory(folder / INVENTORY, split.inventory)
     if found is None:

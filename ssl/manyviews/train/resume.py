@@ -20,7 +20,7 @@ from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.files import MEBIBYTE, read_text
 from manyviews.system.plural import plural
-from manyviews.system.writing import write_whole
+from manyviews.system.writing import write_atomic
 
 FREE_IN_TRAINING = (
     *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
@@ -193,7 +193,7 @@ def record_settings(folder: Path, recipe: Recipe, step: int) -> str | None:
     lines = list(takewhile(lambda line: line.startswith("#"), read_text(file, MEBIBYTE).splitlines()))
     lines.append(f"# from step {step:,} on ({time.strftime('%Y-%m-%d')}): {_in_words(changed)}")
     kept = recipe.model_copy(update={"resume": before.resume, "elastic": before.elastic, "extend": False})
-    write_whole(file, ["\n".join([*lines, dump_yaml(kept)]).encode()])
+    write_atomic(file, ["\n".join([*lines, dump_yaml(kept)]).encode()])
     return _in_words(changed)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from manyviews.data.sources.paths import cache_folder
 from manyviews.system.files import open_regular
+from manyviews.system.writing import replacing
 
 DIGEST = 16
 """Bytes of a digest."""
@@ -132,14 +132,8 @@ class Known:
         return states, digests
 
     def _write(self, states: Rows, digests: Digests) -> None:
-        descriptor, aside = tempfile.mkstemp(suffix=".partial", dir=self._table.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, states=states, digests=digests)
-            os.replace(aside, self._table)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with replacing(self._table, synced=False) as (_, file):
+            np.savez(file, states=states, digests=digests)
 
     def _make_room(self) -> None:
         # What a process that was killed has left aside counts, too.

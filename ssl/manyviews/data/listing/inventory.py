@@ -8,7 +8,7 @@ from typing import NamedTuple
 from manyviews.data.images import Inventory
 from manyviews.data.listing.digests import DIGEST
 from manyviews.system.files import open_lines, shown
-from manyviews.system.writing import write_whole
+from manyviews.system.writing import write_atomic
 
 MOST_NAMED = 3
 
@@ -33,7 +33,7 @@ def write_inventory(file: Path, inventory: Inventory) -> None:
         for entry in inventory.marks().items():
             yield (json.dumps(entry) + "\n").encode()
 
-    write_whole(file, lines())
+    write_atomic(file, lines())
 
 
 def read_inventory(file: Path) -> dict[str, str]:

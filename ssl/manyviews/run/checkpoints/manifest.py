@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from manyviews.system.files import open_regular
+from manyviews.system.files import read_bytes, sha256
 from manyviews.system.path_bytes import restored, storable
 
 FILE = "manifest.json"
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if folder.is_symlink():
         raise ValueError("it is a link, not a folder")
-    manifest = read_json(folder / FILE, Manifest)
+    manifest = read_model(folder / FILE, Manifest)
     if manifest.seal != _seal(manifest.model_dump(exclude={"seal"})):
         raise ValueError(f"{FILE} is not what was written")
     if folder.name.partition(".")[0] != folder_name(manifest.step):
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest.model_copy(update={"facts": restored(manifest.facts)})
 
 
-def read_json(file: Path, model: type[M]) -> M:
+def read_model(file: Path, model: type[M]) -> M:
     """A JSON file as a model, strictly.
 
     Raises:
@@ -121,7 +121,7 @@ def read_json(file: Path, model: type[M]) -> M:
     if size > MAX_BYTES:
         raise ValueError(f"{file.name} has {size:,} bytes, and at most {MAX_BYTES:,} are read")
     try:
-        return model.model_validate_json(file.read_bytes())
+        return model.model_validate_json(read_bytes(file, MAX_BYTES))
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
         place = f", at {'.'.join(map(str, first['loc']))[:80]!a}" if first["loc"] else ""
@@ -137,12 +137,6 @@ def regular_size(file: Path) -> int:
     return status.st_size
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file."""
-    with open_regular(file) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def verify(file: Path, known: File) -> None:
     """Refuses a file that is not the one that was written; its size is looked at first.
 
@@ -153,7 +147,7 @@ def verify(file: Path, known: File) -> None:
     size = regular_size(file)
     if size != known.bytes:
         raise ValueError(f"{file.name} has {size:,} bytes, not the {known.bytes:,} that were written")
-    if digest(file) != known.sha256:
+    if sha256(file) != known.sha256:
         raise ValueError(f"{file.name} is not what was written")
 
 

@@ -20,8 +20,8 @@ from manyviews.run.checkpoints.manifest import (
     Manifest,
     few,
     part_of,
-    read_json,
     read_manifest,
+    read_model,
     shard_file,
     verify,
 )
@@ -133,7 +133,7 @@ def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Che
             parts[part][key] = _own_rows(folder, part, key, length, manifest.processes)
     optimiser: dict[str, Any] = {}
     if OPTIMISER in chosen:
-        optimiser = _optimiser(read_json(folder / OPTIMISER, OptimiserRest), parts.pop("optimiser", {}))
+        optimiser = _optimiser(read_model(folder / OPTIMISER, OptimiserRest), parts.pop("optimiser", {}))
     facts = {**manifest.facts, "processes": manifest.processes}
     return Checkpoint(manifest.step, parts, optimiser, facts, manifest.shards)
 

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from manyviews.run.checkpoints.checkpoint import Checkpoint, sync, tensors_of
-from manyviews.run.checkpoints.manifest import FILE, OPTIMISER, File, Manifest, digest, read_manifest, shard_file
+from manyviews.run.checkpoints.manifest import FILE, OPTIMISER, File, Manifest, read_manifest, shard_file
 from manyviews.run.checkpoints.reading import steps
 from manyviews.system import distributed
 from manyviews.system.distributed import FORESEEN
+from manyviews.system.files import sha256
 from manyviews.system.writing import open_new, remove, rename, replacing
 
 
@@ -66,7 +67,7 @@ def write(
         sync(path)
     if before is not None and distributed.rank() == 0:
         before()
-    return {path.name: File(bytes=path.stat().st_size, sha256=digest(path)) for path in written}
+    return {path.name: File(bytes=path.stat().st_size, sha256=sha256(path)) for path in written}
 
 
 def publish(aside: Path, target: Path, manifest: Manifest) -> None:

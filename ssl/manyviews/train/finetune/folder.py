@@ -15,7 +15,7 @@ from manyviews.run.folder import CHECKPOINTS, CLASSIFIER, CONFIG, METRICS, Run, 
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.plural import plural
-from manyviews.system.writing import make_folder, remove, write_whole
+from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train.finetune.classifier import Probe
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task
@@ -111,7 +111,7 @@ def open_run(
     # It tells a run from a classifier, also while there is none yet.
     make_folder(folder / CLASSIFIER, folder)
     if not (folder / CONFIG).exists():
-        write_whole(folder / CONFIG, [(header + dump_yaml(task.settings)).encode()])
+        write_atomic(folder / CONFIG, [(header + dump_yaml(task.settings)).encode()])
     run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
     if found is None:
         run.text("config", dump_yaml(task.settings))

@@ -12,11 +12,11 @@ from manyviews.encoder.timm_format import export
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.intervals import wilson
 from manyviews.evaluators.splits import balanced_accuracy, uneven
-from manyviews.features.store import write_json
 from manyviews.run.folder import CLASSIFIER, Run
 from manyviews.system.console import Console
 from manyviews.system.files import shown
 from manyviews.system.plural import plural
+from manyviews.system.writing import write_json
 from manyviews.train.finetune.classifier import Probe
 from manyviews.train.finetune.task import Task, outputs, probe_logits
 
