@@ -2,7 +2,7 @@
 
 import torch
 
-from manyviews.system.keyed_random import uniform
+from manyviews.system.keyed_random import numpy_generator, seed_of, torch_generator, uniform
 
 EXPECTED = [956768, 6195876, 12287414, 16093271]
 
@@ -20,6 +20,16 @@ def test_a_number_depends_on_its_place_and_its_key_alone() -> None:
 
 def test_the_numbers_are_the_same_in_every_version() -> None:
     assert (uniform(torch.tensor([0, 1, 2**40, -1]), 3, 5) * 2**24).int().tolist() == EXPECTED
+
+
+def test_seeds_and_what_generators_draw_are_the_same_in_every_version() -> None:
+    before = torch.random.get_rng_state()
+    assert seed_of("0 3 1 2") == 4720051937992106651
+    drawn = torch.randint(1 << 30, (3,), generator=torch_generator(3, 5))
+    assert drawn.tolist() == [148204524, 1035276739, 707334523]
+    assert numpy_generator("order", 3, 5).permutation(8).tolist() == [7, 4, 6, 0, 2, 5, 3, 1]
+    assert numpy_generator("class", 3, 5).permutation(8).tolist() != [7, 4, 6, 0, 2, 5, 3, 1]
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_numbers_are_uniform_and_independent_of_their_neighbours() -> None:

@@ -7,9 +7,9 @@ from kornia.augmentation import AugmentationSequential
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views import MEAN, STD, RandomColour, RandomWindow, ViewsSettings, plain
 from manyviews.views.colour import adjust, chroma_matrix
-from manyviews.views.draws import uniform
 from manyviews.views.effects import blur, erase, solarize
 from manyviews.views.geometry import box_extents, resample, window_matrix
 from manyviews.views.tone import RandomTone, look_up
@@ -36,7 +36,7 @@ def window(extent, centre, **more):
 
 def test_draws_are_pinned():
     # These numbers are part of every run's meaning: whoever changes them changes all views of all runs.
-    drawn = uniform(torch.tensor([0, 7, 2**40]), seed=3, epoch=2, num_views=2, parameters=torch.tensor([0, 30]))
+    drawn = uniform_sequences(torch.tensor([0, 7, 2**40]), [(3, 2, 0), (3, 2, 1)], torch.tensor([0, 30]))
     expected = [
         splitmix(finish(key(3, 2, view) + id_), parameter)
         for parameter in (1, 31)
@@ -47,15 +47,16 @@ def test_draws_are_pinned():
 
 
 def test_draws_are_uniform_and_independent_along_every_axis():
-    drawn = uniform(torch.arange(4096), seed=0, epoch=0, num_views=4, parameters=torch.arange(8))
+    drawn, other_epoch, other_seed = (
+        uniform_sequences(torch.arange(4096), [(*key, view) for view in range(4)], torch.arange(8))
+        for key in ((0, 0), (0, 1), (1, 0))
+    )
     assert drawn.min() >= 0
     assert drawn.max() < 1
     counts = torch.histc(drawn, 64, 0, 1)
     expected = drawn.numel() / 64
     # Chi-squared with 63 degrees of freedom: mean 63, standard deviation 11.2.
     assert (counts - expected).square().sum() / expected < 63 + 5 * 11.2
-    other_epoch = uniform(torch.arange(4096), seed=0, epoch=1, num_views=4, parameters=torch.arange(8))
-    other_seed = uniform(torch.arange(4096), seed=1, epoch=0, num_views=4, parameters=torch.arange(8))
     pairs = [(drawn[:-1], drawn[1:]), (drawn[:, :-1], drawn[:, 1:]), (drawn[..., :-1], drawn[..., 1:]),
              (drawn, other_epoch), (drawn, other_seed), (other_epoch, other_seed)]  # fmt: skip
     for one, other in pairs:

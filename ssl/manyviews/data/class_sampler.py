@@ -8,10 +8,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from manyviews.data.sampler import Order
+from manyviews.system.keyed_random import numpy_generator
 from manyviews.system.plural import plural
-
-# Keeps this stream apart from every other that is seeded with (seed, epoch).
-STREAM = int.from_bytes(b"class", "big")
 
 
 class ClassOrder(Order):
@@ -74,7 +72,7 @@ class ClassOrder(Order):
         return fewest
 
     def _arrange(self, epoch: int) -> Int64[Tensor, " images"]:
-        generator = np.random.default_rng([STREAM, self.seed, epoch])
+        generator = numpy_generator("class", self.seed, epoch)
         steps, per_class = self.steps_per_epoch, self.per_class
         shuffled = generator.permutation(self.num_images)
         by_class = shuffled[np.argsort(self._labels[shuffled], kind="stable")]

@@ -5,16 +5,14 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from manyviews.system.keyed_random import numpy_generator
 from manyviews.system.plural import plural
-
-# Keeps this stream apart from every other that is seeded with (seed, epoch).
-STREAM = int.from_bytes(b"order", "big")
 
 
 def order(num_images: int, seed: int, epoch: int) -> Int64[Tensor, " images"]:
     """The order of all ids in an epoch: a permutation that depends on the seed and the epoch alone."""
-    generator = np.random.default_rng([STREAM, seed, epoch])
-    return torch.from_numpy(generator.permutation(num_images).astype(np.int64))
+    permutation = numpy_generator("order", seed, epoch).permutation(num_images)
+    return torch.from_numpy(permutation.astype(np.int64))
 
 
 class Order:

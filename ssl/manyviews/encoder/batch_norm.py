@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from manyviews.system import distributed
-
-# Keeps this stream apart from every other that is seeded with (seed, step, chunk).
-STREAM = int.from_bytes(b"shuffle", "big")
+from manyviews.system.keyed_random import numpy_generator
 
 
 def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> None:
@@ -111,7 +108,7 @@ class Shuffle(NamedTuple):
             key: numbers that are equal on all processes and differ from step to step.
         """
         lengths = torch.tensor(distributed.counts(samples))
-        drawn = np.random.default_rng([STREAM, *key]).permutation(int(lengths.sum()))
+        drawn = numpy_generator("shuffle", *key).permutation(int(lengths.sum()))
         permutation, own = torch.from_numpy(drawn), distributed.rank()
         # The sample permutation[place] is encoded by the process that the place belongs to.
         owners = torch.repeat_interleave(torch.arange(len(lengths)), lengths)

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyviews.engine.rows import slices
-from manyviews.objectives.sharded_rows import keyed_generator, owned
+from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
+from manyviews.system.keyed_random import torch_generator
 
 Weigh = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ class Noise:
     ) -> None:
         shape = (count,) if images is None else (images, count)
         self.rows, self.start, self.total, self.count = rows, start, total, count
-        self.ids = torch.randint(total, shape, generator=keyed_generator(seed, step)).to(rows.device)
+        self.ids = torch.randint(total, shape, generator=torch_generator(seed, step)).to(rows.device)
         """What was drawn, [count] for all images, or [images of all processes, count]."""
 
     def own_hits(self, ids: Int[Tensor, " batch"], first: int) -> Int[Tensor, " batch"]:

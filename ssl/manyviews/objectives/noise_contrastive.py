@@ -26,8 +26,9 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
 )
-from manyviews.objectives.sharded_rows import fetch, keyed_generator
+from manyviews.objectives.sharded_rows import fetch
 from manyviews.system import distributed
+from manyviews.system.keyed_random import torch_generator
 
 
 class NoiseContrastive(ObjectiveSettings):
@@ -208,7 +209,7 @@ def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: in
 
     On the CPU, so that they are the same on every device.
     """
-    numbers = torch.rand(count, generator=keyed_generator(seed, step), dtype=torch.float64)
+    numbers = torch.rand(count, generator=torch_generator(seed, step), dtype=torch.float64)
     return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
 

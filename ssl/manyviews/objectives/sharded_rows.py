@@ -1,6 +1,5 @@
 """Rows that are spread over the processes: how they begin, and how a process comes by those of another."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from manyviews.engine import normalize
 from manyviews.system import distributed
+from manyviews.system.keyed_random import torch_generator
 
 Storage = Literal["float32", "float16", "bfloat16"]
 BLOCK = 1 << 14
@@ -22,17 +22,10 @@ def unit_rows(rows: slice, dim: int, *, seed: int, storage: Storage = "float32")
     dtype: torch.dtype = getattr(torch, storage)
     result = torch.empty(rows.stop - rows.start, dim, dtype=dtype)
     for block in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
-        drawn = normalize(torch.randn(BLOCK, dim, generator=keyed_generator(seed, block)))
+        drawn = normalize(torch.randn(BLOCK, dim, generator=torch_generator(seed, block)))
         first, last = max(rows.start, block * BLOCK), min(rows.stop, (block + 1) * BLOCK)
         result[first - rows.start : last - rows.start] = drawn[first - block * BLOCK : last - block * BLOCK]
     return result
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A generator of its own for each key, on the CPU."""
-    # A hash: of a seed's 64 bits torch's generator on the CPU reads the lower 32 only.
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def fetch(

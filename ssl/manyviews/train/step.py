@@ -1,6 +1,5 @@
 """One update: images → views → embeddings → loss → gradient → weights → memory, all at once or in chunks."""
 
-import hashlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
 from manyviews.objectives import Loss
 from manyviews.system import distributed
+from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
 from manyviews.train.not_finite import Skipped, skipped
 
@@ -221,8 +221,8 @@ def _embed(components: Components, views: Tensor, step: int, chunk: int) -> tupl
 
 def _encode(components: Components, queries: Tensor, step: int, chunk: int) -> Embedded:
     # Dropout and drop path draw from the global generator: keyed here, a resumed step and a second pass draw alike.
-    key = f"{components.recipe.seed} {step} {distributed.rank()} {chunk}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+    key = f"{components.recipe.seed} {step} {distributed.rank()} {chunk}"
+    torch.manual_seed(seed_of(key) >> 1)
     embedded: Embedded = components.forward(queries)
     return Embedded(_full(embedded.embeddings), _full(embedded.projections))
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views.colour import RandomColour
-from manyviews.views.draws import uniform
 from manyviews.views.effects import RandomEffects
 from manyviews.views.geometry import RandomWindow
 from manyviews.views.tone import RandomTone
@@ -58,10 +58,8 @@ class Views(nn.Module):
             return self._views(images, ids, epoch)
 
     def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        parameters = self.get_buffer("numbers")
-        draws = uniform(
-            ids.to(images.device), seed=self.seed, epoch=epoch, num_views=self.num_views, parameters=parameters
-        )
+        keys = [(self.seed, epoch, view) for view in range(self.num_views)]
+        draws = uniform_sequences(ids.to(images.device), keys, self.get_buffer("numbers"))
         tone, window, colour, effects = torch.split(draws, self.sections)
         views = self.tone(images, tone).flatten(0, 1)
         # The transforms themselves, without kornia's bookkeeping around them, which would take a tenth of the time.
