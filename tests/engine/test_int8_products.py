@@ -106,7 +106,7 @@ def test_instructions_whose_sums_stop_at_what_sixteen_bits_hold_are_not_used(mon
 
 
 def test_without_the_instructions_no_integers_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(int8_products, "has_instructions", lambda name: False)
     assert not multiplies_integers.__wrapped__()
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from manyviews.system import distributed
 from manyviews.system.keyed_random import numpy_generator
@@ -33,8 +32,8 @@ def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> N
         norm.splits, norm.interleaved = splits, interleaved
 
 
-class SplitBatchNorm(_BatchNorm):
-    """What `split_batch_norms` adds to a batch norm of any class."""
+class SplitBatchNorm(nn.Module):
+    """What `split_batch_norms` adds to a batch norm, whose class comes after this one."""
 
     splits: int
     interleaved: bool

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
 from manyviews.config import Settings
@@ -191,19 +192,19 @@ class MomentumTwin(nn.Module):
     @torch.no_grad()
     def update(self, encoder: Encoder, momentum: float) -> None:
         """One step towards the encoder."""
-        follow(self.encoder, encoder, 1 - momentum)
+        follow(self.encoder, encoder, momentum)
 
 
 @torch.no_grad()
-def follow(module: nn.Module, leader: nn.Module, share: float) -> None:
-    """Moves a module's state by a share of the way to that of another, which may have more; counters are copied.
+def follow(module: nn.Module, leader: nn.Module, momentum: float) -> None:
+    """Moves a module's state to `momentum` times itself and 1 - `momentum` times another's, which may have more.
 
-    A tensor that several layers share moves once.
+    A tensor that several layers share moves once, and counters are copied.
     """
     state, other = module.state_dict(), leader.state_dict()
     own = {name: state[name] for name in {value.data_ptr(): name for name, value in state.items()}.values()}
     following = [name for name, value in own.items() if value.is_floating_point()]
-    torch._foreach_lerp_([own[name] for name in following], [other[name] for name in following], share)
+    get_ema_multi_avg_fn(momentum)([own[name] for name in following], [other[name] for name in following], None)
     for name in own.keys() - set(following):
         own[name].copy_(other[name])
 

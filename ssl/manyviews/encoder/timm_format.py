@@ -5,6 +5,7 @@ which of timm's models it is and what its input was, and the weights are those o
 """
 
 import copy
+import json
 import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,12 +15,12 @@ from typing import Annotated, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import timm
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from manyviews.system.files import read_json, shown
@@ -225,4 +226,19 @@ def export(
         save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, path)
     shown_before = {} if background is None else {"background": list(background)}
     with replacing(folder / CONFIG, root) as (path, _):
-        save_config_for_hf(model, str(path), {"label_names": list(classes), **shown_before})
+        _write_config(model, path, {"label_names": list(classes), **shown_before})
+
+
+def _write_config(model: nn.Module, file: Path, more: dict[str, Any]) -> None:
+    """Writes timm's description of a model; without its private function, what `timm.create_model` needs of it."""
+    write = getattr(getattr(timm.models, "_hub", None), "save_config_for_hf", None)
+    if write is not None:
+        write(model, str(file), more)
+        return
+    described = cast("dict[str, Any]", model.pretrained_cfg)
+    channels, *side = described["input_size"]
+    arguments = {"in_chans": channels, "num_classes": model.num_classes}
+    arguments |= {"img_size": side} if described.get("fixed_input_size") else {}
+    content = {"architecture": described["architecture"], "num_classes": model.num_classes, "model_args": arguments}
+    named = {name: value for name, value in more.items() if value}
+    file.write_text(json.dumps({**content, "pretrained_cfg": described, **named}, indent=2))

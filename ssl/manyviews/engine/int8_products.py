@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyviews.system.cpu import has_instructions
+
 LARGEST = 127
 OFFSET = 128
 """Added to the integers on the left: the instructions multiply those without a sign by those with one."""
@@ -37,7 +39,7 @@ class Narrow(NamedTuple):
 @cache
 def multiplies_integers() -> bool:
     """Whether this CPU and this build of torch have products of eight-bit integers that are fast and exact."""
-    if not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
+    if not (has_instructions("avx512_vnni") and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False

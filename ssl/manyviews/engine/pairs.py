@@ -14,6 +14,7 @@ from torch import Tensor
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.system import distributed
+from manyviews.system.cpu import has_instructions
 
 PIECES = 64
 """Pieces of work that a sum over many keys is cut into, where there are as many."""
@@ -110,7 +111,7 @@ def as_bfloat16(rows: Tensor, keys: Tensor) -> bool:
     """Whether products are taken in bfloat16, which a CPU with instructions for it does twice as fast."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or keys.dtype != torch.bfloat16:
         return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return has_instructions("avx512_bf16", "amx_tile")
 
 
 def cut(count: int, pieces: int) -> list[slice]:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images
@@ -113,9 +112,10 @@ def encoded(
     precision: Precision = "fp32",
     workers: int = 2,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
-    """What a module makes of batches of images: their ids, and float32 tensors on the CPU, as the module nests them.
+    """What a module makes of batches of images: their ids, and float32 vectors on the CPU.
 
-    The module leaves as it came, as `extract` says. `batches` are ids; the other arguments are those of `extract`.
+    The module returns a tensor or a dictionary of tensors, and so does this. It leaves as it came, as `extract` says.
+    `batches` are ids; the other arguments are those of `extract`.
 
     Raises:
         ValueError: if the module does not give one vector per image.
@@ -130,11 +130,11 @@ def encoded(
                 made = module(prepare(pixels.to(device, non_blocking=True)))
             # What a device computes arrives when the next batch is under way there.
             if previous is not None:
-                yield previous[0], tree_map(_arrived, previous[1])
-            tree_map(partial(_check_vectors, len(ids)), made)
+                yield previous[0], _of_each(_arrived, previous[1])
+            _of_each(partial(_check_vectors, len(ids)), made)
             previous = ids, made
         if previous is not None:
-            yield previous[0], tree_map(_arrived, previous[1])
+            yield previous[0], _of_each(_arrived, previous[1])
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
@@ -170,6 +170,10 @@ def check_finite(features: Tensor) -> None:
             f"the features of {broken} of {len(features)} images are not finite; the backbone has diverged, or its "
             "precision is too low (try fp32)"
         )
+
+
+def _of_each(function: Callable[[Tensor], Any], made: Any) -> Any:
+    return {name: function(rows) for name, rows in made.items()} if isinstance(made, dict) else function(made)
 
 
 def _arrived(made: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from manyviews.system import distributed
+from manyviews.system.cpu import cores, has_instructions
 from manyviews.system.disk import in_words
 from manyviews.system.files import shown
 
@@ -72,7 +73,7 @@ def start(
             problem
         )
     if on_cpu:
-        _tune_cpu(threads or max(1, _cores() // accelerator.state.num_processes))
+        _tune_cpu(threads or max(1, cores() // accelerator.state.num_processes))
     processes = accelerator.num_processes
     if (launched or 1) != processes:
         raise ValueError(
@@ -102,7 +103,7 @@ def start(
 def bf16_pays(on_cpu: bool) -> bool:
     """Whether bf16 is faster than fp32 here: GPUs that compute in it, and CPUs that have its dot products."""
     if on_cpu:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return has_instructions("avx512_bf16", "amx_tile")
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -170,11 +171,6 @@ def _end_with_the_launcher() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)
-
-
-def _cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tune_cpu(threads: int) -> None:

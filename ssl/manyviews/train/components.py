@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from jaxtyping import Int64
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from manyviews.data import ClassOrder, Composition, Images, Order, composition, way_out
 from manyviews.data.continuous_labels import values_of
@@ -219,7 +218,8 @@ def synchronised(module: M) -> M:
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether samples that pass the module together in training change each other."""
-    return any(isinstance(child, _BatchNorm) for child in module.modules())
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(child, norms) for child in module.modules())
 
 
 def cautions(components: Components) -> list[str]:

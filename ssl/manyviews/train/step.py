@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from manyviews.data import Images, Order
@@ -148,7 +147,11 @@ def compile_encoder(components: Components, images: Images, order: Order, step: 
     components.forward.train()
     try:
         gradient(components, images.read(ids).to(device), ids.to(device), epoch, step)
-    except (TorchDynamoException, OSError, ImportError) as problem:
+    except (RuntimeError, OSError, ImportError) as problem:
+        # The compiler's own errors are RuntimeErrors of a private module.
+        kinds = [kind.__module__ for kind in type(problem).__mro__]
+        if isinstance(problem, RuntimeError) and not any(kind.startswith("torch._dynamo") for kind in kinds):
+            raise
         reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise ValueError(
             f"train.compile=true: the encoder cannot be compiled here ({reason.strip()}); it takes a C++ compiler (the "

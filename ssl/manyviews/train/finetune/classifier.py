@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2
-from timm.optim._param_groups import auto_group_layers
+from timm.optim import auto_group_layers, create_optimizer_v2
 from torch import Tensor, nn
 
 from manyviews.encoder.encoder import create_backbone

@@ -265,7 +265,7 @@ class Average(ModelEmaV3):
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """One step towards the model."""
-        follow(self.module, model, 1 - decay)
+        follow(self.module, model, decay)
 
 
 @contextmanager
