@@ -15,7 +15,8 @@ from manyviews.data.decoding.decode import quiet
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images
 from manyviews.data.sampler import Order
-from manyviews.data.workers import Packed, Reader, Worker
+from manyviews.data.worker_process import decode
+from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
 
 PREFETCHED = 2
@@ -86,10 +87,9 @@ class Loader:
             yield Batch(pixels.pin_memory() if self._pin else pixels, ids, epoch)
 
     def _from_disk(self, images: Files) -> Iterator[Batch]:
-        reader = Reader(images, lambda image: None)
         for epoch, share in self._plan():
             with quiet():
-                pixels, ids, failures = reader.read(share)
+                pixels, ids, failures = decode(images, share, lambda image: None)
             _note(images, failures)
             yield Batch(pixels, torch.tensor(ids), epoch)
 
