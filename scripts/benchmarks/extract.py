@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from benchmarks import harness
 from manyviews.config import load
 from manyviews.data import InMemory
-from manyviews.encoder.encoder import create_backbone
+from manyviews.encoder.backbone import create_backbone
 from manyviews.features import encoding, store
 from manyviews.features.encoding import Precision
 from manyviews.features.extract import ExtractSettings
 from manyviews.features.layers import BACKBONE, Layers, OneLayer, widths_of
+from manyviews.features.settings import EncodeSettings
 from manyviews.features.store_rows import Part, fill
+from manyviews.system.console import Console
 from manyviews.system.launch import bf16_pays, start
 from manyviews.views import plain
 
@@ -98,11 +100,8 @@ def _measure(
                 layers,
                 [Part("train", images, 0)],
                 prepare=prepare,
-                precision=precision,
-                batch_size=BATCH,
-                workers=2,
-                say=_ignore,
-                update=_ignore,
+                settings=EncodeSettings(precision=precision, batch_size=BATCH),
+                console=Console(quiet=True),
             )
             store.finish(folder, [f"{BACKBONE}.npy"], key, ())
         shutil.rmtree(folder)
@@ -135,7 +134,3 @@ def _images(size: int, case: Case, data: str, share: float) -> InMemory:
     if size != source.size:
         pixels = F.interpolate(pixels.float(), (size, size), mode="bilinear").round().byte()
     return InMemory(pixels.expand(-1, case.channels, -1, -1).contiguous(), [""] * count, None, (), "benchmark")
-
-
-def _ignore(*_: object) -> None:
-    pass

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from manyviews.encoder.backbone import create_backbone
 from manyviews.encoder.batch_norm import split_batch_norms
 from manyviews.encoder.encoder import (
     EncoderSettings,
     MomentumTwin,
     PredictorSettings,
     ProjectorSettings,
-    create_backbone,
 )
 from manyviews.encoder.timm_format import export
 from manyviews.train.finetune.loop import Average

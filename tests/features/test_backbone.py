@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from manyviews.features import backbone as opening
+from manyviews.features import run_weights
 from manyviews.features.backbone import open_model, open_run
 from manyviews.run.checkpoints import Checkpoint, save_checkpoint
 from small_run import small_run
@@ -159,14 +159,14 @@ def test_a_checkpoint_that_goes_after_it_was_read_is_not_missed(
 ) -> None:
     small_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "backbone")
-    newest = opening.newest_checkpoint
+    newest = run_weights.newest_checkpoint
 
     def read_and_gone(place: Path, **options: object) -> object:
         found = newest(place, **options)
         shutil.rmtree(place)
         return found
 
-    monkeypatch.setattr(opening, "newest_checkpoint", read_and_gone)
+    monkeypatch.setattr(run_weights, "newest_checkpoint", read_and_gone)
     opened = open_run(tmp_path / "run")
     assert opened.step == 7
     assert opened.projector().origin["sha256"] == opened.origin["sha256"]

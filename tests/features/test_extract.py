@@ -23,8 +23,10 @@ from manyviews.config import load
 from manyviews.data import Sample, select
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
+from manyviews.features.cached import features_of
 from manyviews.features.encoding import encoded
-from manyviews.features.extract import EncodeSettings, ExtractSettings, extract, features_of, images_of
+from manyviews.features.extract import ExtractSettings, extract
+from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.system.console import Console
 from manyviews.views import plain
 from processes import launched
@@ -152,7 +154,7 @@ def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int
             if len(counted) == batches:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(store_rows.features, "encoded", counting)
+    monkeypatch.setattr(store_rows.encoding, "encoded", counting)
     return counted
 
 

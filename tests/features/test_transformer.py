@@ -24,7 +24,8 @@ from manyviews import Features
 from manyviews.config import load
 from manyviews.data import Sample
 from manyviews.features.backbone import open_run
-from manyviews.features.extract import EncodeSettings, features_of
+from manyviews.features.cached import features_of
+from manyviews.features.settings import EncodeSettings
 from manyviews.system.console import Console
 from small_run import small_run
 

@@ -20,7 +20,7 @@ from torch import nn
 from manyviews import cli
 from manyviews.config import load
 from manyviews.encoder import timm_format
-from manyviews.encoder.encoder import create_backbone
+from manyviews.encoder.backbone import create_backbone
 from manyviews.encoder.timm_format import read_folder
 from manyviews.evaluate import EvaluateSettings
 from manyviews.evaluate.compare_runs import Shared, measured_before

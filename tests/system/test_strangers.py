@@ -17,7 +17,8 @@ from test_links import MEASURED, SMALL
 
 from manyviews import cli
 from manyviews.config import Settings, keys, load
-from manyviews.encoder.encoder import EncoderSettings, create_backbone
+from manyviews.encoder.backbone import create_backbone
+from manyviews.encoder.encoder import EncoderSettings
 from manyviews.evaluate import EvaluateSettings
 from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run

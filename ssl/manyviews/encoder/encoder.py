@@ -1,42 +1,22 @@
 """From views to embeddings: a timm backbone, a projector, perhaps a predictor, and the momentum twin."""
 
 import copy
-import difflib
 import itertools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import timm
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
 from manyviews.config import Settings
+from manyviews.encoder.backbone import create_backbone, summary, widths
 from manyviews.encoder.batch_norm import split_batch_norms
-from manyviews.encoder.timm_format import (
-    HUB,
-    LOCAL,
-    WEIGHTS,
-    TimmFolder,
-    hub_folder,
-    hub_in_time,
-    no_weights,
-    other_weights,
-    read_folder,
-)
-from manyviews.system.arrays import read_tensors
-from manyviews.system.files import shown
 
 WIDEST = 16_384
 """Numbers of a layer: beyond it one layer alone would take a gigabyte."""
-ADAPTED = 1 << 26
-"""Weights by which a model may be larger than those that it is given: of other channels, or of larger images."""
 
 
 class ProjectorSettings(Settings):
@@ -209,151 +189,6 @@ def follow(module: nn.Module, leader: nn.Module, momentum: float) -> None:
         own[name].copy_(other[name])
 
 
-def create_backbone(
-    name: str,
-    *,
-    channels: int,
-    size: int,
-    pretrained: bool = False,
-    drop_path: float = 0.0,
-    key: str = "pretrained",
-) -> nn.Module:
-    """A timm model without classifier, for square images of this size and number of channels.
-
-    Of a folder, and of a model on the hub, config.json is believed as `timm_folder` tells, and weights come from
-    model.safetensors alone. Without `pretrained` no network is used; `key` is what asks for it, for messages.
-
-    Raises:
-        ValueError: timm does not know the name, or the model has no such option, or its weights cannot be had.
-    """
-    if name.startswith(HUB):
-        if not pretrained:
-            raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
-        name = f"{LOCAL}{hub_folder(name)}"
-    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0}
-    model = name
-    if name.startswith(LOCAL):
-        found = read_folder(Path(name.removeprefix(LOCAL)).expanduser())
-        model, fixed = found.architecture, found.described.fixed_input_size
-        options |= found.options(pretrained=pretrained)
-        if pretrained:
-            if not (found.folder / WEIGHTS).is_file():
-                raise ValueError(
-                    f"{shown(found.folder)} holds no {WEIGHTS}, in which alone weights are read; {key}=false begins "
-                    f"with random ones of {shown(model)}"
-                )
-            # Looked at before timm does: a damaged file is then told in words.
-            read_tensors(found.folder / WEIGHTS)
-    if not timm.is_model(model.split(".")[0]):
-        raise ValueError(f"timm has no model {shown(repr(model))}{_nearest(model)}")
-    if model == name:
-        description = timm.get_pretrained_cfg(name)
-        fixed = description is not None and description.fixed_input_size
-        if pretrained and not (description is not None and description.has_weights):
-            raise ValueError(f"there are no published weights of {shown(name)}; {key}=false begins with random ones")
-    if fixed:
-        options["img_size"] = size
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    if model != name and (found.folder / WEIGHTS).is_file():
-        bare = {**options, "pretrained": False}
-        check_count(shown(name), (found.folder / WEIGHTS).stat().st_size, lambda: timm.create_model(model, **bare))
-    try:
-        if not pretrained or model != name:
-            return timm.create_model(model, **options)
-        with hub_in_time() as unreachable:
-            try:
-                return timm.create_model(model, **options)
-            except TypeError:
-                raise
-            except Exception as problem:
-                raise ValueError(no_weights(name, problem, unreachable, key)) from problem
-    except TypeError as problem:
-        raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
-    except Exception as problem:
-        if model == name:
-            raise
-        raise ValueError(_of_another_model(found, options, problem)) from problem
-
-
-def _of_another_model(found: TimmFolder, options: Mapping[str, Any], problem: Exception) -> str:
-    """Why a folder's weights do not go into the model that it names."""
-    plain = {**options, "pretrained": False, "num_classes": found.described.num_classes}
-    with suppress(Exception):  # the model itself cannot be made as the folder describes it
-        model = timm.create_model(found.architecture, **plain).state_dict()
-        if said := other_weights(found.folder, found.architecture, model, read_tensors(found.folder / WEIGHTS)):
-            return said
-    return (
-        f"{shown(found.folder)} does not make {shown(found.architecture)} ({type(problem).__name__}: "
-        f"{shown(problem)}); its {WEIGHTS} and config.json must be of one model"
-    )
-
-
-def weight_count(build: Callable[[], nn.Module]) -> int | None:
-    """How many weights a module has, which is built without memory; None where that cannot be."""
-    try:
-        # The meta device knows shapes alone.
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            return sum(parameter.numel() for parameter in build().parameters())
-    except Exception:
-        # What is wrong with it is said where it is built in earnest.
-        return None
-
-
-def check_count(name: str, held: int, build: Callable[[], nn.Module]) -> None:
-    """Refuses a model of more weights than the bytes that hold them, before it is built: its description is not theirs.
-
-    Args:
-        name: of the model.
-        held: bytes; a weight has one at least.
-        build: makes the model.
-
-    Raises:
-        ValueError: with both.
-    """
-    count = weight_count(build) or 0
-    # Channels and size may be others here than those of the weights.
-    if count > held + ADAPTED:
-        raise ValueError(
-            f"{name} describes a model of {count:,} weights, and those beside it have {held:,} bytes: they are not of "
-            "each other"
-        )
-
-
-def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch _"]:
-    """What the projector reads: the backbone's features, or what the backbone has for the purpose."""
-    read: Tensor = getattr(backbone, "forward_summary", backbone)(images)
-    return read
-
-
-@torch.no_grad()
-def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
-    """Widths of the backbone's features and of what the projector reads, by a look: `num_features` is not always true.
-
-    Raises:
-        ValueError: The backbone cannot take such images.
-    """
-    training, images = backbone.training, torch.zeros(1, channels, size, size)
-    # Not inference mode: a tensor that the model caches on its first pass could never carry a gradient.
-    backbone.eval()
-    try:
-        found = [backbone(images), summary(backbone, images)]
-    except (RuntimeError, AssertionError, ValueError) as problem:
-        raise ValueError(
-            f"{type(backbone).__name__} cannot take {size} x {size} pixels of {channels} channels: {problem}; "
-            "set views.size to what it takes, or choose another encoder.name"
-        ) from problem
-    finally:
-        backbone.train(training)
-    for features in found:
-        if features.ndim != 2:
-            raise ValueError(
-                f"{type(backbone).__name__} returns {list(features.shape)}, not one vector per image; "
-                "choose another encoder.name"
-            )
-    return found[0].shape[1], found[1].shape[1]
-
-
 def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
     modules: list[nn.Module] = []
     for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=2):
@@ -365,8 +200,3 @@ def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
         if hidden:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
-
-
-def _nearest(name: str) -> str:
-    names = difflib.get_close_matches(name[:200], timm.list_models(), n=3)
-    return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -21,7 +21,8 @@ from manyviews.evaluators.methods import methods
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
 from manyviews.features.backbone import PretrainedBackbone, open_run
-from manyviews.features.extract import features_of, images_of
+from manyviews.features.cached import features_of
+from manyviews.features.settings import images_of
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.console import Console

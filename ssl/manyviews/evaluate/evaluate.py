@@ -21,7 +21,7 @@ from manyviews.evaluators.logistic import cut_short
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.splits import kind_of_choice
 from manyviews.features.backbone import open_run
-from manyviews.features.extract import images_of
+from manyviews.features.settings import images_of
 from manyviews.recipe import Recipe
 from manyviews.report import Findings
 from manyviews.run.folder import DONE

@@ -22,8 +22,8 @@ from manyviews.evaluators.splits import num_classes
 from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
-from manyviews.features.extract import features_of, layers_of
-from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer
+from manyviews.features.cached import features_of
+from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer, layers_of
 from manyviews.linear_metrics import LinearMetric
 from manyviews.objectives import Bank
 from manyviews.recipe import Recipe

@@ -10,7 +10,7 @@ from manyviews.evaluators import fractions
 from manyviews.evaluators.learned_distance import Metric
 from manyviews.evaluators.map import Method
 from manyviews.evaluators.protocol import ProtocolSettings, Task
-from manyviews.features.extract import EncodeSettings
+from manyviews.features.settings import EncodeSettings
 
 Look = Literal[Task, "fractions", "geometry"]
 

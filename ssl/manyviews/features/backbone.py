@@ -1,7 +1,6 @@
 """A backbone with what it takes to encode images by it: a run's, read back, or one that timm has."""
 
 import difflib
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +13,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from manyviews.config import load
-from manyviews.encoder.encoder import Encoder, check_count, create_backbone, widths
-from manyviews.encoder.timm_format import HUB, LOCAL, SOURCES, WEIGHTS, Described, hub_folder, read_folder
+from manyviews.encoder.backbone import check_count, create_backbone, widths
+from manyviews.encoder.encoder import Encoder
+from manyviews.encoder.timm_format import HUB, LOCAL, SOURCES, Described, hub_folder, read_folder
+from manyviews.features.run_weights import digest_of, newest_encoder, read_run_weights
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import CLASSIFIER, CONFIG
-from manyviews.system.arrays import read_tensors
-from manyviews.system.files import check_links, sha256, shown
+from manyviews.system.files import check_links, shown
 from manyviews.views import MEAN, STD, Interpolation, plain
 
 SEED = 0
@@ -125,7 +124,7 @@ class PretrainedBackbone:
             raise ValueError(f"{self.name} is a timm model, which has no {layer}; only a run has one: name backbone")
         state, origin = self.encoder, dict(self.origin)
         if state is None:
-            state, origin = self._newest(self.folder, layer)
+            state, origin = newest_encoder(self.folder, layer, self.weights, self.origin["file"])
         random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
         build = partial(random.build, channels=self.channels, size=self.size)
         check_count(shown(self.name), sum(value.nbytes for value in state.values()), build)
@@ -138,22 +137,6 @@ class PretrainedBackbone:
                 f"{shown(self.name)}: the checkpoint's encoder is not the recipe's: {shown(problem)}"
             ) from problem
         return encoder, origin
-
-    def _newest(self, folder: Path, layer: str) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-        """The encoder of the newest checkpoint, if it is of the backbone that was opened, and its file."""
-        found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
-        if found is None:
-            raise ValueError(
-                f"{folder} has no checkpoint, in which alone the {layer} is kept; use the backbone, or keep "
-                "RUN/checkpoints beside RUN/backbone"
-            )
-        state = found.parts["encoder"]
-        if any(not torch.equal(value, state[f"backbone.{key}"]) for key, value in self.weights.items()):
-            raise ValueError(
-                f"{folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
-                f"{self.origin['file']}, so that its {layer} does not belong to them; go on with the run to its end"
-            )
-        return state, {"file": _encoder_file(found.step), "sha256": digest_of(state)}
 
 
 def open_model(given: str, *, pretrained: bool | None = None, size: int | None = None) -> PretrainedBackbone:
@@ -205,65 +188,37 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
             f"{LOCAL}{folder / CLASSIFIER}, with pretrained=true"
         )
     check_links(folder)
-    recipe, exported = load(Recipe, folder / CONFIG), folder / "backbone" / WEIGHTS
-    encoder: Mapping[str, Tensor] | None = None
+    recipe = load(Recipe, folder / CONFIG)
     if recipe.views.size is None:
         raise ValueError(f"{shown(folder / CONFIG)} is not a run's: its views.size is not said")
-    model = recipe.encoder.name
-    step, encoder = None, None
-    if exported.is_file():
-        described = read_folder(folder / "backbone").described
-        weights, channels = read_tensors(exported), described.input_size[0]
-        origin = {"file": exported.relative_to(folder).as_posix(), "sha256": sha256(exported)}
-        model = f"{LOCAL}{folder / 'backbone'}" if model.startswith(SOURCES) else model
-    else:
-        found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
-        if found is None:
-            raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-        step, encoder, prefix = found.step, found.parts["encoder"], "backbone."
-        weights = {key.removeprefix(prefix): value for key, value in encoder.items() if key.startswith(prefix)}
-        known = found.facts.get("channels")
-        # Of what was read: its file may have gone by now, or be another's.
-        origin = {"file": _encoder_file(step), "sha256": digest_of(encoder)}
-        if type(known) is not int or known not in (1, 3):
-            raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(known)} channels")
-        channels = known
-    create = partial(_of_recipe, recipe, model, channels, size or recipe.views.size)
-    check_count(shown(folder), sum(value.nbytes for value in weights.values()), partial(create, pretrained=False))
+    read, side = read_run_weights(folder, recipe.encoder.name), size or recipe.views.size
+    create = partial(_of_recipe, recipe, read.model, read.channels, side)
+    check_count(shown(folder), sum(value.nbytes for value in read.weights.values()), partial(create, pretrained=False))
     opened = PretrainedBackbone(
         name=str(folder),
-        model=model,
-        channels=channels,
-        size=size or recipe.views.size,
-        origin=origin,
-        weights=weights,
+        model=read.model,
+        channels=read.channels,
+        size=side,
+        origin=read.origin,
+        weights=read.weights,
         mean=MEAN,
         std=STD,
         interpolation="bicubic",
         create=create,
         folder=folder,
         recipe=recipe,
-        step=step,
-        encoder=encoder,
+        step=read.step,
+        encoder=read.encoder,
     )
     if size is not None and size != recipe.views.size:
         try:
-            widths(opened.backbone(), channels=channels, size=size)
+            widths(opened.backbone(), channels=read.channels, size=size)
         except (RuntimeError, ValueError) as problem:
             raise ValueError(
                 f"size={size}: the backbone of {folder}, trained on {recipe.views.size} pixels, cannot take that; "
                 "leave size out"
             ) from problem
     return opened
-
-
-def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """The SHA-256 over names, types, shapes and values of weights, in hexadecimal."""
-    found = hashlib.sha256()
-    for name, value in weights.items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackbone:
@@ -325,10 +280,6 @@ def _description(name: str) -> Described:
     if found is None:
         raise ValueError(f"timm does not say what {shown(name)} takes as its input; choose another model")
     return Described.model_validate(found, from_attributes=True)
-
-
-def _encoder_file(step: int) -> str:
-    return f"checkpoints/step-{step:09d}/encoder.safetensors"
 
 
 def _unknown(given: str, path: Path) -> str:

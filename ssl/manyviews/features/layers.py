@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyviews.encoder.encoder import summary
+from manyviews.encoder.backbone import summary
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import evaluation_mode
+from manyviews.features.run_weights import digest_of
 
 BACKBONE, PROJECTOR, EMBEDDING = "backbone", "projector", "embedding"
 HEADS = (PROJECTOR, EMBEDDING)
@@ -94,6 +96,11 @@ class Layers(nn.Module):
             made = made.clone()
         found[name] = made
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return next(self.parameters()).device
+
 
 class OneLayer(nn.Module):
     """The vectors of a single layer."""
@@ -109,10 +116,31 @@ class OneLayer(nn.Module):
         return vectors
 
 
+def layers_of(
+    opened: PretrainedBackbone, names: Sequence[str], *, untrained: bool = False
+) -> tuple[Layers, dict[str, Any]]:
+    """Layers of a pretrained backbone on the device, and where the weights come from, as JSON values.
+
+    Raises:
+        ValueError: for a name that is no layer, or a projector or an embedding that cannot be had.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    backbone = opened.untrained() if untrained else opened.backbone()
+    origin: dict[str, Any] = dict(opened.origin)
+    if untrained:
+        origin = {"untrained": True, "sha256": digest_of(backbone.state_dict())}
+    made = {PROJECTOR: opened.projector, EMBEDDING: opened.embedding}
+    heads = {} if untrained else {name: made[name]() for name in names if name in made}
+    origin |= {name: head.origin for name, head in heads.items()}
+    layers = Layers(backbone, names, {name: head.module for name, head in heads.items()}).to(device)
+    channels_last = opened.recipe is None or opened.recipe.train.channels_last
+    return layers.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format), origin
+
+
 def widths_of(layers: Layers, images: Float[Tensor, "1 channels height width"]) -> dict[str, int]:
     """The width of each layer, by a look at one image."""
     with torch.inference_mode(), evaluation_mode(layers):
-        found = layers(images.to(next(layers.parameters()).device))
+        found = layers(images.to(layers.device))
         return {name: rows.shape[1] for name, rows in found.items()}
 
 

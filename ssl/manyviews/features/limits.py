@@ -1,6 +1,7 @@
 """What a recipe asks for at least, so that what cannot be is refused in a sentence before anything is built."""
 
-from manyviews.encoder.encoder import EncoderSettings, weight_count
+from manyviews.encoder.backbone import weight_count
+from manyviews.encoder.encoder import EncoderSettings
 from manyviews.objectives import Bank, NearestNeighbours, NoiseContrastive, Queue
 from manyviews.objectives.cost import ID, NUMBER, scale
 from manyviews.recipe import Recipe, TrainSettings

@@ -1,7 +1,7 @@
 """Images are encoded batch by batch into files of features, by all processes together."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.features import encoding, store
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.layers import Layers
+from manyviews.features.settings import EncodeSettings
 from manyviews.features.store_writer import Writer
 from manyviews.system import distributed
+from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.plural import plural
 
@@ -45,17 +48,34 @@ def labels_of(parts: Sequence[Part]) -> np.ndarray[Any, np.dtype[np.int64]] | No
     return labels
 
 
+def key_of(
+    opened: PretrainedBackbone,
+    origin: Mapping[str, Any],
+    precision: encoding.Precision,
+    parts: Sequence[Part],
+    widths: Mapping[str, int],
+) -> dict[str, Any]:
+    """Everything from which features follow, rounding aside, as JSON values."""
+    total = sum(len(part.images) for part in parts)
+    return {
+        "weights": dict(origin),
+        "input": opened.transform,
+        "precision": precision,
+        "fingerprints": {part.name: part.images.fingerprint for part in parts},
+        "layers": {
+            name: {"file": f"{name}.npy", "shape": [total, width], "dtype": "float32"} for name, width in widths.items()
+        },
+    }
+
+
 def fill(
     folder: Path,
     layers: Layers,
     parts: Sequence[Part],
     *,
     prepare: Callable[[Tensor], Tensor],
-    precision: encoding.Precision,
-    batch_size: int,
-    workers: int,
-    say: Callable[[str], None],
-    update: Callable[[str, float, str], None],
+    settings: EncodeSettings,
+    console: Console,
     root: Path | None = None,
 ) -> None:
     """Encodes the images whose rows are not in the folder yet; collective, in a folder that is `held`.
@@ -68,11 +88,8 @@ def fill(
         layers: what is kept of each image, on its device.
         parts: the images, in the order of their rows.
         prepare: from a uint8 batch on the device to the backbone's input.
-        precision: arithmetic of the backbone.
-        batch_size: images per forward pass of each process.
-        workers: threads that read ahead.
-        say: told what is there already.
-        update: told what is done, how much of it, and how fast.
+        settings: how they are encoded; their data are not looked at.
+        console: told how far it has come, and how fast.
         root: that of `held`.
 
     Raises:
@@ -86,25 +103,30 @@ def fill(
     if done.all():
         return
     if done.any():
-        say(f"{int(done.sum()):,} of {plural(total, 'image')} are there already; going on with the others")
+        console.say(f"{int(done.sum()):,} of {plural(total, 'image')} are there already; going on with the others")
     grid = [
         (part, ids)
         for part in parts
-        for ids in torch.arange(len(part.images)).split(batch_size)
+        for ids in torch.arange(len(part.images)).split(settings.batch_size)
         if not done[part.first + int(ids[0]) : part.first + int(ids[-1]) + 1].all()
     ]
     own = grid[distributed.share(len(grid))]
     count, expected = 0, sum(len(ids) for _, ids in own)
-    device = next(layers.parameters()).device
     start = time.monotonic()
-    with raise_on_all_ranks(), Writer(folder, layers.layers, root) as writer:
+    with console.bar(), raise_on_all_ranks(), Writer(folder, layers.layers, root) as writer:
         for part in parts:
             batches = [ids for owner, ids in own if owner is part]
             failed: dict[str, str] = getattr(part.images, "failed", {})
             # Also what could not be read before now, for another backbone.
             noted = 0
             for ids, rows in encoding.encoded(
-                layers, part.images, batches, prepare=prepare, device=device, precision=precision, workers=workers
+                layers,
+                part.images,
+                batches,
+                prepare=prepare,
+                device=layers.device,
+                precision=settings.precision,
+                workers=settings.workers,
             ):
                 for values in rows.values():
                     encoding.check_finite(values)
@@ -114,7 +136,7 @@ def fill(
                 writer.put(part.first + int(ids[0]), rows)
                 count += len(ids)
                 pace = count / (time.monotonic() - start)
-                update("encoding", count / expected, f"{count:,} of {expected:,}  {pace:,.0f} images/s")
+                console.update("encoding", count / expected, f"{count:,} of {expected:,}  {pace:,.0f} images/s")
     written = int(store.rows_done(folder, total).sum())
     assert written == total, f"{written} rows for {plural(total, 'image')}"
     distributed.barrier()

@@ -1,7 +1,6 @@
 """Features as a step of a scikit-learn pipeline."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from manyviews.data.images import Names
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone, open_model
-from manyviews.features.extract import layers_of
-from manyviews.features.layers import BACKBONE, OneLayer, widths_of
+from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
 
 
 class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -108,8 +106,8 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         finally:
             # Pickled, it must open where there is no such device.
             self.module_.cpu()
-        found: np.ndarray[Any, np.dtype[np.float32]] = rows.numpy()
-        return found
+        features: np.ndarray[Any, np.dtype[np.float32]] = rows.numpy()
+        return features
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -140,24 +138,7 @@ def images_from(given: Any, decoding: Decoding) -> Images:
         names = Names(str(Path(item).expanduser()) for item in items)
         return Files(Path(), names, None, (), _unmarked(items), decoding, max_bad=0.0, workers=0)
     pixels = torch.stack([_square(item, decoding) for item in items])
-    return InMemory(pixels, _Unnamed(len(items)), None, (), _unmarked(items))
-
-
-class _Unnamed(Sequence[str]):
-    """The numbers of images that have no names."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        found = range(self._count)[index]
-        return [str(number) for number in found] if isinstance(found, range) else str(found)
-
-    def __iter__(self) -> Iterator[str]:
-        return map(str, range(self._count))
+    return _unnamed(pixels)
 
 
 def _decoding(opened: PretrainedBackbone) -> Decoding:
@@ -188,7 +169,7 @@ def _stacked(pixels: Tensor, channels: int) -> InMemory:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = pixels[:, :, top : top + side, left : left + side].contiguous()
-    return InMemory(square, _Unnamed(len(square)), None, (), _unmarked(square))
+    return _unnamed(square)
 
 
 def _square(item: Any, decoding: Decoding) -> Tensor:
@@ -205,6 +186,10 @@ def _square(item: Any, decoding: Decoding) -> Tensor:
             f"{type(item).__name__} is no image: give paths, pictures of PIL, arrays or tensors, all alike"
         )
     return square_of(item, decoding.channels, decoding.size, decoding.background)
+
+
+def _unnamed(pixels: Tensor) -> InMemory:
+    return InMemory(pixels, Names(map(str, range(len(pixels)))), None, (), _unmarked(pixels))
 
 
 def _unmarked(images: object) -> str:

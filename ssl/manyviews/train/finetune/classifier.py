@@ -9,7 +9,7 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers, create_optimizer_v2
 from torch import Tensor, nn
 
-from manyviews.encoder.encoder import create_backbone
+from manyviews.encoder.backbone import create_backbone
 from manyviews.evaluators.linear import NEAR, standard
 from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
 from manyviews.features.backbone import PretrainedBackbone
