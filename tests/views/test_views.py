@@ -9,10 +9,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views import MEAN, STD, RandomColour, RandomWindow, ViewsSettings, plain
-from manyviews.views.colour import adjust, chroma_matrix
+from manyviews.views.colour import RandomTone, adjust, chroma_matrix, look_up
 from manyviews.views.effects import blur, erase, solarize
 from manyviews.views.geometry import box_extents, resample, window_matrix
-from manyviews.views.tone import RandomTone, look_up
 
 EVERYTHING = {
     "rotation": 10.0, "translation": 0.1, "shear": 5.0, "vertical_flip": 0.5, "gamma": 0.3, "greyscale": 0.3,

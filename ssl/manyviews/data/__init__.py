@@ -7,8 +7,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from manyviews.data.class_balance import Composition, composition
-from manyviews.data.class_sampler import ClassOrder, way_out
+from manyviews.data.class_sampler import ClassOrder, Composition, composition, way_out
 from manyviews.data.decoding.files import listed, newly_unreadable
 from manyviews.data.images import Images, InMemory, Inventory, Report, Split
 from manyviews.data.listing.inventory import changes, read_inventory, write_inventory

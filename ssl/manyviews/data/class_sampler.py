@@ -1,15 +1,18 @@
-"""Batches of P classes with K images of each, as losses over pairs of one class need them."""
+"""Batches for losses over classes: P classes with K images of each, and what any batches hold of classes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from manyviews.data.sampler import Order
 from manyviews.system.keyed_random import numpy_generator
 from manyviews.system.plural import plural
+
+MOST_BATCHES = 500
+"""Batches of the first epoch that are counted: as many are a fair sample of a longer one."""
 
 
 class ClassOrder(Order):
@@ -52,13 +55,6 @@ class ClassOrder(Order):
         self.left_out = int(sizes[self._groups == 0].sum()) + int((self._labels < 0).sum())
         self.steps_per_epoch = self._steps()
         self.images_per_epoch = self.steps_per_epoch * batch_size
-
-    def batch(self, step: int) -> tuple[int, Int64[Tensor, " batch"]]:
-        """The epoch of a step, counted from 0, and the ids of its global batch."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._ids = epoch, self._arrange(epoch)
-        return epoch, self._ids[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _steps(self) -> int:
         """The most batches that can be filled: of each class no batch has more than one group."""
@@ -114,3 +110,38 @@ def way_out(sizes: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, per_cla
         )
     size, _, number = max(fitting)
     return f"use train.batch_size={size} train.images_per_class={number}, or add images of each class"
+
+
+class Composition(NamedTuple):
+    """Counts over the batches of an epoch, or the first 500 of them."""
+
+    batches: int
+    without_positives: int
+    """Batches in which no image has a positive: another view, or another image of its class."""
+    without_negatives: int
+    """Batches of one class."""
+    negatives: float
+    """Embeddings of other classes for each anchor, the mean over all anchors."""
+
+
+def composition(order: Order, ids: Int[Tensor, " images"], *, views: int, paired: bool = False) -> Composition:
+    """Counts the positives and negatives in the batches of the first epoch; embeddings of equal ids are positives.
+
+    Args:
+        order: the batches.
+        ids: the class of each image.
+        views: of each image in a batch.
+        paired: embeddings of a class are paired off, and the second ones of all other pairs are an anchor's negatives,
+            as in the N-pair loss.
+    """
+    classes = ids.numpy()
+    counted = min(order.steps_per_epoch, MOST_BATCHES)
+    without_positives, without_negatives, total, anchors = 0, 0, 0, 0
+    for step in range(counted):
+        sizes = views * np.unique(classes[order.batch(step)[1].numpy()], return_counts=True)[1]
+        without_positives += bool(sizes.max() < 2)
+        without_negatives += len(sizes) < 2
+        sizes = sizes // 2 if paired else sizes
+        total += int((sizes * (sizes.sum() - sizes)).sum())
+        anchors += int(sizes.sum())
+    return Composition(counted, without_positives, without_negatives, total / max(anchors, 1))

@@ -1,6 +1,5 @@
 """Continuous labels of images: from their own pixels, from pixels and classes, or from a file."""
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +11,10 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from manyviews.data.images import Images
-from manyviews.data.label_table import read_table
-from manyviews.data.sources.paths import nearest, same_spelling
+from manyviews.data.label_table import open_table
+from manyviews.data.sources.paths import nearest
 from manyviews.system.arrays import mapped_array
-from manyviews.system.files import open_lines, shown
+from manyviews.system.files import shown
 from manyviews.system.path_bytes import NOT_UTF8, is_raw
 
 SIDE = 7
@@ -130,31 +129,26 @@ def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
             f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images to train on; it must "
             f"have a row for each, [{len(images)}, numbers], or be a .csv with their names"
         )
-    found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = numbers.astype(np.float64)
-    return found
+    copied: np.ndarray[tuple[int, int], np.dtype[np.float64]] = numbers.astype(np.float64)
+    return copied
 
 
 def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     places = {images.names[image]: image for image in range(len(images))}
-    known, not_utf8 = same_spelling(places), False
+    not_utf8 = False
     lines = np.zeros(len(images), dtype=np.int64)
-    try:
-        with open_lines(path) as content:
-            header, rows = read_table(path, content, known)
-            if len(header) > MOST_COLUMNS:
-                raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
-            numbers = np.zeros((len(images), len(header) - 1))
-            for line, row in rows:
-                name = known(row[0].strip())
-                if name is None:
-                    not_utf8 = not_utf8 or is_raw(row[0])
-                    continue
-                image = places[name]
-                if lines[image]:
-                    raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
-                numbers[image], lines[image] = _numbers(path, line, row, header), line
-    except (OSError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    with open_table(path, places) as (header, rows):
+        if len(header) > MOST_COLUMNS:
+            raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
+        numbers = np.zeros((len(images), len(header) - 1))
+        for line, name, row in rows:
+            if name is None:
+                not_utf8 = not_utf8 or is_raw(row[0])
+                continue
+            image = places[name]
+            if lines[image]:
+                raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
+            numbers[image], lines[image] = _numbers(path, line, row, header), line
     missing = np.flatnonzero(lines == 0)
     if len(missing):
         way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"

@@ -54,10 +54,13 @@ class Order:
         """The epoch of a step, counted from 0, and the ids of its global batch."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._ids = epoch, order(self.num_images, self.seed, epoch)
+            self._epoch, self._ids = epoch, self._arrange(epoch)
         return epoch, self._ids[index * self.batch_size : (index + 1) * self.batch_size]
 
     def images(self, step: int) -> int:
         """How many images the steps before this one took."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return epoch * self.images_per_epoch + index * self.batch_size
+
+    def _arrange(self, epoch: int) -> Int64[Tensor, " images"]:
+        return order(self.num_images, self.seed, epoch)

@@ -1,16 +1,39 @@
-"""Brightness, contrast, saturation, hue and greyscale as one matrix per image."""
+"""Gamma by a table per view; brightness, contrast, saturation, hue and greyscale as one matrix per image."""
 
 import math
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from kornia.augmentation import IntensityAugmentationBase2D
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows: luma (ITU-R BT.601) and the two chroma axes of YIQ. A grey pixel has no chroma; a hue shift turns the chroma.
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+
+class RandomTone(nn.Module):
+    """Raises the values to a power that is log-uniform in [exp(-gamma), exp(gamma)], with a probability.
+
+    A byte has 256 values, so the power is taken of a table of 256 per view and looked up: a quarter of the cost of
+    powers of all pixels. For that it comes first, on the stored pixels.
+    """
+
+    num_draws = 2
+
+    def __init__(self, gamma: float, probability: float) -> None:
+        super().__init__()
+        self.gamma, self.probability = gamma, probability
+
+    def forward(
+        self, images: UInt8[Tensor, "batch channels height width"], draws: Float[Tensor, "draws views batch"]
+    ) -> Float[Tensor, "views batch channels height width"]:
+        """One float copy of the images per view, in [0, 255], with exponents from numbers in [0, 1)."""
+        if not self.gamma:
+            return images.new_empty((draws.shape[1], *images.shape), dtype=torch.float32).copy_(images)
+        exponent = torch.where(draws[0] < self.probability, ((2 * draws[1] - 1) * self.gamma).exp(), 1.0)
+        return look_up(images, exponent)
 
 
 class RandomColour(IntensityAugmentationBase2D):
@@ -112,6 +135,17 @@ def adjust(
         changed = images * _per_image(scale)
     changed = changed.add_(_per_image(offset))
     return changed.clamp_(-mean / std, (1 - mean) / std) if clip else changed
+
+
+def look_up(
+    images: UInt8[Tensor, "batch channels height width"], exponent: Float[Tensor, "views batch"]
+) -> Float[Tensor, "views batch channels height width"]:
+    """255 (image / 255) ** exponent, for each view and image its own exponent."""
+    # exp(exponent log x) is three times as fast as a power; the logarithm of 0 is -inf, and its exponential 0 again.
+    logarithms = (torch.arange(256, device=images.device) / 255).log()
+    tables = (exponent.unsqueeze(-1) * logarithms).exp_().mul_(255)
+    pixels = images.flatten(1).long().expand(len(exponent), -1, -1)
+    return tables.gather(2, pixels).view(len(exponent), *images.shape)
 
 
 def chroma_matrix(saturation: Float[Tensor, " batch"], hue: Float[Tensor, " batch"]) -> Float[Tensor, "batch 3 3"]:

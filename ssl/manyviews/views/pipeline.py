@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyviews.system.keyed_random import uniform_sequences
-from manyviews.views.colour import RandomColour
+from manyviews.views.colour import RandomColour, RandomTone
 from manyviews.views.effects import RandomEffects
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.tone import RandomTone
 
 # The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an
 # exported backbone's transform is known without the data; networks with batch norm do not care for more.

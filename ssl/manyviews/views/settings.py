@@ -5,11 +5,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from manyviews.config import Settings
-from manyviews.views.colour import RandomColour
+from manyviews.views.colour import RandomColour, RandomTone
 from manyviews.views.effects import RandomEffects
 from manyviews.views.geometry import RandomWindow
 from manyviews.views.pipeline import MEAN, STD, Views
-from manyviews.views.tone import RandomTone
 
 
 class ViewsSettings(Settings):

@@ -1,13 +1,22 @@
-"""Which images lie in a folder, in an order that no file system decides, and which classes its sub-folders tell."""
+"""The images of a split: in an order that no file system decides, by the folders that splits and classes have."""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from manyviews.data.listing.walk import PassedOver
 from manyviews.data.sources.paths import same_spelling
+from manyviews.system.files import shown
+from manyviews.system.plural import plural
+
+TRAIN = ("train", "training")
+HELD_OUT = (("test", "testing"), ("val", "valid", "validation"), ("dev",), ("eval", "evaluation"))
+"""Names of folders of held-out images, in any case; of several the first one with labels is used."""
+MOST_NAMED = 3
+NO_SPLITS = "data.splits=false reads folders of any name alike"
 
 
 class Listing(NamedTuple):
@@ -65,6 +74,14 @@ def with_classes(listing: Listing, classes: Sequence[str]) -> Listing:
     return listing._replace(labels=[of_folder[folder] for folder in listing.folders()], classes=tuple(classes))
 
 
+def labelled(listing: Listing, labels: Mapping[str, str]) -> Listing:
+    """The listing with the classes of a table, in alphabetical order, in place of what its sub-folders tell."""
+    classes = tuple(sorted(set(labels.values())))
+    number = {name: index for index, name in enumerate(classes)}
+    numbers = [number[labels[name]] if name in labels else -1 for name in listing.names]
+    return listing._replace(labels=numbers, classes=classes)
+
+
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
     """Part a labelled listing in two: the second gets this share of each class, at least one image of two or more.
 
@@ -84,6 +101,65 @@ def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listin
     return _part(listing, kept), _part(listing, sorted(held))
 
 
+def splits_of(
+    root: Path, names: Sequence[str], passed: PassedOver, *, tested: bool
+) -> tuple[Listing, tuple[Listing, ...]]:
+    """The images to learn from, and those that may be held out, the first choice first.
+
+    Args:
+        root: the data folder.
+        names: those of all images below it.
+        passed: hears of images that belong to no split.
+        tested: the held-out images are elsewhere (`data.test`), and none are looked for.
+
+    Raises:
+        ValueError: the names can be read in several ways; the message says how to choose one.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, _ = name.partition("/")
+        folders.setdefault(folder if slash else "", []).append(name)
+    trains = sorted(folder for folder in folders if folder.casefold() in TRAIN)
+    groups = [sorted(folder for folder in folders if folder.casefold() in group) for group in HELD_OUT]
+    held_out = [folder for group in groups for folder in group]
+    others = sorted(folders.keys() - {*trains, *held_out})
+    here = shown(root)
+
+    def split(folder: str) -> Listing:
+        return listing_of(root, folders[folder], f"{folder}/")
+
+    for same in (trains, *([] if tested else groups)):
+        if len(same) > 1:
+            first = shown(root / same[0])
+            way = f"data.path={first} data.test=FOLDER" if same is trains else f"data.test={first}"
+            raise ValueError(f"{here} holds {_all(same)}, names of one split: say which, as in {way}; {NO_SPLITS}")
+    if not trains and not held_out:
+        _refuse_splits_below(root, names)
+        return listing_of(root, names), ()
+    if trains and (held_out or tested or not others):
+        unused = [*others, *held_out] if tested else others
+        passed.unused += [
+            f"{plural(len(folders[folder]), 'image')} {_where(folder)}, beside {trains[0]}/" for folder in unused
+        ]
+        return split(trains[0]), () if tested else tuple(map(split, held_out))
+    if trains:
+        raise ValueError(
+            f"{here} holds {trains[0]}/ beside {_all(others)}, and no folder of held-out images. "
+            f"data.path={shown(root / trains[0])} reads {trains[0]}/ alone; {NO_SPLITS}"
+        )
+    if tested and others:
+        reason = f"a name of held-out images, while data.test is another folder ({NO_SPLITS})"
+        passed.unused += [f"{plural(len(folders[name]), 'image')} in {name}/, {reason}" for name in held_out]
+        return listing_of(root, [name for folder in others for name in folders[folder]]), ()
+    if len(held_out) == 1 and not others:
+        return split(held_out[0]), ()
+    ways = f"data.test={shown(root / held_out[0])} holds it out; " if others else ""
+    raise ValueError(
+        f"{here} holds {_all([*held_out, *others])}, and no train/: which images are to be learned from? {ways}"
+        f"data.path={shown(root / held_out[0])} reads it alone; {NO_SPLITS}"
+    )
+
+
 def _part(listing: Listing, indices: list[int]) -> Listing:
     assert listing.labels is not None
     names, labels = [listing.names[i] for i in indices], [listing.labels[i] for i in indices]
@@ -97,3 +173,31 @@ def _draw(name: str, seed: int) -> bytes:
 def _natural(name: str) -> tuple[list[str | int], str]:
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def _refuse_splits_below(root: Path, names: Sequence[str]) -> None:
+    """Raises where a sub-folder holds images to learn from and held-out ones, which would be mixed."""
+    seen: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split("/", 2)
+        if len(parts) > 2:
+            seen.setdefault(parts[0], set()).add(parts[1].casefold())
+    known = {folder for group in HELD_OUT for folder in group}
+    mixed = sorted(folder for folder, below in seen.items() if below & known and below & {*TRAIN})
+    if mixed:
+        raise ValueError(
+            f"{shown(root / mixed[0])} holds images to learn from and held-out ones, in folders of such names. "
+            f"data.path={shown(root / mixed[0])} reads them so; {NO_SPLITS}"
+        )
+
+
+def _all(folders: Sequence[str]) -> str:
+    """Some folders as a list in a sentence."""
+    named = [shown(f"{folder}/") if folder else "images in no sub-folder" for folder in folders[:MOST_NAMED]]
+    rest = [f"{len(folders) - MOST_NAMED} more"] if len(folders) > MOST_NAMED else []
+    *first, last = [*named, *rest]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _where(folder: str) -> str:
+    return f"in {folder}/" if folder else "in no sub-folder"

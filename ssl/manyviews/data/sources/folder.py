@@ -15,7 +15,7 @@ from manyviews.data.decoding.files import OTHER_FILE, Decoding, Files, in_thread
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.content import digests_of, refuse_differences, shared
 from manyviews.data.listing.digests import DIGEST, State, digest
-from manyviews.data.listing.finding import Found, Read, find
+from manyviews.data.listing.discover import Found, Read, find
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
 from manyviews.system.distributed import raise_on_all_ranks

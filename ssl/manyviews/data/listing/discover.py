@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from manyviews.data.images import Images
-from manyviews.data.labels import labelled, read_labels
+from manyviews.data.label_table import read_labels
 from manyviews.data.listing.digests import Digests
-from manyviews.data.listing.listing import Listing, by_folder, hold_out, listing_of, with_classes
-from manyviews.data.listing.splits import splits_of
+from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of, with_classes
 from manyviews.data.listing.walk import PassedOver, identity, walk
 from manyviews.data.sources.paths import same_spelling
 from manyviews.system import distributed
