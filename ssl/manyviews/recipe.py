@@ -1,6 +1,5 @@
 """The whole typed tree: every component's settings, composed; and the recipes that `configs/` holds."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from manyviews.data.continuous_labels import ValuesSource
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.objectives import Contrastive, InBatch, LogRatio, Margin, NPair, Objective, Ranking, Supervised, Triplet
 from manyviews.optim import OptimSettings
+from manyviews.system.suggest import did_you_mean
 from manyviews.views import ViewsSettings
 
 QUICKSTART = "quickstart"
@@ -221,8 +221,5 @@ def find(recipe: str) -> Path:
     if path.is_file():
         return path
     name = vocabulary.plain(recipe)
-    near = (
-        [vocabulary.RECIPES[name]] if name in vocabulary.RECIPES else difflib.get_close_matches(name, names(), 1, 0.5)
-    )
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(vocabulary.RECIPES.get(name, name), names(), 1, 0.5)
     raise ValueError(f"{recipe!r} is neither a recipe ({', '.join(names())}) nor a file that exists{hint}")

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from pydantic import TypeAdapter
 
-from manyviews.data import CIFAR10, CIFAR100, STL10, Data, FashionMNIST, Folder, Images, Sample
+from manyviews.data import CIFAR10, CIFAR100, STL10, Data, FashionMNIST, Folder, Images, Sample, select
 
 RANDOM = np.random.default_rng(0)
 
@@ -157,6 +157,13 @@ def test_stl10_learns_from_labelled_and_unlabelled_images(tmp_path):
     assert torch.equal(split.train.read(ids), whole[ids])
     assert split.train.names[3] == "unlabeled/00000"
     assert isinstance(split.train, Images)
+    part = select(split.train, torch.tensor([5, 1, 3]))
+    assert torch.equal(part.read(torch.tensor([2, 0, 1])), whole[[3, 5, 1]])
+    assert (list(part.names), part.labels.tolist()) == (
+        ["unlabeled/00002", "train/00001", "unlabeled/00000"],
+        [-1, 0, -1],
+    )
+    assert part.fingerprint != split.train.fingerprint
     (folder / "train_y.bin").write_bytes(b"\1")
     with pytest.raises(ValueError, match=r"train_y\.bin holds 1 labels for 3 images"):
         STL10(path=str(tmp_path)).build()

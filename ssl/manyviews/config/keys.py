@@ -1,6 +1,5 @@
 """Every key of a tree of settings, as `--help` lists them, and the nearest one to a key that does not exist."""
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic.fields import FieldInfo
 
 from manyviews.config.settings import Settings, members_of
+from manyviews.system.suggest import closest
 
 
 class Need(NamedTuple):
@@ -152,7 +152,7 @@ def _ending(known: Sequence[str], end: str, parent: str) -> list[str]:
 
 def _close(name: str, known: Iterable[str]) -> list[str]:
     # Two or three letters have half of theirs in common with anything.
-    return difflib.get_close_matches(name, list(known), 1, 0.6 if len(name) > 3 else 0.8)
+    return closest(name, known, 1, 0.6 if len(name) > 3 else 0.8)
 
 
 def _type_name(annotation: Any) -> str:

@@ -1,6 +1,5 @@
 """Settings from defaults, one YAML file and `key=value` words, with what is wrong said in words."""
 
-import difflib
 import re
 import types
 import typing
@@ -17,6 +16,7 @@ from manyviews.config.keys import hint_for, kind, suggestion_for
 from manyviews.config.settings import Settings, field_at, leaves_of, members_of
 from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from manyviews.system.files import read_text, shown
+from manyviews.system.suggest import did_you_mean
 
 S = TypeVar("S", bound=Settings)
 
@@ -290,5 +290,4 @@ def _nearest(name: str, choices: Sequence[str], synonyms: Mapping[str, str]) -> 
     plain = vocabulary.plain(name)
     if answer := synonyms.get(plain) or {key.replace("_", ""): text for key, text in synonyms.items()}.get(plain):
         return f"; {answer}"
-    near = difflib.get_close_matches(name, choices, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return did_you_mean(name, choices, 1, 0.5)

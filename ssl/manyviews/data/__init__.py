@@ -1,6 +1,5 @@
 """Where images come from: uint8 squares with stable ids, in an order that is a function of the seed and the step."""
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -22,6 +21,7 @@ from manyviews.data.sources.paths import nearest
 from manyviews.data.sources.stl10 import STL10
 from manyviews.data.subset import leave_out, of_classes, select
 from manyviews.system import distributed
+from manyviews.system.suggest import closest
 
 __all__ = [
     "CIFAR10",
@@ -84,8 +84,8 @@ def shorthand(value: str) -> dict[str, Any]:
         return {"name": value}
     if path.exists():
         return {"name": "folder", "path": value}
-    alike = difflib.get_close_matches(value, known, n=1)
-    hint = f" (did you mean {alike[0]}?)" if alike else ""
+    near = closest(value, known)
+    hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(
         f"data={value} is neither a known name{hint}: {', '.join(known)}; nor an existing path: {nearest(path)}"
     )

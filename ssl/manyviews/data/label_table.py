@@ -9,9 +9,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from manyviews.data.sources.paths import most_alike, nearest, same_spelling
+from manyviews.data.sources.paths import nearest, same_spelling
 from manyviews.system.files import open_lines, shown
 from manyviews.system.path_bytes import NOT_UTF8, is_raw
+from manyviews.system.suggest import closest
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
             if name is None and is_raw(given):
                 raise ValueError(f"{line}: {shown(repr(given))} is not among the images; {NOT_UTF8}")
             if name is None:
-                near = most_alike(given, names, 1, 0.5)
+                near = closest(given, names, 1, 0.5)
                 hint = f"did you mean {shown(near[0])}?" if near else "names are those below the folder, a/b/1.jpg"
                 raise ValueError(f"{line}: {shown(repr(given))} is not among the {len(names):,} images; {hint}")
             if not label:

@@ -1,7 +1,6 @@
 """A part of a set of images: those of some classes, or all but those of some classes."""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, InMemory, Names, fingerprint
 from manyviews.data.sources.paths import same_spelling
+from manyviews.data.sources.stl10 import Mapped
 from manyviews.system.plural import plural
+from manyviews.system.suggest import did_you_mean
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
@@ -29,6 +30,9 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
     if isinstance(images, InMemory):
         pixels = images.pixels.index_select(0, keep)
         return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
+    if isinstance(images, Mapped):
+        rows = images.rows[keep]
+        return dataclasses.replace(images, rows=rows, names=names, labels=images.labels[keep], fingerprint=mark)
     assert isinstance(images, Files)
     states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
     failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
@@ -88,7 +92,5 @@ def _number(classes: Sequence[str], entry: int | str) -> int:
             return int(text)
     if text.isdecimal() and not all(each.isdecimal() for each in classes):
         raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
-    near = difflib.get_close_matches(text, classes, 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
     shown = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
-    raise ValueError(f"{entry!r} is not one of the classes ({shown}){hint}")
+    raise ValueError(f"{entry!r} is not one of the classes ({shown}){did_you_mean(text, classes, 1, 0.5)}")

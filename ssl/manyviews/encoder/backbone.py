@@ -1,6 +1,5 @@
 """Backbones from timm, by name or from a folder in timm's format, and what is checked before one is built."""
 
-import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from manyviews.encoder.timm_format import (
 )
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
+from manyviews.system.suggest import did_you_mean
 
 ADAPTED = 1 << 26
 """Weights by which a model may be larger than those that it is given: of other channels, or of larger images."""
@@ -58,9 +58,7 @@ def create_backbone(
     folder = read_folder(Path(name.removeprefix(LOCAL)).expanduser()) if local else None
     model = name if folder is None else folder.architecture
     if not timm.is_model(model.split(".")[0]):
-        near = difflib.get_close_matches(model[:200], timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no model {shown(repr(model))}{hint}")
+        raise ValueError(f"timm has no model {shown(repr(model))}{did_you_mean(model, timm.list_models(), 3)}")
     description = timm.get_pretrained_cfg(name) if folder is None else folder.described
     if description is None or not description.fixed_input_size:
         del options["img_size"]

@@ -1,6 +1,5 @@
 """A backbone with what it takes to encode images by it: a run's, read back, or one that timm has."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from manyviews.features.run_weights import digest_of, newest_encoder, read_run_w
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CLASSIFIER, CONFIG
 from manyviews.system.files import check_links, shown
+from manyviews.system.suggest import closest
 from manyviews.views import MEAN, STD, Interpolation, plain
 
 SEED = 0
@@ -285,7 +285,7 @@ def _description(name: str) -> Described:
 def _unknown(given: str, path: Path) -> str:
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return f"{given} is no run folder but a model in timm's format: write {LOCAL}{given}"
-    near = difflib.get_close_matches(given, timm.list_models(), n=3)
+    near = closest(given, timm.list_models(), 3)
     hint = f"; timm has {' and '.join(near)}" if near else ""
     kind = f"a folder without {CONFIG}" if path.is_dir() else "a file" if path.exists() else "no folder that exists"
     return f"{given} is neither a run ({kind}) nor a model that timm knows{hint}{_runs_nearby(path)}"
@@ -296,6 +296,6 @@ def _runs_nearby(folder: Path) -> str:
     places = [place for place in (folder, folder.parent, Path("runs")) if place.is_dir()]
     runs = [file.parent for place in places for file in sorted(place.glob(f"*/{CONFIG}"))]
     found = dict.fromkeys(str(run) for run in runs if not (run / CLASSIFIER).is_dir())
-    alike = difflib.get_close_matches(str(folder), found, 3, 0.6)
+    alike = closest(str(folder), found, 3)
     shown = list(dict.fromkeys([*alike, *found]))
     return f"; there are {', '.join(shown[:5])}{' …' if len(shown) > 5 else ''}" if shown else ""

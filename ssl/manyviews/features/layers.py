@@ -1,6 +1,5 @@
 """What several layers of a backbone make of images, in one pass."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from manyviews.encoder.backbone import summary
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import evaluation_mode
 from manyviews.features.run_weights import digest_of
+from manyviews.system.suggest import did_you_mean
 
 BACKBONE, PROJECTOR, EMBEDDING = "backbone", "projector", "embedding"
 HEADS = (PROJECTOR, EMBEDDING)
@@ -145,8 +145,5 @@ def widths_of(layers: Layers, images: Float[Tensor, "1 channels height width"]) 
 
 
 def _nearest(name: str, modules: dict[str, nn.Module]) -> str:
-    near = difflib.get_close_matches(name, [BACKBONE, *HEADS, *modules], 3, 0.5)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
     stages = [module for module in modules if "." not in module]
-    return f"; it has {', '.join(stages[:12])}"
+    return did_you_mean(name, [BACKBONE, *HEADS, *modules], 3, 0.5) or f"; it has {', '.join(stages[:12])}"

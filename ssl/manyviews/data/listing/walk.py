@@ -60,13 +60,8 @@ class PassedOver:
         parts = [", ".join(files)] if files else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [plural(self.special, "pipe or device", "pipes or devices")] if self.special else []
-        for names, noun, rest in (
-            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
-            (self.broken, "broken symbolic link", ""),
-            (self.unreadable, "unreadable folder", ""),
-            (self.runs, "run folder", ""),
-            (self.excluded, "folder", " that is read as another split"),
-        ):
+        expected = ((self.runs, "run folder", ""), (self.excluded, "folder", " that is read as another split"))
+        for names, noun, rest in (*self._unexpected(), *expected):
             parts += [f"{plural(len(names), noun)}{rest}: {_listed(names)}"] if names else []
         return shown("; ".join([*parts, *self.unused]))
 
@@ -75,15 +70,18 @@ class PassedOver:
         pictures = [f"{count:,} {ending}" for ending, count in sorted(self.endings.items()) if ending in _pictures()]
         if pictures:
             yield f"pictures of kinds that are not read were passed over: {', '.join(pictures)}; convert them to PNG"
-        for names, noun, rest in (
-            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
-            (self.broken, "broken symbolic link", ""),
-            (self.unreadable, "unreadable folder", ""),
-        ):
+        for names, noun, rest in self._unexpected():
             if names:
                 verb = "was" if len(names) == 1 else "were"
                 yield f"{plural(len(names), noun)} {verb} passed over{rest}: {_listed(names)}"
         yield from self.unused
+
+    def _unexpected(self) -> tuple[tuple[list[str], str, str], ...]:
+        return (
+            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
+            (self.broken, "broken symbolic link", ""),
+            (self.unreadable, "unreadable folder", ""),
+        )
 
 
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:

@@ -1,10 +1,8 @@
 """Folders that a person names, and the folder for what is downloaded."""
 
-import difflib
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +11,7 @@ from filelock import FileLock
 from pydantic import AfterValidator
 
 from manyviews.system.files import shown
-
-MOST_COMPARED = 10_000
-"""Names that a wrong one is compared with, and letters of it at most a tenth: a hint is not worth waiting for."""
+from manyviews.system.suggest import closest, did_you_mean
 
 
 def _absolute(path: str) -> str:
@@ -24,16 +20,13 @@ def _absolute(path: str) -> str:
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
 """A folder, made absolute when it is read: a recorded run must not depend on where it was started."""
-FilePath = FolderPath
-"""A file, likewise."""
 WORDS = ("none", "folders")
 
 
 def _labels_source(source: str) -> str:
     path = Path(source)
     if source not in WORDS and not path.suffix and not path.exists() and path.name == source:
-        near = most_alike(source, WORDS)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(source, WORDS)
         raise ValueError(f"data.labels={source} is neither none nor folders nor a CSV file{hint}")
     return source if source in WORDS else _absolute(source)
 
@@ -65,16 +58,9 @@ def nearest(path: Path) -> str:
     """The half sentence that helps with a wrong path: how far it leads, and what is spelled alike there."""
     present = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(present).parts[0]
-    alike = most_alike(missing, sorted(os.listdir(present)), 3)
+    alike = closest(missing, sorted(os.listdir(present)), 3)
     held = f", and holds {shown(', '.join(alike))}" if alike else f", but holds nothing like {shown(repr(missing))}"
     return f"{shown(present)} does{held}"
-
-
-def most_alike(wrong: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The names most like a wrong one; of very many only the first are looked at."""
-    if len(wrong) > MOST_COMPARED // 10:
-        return []
-    return difflib.get_close_matches(wrong, list(islice(known, MOST_COMPARED)), most, cutoff)
 
 
 def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:

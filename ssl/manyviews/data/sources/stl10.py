@@ -53,6 +53,8 @@ class Mapped:
     labels: Int64[Tensor, " images"]
     classes: tuple[str, ...]
     fingerprint: str
+    rows: Int64[Tensor, " images"]
+    """Where each image stands in the parts, one after the other."""
     channels: int = 3
     size: int = SIZE
 
@@ -62,11 +64,11 @@ class Mapped:
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch 3 96 96"]:
         """The images of these ids, in their order."""
         pixels = torch.empty(len(ids), 3, SIZE, SIZE, dtype=torch.uint8)
-        start = 0
+        rows, start = self.rows[ids], 0
         for part in self.parts:
-            here = (ids >= start) & (ids < start + len(part))
+            here = (rows >= start) & (rows < start + len(part))
             # The files hold each image column by column.
-            pixels[here] = part.index_select(0, ids[here] - start).transpose(2, 3)
+            pixels[here] = part.index_select(0, rows[here] - start).transpose(2, 3)
             start += len(part)
         return pixels
 
@@ -85,7 +87,7 @@ def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], rep
     joined = torch.cat(labels)
     digests = file_digests(folder, [f"{split}_X.bin" for split in splits], 0, report)
     mark = fingerprint(["stl10", digests, joined.numpy(), *classes])
-    return Mapped(tuple(parts), Names(names), joined, classes, mark)
+    return Mapped(tuple(parts), Names(names), joined, classes, mark, torch.arange(len(joined)))
 
 
 def _labels(path: Path, count: int, classes: int) -> Int64[Tensor, " images"]:
