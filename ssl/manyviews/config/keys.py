@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from manyviews.config.settings import Settings, members_of
+from manyviews.config.settings import Settings, choice_at, members_of
 from manyviews.system.suggest import closest
 
 
@@ -117,14 +117,12 @@ def _chosen(model: type[Settings], tree: Mapping[str, Any], path: str) -> str | 
     """The name of the component at a dotted path, which is given or the default."""
     name = None
     for part in path.split("."):
-        field = model.model_fields.get(part)
-        if field is None:
+        if part not in model.model_fields:
             return None
+        members, default = choice_at(model, part)
         value = tree.get(part) if isinstance(tree, Mapping) else None
         tree = value if isinstance(value, Mapping) else {}
-        name = value if isinstance(value, str) else tree.get("name")
-        name = name or getattr(field.get_default(call_default_factory=True), "name", None)
-        members = members_of(field.annotation)
+        name = (value if isinstance(value, str) else tree.get("name")) or default
         model = members.get(name) or members.get(None) or Settings
     return name
 

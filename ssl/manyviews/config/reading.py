@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from manyviews.config import vocabulary
 from manyviews.config.keys import hint_for, kind, suggestion_for
-from manyviews.config.settings import Settings, field_at, leaves_of, members_of
+from manyviews.config.settings import Settings, choice_at, field_at, leaves_of, members_of
 from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from manyviews.system.files import read_text, shown
 from manyviews.system.suggest import did_you_mean
@@ -41,8 +41,7 @@ def load(
 
 def validate(model: type[S], tree: Mapping[str, Any]) -> S:
     """Settings from a nested dictionary; raises ValueError in words, as `load` does."""
-    named = _name_defaults(model, tree)
-    _refuse_booleans_for_numbers(model, named)
+    named = _named(model, tree)
     try:
         return model.model_validate(named)
     except ValidationError as problem:
@@ -147,7 +146,7 @@ def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Bare values where a component is expected, written out."""
     expanded: dict[str, Any] = {}
     for key, value in tree.items():
-        members = members_of(model.model_fields[key].annotation) if key in model.model_fields else {}
+        members = choice_at(model, key).members
         if members and isinstance(value, str | int | float) and not isinstance(value, bool):
             shorthand = model.shorthands.get(key)
             expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
@@ -170,44 +169,33 @@ def _merge(
         if not isinstance(value, dict) or not isinstance(before, dict):
             merged[key] = value
             continue
-        field = model.model_fields.get(key)
-        members = members_of(field.annotation) if field else {}
-        default = getattr(field.get_default(call_default_factory=True), "name", None) if field else None
-        if not same_layer and value.get("name", before.get("name", default)) != before.get("name", default):
+        members, default = choice_at(model, key)
+        earlier = before.get("name", default)
+        name = value.get("name", earlier)
+        if not same_layer and name != earlier:
             before = {}
-        inner = members.get(value.get("name", before.get("name", default)), members.get(None, Settings))
+        inner = members.get(name, members.get(None, Settings))
         merged[key] = _merge(inner, before, value, same_layer=same_layer)
     return merged
 
 
-def _name_defaults(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the default component's name where a component is described but not named."""
+def _named(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree with the default's name where a component is described but not named; refuses booleans for numbers."""
     named = dict(tree)
     for key, value in tree.items():
-        field = model.model_fields.get(key)
-        members = members_of(field.annotation) if field else {}
-        if field and members and isinstance(value, dict):
-            default = getattr(field.get_default(call_default_factory=True), "name", None)
+        field, (members, default) = model.model_fields.get(key), choice_at(model, key)
+        if members and isinstance(value, dict):
             if None not in members and "name" not in value:
                 value = {"name": default, **value}
-            named[key] = _name_defaults(members.get(value.get("name"), next(iter(members.values()))), value)
-    return named
-
-
-def _refuse_booleans_for_numbers(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> None:
-    # Python's True is the integer 1: without this, `temperature: on` would train with a temperature of 1.
-    for key, value in tree.items():
-        field = model.model_fields.get(key)
-        members = members_of(field.annotation) if field else {}
-        if field and members and isinstance(value, dict):
-            settings = members.get(value.get("name"), members.get(None))
-            if settings:
-                _refuse_booleans_for_numbers(settings, value, f"{prefix}{key}.")
+            settings = members.get(value.get("name"), members.get(None, Settings))
+            named[key] = _named(settings, value, f"{prefix}{key}.")
         elif field and bool not in leaves_of(field.annotation) and bool in map(type, _scalars(value)):
+            # Python's True is the integer 1: without this, `temperature: on` would train with a temperature of 1.
             raise ValueError(
                 f"{prefix}{key}={value}: YAML reads on, off, yes, no, true and false as booleans, and none belongs "
                 "here; if you meant the word itself, quote it"
             )
+    return named
 
 
 def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails) -> str:

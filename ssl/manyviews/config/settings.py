@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -39,6 +39,21 @@ def members_of(annotation: Any) -> dict[str | None, type[Settings]]:
     if len(found) == 1 and not _is_literal_name(found[0]):
         return {None: found[0]}
     return {settings.model_fields["name"].default: settings for settings in found}
+
+
+class Choice(NamedTuple):
+    """The components that may stand at a field, as `members_of` has them, and the name of the default one."""
+
+    members: dict[str | None, type[Settings]]
+    default: str | None
+
+
+def choice_at(model: type[Settings], key: str) -> Choice:
+    """The components that may stand at a field, which need not exist."""
+    field = model.model_fields.get(key)
+    if field is None:
+        return Choice({}, None)
+    return Choice(members_of(field.annotation), getattr(field.get_default(call_default_factory=True), "name", None))
 
 
 def leaves_of(annotation: Any) -> set[Any]:
