@@ -150,34 +150,21 @@ def _declared_bits(image: Image.Image) -> int | None:
 
 def _png_bits(image: Image.Image) -> int | None:
     """What the chunk sBIT says of a PNG that is not loaded yet."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return None
-    position = file.tell()
-    try:
-        file.seek(8)
-        for _ in range(MOST_CHUNKS):
-            head = file.read(8)
-            if len(head) < 8 or head[4:] == b"IDAT":
-                return None
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"sBIT" and 0 < length <= 4:
-                return int(max(file.read(length)))
-            file.seek(length + 4, io.SEEK_CUR)
-        return None
-    finally:
-        file.seek(position)
+    place = 8
+    for _ in range(MOST_CHUNKS):
+        head = _peek(image, place, 12)
+        if len(head) < 8 or head[4:8] == b"IDAT":
+            return None
+        length, kind = struct.unpack_from(">I4s", head)
+        if kind == b"sBIT" and 0 < length <= 4:
+            return max(head[8 : 8 + length])
+        place += 12 + length
+    return None
 
 
 def _signed_jpeg2000(image: Image.Image) -> bool:
     """Whether a component of a codestream is signed, by its marker SIZ (ISO 15444-1, A.5.1)."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return False
-    position = file.tell()
-    file.seek(0)
-    head = file.read(LARGEST_HEAD)
-    file.seek(position)
+    head = _peek(image, 0, LARGEST_HEAD)
     start = head.find(b"\xff\x4f\xff\x51")
     if start < 0 or len(head) < start + 42:
         return False
@@ -186,14 +173,22 @@ def _signed_jpeg2000(image: Image.Image) -> bool:
 
 
 def _tga_alpha_bits(image: Image.Image) -> int:
+    last = _peek(image, 17, 1)
+    return last[0] & 15 if last else 8
+
+
+def _peek(image: Image.Image, start: int, count: int) -> bytes:
+    """Bytes of the file of a picture that is not loaded yet; none where it has no file."""
     file = getattr(image, "fp", None)
     if file is None:
-        return 8
+        return b""
     position = file.tell()
-    file.seek(17)
-    last = file.read(1)
-    file.seek(position)
-    return int(last[0]) & 15
+    try:
+        file.seek(start)
+        content: bytes = file.read(count)
+        return content
+    finally:
+        file.seek(position)
 
 
 def _reduced(deep: Deep, declared: int | None, bits: int | None, clear: object) -> Image.Image:

@@ -1,7 +1,6 @@
 """From an image file of any kind to a uint8 square, as a person would see it."""
 
 import errno
-import io
 import os
 import re
 import warnings
@@ -93,19 +92,12 @@ def read_image(
         UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
     """
 
-    def decoded(file: BinaryIO | io.BytesIO) -> UInt8[Tensor, "channels size size"]:
-        with Image.open(file, formats=_formats(path.suffix)) as image:
-            _refuse_bombs(image, max_pixels)
-            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
-            image.draft(None, (2 * size, 2 * size))
-            return square_of(image, channels, size, background, bits)
+    def square(image: Image.Image) -> Tensor:
+        # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
+        image.draft(None, (2 * size, 2 * size))
+        return square_of(image, channels, size, background, bits)
 
-    try:
-        with _opened(path, opener) as file:
-            return _whatever_its_text(decoded, file)
-    except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
-        _refuse_exhaustion(error)
-        raise UnreadableImageError(path, _reason(error, path)) from error
+    return _of_picture(square, path, max_pixels, opener)
 
 
 def square_of(
@@ -128,17 +120,7 @@ def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -
     Raises:
         UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
     """
-
-    def opened(file: BinaryIO | io.BytesIO) -> None:
-        with Image.open(file, formats=_formats(path.suffix)) as image:
-            _refuse_bombs(image, max_pixels)
-
-    try:
-        with _opened(path, opener) as file:
-            _whatever_its_text(opened, file)
-    except Exception as error:
-        _refuse_exhaustion(error)
-        raise UnreadableImageError(path, _reason(error, path)) from error
+    _of_picture(lambda image: None, path, max_pixels, opener)
 
 
 def looks_like_an_image(path: Path) -> bool:
@@ -171,35 +153,32 @@ def _formats(suffix: str) -> tuple[str, ...]:
     return known if named is None else (*known, named)
 
 
-def _whatever_its_text(read: Callable[[BinaryIO | io.BytesIO], T], file: BinaryIO) -> T:
-    """Reads a file, and a PNG once more without its texts where Pillow refuses these for their length."""
+def _of_picture(use: Callable[[Image.Image], T], path: Path, max_pixels: int, opener: Opener | None) -> T:
+    """What a function makes of the picture in a file, which need not be decoded yet."""
+
+    def read(file: BinaryIO) -> T:
+        with Image.open(file, formats=_formats(path.suffix)) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
+            return use(image)
+
     try:
-        return read(file)
-    except ValueError as error:
-        if not re.search("MAX_TEXT_CHUNK|text chunks", str(error)):
-            raise
-        return read(without_text(file))
-
-
-def _opened(path: Path, opener: Opener | None) -> BinaryIO:
-    file = open_regular(path) if opener is None else opener()
-    if not os.fstat(file.fileno()).st_size:
-        file.close()
-        raise ValueError("the file is empty")
-    return file
-
-
-def _refuse_exhaustion(error: Exception) -> None:
-    """Raises what is no fault of the file: it would be left out, and the next ones after it."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        raise OSError(
-            error.errno, "too many files are open; raise the limit (ulimit -n) or use fewer workers", error.filename
-        ) from error
-
-
-def _refuse_bombs(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
+        with open_regular(path) if opener is None else opener() as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError("the file is empty")
+            try:
+                return read(file)
+            except ValueError as error:
+                if not re.search("MAX_TEXT_CHUNK|text chunks", str(error)):
+                    raise
+                # Pillow refuses a PNG for the length of its texts.
+                return read(without_text(file))
+    except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            # No fault of the file: it would be left out, and the next ones after it.
+            way_out = "too many files are open; raise the limit (ulimit -n) or use fewer workers"
+            raise OSError(error.errno, way_out, error.filename) from error
+        raise UnreadableImageError(path, _reason(error, path)) from error
 
 
 def _reason(error: Exception, path: Path) -> str:
