@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from manyviews.data.decoding import bit_depth
-from manyviews.data.decoding.decode import UnreadableImageError, looks_like_an_image, read_image
+from manyviews.data.decoding.decode import Decoding, UnreadableImageError, looks_like_an_image
 
 SIDE = 8
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE]
@@ -20,7 +20,7 @@ ALPHA = ROWS * 30 + 40
 
 
 def read(path: Path, **options) -> np.ndarray:
-    return read_image(path, 3, SIDE, (255, 255, 255), 10**6, **options).permute(1, 2, 0).numpy().astype(float)
+    return Decoding(3, SIDE, (255, 255, 255), 10**6, **options).read(path).permute(1, 2, 0).numpy().astype(float)
 
 
 def over(colours: np.ndarray) -> np.ndarray:

@@ -12,17 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from manyviews.data.decoding.decode import UnreadableImageError, check_header, quiet, read_image
+from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
 
 WHITE = (255, 255, 255)
 
 
 def read(path: Path, channels: int = 3, size: int = 2, background=WHITE, max_pixels: int = 10**6) -> list:
-    pixels = read_image(path, channels, size, background, max_pixels)
+    pixels = Decoding(channels, size, background, max_pixels).read(path)
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (channels, size, size)
     assert pixels.is_contiguous()
     return pixels.tolist()
+
+
+def check(path: Path) -> None:
+    Decoding(3, 2, WHITE, 10**6).check(path)
 
 
 def save(path: Path, values, **options) -> Path:
@@ -189,7 +193,8 @@ def test_reading_a_large_jpeg_at_a_fraction_of_its_size_hardly_changes_it(tmp_pa
     image = Image.fromarray(smooth).resize((1600, 1200), Image.Resampling.BICUBIC)
     image.save(tmp_path / "a.jpg", quality=95)
     image.save(tmp_path / "a.png")
-    from_jpeg, from_png = (read_image(tmp_path / f"a.{kind}", 3, 96, WHITE, 10**7).int() for kind in ("jpg", "png"))
+    large = Decoding(3, 96, WHITE, 10**7)
+    from_jpeg, from_png = (large.read(tmp_path / f"a.{kind}").int() for kind in ("jpg", "png"))
     assert (from_jpeg - from_png).abs().float().mean() < 1.0
 
 
@@ -273,7 +278,7 @@ def test_a_small_file_that_claims_many_pixels_is_refused_whatever_its_kind(tmp_p
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path, kind in ((tmp_path / "pipe.png", "pipe"), (tmp_path, "folder"), (Path("/dev/zero"), "device")):
-        for refuse in (lambda path=path: read(path), lambda path=path: check_header(path, 10**6)):
+        for refuse in (lambda path=path: read(path), lambda path=path: check(path)):
             with pytest.raises(UnreadableImageError, match=f"is a {kind} and no file"):
                 refuse()
 
@@ -291,7 +296,7 @@ def test_an_image_that_takes_more_memory_than_there_is_is_left_out_like_any_othe
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, side, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
-    for refuse in (lambda: read(tmp_path / "bomb.png"), lambda: check_header(tmp_path / "bomb.png", 10**6)):
+    for refuse in (lambda: read(tmp_path / "bomb.png"), lambda: check(tmp_path / "bomb.png")):
         with quiet(), pytest.raises(UnreadableImageError, match=r"bomb\.png: .*pixels"):
             refuse()
 
@@ -348,14 +353,11 @@ def test_a_forbidden_file_says_so(tmp_path, monkeypatch):
         read(path)
 
 
-@pytest.mark.parametrize("look", [read_image, check_header])
+@pytest.mark.parametrize("look", [Decoding.read, Decoding.check])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
 def test_that_too_many_files_are_open_is_no_fault_of_an_image(tmp_path, look, number):
     def opener():
         raise OSError(number, os.strerror(number), str(tmp_path / "a.png"))
 
-    given = {"max_pixels": 100, "opener": opener}
-    if look is read_image:
-        given |= {"channels": 3, "size": 2, "background": WHITE}
     with pytest.raises(OSError, match=r"too many files are open; raise the limit \(ulimit -n\).*a\.png"):
-        look(tmp_path / "a.png", **given)
+        look(Decoding(3, 2, WHITE, 100), tmp_path / "a.png", opener)

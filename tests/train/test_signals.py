@@ -19,7 +19,7 @@ from PIL import Image
 
 import processes
 from manyviews import cli
-from manyviews.data.decoding.files import Decoding
+from manyviews.data.decoding.decode import Decoding
 from manyviews.features import encoding
 from manyviews.train import pretrain
 from manyviews.train.finetune import loop

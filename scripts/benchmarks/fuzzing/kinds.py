@@ -19,7 +19,7 @@ from manyviews import recipe
 from manyviews.config import dump_yaml, load
 from manyviews.data import InMemory
 from manyviews.data.continuous_labels import values_of
-from manyviews.data.decoding.decode import read_image
+from manyviews.data.decoding.decode import Decoding
 from manyviews.data.label_table import read_labels
 from manyviews.data.sources.fashion_mnist import read_split
 from manyviews.encoder.timm_format import read_folder
@@ -102,7 +102,7 @@ def _pictures(form: str) -> list[bytes]:
 
 
 def _image(place: Path, content: bytes) -> None:
-    pixels = read_image(_written(place / "x.jpg", content), 3, 8, (255, 255, 255), PIXELS)
+    pixels = Decoding(3, 8, (255, 255, 255), PIXELS).read(_written(place / "x.jpg", content))
     assert pixels.shape == (3, 8, 8)
 
 

@@ -13,8 +13,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manyviews.data import Images, InMemory
-from manyviews.data.decoding.decode import PILLOW_LIMIT, square_of
-from manyviews.data.decoding.files import Decoding, Files
+from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
+from manyviews.data.decoding.files import Files
 from manyviews.data.images import Names
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
@@ -185,7 +185,7 @@ def _square(item: Any, decoding: Decoding) -> Tensor:
         raise ValueError(
             f"{type(item).__name__} is no image: give paths, pictures of PIL, arrays or tensors, all alike"
         )
-    return square_of(item, decoding.channels, decoding.size, decoding.background)
+    return decoding.square(item)
 
 
 def _unnamed(pixels: Tensor) -> InMemory:

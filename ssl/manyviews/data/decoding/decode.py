@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -63,64 +64,53 @@ Opener = Callable[[], BinaryIO]
 """Opens a regular file to be read; raises OSError or ValueError where that cannot be."""
 
 
-def read_image(
-    path: Path,
-    channels: int,
-    size: int,
-    background: tuple[int, int, int],
-    max_pixels: int,
-    *,
-    bits: int | None = None,
-    opener: Opener | None = None,
-) -> UInt8[Tensor, "channels size size"]:
-    """The central square of an image file, upright, resized to `size` with antialiasing, in 1 or 3 channels.
+@dataclass(frozen=True)
+class Decoding:
+    """How a picture becomes a square: its centre, upright, resized with antialiasing, in 1 or 3 channels.
 
-    The kind of a file is found in its content, not in its name. Transparency is composited on `background`, values of
-    more than 8 bits are scaled to 8 as `bit_depth` says, and of an animation the first frame is taken. Colour
-    profiles are not applied.
-
-    Args:
-        path: the file.
-        channels: 1 or 3.
-        size: side of the square, in pixels.
-        background: red, green and blue.
-        max_pixels: the most that a picture may have before it is decoded.
-        bits: significant bits of 16-bit values that do not declare them; None: guessed by the largest.
-        opener: opens the file, in place of following its path.
-
-    Raises:
-        UnreadableImageError: the file cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
+    The kind of a file is found in its content, not in its name. Values of more than 8 bits are scaled to 8 as
+    `bit_depth` says, and of an animation the first frame is taken. Colour profiles are not applied.
     """
 
-    def square(image: Image.Image) -> Tensor:
-        # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
-        image.draft(None, (2 * size, 2 * size))
-        return square_of(image, channels, size, background, bits)
+    channels: int
+    """1 or 3."""
+    size: int
+    """Side of the square, in pixels."""
+    background: tuple[int, int, int]
+    """Red, green and blue on which transparent pixels are composited."""
+    max_pixels: int
+    """The most that a picture may have before it is decoded."""
+    bits: int | None = None
+    """Significant bits of 16-bit values that do not declare them; None: guessed by the largest."""
 
-    return _of_picture(square, path, max_pixels, opener)
+    def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
+        """The image in a file, which `opener` opens in place of following its path.
 
+        Raises:
+            UnreadableImageError: it cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
+        """
 
-def square_of(
-    image: Image.Image, channels: int, size: int, background: tuple[int, int, int], bits: int | None = None
-) -> UInt8[Tensor, "channels size size"]:
-    """The central square of a picture, upright, resized to `size` with antialiasing, in 1 or 3 channels."""
-    eight = eight_bits(image, background, bits)
-    # Pillow has turned a TIFF.
-    upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
-    picture = eight.convert("L" if channels == 1 else "RGB")
-    if upright is not None:
-        picture = picture.transpose(upright)
-    pixels = np.array(_square(picture, size)).reshape(size, size, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        def square(image: Image.Image) -> Tensor:
+            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
+            image.draft(None, (2 * self.size, 2 * self.size))
+            return self.square(image)
 
+        return _of_picture(square, path, self.max_pixels, opener)
 
-def check_header(path: Path, max_pixels: int, *, opener: Opener | None = None) -> None:
-    """Open an image without decoding it; the arguments are those of `read_image`.
+    def check(self, path: Path, opener: Opener | None = None) -> None:
+        """Opens an image without decoding it; raises as `read` does where it is none, or has too many pixels."""
+        _of_picture(lambda image: None, path, self.max_pixels, opener)
 
-    Raises:
-        UnreadableImageError: the file is no image, or has more than `max_pixels` pixels.
-    """
-    _of_picture(lambda image: None, path, max_pixels, opener)
+    def square(self, image: Image.Image) -> UInt8[Tensor, "channels size size"]:
+        """The square of a picture."""
+        eight = eight_bits(image, self.background, self.bits)
+        # Pillow has turned a TIFF.
+        upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
+        picture = eight.convert("L" if self.channels == 1 else "RGB")
+        if upright is not None:
+            picture = picture.transpose(upright)
+        pixels = np.array(_square(picture, self.size)).reshape(self.size, self.size, self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def looks_like_an_image(path: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from manyviews.data.decoding.decode import Opener, UnreadableImageError, quiet, read_image
+from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
 from manyviews.data.images import Images, Names, Report
 from manyviews.data.listing.digests import State, digest, state_of
 from manyviews.system import distributed
@@ -24,23 +24,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 32
 OTHER_FILE = "it is another file than when the run began, or was changed since"
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a file becomes a square: see `decode.read_image`."""
-
-    channels: int
-    size: int
-    background: tuple[int, int, int]
-    max_pixels: int
-    bits: int | None = None
-
-    def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
-        """The image in a file."""
-        return read_image(
-            path, self.channels, self.size, self.background, self.max_pixels, bits=self.bits, opener=opener
-        )
 
 
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:

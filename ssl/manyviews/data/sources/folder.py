@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from manyviews.config import Settings
-from manyviews.data.decoding.decode import PILLOW_LIMIT, check_header
-from manyviews.data.decoding.files import OTHER_FILE, Decoding, Files, in_threads, named, open_image, refuse_too_many
+from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
+from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, named, open_image, refuse_too_many
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.content import digests_of, refuse_differences, shared
 from manyviews.data.listing.digests import DIGEST, State, digest
@@ -158,7 +158,7 @@ class Folder(Settings):
             if in_memory:
                 pixels[index] = decoding.read(path, partial(opened, index))
             else:
-                check_header(path, self.max_pixels, opener=partial(opened, index))
+                decoding.check(path, partial(opened, index))
 
         failures = shared(
             in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
