@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from manyviews.features import store, store_writer
-from manyviews.features.store_writer import Writer
+from manyviews.features import store, store_rows
+from manyviews.features.store_rows import Writer
 
 ROWS = torch.arange(12.0).view(6, 2)
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     with store.held(tmp_path, key(), replace=False):
-        monkeypatch.setattr(store_writer.os, "fsync", full)
+        monkeypatch.setattr(store_rows.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, slice(0, 3))
         assert not store.rows_done(tmp_path, 6).any()
@@ -95,12 +95,12 @@ def test_rows_are_noted_beside_the_work_once_they_are_safe_and_no_others(
         original(file)
 
     with store.held(tmp_path, key(), replace=False), Writer(tmp_path, ["backbone"]) as pen:
-        monkeypatch.setattr(store_writer.os, "fsync", slow)
-        monkeypatch.setattr(store_writer, "SECONDS_BETWEEN_SYNCS", 0.0)
+        monkeypatch.setattr(store_rows.os, "fsync", slow)
+        monkeypatch.setattr(store_rows, "SECONDS_BETWEEN_SYNCS", 0.0)
         pen.put(0, {"backbone": ROWS[:2]})
         assert begun.wait(30)
         pen.put(2, {"backbone": ROWS[2:3]})
-        monkeypatch.setattr(store_writer, "SECONDS_BETWEEN_SYNCS", 1e9)
+        monkeypatch.setattr(store_rows, "SECONDS_BETWEEN_SYNCS", 1e9)
         assert not store.rows_done(tmp_path, 6).any()
         let_go.set()
         until = time.monotonic() + 30
@@ -120,8 +120,8 @@ def test_a_disk_that_fails_beside_the_work_is_an_error_of_what_is_written_next(
 
     def work() -> None:
         with Writer(tmp_path, ["backbone"]) as pen:
-            monkeypatch.setattr(store_writer.os, "fsync", full)
-            monkeypatch.setattr(store_writer, "SECONDS_BETWEEN_SYNCS", 0.0)
+            monkeypatch.setattr(store_rows.os, "fsync", full)
+            monkeypatch.setattr(store_rows, "SECONDS_BETWEEN_SYNCS", 0.0)
             for row in range(6):
                 try:
                     pen.put(row, {"backbone": ROWS[row : row + 1]})

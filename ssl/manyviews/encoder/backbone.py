@@ -1,7 +1,7 @@
 """Backbones from timm, by name or from a folder in timm's format, and what is checked before one is built."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from manyviews.encoder.timm_format import (
     LOCAL,
     WEIGHTS,
     TimmFolder,
+    from_hub,
     hub_folder,
-    hub_in_time,
-    no_weights,
     other_weights,
     read_folder,
 )
@@ -67,21 +66,12 @@ def create_backbone(
             return _of_folder(folder, name, options, key)
         if pretrained and not (description is not None and description.has_weights):
             raise ValueError(f"there are no published weights of {shown(name)}; {key}=false begins with random ones")
-        return _of_timm(name, options, key)
+        if not pretrained:
+            return timm.create_model(name, **options)
+        with from_hub(f"the weights of {name}", f"; {key}=false begins with random weights"):
+            return timm.create_model(name, **options)
     except TypeError as problem:
         raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
-
-
-def _of_timm(name: str, options: Mapping[str, Any], key: str) -> nn.Module:
-    if not options["pretrained"]:
-        return timm.create_model(name, **options)
-    with hub_in_time() as unreachable:
-        try:
-            return timm.create_model(name, **options)
-        except TypeError:
-            raise
-        except Exception as problem:
-            raise ValueError(no_weights(name, problem, unreachable, key)) from problem
 
 
 def _of_folder(found: TimmFolder, name: str, options: dict[str, Any], key: str) -> nn.Module:

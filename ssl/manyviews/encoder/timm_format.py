@@ -119,51 +119,49 @@ def hub_folder(name: str) -> Path:
         ValueError: if it cannot be had.
     """
     owner, _, revision = name.partition(":")[2].partition("@")
-    with hub_in_time() as unreachable:
-        try:
-            files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
-        except Exception as problem:  # of the network, of the hub, of the name
-            raise ValueError(_cannot_be_had(name, problem, unreachable)) from problem
+    with from_hub(name):
+        files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
     return files[0].parent
 
 
 @contextmanager
-def hub_in_time() -> Iterator[str]:
+def from_hub(wanted: str, way_out: str = "") -> Iterator[None]:
     """Hugging Face's hub, where it answers within seconds, else its local cache alone; without lines of its own.
 
-    The client tries each file again and again for most of a minute, and says so each time. Yields why the hub cannot
-    be reached; empty where it can, or where that is a proxy's affair.
+    The client tries each file again and again for most of a minute, and says so each time.
+
+    Args:
+        wanted: what is read there, for messages.
+        way_out: the end of the message where it cannot be had.
+
+    Raises:
+        ValueError: saying why it cannot be had, whatever but a TypeError is raised within.
     """
-    problem, verbosity, offline = "", get_verbosity(), constants.HF_HUB_OFFLINE
+    unreachable, verbosity, offline = "", get_verbosity(), constants.HF_HUB_OFFLINE
     address = urlsplit(constants.ENDPOINT)
+    # What a proxy reaches is its affair.
     if not offline and address.scheme not in getproxies() and "all" not in getproxies():
         try:
             port = address.port or (80 if address.scheme == "http" else 443)
             socket.create_connection((address.hostname or "", port), timeout=SECONDS).close()
         except OSError as refused:
-            problem = f"{constants.ENDPOINT} cannot be reached: {refused.strerror or refused}"
+            unreachable = f"{constants.ENDPOINT} cannot be reached: {refused.strerror or refused}"
     try:
-        constants.HF_HUB_OFFLINE = offline or bool(problem)
+        constants.HF_HUB_OFFLINE = offline or bool(unreachable)
         set_verbosity(logging.ERROR)
-        yield "HF_HUB_OFFLINE is set" if offline else problem
+        yield
+    except TypeError:
+        raise
+    except Exception as problem:  # of the network, of the hub, of the name
+        reason = "HF_HUB_OFFLINE is set" if offline else unreachable
+        cure = f"and {constants.HF_HUB_CACHE} does not hold them; with {CONFIG} and {WEIGHTS} of the model in a folder"
+        said = f"({reason}), {cure}, its name is {LOCAL}FOLDER"
+        if not reason:
+            said = f"({type(problem).__name__}: {shown(problem)}); look whether the hub has a {WEIGHTS} of that name"
+        raise ValueError(f"{shown(wanted)} cannot be had {said}{way_out}") from problem
     finally:
         constants.HF_HUB_OFFLINE = offline
         set_verbosity(verbosity)
-
-
-def no_weights(name: str, problem: Exception, unreachable: str, key: str) -> str:
-    """Why published weights cannot be had, and what can be done instead; `key` is what asks for them."""
-    return f"{_cannot_be_had(f'the weights of {name}', problem, unreachable)}; {key}=false begins with random weights"
-
-
-def _cannot_be_had(name: str, problem: Exception, unreachable: str) -> str:
-    if not unreachable:
-        reason = f"{type(problem).__name__}: {shown(problem)}"
-        return f"{shown(name)} cannot be had ({reason}); look whether the hub has a {WEIGHTS} of that name"
-    return (
-        f"{shown(name)} cannot be had ({unreachable}), and {constants.HF_HUB_CACHE} does not hold them; with {CONFIG} "
-        f"and {WEIGHTS} of the model in a folder, its name is {LOCAL}FOLDER"
-    )
 
 
 def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], found: Collection[str]) -> str:

@@ -123,21 +123,13 @@ def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) ->
 @torch.no_grad()
 def total(value: Tensor) -> Tensor:
     """The sum over processes, elementwise; no gradient."""
-    value = value.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(value)
-        _note(value, 2)
-    return value
+    return _all_reduce(value, "SUM")
 
 
 @torch.no_grad()
 def maximum(value: Tensor) -> Tensor:
     """The maximum over processes, elementwise; no gradient."""
-    value = value.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        _note(value, 2)
-    return value
+    return _all_reduce(value, "MAX")
 
 
 def mean(value: Tensor) -> Tensor:
@@ -239,6 +231,14 @@ def _all_gather(local: Tensor) -> Tensor:
         _gather_into(gathered, local.contiguous())
     _note(gathered, 1)
     return gathered
+
+
+def _all_reduce(value: Tensor, operation: str) -> Tensor:
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value, op=getattr(dist.ReduceOp, operation))
+        _note(value, 2)
+    return value
 
 
 def _note(tensor: Tensor, rounds: int) -> None:
