@@ -32,7 +32,6 @@ SOURCES = (LOCAL, *HUB)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
 """What an exported backbone keeps of timm's description."""
-LARGEST_WEIGHTS = 1 << 36
 SECONDS = 5.0
 """How long the hub may take to answer, once, before its local cache alone is looked at."""
 MOST_NAMED = 3

@@ -37,41 +37,32 @@ def in_words(problem: OSError) -> str:
     return f"{_short(name)} {words}"
 
 
-def check_writable(folder: Path, key: str = "output") -> None:
-    """Checks that a folder can be written to, or made, before any work is done for it; leaves nothing behind.
-
-    Args:
-        folder: which need not exist.
-        key: what a person names it by.
+def check_writable(folder: Path) -> None:
+    """Checks that an output folder can be written to, or made, before any work is done for it; leaves nothing behind.
 
     Raises:
         ValueError: if not, with the reason.
     """
-    existing = nearest_existing(folder, key)
+    existing = nearest_existing(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}={_short(str(folder))}: {shown(existing)} may not be written to; name another folder")
+        raise ValueError(f"output={_short(str(folder))}: {shown(existing)} may not be written to; name another folder")
 
 
-def nearest_existing(folder: Path, key: str = "output") -> Path:
-    """The folder itself where it exists, else the nearest one above it that does.
-
-    Args:
-        folder: the folder.
-        key: what a person names it by.
+def nearest_existing(folder: Path) -> Path:
+    """The output folder itself where it exists, else the nearest one above it that does.
 
     Raises:
         ValueError: if a file is in its way, or no folder can have its name.
     """
-    place = f"{key}={_short(str(folder))}"
-    long = [part for part in folder.parts if len(os.fsencode(part)) > LONGEST_PART]
-    if long:
-        raise ValueError(f"{place} has too long a name: a part of a path has at most {LONGEST_PART} bytes")
+    output = f"output={_short(str(folder))}"
+    if any(len(os.fsencode(part)) > LONGEST_PART for part in folder.parts):
+        raise ValueError(f"{output} has too long a name: a part of a path has at most {LONGEST_PART} bytes")
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as problem:
-        raise ValueError(f"{place}: {in_words(problem)}") from problem
+        raise ValueError(f"{output}: {in_words(problem)}") from problem
     if not existing.is_dir():
-        raise ValueError(f"{place}: {shown(existing)} is a file; name a folder")
+        raise ValueError(f"{output}: {shown(existing)} is a file; name a folder")
     return existing
 
 
