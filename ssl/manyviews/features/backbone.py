@@ -1,6 +1,6 @@
 """A backbone with what it takes to encode images by it: a run's, read back, or one that timm has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,8 +56,6 @@ class PretrainedBackbone:
     """Of values in [0, 1], over all channels or of each: what the input is divided by."""
     interpolation: Interpolation
     """How images of another size are resized."""
-    create: Callable[..., nn.Module] = field(repr=False)
-    """Makes the backbone with the weights that its first step would find; `pretrained=False`: with random ones."""
     folder: Path | None = None
     """The run folder; None for a timm model."""
     recipe: Recipe | None = None
@@ -86,8 +84,7 @@ class PretrainedBackbone:
     def backbone(self) -> nn.Module:
         """The backbone with the weights that were opened."""
         # Whatever it began with is overwritten, and would perhaps have to be downloaded.
-        with torch.random.fork_rng(devices=[]):
-            backbone = self.create(pretrained=False)
+        backbone = self._create(self.model, pretrained=False)
         try:
             backbone.load_state_dict(dict(self.weights))
         except RuntimeError as problem:
@@ -98,8 +95,20 @@ class PretrainedBackbone:
 
     def untrained(self) -> nn.Module:
         """The backbone as it was before its first step; torch's global generator does not move."""
-        with torch.random.fork_rng(devices=[]):
-            return self.create()
+        if self.recipe is None:
+            return self._create(self.model, pretrained=False)
+        encoder = self.recipe.encoder
+        if encoder.pretrained and encoder.name.startswith(SOURCES):
+            raise ValueError(
+                f"the run began with the weights of {shown(encoder.name)}, which lie outside of its folder and are not "
+                "looked for; leave that baseline out with baselines=false"
+            )
+        return self._create(encoder.name, pretrained=encoder.pretrained)
+
+    def check_count(self) -> None:
+        """Refuses weights that are fewer than the model has, before it is built; raises ValueError."""
+        held = sum(value.nbytes for value in self.weights.values())
+        check_count(shown(self.name), held, partial(self._create, self.model, pretrained=False))
 
     def projector(self) -> Head:
         """The projector that the run's backbone was trained with, as `embedding` has it; collective."""
@@ -117,6 +126,11 @@ class PretrainedBackbone:
         """
         encoder, origin = self._trained("embedding")
         return Head(nn.Sequential(encoder.projector, encoder.predictor), origin)
+
+    def _create(self, name: str, *, pretrained: bool) -> nn.Module:
+        drop_path = 0.0 if self.recipe is None else self.recipe.encoder.drop_path
+        seed = SEED if self.recipe is None else self.recipe.seed
+        return seeded_backbone(name, seed, self.channels, self.size, pretrained=pretrained, drop_path=drop_path)
 
     def _trained(self, layer: str) -> tuple[Encoder, dict[str, Any]]:
         """The whole encoder, and where its weights come from."""
@@ -192,8 +206,6 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
     if recipe.views.size is None:
         raise ValueError(f"{shown(folder / CONFIG)} is not a run's: its views.size is not said")
     read, side = read_run_weights(folder, recipe.encoder.name), size or recipe.views.size
-    create = partial(_of_recipe, recipe, read.model, read.channels, side)
-    check_count(shown(folder), sum(value.nbytes for value in read.weights.values()), partial(create, pretrained=False))
     opened = PretrainedBackbone(
         name=str(folder),
         model=read.model,
@@ -204,12 +216,12 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
         mean=MEAN,
         std=STD,
         interpolation="bicubic",
-        create=create,
         folder=folder,
         recipe=recipe,
         step=read.step,
         encoder=read.encoder,
     )
+    opened.check_count()
     if size is not None and size != recipe.views.size:
         try:
             widths(opened.backbone(), channels=read.channels, size=size)
@@ -227,10 +239,8 @@ def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackb
     model = f"{LOCAL}{hub_folder(name)}" if name.startswith(HUB) else name
     described = _description(model)
     channels, side = described.input_size[0], size or described.input_size[-1]
-    create = partial(_of_timm, model, channels, side)
-    with torch.random.fork_rng(devices=[]):
-        backbone = create(pretrained=pretrained)
-        widths(backbone, channels=channels, size=side)
+    backbone = seeded_backbone(model, SEED, channels, side, pretrained=pretrained)
+    widths(backbone, channels=channels, size=side)
     weights = backbone.state_dict()
     return PretrainedBackbone(
         name=name,
@@ -243,28 +253,14 @@ def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackb
         std=described.std,
         # What else timm names, it names for few models, and torch does not resize by it.
         interpolation="bilinear" if described.interpolation == "bilinear" else "bicubic",
-        create=create,
     )
 
 
-def _of_recipe(recipe: Recipe, model: str, channels: int, size: int, *, pretrained: bool | None = None) -> nn.Module:
-    torch.manual_seed(recipe.seed)
-    encoder = recipe.encoder
-    if pretrained is None and encoder.pretrained and encoder.name.startswith(SOURCES):
-        raise ValueError(
-            f"the run began with the weights of {shown(encoder.name)}, which lie outside of its folder and are not "
-            "looked for; leave that baseline out with baselines=false"
-        )
-    if pretrained is not None:
-        encoder = encoder.model_copy(update={"name": model, "pretrained": pretrained})
-    return create_backbone(
-        encoder.name, channels=channels, size=size, pretrained=encoder.pretrained, drop_path=encoder.drop_path
-    )
-
-
-def _of_timm(name: str, channels: int, size: int, *, pretrained: bool = False) -> nn.Module:
-    torch.manual_seed(SEED)
-    return create_backbone(name, channels=channels, size=size, pretrained=pretrained)
+def seeded_backbone(name: str, seed: int, channels: int, size: int, **options: Any) -> nn.Module:
+    """A backbone by `create_backbone` whose random weights follow from a seed; torch's global generator stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_backbone(name, channels=channels, size=size, **options)
 
 
 def _description(name: str) -> Described:

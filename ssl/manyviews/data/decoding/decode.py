@@ -1,6 +1,7 @@
 """From an image file of any kind to a uint8 square, as a person would see it."""
 
 import errno
+import io
 import os
 import re
 import warnings
@@ -146,7 +147,7 @@ def _formats(suffix: str) -> tuple[str, ...]:
 def _of_picture(use: Callable[[Image.Image], T], path: Path, max_pixels: int, opener: Opener | None) -> T:
     """What a function makes of the picture in a file, which need not be decoded yet."""
 
-    def read(file: BinaryIO) -> T:
+    def read(file: BinaryIO | io.BytesIO) -> T:
         with Image.open(file, formats=_formats(path.suffix)) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}")
