@@ -1,6 +1,7 @@
 """Batch norm that a momentum twin cannot be seen through: over parts of the batch, or shuffled between processes."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +73,9 @@ class SplitBatchNorm(nn.Module):
         return joined[order.argsort()] if self.interleaved else joined
 
 
-_split_classes: dict[type, type] = {}
-
-
+@cache
 def _split_class(kind: type) -> type:
-    if kind not in _split_classes:
-        _split_classes[kind] = type(f"Split{kind.__name__}", (SplitBatchNorm, kind), {})
-    return _split_classes[kind]
+    return type(f"Split{kind.__name__}", (SplitBatchNorm, kind), {})
 
 
 class Shuffle(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,12 +141,12 @@ def listed(unreadable: Iterable[tuple[str, str]]) -> str:
 
 
 def in_threads(
-    visit: Callable[[int], None], count: int, workers: int, report: Callable[[int, int], None] | None = None
+    visit: Callable[[int], None], count: int, workers: int, report: Report | None = None, what: str = "reading"
 ) -> dict[int, str]:
-    """Call `visit` with 0 to `count - 1` in threads, and return the reasons of those that were unreadable.
+    """Calls `visit` with 0 to `count - 1` in threads, and returns the reasons of those that were unreadable.
 
     Threads, not processes: decoding and resizing release Python's lock, and threads start at once, where processes
-    first import PyTorch for some seconds, and write where the result is wanted.
+    first import PyTorch for some seconds, and write where the result is wanted. `report` hears how many are done.
     """
     failures: dict[int, str] = {}
 
@@ -158,34 +159,26 @@ def in_threads(
                 failures[position] = error.reason
         return len(positions)
 
+    def follow(numbers: Iterable[int]) -> None:
+        for done in accumulate(numbers):
+            if report is not None:
+                report(what, done, count)
+
     starts = range(0, count, CHUNK)
     # Not in the thread that asks, for that may be the main one: a signal's exception, raised in the middle of a
     # decoder, can leave it as another one, and a sound file would be called broken.
     with quiet(), ThreadPoolExecutor(max(workers, 1), thread_name_prefix="decode") as pool:
         try:
             futures: list[Future[int]] = [pool.submit(chunk, start) for start in starts]
-            _follow((future.result() for future in as_completed(futures)), count, report)
+            follow(future.result() for future in as_completed(futures))
         except RuntimeError as problem:
             if "can't start new thread" not in str(problem):
                 raise
             pool.shutdown(cancel_futures=True)
-            _follow(map(chunk, starts), count, report)
+            follow(map(chunk, starts))
         finally:
             pool.shutdown(cancel_futures=True)
     return dict(sorted(failures.items()))
-
-
-def _follow(numbers: Iterable[int], count: int, report: Callable[[int, int], None] | None) -> None:
-    done = 0
-    for number in numbers:
-        done += number
-        if report is not None:
-            report(done, count)
-
-
-def named(report: Report | None, what: str) -> Callable[[int, int], None] | None:
-    """A `report` that always says the same of what is being done."""
-    return None if report is None else lambda done, total: report(what, done, total)
 
 
 def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, max_bad: float) -> None:

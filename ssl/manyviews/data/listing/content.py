@@ -10,12 +10,11 @@ import numpy as np
 
 from manyviews.data.decoding.decode import UnreadableImageError
 from manyviews.data.decoding.files import in_threads, open_image
+from manyviews.data.images import Report
 from manyviews.data.listing.digests import DIGEST, Digests, Known, Rows, State, digest
 from manyviews.system import distributed
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
-
-Progress = Callable[[int, int], None]
 
 
 def digests_of(
@@ -24,7 +23,7 @@ def digests_of(
     failed: dict[int, str],
     opener: Callable[[int], tuple[BinaryIO, State]],
     workers: int,
-    report: Progress | None,
+    report: Report | None,
 ) -> Digests:
     """The digests [images, 16] of files: from the cache, or else read, each by one process; collective.
 
@@ -56,7 +55,7 @@ def digests_of(
         except (OSError, ValueError) as problem:
             raise UnreadableImageError(root, str(problem)) from problem
 
-    failures = in_threads(visit, len(mine), workers, report)
+    failures = in_threads(visit, len(mine), workers, report, "hashing")
     whole = np.array([position for position in range(len(mine)) if position not in failures], np.int64)
     known.keep(states[mine[whole]], digests[mine[whole]], began)
     digests[missing] = np.frombuffer(b"".join(_from_all(digests[mine])), np.uint8).reshape(-1, DIGEST)
@@ -64,7 +63,7 @@ def digests_of(
     return digests
 
 
-def file_digests(folder: Path, names: Sequence[str], workers: int, report: Progress | None) -> Digests:
+def file_digests(folder: Path, names: Sequence[str], workers: int, report: Report | None) -> Digests:
     """The digests [files, 16] of a few large files of a folder; collective.
 
     Raises:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, named, open_image, refuse_too_many
+from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, open_image, refuse_too_many
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.content import digests_of, refuse_differences, shared
 from manyviews.data.listing.digests import DIGEST, State, digest
@@ -160,11 +160,9 @@ class Folder(Settings):
             else:
                 decoding.check(path, partial(opened, index))
 
-        failures = shared(
-            in_threads(visit, len(names), workers, named(report, "decoding" if in_memory else "checking"))
-        )
+        failures = shared(in_threads(visit, len(names), workers, report, "decoding" if in_memory else "checking"))
         if not in_memory:
-            digests = digests_of(root, states, failures, opener, workers, named(report, "hashing"))
+            digests = digests_of(root, states, failures, opener, workers, report)
         lost: dict[str, str] = {}
         for index, name in enumerate(names) if began else ():
             before = bytes.fromhex(began.get(name, ""))

@@ -11,9 +11,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.data.decoding.files import named
 from manyviews.data.images import Names, Report, Split, fingerprint
-from manyviews.data.listing.content import Progress, file_digests
+from manyviews.data.listing.content import file_digests
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
 from manyviews.system.files import LONGEST_LINE, read_bytes, read_text
 
@@ -39,9 +38,8 @@ class STL10(Settings):
         if not all((folder / name).is_file() for name in FILES):
             download(root, self.name, lambda: torchvision.datasets.STL10(str(root), download=True))
         classes = tuple(read_text(folder / "class_names.txt", LONGEST_LINE).split())
-        hashing = named(report, "hashing")
-        train = _mapped(folder, ("train", "unlabeled"), classes, hashing)
-        return Split(train, _mapped(folder, ("test",), classes, hashing))
+        train = _mapped(folder, ("train", "unlabeled"), classes, report)
+        return Split(train, _mapped(folder, ("test",), classes, report))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,7 @@ class Mapped:
         return pixels
 
 
-def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], report: Progress | None) -> Mapped:
+def _mapped(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], report: Report | None) -> Mapped:
     parts, names, labels = [], [], []
     for split in splits:
         path = folder / f"{split}_X.bin"
