@@ -1,6 +1,12 @@
-"""What other libraries and papers call keys, objectives and recipes of ours; and the plural of what is counted."""
+"""What other libraries and papers call keys, objectives and recipes of ours."""
 
 from collections.abc import Mapping
+
+
+def _by_name(*groups: tuple[str, str]) -> dict[str, str]:
+    """The text of each name, of groups of names with spaces between them."""
+    return {name: text for names, text in groups for name in names.split()}
+
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     name: tuple(ours)
@@ -68,72 +74,68 @@ _PROXIES = (
     "by finetune.py)"
 )
 
-OBJECTIVES: Mapping[str, str] = {
-    name: answer
-    for names, answer in (
-        ("ntxent nt_xent simclr infonce info_nce", _SIMCLR),
-        ("cpc", "CPC's bilinear score is objective=in_batch objective.score=bilinear"),
-        ("dcl decoupled", "decoupled contrastive learning is objective=in_batch objective.decoupled=true"),
-        ("moco mocov2 mocov3", "MoCo is objective=queue, as in recipe moco"),
-        ("supcon", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
-        ("nnclr", "NNCLR is objective=nearest_neighbours, as in recipe nnclr"),
-        ("npid instdisc instance_discrimination memory_bank wu2018", "instance discrimination is objective=bank"),
-        ("nce", "NCE is objective=bank objective.estimator=nce, or objective=noise_contrastive with learned rows"),
-        (
-            "word2vec negative_sampling sgns",
-            "negative sampling is objective=noise_contrastive objective.correction=false",
-        ),
-        ("siamese pairs pairwise", _PAIRS),
-        ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
-        ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
-        ("triplet_margin", "the triplet loss with a margin is objective=triplet, as in recipe facenet"),
-        ("npair npairs", "the N-pair loss is objective=n_pair"),
-        ("byol simsiam", _ABSENT.format("it has no negatives", "queue, with a momentum twin, as in recipe moco")),
-        ("barlow_twins barlow vicreg", _ABSENT.format("it decorrelates dimensions", "in_batch, as in recipe simclr")),
-        (
-            "dino dinov2 swav deepcluster",
-            _ABSENT.format("it assigns clusters", "nearest_neighbours, as in recipe nnclr"),
-        ),
-        ("mae simmim ijepa", _ABSENT.format("it predicts hidden parts of an image", "in_batch, as in recipe simclr")),
-        ("clip siglip", _ABSENT.format("it contrasts images with texts", "in_batch, as in recipe simclr")),
-        ("softmax cross_entropy ce normalized_softmax proxy_nca proxy_anchor", _PROXIES),
-        (
-            "multi_similarity circle lifted_structure tuplet",
-            _ABSENT.format("it weighs all pairs of a batch", "supervised, as in recipe supervised"),
-        ),
-        ("arcface aam", _ANGLE.format("ArcFace", "arcface", "arcface")),
-        ("cosface lmcl am_softmax", _ANGLE.format("CosFace (LMCL)", "cosface", "cosface")),
-        ("sphereface a_softmax asoftmax", _ANGLE.format("SphereFace (A-Softmax)", "sphereface", "sphereface")),
-        ("normface", "NormFace is objective=margin_softmax objective.preset=norm_face"),
-        ("listnet list_net", _RANKING.format("ListNet", "list_net") + ", as in recipe list_net"),
-        ("listmle list_mle", _RANKING.format("ListMLE", "list_mle")),
-        ("ranknet rank_net", _RANKING.format("RankNet", "rank_net")),
-    )
-    for name in names.split()
-}
+OBJECTIVES: Mapping[str, str] = _by_name(
+    ("ntxent nt_xent simclr infonce info_nce", _SIMCLR),
+    ("cpc", "CPC's bilinear score is objective=in_batch objective.score=bilinear"),
+    ("dcl decoupled", "decoupled contrastive learning is objective=in_batch objective.decoupled=true"),
+    ("moco mocov2 mocov3", "MoCo is objective=queue, as in recipe moco"),
+    ("supcon", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
+    ("nnclr", "NNCLR is objective=nearest_neighbours, as in recipe nnclr"),
+    ("npid instdisc instance_discrimination memory_bank wu2018", "instance discrimination is objective=bank"),
+    ("nce", "NCE is objective=bank objective.estimator=nce, or objective=noise_contrastive with learned rows"),
+    (
+        "word2vec negative_sampling sgns",
+        "negative sampling is objective=noise_contrastive objective.correction=false",
+    ),
+    ("siamese pairs pairwise", _PAIRS),
+    ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
+    ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
+    ("triplet_margin", "the triplet loss with a margin is objective=triplet, as in recipe facenet"),
+    ("npair npairs", "the N-pair loss is objective=n_pair"),
+    ("byol simsiam", _ABSENT.format("it has no negatives", "queue, with a momentum twin, as in recipe moco")),
+    ("barlow_twins barlow vicreg", _ABSENT.format("it decorrelates dimensions", "in_batch, as in recipe simclr")),
+    (
+        "dino dinov2 swav deepcluster",
+        _ABSENT.format("it assigns clusters", "nearest_neighbours, as in recipe nnclr"),
+    ),
+    ("mae simmim ijepa", _ABSENT.format("it predicts hidden parts of an image", "in_batch, as in recipe simclr")),
+    ("clip siglip", _ABSENT.format("it contrasts images with texts", "in_batch, as in recipe simclr")),
+    ("softmax cross_entropy ce normalized_softmax proxy_nca proxy_anchor", _PROXIES),
+    (
+        "multi_similarity circle lifted_structure tuplet",
+        _ABSENT.format("it weighs all pairs of a batch", "supervised, as in recipe supervised"),
+    ),
+    ("arcface aam", _ANGLE.format("ArcFace", "arcface", "arcface")),
+    ("cosface lmcl am_softmax", _ANGLE.format("CosFace (LMCL)", "cosface", "cosface")),
+    ("sphereface a_softmax asoftmax", _ANGLE.format("SphereFace (A-Softmax)", "sphereface", "sphereface")),
+    ("normface", "NormFace is objective=margin_softmax objective.preset=norm_face"),
+    ("listnet list_net", _RANKING.format("ListNet", "list_net") + ", as in recipe list_net"),
+    ("listmle list_mle", _RANKING.format("ListMLE", "list_mle")),
+    ("ranknet rank_net", _RANKING.format("RankNet", "rank_net")),
+)
 """A method's name, in lower case with underscores, and the objective that it is here."""
 
 _HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
-SAMPLINGS: Mapping[str, str] = {
-    **dict.fromkeys(("batch_hard", "batchhard", "hard_negative", "hardest_negative"), _HARDEST),
-    **dict.fromkeys(("batch_all", "none", "no"), "all pairs or triplets are objective.sampling=all"),
-    **dict.fromkeys(("distance", "dwm", "weighted"), "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
-}
+SAMPLINGS: Mapping[str, str] = _by_name(
+    ("batch_hard batchhard hard_negative hardest_negative", _HARDEST),
+    ("batch_all none no", "all pairs or triplets are objective.sampling=all"),
+    ("distance dwm weighted", "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
+)
 """What others call a way to choose pairs or triplets."""
 
-PRESETS: Mapping[str, str] = {
-    **dict.fromkeys(("lmcl", "am_softmax", "amsoftmax"), "LMCL (AM-Softmax) is objective.preset=cosface"),
-    **dict.fromkeys(("a_softmax", "asoftmax"), "A-Softmax is objective.preset=sphereface"),
-    **dict.fromkeys(("aam", "aam_softmax", "arc"), "AAM-Softmax is objective.preset=arcface"),
-    **dict.fromkeys(("normalized_softmax", "nsoftmax"), "the softmax of unit vectors is objective.preset=norm_face"),
-}
+PRESETS: Mapping[str, str] = _by_name(
+    ("lmcl am_softmax amsoftmax", "LMCL (AM-Softmax) is objective.preset=cosface"),
+    ("a_softmax asoftmax", "A-Softmax is objective.preset=sphereface"),
+    ("aam aam_softmax arc", "AAM-Softmax is objective.preset=arcface"),
+    ("normalized_softmax nsoftmax", "the softmax of unit vectors is objective.preset=norm_face"),
+)
 """What others call a margin of a softmax over classes."""
 
-OPTIMIZERS: Mapping[str, str] = {
-    **dict.fromkeys(("adam", "nadam", "radam"), "Adam is optim=adamw with optim.weight_decay=0"),
-    **dict.fromkeys(("sgdm", "momentum", "nesterov"), "SGD with momentum is optim=sgd, with optim.momentum"),
-    **dict.fromkeys(("lamb",), "for very large batches there is optim=lars"),
-}
+OPTIMIZERS: Mapping[str, str] = _by_name(
+    ("adam nadam radam", "Adam is optim=adamw with optim.weight_decay=0"),
+    ("sgdm momentum nesterov", "SGD with momentum is optim=sgd, with optim.momentum"),
+    ("lamb", "for very large batches there is optim=lars"),
+)
 """What others call an optimizer."""
 
 VALUES: Mapping[str, Mapping[str, str]] = {
@@ -150,29 +152,25 @@ def plain(name: str) -> str:
     return name.strip().lower().replace("-", "_").replace(" ", "_").removesuffix("loss").rstrip("_")
 
 
-RECIPES: Mapping[str, str] = {
-    name: recipe
-    for names, recipe in (
-        ("ntxent nt_xent infonce info_nce contrastive_learning", "simclr"),
-        ("in_batch dcl decoupled", "quickstart"),
-        ("queue mocov2 moco_v2", "moco"),
-        ("bank npid instdisc memory_bank wu2018", "instance_discrimination"),
-        ("nce", "instance_discrimination_nce"),
-        ("nearest_neighbours", "nnclr"),
-        ("supcon", "supervised"),
-        ("contrastive pairs pairwise", "siamese"),
-        ("triplet triplets semi_hard batch_hard", "facenet"),
-        ("margin distance_weighted sampling_matters", "margin_distance_weighted"),
-        ("npair npairs", "n_pair"),
-        ("logratio", "log_ratio"),
-        ("ranking listnet", "list_net"),
-        ("word2vec negative_sampling", "noise_contrastive"),
-        ("margin_softmax aam", "arcface"),
-        ("lmcl am_softmax", "cosface"),
-        ("a_softmax asoftmax", "sphereface"),
-    )
-    for name in names.split()
-}
+RECIPES: Mapping[str, str] = _by_name(
+    ("ntxent nt_xent infonce info_nce contrastive_learning", "simclr"),
+    ("in_batch dcl decoupled", "quickstart"),
+    ("queue mocov2 moco_v2", "moco"),
+    ("bank npid instdisc memory_bank wu2018", "instance_discrimination"),
+    ("nce", "instance_discrimination_nce"),
+    ("nearest_neighbours", "nnclr"),
+    ("supcon", "supervised"),
+    ("contrastive pairs pairwise", "siamese"),
+    ("triplet triplets semi_hard batch_hard", "facenet"),
+    ("margin distance_weighted sampling_matters", "margin_distance_weighted"),
+    ("npair npairs", "n_pair"),
+    ("logratio", "log_ratio"),
+    ("ranking listnet", "list_net"),
+    ("word2vec negative_sampling", "noise_contrastive"),
+    ("margin_softmax aam", "arcface"),
+    ("lmcl am_softmax", "cosface"),
+    ("a_softmax asoftmax", "sphereface"),
+)
 """A method's name, in lower case with underscores, and the recipe that trains by it."""
 
 
@@ -181,15 +179,11 @@ _PROCESSES = (
     "the launcher starts the processes: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py, or "
     "torchrun --nproc-per-node N"
 )
-HINTS: Mapping[str, str] = {
-    name: answer
-    for names, answer in (
-        ("gpus devices num_gpus n_gpu nproc num_processes world_size nodes strategy", _PROCESSES),
-        ("device cuda cpu", "the device is the best one that there is; CUDA_VISIBLE_DEVICES= hides the GPUs"),
-        ("scheduler lr_scheduler lr_schedule schedule", SCHEDULE),
-        ("_base_ base defaults", "a recipe stands alone: begin with the other one and add key=value, or copy its file"),
-        ("config cfg recipe", "a recipe comes first and has no key: pretrain.py simclr key=value"),
-    )
-    for name in names.split()
-}
+HINTS: Mapping[str, str] = _by_name(
+    ("gpus devices num_gpus n_gpu nproc num_processes world_size nodes strategy", _PROCESSES),
+    ("device cuda cpu", "the device is the best one that there is; CUDA_VISIBLE_DEVICES= hides the GPUs"),
+    ("scheduler lr_scheduler lr_schedule schedule", SCHEDULE),
+    ("_base_ base defaults", "a recipe stands alone: begin with the other one and add key=value, or copy its file"),
+    ("config cfg recipe", "a recipe comes first and has no key: pretrain.py simclr key=value"),
+)
 """A key that no setting here has, and what is done instead."""

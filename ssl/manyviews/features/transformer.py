@@ -22,7 +22,7 @@ from manyviews.features.backbone import PretrainedBackbone, open_model
 from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
 
 
-class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Images become features by a run's backbone, or a timm model's, as a scikit-learn transformer.
 
     `make_pipeline(Features("runs/quickstart"), StandardScaler(), LogisticRegression())` classifies images. Nothing is
