@@ -58,13 +58,14 @@ def create_backbone(
     model = name if folder is None else folder.architecture
     if not timm.is_model(model.split(".")[0]):
         raise ValueError(f"timm has no model {shown(repr(model))}{did_you_mean(model, timm.list_models(), 3)}")
-    description = timm.get_pretrained_cfg(name) if folder is None else folder.described
+    published = timm.get_pretrained_cfg(name) if folder is None else None
+    description = published if folder is None else folder.described
     if description is None or not description.fixed_input_size:
         del options["img_size"]
     try:
         if folder is not None:
             return _of_folder(folder, name, options, key)
-        if pretrained and not (description is not None and description.has_weights):
+        if pretrained and not (published is not None and published.has_weights):
             raise ValueError(f"there are no published weights of {shown(name)}; {key}=false begins with random ones")
         if not pretrained:
             return timm.create_model(name, **options)

@@ -28,7 +28,8 @@ def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> N
             continue
         if not isinstance(norm, SplitBatchNorm):
             # The class, not the object, is replaced: parameters, buffers, hooks and whoever holds it stay.
-            object.__setattr__(norm, "__class__", _split_class(type(norm)))
+            kind: Any = type(norm)
+            object.__setattr__(norm, "__class__", _split_class(kind))
         assert isinstance(norm, SplitBatchNorm)
         norm.splits, norm.interleaved = splits, interleaved
 
