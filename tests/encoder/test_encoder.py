@@ -46,7 +46,7 @@ def build(name="light_resnet", channels=1, size=28, **options):
 def test_any_backbone_gives_embeddings_of_the_asked_dimension(name, channels, size, features):
     encoder = build(name, channels, size)
     assert encoder.num_features == features
-    assert encoder.features(torch.randn(2, channels, size, size)).shape == (2, features)
+    assert encoder.backbone(torch.randn(2, channels, size, size)).shape == (2, features)
     embeddings = encoder(torch.randn(3, 2, channels, size, size)).embeddings
     assert embeddings.shape == (3, 2, encoder.dim) == (3, 2, 8)
     embeddings.square().sum().backward()

@@ -63,8 +63,8 @@ def test_the_projector_reads_what_it_was_trained_on(name: str) -> None:
     encoder = EncoderSettings(name=name).build(channels=3, size=32).eval()
     found = Layers(encoder.backbone, ("projector", "backbone"), {"projector": encoder.projector})(IMAGES)
     torch.testing.assert_close(found["projector"], encoder(IMAGES.unsqueeze(0)).projections[0])
-    torch.testing.assert_close(found["backbone"], encoder.features(IMAGES))
-    torch.testing.assert_close(OneLayer(Layers(encoder.backbone, ("backbone",)))(IMAGES), encoder.features(IMAGES))
+    torch.testing.assert_close(found["backbone"], encoder.backbone(IMAGES))
+    torch.testing.assert_close(OneLayer(Layers(encoder.backbone, ("backbone",)))(IMAGES), encoder.backbone(IMAGES))
 
 
 class Odd(nn.Module):

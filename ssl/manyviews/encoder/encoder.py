@@ -141,11 +141,6 @@ class Encoder(nn.Module):
         embeddings: Tensor = self.predictor(projections)
         return Embedded(embeddings.view(*views.shape[:2], -1), projections.view(*views.shape[:2], -1))
 
-    def features(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
-        """What the backbone makes of normalised images, before the projector."""
-        features: Tensor = self.backbone(images)
-        return features
-
 
 class MomentumTwin(nn.Module):
     """A copy of an encoder that follows it slowly: w' <- momentum w' + (1 - momentum) w (He et al. 2020, equation 2).
