@@ -17,7 +17,7 @@ from manyviews.data import STL10, Folder, Images
 from manyviews.data.decoding.files import Files
 from manyviews.data.listing import content as contents
 from manyviews.data.listing import digests as cache
-from manyviews.data.listing.digests import Known, State, digest, state_of
+from manyviews.data.listing.digests import DigestCache, State, digest, state_of
 from processes import start
 
 SIDE = 12
@@ -204,8 +204,8 @@ def test_several_processes_lose_nothing_of_each_other(tmp_path, eager, own_cache
     digests = np.random.default_rng(0).integers(0, 256, (40, 16), np.uint8)
     with ThreadPoolExecutor(8) as pool:
         for part in range(8):
-            pool.submit(Known(tmp_path).keep, states[part::8], digests[part::8], time.time_ns())
-    found, known = Known(tmp_path).look_up(states)
+            pool.submit(DigestCache(tmp_path).keep, states[part::8], digests[part::8], time.time_ns())
+    found, known = DigestCache(tmp_path).look_up(states)
     assert known.all()
     assert (found == digests).all()
     assert not list(own_cache.glob("*.partial"))
@@ -214,23 +214,23 @@ def test_several_processes_lose_nothing_of_each_other(tmp_path, eager, own_cache
 def test_a_file_on_another_device_with_the_same_inode_is_another(tmp_path, eager):
     states = np.array([[7, 1, 1, 100, 1], [7, 1, 1, 100, 2], [7, 1, 1, -(2**63), 2**63 - 1]], np.int64)
     digests = np.arange(48, dtype=np.uint8).reshape(3, 16)
-    Known(tmp_path).keep(states, digests, time.time_ns())
-    found, known = Known(tmp_path).look_up(states)
+    DigestCache(tmp_path).keep(states, digests, time.time_ns())
+    found, known = DigestCache(tmp_path).look_up(states)
     assert known.all()
     assert (found == digests).all()
     for field in range(len(State._fields)):
-        assert not Known(tmp_path).look_up(states[:1] + 3 * np.eye(5, dtype=np.int64)[field])[1].any()
+        assert not DigestCache(tmp_path).look_up(states[:1] + 3 * np.eye(5, dtype=np.int64)[field])[1].any()
 
 
 def test_the_cache_stays_small(tmp_path, eager, own_cache, monkeypatch):
     monkeypatch.setattr(cache, "MOST_ROWS", 3)
     states = np.arange(50, dtype=np.int64).reshape(10, 5)
     for name in ("first", "second", "third"):
-        Known(tmp_path / name).keep(states, np.zeros((10, 16), np.uint8), time.time_ns())
-        assert Known(tmp_path / name).look_up(states)[1].tolist() == [False] * 7 + [True] * 3
+        DigestCache(tmp_path / name).keep(states, np.zeros((10, 16), np.uint8), time.time_ns())
+        assert DigestCache(tmp_path / name).look_up(states)[1].tolist() == [False] * 7 + [True] * 3
     table = max(own_cache.glob("*.npz"), key=lambda file: file.stat().st_mtime_ns)
     monkeypatch.setattr(cache, "MOST_BYTES", table.stat().st_size)
-    Known(tmp_path / "third").keep(states, np.zeros((10, 16), np.uint8), time.time_ns())
+    DigestCache(tmp_path / "third").keep(states, np.zeros((10, 16), np.uint8), time.time_ns())
     assert list(own_cache.glob("*.npz")) == [table]
 
 

@@ -82,13 +82,13 @@ def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> 
     close = [siblings[name] for name in _close(last, siblings)] or _close(key, usable)
     close = close or [lasts[name] for name in _close(last, lasts)]
     # Before what is only spelled like it: `alpha` is a margin, whichever objective is chosen.
-    told = []
+    others = []
     for end in (*synonyms, *(() if close else (last,))):
         elsewhere = [entry for entry in entries if _ends(entry.key, end)]
         if belongs := _belongs(model, tree, elsewhere):
-            told.append(f"{elsewhere[0].key} belongs to {belongs}")
-    if told:
-        return f"; {', '.join(told)}"
+            others.append(f"{elsewhere[0].key} belongs to {belongs}")
+    if others:
+        return f"; {', '.join(others)}"
     return f"; did you mean {close[0]}?" if close else "; --help lists every key"
 
 

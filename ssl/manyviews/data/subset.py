@@ -44,7 +44,7 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         states=states,
         digests=digests,
         failed=failed,
-        told=set(failed),
+        reported=set(failed),
     )
 
 

@@ -190,12 +190,12 @@ def raise_on_all_ranks() -> Iterator[None]:
         problem = raised
     kind = "" if problem is None else "foreseen" if isinstance(problem, FORESEEN) else "fault"
     words = "" if problem is None else str(problem) or type(problem).__name__
-    told = [text.split("\n", 1) for text in all_gather_strings(f"{kind}\n{words}")]
+    problems = [text.split("\n", 1) for text in all_gather_strings(f"{kind}\n{words}")]
     # A fault anywhere is a fault everywhere: where damage is passed over, all pass over it or none does.
     for worst, error in (("fault", RuntimeError), ("foreseen", OSError)):
         if problem is not None and kind == worst:
             raise problem
-        failed = [f"process {number}: {text}" for number, (found, text) in enumerate(told) if found == worst]
+        failed = [f"process {number}: {text}" for number, (own, text) in enumerate(problems) if own == worst]
         if failed:
             raise error("; ".join(failed))
 

@@ -62,8 +62,8 @@ class Files:
     follow_links: bool = True
     failed: dict[str, str] = field(default_factory=dict)
     """Of each file that has become unreadable, the reason."""
-    told: set[str] = field(default_factory=set)
-    """Those of them that `newly_unreadable` has told of."""
+    reported: set[str] = field(default_factory=set)
+    """Those of them that `newly_unreadable` has returned."""
 
     @property
     def channels(self) -> int:
@@ -126,12 +126,12 @@ def newly_unreadable(images: Images) -> list[tuple[str, str]]:
     """Names and reasons of files that any process has found unreadable since this was last asked; collective."""
     if not isinstance(images, Files):
         return []
-    own = {name: reason for name, reason in images.failed.items() if name not in images.told}
+    own = {name: reason for name, reason in images.failed.items() if name not in images.reported}
     found: dict[str, str] = {}
     for text in distributed.all_gather_strings(json.dumps(own)):
         found |= json.loads(text)
-    new = sorted((name, reason) for name, reason in found.items() if name not in images.told)
-    images.told.update(name for name, _ in new)
+    new = sorted((name, reason) for name, reason in found.items() if name not in images.reported)
+    images.reported.update(name for name, _ in new)
     return new
 
 

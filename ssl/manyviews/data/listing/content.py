@@ -11,7 +11,7 @@ import numpy as np
 from manyviews.data.decoding.decode import UnreadableImageError
 from manyviews.data.decoding.files import in_threads, open_image
 from manyviews.data.images import Report
-from manyviews.data.listing.digests import DIGEST, Digests, Known, Rows, State, digest
+from manyviews.data.listing.digests import DIGEST, DigestCache, Digests, Rows, State, digest
 from manyviews.system import distributed
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
@@ -35,7 +35,7 @@ def digests_of(
         workers: threads.
         report: hears how many of the files that this process reads are done.
     """
-    known = Known(root)
+    known = DigestCache(root)
     digests, there = known.look_up(states)
     there[list(failed)] = True
     # What any process lacks is read, and given to all.

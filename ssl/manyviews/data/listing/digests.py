@@ -62,7 +62,7 @@ def digest(file: BinaryIO) -> bytes:
     return hasher.digest()
 
 
-class Known:
+class DigestCache:
     """The digests of the files of one folder that have been read before, kept in the package's cache folder.
 
     A digest counts for a file of the same device, inode, size, times of modification and of change. The time of change

@@ -23,7 +23,7 @@ MOST_CLASSES = 10
 """Classes whose counts are said one by one."""
 
 
-class Read(NamedTuple):
+class ReadSplit(NamedTuple):
     """One split as it was read."""
 
     images: Images
@@ -35,7 +35,7 @@ class Read(NamedTuple):
     """Bytes of each file."""
 
 
-class Found(NamedTuple):
+class Discovery(NamedTuple):
     """The images of a data folder, before any is opened."""
 
     train: Listing
@@ -55,7 +55,7 @@ class Found(NamedTuple):
         parts += [f"passed over: {text}" for _, passed in self.passed if (text := str(passed))]
         return shown("; ".join(parts))
 
-    def warn(self, read: Sequence[Read]) -> None:
+    def warn(self, read: Sequence[ReadSplit]) -> None:
         """Logs, on the first process, what a person would not expect."""
         if distributed.rank():
             return
@@ -71,7 +71,7 @@ class Found(NamedTuple):
             logger.warning("%s: %s", shown(folder), shown(sentence))
 
 
-def find(
+def discover(
     root: Path,
     test: Path | None,
     *,
@@ -81,7 +81,7 @@ def find(
     holdout: float,
     seed: int,
     also: Collection[str] = (),
-) -> Found:
+) -> Discovery:
     """Lists the images of a data folder; the arguments are the settings of `Folder`, `labels` a table as a `Path`.
 
     `also` names images below the folder that are listed whether they are there or not.
@@ -130,7 +130,7 @@ def find(
     if held is None and train.labels is not None and holdout:
         train, held = hold_out(train, holdout, seed)
         held, origin = (held, f"{100 * holdout:.3g} % of each class") if held.names else (None, "")
-    return Found(train, held, origin, tuple(everything), tuple(notes))
+    return Discovery(train, held, origin, tuple(everything), tuple(notes))
 
 
 def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[str], PassedOver]:

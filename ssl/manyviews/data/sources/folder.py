@@ -15,7 +15,7 @@ from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, open_im
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.content import digests_of, refuse_differences, shared
 from manyviews.data.listing.digests import DIGEST, State, digest
-from manyviews.data.listing.discover import Found, Read, find
+from manyviews.data.listing.discover import Discovery, ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
 from manyviews.system.distributed import raise_on_all_ranks
@@ -96,35 +96,35 @@ class Folder(Settings):
                 ways, too many files are unreadable, or the processes do not see the same files.
         """
         with raise_on_all_ranks():
-            found = self._listings(began or ())
-        listings = [found.train] if found.test is None else [found.train, found.test]
+            discovered = self._listings(began or ())
+        listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
         in_memory = not began and total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
         read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
         unreadable = [entry for part in read for entry in part.unreadable]
-        refuse_too_many(found.train.root, unreadable, total, self.max_bad)
+        refuse_too_many(discovered.train.root, unreadable, total, self.max_bad)
         for name, part in zip(("learn from", "measure with"), read, strict=False):
             if not len(part.images):
                 raise ValueError(f"{self.path}: no readable image is left to {name}")
         # The sizes, too: of files on disk each process has read a part only.
         mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
         refuse_differences(self.path, "reads", mark)
-        found.warn(read)
+        discovered.warn(read)
         test = read[1].images if len(read) > 1 else None
-        own = [part for part, listing in zip(read, listings, strict=True) if listing.root == found.train.root]
+        own = [part for part, listing in zip(read, listings, strict=True) if listing.root == discovered.train.root]
         lost = {name for part in own if isinstance(part.images, Files) for name in part.images.failed}
         inventory = Inventory(
             tuple((Names(part.images.names), part.digests) for part in own),
             tuple(name for part in own for name, _ in part.unreadable if name not in lost),
         )
-        return Split(read[0].images, test, tuple(unreadable), found.line(read[0].images, test), inventory)
+        return Split(read[0].images, test, tuple(unreadable), discovered.line(read[0].images, test), inventory)
 
-    def _listings(self, also: Collection[str]) -> Found:
+    def _listings(self, also: Collection[str]) -> Discovery:
         root = existing_folder(self.path)
         table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
         test = None if self.test is None else existing_folder(self.test)
-        return find(
+        return discover(
             root,
             test,
             follow_links=self.follow_links,
@@ -137,7 +137,7 @@ class Folder(Settings):
 
     def _read(
         self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
-    ) -> Read:
+    ) -> ReadSplit:
         root, names = listing.root, listing.names
         decoding = self.decoding()
         states = np.zeros((len(names), len(State._fields)), np.int64)
@@ -182,7 +182,9 @@ class Folder(Settings):
         sizes = states[kept, 0]
         bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
         if in_memory:
-            return Read(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes)
+            return ReadSplit(
+                InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes
+            )
         files = Files(
             root,
             kept_names,
@@ -196,9 +198,9 @@ class Folder(Settings):
             digests=torch.from_numpy(digests),
             follow_links=self.follow_links,
             failed=lost,
-            told=set(lost),
+            reported=set(lost),
         )
-        return Read(files, bad, digests, sizes)
+        return ReadSplit(files, bad, digests, sizes)
 
     def decoding(self) -> Decoding:
         """How a file becomes a square."""
