@@ -74,6 +74,18 @@ def test_imports_point_one_way(path: Path) -> None:
         assert LEVEL[name] < LEVEL[importer], f"{path.name} imports {name}"
 
 
+def test_nothing_private_of_torch_or_timm_is_used() -> None:
+    # What has a fallback is looked up by getattr.
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            assert not [name for name in names if re.fullmatch(r"(torch|timm)(\.\w+)*\._[a-zA-Z][\w.]*", name)], path
+
+
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_recipe_loads_and_is_named_in_the_readme(name: str) -> None:
     file = recipe.find(name)
