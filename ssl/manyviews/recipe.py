@@ -12,7 +12,7 @@ from manyviews.data.continuous_labels import ValuesSource
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.objectives import Contrastive, InBatch, LogRatio, Margin, NPair, Objective, Ranking, Supervised, Triplet
 from manyviews.optim import OptimSettings
-from manyviews.system.suggest import did_you_mean
+from manyviews.system.names import did_you_mean
 from manyviews.views import ViewsSettings
 
 QUICKSTART = "quickstart"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic.fields import FieldInfo
 
 from manyviews.config.settings import Settings, choice_at, members_of
-from manyviews.system.suggest import closest
+from manyviews.system.names import closest
 
 
 class Need(NamedTuple):

@@ -16,7 +16,7 @@ from manyviews.config.keys import hint_for, kind, suggestion_for
 from manyviews.config.settings import Settings, choice_at, field_at, leaves_of, members_of
 from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from manyviews.system.files import read_text, shown
-from manyviews.system.suggest import did_you_mean
+from manyviews.system.names import did_you_mean
 
 S = TypeVar("S", bound=Settings)
 

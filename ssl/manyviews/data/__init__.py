@@ -21,7 +21,7 @@ from manyviews.data.sources.paths import nearest
 from manyviews.data.sources.stl10 import STL10
 from manyviews.data.subset import leave_out, of_classes, select
 from manyviews.system import distributed
-from manyviews.system.suggest import closest
+from manyviews.system.names import closest
 
 __all__ = [
     "CIFAR10",

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from manyviews.data.sources.paths import nearest, same_spelling
 from manyviews.system.files import open_lines, shown
+from manyviews.system.names import closest
 from manyviews.system.path_bytes import NOT_UTF8, is_raw
-from manyviews.system.suggest import closest
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, InMemory, Names, fingerprint
 from manyviews.data.sources.paths import same_spelling
 from manyviews.data.sources.stl10 import Mapped
+from manyviews.system.names import did_you_mean, some
 from manyviews.system.plural import plural
-from manyviews.system.suggest import did_you_mean
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
@@ -92,5 +92,4 @@ def _number(classes: Sequence[str], entry: int | str) -> int:
             return int(text)
     if text.isdecimal() and not all(each.isdecimal() for each in classes):
         raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
-    shown = ", ".join(classes[:10]) + (" …" if len(classes) > 10 else "")
-    raise ValueError(f"{entry!r} is not one of the classes ({shown}){did_you_mean(text, classes, 1, 0.5)}")
+    raise ValueError(f"{entry!r} is not one of the classes ({some(classes, 10)}){did_you_mean(text, classes, 1, 0.5)}")

@@ -24,7 +24,7 @@ from manyviews.encoder.timm_format import (
 )
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
-from manyviews.system.suggest import did_you_mean
+from manyviews.system.names import did_you_mean
 
 ADAPTED = 1 << 26
 """Weights by which a model may be larger than those that it is given: of other channels, or of larger images."""

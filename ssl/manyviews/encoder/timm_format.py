@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from manyviews.system.files import read_json, shown
+from manyviews.system.names import some
 from manyviews.system.writing import make_folder, remove, replacing
 
 LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
@@ -34,7 +35,6 @@ DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
 """What an exported backbone keeps of timm's description."""
 SECONDS = 5.0
 """How long the hub may take to answer, once, before its local cache alone is looked at."""
-MOST_NAMED = 3
 SET_HERE = {"in_chans", "num_classes", "img_size", "drop_rate", "drop_path_rate", "pretrained"}
 """Arguments that follow from the images and the recipe, whatever the folder says."""
 BELIEVED: dict[str, type] = {"global_pool": str, "class_token": bool, "dynamic_img_size": bool}
@@ -168,17 +168,12 @@ def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], fou
     lacking, beside = [key for key in model if key not in found], [key for key in found if key not in model]
     if not lacking and not beside:
         return ""
-    parts = [f"it lacks {_some(lacking)} of {len(model):,} keys"] if lacking else []
-    parts += [f"it has {_some(beside)} that the model does not"] if beside else []
+    parts = [f"it lacks {len(lacking):,} ({some(lacking)}) of {len(model):,} keys"] if lacking else []
+    parts += [f"it has {len(beside):,} ({some(beside)}) that the model does not"] if beside else []
     return (
         f"{shown(folder / WEIGHTS)} does not hold the weights of {shown(architecture)}, which {CONFIG} names: "
         f"{' and '.join(parts)}; both files must be of one model, as timm's save_for_hf and RUN/backbone have them"
     )
-
-
-def _some(keys: Sequence[str]) -> str:
-    more = " …" if len(keys) > MOST_NAMED else ""
-    return f"{len(keys):,} ({shown(', '.join(keys[:MOST_NAMED]))}{more})"
 
 
 def export(

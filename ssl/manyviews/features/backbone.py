@@ -19,7 +19,7 @@ from manyviews.features.run_weights import digest_of, newest_encoder, read_run_w
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CLASSIFIER, CONFIG
 from manyviews.system.files import check_links, shown
-from manyviews.system.suggest import closest
+from manyviews.system.names import closest, some
 from manyviews.views import MEAN, STD, Interpolation, plain
 
 SEED = 0
@@ -293,5 +293,5 @@ def _runs_nearby(folder: Path) -> str:
     runs = [file.parent for place in places for file in sorted(place.glob(f"*/{CONFIG}"))]
     found = dict.fromkeys(str(run) for run in runs if not (run / CLASSIFIER).is_dir())
     alike = closest(str(folder), found, 3)
-    shown = list(dict.fromkeys([*alike, *found]))
-    return f"; there are {', '.join(shown[:5])}{' …' if len(shown) > 5 else ''}" if shown else ""
+    nearby = list(dict.fromkeys([*alike, *found]))
+    return f"; there are {some(nearby, 5)}" if nearby else ""

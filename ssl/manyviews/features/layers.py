@@ -12,7 +12,7 @@ from manyviews.encoder.backbone import summary
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import evaluation_mode
 from manyviews.features.run_weights import digest_of
-from manyviews.system.suggest import did_you_mean
+from manyviews.system.names import did_you_mean
 
 BACKBONE, PROJECTOR, EMBEDDING = "backbone", "projector", "embedding"
 HEADS = (PROJECTOR, EMBEDDING)

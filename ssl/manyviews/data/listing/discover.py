@@ -15,6 +15,7 @@ from manyviews.data.listing.walk import PassedOver, identity, walk
 from manyviews.data.sources.paths import same_spelling
 from manyviews.system import distributed
 from manyviews.system.files import shown
+from manyviews.system.names import some
 from manyviews.system.plural import plural
 
 logger = logging.getLogger(__name__)
@@ -158,8 +159,7 @@ def _with_classes_of(train: Listing, test: Listing) -> Listing:
     if unknown and (known or len(unknown) > 1):
         raise ValueError(
             f"{shown(test.root / test.below)}: the held-out images have classes that {shown(train.root / train.below)} "
-            f"lacks: {shown(', '.join(unknown[:5]))}; it has {shown(', '.join(train.classes[:5]))}"
-            f"{' …' if len(train.classes) > 5 else ''}"
+            f"lacks: {some(unknown, 5)}; it has {some(train.classes, 5)}"
         )
     return with_classes(test, train.classes) if known else test
 

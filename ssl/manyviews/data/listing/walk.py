@@ -12,6 +12,7 @@ from PIL import Image
 
 from manyviews.data.decoding.decode import looks_like_an_image
 from manyviews.system.files import shown
+from manyviews.system.names import some
 from manyviews.system.plural import plural
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ CAMERA_ENDINGS = frozenset(
     {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raw", ".svg", ".jxl", ".exr", ".hdr", ".dcm"}
 )
 """Pictures that Pillow does not know either."""
-MOST_NAMED, MOST_ENDINGS = 3, 10
+MOST_ENDINGS = 10
 Identity = tuple[int, int]
 
 
@@ -60,9 +61,10 @@ class PassedOver:
         parts = [", ".join(files)] if files else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [plural(self.special, "pipe or device", "pipes or devices")] if self.special else []
-        expected = ((self.runs, "run folder", ""), (self.excluded, "folder", " that is read as another split"))
+        splits = [name.rstrip("/") for name in self.excluded]
+        expected = ((self.runs, "run folder", ""), (splits, "folder", " that is read as another split"))
         for names, noun, rest in (*self._unexpected(), *expected):
-            parts += [f"{plural(len(names), noun)}{rest}: {_listed(names)}"] if names else []
+            parts += [f"{plural(len(names), noun)}{rest}: {some(names)}"] if names else []
         return shown("; ".join([*parts, *self.unused]))
 
     def warnings(self) -> Iterator[str]:
@@ -73,7 +75,7 @@ class PassedOver:
         for names, noun, rest in self._unexpected():
             if names:
                 verb = "was" if len(names) == 1 else "were"
-                yield f"{plural(len(names), noun)} {verb} passed over{rest}: {_listed(names)}"
+                yield f"{plural(len(names), noun)} {verb} passed over{rest}: {some(names)}"
         yield from self.unused
 
     def _unexpected(self) -> tuple[tuple[list[str], str, str], ...]:
@@ -111,7 +113,7 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         except PermissionError as error:
             if not below:
                 raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
-            passed.unreadable.append(below)
+            passed.unreadable.append(below.rstrip("/"))
             continue
         visited.add(own)
         if own in exclude:
@@ -121,7 +123,7 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         if RUN_CONFIG in present and not RUN_PARTS.isdisjoint(present):
             if not below:
                 raise ValueError(f"{shown(folder)} is a run folder, not a folder of images")
-            passed.runs.append(below)
+            passed.runs.append(below.rstrip("/"))
             continue
         for entry in entries:
             name = below + entry.name
@@ -170,7 +172,3 @@ def _pictures() -> frozenset[str]:
     """Endings of pictures, of which those of films and documents that Pillow knows are none."""
     Image.init()
     return CAMERA_ENDINGS | (set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"})
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(shown(name.rstrip("/")) for name in names[:MOST_NAMED]) + (" …" if len(names) > MOST_NAMED else "")

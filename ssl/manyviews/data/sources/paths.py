@@ -11,7 +11,7 @@ from filelock import FileLock
 from pydantic import AfterValidator
 
 from manyviews.system.files import shown
-from manyviews.system.suggest import closest, did_you_mean
+from manyviews.system.names import closest, did_you_mean
 
 
 def _absolute(path: str) -> str:
