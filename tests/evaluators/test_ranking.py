@@ -8,19 +8,7 @@ import torch
 from sklearn.metrics import dcg_score, ndcg_score
 from torch import Tensor
 
-from manyviews.evaluators.ranking import (
-    Gain,
-    cg,
-    cg_at_k,
-    dcg,
-    dcg_at_k,
-    gains_by_rank,
-    ideal_dcg,
-    ideal_hits,
-    mean_over_queries,
-    ndcg,
-    ndcg_at_k,
-)
+from manyviews.evaluators.ranking import Gain, cg, dcg, ideal_dcg, ideal_hits, ndcg, ndcg_at_k
 
 CUTS = (1, 3, 8, 20, None)
 
@@ -81,16 +69,16 @@ def test_averaged_ties_are_the_mean_over_all_orders_that_agree_with_the_scores(k
 
 def test_ties_that_are_not_averaged_keep_the_order_of_the_list() -> None:
     relevances, scores = torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([[1.0, 1.0, 2.0]])
-    assert gains_by_rank(relevances, scores, ties="first").tolist() == [[1, 0, 3]]
-    assert gains_by_rank(relevances, scores).tolist() == [[1, 1.5, 1.5]]
+    assert [cg(relevances, scores, k, ties="first").item() for k in (1, 2, 3)] == [1, 1, 4]
+    assert [cg(relevances, scores, k).item() for k in (1, 2, 3)] == [1, 2.5, 4]
 
 
 def test_gains_equal_those_worked_out_by_hand() -> None:
-    hits = torch.tensor([[3, 0, 2]])
-    assert cg_at_k(hits).item() == 5
-    assert cg_at_k(hits, "exponential").item() == 10
-    assert dcg_at_k(hits).item() == 3 / math.log2(2) + 2 / math.log2(4)
-    assert dcg_at_k(hits, "exponential").item() == 7 / math.log2(2) + 3 / math.log2(4)
+    hits, order = torch.tensor([[3, 0, 2]]), torch.tensor([[3.0, 2.0, 1.0]])
+    assert cg(hits, order).item() == 5
+    assert cg(hits, order, gain="exponential").item() == 10
+    assert dcg(hits, order).item() == 3 / math.log2(2) + 2 / math.log2(4)
+    assert dcg(hits, order, gain="exponential").item() == 7 / math.log2(2) + 3 / math.log2(4)
     assert ndcg_at_k(hits, torch.tensor([[3, 2, 1, 1]])).item() == pytest.approx(4 / (3 + 2 / math.log2(3) + 1 / 2))
 
 
@@ -133,15 +121,11 @@ def test_the_best_order_has_the_whole_gain_and_k_beyond_the_list_is_the_list() -
     assert torch.equal(ideal_dcg(relevances, 800), ideal_dcg(relevances))
 
 
-def test_queries_without_a_relevant_item_are_left_out_of_the_mean_and_counted() -> None:
+def test_queries_without_a_relevant_item_have_no_ratio() -> None:
     relevances, scores = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.0]] * 3)
     values = ndcg(relevances, scores)
     assert values.isnan().tolist() == [True, False, False]
-    found = mean_over_queries(values)
-    assert found == (pytest.approx((1 / math.log2(3) + 1) / 2), 2, 1)
-    nothing = mean_over_queries(values[:1])
-    assert math.isnan(nothing.mean)
-    assert nothing[1:] == (0, 1)
+    assert values[1:].tolist() == pytest.approx([1 / math.log2(3), 1])
     assert ndcg_at_k(torch.zeros(1, 3), ideal_hits(torch.tensor([0]), 3)).isnan().all()
 
 
@@ -150,7 +134,7 @@ def test_what_has_no_gain_or_no_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=r"relevances from -1 to 3 .* shift or scale"):
         ndcg(relevances - 1 * (relevances == 0), scores)
     with pytest.raises(ValueError, match=r"from 0 to 3000 .* exponential gain"):
-        dcg_at_k(relevances * 1000, "exponential")
+        dcg(relevances * 1000, scores, gain="exponential")
     with pytest.raises(ValueError, match="a score is NaN"):
         cg(relevances, scores * torch.nan)
     with pytest.raises(ValueError, match="k=0 items have no gain"):

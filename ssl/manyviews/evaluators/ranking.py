@@ -4,7 +4,7 @@ The figures of Järvelin and Kekäläinen 2002. The item at rank r, from 1, is d
 and as Burges et al. 2005 wrote it; the original left its first ranks undivided. All is computed in float64.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Real
@@ -14,75 +14,31 @@ Gain = Literal["linear", "exponential"]
 Ties = Literal["average", "first"]
 
 
-class QueryMean(NamedTuple):
-    """The mean over the queries that have a relevant item, and how many of each kind there were."""
-
-    mean: float
-    """NaN where no query has a relevant item."""
-    queries: int
-    """How many are in the mean."""
-    empty: int
-    """How many have no relevant item: no order is better than another, and any number given to them says nothing."""
-
-
-def cg_at_k(hits: Real[Tensor, "queries k"], gain: Gain = "linear") -> Float[Tensor, " queries"]:
-    """The cumulative gain: the sum of the gains of the first k items, whatever their order.
-
-    Args:
-        hits: relevances of the first k items of each query in the order of their ranks; k is their number.
-        gain: what an item of relevance r is worth: r, or 2^r − 1 (Burges et al. 2005), the same for 0 and 1.
-
-    Raises:
-        ValueError: if a relevance is negative or so large that its gain is not finite.
-    """
-    return _gains(hits, gain).sum(1)
-
-
-def dcg_at_k(hits: Real[Tensor, "queries k"], gain: Gain = "linear") -> Float[Tensor, " queries"]:
-    """The discounted cumulative gain: each gain divided by log2(rank + 1), ranks from 1; arguments as of `cg_at_k`.
-
-    Raises:
-        ValueError: as `cg_at_k`.
-    """
-    return _discounted(_gains(hits, gain))
-
-
 def ndcg_at_k(
     hits: Real[Tensor, "queries k"], ideal: Real[Tensor, "queries best"], gain: Gain = "linear"
 ) -> Float[Tensor, " queries"]:
     """The DCG of the first k items as a share of that of the best order of all items; NaN where nothing is relevant.
 
     This needs the first k items only, and of all others no more than what the ideal order begins with: for graded
-    relevances the k largest ones, for relevances of 0 and 1 their number (`ideal_hits`). `mean_over_queries` then
-    leaves queries without a relevant item out.
+    relevances the k largest ones, for relevances of 0 and 1 their number (`ideal_hits`).
 
     Args:
         hits: relevances of the first k items of each query in the order of their ranks; k is their number.
         ideal: the largest relevances of all items of each query, in descending order. Columns beyond k do not count;
             fewer columns mean that all other items have relevance 0.
-        gain: what an item of relevance r is worth: r, or 2^r − 1 (Burges et al. 2005), the same for 0 and 1.
+        gain: as of `ndcg`.
 
     Raises:
-        ValueError: as `cg_at_k`.
+        ValueError: if a relevance is negative or so large that its gain is not finite.
     """
-    best = dcg_at_k(ideal[:, : hits.shape[1]], gain)
-    return torch.where(best > 0, dcg_at_k(hits, gain) / best, torch.nan)
+    best = _discounted(_gains(ideal[:, : hits.shape[1]], gain))
+    return torch.where(best > 0, _discounted(_gains(hits, gain)) / best, torch.nan)
 
 
 def ideal_hits(relevant: Int[Tensor, " queries"], k: int) -> Float[Tensor, "queries k"]:
     """The relevances that the best order begins with, where each query has so many items of relevance 1."""
     ranks = torch.arange(k, device=relevant.device)
     return (ranks < relevant.unsqueeze(1)).double()
-
-
-def mean_over_queries(values: Float[Tensor, " queries"]) -> QueryMean:
-    """The mean of a figure that is NaN for queries without a relevant item, which are left out and counted.
-
-    scikit-learn counts such queries as 0, torchmetrics as its `empty_target_action` says, 0 by default: there the mean
-    falls with their number, whatever the ranking.
-    """
-    defined = values[~values.isnan()]
-    return QueryMean(defined.mean().item(), len(defined), len(values) - len(defined))
 
 
 def cg(
@@ -94,7 +50,7 @@ def cg(
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
     """The cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
-    return gains_by_rank(relevances, scores, gain=gain, ties=ties)[:, : _checked(k)].sum(1)
+    return _ranked(relevances, scores, gain, ties)[:, : _checked(k)].sum(1)
 
 
 def dcg(
@@ -106,14 +62,14 @@ def dcg(
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
     """The discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
-    return _discounted(gains_by_rank(relevances, scores, gain=gain, ties=ties)[:, : _checked(k)])
+    return _discounted(_ranked(relevances, scores, gain, ties)[:, : _checked(k)])
 
 
 def ideal_dcg(
     relevances: Real[Tensor, "queries items"], k: int | None = None, *, gain: Gain = "linear"
 ) -> Float[Tensor, " queries"]:
     """The DCG of the best order: by descending relevance; arguments and errors as of `ndcg`."""
-    return dcg_at_k(relevances.sort(dim=1, descending=True).values[:, : _checked(k)], gain)
+    return _discounted(_gains(relevances.sort(dim=1, descending=True).values[:, : _checked(k)], gain))
 
 
 def ndcg(
@@ -141,19 +97,10 @@ def ndcg(
     return torch.where(best > 0, dcg(relevances, scores, k, gain=gain, ties=ties) / best, torch.nan)
 
 
-def gains_by_rank(
-    relevances: Real[Tensor, "queries items"],
-    scores: Float[Tensor, "queries items"],
-    *,
-    gain: Gain = "linear",
-    ties: Ties = "average",
-) -> Float[Tensor, "queries items"]:
+def _ranked(relevances: Tensor, scores: Tensor, gain: Gain, ties: Ties) -> Tensor:
     """The gain at each rank of the order of scores; with ties averaged, each tied rank has their mean gain.
 
     Any sum over ranks, weighted or cut off at k, is then its expected value over the orders of tied items.
-
-    Raises:
-        ValueError: as `ndcg`.
     """
     if bool(scores.isnan().any()):
         raise ValueError("a score is NaN, which has no rank; look for the query or item whose features are not finite")
