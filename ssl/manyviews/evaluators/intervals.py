@@ -3,6 +3,7 @@
 import math
 
 from jaxtyping import Bool, Float
+from scipy.stats import binomtest
 from torch import Tensor
 
 NORMAL_95 = 1.959963984540054
@@ -10,10 +11,8 @@ NORMAL_95 = 1.959963984540054
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson 1927): never outside [0, 1], sound near both ends."""
-    share, weight = correct / total, NORMAL_95**2 / total
-    centre = (share + weight / 2) / (1 + weight)
-    reach = NORMAL_95 / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    low, high = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def mean_interval(values: Float[Tensor, " values"]) -> tuple[float, float]:

@@ -4,8 +4,11 @@ import importlib
 import warnings
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -46,19 +49,14 @@ def principal_components(features: Float[Tensor, "images dim"], count: int) -> F
 
     The largest weight of each component is positive, so that no sign is left to chance.
     """
-    rows = features.cpu().double()
-    rows = rows - rows.mean(0)
-    found = min(count, *rows.shape)
-    # The smaller of the two matrices of products has all that is needed.
-    if rows.shape[0] >= rows.shape[1]:
-        weights = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -found:].flip(1)
-    else:
-        weights = rows.T @ torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -found:].flip(1)
-        weights = weights / torch.linalg.vector_norm(weights, dim=0).clamp(min=1e-12)
-    largest = weights.gather(0, weights.abs().argmax(0, keepdim=True))
-    points = rows.new_zeros(len(rows), count)
-    points[:, :found] = rows @ torch.where(largest < 0, -weights, weights)
-    return points
+    rows = features.cpu().double().numpy()
+    present = min(count, *rows.shape)
+    # One of the two is quick: by the covariance of the dimensions, or by singular values of few images.
+    solver: Literal["covariance_eigh", "full"] = "covariance_eigh" if len(rows) >= rows.shape[1] else "full"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Of images that are all one the shares of the variance are 0 / 0.
+        points = PCA(present, svd_solver=solver).fit_transform(rows)
+    return F.pad(torch.from_numpy(points), (0, count - present))
 
 
 def _tsne(components: Tensor, start: Tensor, seed: int) -> Any:
