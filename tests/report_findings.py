@@ -1,6 +1,7 @@
 """Findings as measuring leaves them, made in a moment: images of plain brightness, features that know it."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from manyviews import recipe
 from manyviews.config import dump_yaml, load
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.fractions import FractionResult
-from manyviews.evaluators.geometry import Geometry, Staleness
+from manyviews.evaluators.fractions import mean_of_draws
+from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.scores import Evaluation
 from manyviews.recipe import Recipe
 from manyviews.report import Findings
 
@@ -74,6 +74,17 @@ def _evaluation(train: int, test: int, classes: int) -> Evaluation:
     return compare(_kinds(first, second), first.labels, second.labels, tasks=TASKS)
 
 
+def _without_test_labels(train: int, test: int) -> list[Measurement]:
+    """Few labels, geometry without the alignment of pixels, and a bank's rows."""
+    found = [mean_of_draws(kind, "10 %", 9, (0.5, 0.75), (0.1, 0.1)) for kind in ("learned", "raw pixels")]
+    geometry = {"learned": (4.25, -1.5, 0.25), "raw pixels": (5.0, -1.0)}
+    for kind, numbers in geometry.items():
+        named = zip(("effective rank", "uniformity", "alignment"), numbers, strict=False)
+        found += [Measurement("geometry", kind, name, number, n=test, dim=6) for name, number in named]
+    stale = {"mean": 0.875, "5 %": 0.25, "95 %": 0.975}
+    return found + [Measurement("staleness", "memory bank", name, value, n=train) for name, value in stale.items()]
+
+
 def findings(
     folder: Path,
     classes: tuple[str, ...] = ("boot", "coat", "dress"),
@@ -89,7 +100,7 @@ def findings(
         images(number, classes, channels=channels, size=size, seed=seed) for seed, number in enumerate((train, test))
     )
     kinds = _kinds(first, second)
-    evaluation = _evaluation(train, test, len(classes))
+    measurements = _evaluation(train, test, len(classes)).measurements
     ids = torch.arange(test)
     points = {
         "pca": (ids, kinds["learned"][1][:, :2]),
@@ -100,10 +111,9 @@ def findings(
         first,
         second,
         kinds,
-        evaluation,
-        (Geometry("learned", test, 6, 4.25, -1.5, 0.25), Geometry("raw pixels", test, 6, 5.0, -1.0, None)),
-        {kind: (FractionResult("10 %", 9, (0.5, 0.75)),) for kind in kinds},
-        Staleness(train, 0.875, {"5 %": 0.25, "95 %": 0.975}),
+        replace(
+            _evaluation(train, test, len(classes)), measurements=(*measurements, *_without_test_labels(train, test))
+        ),
         points,
         ("the images are of other data than the run's",),
     )

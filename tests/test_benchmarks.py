@@ -320,12 +320,12 @@ def test_objectives_show_backbone_and_embedding_side_by_side(
     assert (batch["judged by"], triplet["judged by"]) == ("backbone", "embedding")
     assert list(batch)[4:8] == COLUMNS
     for row, name in ((batch, "in_batch-NT-Xent-views-0"), (triplet, "triplet-semi-hard-labels-0")):
-        kept = json.loads((options.keep / name / "evaluation.json").read_text())["figures"]
-        for figures in kept:
-            if figures["features"].startswith("learned"):
-                value = row[f"Recall@1, {figures['layer']}"]
+        kept = json.loads((options.keep / name / "evaluation.json").read_text())["measurements"]
+        for own in kept:
+            if own["features"].startswith("learned") and own["metric"] == "Recall@1":
+                value = row[f"Recall@1, {own['layer']}"]
                 assert isinstance(value, harness.Spread)
-                assert value.median == pytest.approx(100 * figures["values"]["Recall@1"])
+                assert value.median == pytest.approx(100 * own["value"])
     assert not {"Recall@1, embedding", "epochs"} & {key for key, value in random.items() if value is not None}
     assert isinstance(pixels["MAP@R, backbone"], harness.Spread)
     harness.show(report)

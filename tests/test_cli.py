@@ -20,6 +20,7 @@ from manyviews import cli
 from manyviews.data import Sample
 from manyviews.linear_metrics import LinearMetric
 from manyviews.views import plain
+from recorded import measured, recorded, values
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHORT = [
@@ -133,9 +134,8 @@ def test_a_folder_of_photographs_with_broken_ones_just_works(
     assert "broken.jpg" in (tmp_path / "run" / "unreadable.txt").read_text()
     assert cli.evaluate([str(tmp_path / "run")]) == 0
     assert "learned" in capsys.readouterr().out
-    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert {score["method"] for score in report["scores"]} == {"knn", "linear"}
-    assert report["figures"] == []
+    report = recorded(tmp_path / "run")
+    assert report["tasks"] == ["knn", "linear", "fractions", "geometry"]
     assert cli.pretrain([*words, f"output={tmp_path / 'other'}"]) == 2
     assert "broken.jpg" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -156,19 +156,20 @@ def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_cl
 ) -> None:
     assert cli.evaluate([str(unseen), *QUICK, "layer=backbone"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    report = json.loads((unseen / "evaluation.json").read_text())
-    assert {score["features"] for score in report["scores"]} == {"learned", "random weights", "raw pixels"}
-    assert {score["method"] for score in report["scores"]} == {"knn", "linear"}
-    for score in report["scores"]:
-        assert 0.5 < score["low"] < score["accuracy"] < score["high"] < 1
-        assert f"{100 * score['accuracy']:.1f}" in shown
+    report = recorded(unseen)
+    scores = measured(report, "knn", "linear")
+    assert {score["features"] for score in scores} == {"learned", "random weights", "raw pixels"}
+    assert {score["task"] for score in scores} == {"knn", "linear"}
+    for score in scores:
+        assert 0.5 < score["low"] < score["value"] < score["high"] < 1
+        assert f"{100 * score['value']:.1f}" in shown
     assert "Retrieval by cosine among 600 test images of 3 classes never seen in training" in shown
     assert "by Recall@1, learned features" in shown
     assert report["gallery"]["names"] == ["Sandal", "Sneaker", "Bag"]
-    assert {score["num_test"] for score in report["scores"]} == {2000}
-    assert [row["features"] for row in report["figures"]] == ["learned", "random weights", "raw pixels"]
-    for row in report["figures"]:
-        assert f"{100 * row['values']['MAP@R']:.1f}" in shown
+    assert {score["n"] for score in scores} == {2000}
+    found = values(report, "retrieval", "MAP@R")
+    assert list(found) == ["learned", "random weights", "raw pixels"]
+    assert all(f"{100 * value:.1f}" in shown for value in found.values())
 
 
 def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,14 +182,13 @@ def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pyt
         "maps=[]",
     ]
     assert cli.evaluate([str(unseen), *words, "baselines=false"]) == 0
-    report = json.loads((unseen / "evaluation.json").read_text())
+    report = recorded(unseen)
     assert report["metric"]["name"] == "mahalanobis"
-    assert report["scores"] == []
-    assert [row["task"] for row in report["figures"]] == ["retrieval", "clustering"]
+    assert report["tasks"] == ["retrieval", "clustering"]
     assert report["gallery"]["origin"] == "some of them seen in training"
     metric = LinearMetric.load(unseen / "metrics" / "mahalanobis" / "learned.safetensors")
     assert metric.settings["name"] == "mahalanobis"
-    assert metric.weights.shape[1] == report["figures"][0]["dim"]
+    assert metric.weights.shape[1] == report["measurements"][0]["dim"]
     assert cli.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null", "maps=[]"]) == 0
     assert "of 3 classes never seen in training" in " ".join(capsys.readouterr().out.split())
 

@@ -128,5 +128,5 @@ def _probes(pretrained: Path, place: Path, options: argparse.Namespace, threads:
         # The first draw of a seed is the one that fine-tuning makes.
         results = fractions(train, labels, test, test_labels, classes, settings, seed=seed)
         for fraction, result in zip(sorted(options.fractions), results, strict=True):
-            found[fraction].append(result.accuracies[0])
+            found[fraction].append(result.details["accuracies"][0])
     return found

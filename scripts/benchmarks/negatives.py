@@ -129,8 +129,8 @@ def _measure(place: Path, case: Case, seed: int, options: argparse.Namespace, *,
 
 
 def _accuracies(reports: Sequence[dict[str, Any]], kind: str = "learned") -> list[float]:
-    scores = [score for report in reports for score in report["scores"] if score["method"] == "knn"]
-    return [100 * score["accuracy"] for score in scores if score["features"] == kind]
+    rows = [own for report in reports for own in report["measurements"] if own["metric"] == "accuracy"]
+    return [100 * own["value"] for own in rows if (own["task"], own["features"]) == ("knn", kind)]
 
 
 def _row(case: Case, reports: Sequence[dict[str, Any]]) -> dict[str, harness.Value]:

@@ -161,7 +161,7 @@ def row(reports: Sequence[Mapping[str, Any]], *kinds: str) -> dict[str, harness.
 
 def judged_by(report: Mapping[str, Any]) -> str:
     """The layer that comes first in the retrieval of a record: that which evaluate judges the objective by."""
-    layer: str = next(entry["layer"] for entry in report["figures"] if entry["task"] == "retrieval")
+    layer: str = next(own["layer"] for own in report["measurements"] if own["task"] == "retrieval")
     return layer
 
 
@@ -173,7 +173,5 @@ def baselines(measured: Mapping[str, Sequence[Mapping[str, Any]]], first: Mappin
 
 def scores(report: Mapping[str, Any], kind: str) -> dict[str, float]:
     """The retrieval figures of one kind of features."""
-    found: dict[str, float] = next(
-        entry["values"] for entry in report["figures"] if (entry["features"], entry["task"]) == (kind, "retrieval")
-    )
-    return found
+    rows = [own for own in report["measurements"] if (own["features"], own["task"]) == (kind, "retrieval")]
+    return {own["metric"]: own["value"] for own in rows}

@@ -73,7 +73,8 @@ def _row(data: str, name: str, reports: Sequence[dict[str, Any]], kind: str) -> 
     row: dict[str, harness.Value] = {"images": data, "recipe": name}
     row["epochs"] = harness.Spread.of([report["epochs"] for report in reports]).median if kind == "learned" else None
     for method in ("knn", "linear"):
-        scores = [score for report in reports for score in report["scores"] if score["features"] == kind]
-        row[method] = harness.Spread.of([100 * score["accuracy"] for score in scores if score["method"] == method])
+        rows = [own for report in reports for own in report["measurements"] if own["metric"] == "accuracy"]
+        own_rows = [own for own in rows if (own["task"], own["features"]) == (method, kind)]
+        row[method] = harness.Spread.of([100 * own["value"] for own in own_rows])
     row["seeds"] = len(reports)
     return row

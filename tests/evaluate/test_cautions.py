@@ -12,6 +12,7 @@ from manyviews.data.images import InMemory, Names, Split
 from manyviews.evaluate import cautions
 from manyviews.evaluators.geometry import geometry
 from manyviews.evaluators.knn import KnnSettings, knn
+from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.splits import balanced_accuracy, uneven
 
 
@@ -84,9 +85,9 @@ def test_balanced_accuracy_is_scikit_learns() -> None:
     ],
 )
 def test_features_that_have_collapsed_are_said_to_have(rows: torch.Tensor, said: str | None) -> None:
-    sentences = list(cautions.collapsed([geometry("learned", rows, None, seed=0)]))
+    sentences = list(cautions.collapsed(Evaluation(geometry("learned", rows, None, seed=0))))
     assert (len(sentences) == 1 and said in sentences[0]) if said else not sentences
-    assert not list(cautions.collapsed([geometry("random weights", rows, None, seed=0)]))
+    assert not list(cautions.collapsed(Evaluation(geometry("random weights", rows, None, seed=0))))
 
 
 def test_held_out_images_that_are_the_training_images_are_refused_in_words_of_the_command() -> None:

@@ -66,15 +66,16 @@ def test_rows_are_methods_and_baselines_and_their_numbers_those_of_the_runs(runs
     ]
     first, second, random, pixels = found.rows
     assert [row.seeds for row in found.rows] == [(0, 1), (0,), (0, 1), (0,)]
-    assert list(first.values) == ["kNN", "Recall@1"]
+    assert list(first.measured) == ["kNN", "Recall@1", "effective rank", "uniformity", "alignment"]
     for title, task in (("kNN", "knn"), ("Recall@1", "retrieval")):
         for row, folders in ((first, runs[:2]), (second, runs[2:])):
             expected = [(outcome(folder)[f"hits/{task}/learned"] == 1).double().mean().item() for folder in folders]
-            assert row.values[title] == pytest.approx(expected)
-    assert [own.features for own in (*random.geometry, *pixels.geometry)] == ["random weights"] * 2 + ["raw pixels"]
-    gaps = {(own.features, own.method): own for own in found.differences}
+            assert row.values(title) == pytest.approx(expected)
+    lying = (*random.measured["uniformity"], *pixels.measured["uniformity"])
+    assert [own.features for own in lying] == ["random weights"] * 2 + ["raw pixels"]
+    gaps = {(own.features, own.task): own for own in found.differences}
     own = gaps["objective.temperature=0.5", "knn"]
-    assert own.difference == pytest.approx(np.mean(second.values["kNN"]) - np.mean(first.values["kNN"]))
+    assert own.difference == pytest.approx(np.mean(second.values("kNN")) - np.mean(first.values("kNN")))
     assert own.low <= own.difference <= own.high
     assert len(gaps) == 6
 

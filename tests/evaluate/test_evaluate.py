@@ -19,6 +19,7 @@ from manyviews.evaluators.splits import hold_out
 from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.views import ViewsSettings, plain
 from processes import launched
+from recorded import measured, recorded, values
 from small_run import small_run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -53,15 +54,15 @@ def test_what_was_predicted_is_kept_image_by_image_and_makes_the_scores(
 ) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     assert cli.evaluate([str(folder), f"data={photographs}", *SMALL, "tasks=knn,linear,retrieval"]) == 0
-    record, kept = json.loads((folder / "evaluation.json").read_text()), load_file(folder / "outcomes.safetensors")
+    record, kept = recorded(folder), load_file(folder / "outcomes.safetensors")
     labels = kept["labels"]
-    for score in record["scores"]:
-        name = f"{score['method']}/{score['features']}"
-        assert score["accuracy"] == pytest.approx((kept[f"predictions/{name}"] == labels).double().mean().item())
+    for score in measured(record, "knn", "linear", metric="accuracy"):
+        name = f"{score['task']}/{score['features']}"
+        assert score["value"] == pytest.approx((kept[f"predictions/{name}"] == labels).double().mean().item())
         assert torch.equal(kept[f"hits/{name}"], (kept[f"predictions/{name}"] == labels).long())
-    for row in record["figures"]:
-        hits = kept[f"hits/retrieval/{row['features']}"]
-        assert row["values"]["Recall@1"] == pytest.approx(hits[hits >= 0].double().mean().item())
+    for kind, value in values(record, "retrieval", "Recall@1").items():
+        hits = kept[f"hits/retrieval/{kind}"]
+        assert value == pytest.approx(hits[hits >= 0].double().mean().item())
     assert "of other data than the run's" in " ".join(capsys.readouterr().out.split())
 
 
@@ -78,21 +79,22 @@ def test_the_numbers_are_those_of_scikit_learn_on_the_features_that_extract_writ
     rows, labels = np.load(tmp_path / "features" / "backbone.npy"), np.load(tmp_path / "features" / "labels.npy")
     manifest = json.loads((tmp_path / "features" / "manifest.json").read_text())
     held = np.array([entry[0] == "test" for entry in manifest["images"]])
-    record = json.loads((folder / "evaluation.json").read_text())
-    found = {score["method"]: score for score in record["scores"]}
+    found = {score["task"]: score for score in measured(recorded(folder), "knn", "linear", metric="accuracy")}
 
     unit = normalize(rows.astype(np.float64))
     voters = KNeighborsClassifier(5, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     voters.fit(unit[~held], labels[~held])
-    assert found["knn"]["accuracy"] == pytest.approx(voters.score(unit[held], labels[held]))
+    assert found["knn"]["value"] == pytest.approx(voters.score(unit[held], labels[held]))
     kept, apart = hold_out(torch.from_numpy(labels[~held]), share=0.2, seed=0)
     voters.fit(unit[~held][kept], labels[~held][kept])
-    assert found["knn"]["validation"] == pytest.approx(voters.score(unit[~held][apart], labels[~held][apart]))
+    assert found["knn"]["details"]["validation"] == pytest.approx(
+        voters.score(unit[~held][apart], labels[~held][apart])
+    )
 
     scaler = StandardScaler().fit(rows[~held].astype(np.float64))
     model = LogisticRegression(C=1 / (strength * (~held).sum()), max_iter=2000, tol=1e-8)
     model.fit(scaler.transform(rows[~held]), labels[~held])
-    assert found["linear"]["accuracy"] == pytest.approx(model.score(scaler.transform(rows[held]), labels[held]))
+    assert found["linear"]["value"] == pytest.approx(model.score(scaler.transform(rows[held]), labels[held]))
 
 
 def test_images_without_labels_are_told_by_their_geometry(
@@ -104,9 +106,8 @@ def test_images_without_labels_are_told_by_their_geometry(
         shutil.copy(file, flat / f"{file.parent.name}{file.name}")
     words = [str(folder), f"data={flat}", *SMALL]
     assert cli.evaluate(words) == 0
-    record = json.loads((folder / "evaluation.json").read_text())
-    assert [row["features"] for row in record["geometry"]] == ["learned", "random weights", "raw pixels"]
-    assert "scores" not in record
+    assert list(values(recorded(folder), "geometry", "uniformity")) == ["learned", "random weights", "raw pixels"]
+    assert recorded(folder)["tasks"] == ["geometry"]
     assert (folder / "report.html").is_file()
     assert "effective rank" in " ".join(capsys.readouterr().out.split())
     assert cli.evaluate([*words, "tasks=knn"]) == 2
@@ -116,11 +117,10 @@ def test_images_without_labels_are_told_by_their_geometry(
 def test_a_banks_rows_are_compared_with_fresh_embeddings_of_the_runs_own_images(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     assert cli.evaluate([str(folder), "tasks=geometry", "baselines=false", "report=false", "cache=false"]) == 0
-    stale = json.loads((folder / "evaluation.json").read_text())["staleness"]
+    stale = {row["metric"]: row["value"] for row in measured(recorded(folder), "staleness") if row["n"] == 2000}
     # After two steps of 32 images nearly all rows are those that the run began with: unrelated directions.
-    assert stale["images"] == 2000
     assert abs(stale["mean"]) < 0.2
-    assert stale["quantiles"]["5 %"] < stale["quantiles"]["95 %"]
+    assert stale["5 %"] < stale["95 %"]
     assert not (folder / "report.html").exists()
 
 
@@ -131,14 +131,14 @@ def test_a_second_look_takes_features_from_the_cache_and_says_the_same(
     records = []
     for _ in range(2):
         assert cli.evaluate([str(folder), *words]) == 0
-        records.append(json.loads((folder / "evaluation.json").read_text()))
+        records.append(recorded(folder))
     assert records[0] == records[1]
     # Once for each split and each of two kinds.
     assert len(re.findall(r"encoding \d+ images", capsys.readouterr().out)) == 4
     for cached in (folder / "features").rglob("*.npy"):
         np.save(cached, np.zeros_like(np.load(cached)))
     assert cli.evaluate([str(folder), *words, "cache=false"]) == 0
-    assert json.loads((folder / "evaluation.json").read_text()) == records[0]
+    assert recorded(folder) == records[0]
 
 
 def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) -> None:
@@ -151,18 +151,19 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
         words = [str(folder), *SMALL[2:], "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
         words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
         launched(cli.evaluate, [*words, "batch_size=16"], count=processes)
-        records.append(json.loads((folder / "evaluation.json").read_text()))
+        records.append(recorded(folder))
         outcomes.append(load_file(folder / "outcomes.safetensors"))
     # Sums over pairs are added up in another order.
-    shapes = [record.pop("geometry") for record in records]
-    assert records[0]["staleness"]["images"] == 81
+    shapes = [measured(record, "geometry") for record in records]
+    for record in records:
+        record["measurements"] = [row for row in record["measurements"] if row["task"] != "geometry"]
+        assert {row["n"] for row in measured(record, "staleness")} == {81}
     assert records[0] == records[1]
     for one, two in zip(*shapes, strict=True):
-        assert one.pop("features") == two.pop("features")
-        assert one.pop("layer") == two.pop("layer")
         # Near 0 it is a small difference of sums of float32 distances, rounded otherwise in batches of another size.
-        assert one.pop("uniformity") == pytest.approx(two.pop("uniformity"), rel=1e-6, abs=1e-6)
-        assert one == pytest.approx(two, rel=1e-6)
+        near = 1e-6 if one["metric"] == "uniformity" else 0
+        assert one.pop("value") == pytest.approx(two.pop("value"), rel=1e-6, abs=near)
+        assert one == two
     assert outcomes[0].keys() == outcomes[1].keys()
     assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
 
@@ -200,8 +201,9 @@ def test_a_run_that_has_learned_from_colour_is_measured_on_grey_images(photograp
     small_run(tmp_path / "run", "views.saturation=0.4", "views.greyscale=0.2", channels=3)
     words = [str(tmp_path / "run"), f"data={photographs}", *SMALL, "tasks=geometry", "report=false"]
     assert cli.evaluate(words) == 0
-    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert all(row["alignment"] >= 0 for row in record["geometry"])
+    aligned = values(recorded(tmp_path / "run"), "geometry", "alignment")
+    assert len(aligned) == 3
+    assert all(value >= 0 for value in aligned.values())
 
 
 def test_a_bank_whose_projector_is_lost_is_measured_without_its_rows(
@@ -211,5 +213,5 @@ def test_a_bank_whose_projector_is_lost_is_measured_without_its_rows(
     weights = load_file(folder / "backbone" / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, folder / "backbone" / "model.safetensors")
     assert cli.evaluate([str(folder), "tasks=geometry", "baselines=false", "report=false", "cache=false"]) == 0
-    assert json.loads((folder / "evaluation.json").read_text())["staleness"] is None
+    assert measured(recorded(folder), "staleness") == []
     assert "is of other weights than" in " ".join(capsys.readouterr().out.split())

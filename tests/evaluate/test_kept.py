@@ -1,6 +1,5 @@
 """What evaluations leave in a folder: results are kept beside each other, and shown whatever becomes of files."""
 
-import json
 import resource
 import shutil
 import sys
@@ -17,10 +16,10 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.evaluate import EvaluateSettings, evaluate
-from manyviews.evaluate.record import MOST_KEPT, looks_of, merge, number_of, records_in
+from manyviews.evaluate.record import MOST_KEPT, merge, number_of, records_in, tasks_of
 from manyviews.evaluate.writing import read, unwritable, write
-from manyviews.evaluators import compare
 from manyviews.features.backbone import open_run
+from recorded import measured, recorded
 from report_findings import findings
 from small_run import small_run
 
@@ -54,34 +53,29 @@ def run(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made / "run", tmp_path / "run")
 
 
-def recorded(folder: Path) -> dict:
-    return json.loads((folder / "evaluation.json").read_text())
-
-
 def test_fewer_tasks_other_images_and_another_protocol_keep_what_was_measured(run: Path, made: Path) -> None:
-    def measured(*words: str) -> dict:
+    def evaluated(*words: str) -> dict:
         assert cli.evaluate([str(run), *BARE, *words]) == 0
         return recorded(run)
 
-    first = measured("tasks=linear,knn")
-    both = measured("tasks=retrieval")
-    assert both["scores"] == first["scores"]
-    assert [row["task"] for row in both["figures"]] == ["retrieval"]
+    first = evaluated("tasks=linear,knn")
+    both = evaluated("tasks=retrieval")
+    assert both["measurements"][: len(first["measurements"])] == first["measurements"]
     assert both["tasks"] == ["knn", "linear", "retrieval"]
-    assert measured("tasks=knn")["scores"] == first["scores"]
-    other = measured(f"data={made / 'other'}", "data.channels=1", "data.size=28", "tasks=knn")
+    assert evaluated("tasks=knn")["measurements"] == both["measurements"]
+    other = evaluated(f"data={made / 'other'}", "data.channels=1", "data.size=28", "tasks=knn")
     assert other["images"] != first["images"]
-    assert other["kept"][0]["scores"] == first["scores"]
-    seed = measured("tasks=linear", "protocol.seed=1")
-    assert [looks_of(record) for record, _ in records_in(seed)] == [["linear"], ["knn"], ["knn", "linear", "retrieval"]]
-    back = measured("tasks=clustering")
+    assert other["kept"][0]["measurements"] == both["measurements"]
+    seed = evaluated("tasks=linear", "protocol.seed=1")
+    assert [tasks_of(record) for record, _ in records_in(seed)] == [["linear"], ["knn"], ["knn", "linear", "retrieval"]]
+    back = evaluated("tasks=clustering")
     assert back["tasks"] == ["knn", "linear", "retrieval", "clustering"]
     assert len(back["kept"]) == 2
     whole, outcomes = read(run)
     for record, prefix in records_in(whole):
-        for score in record["scores"]:
-            name = f"{prefix}predictions/{score['method']}/learned"
-            assert score["accuracy"] == pytest.approx(
+        for score in measured(record, "knn", "linear", metric="accuracy"):
+            name = f"{prefix}predictions/{score['task']}/learned"
+            assert score["value"] == pytest.approx(
                 (outcomes[name] == outcomes[f"{prefix}labels"]).double().mean().item()
             )
 
@@ -100,9 +94,9 @@ def test_the_report_shows_all_that_is_kept_of_these_images(run: Path, made: Path
 
 
 def test_results_of_weights_that_have_gone_on_stay_with_their_step_and_lose_their_images(tmp_path: Path) -> None:
-    new = {"weights": {"file": "checkpoints/step-000000020/encoder.safetensors"}, "images": ["a"], "fractions": {}}
-    new |= {"staleness": None}
-    old = {"weights": {"file": "checkpoints/step-000000010/encoder.safetensors"}, "images": ["a"], "scores": [1]}
+    new = {"weights": {"file": "checkpoints/step-000000020/encoder.safetensors"}, "images": ["a"]}
+    new |= {"measurements": []}
+    old = {"weights": {"file": "checkpoints/step-000000010/encoder.safetensors"}, "images": ["a"], "measurements": [1]}
     merged, outcomes, dropped = merge(new, {"labels": torch.ones(1)}, old, {"labels": torch.zeros(1)})
     assert merged["kept"] == [old]
     assert (list(outcomes), dropped) == (["labels"], 0)
@@ -115,23 +109,24 @@ def test_results_of_weights_that_have_gone_on_stay_with_their_step_and_lose_thei
 
 
 def test_a_damaged_record_is_set_aside_and_not_lost(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for damage in ('{"scores": 1', '{"kept": 7}', '{"weights": {}, "kept": [[]]}'):
+    lists = '{"weights": {}, "scores": [{"method": "knn"}]}'
+    for damage in ('{"scores": 1', lists, '{"kept": 7}', '{"weights": {}, "kept": [[]]}'):
         (run / "evaluation.json").write_text(damage)
         assert cli.evaluate([str(run), *BARE, "tasks=knn"]) == 0
         assert "was damaged and is evaluation.damaged.json now" in " ".join(capsys.readouterr().out.split())
         assert (run / "evaluation.damaged.json").read_text() == damage
-        assert [score["method"] for score in recorded(run)["scores"]] == ["knn"]
+        assert recorded(run)["tasks"] == ["knn"]
 
 
 def test_evaluations_at_once_all_keep_their_results(run: Path) -> None:
     settings = load(EvaluateSettings, None, BARE)
     found = findings(run.parent / "pretended")
     base = {"weights": {"sha256": "0"}, "images": ["0"], "protocol": settings.protocol.model_dump(mode="json")}
-    base |= {"metric": {"name": "cosine"}, "fractions": {}, "staleness": None}
+    base |= {"metric": {"name": "cosine"}}
 
     def one(number: int) -> None:
-        row = {"features": f"kind {number}", "images": 3, "dim": 2, "effective_rank": 1.0, "uniformity": 0.0}
-        record = base | {"geometry": [row | {"alignment": None}]}
+        row = {"task": "geometry", "features": f"kind {number}", "metric": "effective rank", "value": 1.0}
+        record = base | {"measurements": [row]}
         outcomes = {f"hits/knn/kind {number}": torch.full((50_000,), number)}
         write(found, record, outcomes, run, warnings.append, page=False)
 
@@ -140,7 +135,7 @@ def test_evaluations_at_once_all_keep_their_results(run: Path) -> None:
         list(pool.map(one, range(24)))
     whole, outcomes = read(run)
     assert warnings == []
-    assert {row["features"] for row in whole["geometry"]} == {f"kind {number}" for number in range(24)}
+    assert {row["features"] for row in whole["measurements"]} == {f"kind {number}" for number in range(24)}
     assert len(outcomes) == 24
     assert not list(run.glob(".*.partial"))
 
@@ -238,7 +233,7 @@ def test_a_task_fails_alone_and_the_others_are_shown_and_kept(
     def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("17 GiB")
 
-    monkeypatch.setattr(compare, "clustering", out_of_memory)
+    monkeypatch.setattr("manyviews.evaluators.tasks.clustering", out_of_memory)
     assert cli.evaluate([str(run), *BARE, "tasks=clustering,retrieval,knn,geometry"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: clustering could not be measured: MemoryError: 17 GiB\n"
@@ -278,13 +273,14 @@ def test_classes_of_two_training_images_and_of_one_are_measured(
     record = recorded(run)
     assert record["tasks"] == ["knn", "linear", "fractions", "geometry"]
     shown = " ".join(capsys.readouterr().out.split())
+    scores = measured(record, "knn", "linear", metric="accuracy")
     if count == 3:
         assert "were chosen on one image of each class" in shown
-        assert all(score["validation"] is not None for score in record["scores"])
+        assert all(score["details"]["validation"] is not None for score in scores)
     else:
         assert "No class has two labelled training images" in shown
-        assert all(score["validation"] is None for score in record["scores"])
-        assert record["scores"][1]["regularisation"] == 0.1
+        assert all(score["details"]["validation"] is None for score in scores)
+        assert scores[1]["details"]["regularisation"] == 0.1
 
 
 def test_a_baseline_that_cannot_be_had_is_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +292,7 @@ def test_a_baseline_that_cannot_be_had_is_left_out(run: Path, monkeypatch: pytes
     monkeypatch.setattr(opened, "untrained", lost)
     settings = load(EvaluateSettings, None, [word for word in BARE if "baselines" not in word] + ["tasks=knn,geometry"])
     found = evaluate(run, settings, quiet=True)
-    assert found.evaluation is not None
-    assert [score.features for score in found.evaluation.scores] == ["learned", "raw pixels"]
+    assert [score.features for score in found.evaluation.of("knn")] == ["learned", "raw pixels"]
     assert [(own.task, own.features) for own in found.failures] == [("features", "random weights")]
 
 
@@ -313,7 +308,7 @@ def test_outcomes_that_cannot_be_written_leave_the_numbers(
     assert recorded(run)["outcomes"] is None
     monkeypatch.undo()
     assert cli.evaluate([str(run), *BARE, "tasks=knn"]) == 0
-    assert recorded(run)["scores"][1] == first["scores"][0]
+    assert measured(recorded(run), "linear") == measured(first, "linear")
     assert set(read(run)[1]) == {"predictions/knn/learned", "hits/knn/learned", "labels"}
 
 

@@ -18,6 +18,7 @@ from manyviews.evaluate import EvaluateSettings, chosen
 from manyviews.features.backbone import open_run
 from manyviews.objectives import LogRatio, Objective, Triplet
 from manyviews.objectives.contrastive import Contrastive
+from recorded import measured, recorded
 from small_run import small_run
 
 QUICK = ["protocol.knn.neighbours=[1]", "protocol.linear.regularisations=[0.1]", "report=false", "maps=[]"]
@@ -72,11 +73,10 @@ def by_hand(folder: Path, encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
     return {"backbone": encoder.backbone(images), "embedding": embeddings}, test.labels
 
 
-def record(folder: Path, *words: str, task: str = "retrieval") -> dict[str, dict]:
-    """The figures of retrieval by kind of features."""
-    assert cli.evaluate([str(folder), f"tasks={task}", *QUICK, *words]) == 0
-    found = json.loads((folder / "evaluation.json").read_text())
-    return {row["features"]: row for row in found["figures"]}
+def record(folder: Path, *words: str) -> dict[str, dict]:
+    """The measurement of Recall@1 by kind of features."""
+    assert cli.evaluate([str(folder), "tasks=retrieval", *QUICK, *words]) == 0
+    return {row["features"]: row for row in measured(recorded(folder), "retrieval", metric="Recall@1")}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_each_layer_has_the_recall_of_what_the_encoder_makes_by_the_distance_tha
     if distance == "euclidean":
         assert recall_at_1(rows["embedding"], labels, "cosine") != expected["learned (embedding)"]
     found = record(tmp_path / "run", "baselines=false")
-    assert {kind: row["values"]["Recall@1"] for kind, row in found.items()} == pytest.approx(expected)
-    assert {kind: (row["layer"], row["metric"]) for kind, row in found.items()} == {
+    assert {kind: row["value"] for kind, row in found.items()} == pytest.approx(expected)
+    assert {kind: (row["layer"], row["distance"]) for kind, row in found.items()} == {
         "learned": ("backbone", "cosine"),
         "learned (embedding)": ("embedding", distance),
     }
@@ -121,8 +121,8 @@ def test_a_metric_that_is_asked_for_is_that_of_every_layer(photographs: Path, tm
     for metric in ("cosine", "euclidean"):
         found = record(tmp_path / "run", "baselines=false", f"metric={metric}")
         for row in found.values():
-            assert row["metric"] == metric
-            assert row["values"]["Recall@1"] == pytest.approx(recall_at_1(rows[row["layer"]], labels, metric))
+            assert row["distance"] == metric
+            assert row["value"] == pytest.approx(recall_at_1(rows[row["layer"]], labels, metric))
 
 
 def test_every_objective_says_whether_it_compares_embeddings_and_by_what() -> None:
@@ -162,16 +162,16 @@ def test_probes_are_judged_by_the_backbone_and_comparisons_by_the_embedding_of_a
     words = ["tasks=knn,linear,fractions,retrieval,clustering,verification,geometry", "few.draws=2", "few.shots=[2]"]
     words += ["few.shares=[0.5]", "protocol.verification.pairs=200", "maps=pca"]
     assert cli.evaluate([str(tmp_path / "run"), *words, *QUICK[:2]]) == 0
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    judged = {(one["method"], one["features"], one["baseline"]) for one in found["differences"]}
+    found = recorded(tmp_path / "run")
+    judged = {(one["task"], one["features"], one["baseline"]) for one in found["differences"]}
     by = {"knn": KINDS[:2], "linear": KINDS[:2], "retrieval": KINDS[1::-1], "verification": KINDS[1::-1]}
     assert judged == {(task, first, other) for task, (first, second) in by.items() for other in (second, *KINDS[2:])}
     layers = dict(zip(KINDS, ("backbone", "embedding", "backbone", None), strict=True))
     assert found["layers"] == layers
-    for row in (*found["scores"], *found["figures"], *found["geometry"]):
+    for row in found["measurements"]:
         assert row["layer"] == layers[row["features"]]
-    for one, first in (("scores", "learned"), ("figures", "learned (embedding)"), ("geometry", "learned")):
-        assert found[one][0]["features"] == first
+    for task, first in (("knn", "learned"), ("retrieval", "learned (embedding)"), ("geometry", "learned")):
+        assert measured(found, task)[0]["features"] == first
     said = " ".join(capsys.readouterr().out.split())
     assert "Images are compared by the embedding, for objective=triplet trains it to be compared" in said
     page = (tmp_path / "run" / "report.html").read_text()
@@ -183,7 +183,7 @@ def test_probes_are_judged_by_the_backbone_and_comparisons_by_the_embedding_of_a
 def test_layers_alone_say_nothing_of_baselines(photographs: Path, tmp_path: Path) -> None:
     made(tmp_path / "run", photographs, "objective=triplet")
     record(tmp_path / "run", "baselines=false")
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["verdict"]
+    found = recorded(tmp_path / "run")["verdict"]
     assert found.startswith("There is no baseline to compare with: by Recall@1, learned (embedding) features ")
 
 
@@ -191,11 +191,11 @@ def test_a_layer_measured_later_stands_beside_the_one_measured_before_and_each_h
     photographs: Path, tmp_path: Path
 ) -> None:
     made(tmp_path / "run", photographs, "objective=triplet")
-    first = record(tmp_path / "run", "layer=embedding")
-    both = record(tmp_path / "run", "layer=backbone")
-    assert set(both) == set(KINDS)
-    assert both["learned (embedding)"] == first["learned (embedding)"]
-    verdict = json.loads((tmp_path / "run" / "evaluation.json").read_text())["verdict"]
+    record(tmp_path / "run", "layer=embedding")
+    first = [row for row in recorded(tmp_path / "run")["measurements"] if row["features"] == "learned (embedding)"]
+    assert set(record(tmp_path / "run", "layer=backbone")) == set(KINDS)
+    assert all(row in recorded(tmp_path / "run")["measurements"] for row in first)
+    verdict = recorded(tmp_path / "run")["verdict"]
     for kind in ("learned (backbone)", "learned (embedding)"):
         (sentence,) = (part for part in verdict.split("; ") if f"by Recall@1, {kind} features " in part)
         assert "random weights" in sentence
@@ -212,7 +212,7 @@ def test_a_run_that_has_not_finished_is_measured_by_the_embedding_of_its_newest_
     found = record(tmp_path / "run", "layer=embedding", "baselines=false")
     assert found.keys() == {"learned (embedding)"}
     expected = recall_at_1(rows["embedding"], labels, "cosine")
-    assert found["learned (embedding)"]["values"]["Recall@1"] == pytest.approx(expected)
+    assert found["learned (embedding)"]["value"] == pytest.approx(expected)
     # A live run may replace its checkpoints: the embedding is still that of the backbone that was opened.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert torch.equal(opened.embedding().module[0][0].weight, encoder.projector[0].weight)
@@ -286,8 +286,8 @@ def test_several_runs_are_compared_each_by_the_layer_that_its_objective_trains(
         {},
         {},
     ]
-    kept = json.loads((place["triplet"] / "evaluation.json").read_text())["figures"]
-    assert rows[0]["values"]["Recall@1"] == [kept[0]["values"]["Recall@1"]]
+    kept = measured(recorded(place["triplet"]), "retrieval", metric="Recall@1")
+    assert rows[0]["values"]["Recall@1"] == [kept[0]["value"]]
     assert kept[0]["layer"] == "embedding"
     said = capsys.readouterr().out
     assert "(embedding)" in said

@@ -7,15 +7,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from manyviews.evaluators.compare import compare, takes_training
+from manyviews.evaluators.compare import compare
 from manyviews.evaluators.intervals import mean_interval, paired_difference
 from manyviews.evaluators.knn import KnnSettings
 from manyviews.evaluators.learned_distance import Cosine, Euclidean
 from manyviews.evaluators.linear import LinearSettings
+from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings
+from manyviews.evaluators.requirements import takes_training
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
-from manyviews.evaluators.scores import Evaluation
 from manyviews.evaluators.splits import hold_out
+from manyviews.evaluators.tables import printed, sheets
 from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
 from manyviews.linear_metrics import LinearMetric, Mahalanobis
 
@@ -69,23 +71,24 @@ def evaluation(inputs) -> Evaluation:
 def test_figures_are_those_of_the_gallery_alone(inputs, evaluation):
     features, _, test_labels = inputs
     images = torch.isin(test_labels, torch.tensor(UNSEEN))
-    by_task = {(figures.task, figures.features): figures for figures in evaluation.figures}
-    assert len(by_task) == 6
+    measured = {(own.task, own.features, own.metric): own for own in evaluation.measurements}
+    assert len({key[:2] for key in measured}) == 10
     for kind, (_, test) in features.items():
         result = retrieve(test[images], test_labels[images])
-        found = by_task["retrieval", kind]
-        assert found.counts == {"queries": 120, "left_out": 0}
-        assert found.values["MAP@R"] == pytest.approx(result.map_at_r.mean().item())
-        assert found.values["Recall@4"] == pytest.approx(result.recall[2].double().mean().item())
-        assert found.intervals["MAP@R"] == mean_interval(result.map_at_r)
+        found = measured["retrieval", kind, "MAP@R"]
+        assert (found.n, found.details) == (120, {"left_out": 0})
+        assert found.value == pytest.approx(result.map_at_r.mean().item())
+        assert (found.low, found.high) == mean_interval(result.map_at_r)
+        recall = measured["retrieval", kind, "Recall@4"].value
+        assert recall == pytest.approx(result.recall[2].double().mean().item())
         pairs = draw_pairs(test_labels[images], PROTOCOL.verification)
         judged = verify(test[images], pairs, PROTOCOL.verification)
-        assert by_task["verification", kind].values["accuracy"] == pytest.approx(judged.accuracy)
+        assert measured["verification", kind, "accuracy"].value == pytest.approx(judged.accuracy)
 
 
 def test_the_verdict_covers_retrieval_and_verification_on_the_same_queries_and_pairs(inputs, evaluation):
     features, _, test_labels = inputs
-    assert [difference.method for difference in evaluation.differences] == [
+    assert [difference.task for difference in evaluation.differences] == [
         "knn",
         "linear",
         "retrieval",
@@ -123,25 +126,26 @@ def test_clustering_alone_claims_nothing(inputs):
 def test_the_record_is_json_and_the_tables_fit_a_narrow_terminal(evaluation):
     record = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
     assert record["gallery"] == {"images": 120, "classes": [3, 4], "origin": "never seen in training"}
-    assert record["metric"] == {"name": "cosine"}
-    assert {(row["task"], row["features"]) for row in record["figures"]} >= {("retrieval", "learned")}
+    assert {row["distance"] for row in record["measurements"] if row["task"] != "linear"} == {"cosine"}
+    assert {(row["task"], row["features"]) for row in record["measurements"]} >= {("retrieval", "learned")}
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in evaluation.tables():
-        console.print(table)
+    for sheet in sheets(evaluation):
+        console.print(printed(sheet))
     console.file.close()
     shown = console.export_text()
     assert "Retrieval by cosine among 120 test images of 2 classes never seen in training" in " ".join(shown.split())
-    for figures in evaluation.figures:
-        line = [f"{100 * value:.1f}" for value in figures.values.values()]
-        rows = [row for row in shown.splitlines() if row.split()[:1] == figures.features.split()[:1]]
-        assert any(all(number in row for number in line) for row in rows), (figures, shown)
+    for task, kind in {(own.task, own.features) for own in evaluation.measurements}:
+        line = [f"{100 * own.value:.1f}" for own in evaluation.of(task, features=kind)]
+        rows = [row for row in shown.splitlines() if row.split()[:1] == kind.split()[:1]]
+        assert any(all(number in row for number in line) for row in rows), (task, kind, shown)
 
 
 def test_recall_at_one_is_measured_whatever_the_grid(inputs):
     features, *labels = inputs
     protocol = ProtocolSettings(retrieval=RetrievalSettings(recall_at=(10,), ndcg_at=()))
     found = compare(features, *labels, protocol, tasks=("retrieval",))
-    assert list(found.figures[0].values) == ["Recall@1", "Recall@10", "R-precision", "MAP@R"]
+    names = [own.metric for own in found.of("retrieval", features="learned")]
+    assert names == ["Recall@1", "Recall@10", "R-precision", "MAP@R"]
     assert len(found.differences) == 1
 
 
@@ -153,8 +157,8 @@ def test_training_features_are_needed_by_knn_the_probe_and_fitted_metrics_alone(
     without: Kinds = {kind: (None, test) for kind, (_, test) in features.items()}
     tasks = ("retrieval", "clustering", "verification")
     assert (
-        compare(without, *labels, PROTOCOL, tasks=tasks).figures
-        == compare(features, *labels, PROTOCOL, tasks=tasks).figures
+        compare(without, *labels, PROTOCOL, tasks=tasks).measurements
+        == compare(features, *labels, PROTOCOL, tasks=tasks).measurements
     )
 
 
@@ -172,12 +176,15 @@ def test_a_metric_is_fitted_on_seen_classes_without_the_images_held_out_and_used
     assert torch.equal(kept["learned"].weights, expected.weights)
     images = torch.isin(labels[1], torch.tensor(UNSEEN))
     looked_up = retrieve(expected.transform(test[images]), labels[1][images], nearness="euclidean")
-    assert fitted.figures[0].values["MAP@R"] == pytest.approx(looked_up.map_at_r.mean().item())
+    (precision,) = fitted.of("retrieval", metric="MAP@R")
+    assert precision.value == pytest.approx(looked_up.map_at_r.mean().item())
+    both = fitted.measurements, plain.measurements
     # Numbers that say nothing drown the classes in the plain distance, and not in the fitted one.
-    assert fitted.scores[0].accuracy > plain.scores[0].accuracy + 0.3
-    assert fitted.figures[0].values["Recall@1"] > plain.figures[0].values["Recall@1"] + 0.3
-    assert fitted.scores[1].accuracy == plain.scores[1].accuracy
-    assert "kNN by mahalanobis" in str(fitted.tables()[0].title)
+    found = {(own.task, own.metric): (own.value, other.value) for own, other in zip(*both, strict=True)}
+    for leading in (("knn", "accuracy"), ("retrieval", "Recall@1")):
+        assert found[leading][0] > found[leading][1] + 0.3
+    assert found["linear", "accuracy"][0] == found["linear", "accuracy"][1]
+    assert "kNN by mahalanobis" in sheets(fitted)[0].title
 
 
 def test_a_vote_by_euclidean_distance_does_not_depend_on_the_scale():
@@ -187,7 +194,7 @@ def test_a_vote_by_euclidean_distance_does_not_depend_on_the_scale():
     assert train is not None
     one = compare(features, *labels, grid, tasks=("knn",), metric=Euclidean())
     two = compare({"learned": (64 * train, 64 * test)}, *labels, grid, tasks=("knn",), metric=Euclidean())
-    assert one.scores == two.scores
+    assert one.measurements == two.measurements
 
 
 def test_what_the_labels_rule_out_is_refused_in_words(inputs):
@@ -196,7 +203,7 @@ def test_what_the_labels_rule_out_is_refused_in_words(inputs):
     one = gallery_of(*labels, (3,))
     with pytest.raises(ValueError, match="60 test images of 1 class are to be compared"):
         compare(features, *labels, PROTOCOL, tasks=("retrieval",), gallery=one)
-    assert compare(features, *labels, PROTOCOL, tasks=("knn",), gallery=one).scores
+    assert compare(features, *labels, PROTOCOL, tasks=("knn",), gallery=one).measurements
     with pytest.raises(ValueError, match="leave more classes to it"):
         compare(
             features,
@@ -215,6 +222,6 @@ def test_a_class_with_a_single_test_image_is_left_out_of_retrieval_and_said_so(i
     lonely = test_labels.clone()
     lonely[(test_labels == 4).nonzero().squeeze(1)[1:]] = -1
     found = compare(features, train_labels, lonely, PROTOCOL, tasks=("retrieval", "clustering"))
-    assert found.figures[0].counts == {"queries": 240, "left_out": 1}
-    assert "1 left out" in str(found.tables()[0].title)
-    assert [figures.counts["images"] for figures in found.figures[2:]] == [241, 241]
+    assert {(own.n, own.details["left_out"]) for own in found.of("retrieval")} == {(240, 1)}
+    assert "1 left out" in sheets(found)[0].title
+    assert {own.n for own in found.of("clustering")} == {241}

@@ -8,7 +8,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from manyviews.evaluators import fractions as module
-from manyviews.evaluators.fractions import FractionResult, FractionSettings, draw, fractions, table
+from manyviews.evaluators.fractions import FractionSettings, draw, fractions, mean_of_draws
+from manyviews.evaluators.measurement import Evaluation
+from manyviews.evaluators.tables import printed, sheets
 
 SETTINGS = FractionSettings(shares=(0.1,), shots=(4,), draws=3, regularisations=(1e-2, 0.3, 3.0))
 
@@ -53,11 +55,11 @@ def test_choice_and_accuracy_are_those_of_scikit_learn(many, monkeypatch):
     scaler = StandardScaler().fit(train)
     scaled, test_scaled = torch.from_numpy(scaler.transform(train)), torch.from_numpy(scaler.transform(test))
     tenth, shots = fractions(train, labels, test, test_labels, 4, SETTINGS, seed=5)
-    assert (tenth.name, shots.name) == ("10 %", "4 of each class")
+    assert (tenth.metric, shots.metric) == ("10 %", "4 of each class")
     for result, amount, folds in ((tenth, 0.1, 5), (shots, 4, 4)):
-        for number, accuracy in enumerate(result.accuracies):
+        for number, accuracy in enumerate(result.details["accuracies"]):
             chosen, ranks = draw(labels, amount, seed=5, number=number)
-            assert len(chosen) == result.images
+            assert len(chosen) == result.n
             features, own = scaled[chosen], labels[chosen]
             hits = {}
             for strength in SETTINGS.regularisations:
@@ -68,8 +70,8 @@ def test_choice_and_accuracy_are_those_of_scikit_learn(many, monkeypatch):
                     model.fit(features[~held], own[~held])
                     hits[strength] += int((torch.from_numpy(model.predict(features[held])) == own[held]).sum())
             # Judged near the minimum, not at it: an image may fall to the other side.
-            assert hits[result.regularisations[number]] >= max(hits.values()) - 1
-            strength = result.regularisations[number]
+            assert hits[result.details["regularisations"][number]] >= max(hits.values()) - 1
+            strength = result.details["regularisations"][number]
             model = LogisticRegression(C=1 / (strength * len(chosen)), tol=1e-8, max_iter=10_000).fit(features, own)
             assert accuracy == pytest.approx(model.score(test_scaled, test_labels), abs=0.015)
 
@@ -78,9 +80,9 @@ def test_with_one_image_of_each_class_the_strength_is_the_fixed_one():
     (train, labels), (test, test_labels) = clusters(100), clusters(50, seed=1)
     settings = SETTINGS.model_copy(update={"shots": (1,), "shares": (), "single": 0.7})
     (result,) = fractions(train, labels, test, test_labels, 4, settings)
-    assert result.images == 4
-    assert result.regularisations == (0.7,) * 3
-    assert result.mean > 0.4
+    assert result.n == 4
+    assert result.details["regularisations"] == [0.7] * 3
+    assert result.value > 0.4
 
 
 def test_a_class_with_a_single_image_is_never_held_out():
@@ -89,7 +91,7 @@ def test_a_class_with_a_single_image_is_never_held_out():
     labels[0] = 3
     settings = SETTINGS.model_copy(update={"shares": (1.0,), "shots": (2,)})
     whole, few = fractions(train, labels, train, labels, 4, settings)
-    assert (whole.images, few.images) == (60, 7)
+    assert (whole.n, few.n) == (60, 7)
     assert whole.deviation == 0
 
 
@@ -103,11 +105,11 @@ def test_test_images_without_a_label_do_not_count_and_labels_must_exist():
 
 
 def test_the_table_has_a_row_for_each_kind_and_mean_and_deviation():
-    result = FractionResult("1 %", 600, (0.8, 0.9, 0.85))
-    assert result.deviation == pytest.approx(statistics.stdev([0.8, 0.9, 0.85]))
+    rows = [mean_of_draws(kind, "1 %", 600, (0.8, 0.9, 0.85), ()) for kind in ("learned", "raw pixels")]
+    assert rows[0].deviation == pytest.approx(statistics.stdev([0.8, 0.9, 0.85]))
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(table({"learned": (result,), "raw pixels": (result,)}))
+        console.print(printed(sheets(Evaluation(tuple(rows)))[0]))
     text = capture.get()
     assert text.count("85.0 ± 5.0") == 2
     assert "1 % (600)" in text
@@ -122,6 +124,6 @@ def test_draws_of_the_same_images_are_fitted_once(monkeypatch):
     settings = FractionSettings(shares=(1.0,), shots=(2, 5), draws=3)
     found = fractions(train, labels, test, labels, 8, settings, report=lambda *words: told.append(words))
     assert len(calls) == 1
-    assert len({result.accuracies for result in found}) == 1
+    assert len({tuple(result.details["accuracies"]) for result in found}) == 1
     assert found[0].deviation == 0
     assert {(what, total) for what, _, total in told} == {("few labels", 9)}

@@ -10,11 +10,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyviews.evaluators import geometry as lying
-from manyviews.evaluators.geometry import alignment, geometry, neighbourhood_overlap, staleness, table, uniformity
+from manyviews.evaluators.geometry import alignment, geometry, neighbourhood_overlap, staleness, uniformity
+from manyviews.evaluators.measurement import Evaluation, Measurement
+from manyviews.evaluators.tables import printed, sheets
 
 
 def rows(count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(found: tuple[Measurement, ...]) -> dict[str, float]:
+    """What was measured by its name."""
+    return {own.metric: own.value for own in found}
 
 
 def test_alignment_and_uniformity_are_those_of_double_loops():
@@ -42,16 +49,13 @@ def test_perfect_alignment_is_0_whatever_the_lengths_and_opposite_views_are_at_4
 
 
 def test_collapsed_features_have_uniformity_0_and_rank_1():
-    found = geometry("learned", rows(1, 6).expand(40, -1), None, seed=0)
-    assert found.uniformity == pytest.approx(0, abs=1e-5)
-    assert found.effective_rank == pytest.approx(1, abs=1e-4)
-    assert found.alignment is None
+    found = numbers(geometry("learned", rows(1, 6).expand(40, -1), None, seed=0))
+    assert found == {"uniformity": pytest.approx(0, abs=1e-5), "effective rank": pytest.approx(1, abs=1e-4)}
 
 
 def test_features_that_are_all_zero_have_collapsed():
-    found = geometry("learned", torch.zeros(50, 16), (torch.zeros(9, 16), torch.zeros(9, 16)), seed=0)
-    assert found.uniformity == pytest.approx(0, abs=1e-6)
-    assert (found.effective_rank, found.alignment) == (0, 0)
+    found = numbers(geometry("learned", torch.zeros(50, 16), (torch.zeros(9, 16), torch.zeros(9, 16)), seed=0))
+    assert found == {"uniformity": pytest.approx(0, abs=1e-6), "effective rank": 0, "alignment": 0}
 
 
 def test_features_that_are_zero_lie_in_one_place_of_their_own():
@@ -63,7 +67,7 @@ def test_features_that_are_zero_lie_in_one_place_of_their_own():
         alignment(marked, torch.nn.functional.pad(rows(30, 5), (0, 1)))
     )
     assert alignment(features[:1], rows(1, 5)) == pytest.approx(2)
-    assert staleness(features, features).quantiles["5 %"] == pytest.approx(1)
+    assert numbers(staleness(features, features))["5 %"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e30])
@@ -71,7 +75,8 @@ def test_the_length_of_features_changes_nothing(scale: float):
     features, others = rows(40, 6), rows(40, 6, 1)
     assert uniformity(features * scale) == pytest.approx(uniformity(features), abs=1e-5)
     assert alignment(features * scale, others) == pytest.approx(alignment(features, others), abs=1e-5)
-    assert staleness(features * scale, others).mean == pytest.approx(staleness(features, others).mean, abs=1e-5)
+    stale = numbers(staleness(features, others))["mean"]
+    assert numbers(staleness(features * scale, others))["mean"] == pytest.approx(stale, abs=1e-5)
 
 
 def test_features_evenly_on_the_circle_have_the_uniformity_of_the_integral():
@@ -85,27 +90,27 @@ def test_features_evenly_on_the_circle_have_the_uniformity_of_the_integral():
 
 
 def test_orthonormal_features_have_full_rank_and_the_rank_is_that_of_the_formula():
-    assert geometry("learned", torch.eye(12), None, seed=0).effective_rank == pytest.approx(12)
+    assert numbers(geometry("learned", torch.eye(12), None, seed=0))["effective rank"] == pytest.approx(12)
     features = rows(50, 9) * torch.linspace(0.1, 3, 9)
     singular = torch.linalg.svdvals(features.double())
     shares = singular / singular.sum() + 1e-7
     expected = math.exp(-(shares * shares.log()).sum().item())
-    assert geometry("learned", features, None, seed=0).effective_rank == pytest.approx(expected, rel=1e-4)
+    assert numbers(geometry("learned", features, None, seed=0))["effective rank"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_of_many_images_some_are_drawn_by_the_seed_and_their_number_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lying, "IMAGES", 100)
     features = rows(400, 6)
     found = [geometry("raw pixels", features, (features, features), seed=seed) for seed in (0, 0, 1)]
-    assert [own.images for own in found] == [100, 100, 100]
+    assert {own.n for each in found for own in each} == {100}
     assert found[0] == found[1] != found[2]
-    assert found[0].uniformity == pytest.approx(uniformity(features), abs=0.2)
+    assert numbers(found[0])["uniformity"] == pytest.approx(uniformity(features), abs=0.2)
     console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(found))
+    console.print(printed(sheets(Evaluation(found[0]))[0]))
     console.file.close()
     shown = console.export_text()
     assert "100 images" in shown
-    assert f"{found[0].effective_rank:.1f}" in shown
+    assert f"{found[0][0].value:.1f}" in shown
 
 
 @pytest.mark.parametrize(
@@ -150,13 +155,15 @@ def test_staleness_is_the_cosine_of_each_row_with_its_fresh_embedding():
     bank, fresh = rows(5_000, 4), rows(5_000, 4, 1)
     cosines = torch.nn.functional.cosine_similarity(bank.double(), fresh.double())
     found = staleness(bank, fresh)
-    assert (found.images, found.mean) == (5_000, pytest.approx(cosines.mean().item()))
+    assert {own.n for own in found} == {5_000}
+    mean, *quantiles = numbers(found).values()
+    assert mean == pytest.approx(cosines.mean().item())
     shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
-    assert list(found.quantiles) == ["5 %", "25 %", "50 %", "75 %", "95 %"]
-    assert_close(torch.tensor(list(found.quantiles.values())), cosines.quantile(shares).float())
-    still = staleness(bank, 2 * bank)
-    assert still.mean == pytest.approx(1)
-    assert still.quantiles["5 %"] == pytest.approx(1)
-    assert staleness(bank[:1], fresh[:1]).quantiles["50 %"] == pytest.approx(cosines[0].item())
+    assert list(numbers(found)) == ["mean", "5 %", "25 %", "50 %", "75 %", "95 %"]
+    assert_close(torch.tensor(quantiles), cosines.quantile(shares).float())
+    still = numbers(staleness(bank, 2 * bank))
+    assert still["mean"] == pytest.approx(1)
+    assert still["5 %"] == pytest.approx(1)
+    assert numbers(staleness(bank[:1], fresh[:1]))["50 %"] == pytest.approx(cosines[0].item())
     with pytest.raises(ValueError, match="none"):
         staleness(bank[:0], fresh[:0])

@@ -9,8 +9,9 @@ from manyviews.evaluators.compare import compare
 from manyviews.evaluators.intervals import paired_difference, wilson
 from manyviews.evaluators.knn import KnnSettings
 from manyviews.evaluators.linear import LinearSettings
+from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.protocol import ProtocolSettings
-from manyviews.evaluators.scores import Evaluation
+from manyviews.evaluators.tables import printed, sheets
 
 PROTOCOL = ProtocolSettings(
     knn=KnnSettings(neighbours=(1, 10, 50), temperatures=(0.07, 0.3)),
@@ -50,17 +51,17 @@ def test_permuting_the_test_labels_changes_no_choice(inputs, evaluation):
     features, train_labels, test_labels = inputs
     shuffled = test_labels[torch.randperm(300, generator=torch.Generator().manual_seed(7))]
     other = compare(features, train_labels, shuffled, PROTOCOL)
-    for one, two in zip(evaluation.scores, other.scores, strict=True):
-        assert (one.choice, one.validation) == (two.choice, two.validation)
-        assert one.accuracy > two.accuracy
+    for one, two in zip(evaluation.measurements, other.measurements, strict=True):
+        assert one.details == two.details
+        assert one.value > two.value
 
 
 def test_a_standardisation_or_a_bank_never_sees_the_test_images_of_others(inputs, evaluation):
     features, train_labels, test_labels = inputs
     half = {kind: (train, test[:150]) for kind, (train, test) in features.items()}
     other = compare(half, train_labels, test_labels[:150], PROTOCOL)
-    for one, two in zip(evaluation.scores, other.scores, strict=True):
-        assert (one.choice, one.validation) == (two.choice, two.validation)
+    for one, two in zip(evaluation.measurements, other.measurements, strict=True):
+        assert one.details == two.details
 
 
 def test_the_verdict_names_wins_losses_and_what_cannot_be_told(inputs, evaluation):
@@ -75,17 +76,17 @@ def test_the_verdict_names_wins_losses_and_what_cannot_be_told(inputs, evaluatio
 
 def test_the_record_is_json_and_the_table_shows_every_kind_with_its_choice(evaluation):
     record = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
-    assert [score["features"] for score in record["scores"][::2]] == ["learned", "random weights", "raw pixels"]
-    assert record["protocol"]["linear"]["regularisations"] == [1e-3, 0.1, 10.0]
+    assert [row["features"] for row in record["measurements"][:3]] == ["learned", "random weights", "raw pixels"]
     assert record["verdict"] == evaluation.verdict()
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation.tables()[0])
+    console.print(printed(sheets(evaluation)[0]))
     console.file.close()
     shown = console.export_text()
-    for score in evaluation.scores:
-        assert score.features in shown
-        assert f"{100 * score.accuracy:.1f}" in shown
-        assert score.choice in shown
+    for own in evaluation.measurements:
+        assert own.features in shown
+        assert f"{100 * own.value:.1f}" in shown
+        assert own.choice
+        assert own.choice in shown
 
 
 def test_unlabelled_images_take_no_part(inputs):
@@ -97,9 +98,9 @@ def test_unlabelled_images_take_no_part(inputs):
     train, test = own["learned"]
     dropped = {"learned": (train[train_labels >= 0], test[test_labels >= 0])}
     without = compare(dropped, train_labels[train_labels >= 0], test_labels[test_labels >= 0], PROTOCOL)
-    assert marked.scores[0].num_test == 150
-    assert marked.scores[0].num_train == 400
-    assert [score.accuracy for score in marked.scores] == [score.accuracy for score in without.scores]
+    assert marked.measurements[0].n == 150
+    assert marked.measurements[0].details["num_train"] == 400
+    assert marked.measurements == without.measurements
 
 
 def test_broken_features_are_refused_by_name(inputs):

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from manyviews.evaluators.bootstrap import bootstrap_differences
-from manyviews.evaluators.geometry import Geometry
+from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
 from manyviews.evaluators.methods import methods
 from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of, spread_of
+from manyviews.evaluators.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
 
 QUEUE = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 100}}
 BATCH = {"objective": {"name": "in_batch", "temperature": 0.1}, "train": {"epochs": 100}}
@@ -41,11 +41,23 @@ def test_runs_with_equal_recipes_are_one_method_named_by_what_differs_or_by_its_
 
 def row(name: str, share: float, runs: int = 1, *, baseline: bool = False) -> Row:
     hits = torch.rand(runs, 400, generator=torch.Generator().manual_seed(3)) < share
-    geometry = [Geometry("learned", 400, 64, 20.0 + number, -2.5, 0.5) for number in range(runs)]
-    accuracies = tuple(hits.double().mean(1).tolist())
     names = tuple(f"runs/{name}-{number}" for number in range(runs))
-    values = {"kNN": accuracies, "AMI": (0.5,) * runs}
-    return Row(name, names, tuple(range(runs)), values, tuple(geometry), baseline, {"knn": hits})
+    return Row(name, names, tuple(range(runs)), measured(hits.double().mean(1).tolist()), baseline, {"knn": hits})
+
+
+def measured(accuracies: list[float]) -> dict[str, tuple[Measurement, ...]]:
+    """What runs of these accuracies scored, and how their features lie."""
+    each = {
+        "kNN": [Measurement("knn", "learned", "accuracy", value, layer="backbone") for value in accuracies],
+        "AMI": [Measurement("clustering", "learned", "AMI", 0.5, layer="backbone") for _ in accuracies],
+    }
+    lying = {"effective rank": 20.0, "uniformity": -2.5, "alignment": 0.5}
+    for name, value in lying.items():
+        each[name] = [
+            Measurement("geometry", "learned", name, value + number * (name == "effective rank"), n=400, dim=64)
+            for number in range(len(accuracies))
+        ]
+    return {title: tuple(own) for title, own in each.items()}
 
 
 def compared() -> Comparison:
@@ -74,7 +86,7 @@ def test_tables_show_means_spreads_and_intervals_in_80_columns():
     console.file.close()
     shown = console.export_text()
     queue, difference = comparison.rows[1], comparison.differences[0]
-    assert spread_of([100 * value for value in queue.values["kNN"]]) in shown
+    assert spread_of([100 * value for value in queue.values("kNN")]) in shown
     assert f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}" in shown
     for text in ("21.0 ± 1.0", "-2.50 ± 0.00", "62.5", "25.0", "by chance 2.5"):
         assert text in shown
@@ -84,41 +96,39 @@ def test_tables_show_means_spreads_and_intervals_in_80_columns():
 def test_the_record_is_json_with_each_run_by_itself():
     comparison = compared()
     record = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
-    assert record["rows"][1]["values"]["kNN"] == list(comparison.rows[1].values["kNN"])
+    assert record["rows"][1]["values"]["kNN"] == comparison.rows[1].values("kNN")
     assert record["rows"][1]["runs"] == ["runs/queue-0", "runs/queue-1", "runs/queue-2"]
-    assert record["rows"][0]["geometry"][1]["effective_rank"] == 21
+    assert record["rows"][0]["values"]["effective rank"] == [20, 21]
     assert "hits" not in record["rows"][0]
     assert record["overlaps"][1] == {"first": "in_batch", "second": "queue", "share": 0.25}
     assert record["notes"] == ["one of them has not finished"]
 
 
 def test_geometry_alone_claims_nothing():
-    rows = tuple(Row(name, (name,), (0,), {}, (Geometry("learned", 9, 4, 3.0, -1.0, None),)) for name in ("a", "b"))
+    lying = {"effective rank": (Measurement("geometry", "learned", "effective rank", 3.0, n=9, dim=4),)}
+    rows = tuple(Row(name, (name,), (0,), lying) for name in ("a", "b"))
     comparison = Comparison(rows, differences(rows, seed=0), 9)
     assert [str(table.title).split()[0] for table in comparison.tables()] == ["Geometry"]
     assert "nothing is said" in comparison.verdict()
 
 
-def test_a_record_is_read_by_the_tasks_asked_for():
-    record = {
-        "scores": [
-            {"features": "learned", "method": "knn", "accuracy": 0.5},
-            {"features": "raw pixels", "method": "knn", "accuracy": 0.1},
-        ],
-        "fractions": {"learned": [{"name": "1 %", "accuracies": [0.2, 0.4]}]},
-        "figures": [{"features": "learned", "task": "retrieval", "values": {"Recall@1": 0.7, "MAP@R": 0.2}}],
-    }
-    assert figures_of(record, "learned", ("knn", "fractions", "retrieval")) == {
-        "kNN": 0.5,
-        "1 %": pytest.approx(0.3),
-        "Recall@1": 0.7,
-    }
-    assert figures_of(record, "learned", ("linear", "geometry")) == {}
-    assert figures_of({}, "learned", ("knn",)) == {}
+def test_of_each_task_asked_for_the_leading_metric_stands_by_its_title():
+    rows = [("knn", "learned", "accuracy", 0.5), ("knn", "raw pixels", "accuracy", 0.1)]
+    rows += [("knn", "learned", "balanced accuracy", 0.4), ("fractions", "learned", "1 %", 0.3)]
+    rows += [("retrieval", "learned", "Recall@1", 0.7), ("retrieval", "learned", "MAP@R", 0.2)]
+    rows += [("geometry", "learned", "uniformity", -2.0)]
+    found = Evaluation(tuple(Measurement(*row) for row in rows))
+
+    def values(*tasks: str) -> dict[str, float]:
+        return {title: own.value for title, own in by_title(found, "learned", tasks).items()}
+
+    assert values("knn", "fractions", "retrieval") == {"kNN": 0.5, "1 %": 0.3, "Recall@1": 0.7}
+    assert values("linear", "geometry") == {"uniformity": -2.0}
+    assert by_title(Evaluation(), "learned", ("knn",)) == {}
 
 
-def test_every_task_has_its_figure_in_the_table():
-    assert set(FIGURES) == set(get_args(Task))
+def test_every_task_has_its_title():
+    assert tuple(TITLES) == get_args(Task)
 
 
 def test_a_single_value_has_no_spread():

@@ -91,10 +91,11 @@ def test_every_score_of_the_evaluation_stands_in_the_score_table(made: tuple[Fin
     table = next(table for table in page.tables if "kNN" in table[0])
     assert [cell.strip() for cell in table[0]] == ["features", "dim", "kNN", "linear probe"]
     rows = {row[0].strip(): row for row in table[1:]}
-    assert given.evaluation is not None
-    for score in given.evaluation.scores:
-        words = rows[label(score.features)][{"knn": 2, "linear": 3}[score.method]].split(maxsplit=2)
-        assert words[0] == f"{100 * score.accuracy:.1f}"
+    for score in given.evaluation.of("knn", "linear"):
+        words = rows[label(score.features)][{"knn": 2, "linear": 3}[score.task]].split(maxsplit=2)
+        assert words[0] == f"{100 * score.value:.1f}"
+        assert score.low is not None
+        assert score.high is not None
         assert words[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
         assert words[2].strip() == score.choice
     assert list(rows) == ["learned (backbone)", "raw pixels"]
@@ -102,28 +103,31 @@ def test_every_score_of_the_evaluation_stands_in_the_score_table(made: tuple[Fin
 
 def test_every_figure_of_the_other_tasks_stands_in_its_table(made: tuple[Findings, Page]) -> None:
     given, page = made
-    assert given.evaluation is not None
-    for figures in given.evaluation.figures:
-        head = ["features", *figures.values]
-        table = next(table for table in page.tables if [cell.strip() for cell in table[0]] == head)
-        row = next(row for row in table if row[0].strip() == label(figures.features))
-        assert [cell.split()[0] for cell in row[1:]] == [f"{100 * value:.1f}" for value in figures.values.values()]
-        for name, deviation in figures.deviations.items():
-            assert row[head.index(name)].split()[1:] == ["±", f"{100 * deviation:.1f}"]
+    for task in ("retrieval", "clustering", "verification"):
+        for kind in given.features:
+            figures = list(given.evaluation.of(task, features=kind))
+            head = ["features", *(own.metric for own in figures)]
+            table = next(table for table in page.tables if [cell.strip() for cell in table[0]] == head)
+            row = next(row for row in table if row[0].strip() == label(kind))
+            for own, cell in zip(figures, row[1:], strict=True):
+                number, *more = cell.split()
+                assert number == f"{100 * own.value:.1f}"
+                assert own.deviation is None or more == ["±", f"{100 * own.deviation:.1f}"]
 
 
 def test_geometry_fractions_and_staleness_stand_in_their_tables(made: tuple[Findings, Page]) -> None:
     rows = [[" ".join(cell.split()) for cell in row] for table in made[1].tables for row in table]
-    assert ["learned (backbone)", "60", "6", "4.2", "-1.50", "0.25"] in rows
-    assert ["raw pixels", "60", "6", "5.0", "-1.00", "–"] in rows
+    assert ["learned (backbone)", "6", "4.2", "-1.50", "0.25"] in rows
+    assert ["raw pixels", "6", "5.0", "-1.00", "–"] in rows
     assert ["learned (backbone)", "62.5 ± 17.7"] in rows
-    assert ["bank", "90", "0.875", "0.250", "0.975"] in rows
+    assert ["memory bank", "0.875", "0.250", "0.975"] in rows
+    assert "Geometry of the features of 60 images" in made[1].text
+    assert "cosines of 90 rows with fresh embeddings" in made[1].text
 
 
 def test_verdict_command_commit_and_warnings_are_told(made: tuple[Findings, Page]) -> None:
     given, page = made
     text = " ".join(page.text.split())
-    assert given.evaluation is not None
     for part in re.split("; |: ", given.evaluation.verdict().rstrip(".")):
         assert part in text
     assert "pretrain.py quickstart train.epochs=2" in text
@@ -137,7 +141,6 @@ def test_verdict_command_commit_and_warnings_are_told(made: tuple[Findings, Page
 def test_the_confusion_matrix_counts_the_linear_probes_predictions(made: tuple[Findings, Page]) -> None:
     given, page = made
     table = next(table for table in page.tables if table[0] == ["", "boot", "coat", "dress"])
-    assert given.evaluation is not None
     assert given.test is not None
     assert given.test.labels is not None
     guesses = given.evaluation.predictions["linear/learned"]
@@ -229,7 +232,7 @@ def test_without_labels_nothing_is_scored_and_the_rest_is_shown(tmp_path: Path) 
     train = images(20, ())
     rows = features(train, noise=0.5)
     points = {"pca": (torch.arange(20), rows[:, :2])}
-    given = Findings(run_folder(tmp_path / "run"), train, None, {"learned": (None, rows)}, None, points=points)
+    given = Findings(run_folder(tmp_path / "run"), train, None, {"learned": (None, rows)}, points=points)
     page = report(given)
     assert page.sections() >= {"neighbours", "map-section", "similarities", "scores"}
     assert "confusion" not in page.sections()
@@ -241,14 +244,14 @@ def test_without_labels_nothing_is_scored_and_the_rest_is_shown(tmp_path: Path) 
 def test_very_few_images_are_enough(count: int, tmp_path: Path) -> None:
     train = images(count, ("one",), channels=3, size=150)
     rows = torch.eye(3)[:count]
-    given = Findings(run_folder(tmp_path / "run", lines=1), train, train, {"learned": (rows, rows)}, None)
+    given = Findings(run_folder(tmp_path / "run", lines=1), train, train, {"learned": (rows, rows)})
     given = given._replace(points={"pca": (torch.arange(count), rows[:, :2])})
     assert "neighbours" in report(given).sections()
 
 
 def test_no_image_is_its_own_neighbour(tmp_path: Path) -> None:
     train = images(12, ("a", "b"))
-    given = Findings(run_folder(tmp_path / "run"), train, None, {"learned": (None, features(train, noise=0.1))}, None)
+    given = Findings(run_folder(tmp_path / "run"), train, None, {"learned": (None, features(train, noise=0.1))})
     random, _ = queries(given, 0)
     assert all(query.id not in {near.id for near in query.near} for query in random)
 

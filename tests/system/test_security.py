@@ -299,7 +299,7 @@ def test_a_planted_pickle_beside_a_checkpoint_is_never_opened(run: Path, tmp_pat
 def test_records_that_a_stranger_wrote_are_not_taken_for_measured(run: Path) -> None:
     settings, opened = load(EvaluateSettings, None, QUIET), open_run(run)
     outcomes = run / "outcomes.safetensors"
-    save_file({"hits/knn/learned": torch.ones(3)}, outcomes)
+    save_file({"hits/knn/learned": torch.ones(3, dtype=torch.int64)}, outcomes)
     known = {"outcomes": sha256(outcomes), "weights": dict(opened.origin), "images": ["0" * 64], "precision": "fp32"}
     known |= settings.model_dump(mode="json", include={"protocol", "metric"})
     shared = Shared(opened.recipe.data.build().test, ["0" * 64], labelled=True)
@@ -308,10 +308,16 @@ def test_records_that_a_stranger_wrote_are_not_taken_for_measured(run: Path) -> 
         (run / "evaluation.json").write_text(json.dumps(record))
         return measured_before(opened, shared, settings) is not None
 
-    assert measured(known | {"geometry": [{"features": "learned"}]})
-    for wrong in ({"geometry": 3}, {"geometry": [3]}, {"scores": [{}]}, {"figures": {"a": 1}}, {"fractions": 1}, {}):
+    row = {"task": "geometry", "features": "learned", "metric": "uniformity", "value": -2.0}
+    assert measured(known | {"measurements": [row]})
+    for wrong in (3, [3], [{}], {"a": 1}, [row | {"value": "a"}], [row | {"value": None}]):
+        assert not measured(known | {"measurements": wrong})
+    lists = ({"geometry": 3}, {"geometry": [3]}, {"geometry": [{"features": "learned"}]}, {"scores": [{}]})
+    for wrong in (*lists, {"figures": {"a": 1}}, {"fractions": 1}, {}):
         assert not measured(known | wrong)
     assert not measured([known])
     assert not measured(known | {"outcomes": "0" * 64})
     (run / "evaluation.json").write_bytes(b"[" * 99_999)
     assert measured_before(opened, shared, settings) is None
+    save_file({"hits/knn/learned": torch.ones(3)}, outcomes)
+    assert not measured(known | {"measurements": [row], "outcomes": sha256(outcomes)})

@@ -25,7 +25,7 @@ from manyviews.data.label_table import read_labels
 from manyviews.data.sources.paths import same_spelling
 from manyviews.data.subset import of_classes
 from manyviews.evaluators import lettering
-from manyviews.evaluators.confusion import confusion_picture, mistakes_picture
+from manyviews.evaluators.confusion import as_pixels, confusion_picture, mistakes_picture
 from manyviews.recipe import Recipe
 from manyviews.report import plots
 from manyviews.run.checkpoints.manifest import Manifest, read_manifest
@@ -236,9 +236,8 @@ def test_names_of_any_kind_are_drawn_without_a_warning(caplog: pytest.LogCapture
         warnings.simplefilter("error")
         confusion_picture(matrix, NAMES)
         mistakes_picture(torch.zeros(len(NAMES), 3, 8, 8, dtype=torch.uint8), [(name, name) for name in NAMES])
-        plots.as_pixels(plots.matrix(matrix, NAMES))
         figure = plots.scatter(torch.rand(3, 2), ["#ff0000"] * 3, dict.fromkeys(NAMES, "#ff0000"))
-        plots.as_pixels(figure)
+        as_pixels(figure)
     assert not caplog.records
     legend = figure.axes[0].get_legend()
     assert legend is not None

@@ -210,10 +210,8 @@ def _read_metrics(place: Path, content: bytes) -> None:
 
 
 def _evaluations() -> list[bytes]:
-    scores = [{"method": "knn", "features": "learned", "accuracy": 0.5, "low": 0.4, "high": 0.6}]
-    return [
-        json.dumps({"weights": {"sha256": "0" * 64}, "images": ["0" * 64], "scores": scores, "geometry": []}).encode()
-    ]
+    rows = [{"task": "knn", "features": "learned", "metric": "accuracy", "value": 0.5, "low": 0.4, "high": 0.6}]
+    return [json.dumps({"weights": {"sha256": "0" * 64}, "images": ["0" * 64], "measurements": rows}).encode()]
 
 
 def _read_json(place: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from manyviews.data.sources.fashion_mnist import FashionMNIST
 from manyviews.data.sources.folder import Folder
 from manyviews.data.sources.paths import nearest
 from manyviews.data.sources.stl10 import STL10
-from manyviews.data.subset import leave_out, of_classes, select
+from manyviews.data.subset import leave_out, of_classes, sample_ids, select
 from manyviews.system import distributed
 from manyviews.system.names import closest
 
@@ -51,6 +51,7 @@ __all__ = [
     "of_classes",
     "order",
     "read_inventory",
+    "sample_ids",
     "select",
     "shorthand",
     "way_out",

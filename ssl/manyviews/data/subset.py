@@ -15,6 +15,11 @@ from manyviews.system.names import did_you_mean, some
 from manyviews.system.plural import plural
 
 
+def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
+    """Samples up to `limit` of the ids below `count`, by a generator of the seed alone; ascending."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
     """The images of these ids alone, in their order, with new ids from 0; labels keep their numbers.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from manyviews.data import Data, Folder, Images, InMemory, Split, read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluate.run_tasks import FOREIGN
-from manyviews.evaluators.geometry import Geometry
 from manyviews.evaluators.kinds import is_learned, label
+from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.splits import uneven
 from manyviews.features.encoding import raw_pixels
 from manyviews.run.folder import INVENTORY
@@ -91,14 +91,12 @@ def _held_out_otherwise(data: Folder, own: Folder) -> bool:
     return data.test != own.test and Path(os.path.realpath(data.test)).is_relative_to(os.path.realpath(data.path))
 
 
-def of_measured(
-    split: Split, pixels: tuple[Tensor | None, Tensor] | None, geometries: Sequence[Geometry]
-) -> Iterator[str]:
+def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evaluation: Evaluation) -> Iterator[str]:
     """What is to be said of copies, of the sizes of classes, and of features that have collapsed."""
     yield from copies(split, pixels)
     if split.train.labels is not None and split.test is not None and split.test.labels is not None:
         yield from class_sizes(split.test.labels, split.train.classes)
-    yield from collapsed(geometries)
+    yield from collapsed(evaluation)
 
 
 def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> Float[Tensor, "images small"] | None:
@@ -170,20 +168,22 @@ def class_sizes(labels: Int[Tensor, " test"], classes: Sequence[str]) -> Iterato
         )
 
 
-def collapsed(found: Sequence[Geometry]) -> Iterator[str]:
+def collapsed(evaluation: Evaluation) -> Iterator[str]:
     """Sentences on learned features that lie in one place or on one line, by the numbers of their geometry."""
-    for own in found:
-        if not is_learned(own.features) or min(own.images, own.dim) < FEWEST_IMAGES:
+    for own in evaluation.of("geometry", metric="effective rank"):
+        largest = min(own.n, own.dim or 0)
+        if not is_learned(own.features) or largest < FEWEST_IMAGES:
             continue
-        if own.effective_rank == 0:
-            yield f"The {label(own.features)} features are all zero: nothing was learned that images could be told by."
-        elif own.uniformity > LEAST_SPREAD:
+        features = f"The {label(own.features)} features"
+        (uniformity,) = evaluation.of("geometry", features=own.features, metric="uniformity")
+        if own.value == 0:
+            yield f"{features} are all zero: nothing was learned that images could be told by."
+        elif uniformity.value > LEAST_SPREAD:
             yield (
-                f"The {label(own.features)} features have collapsed: all images have nearly the same (uniformity "
-                f"{own.uniformity:.2f}, 0 where all are one). Either the images are all alike, or training collapsed."
+                f"{features} have collapsed: all images have nearly the same (uniformity "
+                f"{uniformity.value:.2f}, 0 where all are one). Either the images are all alike, or training collapsed."
             )
-        elif own.effective_rank < LEAST_RANK:
+        elif own.value < LEAST_RANK:
             yield (
-                f"The {label(own.features)} features have collapsed to a line: their effective rank is "
-                f"{own.effective_rank:.1f} of at most {min(own.images, own.dim):,}."
+                f"{features} have collapsed to a line: their effective rank is {own.value:.1f} of at most {largest:,}."
             )

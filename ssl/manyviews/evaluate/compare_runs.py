@@ -1,29 +1,24 @@
 """Several runs are compared: seeds of one method together, methods side by side, on the same test images."""
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from manyviews.data import Images, Split
-from manyviews.evaluate import EVALUATION, FEATURES, EvaluateSettings, Look, chosen, evaluate, planned
-from manyviews.evaluate.record import record_of, records_in
+from manyviews.data import Images, Split, sample_ids
+from manyviews.evaluate import FEATURES, EvaluateSettings, Look, chosen, evaluate, planned
+from manyviews.evaluate.method_rows import BASELINES, Measured, recipe_of, rows_of
+from manyviews.evaluate.record import evaluation_of, record_of, records_in
 from manyviews.evaluate.writing import read
 from manyviews.evaluators.alone import sentences
-from manyviews.evaluators.geometry import IMAGES, Geometry, neighbourhood_overlap
-from manyviews.evaluators.kinds import LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
-from manyviews.evaluators.measurement import LEADING
-from manyviews.evaluators.methods import methods
-from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.side_by_side import FIGURES, Comparison, Overlap, Row, differences, figures_of
+from manyviews.evaluators.geometry import IMAGES, neighbourhood_overlap
+from manyviews.evaluators.kinds import GROUPING
+from manyviews.evaluators.side_by_side import Comparison, Overlap, Row, differences
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.cached import features_of
 from manyviews.features.settings import images_of
-from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
@@ -32,9 +27,6 @@ from manyviews.system.writing import write_json
 
 NEIGHBOURS = 10
 """Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
-BASELINES = (RANDOM, PIXELS)
-DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, SafetensorError, TypeError)
-"""What a record raises that evaluate has not written, beside ValueError."""
 
 
 class Shared(NamedTuple):
@@ -45,18 +37,6 @@ class Shared(NamedTuple):
     fingerprints: list[str]
     labelled: bool
     """Whether there are labels, and held-out images."""
-
-
-class Measured(NamedTuple):
-    """A run with what was measured of it."""
-
-    opened: PretrainedBackbone
-    record: Mapping[str, Any]
-    """What its evaluation.json holds of these images and this protocol."""
-    outcomes: Mapping[str, Tensor]
-    """Likewise of its outcomes.safetensors."""
-    kinds: tuple[str, ...] = (LEARNED,)
-    """Its own kinds of features that were asked for, the one first by which images are compared."""
 
 
 def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Comparison:
@@ -81,10 +61,10 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     runs = [open_run(folder) for folder in folders]
     _check_weights(runs)
     images = _images(runs, settings, console)
-    looks = {look for opened in runs for look in planned(settings, _recipe(opened), labelled=images.labelled)}
+    looks = {look for opened in runs for look in planned(settings, recipe_of(opened), labelled=images.labelled)}
     kinds = [_kinds(opened, images, settings) for opened in runs]
     measured: list[Measured] = []
-    for number, opened in enumerate(runs, 1):
+    for number, (opened, own) in enumerate(zip(runs, kinds, strict=True), 1):
         before = measured_before(opened, images, settings)
         # A file system may show a record to one process before another.
         if distributed.any_over_ranks(before is None) or before is None:
@@ -93,17 +73,11 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
             findings = evaluate(folders[number - 1], settings, quiet=True)
             for sentence in sentences(findings.failures, list(findings.features)):
                 console.warn(f"{opened.name}: {sentence}")
-            before = Measured(opened, *record_of(findings, opened, settings))
+            record, _ = record_of(findings, opened, settings)
+            before = Measured(opened, record, findings.evaluation, own)
         measured.append(before)
     with raise_on_all_ranks():
-        try:
-            measured = [run._replace(kinds=own) for run, own in zip(measured, kinds, strict=True)]
-            rows, notes = side_by_side(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
-        except DAMAGE as problem:
-            raise ValueError(
-                f"the {EVALUATION} of a run is damaged ({type(problem).__name__}: {problem}); delete it, and the run "
-                "is measured anew"
-            ) from problem
+        rows, notes = rows_of(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
     seed = settings.protocol.seed
     overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, console) if "geometry" in looks else ((), 0)
     comparison = Comparison(rows, differences(rows, seed=seed), len(images.shown), overlaps, neighbours, notes)
@@ -120,25 +94,24 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
 
 def measured_before(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> Measured | None:
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
-    looks = planned(settings, _recipe(opened), labelled=images.labelled)
+    looks = planned(settings, recipe_of(opened), labelled=images.labelled)
     kinds = _kinds(opened, images, settings)
     assert opened.folder is not None
     try:
         whole, outcomes = read(opened.folder)
         for record, prefix in records_in(whole):
-            own = {name: value for name, value in outcomes.items() if name.startswith(prefix)}
-            own = {name.removeprefix(prefix): value for name, value in own.items()}
-            found = Measured(opened, record, own, kinds)
+            own = {name.removeprefix(prefix): value for name, value in outcomes.items() if name.startswith(prefix)}
+            found = Measured(opened, record, evaluation_of(record, own), kinds)
             if _holds(found, images, settings, looks):
                 return found
-    except (*DAMAGE, OSError, ValueError):
+    except (OSError, SafetensorError, ValueError):
         pass
     return None
 
 
 def _kinds(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
     """The run's own kinds of features that are measured; collective."""
-    return chosen(opened, settings, planned(settings, _recipe(opened), labelled=images.labelled)).kinds
+    return chosen(opened, settings, planned(settings, recipe_of(opened), labelled=images.labelled)).kinds
 
 
 def _holds(run: Measured, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]) -> bool:
@@ -151,115 +124,15 @@ def _holds(run: Measured, images: Shared, settings: EvaluateSettings, looks: Seq
         "protocol": settings.protocol.model_dump(mode="json"),
         "metric": None if settings.metric is None else settings.metric.model_dump(mode="json"),
     }
-    if set(LEADING) & set(looks):
+    if GROUPING & set(looks):
         asked["classes"] = None if settings.classes is None else list(settings.classes)
     if "fractions" in looks:
         asked["few"] = settings.few.model_dump(mode="json")
     if any(record.get(key) != value for key, value in asked.items()):
         return False
-    done = {(score["method"], score["features"]) for score in record.get("scores", ())}
-    done |= {(figures["task"], figures["features"]) for figures in record.get("figures", ())}
-    done |= {("fractions", kind) for kind in record.get("fractions", ())}
-    done |= {("geometry", own["features"]) for own in record.get("geometry", ())}
+    done = {(own.task, own.features) for own in run.evaluation.measurements}
     wanted = {(look, kind) for look in looks for kind in (*run.kinds, *(BASELINES if settings.baselines else ()))}
     return wanted <= done
-
-
-def side_by_side(
-    runs: Sequence[Measured], looks: Collection[str], *, baselines: bool, apart: bool = False
-) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """A row for each method, then for each baseline, of what all runs were measured by; and what is to be noted.
-
-    A method's figures are each of the layer that its objective trains for it; `apart` gives each layer a row.
-
-    Raises:
-        ValueError: if there is nothing that all runs were measured by.
-    """
-    notes = [f"{run.opened.name}: {text}" for run in runs for text in run.record.get("warnings", ())]
-    kinds = BASELINES if baselines else ()
-    values = [{kind: figures_of(run.record, kind, looks) for kind in (*run.kinds, *kinds)} for run in runs]
-    titles = dict.fromkeys(title for run, own in zip(runs, values, strict=True) for title in own[run.kinds[0]])
-    shared = [title for title in titles if all(title in figures for own in values for figures in own.values())]
-    if missing := [title for title in titles if title not in shared]:
-        notes.append(f"{', '.join(missing)}: left out, for not all runs were measured so; tasks=… names it for all")
-    if len({json.dumps(run.record.get("gallery", {}).get("classes")) for run in runs}) > 1:
-        # What is looked up among other classes is harder or easier.
-        if grouped := [title for title in shared if title in {FIGURES[task] for task in LEADING}]:
-            notes.append(
-                f"{', '.join(grouped)}: left out, for the runs were measured so on other classes than each other; "
-                "classes=… names the same ones for all"
-            )
-        shared = [title for title in shared if title not in grouped]
-    lying = "geometry" in looks and all(run.record.get("geometry") for run in runs)
-    if not shared and not lying:
-        raise ValueError("\n".join(["there is nothing that all these runs were measured by", *dict.fromkeys(notes)]))
-    named = methods(
-        [_recipe(run.opened).model_dump(mode="json", exclude={"seed", "output", "resume"}) for run in runs],
-        [run.opened.name for run in runs],
-    )
-    rows = []
-    for name, places in named.items():
-        own_runs, own_values = [runs[place] for place in places], [values[place] for place in places]
-        # Seeds of a method are measured by one layer.
-        own = [kind for kind in own_runs[0].kinds if all(kind in run.kinds for run in own_runs)] or [LEARNED]
-        for kinds_of_row in [[kind] for kind in own] if apart else [own]:
-            called = f"{name} ({LAYERS[kinds_of_row[0]]})" if apart else name
-            rows.append(_row(called, kinds_of_row, own_runs, own_values, shared, lying))
-    for kind in kinds:
-        groups: dict[str, dict[int, int]] = {}
-        for place, run in enumerate(runs):
-            same, seed = _same_baseline(kind, run.opened)
-            groups.setdefault(same, {}).setdefault(seed, place)
-        for group in groups.values():
-            places = list(group.values())
-            of = next(name for name, own in named.items() if places[0] in own)
-            name = kind if len(groups) == 1 else f"{kind} ({of})"
-            own_runs, own_values = [runs[place] for place in places], [values[place] for place in places]
-            rows.append(_row(name, [kind], own_runs, own_values, shared, lying))
-    return tuple(rows), tuple(dict.fromkeys(notes))
-
-
-def _row(
-    name: str,
-    kinds: Sequence[str],
-    runs: Sequence[Measured],
-    values: Sequence[Mapping[str, Mapping[str, float]]],
-    shared: Sequence[str],
-    lying: bool,
-) -> Row:
-    tasks: dict[str, Task] = {title: task for task, title in FIGURES.items()}
-    by = {title: leading(kinds, tasks.get(title)) for title in shared}
-    hits: dict[Task, Tensor] = {}
-    for title, task in tasks.items():
-        kind = by.get(title)
-        if title in shared and all(f"hits/{task}/{kind}" in run.outcomes for run in runs):
-            each = torch.stack([run.outcomes[f"hits/{task}/{kind}"] for run in runs])
-            hits[task] = each[:, each[0] >= 0] == 1
-    lies = leading(kinds)
-    found = [Geometry(**own) for run in runs for own in run.record.get("geometry", ()) if own["features"] == lies]
-    return Row(
-        name,
-        tuple(run.opened.name for run in runs),
-        tuple(_recipe(run.opened).seed for run in runs),
-        {title: tuple(own[kind][title] for own in values) for title, kind in by.items()},
-        tuple(found) if lying else (),
-        not is_learned(lies),
-        hits,
-        {title: LAYERS[kind] for title, kind in by.items() if is_learned(kind)},
-    )
-
-
-def _recipe(opened: PretrainedBackbone) -> Recipe:
-    assert opened.recipe is not None, "only runs are compared"
-    return opened.recipe
-
-
-def _same_baseline(kind: str, opened: PretrainedBackbone) -> tuple[str, int]:
-    """What a baseline follows from but for the seed, and the seed: equal for runs that share it."""
-    if kind == "raw pixels":
-        return str(opened.size), 0
-    own, seen = _recipe(opened).encoder, (opened.size, opened.channels)
-    return repr((own.name, own.pretrained, own.drop_path, seen)), _recipe(opened).seed
 
 
 def _check_different(folders: Sequence[Path]) -> None:
@@ -287,7 +160,7 @@ def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, cons
     splits: dict[str, Split] = {}
     found: dict[tuple[str, ...], list[str]] = {}
     for opened in runs:
-        same = repr((settings.data or _recipe(opened).data, opened.channels))
+        same = repr((settings.data or recipe_of(opened).data, opened.channels))
         if same not in splits:
             splits[same] = images_of(opened, settings, console)
         parts = [part.fingerprint for part in splits[same][:2] if part is not None]
@@ -312,8 +185,7 @@ def _overlaps(
         return (), 0
     by_name = {opened.name: opened for opened in runs}
     methods = [row for row in rows if not row.baseline]
-    drawn = torch.randperm(len(shown), generator=torch.Generator().manual_seed(settings.protocol.seed))[:IMAGES]
-    drawn = drawn.sort().values
+    drawn = sample_ids(len(shown), IMAGES, seed=settings.protocol.seed)
 
     def features(name: str) -> Tensor:
         opened = by_name[name]

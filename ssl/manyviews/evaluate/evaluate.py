@@ -1,6 +1,7 @@
 """A run is measured: its features beside baselines, how they lie, and a report of it all."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,14 +13,15 @@ from manyviews.evaluate.record import record_of
 from manyviews.evaluate.run_tasks import comparison, few_labels, gallery_of, geometries_of, kinds_of, maps, stale_rows
 from manyviews.evaluate.settings import EvaluateSettings, Look
 from manyviews.evaluate.writing import check_output, unwritable, write
-from manyviews.evaluators import fractions, geometry
 from manyviews.evaluators.alone import Failure, alone, sentences
-from manyviews.evaluators.compare import refusals, takes_training
 from manyviews.evaluators.kinds import LEARNED, PIXELS
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
+from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Task
+from manyviews.evaluators.requirements import refusals, takes_training
 from manyviews.evaluators.splits import kind_of_choice
+from manyviews.evaluators.tables import printed, sheets
 from manyviews.features.backbone import open_run
 from manyviews.features.settings import images_of
 from manyviews.recipe import Recipe
@@ -79,31 +81,28 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         opened, layers.kinds, training, shown, settings, console, output=output if keeps else None, failed=failed
     )
     with console.bar():
-        evaluation, few, stale = None, {}, None
-        geometries: tuple[geometry.Geometry, ...] = ()
+        evaluation = Evaluation()
         if labels is not None and gallery is not None and tasks:
             evaluation = comparison(
                 output if keeps else None, opened, split, kinds, labels, settings, tasks, gallery, console, failed
             )
-            evaluation = evaluation if evaluation.scores or evaluation.figures else None
+        more: list[Measurement] = []
         if labels is not None and "fractions" in looks:
-            few = few_labels(kinds, labels, settings, console, failed)
+            more += few_labels(kinds, labels, settings, console, failed)
         if "geometry" in looks:
-            geometries = geometries_of(opened, recipe, kinds, shown, settings, console, failed)
+            more += geometries_of(opened, recipe, kinds, shown, settings, console, failed)
             with alone("staleness of the bank", LEARNED, failed):
-                stale = stale_rows(opened, recipe, split.train, settings, console)
+                more += stale_rows(opened, recipe, split.train, settings, console)
+        evaluation = replace(evaluation, measurements=(*evaluation.measurements, *more))
         noticed: list[str] = []
         with alone("copies and sizes of classes", LEARNED, failed):
-            noticed += cautions.of_measured(split, kinds.get(PIXELS), geometries)
+            noticed += cautions.of_measured(split, kinds.get(PIXELS), evaluation)
     findings = Findings(
         folder=folder,
         train=split.train,
         test=split.test,
         features=kinds,
         evaluation=evaluation,
-        geometry=geometries,
-        fractions=few,
-        staleness=stale,
         points=maps(kinds, settings, console, failed) if settings.report else {},
         warnings=(
             *_warnings(folder, split, looks, settings, layers.missing),
@@ -130,7 +129,7 @@ def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
     Raises:
         ValueError: naming what was not.
     """
-    nothing = findings.evaluation is None and not (findings.geometry or findings.fractions)
+    nothing = not findings.evaluation.measurements
     named: set[str] = set(settings.tasks or ())
     if settings.metric is not None:
         named.add(f"metric={settings.metric.name}")
@@ -206,21 +205,11 @@ def _choice(labels: Tensor, settings: EvaluateSettings) -> Iterator[str]:
 
 def _tell(findings: Findings, console: Console) -> None:
     """The tables and the verdict."""
-    tables = list(findings.evaluation.tables()) if findings.evaluation is not None else []
-    tables += [fractions.table(findings.fractions)] if findings.fractions else []
-    tables += [geometry.table(findings.geometry)] if findings.geometry else []
-    for table in tables:
-        console.rich.print(table)
-    if findings.evaluation is not None:
-        console.say(findings.evaluation.verdict())
+    for sheet in sheets(findings.evaluation):
+        console.rich.print(printed(sheet))
+    if verdict := findings.evaluation.verdict():
+        console.say(verdict)
     if findings.layers:
         console.say(findings.layers)
-    if findings.staleness is not None:
-        stale = findings.staleness
-        low, high = stale.quantiles["5 %"], stale.quantiles["95 %"]
-        console.say(
-            f"Memory bank: the cosine of a row with a fresh embedding of its image is {stale.mean:.2f} on average "
-            f"({low:.2f} to {high:.2f} for nine rows of ten, {plural(stale.images, 'row')}); 1 where no row is stale."
-        )
     for text in (*findings.warnings, *sentences(findings.failures, list(findings.features))):
         console.warn(text)

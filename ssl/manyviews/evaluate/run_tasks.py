@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from manyviews.data import Images, Split, leave_out, of_classes, select
+from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, select
 from manyviews.evaluate.layer import distances_of
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators import fractions, geometry
@@ -16,8 +16,8 @@ from manyviews.evaluators.augmented import AugmentedResult, augmented_probe
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
 from manyviews.evaluators.map import flat_map
+from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Gallery, Task
-from manyviews.evaluators.scores import Evaluation
 from manyviews.evaluators.splits import num_classes
 from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.features import encoding
@@ -174,10 +174,11 @@ def comparison(
 
 def few_labels(
     kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, console: Console, failed: Failed
-) -> dict[str, tuple[fractions.FractionResult, ...]]:
+) -> list[Measurement]:
     """The probe of each kind of features on few labels."""
     own, test_labels = labels
-    classes, found = num_classes(own, test_labels), {}
+    classes = num_classes(own, test_labels)
+    found: list[Measurement] = []
     for kind in in_order(kinds):
         train, test = kinds[kind]
         assert train is not None
@@ -187,8 +188,9 @@ def few_labels(
             console.report(f"{what}, {label(kind)} features", done, total)
 
         with alone("fractions", kind, failed):
-            found[kind] = fractions.fractions(
-                train, own, test, test_labels, classes, settings.few, seed=settings.protocol.seed, report=report
+            seed = settings.protocol.seed
+            found += fractions.fractions(
+                train, own, test, test_labels, classes, settings.few, seed=seed, kind=kind, report=report
             )
     return found
 
@@ -201,17 +203,17 @@ def geometries_of(
     settings: EvaluateSettings,
     console: Console,
     failed: Failed,
-) -> tuple[geometry.Geometry, ...]:
+) -> list[Measurement]:
     """How each kind lies; views are those of the run's own recipe."""
     seed = settings.protocol.seed
+    found: list[Measurement] = []
     if len(shown) < 2:
-        return ()
+        return found
     console.say("geometry")
     device = _device()
     pairs = recipe.views.model_copy(update={"num_views": 2})
     views = pairs.build(size=shown.size, channels=opened.channels, seed=recipe.seed).to(device)
-    ids = _some(len(shown), PAIRED, seed)
-    found = []
+    ids = sample_ids(len(shown), PAIRED, seed=seed)
     for kind in in_order(kinds):
         rows = kinds[kind][1]
         with alone("geometry", kind, failed):
@@ -219,8 +221,8 @@ def geometries_of(
             both = two_views(
                 backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
             )
-            found.append(geometry.geometry(kind, rows, both, seed=seed))
-    return tuple(found)
+            found += geometry.geometry(kind, rows, both, seed=seed)
+    return found
 
 
 def _backbone_of(opened: PretrainedBackbone, kind: str) -> nn.Module:
@@ -237,40 +239,35 @@ def _device() -> torch.device:
 
 def stale_rows(
     opened: PretrainedBackbone, recipe: Recipe, train: Images, settings: EvaluateSettings, console: Console
-) -> geometry.Staleness | None:
-    """How far a bank's rows are behind what the encoder makes of their images; None without a bank, or its images.
+) -> tuple[Measurement, ...]:
+    """How far a bank's rows are behind what the encoder makes of their images; nothing without a bank, or its images.
 
     Collective: each process has its part of the rows, and gives those that were drawn of them.
     """
     assert opened.folder is not None
     own = settings.data is None or settings.data == recipe.data
     if not own or not isinstance(recipe.objective, Bank) or recipe.objective.estimator == "parametric":
-        return None
+        return ()
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(train, recipe.unseen)
     if found is None or found.facts.get("images") != images.fingerprint:
-        return None
+        return ()
     if opened.step is not None and found.step != opened.step:
         console.warn(
             f"the rows of the memory bank are not compared with fresh embeddings: the run has gone on to step "
             f"{found.step:,}, and the weights are those of step {opened.step:,}"
         )
-        return None
-    ids, mine = _some(len(images), PAIRED, settings.protocol.seed), distributed.share(len(images))
+        return ()
+    ids, mine = sample_ids(len(images), PAIRED, seed=settings.protocol.seed), distributed.share(len(images))
     try:
         fresh = features_of(opened, select(images, ids), settings, console, layer="projector", cache=None)
     except ValueError as problem:
         console.warn(f"the rows of the memory bank are not compared with fresh embeddings: {problem}")
-        return None
+        return ()
     drawn = ids[(ids >= mine.start) & (ids < mine.stop)] - mine.start
     rows = found.parts["objective"]["rows"][drawn].float().to(_device())
     rows = distributed.gather_without_gradient(rows, distributed.counts(len(rows))).cpu()
     return geometry.staleness(rows, fresh)
-
-
-def _some(count: int, most: int, seed: int) -> Tensor:
-    """At most so many ids, drawn by the seed, ascending."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
 def maps(
@@ -281,7 +278,7 @@ def maps(
     seed = settings.protocol.seed
     if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
         return {}
-    ids = _some(len(rows), MAPPED, seed)
+    ids = sample_ids(len(rows), MAPPED, seed=seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for method in settings.maps:
         console.say(f"map of {plural(len(ids), 'image')}: {method}")

@@ -1,5 +1,6 @@
 """Which classes a classifier takes for which, and its most confident mistakes, as numbers and as pictures."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,33 +35,37 @@ def worst(
     return wrong[order], sure[wrong[order]]
 
 
-def confusion_picture(
-    matrix: Int[Tensor, "classes classes"], classes: Sequence[str]
-) -> UInt8[Tensor, "3 rows columns"]:
+def confusion_figure(matrix: Int[Tensor, "classes classes"], classes: Sequence[str]) -> Figure:
     """The confusion matrix: images of each true class, a row, by predicted class; darker is more of the row."""
     number = len(classes)
-    shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    side = min(3.5 + 0.45 * number, 14)
+    shares = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     totals = matrix.sum(1).tolist()
     names = [shortened(name) for name in classes] if number <= MOST_NAMES else []
-    rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=False)]
+    side = min(3.5 + 0.45 * number, 14) + 0.09 * max(map(len, names), default=0)
     with lettering(names):
         figure = Figure((side, side), layout="constrained")
         axes = figure.add_subplot()
-        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
         axes.set_title("Images by true and predicted class")
         if names:
             axes.set_xticks(range(number), names, rotation=90)
-            axes.set_yticks(range(number), rows)
+            axes.set_yticks(range(number), [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)])
         if number <= MOST_NUMBERS:
             for row, column in matrix.nonzero().tolist():
-                share = float(shares[row, column])
-                text = f"{int(matrix[row, column])}"
-                colour = "white" if share > 50 else "black"
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-        return _drawn(figure)
+                colour = "white" if shares[row, column] > 50 else "black"
+                axes.text(
+                    column, row, str(int(matrix[row, column])), ha="center", va="center", color=colour, fontsize=8
+                )
+    return figure
+
+
+def confusion_picture(
+    matrix: Int[Tensor, "classes classes"], classes: Sequence[str]
+) -> UInt8[Tensor, "3 rows columns"]:
+    """The confusion matrix as pixels: see `confusion_figure`."""
+    return as_pixels(confusion_figure(matrix, classes))
 
 
 def mistakes_picture(
@@ -89,11 +94,16 @@ def mistakes_picture(
             axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
             axes.set_axis_off()
             axes.set_title(caption, fontsize=9)
-        return _drawn(figure)
+        return as_pixels(figure)
 
 
-def _drawn(figure: Figure) -> Tensor:
+def as_pixels(figure: Figure, dpi: int = 100) -> UInt8[Tensor, "3 rows columns"]:
+    """A figure on white."""
+    figure.set_facecolor("white")
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    # A layout that does not fit into a small figure warns.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -1,21 +1,19 @@
 """Few labels: the linear probe on a few images of each class, or on a share of the labels, drawn several times."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.evaluators.kinds import label
+from manyviews.evaluators.kinds import LAYERS, LEARNED
 from manyviews.evaluators.linear import NEAR, Report, search, standard
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
+from manyviews.evaluators.measurement import Measurement
 from manyviews.system import keyed_random
 
 FOLDS = 5
@@ -41,29 +39,6 @@ class FractionSettings(Settings):
     """The strength where there is one image of each class, so that none can be held out for a choice."""
 
 
-@dataclass(frozen=True)
-class FractionResult:
-    """The accuracies of the probe on the whole test set, one for each draw of its labelled training images."""
-
-    name: str
-    """"1 %", or "5 of each class"."""
-    images: int
-    """Labelled images of one draw."""
-    accuracies: tuple[float, ...]
-    regularisations: tuple[float, ...] = ()
-    """The strength that each draw chose."""
-
-    @property
-    def mean(self) -> float:
-        """The mean accuracy over the draws."""
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation of the accuracy over the draws, of the sample (n − 1)."""
-        return statistics.stdev(self.accuracies)
-
-
 def fractions(
     train: Float[Tensor, "train dim"],
     labels: Int[Tensor, " train"],
@@ -73,9 +48,12 @@ def fractions(
     settings: FractionSettings,
     *,
     seed: int = 0,
+    kind: str = LEARNED,
     report: Report | None = None,
-) -> tuple[FractionResult, ...]:
-    """The accuracy of the linear probe from few labels: first the shares, then the numbers of each class, ascending.
+) -> tuple[Measurement, ...]:
+    """Measures the linear probe from few labels: first the shares, then the numbers of each class.
+
+    Each is the mean of several draws, and both stand in ascending order.
 
     Which images a draw labels is a pure function of the labels, the seed and the number of the draw, so all kinds of
     features are given the same ones, and a smaller share is part of a larger one. Features are standardised by all
@@ -91,6 +69,7 @@ def fractions(
         classes: number of classes in both.
         settings: how many labels, how often drawn, which strengths.
         seed: of the draws.
+        kind: what the features are called.
         report: called with what is done, how much of it, and of how much.
 
     Raises:
@@ -101,25 +80,24 @@ def fractions(
         raise ValueError("few labels are drawn from labelled training images and judged on labelled test images")
     scaled = standard(train)
     test, test_labels = scaled(test[known]), test_labels[known]
-    results = []
+    measurements = []
     cases: list[tuple[str, float | int]] = [(f"{100 * share:g} %", share) for share in sorted(settings.shares)]
     cases += [(f"{shots} of each class", shots) for shots in sorted(settings.shots)]
     axes, done, total = None, 0, len(cases) * settings.draws
-    known_already: dict[bytes, tuple[float, float]] = {}
+    fitted: dict[bytes, tuple[float, float]] = {}
 
     def tick(_: int) -> None:
         if report is not None:
             report("few labels", done, total)
 
     for name, amount in cases:
-        accuracies, strengths = [], []
+        results = []
         for number in range(settings.draws):
             chosen, ranks = draw(labels, amount, seed=seed, number=number)
             key = chosen.numpy().tobytes()
-            if key in known_already:
+            if key in fitted:
                 done += 1
-                accuracies.append(known_already[key][0])
-                strengths.append(known_already[key][1])
+                results.append(fitted[key])
                 continue
             features = scaled(train[chosen])
             if axes is None and len(features) >= features.shape[1]:
@@ -127,13 +105,29 @@ def fractions(
                 axes = principal_axes(features)
             own = axes if len(features) >= features.shape[1] else None
             fit, strength = _probe(features, labels[chosen], ranks, classes, settings, own, tick)
-            accuracies.append((fit.predict(test)[0] == test_labels).double().mean().item())
-            strengths.append(strength)
-            known_already[key] = accuracies[-1], strength
+            fitted[key] = (fit.predict(test)[0] == test_labels).double().mean().item(), strength
+            results.append(fitted[key])
             done += 1
             tick(0)
-        results.append(FractionResult(name, len(chosen), tuple(accuracies), tuple(strengths)))
-    return tuple(results)
+        accuracies, strengths = (list(each) for each in zip(*results, strict=True))
+        measurements.append(mean_of_draws(kind, name, len(chosen), accuracies, strengths))
+    return tuple(measurements)
+
+
+def mean_of_draws(
+    kind: str, name: str, labelled: int, accuracies: Sequence[float], strengths: Sequence[float]
+) -> Measurement:
+    """The mean accuracy over the draws of so many labelled images, and the deviation of the sample (n − 1)."""
+    return Measurement(
+        "fractions",
+        kind,
+        name,
+        statistics.fmean(accuracies),
+        n=labelled,
+        deviation=statistics.stdev(accuracies),
+        layer=LAYERS.get(kind),
+        details={"accuracies": [*accuracies], "regularisations": [*strengths]},
+    )
 
 
 def draw(
@@ -156,19 +150,6 @@ def draw(
     taken = ranks < wanted[labels[order]]
     chosen, places = order[taken].sort()
     return chosen, ranks[taken][places]
-
-
-def table(results: Mapping[str, Sequence[FractionResult]]) -> Table:
-    """Rows are kinds of features, columns numbers of labels; each cell is mean ± standard deviation in per cent."""
-    first = next(iter(results.values()))
-    title = f"Linear probe from few labels, mean ± standard deviation over {len(first[0].accuracies)} draws (%)"
-    shown = Table("features", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for result in first:
-        shown.add_column(f"{result.name} ({result.images:,})", justify="right", no_wrap=True)
-    for number, (kind, row) in enumerate(results.items()):
-        cells = [f"{100 * result.mean:.1f} ± {100 * result.deviation:.1f}" for result in row]
-        shown.add_row(label(kind), *cells, style=None if number else "bold")
-    return shown
 
 
 def _probe(

@@ -1,51 +1,23 @@
 """How features lie: alignment, uniformity and rank; whether two runs agree; and how stale a memory bank is."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
+from manyviews.data import sample_ids
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
-from manyviews.evaluators.kinds import LAYERS, label
+from manyviews.evaluators.kinds import LAYERS
+from manyviews.evaluators.measurement import Measurement
 from manyviews.run import health
 from manyviews.system import distributed
 
 IMAGES = 25_600
 """Images that are looked at; of more, as many are drawn (Garrido et al. 2023 find the rank settled by then)."""
+BANK = "memory bank"
 QUANTILES: Mapping[str, float] = {"5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How one kind of features lies: numbers without labels, to be compared between runs of one method."""
-
-    features: str
-    images: int
-    """Of which the numbers are: all, or as many as were drawn."""
-    dim: int
-    effective_rank: float
-    """How many directions the features use (RankMe): at most the number of images or of dimensions."""
-    uniformity: float
-    """0 where all features are one, or all zero; about −4 + 8 / dim where they are spread evenly over the sphere."""
-    alignment: float | None
-    """0 where both views of every image have one direction, 2 for unrelated views; None without views."""
-    layer: str | None = None
-    """Of the encoder: backbone or embedding; None for raw pixels."""
-
-
-@dataclass(frozen=True)
-class Staleness:
-    """How far a memory bank's rows are behind fresh embeddings of the same images: cosines, 1 where nothing moved."""
-
-    images: int
-    mean: float
-    quantiles: Mapping[str, float]
-    """By the share of the rows that are at most so near: "5 %" to "95 %"."""
 
 
 @torch.no_grad()
@@ -55,8 +27,13 @@ def geometry(
     views: tuple[Float[Tensor, "pairs wide"], Float[Tensor, "pairs wide"]] | None,
     *,
     seed: int,
-) -> Geometry:
-    """The geometry of one kind of features; of more than 25,600 images, of as many drawn by the seed.
+) -> tuple[Measurement, ...]:
+    """Measures how one kind of features lies; of more than 25,600 images, of as many drawn by the seed.
+
+    The effective rank is how many directions the features use (RankMe), at most the number of images or of dimensions;
+    the uniformity is 0 where all features are one, or all zero, and about −4 + 8 / dim where they are spread evenly
+    over the sphere; the alignment is 0 where both views of every image have one direction, 2 for unrelated views. They
+    need no labels, and are to be compared between runs of one method.
 
     The rank is that of the features as they are, neither centred nor normalised (Garrido et al. 2023, RankMe, equations
     1 and 2, without the 1e-7 that they add to each share); the rest is of unit features. All processes call together,
@@ -75,18 +52,14 @@ def geometry(
     if count < 2:
         raise ValueError(f"{kind}: the geometry of features takes 2 images or more, and there are {count}")
     if count > IMAGES:
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:IMAGES]
-        features = features[drawn.sort().values]
+        features = features[sample_ids(count, IMAGES, seed=seed)]
     if not all(bool(torch.isfinite(rows).all()) for rows in (features, *(views or ()))):
         raise ValueError(f"{kind}: some features are not finite")
-    return Geometry(
-        kind,
-        len(features),
-        dim,
-        health.effective_rank(features),
-        uniformity(features),
-        alignment(*views) if views is not None else None,
-        LAYERS.get(kind),
+    values = {"effective rank": health.effective_rank(features), "uniformity": uniformity(features)}
+    values |= {"alignment": alignment(*views)} if views is not None else {}
+    return tuple(
+        Measurement("geometry", kind, name, value, n=len(features), dim=dim, layer=LAYERS.get(kind))
+        for name, value in values.items()
     )
 
 
@@ -153,8 +126,10 @@ def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tens
 
 
 @torch.no_grad()
-def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "images dim"]) -> Staleness:
-    """The cosines of a memory bank's rows with fresh embeddings of the same images, in the same order.
+def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "images dim"]) -> tuple[Measurement, ...]:
+    """Measures how far a memory bank's rows are behind fresh embeddings of the same images, in the same order.
+
+    The mean of their cosines, 1 where nothing moved, and what the given shares of the rows are at most: 5 % to 95 %.
 
     Raises:
         ValueError: if there is no row.
@@ -171,23 +146,5 @@ def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "imag
     # By sorting: torch.quantile takes no more than 2²⁴ values.
     ordered, places = cosines.sort().values, shares * (len(cosines) - 1)
     values = torch.lerp(ordered[places.floor().long()], ordered[places.ceil().long()], places.frac())
-    return Staleness(len(rows), cosines.mean().item(), dict(zip(QUANTILES, values.tolist(), strict=True)))
-
-
-def table(found: Sequence[Geometry]) -> Table:
-    """A row for each kind of features."""
-    drawn = " or ".join(dict.fromkeys(f"{own.images:,}" for own in found))
-    shown = Table("features", title=f"Geometry of the features of {drawn} images, without labels", title_justify="left")
-    shown.box, shown.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
-    for name in ("dim", "effective rank", "uniformity", "alignment"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for own in found:
-        shown.add_row(
-            label(own.features),
-            str(own.dim),
-            f"{own.effective_rank:.1f}",
-            f"{own.uniformity:.2f}",
-            "–" if own.alignment is None else f"{own.alignment:.2f}",
-            style="bold" if own is found[0] else None,
-        )
-    return shown
+    named = {"mean": cosines.mean().item(), **dict(zip(QUANTILES, values.tolist(), strict=True))}
+    return tuple(Measurement("staleness", BANK, name, value, n=len(rows)) for name, value in named.items())

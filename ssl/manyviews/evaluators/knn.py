@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
+from manyviews.data import sample_ids
 from manyviews.engine import top_k
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
@@ -205,9 +206,7 @@ def monitor_knn(
     nothing is chosen here, so the number is comparable along a run and between runs with equal settings.
     """
     labelled = (labels >= 0).nonzero().squeeze(1)
-    if len(labelled) > most:
-        drawn = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))[:most]
-        labelled = labelled[drawn].sort().values
+    labelled = labelled[sample_ids(len(labelled), most, seed=seed)]
     features, labels = features[labelled], labels[labelled]
     kept, held = hold_out(labels, share=0.1, seed=seed)
     guesses = predict(

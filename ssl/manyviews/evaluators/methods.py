@@ -19,7 +19,7 @@ def methods(recipes: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dic
         recipes: of each run, as a tree, without what the seeds of one method differ in.
         folders: of each run, no two the same.
     """
-    flat = [dict(_leaves(recipe)) for recipe in recipes]
+    flat = [leaves(recipe) for recipe in recipes]
     groups: list[list[int]] = []
     for place, recipe in enumerate(flat):
         own = next((group for group in groups if flat[group[0]] == recipe), None)
@@ -45,11 +45,11 @@ def _differences(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [" ".join(f"{key.removesuffix('.name')}={own[key]}" for key in told if key in own) for own in recipes]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a tree by their dotted keys."""
-    found: list[tuple[str, Any]] = []
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 

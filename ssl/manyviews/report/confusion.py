@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from manyviews.evaluators.confusion import confusion as count
 from manyviews.report.findings import Findings
 
 IN_MATRIX = 20
@@ -45,11 +46,11 @@ class Confusion(NamedTuple):
 
 def confusion(findings: Findings) -> Confusion | None:
     """The confusions of the linear probe on the learned features, or of kNN; None without predictions."""
-    evaluation, test = findings.evaluation, findings.test
-    if evaluation is None or test is None or test.labels is None:
+    test = findings.test
+    if test is None or test.labels is None:
         return None
     for method, title in METHODS.items():
-        guesses = evaluation.predictions.get(f"{method}/{findings.kind}")
+        guesses = findings.evaluation.predictions.get(f"{method}/{findings.kind}")
         if guesses is not None:
             return confused(title, test.labels, guesses)
     return None
@@ -65,8 +66,7 @@ def confused(method: str, labels: Int64[Tensor, " images"], guesses: Int64[Tenso
     counts = None
     if len(classes) <= IN_MATRIX:
         rows, columns = torch.searchsorted(classes, truth), torch.searchsorted(classes, guess)
-        flat = torch.bincount(rows * len(classes) + columns, minlength=len(classes) ** 2)
-        counts = flat.view(len(classes), len(classes))
+        counts = count(rows, columns, len(classes))
     sizes = torch.bincount(truth)
     wrong = truth != guess
     # By pairs, not in a matrix: of a thousand classes few of the million pairs occur.

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.evaluators.alone import Failure
-from manyviews.evaluators.fractions import FractionResult
-from manyviews.evaluators.geometry import Geometry, Staleness
 from manyviews.evaluators.kinds import leading
-from manyviews.evaluators.scores import Evaluation
+from manyviews.evaluators.measurement import Evaluation
 from manyviews.system import keyed_random
 from manyviews.system.files import spelled
 
@@ -23,10 +21,7 @@ class Also(NamedTuple):
 
     title: str
     """Which settings: protocol.seed=1."""
-    evaluation: Evaluation | None
-    geometry: tuple[Geometry, ...]
-    fractions: Mapping[str, tuple[FractionResult, ...]]
-    staleness: Staleness | None
+    evaluation: Evaluation
 
 
 class Findings(NamedTuple):
@@ -38,12 +33,7 @@ class Findings(NamedTuple):
     test: Images | None
     features: Mapping[str, tuple[Tensor | None, Tensor]]
     """By kind, the learned ones first: of the training images (None if not computed) and of the images shown."""
-    evaluation: Evaluation | None
-    """None without labels."""
-    geometry: tuple[Geometry, ...] = ()
-    fractions: Mapping[str, tuple[FractionResult, ...]] = {}
-    """The linear probe on few labels, by kind of features."""
-    staleness: Staleness | None = None
+    evaluation: Evaluation = Evaluation()
     points: Mapping[str, tuple[Tensor, Tensor]] = {}
     """Maps of the learned features by method: ids among the images shown [m], and their points [m, 2]."""
     warnings: tuple[str, ...] = ()

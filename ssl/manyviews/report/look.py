@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from manyviews.evaluators.confusion import confusion_figure
 from manyviews.report import plots
 from manyviews.report.confusion import Confusion, confusion
 from manyviews.report.findings import Findings, drawn
@@ -39,7 +40,7 @@ def look(findings: Findings, seed: int) -> Look:
     mistaken = confusion(findings)
     matrix = None
     if mistaken is not None and mistaken.counts is not None:
-        matrix = plots.matrix(mistaken.counts, [findings.class_name(number) for number in mistaken.classes])
+        matrix = confusion_figure(mistaken.counts, [findings.class_name(number) for number in mistaken.classes])
     views_at = _views_at(findings)
     pairs = similarities(findings.features[findings.kind][1], findings.shown.labels, seed)
     mark = None if views_at is None else ("two views of an image", views_at)
@@ -57,9 +58,9 @@ def look(findings: Findings, seed: int) -> Look:
 
 
 def _views_at(findings: Findings) -> float | None:
-    own = next((own for own in findings.geometry if own.features == findings.kind), None)
+    alignment = next(findings.evaluation.of("geometry", features=findings.kind, metric="alignment"), None)
     # Of unit features the squared distance is 2 − 2 cos.
-    return None if own is None or own.alignment is None else 1 - own.alignment / 2
+    return None if alignment is None else 1 - alignment.value / 2
 
 
 def _maps(findings: Findings, seed: int) -> dict[str, Figure]:

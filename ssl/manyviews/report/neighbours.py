@@ -113,10 +113,9 @@ def look_alikes(findings: Findings, seed: int) -> tuple[Query, ...]:
     They are looked for among those that the linear probe, or kNN, got wrong, of many of these among as many as are
     drawn. Here stand mistakes of the labels, and images that two classes have a right to.
     """
-    evaluation = findings.evaluation
-    if evaluation is None or findings.test is None:
+    if findings.test is None:
         return ()
-    hits = _first(findings, ("linear", "knn"), evaluation.hits)
+    hits = _first(findings, ("linear", "knn"), findings.evaluation.hits)
     if hits is None:
         return ()
     found = []
@@ -129,11 +128,10 @@ def look_alikes(findings: Findings, seed: int) -> tuple[Query, ...]:
 
 def _outcomes(findings: Findings) -> tuple[Tensor | None, Tensor | None]:
     """Of each image shown, whether kNN (or else retrieval) was right, and kNN's class for it."""
-    evaluation = findings.evaluation
-    if evaluation is None or findings.test is None:
+    if findings.test is None:
         return None, None
-    hits = _first(findings, ("knn", "retrieval"), evaluation.hits)
-    return hits, _first(findings, ("knn",), evaluation.predictions)
+    hits = _first(findings, ("knn", "retrieval"), findings.evaluation.hits)
+    return hits, _first(findings, ("knn",), findings.evaluation.predictions)
 
 
 def _first(findings: Findings, methods: tuple[str, ...], among: Mapping[str, Tensor]) -> Tensor | None:

@@ -12,7 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from manyviews.evaluators.alone import sentences
+from manyviews.evaluators.confusion import as_pixels
 from manyviews.evaluators.kinds import label
+from manyviews.evaluators.tables import sheets
 from manyviews.report import plots
 from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of
@@ -20,7 +22,6 @@ from manyviews.report.hover_map import hover_map
 from manyviews.report.look import Look, look
 from manyviews.report.neighbours import Neighbour, Query
 from manyviews.report.pictures import data_uri, png, uris
-from manyviews.report.score_table import sheets
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.report.training_curves import is_thinned, panels
 from manyviews.system.files import spelled
@@ -143,11 +144,12 @@ def _run(findings: Findings, history: History) -> dict[str, Any]:
 
 
 def _scores(findings: Findings) -> dict[str, Any]:
-    verdict = None
-    if findings.evaluation is not None:
-        opening, _, rest = findings.evaluation.verdict().partition(": ")
-        verdict = opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []
-    return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": sheets(findings)}
+    opening, _, rest = findings.evaluation.verdict().partition(": ")
+    verdict = (opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []) if opening else None
+    shown = sheets(findings.evaluation)
+    for also in findings.also:
+        shown += [sheet._replace(title=f"With {also.title}: {sheet.title}") for sheet in sheets(also.evaluation)]
+    return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": shown}
 
 
 def _curves(history: History) -> dict[str, Any]:
@@ -164,12 +166,12 @@ def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
     views = findings.folder / "views.png"
     flat, place = hover_map(findings, seed), "test" if findings.test is not None else "other"
     searched = place if seen.searched.own else "training"
-    evaluation, histogram, still = findings.evaluation, None, None
+    histogram = still = None
     if seen.histogram is not None:
         histogram = Markup(plots.as_svg(seen.histogram, "similarities"))
     if seen.maps:
-        still = data_uri(png(plots.as_pixels(next(iter(seen.maps.values())))), "image/png")
-    by_knn = evaluation is not None and f"knn/{findings.kind}" in evaluation.hits
+        still = data_uri(png(as_pixels(next(iter(seen.maps.values())), dpi=110)), "image/png")
+    by_knn = f"knn/{findings.kind}" in findings.evaluation.hits
     shown = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
     return _looked_up(findings, seen) | {
         "views": data_uri(views.read_bytes(), "image/png") if shown else None,

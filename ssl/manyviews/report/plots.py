@@ -2,24 +2,24 @@
 
 import io
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
 from manyviews.evaluators.lettering import lettering, shortened
 
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
 THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
 """Variables of the page's style that take the place of these colours, so that the dark mode changes them."""
@@ -135,58 +135,29 @@ def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Ma
     return figure
 
 
-def matrix(counts: Int64[Tensor, "classes classes"], names: Sequence[str]) -> Figure:
-    """What was taken for what: shares of each row as shades, counts as numbers."""
-    lines = list(map(shortened, names))
-    side = 1.2 + 0.42 * len(names) + 0.09 * max(map(len, lines))
-    with lettering(names):
-        figure, axes = _figure(side, side)
-        places = list(range(len(names)))
-        axes.set_xticks(places, lines, rotation=90)
-        axes.set_yticks(places, lines)
-    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.grid(visible=False)
-    for row in range(len(names)):
-        for column in range(len(names)):
-            if counts[row, column]:
-                colour = "white" if shares[row, column] > 0.55 else INK
-                axes.text(
-                    column, row, f"{int(counts[row, column])}", color=colour, ha="center", va="center", fontsize=7
-                )
-    axes.set_xlabel("predicted", color=INK, fontsize=9)
-    axes.set_ylabel("true", color=INK, fontsize=9)
-    return figure
-
-
 def as_svg(figure: Figure, description: str) -> str:
     """A figure as an SVG element whose colours and letters are the page's; the same text every time."""
     text = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}), _quiet():
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}), warnings.catch_warnings():
+        # A layout that does not fit into a small figure warns.
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", svg)
+    root = ElementTree.fromstring(text.getvalue())
+    for parent in list(root.iter()):
+        # Identifiers would be those of every figure of the page.
+        if parent.tag == f"{{{SVG}}}g":
+            parent.attrib.pop("id", None)
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                parent.remove(child)
+    width, height = figure.get_size_inches() * 72
+    root.attrib.clear()
+    root.attrib.update({"class": "plot", "role": "img", "viewBox": f"0 0 {width:g} {height:g}"})
+    svg = ElementTree.tostring(root, encoding="unicode")
     for colour, name in THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
-    width, height = figure.get_size_inches() * 72
-    opening = (
-        f'<svg class="plot" role="img" viewBox="0 0 {width:g} {height:g}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return re.sub(r"<svg[^>]*>", opening, svg, count=1, flags=re.DOTALL).strip()
-
-
-def as_pixels(figure: Figure, dpi: int = 110) -> UInt8[Tensor, "3 height width"]:
-    """A figure on white."""
-    figure.set_facecolor("white")
-    figure.set_dpi(dpi)
-    canvas: Any = FigureCanvasAgg(figure)
-    with _quiet():
-        canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+    return svg
 
 
 def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> tuple[Figure, Axes]:
@@ -204,8 +175,3 @@ def _figure(width: float, height: float, layout: Literal["constrained"] | None =
 
 def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
-
-
-def _quiet() -> AbstractContextManager[object]:
-    # A layout that does not fit into a small figure.
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

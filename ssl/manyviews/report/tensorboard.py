@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from manyviews.engine import normalize
+from manyviews.evaluators.confusion import as_pixels
 from manyviews.evaluators.map import principal_components
-from manyviews.report import plots
 from manyviews.report.findings import Findings, drawn
 from manyviews.report.look import Look
 from manyviews.report.neighbours import Query
@@ -61,9 +61,9 @@ def _write(writer: SummaryWriter, findings: Findings, seen: Look, seed: int) -> 
     figures |= {"confusion": seen.matrix} if seen.matrix is not None else {}
     figures |= {"similarities": seen.histogram} if seen.histogram is not None else {}
     for name, figure in figures.items():
-        writer.add_image(name, plots.as_pixels(figure))
-    if findings.evaluation is not None:
-        writer.add_text("verdict", findings.evaluation.verdict())
+        writer.add_image(name, as_pixels(figure, dpi=110))
+    if verdict := findings.evaluation.verdict():
+        writer.add_text("verdict", verdict)
     _project(writer, findings, seed)
 
 

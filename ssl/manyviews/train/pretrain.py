@@ -12,7 +12,7 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from manyviews.config import dump_yaml
-from manyviews.data import Images, Loader, Order, background_of, listed, newly_unreadable, write_inventory
+from manyviews.data import Images, Loader, Order, background_of, listed, newly_unreadable, sample_ids, write_inventory
 from manyviews.encoder.timm_format import export
 from manyviews.evaluators.knn import monitor_knn
 from manyviews.features.encoding import Stopped, extract
@@ -268,8 +268,7 @@ def _monitored(labels: Tensor | None, recipe: Recipe, console: Console) -> Tenso
     labelled = (labels >= 0).nonzero().flatten()
     if len(labelled) < MIN_MONITOR_IMAGES:
         return None
-    generator = torch.Generator().manual_seed(recipe.seed)
-    chosen = labelled[torch.randperm(len(labelled), generator=generator)[:MAX_MONITOR_IMAGES]].sort().values
+    chosen = labelled[sample_ids(len(labelled), MAX_MONITOR_IMAGES, seed=recipe.seed)]
     most = int(labels[chosen].bincount().max())
     if most < FEWEST_OF_A_CLASS:
         console.warn(

@@ -1,0 +1,69 @@
+"""Reads records of evaluation.json that have a list for each kind of result, as they once were written."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from manyviews.evaluators.fractions import mean_of_draws
+from manyviews.evaluators.geometry import BANK
+from manyviews.evaluators.measurement import CHOICES, TASKS, Measurement
+
+LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
+
+
+def converted(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record with its results as measurements; one that has them already stays as it is.
+
+    Raises:
+        KeyError, TypeError, AttributeError or ValueError: if it is not of the form that evaluate wrote.
+    """
+    if not any(name in record for name in LISTS):
+        return dict(record)
+    found = [vars(own) for own in sorted(_measurements(record), key=lambda own: TASKS.index(own.task))]
+    differences = [
+        {"task": row["method"]} | {name: value for name, value in row.items() if name != "method"}
+        for row in record.get("differences", ())
+    ]
+    kept = {name: value for name, value in record.items() if name not in LISTS}
+    return kept | {"measurements": found, "differences": differences}
+
+
+def _measurements(record: Mapping[str, Any]) -> Iterator[Measurement]:
+    for row in record.get("scores", ()):
+        task, kind, where = row["method"], row["features"], {"dim": row["dim"], "layer": row.get("layer")}
+        distance = row.get("metric") if task == "knn" else None
+        details = {name: row.get(name) for name in ("validation", "num_train")}
+        details |= {name: row[name] for name in CHOICES if row.get(name) is not None}
+        of_all = {"n": row["num_test"], "distance": distance, **where}
+        yield Measurement(task, kind, "accuracy", row["accuracy"], row["low"], row["high"], details=details, **of_all)
+        if row.get("balanced") is not None:
+            yield Measurement(task, kind, "balanced accuracy", row["balanced"], **of_all)
+    for row in record.get("figures", ()):
+        (number, *_), left_out = row["counts"].values(), row["counts"].get("left_out")
+        for name, value in row["values"].items():
+            low, high = row["intervals"].get(name, (None, None))
+            yield Measurement(
+                row["task"],
+                row["features"],
+                name,
+                value,
+                low,
+                high,
+                n=number,
+                deviation=row["deviations"].get(name),
+                dim=row["dim"],
+                layer=row.get("layer"),
+                distance=row.get("metric", "cosine"),
+                details={} if left_out is None else {"left_out": left_out},
+            )
+    for kind, rows in record.get("fractions", {}).items():
+        for row in rows:
+            yield mean_of_draws(kind, row["name"], row["images"], row["accuracies"], row.get("regularisations", []))
+    for row in record.get("geometry", ()):
+        for name in ("effective rank", "uniformity", "alignment"):
+            value = row.get(name.replace(" ", "_"))
+            if value is not None:
+                where = {"dim": row["dim"], "layer": row.get("layer")}
+                yield Measurement("geometry", row["features"], name, value, n=row["images"], **where)
+    if (stale := record.get("staleness")) is not None:
+        for name, value in {"mean": stale["mean"], **stale["quantiles"]}.items():
+            yield Measurement("staleness", BANK, name, value, n=stale["images"])

@@ -1,0 +1,199 @@
+"""Measurements as tables, grouped by task: a row for each kind of features; for the terminal and for the report."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from manyviews.evaluators.kinds import label
+from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
+from manyviews.features.layers import EMBEDDING
+from manyviews.system.plural import plural
+
+ACCURACIES = (
+    "The share of test images whose class is found, with its 95 % interval over draws of the test images. k, "
+    "temperature T and strength λ were chosen on a part of the training images."
+)
+GROUPED = {
+    "retrieval": "Each test image is looked up among all others: is what it finds of its class? Higher is better.",
+    "clustering": "k-means on the features, compared with the classes: 100 where both agree, 0 by chance (AMI).",
+    "verification": "Pairs of test images: are both of one class? Judged by one threshold for all. Higher is better.",
+}
+GEOMETRY = {
+    "effective rank": "How many directions the features use (RankMe), at most the smaller of dim and images. Higher is "
+    "better; near 1 the features have collapsed.",
+    "uniformity": "How evenly unit features are spread over the sphere: 0 where all are one, about −4 where they are "
+    "everywhere. Lower is better.",
+    "alignment": "The mean squared distance of two views of an image: 0 where both have one direction, 2 for unrelated "
+    "ones. Lower is better, as long as uniformity is low too.",
+}
+STALENESS = (
+    "The cosine of each row of the memory bank with a fresh embedding of its image: 1 where nothing has moved since "
+    "the row was written. Higher is better; a column such as 25 % says how near that share of the rows is at most."
+)
+SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": ""}
+"""What a terminal calls columns, so that tables fit 80 letters."""
+
+
+class Cell(NamedTuple):
+    """A number, and where it lies with its interval between the ends of the column's scale, in [0, 100]."""
+
+    text: str
+    interval: str = ""
+    at: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    note: str = ""
+    """What was chosen, or the standard deviation."""
+
+
+class Sheet(NamedTuple):
+    """A table: its title, what it means, the names of its columns, and its rows by name, the leading one first."""
+
+    title: str
+    meaning: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    notes: tuple[tuple[str, str], ...] = ()
+    """What each column means."""
+
+
+def sheets(evaluation: Evaluation) -> list[Sheet]:
+    """Every table that there are measurements for."""
+    found = []
+    for tasks in (("knn", "linear"), ("augmented",)):
+        own, balanced = (list(evaluation.of(*tasks, metric=name)) for name in ("accuracy", "balanced accuracy"))
+        if own:
+            found.append(_sheet(accuracy_title(own), ACCURACIES, own, _title_of_task, dim=True))
+        if balanced:
+            title = "Balanced accuracy, the mean over the classes (%)"
+            found.append(_sheet(title, "Each class counts as much as another.", balanced, _title_of_task))
+    for task, meaning in GROUPED.items():
+        if own := list(evaluation.of(task)):
+            found.append(_sheet(_grouped_title(own, evaluation), meaning, own))
+    if own := list(evaluation.of("fractions")):
+        draws = len(own[0].details["accuracies"])
+        title = f"Linear probe from few labels, mean ± standard deviation over {draws} draws (%)"
+        meaning = "The linear probe's accuracy from a part of the labels; their number stands behind each part."
+        found.append(_sheet(title, meaning, own, lambda one: f"{one.metric} ({one.n:,})"))
+    if own := list(evaluation.of("geometry")):
+        drawn = " or ".join(dict.fromkeys(f"{one.n:,}" for one in own))
+        title = f"Geometry of the features of {drawn} images, without labels"
+        meaning = "How the features lie, without a look at labels: compare runs of one method by it."
+        found.append(_sheet(title, meaning, own, dim=True)._replace(notes=tuple(GEOMETRY.items())))
+    if own := list(evaluation.of("staleness")):
+        title = (
+            f"Staleness of the bank: cosines of {plural(own[0].n, 'row')} with fresh embeddings, 1 where none is stale"
+        )
+        found.append(_sheet(title, STALENESS, own))
+    return found
+
+
+def accuracy_title(own: Sequence[Measurement]) -> str:
+    """The title of a table of accuracies."""
+    first = own[0]
+    distance = next((one.distance for one in own if one.distance not in (None, "cosine")), None)
+    by = "" if distance is None else f", kNN by {distance}"
+    train = plural(first.details["num_train"], "labelled training image")
+    return f"Accuracy on {plural(first.n, 'test image')}, {train}{by} (%)"
+
+
+def _grouped_title(own: Sequence[Measurement], evaluation: Evaluation) -> str:
+    task, gallery, left_out = own[0].task, evaluation.gallery, own[0].details.get("left_out", 0)
+    # The distance of the embedding is named where it is another.
+    by, *others = dict.fromkeys(one.distance for one in sorted(own, key=lambda one: one.layer == EMBEDDING))
+    by = f"{by}{''.join(f', the embedding by {other}' for other in others)}"
+    pairs = f" of {own[0].n:,} pairs" if task == "verification" else ""
+    apart = f", {left_out:,} left out that are alone in their class" if left_out else ""
+    return (
+        f"{task.capitalize()} by {by}{pairs} among {gallery['images']:,} test images of {len(gallery['classes']):,} "
+        f"classes {gallery['origin']}{apart} (%)"
+    )
+
+
+def _sheet(
+    title: str,
+    meaning: str,
+    own: Sequence[Measurement],
+    column_of: Callable[[Measurement], str] = lambda one: one.metric,
+    *,
+    dim: bool = False,
+) -> Sheet:
+    """Groups measurements by kind of features, a row each, and by column, each with a scale of its own."""
+    columns: dict[str, list[Measurement]] = {}
+    for one in own:
+        columns.setdefault(column_of(one), []).append(one)
+    scales = {name: _scale(column) for name, column in columns.items()}
+    rows: dict[str, dict[str, Measurement]] = {}
+    for one in own:
+        rows.setdefault(one.features, {})[column_of(one)] = one
+    lines = []
+    for kind, row in rows.items():
+        cells = [_cell(row[name], scales[name]) if name in row else Cell("–") for name in columns]
+        width = [Cell(str(next(iter(row.values())).dim))] if dim else []
+        lines.append((label(kind), (*width, *cells)))
+    return Sheet(title, meaning, (*(["dim"] if dim else []), *columns), tuple(lines))
+
+
+def _title_of_task(own: Measurement) -> str:
+    return TITLES[own.task]
+
+
+def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
+    note = own.choice if own.deviation is None else f"± {100 * own.deviation:.1f}"
+    if own.low is None or own.high is None or not own.leads:
+        return Cell(text_of(own.task, own.metric, own.value), note=note)
+    start, end = scale
+    at, low, high = (100 * (number - start) / (end - start) for number in (own.value, own.low, own.high))
+    return Cell(f"{100 * own.value:.1f}", f"{100 * own.low:.1f}–{100 * own.high:.1f}", at, low, high, note)
+
+
+def text_of(task: str, metric: str, value: float) -> str:
+    """A number as tables show it: in per cent, but for geometry and cosines."""
+    if task == "staleness":
+        return f"{value:.3f}"
+    if task == "geometry":
+        return f"{value:.1f}" if metric == "effective rank" else f"{value:.2f}"
+    return f"{100 * value:.1f}"
+
+
+def _scale(own: Sequence[Measurement]) -> tuple[float, float]:
+    """Full tenths around all intervals."""
+    lows, highs = [one.low for one in own if one.low is not None], [one.high for one in own if one.high is not None]
+    if not lows:
+        return 0.0, 1.0
+    low, high = math.floor(10 * min(lows) + 1e-9) / 10, math.ceil(10 * max(highs) - 1e-9) / 10
+    return low, max(high, low + 0.1)
+
+
+def printed(sheet: Sheet) -> Table:
+    """A sheet for the terminal: intervals and choices have columns of their own."""
+    shown = plain_table(sheet.title, "features")
+    texts = [[name] for name, _ in sheet.rows]
+    for number, name in enumerate(sheet.columns):
+        column = [cells[number] for _, cells in sheet.rows]
+        for long, short in SHORT.items():
+            name = name.replace(long, short)
+        shown.add_column(name, justify="right", no_wrap=True)
+        parts = [[f"{cell.text} {cell.note}".rstrip() for cell in column]]
+        if any(cell.interval for cell in column):
+            parts = [[cell.text for cell in column], [cell.interval for cell in column]]
+            shown.add_column("95 %", no_wrap=True)
+            if any(cell.note for cell in column):
+                parts.append([cell.note for cell in column])
+                shown.add_column("chosen", no_wrap=True)
+        for row, own in zip(texts, zip(*parts, strict=True), strict=True):
+            row += own
+    for place, row in enumerate(texts):
+        shown.add_row(*row, style=None if place else "bold")
+    return shown
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """A table without lines but one below its head; all columns but the first are numbers."""
+    shown = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    return shown
