@@ -8,8 +8,18 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from manyviews.evaluators.linear import UNCHOSEN, LinearSettings, linear, search, standard
-from manyviews.evaluators.logistic import STEPS_OF_MANY, LogisticFit, logistic_regression, objective, principal_axes
+from manyviews.evaluators.logistic import STEPS_OF_MANY, LogisticFit, logistic_regression, principal_axes
 from manyviews.evaluators.splits import hold_out, hold_out_some
+
+
+def objective(fit: LogisticFit, features: Tensor, labels: Tensor, regularisations: Tensor) -> Tensor:
+    """What is minimised: mean cross-entropy + regularisation / 2 × the squared weights (not biases), in float64."""
+    values = []
+    for weights, biases, strength in zip(fit.weights, fit.biases, regularisations.double(), strict=True):
+        logits = features.double() @ weights.double().T + biases.double()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        values.append(loss + strength / 2 * weights.double().square().sum())
+    return torch.stack(values)
 
 
 def correlated(num: int, dim: int, classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

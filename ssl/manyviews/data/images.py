@@ -15,7 +15,15 @@ Report = Callable[[str, int, int], None]
 
 
 @runtime_checkable
-class Images(Protocol):
+class Readable(Protocol):
+    """What images are read from by their ids."""
+
+    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
+        """The images of these ids, in their order."""
+
+
+@runtime_checkable
+class Images(Readable, Protocol):
     """A split of a data set; the id of an image is its position, from 0 to `len - 1`.
 
     Ids are the rows of a memory bank, so they must mean the same image in every run: two splits with equal
@@ -47,9 +55,6 @@ class Images(Protocol):
         """Sixty-four hexadecimal digits that change when an image is added, removed, renamed, replaced, relabelled."""
 
     def __len__(self) -> int: ...
-
-    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, in their order."""
 
 
 class Split(NamedTuple):

@@ -1,7 +1,6 @@
 """The linear probe as papers train it: heads on a frozen backbone that sees new crops and flips in every epoch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Annotated, NamedTuple
@@ -58,46 +57,12 @@ class AugmentedResult(NamedTuple):
     """Accuracy of the chosen pair on the held-out training images."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cropped:
+class Cropped(NamedTuple):
     """The images of a split as one epoch shows them, each through a window that its id and the epoch determine."""
 
     images: Images
     views: Views
     epoch: int
-
-    @property
-    def names(self) -> Sequence[str]:
-        """As in the split."""
-        return self.images.names
-
-    @property
-    def labels(self) -> Int64[Tensor, " images"] | None:
-        """As in the split."""
-        return self.images.labels
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """As in the split."""
-        return self.images.classes
-
-    @property
-    def channels(self) -> int:
-        """As in the split."""
-        return self.images.channels
-
-    @property
-    def size(self) -> int:
-        """As in the split."""
-        return self.images.size
-
-    @property
-    def fingerprint(self) -> str:
-        """As in the split."""
-        return self.images.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
         """The views of these ids, in their order, as 8-bit images, which any backbone's own transform takes."""

@@ -1,11 +1,9 @@
 """Multinomial logistic regression for a whole grid of regularisations at once, as matrix work."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -53,20 +51,6 @@ class LogisticFit(NamedTuple):
         """The class with the largest logit, for each regularisation."""
         pairs = zip(self.weights, self.biases, strict=True)
         return torch.stack([(features @ weights.T + biases).argmax(1) for weights, biases in pairs])
-
-
-def objective(
-    fit: LogisticFit,
-    features: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
-    regularisations: Float[Tensor, " grid"],
-) -> Float[Tensor, " grid"]:
-    """What is minimised: mean cross-entropy + regularisation / 2 × the squared weights (not biases), in float64."""
-    values = []
-    for weights, biases, strength in zip(fit.weights, fit.biases, regularisations.double(), strict=True):
-        logits = features.double() @ weights.double().T + biases.double()
-        values.append(F.cross_entropy(logits, labels) + strength / 2 * weights.double().square().sum())
-    return torch.stack(values)
 
 
 @torch.no_grad()
@@ -129,9 +113,8 @@ def logistic_regression(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for strengths, share, begun in groups:
         before = sum(len(solved) for solved, _, _ in parts)
-        solved_in_all = None if report is None else partial(_add, report, before)
         parts.append(
-            _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps, memory, solved_in_all)
+            _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps, memory, report, before)
         )
     solved, converged, steps = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     weights = solved[..., :-1] @ axes.T if axes.shape[1] else solved[..., :-1]
@@ -177,6 +160,7 @@ def _fit(
     max_steps: int,
     memory: int,
     report: Callable[[int], object] | None,
+    solved_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solves the problems of some strengths: weights [grid, classes, dim + 1], converged [grid], steps [grid]."""
     images, classes, dim = len(inputs), len(targets), len(moments)
@@ -223,7 +207,7 @@ def _fit(
             direction, slope, shares = direction[left], slope[left], shares[left]
             modes, scale = None if modes is None else modes[left], scale[left]
         if report is not None:
-            report(len(strengths) - len(active))
+            report(solved_before + len(strengths) - len(active))
         moved = logits_of(direction)
         linear = _dot(penalty * weights, direction) - ((moved * targets).sum(1) * shares).sum(1)
         length, probabilities = _line_search(logits, moved, shares, linear, _dot(penalty * direction, direction), slope)
@@ -238,10 +222,6 @@ def _fit(
         past = [*past[1 - memory :], (change, bend, torch.where(sound, 1 / curvature, 0))]
     solved[active] = weights
     return solved, converged, steps
-
-
-def _add(report: Callable[[int], object], before: int, solved: int) -> None:
-    report(before + solved)
 
 
 def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor | None]:

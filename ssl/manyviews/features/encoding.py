@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyviews.data.decoding.files import Files
-from manyviews.data.images import Images
+from manyviews.data.images import Images, Readable
 from manyviews.system import distributed
 from manyviews.system.distributed import raise_on_all_ranks
 
@@ -104,7 +104,7 @@ def extract(
 
 def encoded(
     module: nn.Module,
-    images: Images,
+    images: Readable,
     batches: Sequence[Int[Tensor, " _"]],
     *,
     prepare: Callable[[Tensor], Tensor],
@@ -200,7 +200,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _read_ahead(images: Images, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     # What lies in memory is read in no time, and threads would only take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)

@@ -20,7 +20,6 @@ from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of
 from manyviews.report.hover_map import hover_map
 from manyviews.report.look import Look, look
-from manyviews.report.neighbours import Neighbour, Query
 from manyviews.report.pictures import data_uri, png, uris
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.report.training_curves import is_thinned, panels
@@ -190,64 +189,22 @@ def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
 
 def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
     """The sections of neighbours and of confusions, each picture read once."""
-    looked_up = (*seen.random, *seen.wrong, *seen.alike)
-    worst = seen.confusion.worst if seen.confusion is not None else ()
-    own = [query.id for query in looked_up] + [example for pair in worst for example in pair.examples]
-    shown = uris(findings.shown, own, SIDE)
-    found = uris(seen.searched.images, [near.id for query in looked_up for near in query.near], SIDE)
-
-    def neighbour(near: Neighbour) -> dict[str, Any]:
-        kind, mark = {None: ("", ""), True: ("right", "✓"), False: ("wrong", "✗")}[near.right]
-        name = spelled(seen.searched.images.names[near.id])
-        return {
-            "uri": found[near.id],
-            "name": name,
-            "label": _called(findings, near.label),
-            "kind": kind,
-            "mark": mark,
-            "cosine": near.cosine,
-        }
-
-    def query(own: Query) -> dict[str, Any]:
-        note = "" if own.guess is None else f"taken for {findings.class_name(own.guess)}"
-        name = spelled(findings.shown.names[own.id])
-        near = [neighbour(near) for near in own.near]
-        return {"uri": shown[own.id], "name": name, "label": _called(findings, own.label), "note": note, "near": near}
-
-    pairs = [
-        {
-            "truth": findings.class_name(pair.truth),
-            "guess": findings.class_name(pair.guess),
-            "images": pair.images,
-            "share": pair.share,
-            "examples": [
-                {"uri": shown[example], "name": spelled(findings.shown.names[example])} for example in pair.examples
-            ],
-        }
-        for pair in worst
-    ]
+    looked_up, confusion = (*seen.random, *seen.wrong, *seen.alike), seen.confusion
+    own = [query.id for query in looked_up]
+    own += [example for pair in (confusion.worst if confusion else ()) for example in pair.examples]
     return {
-        "random": list(map(query, seen.random)),
-        "wrong": list(map(query, seen.wrong)),
-        "alike": list(map(query, seen.alike)),
-        "worst": pairs,
-        "confusion": seen.confusion,
-        "matrix": _matrix(findings, seen),
+        "random": seen.random,
+        "wrong": seen.wrong,
+        "alike": seen.alike,
+        "confusion": confusion,
+        "counts": confusion.counts.tolist() if confusion is not None and confusion.counts is not None else None,
+        "class_name": findings.class_name,
+        "spelled": spelled,
+        "shown": uris(findings.shown, own, SIDE),
+        "found": uris(seen.searched.images, [near.id for query in looked_up for near in query.near], SIDE),
+        "shown_names": findings.shown.names,
+        "found_names": seen.searched.images.names,
     }
-
-
-def _matrix(findings: Findings, seen: Look) -> dict[str, Any] | None:
-    if seen.confusion is None or seen.confusion.counts is None:
-        return None
-    names = [findings.class_name(number) for number in seen.confusion.classes]
-    rows = []
-    for row, counts in enumerate(seen.confusion.counts.tolist()):
-        total = max(1, sum(counts))
-        cells = [
-            {"count": count, "share": count / total, "diagonal": row == column} for column, count in enumerate(counts)
-        ]
-        rows.append({"name": names[row], "images": sum(counts), "cells": cells})
-    return {"names": names, "rows": rows}
 
 
 def _meaning(findings: Findings, seen: Look) -> str:
@@ -259,7 +216,3 @@ def _meaning(findings: Findings, seen: Look) -> str:
         )
     dotted = " The dotted line is where two views of one image lie on average." if seen.views_at is not None else ""
     return text + dotted
-
-
-def _called(findings: Findings, label: int) -> str:
-    return findings.class_name(label) if label >= 0 else ""
