@@ -32,12 +32,12 @@ def small_run(folder: Path, *words: str, channels: int = 1, size: int = 28) -> E
     return encoder
 
 
-def photographs(folder: Path, count: int = 20) -> Path:
+def photographs(folder: Path, count: int = 20, *, step: int = 12) -> Path:
     """Three classes that differ little, so that some images are mistaken."""
     for number, name in enumerate(("dark", "grey", "light")):
         (folder / name).mkdir(parents=True)
         for index in range(count):
             draw = np.random.default_rng((number, index))
-            pixels = draw.normal(100 + 12 * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
+            pixels = draw.normal(100 + step * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder

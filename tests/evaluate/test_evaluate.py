@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from manyviews import cli
+from manyviews.evaluators.geometry import Pixels, two_views
 from manyviews.evaluators.splits import hold_out
-from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.views import ViewsSettings, plain
 from processes import launched
 from recorded import measured, recorded, values
+from small_run import photographs as make_photographs
 from small_run import small_run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -39,14 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes that differ little, so that some images are mistaken."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for number, name in enumerate(("dark", "grey", "light")):
-        (folder / name).mkdir()
-        for index in range(30):
-            draw = np.random.default_rng((number, index))
-            pixels = draw.normal(100 + 12 * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
-    return folder
+    return make_photographs(tmp_path_factory.mktemp("photographs") / "images", 30)
 
 
 def test_what_was_predicted_is_kept_image_by_image_and_makes_the_scores(

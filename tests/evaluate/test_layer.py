@@ -8,7 +8,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from manyviews.features.backbone import open_run
 from manyviews.objectives import LogRatio, Objective, Triplet
 from manyviews.objectives.contrastive import Contrastive
 from recorded import measured, recorded
+from small_run import photographs as make_photographs
 from small_run import small_run
 
 QUICK = ["protocol.knn.neighbours=[1]", "protocol.linear.regularisations=[0.1]", "report=false", "maps=[]"]
@@ -27,15 +27,7 @@ KINDS = ["learned", "learned (embedding)", "random weights", "raw pixels"]
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that differ little, so that some images are mistaken."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for number, name in enumerate(("dark", "grey", "light")):
-        (folder / name).mkdir()
-        for index in range(30):
-            draw = np.random.default_rng((number, index))
-            pixels = draw.normal(100 + 6 * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
-    return folder
+    return make_photographs(tmp_path_factory.mktemp("photographs") / "images", 30, step=6)
 
 
 def made(folder: Path, photographs: Path, *words: str) -> Encoder:

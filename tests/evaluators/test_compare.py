@@ -8,9 +8,9 @@ from rich.console import Console
 from torch import Tensor
 
 from manyviews.evaluators.compare import compare
+from manyviews.evaluators.distance import Cosine, Euclidean
 from manyviews.evaluators.intervals import mean_interval, paired_difference
 from manyviews.evaluators.knn import KnnSettings
-from manyviews.evaluators.learned_distance import Cosine, Euclidean
 from manyviews.evaluators.linear import LinearSettings
 from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings

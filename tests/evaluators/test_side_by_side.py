@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from manyviews.evaluators.bootstrap import bootstrap_differences
+from manyviews.evaluate.method_rows import methods
+from manyviews.evaluators.intervals import bootstrap_differences
 from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
-from manyviews.evaluators.methods import methods
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyviews.data import Images, Split, sample_ids
 from manyviews.evaluate import FEATURES, EvaluateSettings, Look, chosen, evaluate, planned
-from manyviews.evaluate.method_rows import BASELINES, Measured, recipe_of, rows_of
+from manyviews.evaluate.method_rows import BASELINES, MeasuredRun, recipe_of, rows_of
 from manyviews.evaluate.record import evaluation_of, record_of, records_in
 from manyviews.evaluate.writing import read
 from manyviews.evaluators.alone import sentences
@@ -63,7 +63,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     images = _images(runs, settings, console)
     looks = {look for opened in runs for look in planned(settings, recipe_of(opened), labelled=images.labelled)}
     kinds = [_kinds(opened, images, settings) for opened in runs]
-    measured: list[Measured] = []
+    measured: list[MeasuredRun] = []
     for number, (opened, own) in enumerate(zip(runs, kinds, strict=True), 1):
         before = measured_before(opened, images, settings)
         # A file system may show a record to one process before another.
@@ -74,7 +74,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
             for sentence in sentences(findings.failures, list(findings.features)):
                 console.warn(f"{opened.name}: {sentence}")
             record, _ = record_of(findings, opened, settings)
-            before = Measured(opened, record, findings.evaluation, own)
+            before = MeasuredRun(opened, record, findings.evaluation, own)
         measured.append(before)
     with raise_on_all_ranks():
         rows, notes = rows_of(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
@@ -92,7 +92,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     return comparison
 
 
-def measured_before(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> Measured | None:
+def measured_before(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> MeasuredRun | None:
     """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
     looks = planned(settings, recipe_of(opened), labelled=images.labelled)
     kinds = _kinds(opened, images, settings)
@@ -101,7 +101,7 @@ def measured_before(opened: PretrainedBackbone, images: Shared, settings: Evalua
         whole, outcomes = read(opened.folder)
         for record, prefix in records_in(whole):
             own = {name.removeprefix(prefix): value for name, value in outcomes.items() if name.startswith(prefix)}
-            found = Measured(opened, record, evaluation_of(record, own), kinds)
+            found = MeasuredRun(opened, record, evaluation_of(record, own), kinds)
             if _holds(found, images, settings, looks):
                 return found
     except (OSError, SafetensorError, ValueError):
@@ -114,7 +114,7 @@ def _kinds(opened: PretrainedBackbone, images: Shared, settings: EvaluateSetting
     return chosen(opened, settings, planned(settings, recipe_of(opened), labelled=images.labelled)).kinds
 
 
-def _holds(run: Measured, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]) -> bool:
+def _holds(run: MeasuredRun, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]) -> bool:
     """Whether a record is of these weights and images, and has all that is asked for."""
     record = run.record
     asked: dict[str, Any] = {

@@ -10,7 +10,16 @@ from manyviews.data import Split
 from manyviews.evaluate import cautions
 from manyviews.evaluate.layer import chosen
 from manyviews.evaluate.record import record_of
-from manyviews.evaluate.run_tasks import comparison, few_labels, gallery_of, geometries_of, kinds_of, maps, stale_rows
+from manyviews.evaluate.run_tasks import (
+    Job,
+    comparison,
+    few_labels,
+    gallery_of,
+    geometries_of,
+    kinds_of,
+    maps,
+    stale_rows,
+)
 from manyviews.evaluate.settings import EvaluateSettings, Look
 from manyviews.evaluate.writing import check_output, unwritable, write
 from manyviews.evaluators.alone import Failure, alone, sentences
@@ -53,10 +62,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     check_output(output, folder)
     keeps = _looked_at(output, console)
     split = images_of(opened, settings, console)
-    labels, shown = _labels(split), split.train if split.test is None else split.test
     inventory = cautions.inventory_of(folder)
-    looks = planned(settings, recipe, labelled=labels is not None)
-    layers = chosen(opened, settings, looks)
     failures: list[Failure] = []
 
     def failed(task: str, kind: str, problem: Exception) -> None:
@@ -64,11 +70,14 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             raise problem
         failures.append(Failure(task, kind, in_a_line(problem)))
 
+    job = Job(opened, recipe, split, settings, console, failed, output if keeps else None)
+    labels = job.labels
+    looks = planned(settings, recipe, labelled=labels is not None)
+    layers = chosen(opened, settings, looks)
     tasks: list[Task] = [look for look in looks if look != "fractions" and look != "geometry"]
     gallery = None
     if labels is not None and tasks:
-        own = cautions.is_own(settings.data, recipe.data, inventory, split)
-        gallery = gallery_of(split.train, shown, recipe, settings, own=own)
+        gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
         refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
         if len(refused) == len(looks):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))
@@ -76,23 +85,19 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         tasks = [task for task in tasks if task not in refused]
     for sentence in sentences(failures, layers.kinds):
         console.warn(sentence)
-    training = split.train if "fractions" in looks or takes_training(tasks, settings.metric) else None
-    kinds = kinds_of(
-        opened, layers.kinds, training, shown, settings, console, output=output if keeps else None, failed=failed
-    )
+    training = "fractions" in looks or takes_training(tasks, settings.metric)
+    kinds = kinds_of(job, layers.kinds, training=training)
     with console.bar():
         evaluation = Evaluation()
         if labels is not None and gallery is not None and tasks:
-            evaluation = comparison(
-                output if keeps else None, opened, split, kinds, labels, settings, tasks, gallery, console, failed
-            )
+            evaluation = comparison(job, kinds, tasks, gallery)
         more: list[Measurement] = []
         if labels is not None and "fractions" in looks:
-            more += few_labels(kinds, labels, settings, console, failed)
+            more += few_labels(job, kinds)
         if "geometry" in looks:
-            more += geometries_of(opened, recipe, kinds, shown, settings, console, failed)
+            more += geometries_of(job, kinds)
             with alone("staleness of the bank", LEARNED, failed):
-                more += stale_rows(opened, recipe, split.train, settings, console)
+                more += stale_rows(job)
         evaluation = replace(evaluation, measurements=(*evaluation.measurements, *more))
         noticed: list[str] = []
         with alone("copies and sizes of classes", LEARNED, failed):
@@ -103,7 +108,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         test=split.test,
         features=kinds,
         evaluation=evaluation,
-        points=maps(kinds, settings, console, failed) if settings.report else {},
+        points=maps(job, kinds) if settings.report else {},
         warnings=(
             *_warnings(folder, split, looks, settings, layers.missing),
             *cautions.whose(settings.data, recipe.data, inventory, split),
@@ -147,13 +152,6 @@ def _looked_at(output: Path, console: Console) -> bool:
             "them elsewhere"
         )
     return not distributed.any_over_ranks(bool(problem))
-
-
-def _labels(split: Split) -> tuple[Tensor, Tensor] | None:
-    """The classes of training and held-out images, where there are both."""
-    if split.train.labels is None or split.test is None or split.test.labels is None:
-        return None
-    return split.train.labels, split.test.labels
 
 
 def planned(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool) -> tuple[Look, ...]:

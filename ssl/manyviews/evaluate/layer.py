@@ -4,8 +4,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from manyviews.evaluate.settings import EvaluateSettings
+from manyviews.evaluators.distance import Euclidean, Metric
 from manyviews.evaluators.kinds import EMBEDDED, GROUPING, LEARNED
-from manyviews.evaluators.learned_distance import Euclidean, Metric
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.layers import BACKBONE, EMBEDDING
 

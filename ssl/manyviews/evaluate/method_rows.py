@@ -1,6 +1,8 @@
-"""Runs grouped into methods and their baselines: a row of measurements for each."""
+"""Runs grouped into methods, by what differs between their recipes, and baselines: a row of measurements for each."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,15 +10,16 @@ from torch import Tensor
 
 from manyviews.evaluators.kinds import GROUPING, LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
 from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
-from manyviews.evaluators.methods import methods
 from manyviews.evaluators.side_by_side import Row, by_title
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.recipe import Recipe
 
 BASELINES = (RANDOM, PIXELS)
+LONGEST = 36
+"""Characters of a method's name, so that a table of methods still fits."""
 
 
-class Measured(NamedTuple):
+class MeasuredRun(NamedTuple):
     """A run with what was measured of it."""
 
     opened: PretrainedBackbone
@@ -33,11 +36,11 @@ class Group(NamedTuple):
 
     name: str
     kinds: Sequence[str]
-    runs: Sequence[Measured]
+    runs: Sequence[MeasuredRun]
 
 
 def rows_of(
-    runs: Sequence[Measured], looks: Collection[str], *, baselines: bool, apart: bool = False
+    runs: Sequence[MeasuredRun], looks: Collection[str], *, baselines: bool, apart: bool = False
 ) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     """A row for each method, then for each baseline, of what all runs were measured by; and what is to be noted.
 
@@ -62,7 +65,9 @@ def recipe_of(opened: PretrainedBackbone) -> Recipe:
     return opened.recipe
 
 
-def _shared(runs: Sequence[Measured], looks: Collection[str], baselines: Sequence[str], notes: list[str]) -> list[str]:
+def _shared(
+    runs: Sequence[MeasuredRun], looks: Collection[str], baselines: Sequence[str], notes: list[str]
+) -> list[str]:
     """The titles of what all kinds of features of all runs have; a note on what not all have."""
     measured = [by_title(run.evaluation, kind, looks) for run in runs for kind in (*run.kinds, *baselines)]
     found: dict[str, Measurement] = {}
@@ -82,7 +87,7 @@ def _shared(runs: Sequence[Measured], looks: Collection[str], baselines: Sequenc
     return shared
 
 
-def _methods(named: Mapping[str, Sequence[int]], runs: Sequence[Measured], *, apart: bool) -> Iterator[Group]:
+def _methods(named: Mapping[str, Sequence[int]], runs: Sequence[MeasuredRun], *, apart: bool) -> Iterator[Group]:
     for name, places in named.items():
         own = [runs[place] for place in places]
         # Seeds of a method are measured by one layer.
@@ -93,7 +98,7 @@ def _methods(named: Mapping[str, Sequence[int]], runs: Sequence[Measured], *, ap
             yield Group(name, kinds, own)
 
 
-def _baselines(named: Mapping[str, Sequence[int]], runs: Sequence[Measured]) -> Iterator[Group]:
+def _baselines(named: Mapping[str, Sequence[int]], runs: Sequence[MeasuredRun]) -> Iterator[Group]:
     """Each baseline once, of the runs that do not share it."""
     for kind in BASELINES:
         groups: dict[str, dict[int, int]] = {}
@@ -128,3 +133,55 @@ def _row(group: Group, shared: Sequence[str], looks: Collection[str]) -> Row:
             hits[task] = each[:, each[0] >= 0] == 1
     names, seeds = zip(*((run.opened.name, recipe_of(run.opened).seed) for run in group.runs), strict=True)
     return Row(group.name, names, seeds, measured, not is_learned(group.kinds[0]), hits)
+
+
+def methods(recipes: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, list[int]]:
+    """The places of the runs of each method, by its name, in the order of their first runs.
+
+    Runs with equal recipes are of one method. It is called by what differs between the methods, as on a command line
+    (objective=queue), or, where that would be long or nothing differs, by what its folders' names have in common.
+
+    Args:
+        recipes: of each run, as a tree, without what the seeds of one method differ in.
+        folders: of each run, no two the same.
+    """
+    flat = [leaves(recipe) for recipe in recipes]
+    groups: list[list[int]] = []
+    for place, recipe in enumerate(flat):
+        own = next((group for group in groups if flat[group[0]] == recipe), None)
+        if own is None:
+            groups.append([place])
+        else:
+            own.append(place)
+    said = _differences([flat[group[0]] for group in groups])
+    if not all(said) or max(map(len, said)) > LONGEST:
+        said = [_common([Path(folders[place]).name for place in group]) for group in groups]
+    if not all(said) or len(set(said)) < len(said):
+        said = [folders[group[0]] for group in groups]
+    return dict(zip(said, groups, strict=True))
+
+
+def _differences(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is different in each, in words."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    differing = [key for key in keys if any(key not in own or own[key] != recipes[0].get(key) for own in recipes)]
+    # The temperature of one objective is not that of another: where the names differ, they say it all.
+    parts = [key.removesuffix("name") for key in differing if key.endswith(".name")]
+    told = [key for key in differing if key.endswith(".name") or not any(key.startswith(part) for part in parts)]
+    return [" ".join(f"{key.removesuffix('.name')}={own[key]}" for key in told if key in own) for own in recipes]
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _common(names: Sequence[str]) -> str:
+    """What all names begin with: quickstart of quickstart-0 and quickstart-1."""
+    if len(names) == 1:
+        return names[0]
+    letters = takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return "".join(column[0] for column in letters).rstrip("-_. ")

@@ -14,12 +14,12 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from manyviews.evaluate.method_rows import leaves
 from manyviews.evaluate.old_records import converted
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators.alone import Failure
 from manyviews.evaluators.kinds import LAYERS
 from manyviews.evaluators.measurement import TASKS, Difference, Evaluation, Measurement
-from manyviews.evaluators.methods import leaves
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
 from manyviews.report.findings import Also

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,12 +15,12 @@ from manyviews.evaluators import fractions, geometry
 from manyviews.evaluators.alone import Failed, alone
 from manyviews.evaluators.augmented import AugmentedResult, augmented_probe
 from manyviews.evaluators.compare import compare
+from manyviews.evaluators.geometry import Pixels, two_views
 from manyviews.evaluators.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Gallery, Task
 from manyviews.evaluators.splits import num_classes
-from manyviews.evaluators.two_views import Pixels, two_views
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
@@ -45,11 +46,37 @@ Kinds = dict[str, tuple[Tensor | None, Tensor]]
 """Features by kind: of the training images, where they are needed, and of those that are shown."""
 
 
-def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSettings, *, own: bool) -> Gallery:
+class Job(NamedTuple):
+    """A run that is measured: on what, how, and what hears of it."""
+
+    opened: PretrainedBackbone
+    recipe: Recipe
+    split: Split
+    settings: EvaluateSettings
+    console: Console
+    failed: Failed
+    """Called where a task fails on a kind of features, which then lacks it."""
+    output: Path | None
+    """Where features and fitted metrics are kept; None where no file can be written."""
+
+    @property
+    def shown(self) -> Images:
+        """The held-out images; where there are none, those that the run has learned from."""
+        return self.split.train if self.split.test is None else self.split.test
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor] | None:
+        """The classes of training and held-out images, where there are both."""
+        train, test = self.split.train.labels, None if self.split.test is None else self.split.test.labels
+        return None if train is None or test is None else (train, test)
+
+
+def gallery_of(job: Job, *, own: bool) -> Gallery:
     """The test images of the classes asked for, or of those that the run has never seen, or of all.
 
     `own` tells whether the images are the run's.
     """
+    train, test, recipe, settings = job.split.train, job.shown, job.recipe, job.settings
     others = torch.arange(len(train))
     asked = settings.classes or (recipe.unseen if own else ())
     if not asked:
@@ -61,28 +88,19 @@ def gallery_of(train: Images, test: Images, recipe: Recipe, settings: EvaluateSe
     return Gallery(of_classes(test, asked), origin if own else FOREIGN, others[~torch.isin(others, named)])
 
 
-def kinds_of(
-    opened: PretrainedBackbone,
-    learned: Sequence[str],
-    training: Images | None,
-    shown: Images,
-    settings: EvaluateSettings,
-    console: Console,
-    *,
-    output: Path | None,
-    failed: Failed,
-) -> Kinds:
+def kinds_of(job: Job, learned: Sequence[str], *, training: bool) -> Kinds:
     """Of each kind, the features of the training images, where they are needed, and of those that are shown.
 
-    The run's own are those that `learned` names, in that order. Features are kept below `output`, if that is given. A
-    kind but the first that cannot be had is left out, and `failed` is called.
+    The run's own are those that `learned` names, in that order. A kind but the first that cannot be had is left out.
     """
+    opened, shown, settings = job.opened, job.shown, job.settings
     own = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
-    cache = output / FEATURES if settings.cache and output is not None else None
+    cache = job.output / FEATURES if settings.cache and job.output is not None else None
     known: dict[tuple[str, bool], Tensor] = {}
 
     def encoded(images: Images, *, layer: str = BACKBONE, untrained: bool = False) -> Tensor:
-        return features_of(opened, images, settings, console, layer=layer, untrained=untrained, cache=cache, also=own)
+        where = {"cache": cache, "also": own}
+        return features_of(opened, images, settings, job.console, layer=layer, untrained=untrained, **where)
 
     def by(kind: str, images: Images) -> Tensor:
         if kind == PIXELS:
@@ -99,8 +117,8 @@ def kinds_of(
 
     kinds: Kinds = {}
     for kind in (*learned, *((RANDOM, PIXELS) if settings.baselines else ())):
-        with alone("features", kind, failed if kinds else None):
-            kinds[kind] = None if training is None else by(kind, training), by(kind, shown)
+        with alone("features", kind, job.failed if kinds else None):
+            kinds[kind] = by(kind, job.split.train) if training else None, by(kind, shown)
     return kinds
 
 
@@ -112,19 +130,10 @@ def _headed(head: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat([head(part.to(device)).float().cpu() for part in rows.split(HEADED)])
 
 
-def comparison(
-    output: Path | None,
-    opened: PretrainedBackbone,
-    split: Split,
-    kinds: Kinds,
-    labels: tuple[Tensor, Tensor],
-    settings: EvaluateSettings,
-    tasks: Sequence[Task],
-    gallery: Gallery,
-    console: Console,
-    failed: Failed,
-) -> Evaluation:
-    """Every kind of features by the tasks that compare it with labels; fitted metrics go to `output`, if given."""
+def comparison(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) -> Evaluation:
+    """Every kind of features by the tasks that compare it with labels; fitted metrics are kept."""
+    settings, labels, output = job.settings, job.labels, job.output
+    assert labels is not None
 
     def keep(kind: str, fitted: LinearMetric) -> None:
         if distributed.rank() > 0 or output is None:
@@ -137,23 +146,22 @@ def comparison(
             with replacing(file, output) as (path, _):
                 fitted.save(path)
         except (OSError, SafetensorError) as problem:
-            console.warn(f"{file} could not be written: {problem}")
+            job.console.warn(f"{file} could not be written: {problem}")
 
     def augmented(kind: str) -> AugmentedResult:
-        assert split.test is not None
-        device, classes = _device(), num_classes(*labels)
+        device = _device()
         return augmented_probe(
-            _backbone_of(opened, kind).to(device),
-            split.train,
-            split.test,
-            opened.prepare,
+            _backbone_of(job.opened, kind).to(device),
+            job.split.train,
+            job.shown,
+            job.opened.prepare,
             settings.protocol.augmented,
-            classes,
+            num_classes(*labels),
             share=settings.protocol.held_out,
             seed=settings.protocol.seed,
             device=device,
             workers=settings.workers,
-            report=console.report,
+            report=job.console.report,
         )
 
     return compare(
@@ -163,65 +171,52 @@ def comparison(
         tasks=tasks,
         gallery=gallery,
         metric=settings.metric,
-        distances=distances_of(opened, settings),
+        distances=distances_of(job.opened, settings),
         keep=keep,
         augmented=augmented,
-        report=console.say,
-        progress=console.report,
-        failed=failed,
+        report=job.console.say,
+        progress=job.console.report,
+        failed=job.failed,
     )
 
 
-def few_labels(
-    kinds: Kinds, labels: tuple[Tensor, Tensor], settings: EvaluateSettings, console: Console, failed: Failed
-) -> list[Measurement]:
+def few_labels(job: Job, kinds: Kinds) -> list[Measurement]:
     """The probe of each kind of features on few labels."""
-    own, test_labels = labels
-    classes = num_classes(own, test_labels)
+    assert job.labels is not None
+    own, test_labels = job.labels
+    classes, seed = num_classes(own, test_labels), job.settings.protocol.seed
     found: list[Measurement] = []
     for kind in in_order(kinds):
         train, test = kinds[kind]
         assert train is not None
-        console.say(f"few labels: {label(kind)}")
+        job.console.say(f"few labels: {label(kind)}")
 
         def report(what: str, done: int, total: int, kind: str = kind) -> None:
-            console.report(f"{what}, {label(kind)} features", done, total)
+            job.console.report(f"{what}, {label(kind)} features", done, total)
 
-        with alone("fractions", kind, failed):
-            seed = settings.protocol.seed
+        with alone("fractions", kind, job.failed):
             found += fractions.fractions(
-                train, own, test, test_labels, classes, settings.few, seed=seed, kind=kind, report=report
+                train, own, test, test_labels, classes, job.settings.few, seed=seed, kind=kind, report=report
             )
     return found
 
 
-def geometries_of(
-    opened: PretrainedBackbone,
-    recipe: Recipe,
-    kinds: Kinds,
-    shown: Images,
-    settings: EvaluateSettings,
-    console: Console,
-    failed: Failed,
-) -> list[Measurement]:
+def geometries_of(job: Job, kinds: Kinds) -> list[Measurement]:
     """How each kind lies; views are those of the run's own recipe."""
-    seed = settings.protocol.seed
+    seed, shown, channels = job.settings.protocol.seed, job.shown, job.opened.channels
     found: list[Measurement] = []
     if len(shown) < 2:
         return found
-    console.say("geometry")
-    device = _device()
-    pairs = recipe.views.model_copy(update={"num_views": 2})
-    views = pairs.build(size=shown.size, channels=opened.channels, seed=recipe.seed).to(device)
+    job.console.say("geometry")
+    device, size = _device(), job.settings.batch_size
+    pairs = job.recipe.views.model_copy(update={"num_views": 2})
+    views = pairs.build(size=shown.size, channels=channels, seed=job.recipe.seed).to(device)
     ids = sample_ids(len(shown), PAIRED, seed=seed)
     for kind in in_order(kinds):
-        rows = kinds[kind][1]
-        with alone("geometry", kind, failed):
-            backbone = _backbone_of(opened, kind).to(device)
-            both = two_views(
-                backbone, views, shown, ids, channels=opened.channels, device=device, batch_size=settings.batch_size
-            )
-            found += geometry.geometry(kind, rows, both, seed=seed)
+        with alone("geometry", kind, job.failed):
+            backbone = _backbone_of(job.opened, kind).to(device)
+            both = two_views(backbone, views, shown, ids, channels=channels, device=device, batch_size=size)
+            found += geometry.geometry(kind, kinds[kind][1], both, seed=seed)
     return found
 
 
@@ -237,19 +232,18 @@ def _device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def stale_rows(
-    opened: PretrainedBackbone, recipe: Recipe, train: Images, settings: EvaluateSettings, console: Console
-) -> tuple[Measurement, ...]:
+def stale_rows(job: Job) -> tuple[Measurement, ...]:
     """How far a bank's rows are behind what the encoder makes of their images; nothing without a bank, or its images.
 
     Collective: each process has its part of the rows, and gives those that were drawn of them.
     """
+    opened, recipe, settings, console = job.opened, job.recipe, job.settings, job.console
     assert opened.folder is not None
     own = settings.data is None or settings.data == recipe.data
     if not own or not isinstance(recipe.objective, Bank) or recipe.objective.estimator == "parametric":
         return ()
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
-    images = leave_out(train, recipe.unseen)
+    images = leave_out(job.split.train, recipe.unseen)
     if found is None or found.facts.get("images") != images.fingerprint:
         return ()
     if opened.step is not None and found.step != opened.step:
@@ -270,20 +264,18 @@ def stale_rows(
     return geometry.staleness(rows, fresh)
 
 
-def maps(
-    kinds: Kinds, settings: EvaluateSettings, console: Console, failed: Failed
-) -> dict[str, tuple[Tensor, Tensor]]:
+def maps(job: Job, kinds: Kinds) -> dict[str, tuple[Tensor, Tensor]]:
     """Maps of some of the images shown, by the features that they are compared by; on the first process alone."""
     leading, (_, rows) = next(iter(kinds.items()))
-    seed = settings.protocol.seed
+    seed = job.settings.protocol.seed
     if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
         return {}
     ids = sample_ids(len(rows), MAPPED, seed=seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for method in settings.maps:
-        console.say(f"map of {plural(len(ids), 'image')}: {method}")
+    for method in job.settings.maps:
+        job.console.say(f"map of {plural(len(ids), 'image')}: {method}")
         try:
             found[method] = ids, flat_map(rows[ids], method, seed=seed)
         except Exception as problem:
-            failed(f"the map {method}", leading, problem)
+            job.failed(f"the map {method}", leading, problem)
     return found

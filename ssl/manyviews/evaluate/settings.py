@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from manyviews.config import as_list
 from manyviews.evaluators import fractions
-from manyviews.evaluators.learned_distance import Metric
+from manyviews.evaluators.distance import Metric
 from manyviews.evaluators.map import Method
 from manyviews.evaluators.protocol import ProtocolSettings, Task
 from manyviews.features.settings import EncodeSettings

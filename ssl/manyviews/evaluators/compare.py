@@ -9,9 +9,9 @@ from torch import Tensor
 
 from manyviews.evaluators.alone import Failed, alone
 from manyviews.evaluators.augmented import AugmentedResult
+from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, Report, apply, is_fitted
 from manyviews.evaluators.intervals import paired_difference
 from manyviews.evaluators.kinds import in_order, is_learned, label
-from manyviews.evaluators.learned_distance import Cosine, Measured, Metric, Report, apply, is_fitted
 from manyviews.evaluators.measurement import Difference, Evaluation, Measurement
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
 from manyviews.evaluators.requirements import PROBES, fitting_images, refusals, searches
@@ -83,7 +83,7 @@ def compare(
         if report is not None:
             report(f"measuring {label(kind)} features: {test.shape[1]:,} numbers for each image")
         used = (distances or {}).get(kind, by_metric)
-        searched: Measured | None = None
+        searched: MappedFeatures | None = None
         with alone(f"metric={used.name}", kind, failed):
             searched = apply(used, train, test, train_labels, fitting, report=progress)
             if keep is not None and searched.fitted is not None:

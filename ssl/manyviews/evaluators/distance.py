@@ -1,15 +1,21 @@
 """How near two features are: by their cosine, or by Euclidean distance, as products that the engine can search."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from manyviews.config import Settings
 from manyviews.engine import squared_distance_rows
+from manyviews.linear_metrics import LinearMetric
+from manyviews.linear_metrics import Metric as Fitted
 
 Nearness = Literal["cosine", "euclidean"]
+Report = Callable[[str, int, int], None]
 
 
 def searchable(
@@ -39,3 +45,49 @@ def similarity_of_pairs(
         first, second = features[part[:, 0]].double(), features[part[:, 1]].double()
         pieces.append((first * second).sum(1) if nearness == "cosine" else -(first - second).square().sum(1))
     return torch.cat(pieces)
+
+
+class Cosine(Settings):
+    """The cosine of the features."""
+
+    name: Literal["cosine"] = "cosine"
+
+
+class Euclidean(Settings):
+    """The Euclidean distance of the features as they are, which the fitted metrics begin from."""
+
+    name: Literal["euclidean"] = "euclidean"
+
+
+Metric = Annotated[Cosine | Euclidean | Fitted, Field(discriminator="name")]
+
+
+class MappedFeatures(NamedTuple):
+    """Features in which neighbours are searched, and by which of the two products."""
+
+    train: Float[Tensor, "train dim"] | None
+    test: Float[Tensor, "test dim"]
+    nearness: Nearness
+    fitted: LinearMetric | None
+
+
+def is_fitted(metric: Metric) -> bool:
+    """Whether the metric is learned from training features."""
+    return not isinstance(metric, Cosine | Euclidean)
+
+
+def apply(
+    metric: Metric,
+    train: Float[Tensor, "train dim"] | None,
+    test: Float[Tensor, "test dim"],
+    labels: Int[Tensor, " train"],
+    fitting: Int[Tensor, " fitting"],
+    *,
+    report: Report | None = None,
+) -> MappedFeatures:
+    """The features after the metric's linear map, if it has one, fitted on the training images that `fitting` names."""
+    if isinstance(metric, Cosine | Euclidean):
+        return MappedFeatures(train, test, metric.name, None)
+    assert train is not None, "a metric is fitted on training images"
+    fitted = metric.fit(train[fitting], labels[fitting], report=report)
+    return MappedFeatures(fitted.transform(train), fitted.transform(test), "euclidean", fitted)

@@ -1,18 +1,20 @@
-"""How features lie: alignment, uniformity and rank; whether two runs agree; and how stale a memory bank is."""
+"""How features lie: alignment of two views, uniformity and rank; whether two runs agree; how stale a memory bank is."""
 
 import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
-from manyviews.data import sample_ids
+from manyviews.data import Images, sample_ids
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
 from manyviews.evaluators.kinds import LAYERS
 from manyviews.evaluators.measurement import Measurement
+from manyviews.features.encoding import evaluation_mode
 from manyviews.run import health
 from manyviews.system import distributed
+from manyviews.views import MEAN, STD, Views
 
 IMAGES = 25_600
 """Images that are looked at; of more, as many are drawn (Garrido et al. 2023 find the rank settled by then)."""
@@ -148,3 +150,37 @@ def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "imag
     values = torch.lerp(ordered[places.floor().long()], ordered[places.ceil().long()], places.frac())
     named = {"mean": cosines.mean().item(), **dict(zip(QUANTILES, values.tolist(), strict=True))}
     return tuple(Measurement("staleness", BANK, name, value, n=len(rows)) for name, value in named.items())
+
+
+@torch.inference_mode()
+def two_views(
+    backbone: nn.Module,
+    views: Views,
+    images: Images,
+    ids: Int64[Tensor, " chosen"],
+    *,
+    channels: int,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> tuple[Float[Tensor, "chosen width"], Float[Tensor, "chosen width"]]:
+    """The features of the first two views, of so many channels, of the images that `ids` names, float32 on the CPU.
+
+    Views are a function of their seed and the images' ids: those of the first epoch of a run that saw these images.
+    """
+    first, second = [], []
+    with evaluation_mode(backbone):
+        for part in ids.split(batch_size):
+            # Grey images are shown in grey to a backbone that has learned from colour.
+            pixels = images.read(part).to(device).expand(-1, channels, -1, -1)
+            made = views(pixels, part.to(device), 0)
+            first.append(backbone(made[0]).float().cpu())
+            second.append(backbone(made[1]).float().cpu())
+    return torch.cat(first), torch.cat(second)
+
+
+class Pixels(nn.Module):
+    """A backbone that has learned nothing and changes nothing: the pixels of a view, in [0, 1] and flattened."""
+
+    def forward(self, views: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pixels"]:
+        """The pixels as they were before they were normalised for an encoder."""
+        return views.mul(STD).add(MEAN).flatten(1)

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from rich.table import Table
 from torch import Tensor
 
-from manyviews.evaluators.bootstrap import bootstrap_differences
+from manyviews.evaluators.intervals import bootstrap_differences
 from manyviews.evaluators.measurement import TITLES, Difference, Evaluation, Measurement
 from manyviews.evaluators.tables import plain_table
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from manyviews.evaluators.augmented import AugmentedResult
 from manyviews.evaluators.clustering import clustering
+from manyviews.evaluators.distance import MappedFeatures, Report
 from manyviews.evaluators.intervals import mean_interval, wilson
 from manyviews.evaluators.kinds import LAYERS, label
 from manyviews.evaluators.knn import knn
-from manyviews.evaluators.learned_distance import Measured, Report
 from manyviews.evaluators.linear import linear
 from manyviews.evaluators.measurement import Measurement
 from manyviews.evaluators.protocol import ProtocolSettings, Task
@@ -38,7 +38,7 @@ def probe(
     task: Task,
     kind: str,
     features: tuple[Tensor, Tensor],
-    searched: Measured | None,
+    searched: MappedFeatures | None,
     train_labels: Tensor,
     test_labels: Tensor,
     protocol: ProtocolSettings,
@@ -108,7 +108,7 @@ def probe(
 def group(
     task: Task,
     kind: str,
-    searched: Measured,
+    searched: MappedFeatures,
     shown: Int[Tensor, " shown"],
     labels: Int[Tensor, " shown"],
     protocol: ProtocolSettings,

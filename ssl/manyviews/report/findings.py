@@ -79,3 +79,8 @@ def drawn(ids: Int64[Tensor, " images"], most: int, *key: int) -> Int64[Tensor, 
 def has_labels(labels: Tensor | None) -> bool:
     """Whether any image has a class."""
     return labels is not None and bool(torch.any(labels >= 0))
+
+
+def labels_of(images: Images) -> Int64[Tensor, " images"]:
+    """The class of each image, −1 where there is none."""
+    return images.labels if images.labels is not None else torch.full((len(images),), -1)

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyviews.data import Images
-from manyviews.report.findings import Findings, drawn, has_labels
+from manyviews.report.findings import Findings, drawn, has_labels, labels_of
 from manyviews.report.pictures import Sprite, sprite, thumbnails
 from manyviews.report.plots import OTHER, PALETTE
 from manyviews.system.files import spelled
@@ -49,7 +48,7 @@ def hover_map(findings: Findings, seed: int) -> HoverMap | None:
         return None
     common = torch.cat([ids for ids, _ in maps.values()]).unique()
     chosen = drawn(common, MOST, seed, 6).sort().values
-    images, labels = findings.shown, labels_of(findings.shown, chosen)
+    images, labels = findings.shown, labels_of(findings.shown)[chosen]
     groups, group_of = legend(findings, labels)
     sheet = sprite(thumbnails(images, chosen, SIDE))
     data = {
@@ -93,11 +92,6 @@ def legend(findings: Findings, labels: Tensor) -> tuple[list[Group], Tensor]:
         of_each[rest] = len(groups)
         groups.append(Group(" and ".join(words), OTHER, int(rest.sum())))
     return groups, of_each
-
-
-def labels_of(images: Images, ids: Tensor) -> Tensor:
-    """The classes of these images, −1 where there is none."""
-    return images.labels[ids] if images.labels is not None else torch.full((len(ids),), -1)
 
 
 def _placed(ids: Tensor, points: Tensor, chosen: Tensor) -> list[list[int] | None]:

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from manyviews.evaluators.confusion import confusion_figure
 from manyviews.report import plots
 from manyviews.report.confusion import Confusion, confusion
-from manyviews.report.findings import Findings, drawn
-from manyviews.report.hover_map import MOST, TITLES, labels_of, legend
+from manyviews.report.findings import Findings, drawn, labels_of
+from manyviews.report.hover_map import MOST, TITLES, legend
 from manyviews.report.neighbours import Query, Searched, look_alikes, queries, searched
 from manyviews.report.similarities import similarities
 
@@ -70,7 +70,7 @@ def _maps(findings: Findings, seed: int) -> dict[str, Figure]:
         if not len(rows):
             continue
         rows = drawn(rows, MOST, seed, 7)
-        groups, of_each = legend(findings, labels_of(findings.shown, ids[rows]))
+        groups, of_each = legend(findings, labels_of(findings.shown)[ids[rows]])
         colours = [groups[group].colour for group in of_each.tolist()] if groups else [plots.PALETTE[0]] * len(rows)
         names = {group.name: group.colour for group in groups}
         found[TITLES.get(method, method)] = plots.scatter(points[rows].float(), colours, names)

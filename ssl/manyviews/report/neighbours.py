@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.engine import top_k
-from manyviews.report.findings import Findings, drawn
+from manyviews.report.findings import Findings, drawn, labels_of
 
 NEIGHBOURS = 8
 RANDOM, WRONG = 6, 6
@@ -73,7 +73,7 @@ def look_up(findings: Findings, ids: Int64[Tensor, " queries"], k: int = NEIGHBO
     """The k images nearest to each of the images shown that `ids` names; fewer where there are not so many."""
     place = searched(findings)
     k = min(k, len(place.features) - place.own)
-    labels = _labels(findings.shown)
+    labels = labels_of(findings.shown)
     if k < 1 or not len(ids):
         return [Query(int(index), int(labels[index]), None, ()) for index in ids]
     shown = findings.features[findings.kind][1]
@@ -86,24 +86,16 @@ def look_up(findings: Findings, ids: Int64[Tensor, " queries"], k: int = NEIGHBO
         key_ids=everything if place.own else None,
         cosine=True,
     )
-    of_found = _labels(place.images)[places]
-    own = labels[ids]
-    known = (own[:, None] >= 0) & (of_found >= 0)
-    rights = own[:, None] == of_found
+    labels_found = labels_of(place.images)[places]
     found = []
-    for row, index in enumerate(ids.tolist()):
-        near = tuple(
-            Neighbour(there, label, cosine, right if judged else None)
-            for there, label, cosine, right, judged in zip(
-                places[row].tolist(),
-                of_found[row].tolist(),
-                cosines[row].tolist(),
-                rights[row].tolist(),
-                known[row].tolist(),
-                strict=True,
-            )
+    for query, label, *row in zip(
+        *(each.tolist() for each in (ids, labels[ids], places, labels_found, cosines)), strict=True
+    ):
+        near = (
+            Neighbour(image, other, cosine, None if min(label, other) < 0 else label == other)
+            for image, other, cosine in zip(*row, strict=True)
         )
-        found.append(Query(index, int(own[row]), None, near))
+        found.append(Query(query, label, None, tuple(near)))
     return found
 
 
@@ -136,7 +128,3 @@ def _outcomes(findings: Findings) -> tuple[Tensor | None, Tensor | None]:
 
 def _first(findings: Findings, methods: tuple[str, ...], among: Mapping[str, Tensor]) -> Tensor | None:
     return next((among[f"{name}/{findings.kind}"] for name in methods if f"{name}/{findings.kind}" in among), None)
-
-
-def _labels(images: Images) -> Int64[Tensor, " images"]:
-    return images.labels if images.labels is not None else torch.full((len(images),), -1)

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from manyviews.engine import normalize
 from manyviews.evaluators.confusion import as_pixels
 from manyviews.evaluators.map import principal_components
-from manyviews.report.findings import Findings, drawn
+from manyviews.report.findings import Findings, drawn, labels_of
 from manyviews.report.look import Look
 from manyviews.report.neighbours import Query
 from manyviews.report.pictures import sheet, thumbnails
@@ -114,7 +114,7 @@ def _project(writer: SummaryWriter, findings: Findings, seed: int) -> None:
         embeddings = principal_components(embeddings, min(WIDEST, len(ids)))
     side = min(32, SHEET // max(1, int(len(ids) ** 0.5 + 1)))
     small = thumbnails(images, ids, side).float() / 255
-    labels = images.labels[ids].tolist() if images.labels is not None else [-1] * len(ids)
+    labels = labels_of(images)[ids].tolist()
     metadata = [
         [findings.class_name(label), spelled(images.names[index])]
         for label, index in zip(labels, ids.tolist(), strict=True)
