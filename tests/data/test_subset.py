@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from manyviews.data import Folder, leave_out, of_classes, select
+from manyviews.data import Folder, leave_out, of_classes, sample_ids, select
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import InMemory, Names
 
@@ -87,3 +87,10 @@ def test_files_are_decoded_under_their_new_ids(tmp_path: Path) -> None:
     assert isinstance(found, Files)
     assert list(found.names) == ["bee/2.png", "bee/3.png"]
     assert found.read(torch.tensor([1]))[0, 0, 0, 0] == 120
+
+
+def test_sampled_ids_are_some_of_a_seeds_permutation_ascending() -> None:
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(3))
+    assert sample_ids(100, 9, seed=3).tolist() == sorted(order[:9].tolist())
+    assert sample_ids(100, 1000, seed=3).tolist() == list(range(100))
+    assert sample_ids(100, 9, seed=4).tolist() != sample_ids(100, 9, seed=3).tolist()

@@ -12,7 +12,7 @@ from manyviews.data.images import InMemory, Names, Split
 from manyviews.evaluate import cautions
 from manyviews.evaluators.geometry import geometry
 from manyviews.evaluators.knn import KnnSettings, knn
-from manyviews.evaluators.measurement import Evaluation
+from manyviews.evaluators.results.measurement import Evaluation
 from manyviews.evaluators.splits import balanced_accuracy, uneven
 
 

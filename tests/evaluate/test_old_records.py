@@ -15,7 +15,7 @@ from manyviews.evaluate.compare_runs import Shared, measured_before
 from manyviews.evaluate.method_rows import rows_of
 from manyviews.evaluate.old_records import converted
 from manyviews.evaluate.record import evaluation_of, number_of, records_in
-from manyviews.evaluators.tables import sheets
+from manyviews.evaluators.results.tables import sheets
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded
 from small_run import photographs, small_run

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.distance import Cosine, Euclidean
-from manyviews.evaluators.intervals import mean_interval, paired_difference
 from manyviews.evaluators.knn import KnnSettings
 from manyviews.evaluators.linear import LinearSettings
-from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings
 from manyviews.evaluators.requirements import takes_training
+from manyviews.evaluators.results.intervals import mean_interval, paired_difference
+from manyviews.evaluators.results.measurement import Evaluation
+from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
 from manyviews.evaluators.splits import hold_out
-from manyviews.evaluators.tables import printed, sheets
 from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
 from manyviews.linear_metrics import LinearMetric, Mahalanobis
 

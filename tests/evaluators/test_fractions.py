@@ -9,8 +9,8 @@ from torch import Tensor
 
 from manyviews.evaluators import fractions as module
 from manyviews.evaluators.fractions import FractionSettings, draw, fractions, mean_of_draws
-from manyviews.evaluators.measurement import Evaluation
-from manyviews.evaluators.tables import printed, sheets
+from manyviews.evaluators.results.measurement import Evaluation
+from manyviews.evaluators.results.tables import printed, sheets
 
 SETTINGS = FractionSettings(shares=(0.1,), shots=(4,), draws=3, regularisations=(1e-2, 0.3, 3.0))
 

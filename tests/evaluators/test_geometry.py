@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from manyviews.evaluators import geometry as lying
 from manyviews.evaluators.geometry import alignment, geometry, neighbourhood_overlap, staleness, uniformity
-from manyviews.evaluators.measurement import Evaluation, Measurement
-from manyviews.evaluators.tables import printed, sheets
+from manyviews.evaluators.results.measurement import Evaluation, Measurement
+from manyviews.evaluators.results.tables import printed, sheets
 
 
 def rows(count: int, dim: int, seed: int = 0) -> Tensor:

@@ -6,12 +6,12 @@ from rich.console import Console
 from torch import Tensor
 
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.intervals import paired_difference, wilson
 from manyviews.evaluators.knn import KnnSettings
 from manyviews.evaluators.linear import LinearSettings
-from manyviews.evaluators.measurement import Evaluation
 from manyviews.evaluators.protocol import ProtocolSettings
-from manyviews.evaluators.tables import printed, sheets
+from manyviews.evaluators.results.intervals import paired_difference, wilson
+from manyviews.evaluators.results.measurement import Evaluation
+from manyviews.evaluators.results.tables import printed, sheets
 
 PROTOCOL = ProtocolSettings(
     knn=KnnSettings(neighbours=(1, 10, 50), temperatures=(0.07, 0.3)),

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from manyviews.evaluate.method_rows import methods
-from manyviews.evaluators.intervals import bootstrap_differences
-from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
 from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
+from manyviews.evaluators.results.intervals import bootstrap_differences
+from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
+from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
 
 QUEUE = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 100}}
 BATCH = {"objective": {"name": "in_batch", "temperature": 0.1}, "train": {"epochs": 100}}

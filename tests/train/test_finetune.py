@@ -22,7 +22,7 @@ from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Folder, select
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
-from manyviews.evaluators.intervals import wilson
+from manyviews.evaluators.results.intervals import wilson
 from manyviews.features.backbone import open_model, open_run
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics

@@ -12,8 +12,8 @@ from torch import Tensor
 from manyviews.data import Data, Folder, Images, InMemory, Split, read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluate.run_tasks import FOREIGN
-from manyviews.evaluators.kinds import is_learned, label
-from manyviews.evaluators.measurement import Evaluation
+from manyviews.evaluators.results.kinds import is_learned, label
+from manyviews.evaluators.results.measurement import Evaluation
 from manyviews.evaluators.splits import uneven
 from manyviews.features.encoding import raw_pixels
 from manyviews.run.folder import INVENTORY

@@ -14,8 +14,8 @@ from manyviews.evaluate.record import evaluation_of, record_of, records_in
 from manyviews.evaluate.writing import read
 from manyviews.evaluators.alone import sentences
 from manyviews.evaluators.geometry import IMAGES, neighbourhood_overlap
-from manyviews.evaluators.kinds import GROUPING
-from manyviews.evaluators.side_by_side import Comparison, Overlap, Row, differences
+from manyviews.evaluators.results.kinds import GROUPING
+from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, differences
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.cached import features_of
 from manyviews.features.settings import images_of

@@ -23,14 +23,14 @@ from manyviews.evaluate.run_tasks import (
 from manyviews.evaluate.settings import EvaluateSettings, Look
 from manyviews.evaluate.writing import check_output, unwritable, write
 from manyviews.evaluators.alone import Failure, alone, sentences
-from manyviews.evaluators.kinds import LEARNED, PIXELS
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
-from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.requirements import refusals, takes_training
+from manyviews.evaluators.results.kinds import LEARNED, PIXELS
+from manyviews.evaluators.results.measurement import Evaluation, Measurement
+from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import kind_of_choice
-from manyviews.evaluators.tables import printed, sheets
 from manyviews.features.backbone import open_run
 from manyviews.features.settings import images_of
 from manyviews.recipe import Recipe

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators.distance import Euclidean, Metric
-from manyviews.evaluators.kinds import EMBEDDED, GROUPING, LEARNED
+from manyviews.evaluators.results.kinds import EMBEDDED, GROUPING, LEARNED
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.layers import BACKBONE, EMBEDDING
 

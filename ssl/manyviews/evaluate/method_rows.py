@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyviews.evaluators.kinds import GROUPING, LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
-from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
-from manyviews.evaluators.side_by_side import Row, by_title
+from manyviews.evaluators.results.kinds import GROUPING, LAYERS, LEARNED, PIXELS, RANDOM, is_learned, leading
+from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
+from manyviews.evaluators.results.side_by_side import Row, by_title
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.recipe import Recipe
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from manyviews.evaluators.fractions import mean_of_draws
 from manyviews.evaluators.geometry import BANK
-from manyviews.evaluators.measurement import CHOICES, TASKS, Measurement
+from manyviews.evaluators.results.measurement import CHOICES, TASKS, Measurement
 
 LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
 

@@ -18,8 +18,8 @@ from manyviews.evaluate.method_rows import leaves
 from manyviews.evaluate.old_records import converted
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators.alone import Failure
-from manyviews.evaluators.kinds import LAYERS
-from manyviews.evaluators.measurement import TASKS, Difference, Evaluation, Measurement
+from manyviews.evaluators.results.kinds import LAYERS
+from manyviews.evaluators.results.measurement import TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
 from manyviews.report.findings import Also

@@ -16,10 +16,10 @@ from manyviews.evaluators.alone import Failed, alone
 from manyviews.evaluators.augmented import AugmentedResult, augmented_probe
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.geometry import Pixels, two_views
-from manyviews.evaluators.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
 from manyviews.evaluators.map import flat_map
-from manyviews.evaluators.measurement import Evaluation, Measurement
 from manyviews.evaluators.protocol import Gallery, Task
+from manyviews.evaluators.results.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
+from manyviews.evaluators.results.measurement import Evaluation, Measurement
 from manyviews.evaluators.splits import num_classes
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone

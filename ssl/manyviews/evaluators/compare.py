@@ -10,12 +10,12 @@ from torch import Tensor
 from manyviews.evaluators.alone import Failed, alone
 from manyviews.evaluators.augmented import AugmentedResult
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, Report, apply, is_fitted
-from manyviews.evaluators.intervals import paired_difference
-from manyviews.evaluators.kinds import in_order, is_learned, label
-from manyviews.evaluators.measurement import Difference, Evaluation, Measurement
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
 from manyviews.evaluators.requirements import PROBES, fitting_images, refusals, searches
-from manyviews.evaluators.tasks import Outcome, group, probe
+from manyviews.evaluators.results.intervals import paired_difference
+from manyviews.evaluators.results.kinds import in_order, is_learned, label
+from manyviews.evaluators.results.measurement import Difference, Evaluation, Measurement
+from manyviews.evaluators.tasks import Inputs, Outcome, group, probe
 from manyviews.linear_metrics import LinearMetric
 
 
@@ -72,6 +72,7 @@ def compare(
     facts = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
     by_metric = metric if any(map(searches, tasks)) else Cosine()
     fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
+    inputs = Inputs(train_labels, test_labels, shown, protocol, augmented, progress)
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
@@ -92,23 +93,11 @@ def compare(
             outcome: Outcome | None = None
             with alone(task, kind, failed):
                 if task in PROBES and train is not None:
-                    outcome = probe(
-                        task,
-                        kind,
-                        (train, test),
-                        searched,
-                        train_labels,
-                        test_labels,
-                        protocol,
-                        distance=used.name,
-                        augmented=augmented,
-                        progress=progress,
-                    )
+                    outcome = probe(task, kind, (train, test), searched, inputs)
                 elif task not in PROBES and searched is not None:
                     if report is not None:
                         report(f"{task} of {label(kind)} features")
-                    labels = test_labels[shown]
-                    outcome = group(task, kind, searched, shown, labels, protocol, distance=used.name)
+                    outcome = group(task, kind, searched, inputs)
             if outcome is None:
                 continue
             measurements += outcome.measurements

@@ -69,6 +69,8 @@ class MappedFeatures(NamedTuple):
     test: Float[Tensor, "test dim"]
     nearness: Nearness
     fitted: LinearMetric | None
+    metric: str
+    """What the metric is called."""
 
 
 def is_fitted(metric: Metric) -> bool:
@@ -87,7 +89,7 @@ def apply(
 ) -> MappedFeatures:
     """The features after the metric's linear map, if it has one, fitted on the training images that `fitting` names."""
     if isinstance(metric, Cosine | Euclidean):
-        return MappedFeatures(train, test, metric.name, None)
+        return MappedFeatures(train, test, metric.name, None, metric.name)
     assert train is not None, "a metric is fitted on training images"
     fitted = metric.fit(train[fitting], labels[fitting], report=report)
-    return MappedFeatures(fitted.transform(train), fitted.transform(test), "euclidean", fitted)
+    return MappedFeatures(fitted.transform(train), fitted.transform(test), "euclidean", fitted, metric.name)

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.evaluators.kinds import LAYERS, LEARNED
 from manyviews.evaluators.linear import NEAR, Report, search, standard
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
-from manyviews.evaluators.measurement import Measurement
+from manyviews.evaluators.results.kinds import LAYERS, LEARNED
+from manyviews.evaluators.results.measurement import Measurement
 from manyviews.system import keyed_random
 
 FOLDS = 5

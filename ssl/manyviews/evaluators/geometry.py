@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from manyviews.data import Images, sample_ids
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
-from manyviews.evaluators.kinds import LAYERS
-from manyviews.evaluators.measurement import Measurement
+from manyviews.evaluators.results.kinds import LAYERS
+from manyviews.evaluators.results.measurement import Measurement
 from manyviews.features.encoding import evaluation_mode
 from manyviews.run import health
 from manyviews.system import distributed

@@ -7,9 +7,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyviews.evaluators.distance import Metric, is_fitted
-from manyviews.evaluators.kinds import GROUPING
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
+from manyviews.evaluators.results.kinds import GROUPING
 from manyviews.evaluators.splits import hold_out_some
 from manyviews.evaluators.verification import draw_pairs
 from manyviews.system.plural import plural

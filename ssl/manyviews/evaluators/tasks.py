@@ -11,12 +11,12 @@ from torch import Tensor
 from manyviews.evaluators.augmented import AugmentedResult
 from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.distance import MappedFeatures, Report
-from manyviews.evaluators.intervals import mean_interval, wilson
-from manyviews.evaluators.kinds import LAYERS, label
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
-from manyviews.evaluators.measurement import Measurement
 from manyviews.evaluators.protocol import ProtocolSettings, Task
+from manyviews.evaluators.results.intervals import mean_interval, wilson
+from manyviews.evaluators.results.kinds import LAYERS, label
+from manyviews.evaluators.results.measurement import Measurement
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
 from manyviews.evaluators.splits import balanced_accuracy, num_classes, uneven
 from manyviews.evaluators.verification import draw_pairs, verify
@@ -34,20 +34,24 @@ class Outcome(NamedTuple):
     """The classes that were predicted."""
 
 
+class Inputs(NamedTuple):
+    """What tasks are given beside features: the same for every kind."""
+
+    train_labels: Int[Tensor, " train"]
+    test_labels: Int[Tensor, " test"]
+    shown: Int[Tensor, " shown"]
+    """Which labelled test images are compared with each other."""
+    protocol: ProtocolSettings
+    augmented: Callable[[str], AugmentedResult] | None
+    """The probe on augmented images of a kind of features."""
+    progress: Report | None
+
+
 def probe(
-    task: Task,
-    kind: str,
-    features: tuple[Tensor, Tensor],
-    searched: MappedFeatures | None,
-    train_labels: Tensor,
-    test_labels: Tensor,
-    protocol: ProtocolSettings,
-    *,
-    distance: str,
-    augmented: Callable[[str], AugmentedResult] | None,
-    progress: Report | None,
+    task: Task, kind: str, features: tuple[Tensor, Tensor], searched: MappedFeatures | None, inputs: Inputs
 ) -> Outcome | None:
     """The accuracy of a task that predicts the classes of labelled test images; None where it lacks its input."""
+    train_labels, test_labels, _, protocol, augmented, progress = inputs
     labelled = (test_labels >= 0).nonzero().squeeze(1)
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
     share, seed, dim = protocol.held_out, protocol.seed, features[0].shape[1]
@@ -95,7 +99,7 @@ def probe(
         n=len(right),
         dim=dim,
         layer=LAYERS.get(kind),
-        distance=distance if task == "knn" else None,
+        distance=searched.metric if task == "knn" and searched is not None else None,
         details=details | chosen,
     )
     measurements = [accuracy]
@@ -105,18 +109,10 @@ def probe(
     return Outcome(tuple(measurements), right, labelled, guesses)
 
 
-def group(
-    task: Task,
-    kind: str,
-    searched: MappedFeatures,
-    shown: Int[Tensor, " shown"],
-    labels: Int[Tensor, " shown"],
-    protocol: ProtocolSettings,
-    *,
-    distance: str,
-) -> Outcome:
-    """What a task measures that compares the test images named by `shown`, of these classes, with each other."""
-    features, nearness = searched.test[shown], searched.nearness
+def group(task: Task, kind: str, searched: MappedFeatures, inputs: Inputs) -> Outcome:
+    """What a task measures that compares test images with each other."""
+    shown, protocol = inputs.shown, inputs.protocol
+    features, nearness, labels = searched.test[shown], searched.nearness, inputs.test_labels[shown]
     details: dict[str, Any] = {}
     intervals: dict[str, tuple[float | None, float | None]] = {}
     deviations: dict[str, float] = {}
@@ -152,8 +148,6 @@ def group(
     for name, value in values.items():
         low, high = intervals.get(name, (None, None))
         deviation = deviations.get(name)
-        own = Measurement(
-            task, kind, name, value, low, high, n, deviation, features.shape[1], LAYERS.get(kind), distance
-        )
-        measurements.append(replace(own, details=details))
+        where = (features.shape[1], LAYERS.get(kind), searched.metric)
+        measurements.append(Measurement(task, kind, name, value, low, high, n, deviation, *where, details))
     return Outcome(tuple(measurements), right, images)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.evaluators.alone import Failure
-from manyviews.evaluators.kinds import leading
-from manyviews.evaluators.measurement import Evaluation
+from manyviews.evaluators.results.kinds import leading
+from manyviews.evaluators.results.measurement import Evaluation
 from manyviews.system import keyed_random
 from manyviews.system.files import spelled
 

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from manyviews.evaluators.alone import sentences
 from manyviews.evaluators.confusion import as_pixels
-from manyviews.evaluators.kinds import label
-from manyviews.evaluators.tables import sheets
+from manyviews.evaluators.results.kinds import label
+from manyviews.evaluators.results.tables import sheets
 from manyviews.report import plots
 from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of

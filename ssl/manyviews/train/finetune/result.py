@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from manyviews.data import Images, background_of
 from manyviews.encoder.timm_format import export
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
-from manyviews.evaluators.intervals import wilson
+from manyviews.evaluators.results.intervals import wilson
 from manyviews.evaluators.splits import balanced_accuracy, uneven
 from manyviews.run.folder import CLASSIFIER, Run
 from manyviews.system.console import Console

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from manyviews.evaluators.kinds import label
-from manyviews.evaluators.measurement import TITLES, Evaluation, Measurement
+from manyviews.evaluators.results.kinds import label
+from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
 from manyviews.features.layers import EMBEDDING
 from manyviews.system.plural import plural
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyviews.evaluators.intervals import bootstrap_differences, paired_difference, resampled
+from manyviews.evaluators.results.intervals import bootstrap_differences, paired_difference, resampled
 
 
 def hits(runs: int, images: int, share: float, seed: int) -> Tensor:
@@ -63,7 +63,7 @@ def test_a_method_beside_itself_differs_by_nothing_and_the_seed_fixes_the_draws(
 def test_draws_in_several_parts_are_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch):
     methods = [hits(1, 50, 0.6, 0), hits(1, 50, 0.5, 1)]
     whole = resampled(methods, seed=0, resamples=100)
-    monkeypatch.setattr("manyviews.evaluators.intervals.COUNTS", 64)
+    monkeypatch.setattr("manyviews.evaluators.results.intervals.COUNTS", 64)
     assert torch.equal(resampled(methods, seed=0, resamples=100), whole)
 
 

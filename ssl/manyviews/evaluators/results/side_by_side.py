@@ -9,9 +9,9 @@ from jaxtyping import Bool
 from rich.table import Table
 from torch import Tensor
 
-from manyviews.evaluators.intervals import bootstrap_differences
-from manyviews.evaluators.measurement import TITLES, Difference, Evaluation, Measurement
-from manyviews.evaluators.tables import plain_table
+from manyviews.evaluators.results.intervals import bootstrap_differences
+from manyviews.evaluators.results.measurement import TITLES, Difference, Evaluation, Measurement
+from manyviews.evaluators.results.tables import plain_table
 
 
 @dataclass(frozen=True)

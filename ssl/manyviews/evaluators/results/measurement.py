@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor
 
-from manyviews.evaluators.kinds import EMBEDDED, is_learned, label
+from manyviews.evaluators.results.kinds import EMBEDDED, is_learned, label
 
 TITLES: Mapping[str, str] = {
     "knn": "kNN",
