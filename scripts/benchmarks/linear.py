@@ -20,8 +20,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import harness
 from manyviews.data import FashionMNIST, Images, Sample
-from manyviews.evaluators.linear import LinearResult, LinearSettings, linear
-from manyviews.evaluators.splits import hold_out
+from manyviews.evaluators.linear import LinearSettings, linear
+from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.encoding import extract
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> harness.Report:
     assert test is not None
     assert test.labels is not None
     backbone = opened.backbone().to(memory_format=torch.channels_last)
-    results: list[LinearResult] = []
+    results: list[Prediction] = []
     parts: dict[str, list[float]] = {"encoding": [], "probe": []}
 
     def ours() -> None:
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> harness.Report:
             "strength": choice,
         }
 
-    rows = [row("ours, swept", own, 1, results[0].predictions, results[0].regularisation)]
+    rows = [row("ours, swept", own, 1, results[0].predictions, results[0].chosen["regularisation"])]
     predictions, seconds, choice = _timed(lambda: _scikit_learn(opened, backbone, train, test))
     rows.append(row("scikit-learn LogisticRegression, swept", seconds, 1, predictions, choice))
     view = "plain images" if options.plain else "random crops and flips"

@@ -213,7 +213,7 @@ def shared_answers(shared: bool) -> dict[str, Tensor]:
     features = rows(1000, 5)
     features[:900, 0] += 3 * (labels == 2)
     result = knn(features[:900], labels, features[900:], 8, KnnSettings(neighbours=(1, 20, 2000)), shared=shared)
-    numbers = torch.tensor([result.neighbours, result.temperature, result.validation], dtype=torch.float64)
+    numbers = torch.tensor([*result.chosen.values(), result.validation], dtype=torch.float64)
     ranked = retrieve(features[:900], labels, shared=shared)
     found |= {"retrieval: recall": ranked.recall, "retrieval: MAP@R": ranked.map_at_r}
     return found | {"kNN: predictions": result.predictions, "kNN: numbers": numbers}

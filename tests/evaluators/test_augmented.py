@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyviews.data import InMemory, order
-from manyviews.evaluators.augmented import AugmentedResult, AugmentedSettings, Cropped, Heads, augmented_probe
-from manyviews.evaluators.splits import hold_out
+from manyviews.evaluators.augmented import AugmentedSettings, Cropped, Heads, augmented_probe
+from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.views import Views, ViewsSettings
 from processes import start
 
@@ -42,7 +42,7 @@ def windows(seed: int = 0) -> Views:
     return ViewsSettings(num_views=1, crop_scale=(0.3, 1.0), **plain).build(size=12, channels=1, seed=seed)
 
 
-def probe(images: InMemory, settings: AugmentedSettings = SETTINGS, module: nn.Module | None = None) -> AugmentedResult:
+def probe(images: InMemory, settings: AugmentedSettings = SETTINGS, module: nn.Module | None = None) -> Prediction:
     return augmented_probe(module or backbone(), images, striped(30, seed=1), prepare, settings, 3, seed=2)
 
 
@@ -97,7 +97,7 @@ def test_without_augmentation_it_is_gradient_descent_on_plain_features():
             step += 1
     accuracies = (heads.predict(features[held], 0) == images.labels[held]).double().mean(1)
     assert result.validation == pytest.approx(accuracies.max().item())
-    assert result.rate == (0.5, 2.0)[int(accuracies.argmax())]
+    assert result.chosen["rate"] == (0.5, 2.0)[int(accuracies.argmax())]
     assert torch.equal(result.predictions, heads.predict(test, 1, int(accuracies.argmax()))[0])
 
 

@@ -67,7 +67,7 @@ def test_a_class_that_only_the_test_images_have_is_predicted_by_none_and_counted
 def test_no_more_neighbours_vote_than_the_bank_has():
     train, labels = clusters(50, 2, noise=0.1)
     result = knn(train, labels, train[:10] + 0.01, 2, KnnSettings(neighbours=(1000,)))
-    assert result.neighbours == 50
+    assert result.chosen["neighbours"] == 50
 
 
 def test_many_classes_and_many_queries_are_counted_part_by_part_with_the_same_result(monkeypatch):
@@ -141,9 +141,9 @@ def test_the_choice_is_the_best_of_the_grid_on_the_held_out_part():
         for k in settings.neighbours
         for t in settings.temperatures
     }
-    assert (result.neighbours, result.temperature) == max(accuracies, key=accuracies.__getitem__)
+    assert tuple(result.chosen.values()) == max(accuracies, key=accuracies.__getitem__)
     assert result.validation == pytest.approx(max(accuracies.values()))
-    assert result.predictions.tolist() == oracle(test, train, labels, result.neighbours, result.temperature)
+    assert result.predictions.tolist() == oracle(test, train, labels, *result.chosen.values())
 
 
 def test_the_part_held_out_is_balanced_disjoint_and_follows_the_seed_alone():
@@ -176,4 +176,4 @@ def test_where_no_class_has_a_second_image_the_nearest_decides():
     found = knn(train, torch.arange(20), test, 20, KnnSettings())
     cosines = torch.nn.functional.normalize(test) @ torch.nn.functional.normalize(train).T
     assert found.predictions.tolist() == cosines.argmax(1).tolist()
-    assert math.isnan(found.validation)
+    assert found.validation is None

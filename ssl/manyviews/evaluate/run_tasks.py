@@ -13,14 +13,14 @@ from manyviews.evaluate.layer import distances_of
 from manyviews.evaluate.settings import EvaluateSettings
 from manyviews.evaluators import fractions, geometry
 from manyviews.evaluators.alone import Failed, alone
-from manyviews.evaluators.augmented import AugmentedResult, augmented_probe
+from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.geometry import Pixels, two_views
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import Gallery, Task
 from manyviews.evaluators.results.kinds import EMBEDDED, LEARNED, PIXELS, RANDOM, in_order, label
 from manyviews.evaluators.results.measurement import Evaluation, Measurement
-from manyviews.evaluators.splits import num_classes
+from manyviews.evaluators.splits import Prediction, num_classes
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
@@ -148,7 +148,7 @@ def comparison(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) 
         except (OSError, SafetensorError) as problem:
             job.console.warn(f"{file} could not be written: {problem}")
 
-    def augmented(kind: str) -> AugmentedResult:
+    def augmented(kind: str) -> Prediction:
         device = _device()
         return augmented_probe(
             _backbone_of(job.opened, kind).to(device),

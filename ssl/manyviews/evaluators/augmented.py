@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manyviews.config import Settings
 from manyviews.data import Images, Report, order
-from manyviews.evaluators.splits import hold_out_some
+from manyviews.evaluators.splits import Prediction, hold_out_some
 from manyviews.features.encoding import encoded, extract
 from manyviews.optim import cosine
 from manyviews.system import distributed
@@ -47,16 +47,6 @@ class AugmentedSettings(Settings):
         return self
 
 
-class AugmentedResult(NamedTuple):
-    """The test predictions and what they were made with."""
-
-    predictions: Int[Tensor, " queries"]
-    rate: float
-    decay: float
-    validation: float
-    """Accuracy of the chosen pair on the held-out training images."""
-
-
 class Cropped(NamedTuple):
     """The images of a split as one epoch shows them, each through a window that its id and the epoch determine."""
 
@@ -84,7 +74,7 @@ def augmented_probe(
     device: torch.device | str = "cpu",
     workers: int = 2,
     report: Report | None = None,
-) -> AugmentedResult:
+) -> Prediction:
     """Predicts the test images by a linear head trained on random crops and flips of all labelled training images.
 
     Stochastic gradient descent with momentum 0.9 and a cosine, a head for each pair of learning rate and weight decay,
@@ -150,7 +140,8 @@ def augmented_probe(
     hits = (heads.predict(apart, 0).cpu() == labels[held]).sum(1)
     best = int(hits.argmax())
     predictions = heads.predict(whole_images(backbone, test).to(device), 1, best)[0].cpu()
-    return AugmentedResult(predictions, *grid[best], hits[best].item() / len(held))
+    chosen = dict(zip(("rate", "decay"), grid[best], strict=True))
+    return Prediction(predictions, chosen, hits[best].item() / len(held))
 
 
 class Heads:

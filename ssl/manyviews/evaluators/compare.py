@@ -8,13 +8,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyviews.evaluators.alone import Failed, alone
-from manyviews.evaluators.augmented import AugmentedResult
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, Report, apply, is_fitted
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
 from manyviews.evaluators.requirements import PROBES, fitting_images, refusals, searches
 from manyviews.evaluators.results.intervals import paired_difference
 from manyviews.evaluators.results.kinds import in_order, is_learned, label
 from manyviews.evaluators.results.measurement import Difference, Evaluation, Measurement
+from manyviews.evaluators.splits import Prediction
 from manyviews.evaluators.tasks import Inputs, Outcome, group, probe
 from manyviews.linear_metrics import LinearMetric
 
@@ -30,7 +30,7 @@ def compare(
     metric: Metric | None = None,
     distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
-    augmented: Callable[[str], AugmentedResult] | None = None,
+    augmented: Callable[[str], Prediction] | None = None,
     report: Callable[[str], object] | None = None,
     progress: Report | None = None,
     failed: Failed | None = None,

@@ -1,7 +1,7 @@
 """Weighted nearest neighbours (Wu et al. 2018, section 3.4): the features as they are, nothing is trained."""
 
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from manyviews.engine import top_k
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.evaluators.distance import Nearness, searchable
-from manyviews.evaluators.splits import hold_out, hold_out_some, num_classes
+from manyviews.evaluators.splits import Prediction, hold_out, hold_out_some, num_classes
 
 MOST_HELD_OUT = 10_000
 """Training images held out for the choice: more would make it dearer, and hardly better."""
@@ -33,16 +33,6 @@ class KnnSettings(Settings):
         (0.02, 0.07, 0.2), min_length=1, max_length=64
     )
     """Temperatures of a vote's weight, exp(cosine / temperature); the usual one is 0.07."""
-
-
-class KnnResult(NamedTuple):
-    """The test predictions and what they were made with."""
-
-    predictions: Int[Tensor, " queries"]
-    neighbours: int
-    temperature: float
-    validation: float
-    """Accuracy of the chosen pair on the held-out training images; NaN where none could be held out."""
 
 
 def weighted_vote(
@@ -129,7 +119,7 @@ def knn(
     most: int = MOST_HELD_OUT,
     nearness: Nearness = "cosine",
     shared: bool = False,
-) -> KnnResult:
+) -> Prediction:
     """Predicts the test images from all training images, with the pair chosen on a held-out part of these.
 
     The test labels are no argument. Equal validation accuracies go to the pair that the grid names first.
@@ -158,7 +148,7 @@ def knn(
     grid = settings.neighbours, settings.temperatures
     # Where no class has a second image to hold out, the first pair of the grid: of one vote for each class the nearest
     # decides, whatever the pair.
-    best, validation = 0, float("nan")
+    best, validation = 0, None
     if len(held):
         guesses = predict(
             train[held],
@@ -188,7 +178,7 @@ def knn(
     )
     # The bank of the final vote may be smaller than the k that was asked for.
     k = min(k, int((train_labels >= 0).sum()))
-    return KnnResult(predictions[0, 0], k, temperature, validation)
+    return Prediction(predictions[0, 0], {"neighbours": k, "temperature": temperature}, validation)
 
 
 def monitor_knn(

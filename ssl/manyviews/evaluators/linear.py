@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
-from manyviews.evaluators.splits import hold_out_some
+from manyviews.evaluators.splits import Prediction, hold_out_some
 
 NEAR = 3e-4
 """How near its minimum, in nats, a strength is judged: the rest moves far fewer held-out images than chance does."""
@@ -31,16 +31,6 @@ class LinearSettings(Settings):
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0), min_length=1, max_length=64
     )
     """Strengths of half the squared weights beside the mean cross-entropy; scikit-learn's 1 / (C × images)."""
-
-
-class LinearResult(NamedTuple):
-    """The test predictions and what they were made with."""
-
-    predictions: Int[Tensor, " queries"]
-    regularisation: float
-    validation: float
-    """Accuracy of the chosen strength on the held-out training images."""
-    converged: bool
 
 
 class Standard(NamedTuple):
@@ -74,7 +64,7 @@ def linear(
     share: float = 0.2,
     seed: int = 0,
     report: Report | None = None,
-) -> LinearResult:
+) -> Prediction:
     """Predicts the test images by logistic regression on all training images.
 
     Its strength is chosen on a held-out part of the training images. The test labels are no argument. Equal validation
@@ -91,7 +81,7 @@ def linear(
         report: called with what is done, how much of it, and of how much.
     """
     strengths = sorted(settings.regularisations, reverse=True)
-    best, validation, start, axes = _nearest(strengths, UNCHOSEN), float("nan"), None, None
+    best, validation, start, axes = _nearest(strengths, UNCHOSEN), None, None, None
     kept, held = hold_out_some(train_labels, share=share, seed=seed)
     total = len(strengths) + 1
     if len(strengths) > 1 and len(held):
@@ -131,7 +121,7 @@ def linear(
         axes=axes,
         report=None if report is None else lambda done: report("strengths of the probe", total - 1 + done, total),
     )
-    return LinearResult(fit.predict(scaled(test))[0], strengths[best], validation, bool(fit.converged.all()))
+    return Prediction(fit.predict(scaled(test))[0], {"regularisation": strengths[best]}, validation)
 
 
 def search(

@@ -1,6 +1,7 @@
 """Which training images stand aside so that choices can be made without a look at the test images."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -8,6 +9,16 @@ from torch import Tensor
 
 UNEVEN = 1.5
 """How many times the smallest class the largest one is where an accuracy is mostly that of large classes."""
+
+
+class Prediction(NamedTuple):
+    """The predicted classes of the test images, and what was chosen for them on held-out training images."""
+
+    predictions: Int[Tensor, " test"]
+    chosen: Mapping[str, float]
+    """The hyper-parameters, by their names."""
+    validation: float | None
+    """The accuracy of the choice on the held-out images; None where none could be held out."""
 
 
 def hold_out(

@@ -1,6 +1,5 @@
 """The tasks that take labels, each on one kind of features: what it measured, and which images were right."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from manyviews.evaluators.augmented import AugmentedResult
 from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.distance import MappedFeatures, Report
 from manyviews.evaluators.knn import knn
@@ -18,7 +16,7 @@ from manyviews.evaluators.results.intervals import mean_interval, wilson
 from manyviews.evaluators.results.kinds import LAYERS, label
 from manyviews.evaluators.results.measurement import Measurement
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
-from manyviews.evaluators.splits import balanced_accuracy, num_classes, uneven
+from manyviews.evaluators.splits import Prediction, balanced_accuracy, num_classes, uneven
 from manyviews.evaluators.verification import draw_pairs, verify
 
 
@@ -42,7 +40,7 @@ class Inputs(NamedTuple):
     shown: Int[Tensor, " shown"]
     """Which labelled test images are compared with each other."""
     protocol: ProtocolSettings
-    augmented: Callable[[str], AugmentedResult] | None
+    augmented: Callable[[str], Prediction] | None
     """The probe on augmented images of a kind of features."""
     progress: Report | None
 
@@ -60,9 +58,8 @@ def probe(
         if progress is not None:
             progress(f"{what}, {label(kind)} features", done, total)
 
-    chosen: dict[str, Any]
     if task == "knn" and searched is not None and searched.train is not None:
-        near = knn(
+        found = knn(
             searched.train,
             train_labels,
             searched.test[labelled],
@@ -73,23 +70,16 @@ def probe(
             nearness=searched.nearness,
             shared=True,
         )
-        chosen = {"neighbours": near.neighbours, "temperature": near.temperature}
-        guesses, validation = near.predictions, near.validation
     elif task == "linear":
         train, test = features[0], features[1][labelled]
-        fit = linear(train, train_labels, test, classes, protocol.linear, share=share, seed=seed, report=report)
-        guesses, validation, chosen = fit.predictions, fit.validation, {"regularisation": fit.regularisation}
+        found = linear(train, train_labels, test, classes, protocol.linear, share=share, seed=seed, report=report)
     elif task == "augmented" and augmented is not None:
-        heads = augmented(kind)
-        chosen = {"rate": heads.rate, "decay": heads.decay}
-        guesses, validation = heads.predictions[labelled], heads.validation
+        found = augmented(kind)
+        found = found._replace(predictions=found.predictions[labelled])
     else:
         return None
-    right = guesses == truth
-    details = {
-        "validation": None if math.isnan(validation) else validation,
-        "num_train": int((train_labels >= 0).sum()),
-    }
+    right = found.predictions == truth
+    details = {"validation": found.validation, "num_train": int((train_labels >= 0).sum()), **found.chosen}
     accuracy = Measurement(
         task,
         kind,
@@ -100,13 +90,13 @@ def probe(
         dim=dim,
         layer=LAYERS.get(kind),
         distance=searched.metric if task == "knn" and searched is not None else None,
-        details=details | chosen,
+        details=details,
     )
     measurements = [accuracy]
     if uneven(truth):
-        value = balanced_accuracy(guesses, truth)
+        value = balanced_accuracy(found.predictions, truth)
         measurements.append(replace(accuracy, metric="balanced accuracy", value=value, low=None, high=None, details={}))
-    return Outcome(tuple(measurements), right, labelled, guesses)
+    return Outcome(tuple(measurements), right, labelled, found.predictions)
 
 
 def group(task: Task, kind: str, searched: MappedFeatures, inputs: Inputs) -> Outcome:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from manyviews.data import Images
 
@@ -61,15 +62,11 @@ def sprite(pictures: UInt8[Tensor, "pictures channels side side"]) -> Sprite:
 
 
 def sheet(
-    pictures: UInt8[Tensor, "pictures channels side side"], columns: int, tile: int, ground: int = 0
-) -> UInt8[Tensor, "channels height width"]:
-    """Pictures row by row, each at the upper left of a square of `tile` pixels, on a plain ground."""
-    count, channels, side, _ = pictures.shape
-    rows = max(1, math.ceil(count / columns))
-    placed = torch.full((rows * columns, channels, tile, tile), ground, dtype=torch.uint8)
-    placed[:count, :, :side, :side] = pictures
-    lined = placed.view(rows, columns, channels, tile, tile).permute(2, 0, 3, 1, 4)
-    return lined.reshape(channels, rows * tile, columns * tile)
+    pictures: UInt8[Tensor, "pictures channels side side"], columns: int, tile: int
+) -> UInt8[Tensor, "3 height width"]:
+    """Pictures row by row in colour, each at the upper left of a square of `tile` pixels, on black."""
+    gap = tile - pictures.shape[-1]
+    return make_grid(F.pad(pictures, (0, gap, 0, gap)), columns, padding=0)
 
 
 def jpeg(picture: UInt8[Tensor, "channels height width"]) -> str:
