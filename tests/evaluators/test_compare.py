@@ -1,4 +1,4 @@
-"""Retrieval, clustering, verification and fitted metrics beside kNN and the probe: `test_scores` has the latter two."""
+"""kNN and the probe, retrieval, clustering, verification and fitted metrics on every kind of features."""
 
 import json
 
@@ -13,7 +13,7 @@ from manyviews.evaluators.knn import KnnSettings
 from manyviews.evaluators.linear import LinearSettings
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings
 from manyviews.evaluators.requirements import takes_training
-from manyviews.evaluators.results.intervals import mean_interval, paired_difference
+from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
 from manyviews.evaluators.results.measurement import Evaluation
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
@@ -26,18 +26,22 @@ PROTOCOL = ProtocolSettings(
     linear=LinearSettings(regularisations=(0.1,)),
     verification=VerificationSettings(pairs=400, folds=4),
 )
+PROBES = ProtocolSettings(
+    knn=KnnSettings(neighbours=(1, 10, 50), temperatures=(0.07, 0.3)),
+    linear=LinearSettings(regularisations=(1e-3, 0.1, 10.0)),
+)
 UNSEEN = (3, 4)
 Kinds = dict[str, tuple[Tensor | None, Tensor]]
 
 
-def kinds(noise: dict[str, float], *, nuisance: float = 0.0) -> tuple[Kinds, Tensor, Tensor]:
+def kinds(noise: dict[str, float], *, nuisance: float = 0.0, dim: int = 8) -> tuple[Kinds, Tensor, Tensor]:
     """Classes around centres; with a nuisance, numbers that vary much and say nothing."""
     generator = torch.Generator().manual_seed(0)
     train_labels, test_labels = torch.arange(600) % 5, torch.arange(300) % 5
-    centres = torch.randn(5, 8, generator=generator)
+    centres = torch.randn(5, dim, generator=generator)
 
     def draw(labels: Tensor, amount: float) -> Tensor:
-        images = centres[labels] + amount * torch.randn(len(labels), 8, generator=generator)
+        images = centres[labels] + amount * torch.randn(len(labels), dim, generator=generator)
         return torch.cat([images, nuisance * torch.randn(len(labels), 3, generator=generator)], 1)
 
     return (
@@ -225,3 +229,98 @@ def test_a_class_with_a_single_test_image_is_left_out_of_retrieval_and_said_so(i
     assert {(own.n, own.details["left_out"]) for own in found.of("retrieval")} == {(240, 1)}
     assert "1 left out" in sheets(found)[0].title
     assert {own.n for own in found.of("clustering")} == {241}
+
+
+@pytest.fixture(scope="module")
+def three() -> tuple[Kinds, Tensor, Tensor]:
+    return kinds({"learned": 0.7, "random weights": 3.0, "raw pixels": 1.5}, dim=12)
+
+
+@pytest.fixture(scope="module")
+def probed(three) -> Evaluation:
+    return compare(*three, PROBES)
+
+
+def test_two_evaluations_are_equal_bit_for_bit_and_leave_the_generator_alone(three, probed):
+    before = torch.random.get_rng_state()
+    assert compare(*three, PROBES) == probed
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_permuting_the_test_labels_changes_no_choice(three, probed):
+    features, train_labels, test_labels = three
+    shuffled = test_labels[torch.randperm(300, generator=torch.Generator().manual_seed(7))]
+    other = compare(features, train_labels, shuffled, PROBES)
+    for one, two in zip(probed.measurements, other.measurements, strict=True):
+        assert one.details == two.details
+        assert one.value > two.value
+
+
+def test_a_standardisation_or_a_bank_never_sees_the_test_images_of_others(three, probed):
+    features, train_labels, test_labels = three
+    half = {kind: (train, test[:150]) for kind, (train, test) in features.items()}
+    other = compare(half, train_labels, test_labels[:150], PROBES)
+    for one, two in zip(probed.measurements, other.measurements, strict=True):
+        assert one.details == two.details
+
+
+def test_the_verdict_names_wins_losses_and_what_cannot_be_told(three, probed):
+    assert probed.verdict().startswith("Ahead of every baseline: by kNN, learned features beat random weights by ")
+    features, *labels = three
+    worse = compare({"learned": features["random weights"], "raw pixels": features["learned"]}, *labels, PROBES)
+    assert worse.verdict().startswith("Behind every baseline: by kNN, learned features fall behind raw pixels by ")
+    same = compare({"learned": features["learned"], "raw pixels": features["learned"]}, *labels, PROBES)
+    assert "cannot be told from raw pixels" in same.verdict()
+    assert same.verdict().startswith("Not ahead of every baseline")
+
+
+def test_the_record_is_json_and_the_table_shows_every_kind_with_its_choice(probed):
+    record = json.loads(json.dumps(probed.to_json(), allow_nan=False))
+    assert [row["features"] for row in record["measurements"][:3]] == ["learned", "random weights", "raw pixels"]
+    assert record["verdict"] == probed.verdict()
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(printed(sheets(probed)[0]))
+    console.file.close()
+    shown = console.export_text()
+    for own in probed.measurements:
+        assert own.features in shown
+        assert f"{100 * own.value:.1f}" in shown
+        assert own.choice
+        assert own.choice in shown
+
+
+def test_unlabelled_images_take_no_part(three):
+    features, train_labels, test_labels = three
+    train_labels, test_labels = train_labels.clone(), test_labels.clone()
+    train_labels[::3], test_labels[::2] = -1, -1
+    own = {"learned": features["learned"]}
+    marked = compare(own, train_labels, test_labels, PROBES)
+    train, test = own["learned"]
+    dropped = {"learned": (train[train_labels >= 0], test[test_labels >= 0])}
+    without = compare(dropped, train_labels[train_labels >= 0], test_labels[test_labels >= 0], PROBES)
+    assert marked.measurements[0].n == 150
+    assert marked.measurements[0].details["num_train"] == 400
+    assert marked.measurements == without.measurements
+
+
+def test_broken_features_are_refused_by_name(three):
+    features, train_labels, test_labels = three
+    train, test = features["learned"]
+    with pytest.raises(ValueError, match=r"learned: 599 training features for 600 labels"):
+        compare({"learned": (train[1:], test)}, train_labels, test_labels, PROBES)
+    broken = test.clone()
+    broken[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="learned: some test features are not finite"):
+        compare({"learned": (train, broken)}, train_labels, test_labels, PROBES)
+
+
+def test_the_intervals_are_those_of_the_textbooks():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+    first = torch.tensor([True] * 70 + [False] * 30)
+    second = torch.tensor([True] * 50 + [False] * 40 + [True] * 10)
+    difference, low, high = paired_difference(first, second)
+    assert difference == pytest.approx(0.1)
+    # b = 20, c = 10, n = 100: middle 10/102, reach 1.96 sqrt(31 - 100/102) / 102.
+    assert (low, high) == pytest.approx((-0.00726, 0.20334), abs=1e-4)
