@@ -14,6 +14,7 @@ from manyviews.evaluators.linear import NEAR, Report, search, standard
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
 from manyviews.evaluators.results.kinds import LAYERS, LEARNED
 from manyviews.evaluators.results.measurement import Measurement
+from manyviews.evaluators.splits import by_class
 from manyviews.system import keyed_random
 
 FOLDS = 5
@@ -141,11 +142,9 @@ def draw(
         seed: of all draws.
         number: of this draw.
     """
-    order = keyed_random.uniform(torch.arange(len(labels)), seed, number).argsort(stable=True)
-    order = order[labels[order] >= 0]
-    order = order[labels[order].argsort(stable=True)]
+    shuffled = keyed_random.uniform(torch.arange(len(labels)), seed, number).argsort(stable=True)
+    order, ranks = by_class(shuffled, labels)
     counts = labels[order].bincount()
-    ranks = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     wanted = torch.full_like(counts, amount) if isinstance(amount, int) else (counts * amount).round().clamp(min=1)
     taken = ranks < wanted[labels[order]]
     chosen, places = order[taken].sort()

@@ -41,10 +41,11 @@ def hold_out(
     shuffled = labelled[torch.randperm(len(labelled), generator=generator)]
     if most is not None and len(labelled):
         share = min(share, most / len(labelled))
-    held = [members[: int(len(members) * share + 0.5)] for members in _by_class(shuffled, labels) if len(members) > 1]
+    order, ranks = by_class(shuffled, labels)
+    counts = labels[order].bincount()
+    wanted = torch.where(counts > 1, (counts.double() * share + 0.5).long(), 0)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    if held:
-        chosen[torch.cat(held)] = True
+    chosen[order[ranks < wanted[labels[order]]]] = True
     kept, apart = ((labels >= 0) & ~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
     if not len(kept) or not len(apart):
         raise ValueError(
@@ -70,13 +71,8 @@ def hold_out_some(
     if kind_of_choice(counts, share=share, most=most) == "share":
         return hold_out(labels, share=share, seed=seed, most=most)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    order = order[labels[order] >= 0]
-    order = order[counts[labels[order]] > 1]
-    order = order[labels[order].argsort(stable=True)]
-    first = torch.ones(len(order), dtype=torch.bool)
-    first[1:] = labels[order][1:] != labels[order][:-1]
-    held = order[first]
+    order, ranks = by_class(torch.randperm(len(labels), generator=generator), labels)
+    held = order[(ranks == 0) & (counts[labels[order]] > 1)]
     if most is not None and len(held) > most:
         held = held[torch.randperm(len(held), generator=generator)[:most]]
     held = held.sort().values
@@ -103,10 +99,14 @@ def num_classes(*labels: Int[Tensor, " _"]) -> int:
     return 1 + max((int(part.max()) for part in labels if len(part)), default=-1)
 
 
-def _by_class(indices: Tensor, labels: Tensor) -> list[Tensor]:
-    order = labels[indices].argsort(stable=True)
-    counts = labels[indices].bincount()
-    return list(torch.split(indices[order], counts[counts > 0].tolist()))
+def by_class(
+    order: Int[Tensor, " images"], labels: Int[Tensor, " all"]
+) -> tuple[Int[Tensor, " labelled"], Int[Tensor, " labelled"]]:
+    """The labelled images of an order, class by class, and the place of each in the order of its class."""
+    order = order[labels[order] >= 0]
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels[order].bincount()
+    return order, torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def uneven(labels: Int[Tensor, " images"]) -> bool:

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from manyviews.evaluators.distance import similarity_of_pairs
+from manyviews.evaluators.splits import by_class
 from manyviews.system import keyed_random
 
 PAIRS = 8_000
@@ -37,11 +38,11 @@ def similarities(
 
 def _others(groups: Int64[Tensor, " images"], pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Drawn pairs of two different places of the same group."""
-    order = groups.argsort(stable=True)
+    order, ranks_of_order = by_class(torch.arange(len(groups)), groups)
     counts = groups.bincount()
     sizes, starts = counts[groups], (counts.cumsum(0) - counts)[groups]
     ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order))
+    ranks[order] = ranks_of_order
     able = (sizes > 1).nonzero().squeeze(1)
     if not len(able):
         return able, able
@@ -49,7 +50,7 @@ def _others(groups: Int64[Tensor, " images"], pairs: int, seed: int) -> tuple[Te
     first = able[_whole(keyed_random.uniform(draws, seed, 4), torch.tensor(len(able)))]
     # One place less, and beyond the own one a place further: every other image of the group has the same chance.
     step = _whole(keyed_random.uniform(draws, seed, 5), sizes[first] - 1)
-    step = step + (step >= ranks[first] - starts[first])
+    step = step + (step >= ranks[first])
     return first, order[starts[first] + step]
 
 
