@@ -1,8 +1,14 @@
-"""What an evaluation.json holds: its measurements by task, kind of features and metric."""
+"""What an evaluation.json holds: its measurements by task, kind of features and metric; and tables as text."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from manyviews.evaluators.results.tables import Sheet, printed
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -18,3 +24,12 @@ def measured(record: dict[str, Any], *tasks: str, metric: str | None = None) -> 
 def values(record: dict[str, Any], task: str, metric: str) -> dict[str, float]:
     """What was measured by one task and metric, by kind of features."""
     return {row["features"]: row["value"] for row in measured(record, task, metric=metric)}
+
+
+def printed_text(tables: Iterable[Sheet | Table], width: int = 80) -> str:
+    """Tables as a terminal of some width shows them."""
+    console = Console(width=width)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(printed(table) if isinstance(table, Sheet) else table)
+    return capture.get()

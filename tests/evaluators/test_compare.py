@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from manyviews.evaluators.compare import compare
@@ -15,11 +14,12 @@ from manyviews.evaluators.protocol import Gallery, ProtocolSettings
 from manyviews.evaluators.requirements import takes_training
 from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
 from manyviews.evaluators.results.measurement import Evaluation
-from manyviews.evaluators.results.tables import printed, sheets
+from manyviews.evaluators.results.tables import sheets
 from manyviews.evaluators.retrieval import RetrievalSettings, retrieve
 from manyviews.evaluators.splits import hold_out
 from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
 from manyviews.linear_metrics import LinearMetric, Mahalanobis
+from recorded import printed_text
 
 PROTOCOL = ProtocolSettings(
     knn=KnnSettings(neighbours=(1, 10), temperatures=(0.07,)),
@@ -132,11 +132,7 @@ def test_the_record_is_json_and_the_tables_fit_a_narrow_terminal(evaluation):
     assert record["gallery"] == {"images": 120, "classes": [3, 4], "origin": "never seen in training"}
     assert {row["distance"] for row in record["measurements"] if row["task"] != "linear"} == {"cosine"}
     assert {(row["task"], row["features"]) for row in record["measurements"]} >= {("retrieval", "learned")}
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for sheet in sheets(evaluation):
-        console.print(printed(sheet))
-    console.file.close()
-    shown = console.export_text()
+    shown = printed_text(sheets(evaluation))
     assert "Retrieval by cosine among 120 test images of 2 classes never seen in training" in " ".join(shown.split())
     for task, kind in {(own.task, own.features) for own in evaluation.measurements}:
         line = [f"{100 * own.value:.1f}" for own in evaluation.of(task, features=kind)]
@@ -278,10 +274,7 @@ def test_the_record_is_json_and_the_table_shows_every_kind_with_its_choice(probe
     record = json.loads(json.dumps(probed.to_json(), allow_nan=False))
     assert [row["features"] for row in record["measurements"][:3]] == ["learned", "random weights", "raw pixels"]
     assert record["verdict"] == probed.verdict()
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(printed(sheets(probed)[0]))
-    console.file.close()
-    shown = console.export_text()
+    shown = printed_text(sheets(probed)[:1], width=160)
     for own in probed.measurements:
         assert own.features in shown
         assert f"{100 * own.value:.1f}" in shown

@@ -2,7 +2,6 @@ import statistics
 
 import pytest
 import torch
-from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -10,7 +9,8 @@ from torch import Tensor
 from manyviews.evaluators import fractions as module
 from manyviews.evaluators.fractions import FractionSettings, draw, fractions, mean_of_draws
 from manyviews.evaluators.results.measurement import Evaluation
-from manyviews.evaluators.results.tables import printed, sheets
+from manyviews.evaluators.results.tables import sheets
+from recorded import printed_text
 
 SETTINGS = FractionSettings(shares=(0.1,), shots=(4,), draws=3, regularisations=(1e-2, 0.3, 3.0))
 
@@ -107,10 +107,7 @@ def test_test_images_without_a_label_do_not_count_and_labels_must_exist():
 def test_the_table_has_a_row_for_each_kind_and_mean_and_deviation():
     rows = [mean_of_draws(kind, "1 %", 600, (0.8, 0.9, 0.85), ()) for kind in ("learned", "raw pixels")]
     assert rows[0].deviation == pytest.approx(statistics.stdev([0.8, 0.9, 0.85]))
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(printed(sheets(Evaluation(tuple(rows)))[0]))
-    text = capture.get()
+    text = printed_text(sheets(Evaluation(tuple(rows))), width=100)
     assert text.count("85.0 ± 5.0") == 2
     assert "1 % (600)" in text
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.testing import assert_close
@@ -12,7 +11,8 @@ from torch.testing import assert_close
 from manyviews.evaluators import geometry as lying
 from manyviews.evaluators.geometry import alignment, geometry, neighbourhood_overlap, staleness, uniformity
 from manyviews.evaluators.results.measurement import Evaluation, Measurement
-from manyviews.evaluators.results.tables import printed, sheets
+from manyviews.evaluators.results.tables import sheets
+from recorded import printed_text
 
 
 def rows(count: int, dim: int, seed: int = 0) -> Tensor:
@@ -105,10 +105,7 @@ def test_of_many_images_some_are_drawn_by_the_seed_and_their_number_is_said(monk
     assert {own.n for each in found for own in each} == {100}
     assert found[0] == found[1] != found[2]
     assert numbers(found[0])["uniformity"] == pytest.approx(uniformity(features), abs=0.2)
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(printed(sheets(Evaluation(found[0]))[0]))
-    console.file.close()
-    shown = console.export_text()
+    shown = printed_text(sheets(Evaluation(found[0])))
     assert "100 images" in shown
     assert f"{found[0][0].value:.1f}" in shown
 

@@ -5,13 +5,13 @@ from typing import get_args
 
 import pytest
 import torch
-from rich.console import Console
 
 from manyviews.evaluate.method_rows import methods
 from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.results.intervals import bootstrap_differences
 from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
 from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
+from recorded import printed_text
 
 QUEUE = {"objective": {"name": "queue", "temperature": 0.2}, "train": {"epochs": 100}}
 BATCH = {"objective": {"name": "in_batch", "temperature": 0.1}, "train": {"epochs": 100}}
@@ -80,11 +80,7 @@ def test_differences_are_those_of_the_bootstrap_from_the_first_row():
 
 def test_tables_show_means_spreads_and_intervals_in_80_columns():
     comparison = compared()
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in comparison.tables():
-        console.print(table)
-    console.file.close()
-    shown = console.export_text()
+    shown = printed_text(comparison.tables())
     queue, difference = comparison.rows[1], comparison.differences[0]
     assert spread_of([100 * value for value in queue.values("kNN")]) in shown
     assert f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}" in shown

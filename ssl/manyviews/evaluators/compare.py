@@ -9,13 +9,13 @@ from torch import Tensor
 
 from manyviews.evaluators.alone import Failed, alone
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, Report, apply, is_fitted
-from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
-from manyviews.evaluators.requirements import PROBES, fitting_images, refusals, searches
+from manyviews.evaluators.protocol import PROBES, Gallery, ProtocolSettings, Task
+from manyviews.evaluators.requirements import fitting_images, refusals, searches
 from manyviews.evaluators.results.intervals import paired_difference
 from manyviews.evaluators.results.kinds import in_order, is_learned, label
 from manyviews.evaluators.results.measurement import Difference, Evaluation, Measurement
 from manyviews.evaluators.splits import Prediction
-from manyviews.evaluators.tasks import Inputs, Outcome, group, probe
+from manyviews.evaluators.tasks import Inputs, Outcome, measure
 from manyviews.linear_metrics import LinearMetric
 
 
@@ -91,13 +91,10 @@ def compare(
                 keep(kind, searched.fitted)
         for task in [task for task in get_args(Task) if task in tasks]:
             outcome: Outcome | None = None
+            if report is not None and task not in PROBES and searched is not None:
+                report(f"{task} of {label(kind)} features")
             with alone(task, kind, failed):
-                if task in PROBES and train is not None:
-                    outcome = probe(task, kind, (train, test), searched, inputs)
-                elif task not in PROBES and searched is not None:
-                    if report is not None:
-                        report(f"{task} of {label(kind)} features")
-                    outcome = group(task, kind, searched, inputs)
+                outcome = measure(task, kind, (train, test), searched, inputs)
             if outcome is None:
                 continue
             measurements += outcome.measurements

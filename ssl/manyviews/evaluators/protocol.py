@@ -15,6 +15,8 @@ from manyviews.evaluators.retrieval import RetrievalSettings
 from manyviews.evaluators.verification import VerificationSettings
 
 Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification"]
+PROBES: tuple[Task, ...] = ("knn", "linear", "augmented")
+"""Tasks that predict the classes of test images; the others compare test images with each other."""
 
 
 class ProtocolSettings(Settings):

@@ -8,14 +8,11 @@ from torch import Tensor
 
 from manyviews.evaluators.distance import Metric, is_fitted
 from manyviews.evaluators.knn import MOST_HELD_OUT
-from manyviews.evaluators.protocol import Gallery, ProtocolSettings, Task
+from manyviews.evaluators.protocol import PROBES, Gallery, ProtocolSettings, Task
 from manyviews.evaluators.results.kinds import GROUPING
 from manyviews.evaluators.splits import hold_out_some
 from manyviews.evaluators.verification import draw_pairs
 from manyviews.system.plural import plural
-
-PROBES: tuple[Task, ...] = ("knn", "linear", "augmented")
-"""Tasks that predict the classes of test images."""
 
 
 def refusals(

@@ -11,7 +11,7 @@ from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.distance import MappedFeatures, Report
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
-from manyviews.evaluators.protocol import ProtocolSettings, Task
+from manyviews.evaluators.protocol import PROBES, ProtocolSettings, Task
 from manyviews.evaluators.results.intervals import mean_interval, wilson
 from manyviews.evaluators.results.kinds import LAYERS, label
 from manyviews.evaluators.results.measurement import Measurement
@@ -43,6 +43,16 @@ class Inputs(NamedTuple):
     augmented: Callable[[str], Prediction] | None
     """The probe on augmented images of a kind of features."""
     progress: Report | None
+
+
+def measure(
+    task: Task, kind: str, features: tuple[Tensor | None, Tensor], searched: MappedFeatures | None, inputs: Inputs
+) -> Outcome | None:
+    """Measures one task on features of training and test images; None where it lacks the features it needs."""
+    train, test = features
+    if task in PROBES:
+        return None if train is None else probe(task, kind, (train, test), searched, inputs)
+    return None if searched is None else group(task, kind, searched, inputs)
 
 
 def probe(

@@ -66,7 +66,8 @@ def sheet(
 ) -> UInt8[Tensor, "3 height width"]:
     """Pictures row by row in colour, each at the upper left of a square of `tile` pixels, on black."""
     gap = tile - pictures.shape[-1]
-    return make_grid(F.pad(pictures, (0, gap, 0, gap)), columns, padding=0)
+    grid: UInt8[Tensor, "3 height width"] = make_grid(F.pad(pictures, (0, gap, 0, gap)), columns, padding=0)
+    return grid
 
 
 def jpeg(picture: UInt8[Tensor, "channels height width"]) -> str:
