@@ -122,12 +122,8 @@ def group(task: Task, kind: str, searched: MappedFeatures, inputs: Inputs) -> Ou
         grid = tuple(sorted({1, *protocol.retrieval.recall_at}))
         settings: RetrievalSettings = protocol.retrieval.model_copy(update={"recall_at": grid})
         result = retrieve(features, labels, settings=settings, nearness=nearness)
-        right, images, n, details = (
-            result.recall[0],
-            shown[result.queries],
-            len(result.queries),
-            {"left_out": result.left_out},
-        )
+        right, images, n = result.recall[0], shown[result.queries], len(result.queries)
+        details = {"left_out": result.left_out}
         recalls = {f"Recall@{k}": hits for k, hits in zip(grid, result.recall, strict=True)}
         means = {"R-precision": result.r_precision, "MAP@R": result.map_at_r}
         means |= {f"NDCG@{k}": found for k, found in zip(settings.ndcg_at, result.ndcg, strict=True)}

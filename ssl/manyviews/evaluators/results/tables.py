@@ -66,7 +66,7 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
     for tasks in (("knn", "linear"), ("augmented",)):
         own, balanced = (list(evaluation.of(*tasks, metric=name)) for name in ("accuracy", "balanced accuracy"))
         if own:
-            found.append(_sheet(accuracy_title(own), ACCURACIES, own, _title_of_task, dim=True))
+            found.append(_sheet(_accuracy_title(own), ACCURACIES, own, _title_of_task, dim=True))
         if balanced:
             title = "Balanced accuracy, the mean over the classes (%)"
             found.append(_sheet(title, "Each class counts as much as another.", balanced, _title_of_task))
@@ -91,11 +91,10 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
     return found
 
 
-def accuracy_title(own: Sequence[Measurement]) -> str:
+def _accuracy_title(own: Sequence[Measurement]) -> str:
     """The title of a table of accuracies."""
     first = own[0]
-    distance = next((one.distance for one in own if one.distance not in (None, "cosine")), None)
-    by = "" if distance is None else f", kNN by {distance}"
+    by = "" if first.distance in (None, "cosine") else f", kNN by {first.distance}"
     train = plural(first.details["num_train"], "labelled training image")
     return f"Accuracy on {plural(first.n, 'test image')}, {train}{by} (%)"
 
@@ -144,13 +143,13 @@ def _title_of_task(own: Measurement) -> str:
 def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
     note = own.choice if own.deviation is None else f"± {100 * own.deviation:.1f}"
     if own.low is None or own.high is None or not own.leads:
-        return Cell(text_of(own.task, own.metric, own.value), note=note)
+        return Cell(_text_of(own.task, own.metric, own.value), note=note)
     start, end = scale
     at, low, high = (100 * (number - start) / (end - start) for number in (own.value, own.low, own.high))
     return Cell(f"{100 * own.value:.1f}", f"{100 * own.low:.1f}–{100 * own.high:.1f}", at, low, high, note)
 
 
-def text_of(task: str, metric: str, value: float) -> str:
+def _text_of(task: str, metric: str, value: float) -> str:
     """A number as tables show it: in per cent, but for geometry and cosines."""
     if task == "staleness":
         return f"{value:.3f}"
