@@ -258,7 +258,7 @@ def completion(words: Sequence[str]) -> int:
             f'usage: manyviews completion {"|".join(SHELLS)}; for example eval "$(manyviews completion bash)"\n'
         )
         return 0
-    models = {
+    models: dict[str, type[Settings]] = {
         "pretrain": Recipe,
         "evaluate": EvaluateSettings,
         "extract": ExtractSettings,
