@@ -27,7 +27,7 @@ from manyviews.objectives import (
     Supervised,
     Triplet,
 )
-from manyviews.objectives.cost import Scale, amount, in_words, scale
+from manyviews.objectives.cost import Cost, Sizes, amount
 from manyviews.objectives.mining import DistanceWeighted, Hardest
 from manyviews.system import distributed
 from processes import start
@@ -80,8 +80,8 @@ def views(name: str) -> int:
     return VIEWS.get(name, 2)
 
 
-def predicted(name: str, processes: int) -> Scale:
-    return scale(OBJECTIVES[name], images=IMAGES, views=views(name), batch=BATCH, dim=DIM, processes=processes)
+def predicted(name: str, processes: int) -> Cost:
+    return OBJECTIVES[name].cost(Sizes(IMAGES, views(name), BATCH, DIM, processes))
 
 
 class Products(TorchDispatchMode):
@@ -202,10 +202,9 @@ def test_one_process_receives_nothing() -> None:
 
 
 def test_a_process_holds_its_part_of_a_bank_and_the_traffic_does_not_know_how_long_it_is() -> None:
-    sizes = {"views": 1, "batch": 256, "dim": 128}
-    one, eight = (scale(Bank(), images=1 << 20, processes=processes, **sizes) for processes in (1, 8))
+    one, eight = (Bank().cost(Sizes(1 << 20, 1, 256, 128, processes)) for processes in (1, 8))
     assert (eight.memory, eight.products) == (one.memory // 8, one.products // 8)
-    assert scale(Bank(), images=1 << 30, processes=8, **sizes).traffic == eight.traffic
+    assert Bank().cost(Sizes(1 << 30, 1, 256, 128, 8)).traffic == eight.traffic
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -241,7 +240,7 @@ def table(heading: str) -> list[list[str]]:
 
 def written(name: str, settings: Objective, num_views: int, sizes: dict[str, int]) -> list[str]:
     """The row of the README's table for an example."""
-    found = scale(settings, views=num_views, **sizes)
+    found = settings.cost(Sizes(views=num_views, **sizes))
     memory = amount(found.memory) if found.memory else "–"
     return [name, f"{found.negatives:,}", memory, amount(found.traffic), f"{found.products / 1e9:,.1f}"]
 
@@ -258,7 +257,7 @@ def test_the_readme_works_through_the_numbers_of_the_functions(example: tuple[An
 def test_the_readmes_formulas_are_those_of_the_functions(name: str, processes: int) -> None:
     settings, symbols = FORMULAS[name]
     symbols = {"W": processes, "B": 512, "N": 4096, "D": 64, **symbols}
-    found = scale(settings, images=4096, views=symbols["V"], batch=512, dim=64, processes=processes)
+    found = settings.cost(Sizes(4096, symbols["V"], 512, 64, processes))
     cells = {row[0]: row[1:] for row in table("formulas")}[name]
     python = str.maketrans({"·": "*", "−": "-", "²": "**2", "`": ""})
     values = [eval(cell.translate(python), {}, symbols) for cell in cells]
@@ -269,7 +268,7 @@ def test_the_readme_compares_with_a_resnet_50_of_the_right_size() -> None:
     text = " ".join(README.split())
     assert f"brings each of 8 GPUs {2 * 4 * 25.6e6 * 7 / 8 / 1e6:.0f} MB" in text
     encoder = 3 * 4.1e9 * 256
-    bank, billion = (scale(settings, views=1, **sizes).products for _, settings, _, sizes in EXAMPLES[2::4])
+    bank, billion = (settings.cost(Sizes(views=1, **sizes)).products for _, settings, _, sizes in EXAMPLES[2::4])
     assert f"takes {encoder / 1e9:,.0f}" in text
     assert f"{100 * bank / encoder:.0f} % of it" in text
     assert f"{billion / encoder:.0f} times as much" in text
@@ -277,9 +276,10 @@ def test_the_readme_compares_with_a_resnet_50_of_the_right_size() -> None:
 
 
 def test_a_cost_is_said_in_one_line() -> None:
-    said = in_words(scale(Bank(), images=60_000, views=1, batch=256, dim=128, processes=2))
-    assert said == "59,999 per anchor, 30,000 rows on each process (15.5 MB), 266 kB received by each process per step"
-    assert in_words(scale(InBatch(), images=60_000, views=2, batch=256, dim=128, processes=1)) == "510 per anchor"
+    assert str(Bank().cost(Sizes(60_000, 1, 256, 128, 2))) == (
+        "59,999 per anchor, 30,000 rows on each process (15.5 MB), 266 kB received by each process per step"
+    )
+    assert str(InBatch().cost(Sizes(60_000, 2, 256, 128, 1))) == "510 per anchor"
     assert [amount(count) for count in (7, 7_000, 12_345_678, 5 * 10**13)] == [
         "7 bytes",
         "7.0 kB",

@@ -34,7 +34,7 @@ def weights_of(frequencies: Tensor, power: float) -> Tensor:
 def drawn_by(frequencies: Tensor, settings: NoiseContrastive, step: int) -> list[int]:
     """One draw for all anchors."""
     cumulative = weights_of(frequencies, settings.power).cumsum(0)
-    return draw(cumulative, settings.count, seed=4, step=step).tolist()
+    return draw(cumulative, settings.noise, seed=4, step=step).tolist()
 
 
 def drawn_for(frequencies: Tensor, settings: NoiseContrastive, step: int, views: int, count: int) -> list[Any]:
@@ -42,8 +42,8 @@ def drawn_for(frequencies: Tensor, settings: NoiseContrastive, step: int, views:
     if settings.one_draw:
         return [[drawn_by(frequencies, settings, step)] * count] * views
     cumulative = weights_of(frequencies, settings.power).cumsum(0)
-    drawn = draw(cumulative, count * views * settings.count, seed=4, step=step)
-    return drawn.view(count, views, settings.count).transpose(0, 1).tolist()
+    drawn = draw(cumulative, count * views * settings.noise, seed=4, step=step)
+    return drawn.view(count, views, settings.noise).transpose(0, 1).tolist()
 
 
 def oracle(
@@ -55,7 +55,7 @@ def oracle(
     settings: NoiseContrastive,
     step: int,
 ) -> Tensor:
-    k, law = settings.count, weights_of(frequencies, settings.power)
+    k, law = settings.noise, weights_of(frequencies, settings.power)
     noise = drawn_for(frequencies, settings, step, *embeddings.shape[:2])
 
     def score(x: Tensor, number: int) -> Tensor:
@@ -262,8 +262,8 @@ def test_numbers_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_without_the_correction_there_is_little_noise_unless_it_is_given() -> None:
-    assert [NoiseContrastive(correction=correction).count for correction in (True, False)] == [1024, 5]
-    assert NoiseContrastive(correction=False, negatives=5).count == 5
+    assert [NoiseContrastive(correction=correction).noise for correction in (True, False)] == [1024, 5]
+    assert NoiseContrastive(correction=False, negatives=5).noise == 5
 
 
 def test_negative_sampling_draws_noise_for_each_anchor_and_estimation_for_all_unless_it_is_said() -> None:

@@ -1,7 +1,7 @@
 """A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,10 +9,19 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.objectives.learned_rows import LearnedRows
-from manyviews.objectives.noise import Noise, log_mean_exp, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, softmax_traffic
+from manyviews.objectives.learned_rows import LearnedRows, class_softmax_cost
+from manyviews.objectives.noise import (
+    DENSE,
+    Noise,
+    log_mean_exp,
+    log_sum_over_noise,
+    noise_contrast,
+    normaliser_from_noise,
+)
 from manyviews.objectives.objective import (
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -36,6 +45,9 @@ class Bank(ObjectiveSettings):
     rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
     its share of the rows; they do not grow with gradient accumulation.
     """
+
+    negatives_from: ClassVar[NegativesFrom] = "rows"
+    images_only: ClassVar[str | None] = "which has one row per image"
 
     name: Literal["bank"] = "bank"
     temperature: Temperature = 0.07
@@ -70,6 +82,59 @@ class Bank(ObjectiveSettings):
     def bounds_information(self) -> bool:
         """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
         return True
+
+    @property
+    def noise(self) -> int:
+        """How many rows are drawn as noise in a step."""
+        return self.negatives if self.estimator in ("nce", "infonce") else 0
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all images have the same noise."""
+        return self.shared
+
+    @property
+    def follows_images(self) -> bool:
+        """Learned weights go their own way."""
+        return self.estimator != "parametric"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
+        if self.estimator == "parametric":
+            return class_softmax_cost(sizes)
+        images, _, batch, dim, _ = sizes
+        anchors, number = sizes.anchors, number_bytes(self.storage)
+        # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
+        traffic = batch * (ID + number * dim) + batch * (ID + NUMBER * dim)
+        if self.estimator == "exact":
+            traffic, products = traffic + softmax_traffic(anchors, dim), 2 * anchors * images * dim
+        else:
+            traffic, products = traffic + self._noise_traffic(anchors, dim), self._noise_products(sizes)
+        negatives = self.noise or images - 1
+        return sizes.cost(negatives, traffic=traffic, products=products, rows=images, row_bytes=number * dim + STEP)
+
+    def _noise_traffic(self, anchors: int, dim: int) -> int:
+        """Anchors and their ids go to the noise rows; maxima and sums, and the weighted rows, come home."""
+        there, home = anchors * (ID + NUMBER * dim), anchors * NUMBER * dim
+        logarithm = there + anchors * 3 * NUMBER
+        if self.estimator == "infonce":
+            return logarithm + home
+        # The log-sum over the noise, without gradient, is what the information is bounded by.
+        loss = there + anchors * NUMBER + home + logarithm
+        averaged = anchors * NUMBER
+        if self.normaliser == "exact":
+            # Over all rows without exception, and without gradient: neither ids travel, nor rows.
+            return loss + averaged + softmax_traffic(anchors, dim) - anchors * ID - home
+        return loss + (averaged if self.normaliser == "ema" else 0)
+
+    def _noise_products(self, sizes: Sizes) -> int:
+        """Scores of the noise rows and their weighted mean; with NCE the scores twice, first for their log-sum."""
+        # With noise for each image, products with all rows may cost less time than gathering the few.
+        dense = not self.shared and -(-sizes.images // sizes.processes) <= DENSE * self.negatives
+        scores = sizes.anchors * (sizes.images if dense else self.negatives) * sizes.dim
+        if self.estimator == "nce" and self.normaliser == "exact":
+            return 3 * scores + sizes.anchors * sizes.images * sizes.dim
+        return scores * (3 if self.estimator == "nce" else 2)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""

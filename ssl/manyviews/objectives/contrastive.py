@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
 from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
 from manyviews.system import distributed
@@ -39,6 +40,12 @@ class Contrastive(ObjectiveSettings):
     def distance(self) -> Literal["cosine", "euclidean"]:
         """On the unit sphere the cosine, which orders as the Euclidean distance does."""
         return "cosine" if self.normalized else "euclidean"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        # Pairs within the margin are counted before they are weighed.
+        counted = self.average == "active" or self.sampling.name == "all"
+        return all_pairs(sizes, self.distance, passes=4 if counted else 3)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the pairs that are drawn."""

@@ -1,7 +1,7 @@
 """In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
 from manyviews.objectives.objective import (
     Loss,
     Objective,
@@ -31,6 +32,8 @@ class InBatch(ObjectiveSettings):
     The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
     with the batch and the processes, and not with gradient accumulation.
     """
+
+    images_only: ClassVar[str | None] = "whose positives are views of one image only"
 
     name: Literal["in_batch"] = "in_batch"
     temperature: Temperature = 0.1
@@ -73,6 +76,23 @@ class InBatch(ObjectiveSettings):
     def fewest_views(self) -> int:
         """A positive is another view."""
         return 2
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every image of the batch against every other, each pair once: it keeps nothing.
+
+        A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
+        """
+        _, views, batch, dim, _ = sizes
+        anchors, sums = sizes.anchors, 2 if self.hardness else 1
+        if self.score == "bilinear":
+            # In backward the sums' gradients go to all keys, whose own gradient stays.
+            traffic = sums * (softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
+            products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
+        else:
+            # Ids tell how many negatives there are.
+            traffic = sums * symmetric_traffic(anchors, dim) + batch * ID
+            products = sums * 2 * anchors**2 * dim
+        return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
@@ -211,6 +231,15 @@ def _contrast(
     terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
     terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
+
+
+def symmetric_traffic(anchors: int, dim: int) -> int:
+    """Bytes of a softmax over the batch, in which a pair's product serves two anchors.
+
+    Forward, ids and embeddings go to all, and the sums to all. Backward, the sums' gradients go to all, and the
+    embeddings' home: the product is made again, and gives each of the two the other's row.
+    """
+    return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
 
 
 def debiased(

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
 from manyviews.objectives.objective import Objective, Population
 from manyviews.objectives.sharded_rows import unit_rows
 from manyviews.system import distributed
@@ -41,3 +42,17 @@ class LearnedRows(Objective):
     def own_ids(self) -> Int[Tensor, " rows"]:
         """The ids whose rows this process holds."""
         return torch.arange(self.own.start, self.own.stop, device=self.weight.device)
+
+
+def class_softmax_cost(sizes: Sizes) -> Cost:
+    """The cost of a softmax over learned rows, one for each image or class, with each anchor's own row.
+
+    Not counted, as they are the optimiser's: the gradient of the rows and its averages.
+    """
+    images, _, batch, dim, _ = sizes
+    # The anchors' own rows come from where they are: ids there, rows back.
+    traffic = batch * (ID + NUMBER * dim) + softmax_traffic(sizes.anchors, dim)
+    # In backward the losses' gradients go to all rows, and those of the anchors' own rows home.
+    traffic += sizes.anchors * NUMBER + batch * NUMBER * dim
+    products = 4 * sizes.anchors * images * dim
+    return sizes.cost(images - 1, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)

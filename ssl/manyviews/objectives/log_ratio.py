@@ -9,9 +9,10 @@ from torch import Tensor
 
 from manyviews.engine import squared_distance_rows, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels, mean_squared_distance
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, Use, float32_island
 
 Squared = Literal["both", "embeddings", "neither"]
 
@@ -23,6 +24,7 @@ class LogRatio(ObjectiveSettings):
     distances to any two others are to be in the ratio of its label distances.
     """
 
+    uses_values: ClassVar[Use | None] = "always"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["log_ratio"] = "log_ratio"
@@ -36,6 +38,10 @@ class LogRatio(ObjectiveSettings):
     def distance(self) -> Literal["cosine", "euclidean"]:
         """That whose ratios are trained."""
         return "euclidean"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image.

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
 from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
 from manyviews.system import distributed
@@ -33,6 +34,10 @@ class Margin(ObjectiveSettings):
     """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
     sampling: Sampling = DistanceWeighted()
     """Which pairs."""
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with its boundaries; `seed` is of the pairs that are drawn."""

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.learned_rows import LearnedRows
+from manyviews.objectives.cost import Cost, Sizes
+from manyviews.objectives.learned_rows import LearnedRows, class_softmax_cost
 from manyviews.objectives.objective import (
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -46,6 +48,7 @@ class MarginSoftmax(ObjectiveSettings):
     weights are spread over the processes.
     """
 
+    negatives_from: ClassVar[NegativesFrom] = "rows"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin_softmax"] = "margin_softmax"
@@ -82,6 +85,10 @@ class MarginSoftmax(ObjectiveSettings):
                 "their own length takes its place: leave scale out, or set normalized=true"
             )
         return self
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """The margin is a matter of the anchors' own weights, so it costs what the softmax without it does."""
+        return class_softmax_cost(sizes)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit weights drawn from `seed`: the same on any number of processes.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import NUMBER, Cost, Sizes, gathered_traffic, softmax_traffic
 from manyviews.objectives.gathered import Gathered, gather_views, share_of_mean
 from manyviews.objectives.objective import (
     Loss,
@@ -31,6 +32,7 @@ class NPair(ObjectiveSettings):
     the paper's batches, with one pair for each class.
     """
 
+    pairs_off: ClassVar[bool] = True
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["n_pair"] = "n_pair"
@@ -45,6 +47,18 @@ class NPair(ObjectiveSettings):
     def bounds_information(self) -> bool:
         """N-pair-mc is InfoNCE of the products."""
         return self.form == "multi_class"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """The first of each pair against the second of all: pairs of views, or of one view of two images of a class."""
+        _, views, batch, dim, _ = sizes
+        pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
+        ways = 2 if self.symmetric else 1
+        traffic, products = gathered_traffic(sizes), ways * 3 * pairs**2 * dim
+        if self.form == "multi_class":
+            # The softmax by itself; in backward its sums' gradients go to all keys, whose own gradient stays.
+            traffic += ways * pairs * NUMBER + ways * softmax_traffic(pairs, dim)
+            products = ways * 4 * pairs**2 * dim
+        return sizes.cost(pairs - of_an_id, traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, which keeps nothing."""

@@ -1,7 +1,7 @@
 """Nearest-neighbour contrast: an image's positive is what lies nearest to it among the images of the last steps."""
 
 import itertools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize, top_k
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.in_batch import other_images
 from manyviews.objectives.objective import (
@@ -31,6 +32,8 @@ class NearestNeighbours(ObjectiveSettings):
     It wants an encoder with a predictor, `encoder.predictor.layers=2`, and works less well without.
     """
 
+    images_only: ClassVar[str | None] = "whose positives are what lies nearest, whatever its label"
+
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
@@ -47,6 +50,20 @@ class NearestNeighbours(ObjectiveSettings):
     def fewest_views(self) -> int:
         """A positive is another view."""
         return 2
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every image's neighbour in the support set, which is spread over the processes, against the batch."""
+        _, views, batch, dim, processes = sizes
+        queries, pairs = sizes.anchors, views * (views - 1)
+        # All rows are asked for the nearest; every process names its own, and the nearest of all comes home with its
+        # id.
+        traffic = queries * (2 * NUMBER * dim + processes * NUMBER + ID)
+        # Neighbours go to the predictions of all, for each pair of views, and in backward the losses' gradients.
+        traffic += pairs * batch * (ID + NUMBER * dim + 3 * NUMBER)
+        # Ids tell how many negatives there are; projections and ids go into the support set.
+        traffic += batch * (ID + ID + NUMBER * dim)
+        products = queries * self.size * dim + pairs * 3 * batch**2 * dim
+        return sizes.cost(batch - 1, traffic=traffic, products=products, rows=self.size, row_bytes=NUMBER * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective with an empty support set."""

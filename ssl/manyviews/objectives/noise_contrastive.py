@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from manyviews.engine import normalize, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.gathered import share_of_mean
 from manyviews.objectives.learned_rows import LearnedRows
 from manyviews.objectives.objective import (
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -43,6 +45,8 @@ class NoiseContrastive(ObjectiveSettings):
     follow the embeddings, and are spread over the processes.
     """
 
+    negatives_from: ClassVar[NegativesFrom] = "rows"
+
     name: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: Temperature = 0.1
     """Divides the products of embeddings and rows; with normalized=false, 1 is the papers'."""
@@ -63,7 +67,7 @@ class NoiseContrastive(ObjectiveSettings):
     """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
 
     @property
-    def count(self) -> int:
+    def noise(self) -> int:
         """How many rows are drawn as noise."""
         return self.negatives or (1024 if self.correction else 5)
 
@@ -76,6 +80,24 @@ class NoiseContrastive(ObjectiveSettings):
     def bounds_information(self) -> bool:
         """By InfoNCE over the own row and the noise."""
         return True
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against the noise; its rows are taken to be all different and evenly spread.
+
+        One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
+        """
+        images, _, batch, dim, processes = sizes
+        # Ids go to the anchors' own rows, and these back; then the noise rows come. In backward come the gradients.
+        traffic = batch * (ID + 2 * NUMBER * dim)
+        if self.one_draw:
+            drawn = min(self.noise, images)
+            traffic += 2 * processes * -(-drawn // processes) * NUMBER * dim
+        else:
+            # The products are with the noise of all anchors of a process.
+            drawn = min(self.noise * -(-sizes.anchors // processes), images)
+            traffic += processes * drawn * (ID + 2 * NUMBER * dim)
+        products = 3 * sizes.anchors * drawn * dim
+        return sizes.cost(self.noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
@@ -152,7 +174,7 @@ class NoiseContrastiveObjective(LearnedRows):
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
         # So little noise of so unlike ids bounds nothing.
-        if self._divergence < math.log1p(settings.count):
+        if self._divergence < math.log1p(settings.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
 
@@ -163,7 +185,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
         Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
         """
-        count, key = self.settings.count, {"seed": self.seed, "step": step}
+        count, key = self.settings.noise, {"seed": self.seed, "step": step}
         if self.settings.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
             times = number.to(like)
@@ -200,7 +222,7 @@ class NoiseContrastiveObjective(LearnedRows):
         settings = self.settings
         if not settings.correction:
             return like.new_zeros(len(ids))
-        expected = math.log(settings.count) - math.log(float(self._cumulative[-1]))
+        expected = math.log(settings.noise) - math.log(float(self._cumulative[-1]))
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 

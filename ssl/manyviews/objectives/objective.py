@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyviews.config import Settings
+from manyviews.objectives.cost import Cost, Sizes
 from manyviews.objectives.gathered import share_of_mean
 from manyviews.system import distributed
 
 P = ParamSpec("P")
 R = TypeVar("R")
+NegativesFrom = Literal["batch", "queue", "rows"]
+Use = Literal["always", "if given"]
 
 
 class Loss(NamedTuple):
@@ -150,8 +153,17 @@ class Objective(nn.Module, ABC):
 
 
 class ObjectiveSettings(Settings):
-    """What the settings of all objectives have in common."""
+    """What the settings of all objectives have in common, which is all that the rest of the package knows of one."""
 
+    negatives_from: ClassVar[NegativesFrom] = "batch"
+    """Where an anchor's negatives come from, and what it shares an id with: the embeddings of the batch, a queue of the
+    last batches, or rows of which each stands for an id."""
+    pairs_off: ClassVar[bool] = False
+    """Whether embeddings of an id are paired off, with only the second ones of other pairs as negatives."""
+    images_only: ClassVar[str | None] = None
+    """Why `ids=labels` does not go with it, as a clause about it; none: its ids may be classes."""
+    uses_values: ClassVar[Use | None] = None
+    """Whether it takes the recipe's `values`, the continuous labels of images."""
     compares_embeddings: ClassVar[bool] = False
     """Whether embeddings are trained to be compared with each other, so that they, and not the backbone's features, are
     what images are retrieved, clustered and verified by."""
@@ -164,6 +176,25 @@ class ObjectiveSettings(Settings):
     @abstractmethod
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective for embeddings of `dim` dimensions; what is random in it follows from `seed`."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost:
+        """What a step costs each process."""
+
+    @property
+    def noise(self) -> int:
+        """How many rows are drawn as noise in a step, for all anchors or for each; 0: it draws none."""
+        return 0
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all anchors have the same noise."""
+        return True
+
+    @property
+    def follows_images(self) -> bool:
+        """Whether its state has `rows`, one for each image, which follow the embeddings of the projector."""
+        return False
 
     @property
     def twin_momentum(self) -> float | None:

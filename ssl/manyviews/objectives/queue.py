@@ -1,6 +1,6 @@
 """A queue of negatives: the momentum twin's embeddings of the images of the last steps."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, Cost, Sizes, number_bytes, softmax_traffic
 from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.objective import (
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -34,6 +36,8 @@ class Queue(ObjectiveSettings):
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
     """
+
+    negatives_from: ClassVar[NegativesFrom] = "queue"
 
     name: Literal["queue"] = "queue"
     temperature: Temperature = 0.2
@@ -80,6 +84,16 @@ class Queue(ObjectiveSettings):
     def shuffles(self) -> bool:
         """Whether the twin's batch is shuffled between processes."""
         return self.shuffle
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against every key of the queue, which is spread over the processes."""
+        _, views, batch, dim, processes = sizes
+        anchors = (1 if self.splits_views else views) * batch
+        size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
+        # Of what a step enqueues, keys and ids go to all.
+        traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
+        products = 2 * anchors * size * dim
+        return sizes.cost(size, traffic=traffic, products=products, rows=size, row_bytes=number * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""

@@ -9,9 +9,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import normalize, sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, Temperature, float32_island
+from manyviews.objectives.objective import (
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    Use,
+    float32_island,
+)
 from manyviews.objectives.query_losses import (
     binary_hinge,
     cross_entropy,
@@ -40,6 +49,7 @@ class Ranking(ObjectiveSettings):
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
 
+    uses_values: ClassVar[Use | None] = "if given"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["ranking"] = "ranking"
@@ -51,6 +61,10 @@ class Ranking(ObjectiveSettings):
     is a score of 1, and so a cosine of this number."""
     label_temperature: float = Field(0.1, gt=0, le=1e4)
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image where the population has values."""

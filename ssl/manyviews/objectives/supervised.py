@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
+from manyviews.objectives.in_batch import symmetric_traffic
 from manyviews.objectives.objective import (
     Loss,
     Objective,
@@ -35,6 +37,12 @@ class Supervised(ObjectiveSettings):
     def bounds_information(self) -> bool:
         """For two images of an id, in batches that are drawn at random."""
         return True
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """As of the loss in the batch; with the sums of classes, one row for each id of a process, that travel too."""
+        _, views, batch, dim, _ = sizes
+        traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
+        return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state, so the arguments change nothing."""

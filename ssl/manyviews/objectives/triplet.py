@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
 from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
 from manyviews.system import distributed
@@ -51,6 +52,10 @@ class Triplet(ObjectiveSettings):
     def distance(self) -> Literal["cosine", "euclidean"]:
         """On the unit sphere the cosine, which orders as the Euclidean distance does."""
         return "cosine" if self.normalized else "euclidean"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the triplets that are drawn."""
