@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from manyviews.objectives import Bank, Population, noise
-from manyviews.objectives.bank import BankObjective, ParametricObjective
+from manyviews.objectives.bank import BankObjective
+from manyviews.objectives.learned_rows import RowSoftmax
 from manyviews.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
 DIM, IMAGES = 5, 12
@@ -333,7 +334,7 @@ def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights
         .build(dim=DIM, population=Population.each(IMAGES), seed=0)
         .double()
     )
-    assert isinstance(objective, ParametricObjective)
+    assert isinstance(objective, RowSoftmax)
     with torch.no_grad():
         objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
     z, ids = batch(views=views), torch.tensor([3, 11, 3, 0])
@@ -454,9 +455,9 @@ def test_autocast_changes_nothing(estimator: str) -> None:
 
 @pytest.mark.parametrize("ids", [[0, 12], [-1, 3]])
 def test_an_id_outside_the_bank_is_refused(ids: list[int]) -> None:
-    with pytest.raises(ValueError, match="ids 0 to 11; the batch holds ids from"):
+    with pytest.raises(ValueError, match="12 ids, 0 to 11; the batch holds ids from"):
         build()(batch(2), torch.tensor(ids), None, 0)
-    with pytest.raises(ValueError, match="number of training images"):
+    with pytest.raises(ValueError, match="ids of all training images"):
         build().update(batch(2), torch.tensor(ids), None)
 
 

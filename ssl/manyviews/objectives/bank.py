@@ -4,13 +4,13 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, softmax_traffic
-from manyviews.objectives.learned_rows import LearnedRows, class_softmax_cost
+from manyviews.objectives.learned_rows import RowSoftmax, row_softmax_cost
 from manyviews.objectives.noise import (
     DENSE,
     Noise,
@@ -20,6 +20,8 @@ from manyviews.objectives.noise import (
     normaliser_from_noise,
 )
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     NegativesFrom,
     Objective,
@@ -30,8 +32,9 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
     information,
+    softmax_cross_entropy,
 )
-from manyviews.objectives.sharded_rows import Storage, fetch, owned, unit_rows
+from manyviews.objectives.sharded_rows import Storage, check_ids, fetch, owned, unit_rows
 from manyviews.system import distributed
 
 NORMALISER_DECAY = 0.9
@@ -101,7 +104,7 @@ class Bank(ObjectiveSettings):
     def cost(self, sizes: Sizes) -> Cost:
         """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
         if self.estimator == "parametric":
-            return class_softmax_cost(sizes)
+            return row_softmax_cost(sizes)
         images, _, batch, dim, _ = sizes
         anchors, number = sizes.anchors, number_bytes(self.storage)
         # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
@@ -139,7 +142,7 @@ class Bank(ObjectiveSettings):
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
         if self.estimator == "parametric":
-            return ParametricObjective(self, dim=dim, population=population, seed=seed)
+            return RowSoftmax(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
@@ -171,19 +174,13 @@ class BankObjective(Objective):
         return {"rows": self.num_images, "written": self.num_images}
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors, the mean over views, against the rows as the last step left them.
 
         Raises:
             ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
         """
-        _check(ids, self.num_images)
+        check_ids(ids, self.num_images)
         settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
         anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
         own_rows = fetch(self.rows, self.own.start, ids, lengths).to(anchors.dtype).repeat(views, 1)
@@ -191,7 +188,7 @@ class BankObjective(Objective):
         terms = {"positive_similarity": positives.detach().mean(), "staleness": self.staleness()}
         if settings.estimator == "exact":
             row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
-            losses = instance_softmax(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
+            losses = softmax_cross_entropy(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
             negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
         else:
             noise = Noise(
@@ -219,18 +216,13 @@ class BankObjective(Objective):
         return Loss(average(losses), terms)
 
     @torch.no_grad()
-    def update(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-    ) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
         """Moves the rows of the images seen, by all processes, towards this step's embeddings; keeps the step's Z.
 
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
         comes more than once, in views, in the batch or on several processes, is averaged first.
         """
-        _check(ids, self.num_images)
+        check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
         means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
         places = distributed.gather_without_gradient(ids, lengths) - self.own.start
@@ -297,63 +289,3 @@ class BankObjective(Objective):
         if self.settings.normaliser != "ema":
             return fresh
         return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
-
-
-class ParametricObjective(LearnedRows):
-    """The parametric softmax that the paper compares with: one learned weight per image, spread over the processes.
-
-    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights begin as
-    the bank's rows do and are free in length.
-    """
-
-    def __init__(self, settings: Bank, *, dim: int, population: Population, seed: int) -> None:
-        super().__init__(population, dim=dim, seed=seed)
-        self.settings = settings
-
-    @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The cross-entropy of this process's anchors, each image its own class, the mean over views.
-
-        Raises:
-            ValueError: if an id is not one of the images (checked on CPU).
-        """
-        self.check(ids)
-        views, lengths = len(embeddings), distributed.counts(len(ids))
-        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
-        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
-        products = (anchors * own_weights).sum(1)
-        losses = instance_softmax(anchors, products, anchor_ids, self.weight, self.own_ids(), self.settings.temperature)
-        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
-        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
-        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
-        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))
-
-
-def instance_softmax(
-    anchors: Float[Tensor, "anchors dim"],
-    positives: Float[Tensor, " anchors"],
-    ids: Int[Tensor, " anchors"],
-    rows: Float[Tensor, "rows dim"],
-    row_ids: Int[Tensor, " rows"],
-    temperature: float,
-) -> Float[Tensor, " anchors"]:
-    """Cross-entropy of the softmax over the rows of all processes, the anchor's own row as its class.
-
-    That is equation 2 of Wu et al. 2018. `positives` are the products of the anchors with their own rows.
-    """
-    others = log_sum_exp(anchors, rows, temperature, query_ids=ids, key_ids=row_ids)
-    return cross_entropy(others, positives / temperature)
-
-
-def _check(ids: Tensor, num_images: int) -> None:
-    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_images:
-        raise ValueError(
-            f"the bank has one row per image, ids 0 to {num_images - 1}; the batch holds ids from "
-            f"{int(ids.min())} to {int(ids.max())}; build the bank with the number of training images"
-        )

@@ -1,10 +1,10 @@
 """The N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids, lengths and all."""
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
@@ -13,10 +13,13 @@ from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import NUMBER, Cost, Sizes, gathered_traffic, softmax_traffic
 from manyviews.objectives.gathered import Gathered, gather_views, share_of_mean
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
     Population,
+    Stateless,
     cross_entropy,
     float32_island,
     information,
@@ -62,28 +65,8 @@ class NPair(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, which keeps nothing."""
-        return NPairObjective(self)
-
-
-class NPairObjective(Objective):
-    """The settings at work."""
-
-    def __init__(self, settings: NPair) -> None:
-        super().__init__()
-        self.settings = settings
-
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The loss of the pairs whose anchors are this process's."""
-        settings = self.settings
-        return n_pair(
-            embeddings, ids, form=settings.form, symmetric=settings.symmetric, norm_penalty=settings.norm_penalty
-        )
+        options: Any = {"form": self.form, "symmetric": self.symmetric, "norm_penalty": self.norm_penalty}
+        return Stateless(lambda z, ids, _: n_pair(z, ids, **options))
 
 
 class Pairs(NamedTuple):
@@ -95,8 +78,8 @@ class Pairs(NamedTuple):
 
 @float32_island
 def n_pair(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     *,
     form: Form,
     symmetric: bool,

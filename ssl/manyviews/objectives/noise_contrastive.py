@@ -18,6 +18,8 @@ from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.gathered import share_of_mean
 from manyviews.objectives.learned_rows import LearnedRows
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     NegativesFrom,
     Objective,
@@ -28,7 +30,7 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
 )
-from manyviews.objectives.sharded_rows import fetch
+from manyviews.objectives.sharded_rows import check_ids, fetch
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
 
@@ -133,19 +135,13 @@ class NoiseContrastiveObjective(LearnedRows):
             self.log_normaliser = nn.Parameter(torch.tensor(math.log(self.classes)))
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors against their own rows and the step's noise, the mean over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
         """
-        self.check(ids)
+        check_ids(ids, self.classes)
         settings, views, batch = self.settings, len(embeddings), distributed.counts(len(ids))
         measure = normalize if settings.normalized else at_least_float32
         anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)

@@ -13,6 +13,8 @@ from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
@@ -82,13 +84,7 @@ class RankingObjective(Objective):
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's queries: the mean over those with items of different relevance.
 
         An item is every embedding of the batch, on all processes, but the query itself.
