@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from manyviews.config import Settings, as_list, vocabulary
-from manyviews.config.settings import members_of
 from manyviews.data import Data, Sample, shorthand
 from manyviews.data.continuous_labels import ValuesSource
 from manyviews.encoder.encoder import EncoderSettings
-from manyviews.objectives import InBatch, Objective
+from manyviews.objectives import OBJECTIVES, InBatch, Objective
 from manyviews.optim import OptimSettings
 from manyviews.system.names import did_you_mean
 from manyviews.views import ViewsSettings
@@ -146,7 +145,7 @@ class Recipe(Settings):
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
             )
         if self.values is not None and use is None:
-            able = (f"objective={other}" for other, settings in members_of(Objective).items() if settings.uses_values)
+            able = (f"objective={other}" for other, settings in OBJECTIVES.items() if settings.uses_values)
             raise ValueError(
                 f"values={self.values} is not for objective={name}, which compares no continuous labels; leave it "
                 f"out, or use {' or '.join(able)}"
