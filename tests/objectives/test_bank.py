@@ -419,40 +419,6 @@ def test_what_an_anchor_can_learn_is_bounded_by_the_logarithm_of_the_rows() -> N
     assert terms["information"].item() == pytest.approx(math.log(IMAGES) - loss)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"storage": "bfloat16"},
-        {"estimator": "nce"},
-        {"estimator": "nce", "shared": False, "negatives": 8},
-        {"estimator": "infonce"},
-        {"estimator": "infonce", "shared": False, "negatives": 8},
-        {"estimator": "parametric"},
-    ],
-)
-def test_low_temperature_and_zero_rows_stay_finite(settings: dict[str, object]) -> None:
-    bank = Bank.model_validate({"temperature": 0.01, **settings}).build(
-        dim=DIM, population=Population.each(IMAGES), seed=0
-    )
-    z = torch.zeros(2, 4, DIM, requires_grad=True)
-    for step in range(3):
-        loss = bank(z, torch.arange(4), None, step).total
-        assert loss.isfinite()
-        assert torch.autograd.grad(loss, z)[0].isfinite().all()
-        bank.update(z, torch.arange(4), None)
-
-
-@pytest.mark.parametrize("estimator", ["exact", "nce", "infonce"])
-def test_autocast_changes_nothing(estimator: str) -> None:
-    bank, z = build(estimator=estimator).float(), batch().detach().float()
-    plain = bank(z, torch.arange(4), None, 0).total
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = bank(z, torch.arange(4), None, 0).total
-    assert inside.dtype == torch.float32
-    assert torch.equal(plain, inside)
-
-
 @pytest.mark.parametrize("ids", [[0, 12], [-1, 3]])
 def test_an_id_outside_the_bank_is_refused(ids: list[int]) -> None:
     with pytest.raises(ValueError, match="12 ids, 0 to 11; the batch holds ids from"):

@@ -227,18 +227,6 @@ def test_coincident_zero_and_long_embeddings_have_finite_gradients(options: dict
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(normalized: bool, dtype: torch.dtype) -> None:
-    objective = build(normalized=normalized, negatives=20).float()
-    z, ids = batch().detach().to(dtype).requires_grad_(), torch.arange(6)
-    with torch.autocast("cpu", dtype=dtype):
-        found = objective(z, ids, None, 0).total
-    assert found.dtype == torch.float32
-    assert torch.autograd.grad(found, z)[0].isfinite().all()
-    torch.testing.assert_close(found, objective(z.float(), ids, None, 0).total, rtol=1e-6, atol=1e-6)
-
-
 def test_what_is_known_from_the_images_is_no_part_of_a_checkpoint() -> None:
     assert build().state_dict().keys() == {"weight", "log_normaliser"}
     assert build(normaliser=2.0).state_dict().keys() == {"weight"}
