@@ -10,20 +10,12 @@ from manyviews.config import Settings, as_list, vocabulary
 from manyviews.data import Data, Sample, shorthand
 from manyviews.data.continuous_labels import ValuesSource
 from manyviews.encoder.encoder import EncoderSettings
-from manyviews.objectives import Contrastive, InBatch, LogRatio, Margin, NPair, Objective, Ranking, Supervised, Triplet
+from manyviews.objectives import OBJECTIVES, InBatch, Objective
 from manyviews.optim import OptimSettings
 from manyviews.system.names import did_you_mean
 from manyviews.views import ViewsSettings
 
 QUICKSTART = "quickstart"
-POSITIVES_IN_BATCH = (Contrastive, Margin, NPair, Supervised, Triplet)
-"""Objectives whose positives are other images of the batch, or other views: one view of each image has none."""
-ONE_IMAGE = {
-    "bank": "which has one row per image",
-    "in_batch": "whose positives are views of one image only",
-    "nearest_neighbours": "whose positives are what lies nearest, whatever its label",
-}
-"""Objectives that know images and not classes, and why."""
 ACCUMULATION = (
     "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
     "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
@@ -135,7 +127,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _positives_of_the_same_label(self) -> "Recipe":
-        reason = ONE_IMAGE.get(self.objective.name)
+        reason = self.objective.images_only
         if self.ids == "labels" and reason is not None:
             raise ValueError(
                 f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
@@ -146,16 +138,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _values_and_what_compares_them(self) -> "Recipe":
-        name = self.objective.name
-        if isinstance(self.objective, LogRatio) and self.values is None:
+        name, use = self.objective.name, self.objective.uses_values
+        if use == "always" and self.values is None:
             raise ValueError(
                 f"objective={name} compares distances with those of continuous labels, and there are none; set "
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
             )
-        if self.values is not None and not isinstance(self.objective, LogRatio | Ranking):
+        if self.values is not None and use is None:
+            able = (f"objective={other}" for other, settings in OBJECTIVES.items() if settings.uses_values)
             raise ValueError(
                 f"values={self.values} is not for objective={name}, which compares no continuous labels; leave it "
-                "out, or use objective=log_ratio or objective=ranking"
+                f"out, or use {' or '.join(able)}"
             )
         if self.values is not None and self.ids == "labels":
             raise ValueError(
@@ -185,9 +178,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
         fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
-        ranks_images = isinstance(self.objective, Ranking) and self.values is None
-        if (ranks_images or isinstance(self.objective, POSITIVES_IN_BATCH)) and self.ids == "images":
-            fewest = 2
+        if self.objective.negatives_from == "batch" and self.ids == "images" and self.values is None:
+            # In the batch an image without a label is alone but for its own views.
+            fewest = max(fewest, 2)
         if given < fewest or (most is not None and given > most):
             bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
             raise ValueError(

@@ -102,33 +102,6 @@ def test_an_anchor_without_a_positive_is_not_pushed_but_pushes_others() -> None:
     )
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
-def test_coincident_opposite_and_zero_points_have_finite_gradients(
-    kind: Sampling, squared: bool, normalized: bool
-) -> None:
-    if kind.name == "distance_weighted" and not normalized:
-        return
-    point = torch.tensor([[1.0, 2.0, 3.0]])
-    for rows in (point.repeat(6, 1), torch.cat([point, point, -point]).repeat(2, 1), torch.zeros(6, 3)):
-        z = rows[None].clone().requires_grad_()
-        found = loss(z, torch.tensor([0, 0, 1, 1, 2, 2]), sampling=kind, squared=squared, normalized=normalized)
-        assert found.isfinite()
-        assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, kind: Sampling) -> None:
-    z = embeddings().detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        found = loss(z, REPEATED, sampling=kind)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loss(z.float(), REPEATED, sampling=kind), rtol=1e-6, atol=1e-6)
-    assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
 def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
     z = embeddings()
     settings = Contrastive(margin=1.4, sampling=Random())

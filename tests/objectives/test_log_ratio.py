@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyviews.engine import tiles
 from manyviews.objectives import Population
 from manyviews.objectives.labels import mean_squared_distance
 from manyviews.objectives.log_ratio import LogRatio, Squared
@@ -117,38 +116,11 @@ def test_a_batch_without_triplets_has_no_loss_and_no_gradient() -> None:
         assert not torch.autograd.grad(found, z)[0].any()
 
 
-@pytest.mark.parametrize("place", [0.0, 1000.0])
-def test_coincident_embeddings_have_finite_gradients(place: float) -> None:
-    ids = torch.arange(6)
-    for z in (torch.full((2, 6, 4), place), numbers(1, 6, 4).float().repeat(2, 1, 1) + place):
-        z[:, 1] = z[:, 0]
-        z.requires_grad_()
-        found = loss(z, ids, labels())
-        assert found.isfinite()
-        assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
 def test_a_large_common_part_costs_little_precision() -> None:
     z, ids = numbers(1, 8, 4), torch.arange(8)
     torch.testing.assert_close(
         loss((z + 1000).float(), ids, labels()).double(), loss(z, ids, labels()), rtol=1e-2, atol=0
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype) -> None:
-    z, ids = numbers(2, 6, 4).to(dtype), torch.arange(6)
-    with torch.autocast("cpu", dtype=dtype):
-        found = loss(z, ids, labels())
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loss(z.float(), ids, labels()), rtol=1e-6, atol=1e-6)
-
-
-def test_the_size_of_the_tiles_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    z, ids = numbers(2, 6, 4), torch.arange(6)
-    whole = loss(z, ids, labels())
-    monkeypatch.setattr(tiles, "NUMBERS", 25)
-    torch.testing.assert_close(loss(z, ids, labels()), whole, rtol=1e-12, atol=0)
 
 
 def test_without_values_there_is_a_way_out() -> None:

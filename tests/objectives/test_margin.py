@@ -88,27 +88,6 @@ def test_where_no_pair_is_active_all_is_zero_nu_or_not() -> None:
     assert not any(gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
-def test_coincident_opposite_and_zero_points_have_finite_gradients(kind: Sampling) -> None:
-    point, beta = torch.tensor([[1.0, 2.0, 3.0]]), torch.full((3,), 1.2)
-    for rows in (point.repeat(6, 1), torch.cat([point, point, -point]).repeat(2, 1), torch.zeros(6, 3)):
-        z = rows[None].clone().requires_grad_()
-        found = loss(z, torch.tensor([0, 0, 1, 1, 2, 2]), beta, sampling=kind)
-        assert found.isfinite()
-        assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, kind: Sampling) -> None:
-    z, beta = embeddings().detach().to(dtype).requires_grad_(), boundaries().detach().float()
-    with torch.autocast("cpu", dtype=dtype):
-        found = loss(z, REPEATED, beta, sampling=kind)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loss(z.float(), REPEATED, beta, sampling=kind), rtol=1e-6, atol=1e-6)
-    assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
 @pytest.mark.parametrize(("per", "length"), [("all", 1), ("class", 10)])
 def test_boundaries_are_parameters_for_all_anchors_or_for_each_id(per: Any, length: int) -> None:
     z = embeddings()

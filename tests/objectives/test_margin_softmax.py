@@ -248,18 +248,6 @@ def test_a_weight_of_zero_has_a_finite_gradient_also_where_the_embedding_is_zero
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("preset", ["arcface", "sphereface"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(preset: str, dtype: torch.dtype) -> None:
-    objective, z, ids = build(preset=preset).float(), batch().detach().to(dtype).requires_grad_(), torch.arange(7)
-    with torch.autocast("cpu", dtype=dtype):
-        found = objective(z, ids, None, 10).total
-    (gradient,) = torch.autograd.grad(found, z)
-    assert found.dtype == torch.float32
-    assert gradient.isfinite().all()
-    torch.testing.assert_close(found, objective(z.float(), ids, None, 10).total, rtol=1e-6, atol=1e-6)
-
-
 def test_each_image_may_be_its_own_class() -> None:
     objective = build(classes=3_000, dim=16)
     z, ids = batch(2, 50, 16), torch.arange(50) * 60

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyviews.engine import tiles
 from manyviews.objectives import Population
 from manyviews.objectives.n_pair import Form, NPair, n_pair, pairs_of
 
@@ -168,32 +167,6 @@ def test_equal_embeddings_cost_the_logarithm_of_the_pairs() -> None:
     z = torch.ones(2, 16, 4, dtype=torch.float64)
     assert loss(z, torch.arange(16)).item() == pytest.approx(math.log(16))
     assert loss(z, torch.arange(16), "one_vs_one").item() == pytest.approx(15 * math.log(2))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_long_embeddings_and_zero_rows_stay_finite(form: Form) -> None:
-    for scale in (0.0, 300.0):
-        z = (embeddings().detach().float() * scale).requires_grad_()
-        found = loss(z, torch.arange(7), form)
-        assert found.isfinite()
-        assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, form: Form) -> None:
-    z, ids = embeddings().detach().to(dtype), torch.arange(7) % 3
-    with torch.autocast("cpu", dtype=dtype):
-        found = loss(z, ids, form, penalty=0.1)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loss(z.float(), ids, form, penalty=0.1), rtol=1e-6, atol=1e-6)
-
-
-def test_the_size_of_the_tiles_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    z, ids = embeddings(), torch.arange(7)
-    whole = loss(z, ids, "one_vs_one")
-    monkeypatch.setattr(tiles, "NUMBERS", 15)
-    torch.testing.assert_close(loss(z, ids, "one_vs_one"), whole, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -129,42 +129,6 @@ def test_the_support_set_survives_in_the_state_and_is_what_is_spread_over_proces
     assert not list(first.parameters())
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_identical_views_at_a_low_temperature_stay_finite(temperature: float) -> None:
-    objective, ids = build(temperature=temperature).float(), torch.arange(7)
-    z = random(1, 7, 5).float().repeat(2, 1, 1).requires_grad_()
-    for step in range(2):
-        loss = objective(z, ids, None, step).total
-        assert loss.isfinite()
-        assert torch.autograd.grad(loss, z)[0].isfinite().all()
-        objective.update(z.detach(), ids, None)
-
-
-def test_zero_rows_and_a_batch_without_negatives_stay_finite() -> None:
-    z = torch.zeros(2, 3, 5, requires_grad=True)
-    for ids in (torch.tensor([0, 1, 2]), torch.tensor([5, 5, 5])):
-        objective = build().float()
-        for step in range(2):
-            loss = objective(z, ids, None, step).total
-            assert loss.isfinite()
-            assert torch.autograd.grad(loss, z)[0].isfinite().all()
-            objective.update(z.detach(), ids, None)
-    assert loss == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype) -> None:
-    z, ids = random(2, 7, 5).to(dtype), torch.arange(7)
-    losses = []
-    for enabled in (True, False):
-        objective = build().float()
-        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-            objective.update(z if enabled else z.float(), ids, None)
-            losses.append(objective(z if enabled else z.float(), ids, None, 1).total)
-    assert losses[0].dtype == torch.float32
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
-
-
 def test_one_view_is_refused() -> None:
     with pytest.raises(ValueError, match=r"there is 1; set views\.num_views=2"):
         build()(random(1, 7, 5), torch.arange(7), None, 0)

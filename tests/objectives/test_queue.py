@@ -237,37 +237,6 @@ def test_buffers_are_changed_in_place_and_saved_whole() -> None:
     assert all(torch.equal(value, restored.state_dict()[name]) for name, value in queue.state_dict().items())
 
 
-def test_the_seed_alone_decides_the_first_rows() -> None:
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = build(seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(first.queue.rows, build(seed=5).queue.rows)
-    assert not torch.equal(first.queue.rows, build(seed=6).queue.rows)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_low_temperature_and_zero_rows_stay_finite(symmetric: bool) -> None:
-    queue = build(symmetric=symmetric, temperature=0.01).float()
-    online, twin = torch.zeros(2, 4, DIM, requires_grad=True), torch.zeros(2, 4, DIM)
-    for _ in range(3):
-        loss = call(queue, online, torch.arange(4), twin, 0).total
-        assert loss.isfinite()
-        assert torch.autograd.grad(loss, online)[0].isfinite().all()
-        update(queue, online, torch.arange(4), twin)
-
-
-def test_autocast_changes_nothing() -> None:
-    queue = build().float()
-    online, twin = (views.detach().float() for views in batch(4))
-    plain = call(queue, online, torch.arange(4), twin, 0).total
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = call(queue, online, torch.arange(4), twin, 0).total
-    assert inside.dtype == torch.float32
-    assert torch.equal(plain, inside)
-
-
 def test_missing_targets_and_another_number_of_views_are_refused() -> None:
     online, twin = batch(4)
     with pytest.raises(ValueError, match="momentum twin"):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyviews.engine import tiles
 from manyviews.objectives import Population, query_losses
 from manyviews.objectives.in_batch import nt_xent
 from manyviews.objectives.query_losses import binary_hinge, hinge, list_mle, list_net, rank_net
@@ -193,37 +192,6 @@ def test_terms_say_what_the_queries_meet() -> None:
     terms = build("list_net")(z, ids, None, 0).terms
     torch.testing.assert_close(terms["positive_similarity"], (rows @ rows.T * same).sum() / same.sum())
     assert terms["negatives"].item() == pytest.approx((3 * 4 + 2 * 5) / 5)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_coincident_and_zero_embeddings_have_finite_gradients(name: RankingLoss, kind: str) -> None:
-    module = build(name, labels() if kind == "graded" else None, temperature=0.01).float()
-    for z in (torch.ones(2, 6, 5), torch.zeros(2, 6, 5)):
-        z.requires_grad_()
-        found = module(z, torch.arange(6), None, 0).total
-        assert found.isfinite()
-        assert torch.autograd.grad(found, z)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_narrow_embeddings_are_computed_in_float32(dtype: torch.dtype, name: RankingLoss) -> None:
-    z, ids, module = numbers(2, 7, 5).to(dtype), torch.arange(7) % 3, build(name, labels()).float()
-    with torch.autocast("cpu", dtype=dtype):
-        found = module(z, ids, None, 0).total
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, module(z.float(), ids, None, 0).total, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_size_of_the_tiles_does_not_matter(name: RankingLoss, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    z, ids = numbers(2, 7, 5), torch.arange(7) % 4
-    module = build(name, labels() if kind == "graded" else None)
-    whole = module(z, ids, None, 0).total
-    monkeypatch.setattr(tiles, "NUMBERS", 40)
-    torch.testing.assert_close(module(z, ids, None, 0).total, whole, rtol=1e-12, atol=0)
 
 
 def test_a_checkpoint_holds_the_digest_of_the_labels_and_the_threshold() -> None:

@@ -26,7 +26,6 @@ from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
 from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer, layers_of
 from manyviews.linear_metrics import LinearMetric
-from manyviews.objectives import Bank
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import CHECKPOINTS
@@ -240,7 +239,7 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
     opened, recipe, settings, console = job.opened, job.recipe, job.settings, job.console
     assert opened.folder is not None
     own = settings.data is None or settings.data == recipe.data
-    if not own or not isinstance(recipe.objective, Bank) or recipe.objective.estimator == "parametric":
+    if not own or not recipe.objective.follows_images:
         return ()
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(job.split.train, recipe.unseen)

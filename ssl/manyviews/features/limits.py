@@ -2,8 +2,7 @@
 
 from manyviews.encoder.backbone import weight_count
 from manyviews.encoder.encoder import EncoderSettings
-from manyviews.objectives import Bank, NearestNeighbours, NoiseContrastive, Queue
-from manyviews.objectives.cost import ID, NUMBER, scale
+from manyviews.objectives.cost import ID, NUMBER, Sizes
 from manyviews.recipe import Recipe, TrainSettings
 from manyviews.system import memory
 from manyviews.system.files import shown
@@ -81,19 +80,15 @@ def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> No
     Raises:
         ValueError: with what they take and how much there is.
     """
-    settings, views, batch = recipe.objective, recipe.views.num_views, recipe.train.batch_size
-    cost = scale(settings, images=ids, views=views, batch=batch, dim=dim, processes=processes)
-    length = "objective.size, " if isinstance(settings, Queue | NearestNeighbours) else ""
+    settings, batch = recipe.objective, recipe.train.batch_size
+    cost = settings.cost(Sizes(ids, recipe.views.num_views, batch, dim, processes))
+    length = "objective.size, " if "size" in type(settings).model_fields else ""
     _check(
         cost.memory,
         f"the {cost.rows:,} rows of {dim:,} numbers that objective={settings.name} keeps on each process",
         f"lower {length}encoder.projector.dim, or start more processes",
     )
-    noise, together = 0, True
-    if isinstance(settings, Bank) and settings.estimator in ("nce", "infonce"):
-        noise, together = settings.negatives, settings.shared
-    if isinstance(settings, NoiseContrastive):
-        noise, together = settings.count, settings.one_draw
+    noise, together = settings.noise, settings.one_draw
     _check(
         noise * (NUMBER * dim + ID * (1 if together else batch)),
         f"objective.negatives={noise:,} rows of {dim:,} numbers{'' if together else ' for each image'}",

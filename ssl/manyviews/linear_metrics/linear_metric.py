@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -77,15 +77,6 @@ class LinearMetric:
         if weights.ndim != 2 or centre.shape != weights.shape[1:] or not weights.is_floating_point():
             raise ValueError(f"{file} is damaged: {list(weights.shape)} weights around {list(centre.shape)}")
         return LinearMetric(weights, centre, *described)
-
-
-class MetricSettings(Protocol):
-    """What can be fitted."""
-
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
-    ) -> LinearMetric:
-        """The metric that is best for labelled features; those labelled −1 are left out."""
 
 
 class Labelled(NamedTuple):

@@ -1,26 +1,25 @@
 """LMNN (Weinberger and Saul 2009): each image's neighbours of its class nearer, by a margin, than any other class."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyviews.config import Settings
 from manyviews.engine import squared_distance_rows, top_k
 from manyviews.engine.rows import slices
 from manyviews.linear_metrics.linear_metric import Labelled, LinearMetric, Report, labelled
 from manyviews.linear_metrics.mahalanobis import inverse_root, shrunk_covariance
-from manyviews.linear_metrics.quasi_newton import Point, QuasiNewton
 
 PAIRS = 1 << 13
 """Pairs whose differences are held at once: a few MiB, which the cache holds."""
 TILE = 512
 """Images whose distances to all others are held at once."""
 STEPS = 10
-"""Steps after which the impostors are searched again."""
+"""Steps after which the impostors are searched again, and gradients that L-BFGS remembers."""
 PULLED = 3.0
 """Mean squared distance of target neighbours at the start, in margins: about where a change of scale gains nothing."""
 RESERVE = 0.1
@@ -234,35 +233,44 @@ def descend(
     that is a lower bound of the loss. Where an image that nobody looked at has come too near, so that the loss has
     risen, the steps are taken back and repeated with that image among the impostors. So the loss never rises.
     """
-    memory, values, steps, active = QuasiNewton(), list[float](), 0, 0
+    values, steps, active = list[float](), 0, 0
     start, impostors = weights, find_impostors(weights, features, labels, targets, RESERVE)
+    place, optimiser = _optimiser(start)
     while True:
 
-        def at(place: Tensor, among: Impostors = impostors) -> Point:
-            found = lmnn_loss(place, features, targets, among, push)
-            return Point(place, float(found.loss), found.gradient)
+        def closure(among: Impostors = impostors, at: nn.Parameter = place) -> float:
+            found = lmnn_loss(at.detach(), features, targets, among, push)
+            at.grad = found.gradient
+            return float(found.loss)
 
-        here, before = at(start), steps
-        values = values or [here.value]
-        for _ in range(min(STEPS, iterations - steps)):
-            lower = memory.step(at, here)
-            if lower is None:
-                break
-            here, steps = lower, steps + 1
-            if report is not None:
-                report("LMNN", steps, iterations)
-        found = find_impostors(here.place, features, labels, targets, RESERVE)
-        exact = lmnn_loss(here.place, features, targets, found, push)
+        values = values or [closure()]
+        before, optimiser.param_groups[0]["max_iter"] = steps, min(STEPS, iterations - steps)
+        taken = optimiser.state[place].get("n_iter", 0)
+        optimiser.step(closure)
+        steps += optimiser.state[place]["n_iter"] - taken
+        if report is not None:
+            report("LMNN", steps, iterations)
+        reached = place.detach().clone()
+        found = find_impostors(reached, features, labels, targets, RESERVE)
+        exact = lmnn_loss(reached, features, targets, found, push)
         if steps > before and float(exact.loss) > values[-1]:
-            impostors, memory = _together(impostors, found, len(features)), QuasiNewton()
+            impostors = _together(impostors, found, len(features))
+            place, optimiser = _optimiser(start)
         else:
-            start, impostors = here.place, found
+            start, impostors = reached, found
             values.append(min(float(exact.loss), values[-1]))
             active = int(exact.active)
             if values[-2] - values[-1] <= tolerance * values[-2]:
                 return Descent(start, values, steps, active)
         if steps in (before, iterations):
             return Descent(start, values, steps, active)
+
+
+def _optimiser(start: Tensor) -> tuple[nn.Parameter, torch.optim.LBFGS]:
+    """L-BFGS with a line search, without a bound of its own on how little is still gained."""
+    place = nn.Parameter(start.clone())
+    search: Any = {"history_size": STEPS, "line_search_fn": "strong_wolfe"}
+    return place, torch.optim.LBFGS([place], tolerance_grad=0, tolerance_change=0, **search)
 
 
 def _together(some: Impostors, more: Impostors, images: int) -> Impostors:

@@ -1,6 +1,6 @@
 """The objectives, chosen by name: each contrasts views of one image with other images, and differs in which."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from manyviews.objectives.margin_softmax import MarginSoftmax
 from manyviews.objectives.n_pair import NPair
 from manyviews.objectives.nnclr import NearestNeighbours
 from manyviews.objectives.noise_contrastive import NoiseContrastive
-from manyviews.objectives.objective import Loss, Population
+from manyviews.objectives.objective import Loss, ObjectiveSettings, Population
 from manyviews.objectives.objective import Objective as ObjectiveModule
 from manyviews.objectives.queue import Queue
 from manyviews.objectives.ranking import Ranking
@@ -37,7 +37,13 @@ Objective = Annotated[
     Field(discriminator="name"),
 ]
 
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
+    settings.model_fields["name"].default: settings for settings in get_args(get_args(Objective)[0])
+}
+"""The settings of every objective by its name, which is all that the union holds."""
+
 __all__ = [
+    "OBJECTIVES",
     "Bank",
     "Contrastive",
     "InBatch",

@@ -1,18 +1,29 @@
 """A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.objectives.learned_rows import LearnedRows
-from manyviews.objectives.noise import Noise, log_mean_exp, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, softmax_traffic
+from manyviews.objectives.learned_rows import RowSoftmax, row_softmax_cost
+from manyviews.objectives.noise import (
+    DENSE,
+    Noise,
+    log_mean_exp,
+    log_sum_over_noise,
+    noise_contrast,
+    normaliser_from_noise,
+)
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -21,8 +32,9 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
     information,
+    softmax_cross_entropy,
 )
-from manyviews.objectives.sharded_rows import Storage, fetch, owned, unit_rows
+from manyviews.objectives.sharded_rows import Storage, check_ids, fetch, owned, unit_rows
 from manyviews.system import distributed
 
 NORMALISER_DECAY = 0.9
@@ -36,6 +48,9 @@ class Bank(ObjectiveSettings):
     rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
     its share of the rows; they do not grow with gradient accumulation.
     """
+
+    negatives_from: ClassVar[NegativesFrom] = "rows"
+    images_only: ClassVar[str | None] = "which has one row per image"
 
     name: Literal["bank"] = "bank"
     temperature: Temperature = 0.07
@@ -71,10 +86,63 @@ class Bank(ObjectiveSettings):
         """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
         return True
 
+    @property
+    def noise(self) -> int:
+        """How many rows are drawn as noise in a step."""
+        return self.negatives if self.estimator in ("nce", "infonce") else 0
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all images have the same noise."""
+        return self.shared
+
+    @property
+    def follows_images(self) -> bool:
+        """Learned weights go their own way."""
+        return self.estimator != "parametric"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
+        if self.estimator == "parametric":
+            return row_softmax_cost(sizes)
+        images, _, batch, dim, _ = sizes
+        anchors, number = sizes.anchors, number_bytes(self.storage)
+        # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
+        traffic = batch * (ID + number * dim) + batch * (ID + NUMBER * dim)
+        if self.estimator == "exact":
+            traffic, products = traffic + softmax_traffic(anchors, dim), 2 * anchors * images * dim
+        else:
+            traffic, products = traffic + self._noise_traffic(anchors, dim), self._noise_products(sizes)
+        negatives = self.noise or images - 1
+        return sizes.cost(negatives, traffic=traffic, products=products, rows=images, row_bytes=number * dim + STEP)
+
+    def _noise_traffic(self, anchors: int, dim: int) -> int:
+        """Anchors and their ids go to the noise rows; maxima and sums, and the weighted rows, come home."""
+        there, home = anchors * (ID + NUMBER * dim), anchors * NUMBER * dim
+        logarithm = there + anchors * 3 * NUMBER
+        if self.estimator == "infonce":
+            return logarithm + home
+        # The log-sum over the noise, without gradient, is what the information is bounded by.
+        loss = there + anchors * NUMBER + home + logarithm
+        averaged = anchors * NUMBER
+        if self.normaliser == "exact":
+            # Over all rows without exception, and without gradient: neither ids travel, nor rows.
+            return loss + averaged + softmax_traffic(anchors, dim) - anchors * ID - home
+        return loss + (averaged if self.normaliser == "ema" else 0)
+
+    def _noise_products(self, sizes: Sizes) -> int:
+        """Scores of the noise rows and their weighted mean; with NCE the scores twice, first for their log-sum."""
+        # With noise for each image, products with all rows may cost less time than gathering the few.
+        dense = not self.shared and -(-sizes.images // sizes.processes) <= DENSE * self.negatives
+        scores = sizes.anchors * (sizes.images if dense else self.negatives) * sizes.dim
+        if self.estimator == "nce" and self.normaliser == "exact":
+            return 3 * scores + sizes.anchors * sizes.images * sizes.dim
+        return scores * (3 if self.estimator == "nce" else 2)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
         if self.estimator == "parametric":
-            return ParametricObjective(self, dim=dim, population=population, seed=seed)
+            return RowSoftmax(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
@@ -106,19 +174,13 @@ class BankObjective(Objective):
         return {"rows": self.num_images, "written": self.num_images}
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors, the mean over views, against the rows as the last step left them.
 
         Raises:
             ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
         """
-        _check(ids, self.num_images)
+        check_ids(ids, self.num_images)
         settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
         anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
         own_rows = fetch(self.rows, self.own.start, ids, lengths).to(anchors.dtype).repeat(views, 1)
@@ -126,7 +188,7 @@ class BankObjective(Objective):
         terms = {"positive_similarity": positives.detach().mean(), "staleness": self.staleness()}
         if settings.estimator == "exact":
             row_ids = torch.arange(self.own.start, self.own.stop, device=ids.device)
-            losses = instance_softmax(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
+            losses = softmax_cross_entropy(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
             negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
         else:
             noise = Noise(
@@ -154,18 +216,13 @@ class BankObjective(Objective):
         return Loss(average(losses), terms)
 
     @torch.no_grad()
-    def update(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-    ) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
         """Moves the rows of the images seen, by all processes, towards this step's embeddings; keeps the step's Z.
 
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
         comes more than once, in views, in the batch or on several processes, is averaged first.
         """
-        _check(ids, self.num_images)
+        check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
         means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
         places = distributed.gather_without_gradient(ids, lengths) - self.own.start
@@ -232,63 +289,3 @@ class BankObjective(Objective):
         if self.settings.normaliser != "ema":
             return fresh
         return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
-
-
-class ParametricObjective(LearnedRows):
-    """The parametric softmax that the paper compares with: one learned weight per image, spread over the processes.
-
-    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights begin as
-    the bank's rows do and are free in length.
-    """
-
-    def __init__(self, settings: Bank, *, dim: int, population: Population, seed: int) -> None:
-        super().__init__(population, dim=dim, seed=seed)
-        self.settings = settings
-
-    @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The cross-entropy of this process's anchors, each image its own class, the mean over views.
-
-        Raises:
-            ValueError: if an id is not one of the images (checked on CPU).
-        """
-        self.check(ids)
-        views, lengths = len(embeddings), distributed.counts(len(ids))
-        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
-        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
-        products = (anchors * own_weights).sum(1)
-        losses = instance_softmax(anchors, products, anchor_ids, self.weight, self.own_ids(), self.settings.temperature)
-        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
-        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
-        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
-        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))
-
-
-def instance_softmax(
-    anchors: Float[Tensor, "anchors dim"],
-    positives: Float[Tensor, " anchors"],
-    ids: Int[Tensor, " anchors"],
-    rows: Float[Tensor, "rows dim"],
-    row_ids: Int[Tensor, " rows"],
-    temperature: float,
-) -> Float[Tensor, " anchors"]:
-    """Cross-entropy of the softmax over the rows of all processes, the anchor's own row as its class.
-
-    That is equation 2 of Wu et al. 2018. `positives` are the products of the anchors with their own rows.
-    """
-    others = log_sum_exp(anchors, rows, temperature, query_ids=ids, key_ids=row_ids)
-    return cross_entropy(others, positives / temperature)
-
-
-def _check(ids: Tensor, num_images: int) -> None:
-    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_images:
-        raise ValueError(
-            f"the bank has one row per image, ids 0 to {num_images - 1}; the batch holds ids from "
-            f"{int(ids.min())} to {int(ids.max())}; build the bank with the number of training images"
-        )

@@ -3,13 +3,22 @@
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Stateless,
+    float32_island,
+)
 from manyviews.system import distributed
 
 
@@ -40,33 +49,21 @@ class Contrastive(ObjectiveSettings):
         """On the unit sphere the cosine, which orders as the Euclidean distance does."""
         return "cosine" if self.normalized else "euclidean"
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        # Pairs within the margin are counted before they are weighed.
+        counted = self.average == "active" or self.sampling.name == "all"
+        return all_pairs(sizes, self.distance, passes=4 if counted else 3)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the pairs that are drawn."""
-        return ContrastiveObjective(self, seed)
-
-
-class ContrastiveObjective(Objective):
-    """The contrastive loss with its settings; it keeps no state."""
-
-    def __init__(self, settings: Contrastive, seed: int) -> None:
-        super().__init__()
-        self.settings, self.seed = settings, seed
-
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
-        return contrastive_loss(embeddings, ids, self.settings, seed=self.seed, step=step)
+        return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step))
 
 
 @float32_island
 def contrastive_loss(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     settings: Contrastive,
     *,
     seed: int,

@@ -17,8 +17,6 @@ class Gathered(NamedTuple):
     ids: Int[Tensor, " all"]
     own: Int[Tensor, " anchors"]
     """The places of this process's embeddings, view by view."""
-    images: Int[Tensor, " all"]
-    """The place of each one's image in the whole batch, from 0; the views of an image have the same."""
 
 
 def gather_views(embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"]) -> Gathered:
@@ -29,7 +27,7 @@ def gather_views(embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, 
     own = places.split(lengths)[distributed.rank()]
     starts = sum(lengths) * torch.arange(views, device=ids.device)
     found = distributed.gather_without_gradient(ids, lengths).repeat(views)
-    return Gathered(rows, found, (starts[:, None] + own).flatten(), places.repeat(views))
+    return Gathered(rows, found, (starts[:, None] + own).flatten())
 
 
 def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tensor, "*figures"]:

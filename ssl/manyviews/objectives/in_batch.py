@@ -1,7 +1,7 @@
 """In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
@@ -31,6 +34,9 @@ class InBatch(ObjectiveSettings):
     The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
     with the batch and the processes, and not with gradient accumulation.
     """
+
+    fewest_views: ClassVar[int] = 2
+    images_only: ClassVar[str | None] = "whose positives are views of one image only"
 
     name: Literal["in_batch"] = "in_batch"
     temperature: Temperature = 0.1
@@ -69,10 +75,22 @@ class InBatch(ObjectiveSettings):
         """Of its scores InfoNCE says so, also where they are trained by another of its losses."""
         return True
 
-    @property
-    def fewest_views(self) -> int:
-        """A positive is another view."""
-        return 2
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every image of the batch against every other, each pair once: it keeps nothing.
+
+        A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
+        """
+        _, views, batch, dim, _ = sizes
+        anchors, sums = sizes.anchors, 2 if self.hardness else 1
+        if self.score == "bilinear":
+            # In backward the sums' gradients go to all keys, whose own gradient stays.
+            traffic = sums * (softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
+            products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
+        else:
+            # Ids tell how many negatives there are.
+            traffic = sums * symmetric_traffic(anchors, dim) + batch * ID
+            products = sums * 2 * anchors**2 * dim
+        return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
@@ -85,27 +103,11 @@ class InBatchObjective(Objective):
     def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
         self.settings = settings
-        if settings.score == "bilinear":
-            self.matrix = nn.Parameter(torch.eye(dim))
+        self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors against the embeddings of all processes."""
         settings = self.settings
-        if settings.score == "bilinear":
-            return bilinear_contrast(
-                embeddings,
-                ids,
-                self.matrix,
-                settings.temperature,
-                decoupled=settings.decoupled,
-                hardness=settings.hardness,
-            )
         return nt_xent(
             embeddings,
             ids,
@@ -113,18 +115,20 @@ class InBatchObjective(Objective):
             decoupled=settings.decoupled,
             positive_probability=settings.positive_probability,
             hardness=settings.hardness,
+            matrix=self.matrix,
         )
 
 
 @float32_island
 def nt_xent(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     temperature: float,
     *,
     decoupled: bool = False,
     positive_probability: float = 0.0,
     hardness: float = 0.0,
+    matrix: Float[Tensor, "dim dim"] | None = None,
 ) -> Loss:
     """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
 
@@ -137,56 +141,20 @@ def nt_xent(
     negatives adds nothing. In each case the terms say what InfoNCE of the same scores, with `hardness` times
     1 + hardness, bounds.
 
-    Raises:
-        ValueError: if there is one view only.
-    """
-    return _contrast(
-        normalize(embeddings),
-        None,
-        ids,
-        temperature,
-        decoupled=decoupled,
-        positive_probability=positive_probability,
-        hardness=hardness,
-    )
-
-
-@float32_island
-def bilinear_contrast(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
-    matrix: Float[Tensor, "dim dim"],
-    temperature: float,
-    *,
-    decoupled: bool = False,
-    hardness: float = 0.0,
-) -> Loss:
-    """InfoNCE as contrastive predictive coding scores it: f(z, c) = exp(zᵀ W c) (van den Oord et al. 2018, equation 3).
-
-    Each embedding is once the context c, with the other views of its image as positives and all embeddings of another
-    id, on every process, as negatives: as in `nt_xent`, with another similarity. Embeddings keep their length. W is
-    the matrix divided by the dimension and the temperature: with the identity, and embeddings of unit variance in each
-    dimension, scores begin on the scale of cosines. The matrix learns whatever else there is to them.
+    With a `matrix` W the scores are those of contrastive predictive coding, f(z, c) = exp(zᵀ W c) (van den Oord et al.
+    2018, equation 3): each embedding is once the context c. Embeddings keep their length. W is the matrix divided by
+    the dimension and the temperature: with the identity, and embeddings of unit variance in each dimension, scores
+    begin on the scale of cosines. The matrix learns whatever else there is to them.
 
     Raises:
         ValueError: if there is one view only.
     """
-    keys = at_least_float32(embeddings)
-    queries = keys @ matrix.T / len(matrix)
-    return _contrast(queries, keys, ids, temperature, decoupled=decoupled, hardness=hardness)
-
-
-def _contrast(
-    queries: Tensor,
-    keys: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    *,
-    decoupled: bool,
-    positive_probability: float = 0.0,
-    hardness: float,
-) -> Loss:
-    """The loss of all queries against the keys; without `keys` the queries are the keys, and of length 1."""
+    keys: Tensor | None = None  # the queries
+    if matrix is None:
+        queries = normalize(embeddings)
+    else:
+        keys = at_least_float32(embeddings)
+        queries = keys @ matrix.T / len(matrix)
     views, batch, _ = queries.shape
     if views < 2:
         raise ValueError(
@@ -211,6 +179,15 @@ def _contrast(
     terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
     terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
+
+
+def symmetric_traffic(anchors: int, dim: int) -> int:
+    """Bytes of a softmax over the batch, in which a pair's product serves two anchors.
+
+    Forward, ids and embeddings go to all, and the sums to all. Backward, the sums' gradients go to all, and the
+    embeddings' home: the product is made again, and gives each of the two the other's row.
+    """
+    return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
 
 
 def debiased(
@@ -242,7 +219,7 @@ def debiased(
     return rest.where(left & (rest > least), least)
 
 
-def other_images(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def other_images(ids: Ids) -> Int[Tensor, " batch"]:
     """For each image the number of images in the batches of all processes that have another id."""
     ordered = distributed.gather_without_gradient(ids).sort().values
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)

@@ -18,15 +18,16 @@ class Labels(nn.Module):
     with the labels it was begun with, or not at all.
     """
 
-    values: Tensor
+    distinct: Tensor
     kinds: Tensor
     scale: Tensor
 
     def __init__(self, values: Float[Tensor, "images numbers"]) -> None:
         super().__init__()
         values = at_least_float32(values)
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer("kinds", values.unique(dim=0, return_inverse=True)[1], persistent=False)
+        distinct, kinds = values.unique(dim=0, return_inverse=True)
+        self.register_buffer("distinct", distinct, persistent=False)
+        self.register_buffer("kinds", kinds, persistent=False)
         self.register_buffer("scale", mean_squared_distance(values), persistent=False)
         digest = hashlib.sha256(values.cpu().contiguous().numpy().data)
         self._digest = torch.tensor(list(digest.digest()), dtype=torch.uint8)
@@ -36,14 +37,16 @@ class Labels(nn.Module):
     ) -> Callable[[slice], tuple[Float[Tensor, "rows candidates"], Bool[Tensor, "rows candidates"]]]:
         """A function of a slice of the first images: squared distances of their labels, and where these are equal.
 
-        The distances of equal labels are 0, without any rounding.
+        The distances of equal labels are 0, and those of an image from equal labels the same, without any rounding.
         """
         kinds, others = self.kinds[first], self.kinds[second]
-        left, right = squared_distance_rows(self.values[first].to(dtype), self.values[second].to(dtype))
+        # Each label once: a product of matrices may round equal columns differently.
+        present, columns = others.unique(return_inverse=True)
+        left, right = squared_distance_rows(self.distinct[kinds].to(dtype), self.distinct[present].to(dtype))
 
         def tile(rows: slice) -> tuple[Tensor, Tensor]:
             equal = kinds[rows, None] == others
-            return (left[rows] @ right.T).clamp(min=0).masked_fill(equal, 0), equal
+            return (left[rows] @ right.T).clamp(min=0)[:, columns].masked_fill(equal, 0), equal
 
         return tile
 

@@ -3,15 +3,25 @@
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.engine import squared_distance_rows, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels, mean_squared_distance
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Use,
+    float32_island,
+)
 
 Squared = Literal["both", "embeddings", "neither"]
 
@@ -23,6 +33,7 @@ class LogRatio(ObjectiveSettings):
     distances to any two others are to be in the ratio of its label distances.
     """
 
+    uses_values: ClassVar[Use | None] = "always"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["log_ratio"] = "log_ratio"
@@ -36,6 +47,10 @@ class LogRatio(ObjectiveSettings):
     def distance(self) -> Literal["cosine", "euclidean"]:
         """That whose ratios are trained."""
         return "euclidean"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image.
@@ -58,13 +73,7 @@ class LogRatioObjective(Objective):
         super().__init__()
         self.settings, self.labels = settings, Labels(values)
 
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of the triplets whose anchors are this process's."""
         settings = self.settings
         return log_ratio(embeddings, ids, self.labels, squared=settings.squared, epsilon=settings.epsilon)
@@ -72,8 +81,8 @@ class LogRatioObjective(Objective):
 
 @float32_island
 def log_ratio(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     labels: Labels,
     *,
     squared: Squared,

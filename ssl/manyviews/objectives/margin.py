@@ -3,13 +3,22 @@
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    float32_island,
+)
 from manyviews.system import distributed
 
 
@@ -34,6 +43,10 @@ class Margin(ObjectiveSettings):
     sampling: Sampling = DistanceWeighted()
     """Which pairs."""
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with its boundaries; `seed` is of the pairs that are drawn."""
         return MarginObjective(self, population, seed)
@@ -48,13 +61,7 @@ class MarginObjective(Objective):
         count = population.size if settings.beta_per == "class" else 1
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors against the embeddings of all processes."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
         loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
@@ -63,8 +70,8 @@ class MarginObjective(Objective):
 
 @float32_island
 def margin_loss(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     boundaries: Float[Tensor, " batch"],
     settings: Margin,
     *,

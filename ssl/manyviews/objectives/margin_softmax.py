@@ -4,15 +4,19 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.learned_rows import LearnedRows
+from manyviews.objectives.cost import Cost, Sizes
+from manyviews.objectives.learned_rows import LearnedRows, row_softmax_cost
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -20,7 +24,7 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
 )
-from manyviews.objectives.sharded_rows import fetch
+from manyviews.objectives.sharded_rows import check_ids, fetch
 from manyviews.system import distributed
 
 Preset = Literal["norm_face", "sphereface", "cosface", "arcface", "combined_1", "combined_2"]
@@ -46,6 +50,7 @@ class MarginSoftmax(ObjectiveSettings):
     weights are spread over the processes.
     """
 
+    negatives_from: ClassVar[NegativesFrom] = "rows"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin_softmax"] = "margin_softmax"
@@ -83,6 +88,10 @@ class MarginSoftmax(ObjectiveSettings):
             )
         return self
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """The margin is a matter of the anchors' own weights, so it costs what the softmax without it does."""
+        return row_softmax_cost(sizes)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit weights drawn from `seed`: the same on any number of processes.
 
@@ -106,19 +115,13 @@ class MarginSoftmaxObjective(LearnedRows):
         self.scale = least_scale(self.classes) if settings.scale is None else settings.scale
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The cross-entropy of this process's anchors, the mean over views, over the classes of all processes.
 
         Raises:
             ValueError: if an id is not one of the classes (checked on CPU).
         """
-        self.check(ids)
+        check_ids(ids, self.classes)
         settings, views = self.settings, len(embeddings)
         rows = at_least_float32(embeddings).flatten(0, 1)
         anchors, anchor_ids, weights = normalize(rows), ids.repeat(views), normalize(self.weight)

@@ -1,21 +1,25 @@
 """The N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids, lengths and all."""
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import NUMBER, Cost, Sizes, gathered_traffic, softmax_traffic
 from manyviews.objectives.gathered import Gathered, gather_views, share_of_mean
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
     Population,
+    Stateless,
     cross_entropy,
     float32_island,
     information,
@@ -31,6 +35,7 @@ class NPair(ObjectiveSettings):
     the paper's batches, with one pair for each class.
     """
 
+    pairs_off: ClassVar[bool] = True
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["n_pair"] = "n_pair"
@@ -46,30 +51,22 @@ class NPair(ObjectiveSettings):
         """N-pair-mc is InfoNCE of the products."""
         return self.form == "multi_class"
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """The first of each pair against the second of all: pairs of views, or of one view of two images of a class."""
+        _, views, batch, dim, _ = sizes
+        pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
+        ways = 2 if self.symmetric else 1
+        traffic, products = gathered_traffic(sizes), ways * 3 * pairs**2 * dim
+        if self.form == "multi_class":
+            # The softmax by itself; in backward its sums' gradients go to all keys, whose own gradient stays.
+            traffic += ways * pairs * NUMBER + ways * softmax_traffic(pairs, dim)
+            products = ways * 4 * pairs**2 * dim
+        return sizes.cost(pairs - of_an_id, traffic=traffic, products=products)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, which keeps nothing."""
-        return NPairObjective(self)
-
-
-class NPairObjective(Objective):
-    """The settings at work."""
-
-    def __init__(self, settings: NPair) -> None:
-        super().__init__()
-        self.settings = settings
-
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The loss of the pairs whose anchors are this process's."""
-        settings = self.settings
-        return n_pair(
-            embeddings, ids, form=settings.form, symmetric=settings.symmetric, norm_penalty=settings.norm_penalty
-        )
+        options: Any = {"form": self.form, "symmetric": self.symmetric, "norm_penalty": self.norm_penalty}
+        return Stateless(lambda z, ids, _: n_pair(z, ids, **options))
 
 
 class Pairs(NamedTuple):
@@ -81,8 +78,8 @@ class Pairs(NamedTuple):
 
 @float32_island
 def n_pair(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+    ids: Ids,
     *,
     form: Form,
     symmetric: bool,

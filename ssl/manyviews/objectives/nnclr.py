@@ -1,26 +1,29 @@
 """Nearest-neighbour contrast: an image's positive is what lies nearest to it among the images of the last steps."""
 
 import itertools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from manyviews.engine import log_sum_exp, normalize, top_k
+from manyviews.engine import normalize, top_k
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.in_batch import other_images
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
     Population,
     Temperature,
     average,
-    cross_entropy,
     float32_island,
     information,
+    softmax_cross_entropy,
 )
 from manyviews.system import distributed
 
@@ -30,6 +33,9 @@ class NearestNeighbours(ObjectiveSettings):
 
     It wants an encoder with a predictor, `encoder.predictor.layers=2`, and works less well without.
     """
+
+    fewest_views: ClassVar[int] = 2
+    images_only: ClassVar[str | None] = "whose positives are what lies nearest, whatever its label"
 
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
@@ -43,10 +49,19 @@ class NearestNeighbours(ObjectiveSettings):
         """A neighbour follows from its view and the support set, and knows no more of the other view than its view."""
         return True
 
-    @property
-    def fewest_views(self) -> int:
-        """A positive is another view."""
-        return 2
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every image's neighbour in the support set, which is spread over the processes, against the batch."""
+        _, views, batch, dim, processes = sizes
+        queries, pairs = sizes.anchors, views * (views - 1)
+        # All rows are asked for the nearest; every process names its own, and the nearest of all comes home with its
+        # id.
+        traffic = queries * (2 * NUMBER * dim + processes * NUMBER + ID)
+        # Neighbours go to the predictions of all, for each pair of views, and in backward the losses' gradients.
+        traffic += pairs * batch * (ID + NUMBER * dim + 3 * NUMBER)
+        # Ids tell how many negatives there are; projections and ids go into the support set.
+        traffic += batch * (ID + ID + NUMBER * dim)
+        products = queries * self.size * dim + pairs * 3 * batch**2 * dim
+        return sizes.cost(batch - 1, traffic=traffic, products=products, rows=self.size, row_bytes=NUMBER * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective with an empty support set."""
@@ -67,13 +82,7 @@ class NearestNeighboursObjective(Objective):
         self.ring = Ring(settings.size, dim, seed=seed)
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's neighbours against the predictions of all processes, over all pairs of views.
 
         `embeddings` are the predictions, `targets` the projections; without a predictor there are no targets, and the
@@ -95,7 +104,7 @@ class NearestNeighboursObjective(Objective):
         for view, other in itertools.permutations(range(views), 2):
             near, predicted = neighbours[view], predictions[other]
             positives = (near * predicted).sum(1)
-            losses.append(neighbour_softmax(near, predicted, positives, ids, self.settings.temperature))
+            losses.append(softmax_cross_entropy(near, positives, ids, predicted, ids, self.settings.temperature))
             similarities.append(positives.detach().mean())
         negatives, found = other_images(ids).to(predictions.dtype), torch.stack(losses).mean(0)
         terms = {
@@ -107,12 +116,7 @@ class NearestNeighboursObjective(Objective):
         return Loss(average(found), terms | information(found, 1 + negatives))
 
     @torch.no_grad()
-    def update(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-    ) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
         """Puts view 0's projections of all processes into the support set; the other views never enter it."""
         self.ring.enqueue(_projections(embeddings, targets)[0], ids)
 
@@ -147,22 +151,6 @@ class NearestNeighboursObjective(Objective):
     def shards(self) -> dict[str, int]:
         """The support set is spread over the processes."""
         return {f"ring.{name}": length for name, length in self.ring.shards().items()}
-
-
-def neighbour_softmax(
-    neighbours: Float[Tensor, "batch dim"],
-    predictions: Float[Tensor, "batch dim"],
-    positives: Float[Tensor, " batch"],
-    ids: Int[Tensor, " batch"],
-    temperature: float,
-) -> Float[Tensor, " batch"]:
-    """Cross-entropy of each image's neighbour with its own prediction against all other images' (equation 3).
-
-    `positives` are the products of the neighbours with the predictions of their own images. Predictions of an image of
-    the same id are neither positives nor negatives.
-    """
-    negatives = log_sum_exp(neighbours, predictions, temperature, query_ids=ids, key_ids=ids)
-    return cross_entropy(negatives, positives / temperature)
 
 
 def _projections(embeddings: Tensor, targets: Tensor | None) -> Tensor:

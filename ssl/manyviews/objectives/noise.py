@@ -3,15 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyviews.engine.rows import slices
+from manyviews.objectives.objective import with_gradient
 from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
@@ -101,8 +100,8 @@ def noise_contrast(
     of each process. Noise that is the anchor's own row adds nothing (the authors' code counts it).
     """
     offset = log_normaliser + math.log(noise.count / noise.total)
-    terms: Tensor = _NoiseTerm.apply(anchors, ids, noise, temperature, offset, list(lengths))
-    return F.softplus(offset - positives / temperature, threshold=40) + terms
+    terms, gradient = _noise_term(anchors, ids, noise, temperature, offset, list(lengths))
+    return F.softplus(offset - positives / temperature, threshold=40) + with_gradient(anchors, terms, gradient)
 
 
 def log_sum_over_noise(
@@ -116,8 +115,8 @@ def log_sum_over_noise(
 
     Anchors are [views · batch], and `lengths` the images of each process. Differentiable in the anchors.
     """
-    result: Tensor = _LogSumOverNoise.apply(anchors, ids, noise, temperature, list(lengths))
-    return result
+    result, gradient = _log_sum(anchors, ids, noise, temperature, list(lengths))
+    return result if gradient is None else with_gradient(anchors, result, gradient)
 
 
 def normaliser_from_noise(
@@ -141,65 +140,50 @@ def log_mean_exp(logarithms: Float[Tensor, " count"]) -> Float[Tensor, ""]:
     return logarithms.logsumexp(0) - math.log(len(logarithms))
 
 
-class _NoiseTerm(torch.autograd.Function):
-    """Σₖ softplus(uₖ) for each anchor; the rows need no gradient, so one pass gives the value and the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, offset: Tensor, lengths: list[int]
-    ) -> Tensor:
-        world = _World(anchors, ids, lengths)
-        losses = world.anchors.new_empty(len(world.anchors))
-        gradient = torch.empty_like(world.anchors)
-        for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
-            logits = scores.div_(temperature).sub_(offset)
-            losses[span] = F.softplus(logits, threshold=40).sum(1)
-            gradient[span] = weigh(logits.sigmoid_().div_(temperature))
-        ctx.save_for_backward(distributed.scatter_sum(gradient, world.lengths))
-        return distributed.scatter_sum(losses, world.lengths)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].unsqueeze(1), None, None, None, None, None
+@torch.no_grad()
+def _noise_term(
+    anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, offset: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Σₖ softplus(uₖ) for each anchor and its gradient; the rows need none, so one pass gives both."""
+    world = _World(anchors, ids, lengths)
+    losses = world.anchors.new_empty(len(world.anchors))
+    gradient = torch.empty_like(world.anchors)
+    for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
+        logits = scores.div_(temperature).sub_(offset)
+        losses[span] = F.softplus(logits, threshold=40).sum(1)
+        gradient[span] = weigh(logits.sigmoid_().div_(temperature))
+    gradient = distributed.scatter_sum(gradient, world.lengths)
+    return distributed.scatter_sum(losses, world.lengths), gradient
 
 
-class _LogSumOverNoise(torch.autograd.Function):
-    """One pass gives the logarithm and its gradient, the softmax-weighted mean of the rows over the temperature."""
-
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, lengths: list[int]) -> Tensor:
-        world = _World(anchors, ids, lengths)
-        sums = world.anchors.new_zeros(len(world.anchors), 1)
-        maximum = sums.clone()
-        weighted = torch.zeros_like(world.anchors) if ctx.needs_input_grad[0] else None
-        for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
-            if not scores.shape[1]:
-                maximum[span] = torch.finfo(scores.dtype).min
-                continue
-            logits = scores.div_(temperature)
-            # Finite also where there is no noise, so that e^(−inf − maximum) is 0 and not NaN.
-            maximum[span] = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-            exponentials = logits.sub_(maximum[span]).exp_()
-            sums[span] = exponentials.sum(1, keepdim=True)
-            if weighted is not None:
-                weighted[span] = weigh(exponentials)
-        highest = distributed.maximum(maximum)
-        shrink = torch.exp(maximum - highest)
-        sums = distributed.scatter_sum(sums * shrink, world.lengths)
+@torch.no_grad()
+def _log_sum(
+    anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, lengths: list[int]
+) -> tuple[Tensor, Tensor | None]:
+    """The logarithm and, if it is wanted, its gradient: the softmax-weighted mean of the rows over the temperature."""
+    world = _World(anchors, ids, lengths)
+    sums = world.anchors.new_zeros(len(world.anchors), 1)
+    maximum = sums.clone()
+    weighted = torch.zeros_like(world.anchors) if anchors.requires_grad else None
+    for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
+        if not scores.shape[1]:
+            maximum[span] = torch.finfo(scores.dtype).min
+            continue
+        logits = scores.div_(temperature)
+        # Finite also where there is no noise, so that e^(−inf − maximum) is 0 and not NaN.
+        maximum[span] = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+        exponentials = logits.sub_(maximum[span]).exp_()
+        sums[span] = exponentials.sum(1, keepdim=True)
         if weighted is not None:
-            weighted = distributed.scatter_sum(weighted * shrink, world.lengths)
-            tiny = torch.finfo(sums.dtype).tiny
-            ctx.save_for_backward(weighted.div_((sums * temperature).clamp(min=tiny)))
-        highest_own: Tensor = highest.split(world.lengths)[distributed.rank()]
-        return sums.log().add_(highest_own).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].unsqueeze(1), None, None, None, None
+            weighted[span] = weigh(exponentials)
+    highest = distributed.maximum(maximum)
+    shrink = torch.exp(maximum - highest)
+    sums = distributed.scatter_sum(sums * shrink, world.lengths)
+    if weighted is not None:
+        weighted = distributed.scatter_sum(weighted * shrink, world.lengths)
+        weighted = weighted.div_((sums * temperature).clamp(min=torch.finfo(sums.dtype).tiny))
+    highest_own: Tensor = highest.split(world.lengths)[distributed.rank()]
+    return sums.log().add_(highest_own).squeeze(1), weighted
 
 
 class _World:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -14,10 +14,14 @@ from torch.nn import functional as F
 
 from manyviews.engine import normalize, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.gathered import share_of_mean
 from manyviews.objectives.learned_rows import LearnedRows
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
@@ -26,7 +30,7 @@ from manyviews.objectives.objective import (
     cross_entropy,
     float32_island,
 )
-from manyviews.objectives.sharded_rows import fetch
+from manyviews.objectives.sharded_rows import check_ids, fetch
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
 
@@ -42,6 +46,8 @@ class NoiseContrastive(ObjectiveSettings):
     The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
     follow the embeddings, and are spread over the processes.
     """
+
+    negatives_from: ClassVar[NegativesFrom] = "rows"
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: Temperature = 0.1
@@ -63,7 +69,7 @@ class NoiseContrastive(ObjectiveSettings):
     """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
 
     @property
-    def count(self) -> int:
+    def noise(self) -> int:
         """How many rows are drawn as noise."""
         return self.negatives or (1024 if self.correction else 5)
 
@@ -76,6 +82,24 @@ class NoiseContrastive(ObjectiveSettings):
     def bounds_information(self) -> bool:
         """By InfoNCE over the own row and the noise."""
         return True
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against the noise; its rows are taken to be all different and evenly spread.
+
+        One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
+        """
+        images, _, batch, dim, processes = sizes
+        # Ids go to the anchors' own rows, and these back; then the noise rows come. In backward come the gradients.
+        traffic = batch * (ID + 2 * NUMBER * dim)
+        if self.one_draw:
+            drawn = min(self.noise, images)
+            traffic += 2 * processes * -(-drawn // processes) * NUMBER * dim
+        else:
+            # The products are with the noise of all anchors of a process.
+            drawn = min(self.noise * -(-sizes.anchors // processes), images)
+            traffic += processes * drawn * (ID + 2 * NUMBER * dim)
+        products = 3 * sizes.anchors * drawn * dim
+        return sizes.cost(self.noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
@@ -111,19 +135,13 @@ class NoiseContrastiveObjective(LearnedRows):
             self.log_normaliser = nn.Parameter(torch.tensor(math.log(self.classes)))
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors against their own rows and the step's noise, the mean over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
         """
-        self.check(ids)
+        check_ids(ids, self.classes)
         settings, views, batch = self.settings, len(embeddings), distributed.counts(len(ids))
         measure = normalize if settings.normalized else at_least_float32
         anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)
@@ -152,7 +170,7 @@ class NoiseContrastiveObjective(LearnedRows):
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
         # So little noise of so unlike ids bounds nothing.
-        if self._divergence < math.log1p(settings.count):
+        if self._divergence < math.log1p(settings.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
 
@@ -163,7 +181,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
         Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
         """
-        count, key = self.settings.count, {"seed": self.seed, "step": step}
+        count, key = self.settings.noise, {"seed": self.seed, "step": step}
         if self.settings.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
             times = number.to(like)
@@ -200,7 +218,7 @@ class NoiseContrastiveObjective(LearnedRows):
         settings = self.settings
         if not settings.correction:
             return like.new_zeros(len(ids))
-        expected = math.log(settings.count) - math.log(float(self._cumulative[-1]))
+        expected = math.log(settings.noise) - math.log(float(self._cumulative[-1]))
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 

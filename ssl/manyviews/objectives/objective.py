@@ -4,20 +4,27 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyviews.config import Settings
+from manyviews.engine import log_sum_exp
+from manyviews.objectives.cost import Cost, Sizes
 from manyviews.objectives.gathered import share_of_mean
 from manyviews.system import distributed
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Embeddings = Float[Tensor, "views batch dim"]
+Ids = Int[Tensor, " batch"]
+NegativesFrom = Literal["batch", "queue", "rows"]
+Use = Literal["always", "if given"]
 
 
 class Loss(NamedTuple):
@@ -67,6 +74,28 @@ def cross_entropy(
     """
     # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
     return F.softplus(negatives - positives, threshold=40)
+
+
+def softmax_cross_entropy(
+    queries: Float[Tensor, "queries dim"],
+    positives: Float[Tensor, " queries"],
+    ids: Int[Tensor, " queries"],
+    rows: Float[Tensor, "rows dim"],
+    row_ids: Int[Tensor, " rows"],
+    temperature: float,
+) -> Float[Tensor, " queries"]:
+    """The cross-entropy of each query's positive against the rows of all processes that have another id.
+
+    Args:
+        queries: of this process.
+        positives: their products with their own positives.
+        ids: theirs.
+        rows: of this process.
+        row_ids: theirs.
+        temperature: of the softmax.
+    """
+    others = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids)
+    return cross_entropy(others, positives / temperature)
 
 
 def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
@@ -123,22 +152,11 @@ class Objective(nn.Module, ABC):
     """What an objective is to the loop: a loss of embeddings, and memory that moves after the weights have."""
 
     @abstractmethod
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors; `targets` are the momentum twin's embeddings where there is a twin."""
 
     @torch.no_grad()
-    def update(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-    ) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
         """Moves the memory after a step that was taken; an objective without memory has nothing to do."""
 
     def shards(self) -> dict[str, int]:
@@ -149,9 +167,60 @@ class Objective(nn.Module, ABC):
         return {}
 
 
-class ObjectiveSettings(Settings):
-    """What the settings of all objectives have in common."""
+class Stateless(Objective):
+    """A pure function of embeddings, ids and step as an objective: it keeps no state."""
 
+    def __init__(self, loss: Callable[[Embeddings, Ids, int], Loss]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+        """The loss of this process's anchors against the embeddings of all processes."""
+        return self.loss(embeddings, ids, step)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        arrived = gradients[0]
+        return gradient * arrived.view(*arrived.shape, *[1] * (gradient.ndim - arrived.ndim)), None, None
+
+
+def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """A value with the gradient of its sum in the inputs, where autograd would keep all that both were made of.
+
+    Args:
+        inputs: that the value is a function of, one row for each number of the value, or all for one number.
+        value: with one number for each row of the inputs, or one for all.
+        gradient: of the shape of the inputs.
+    """
+    result: Tensor = _WithGradient.apply(inputs, value, gradient)
+    return result
+
+
+class ObjectiveSettings(Settings):
+    """What the settings of all objectives have in common, which is all that the rest of the package knows of one."""
+
+    negatives_from: ClassVar[NegativesFrom] = "batch"
+    """Where an anchor's negatives come from, and what it shares an id with: the embeddings of the batch, a queue of the
+    last batches, or rows of which each stands for an id."""
+    pairs_off: ClassVar[bool] = False
+    """Whether embeddings of an id are paired off, with only the second ones of other pairs as negatives."""
+    fewest_views: ClassVar[int] = 1
+    """Views of each image that it needs at least."""
+    most_views: ClassVar[int | None] = None
+    """Views of each image that it can use; none: any number."""
+    images_only: ClassVar[str | None] = None
+    """Why `ids=labels` does not go with it, as a clause about it; none: its ids may be classes."""
+    uses_values: ClassVar[Use | None] = None
+    """Whether it takes the recipe's `values`, the continuous labels of images."""
     compares_embeddings: ClassVar[bool] = False
     """Whether embeddings are trained to be compared with each other, so that they, and not the backbone's features, are
     what images are retrieved, clustered and verified by."""
@@ -165,6 +234,25 @@ class ObjectiveSettings(Settings):
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective for embeddings of `dim` dimensions; what is random in it follows from `seed`."""
 
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost:
+        """What a step costs each process."""
+
+    @property
+    def noise(self) -> int:
+        """How many rows are drawn as noise in a step, for all anchors or for each; 0: it draws none."""
+        return 0
+
+    @property
+    def one_draw(self) -> bool:
+        """Whether all anchors have the same noise."""
+        return True
+
+    @property
+    def follows_images(self) -> bool:
+        """Whether its state has `rows`, one for each image, which follow the embeddings of the projector."""
+        return False
+
     @property
     def twin_momentum(self) -> float | None:
         """Share of its old weights that a momentum twin keeps at each step; none: there is no twin."""
@@ -174,16 +262,6 @@ class ObjectiveSettings(Settings):
     def bounds_information(self) -> bool:
         """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
         return False
-
-    @property
-    def fewest_views(self) -> int:
-        """How many views of each image it needs at least."""
-        return 1
-
-    @property
-    def most_views(self) -> int | None:
-        """How many views of each image it can use; none: any number."""
-        return None
 
     @property
     def splits_views(self) -> bool:

@@ -4,13 +4,14 @@ Every function takes scores and relevances, [queries, items], and returns a loss
 query are equally relevant there is nothing to rank: the number is finite then, but says nothing.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from manyviews.objectives.objective import with_gradient
 
 Pairwise = Literal["rank_net", "hinge"]
 
@@ -105,46 +106,38 @@ def list_mle(
 
 
 def _over_ordered_pairs(scores: Tensor, relevances: Tensor, form: Pairwise) -> Tensor:
-    order = relevances.argsort(dim=1, descending=True, stable=True)
-    losses: Tensor = _OrderedPairs.apply(scores.gather(1, order), relevances.gather(1, order), form)
-    return losses
-
-
-class _OrderedPairs(torch.autograd.Function):
     """A loss of the difference of each pair, by some items at a time against all that come after them.
 
     The gradient is found on the way: autograd would keep all pairs.
     """
+    order = relevances.argsort(dim=1, descending=True, stable=True)
+    scores = scores.gather(1, order)
+    losses, gradient = _ordered_pairs(scores, relevances.gather(1, order), form)
+    return with_gradient(scores, losses, gradient)
 
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, relevances: Tensor, form: Pairwise) -> Tensor:
-        queries, items = scores.shape
-        gradient, sums, counts = torch.zeros_like(scores), scores.new_zeros(queries), scores.new_zeros(queries)
-        better = (relevances > relevances[:, -1:]).sum(1)
-        # The one number that must be waited for on a GPU: with few relevant items nearly all pairs are ties.
-        most = int(better.max()) if queries else 0
-        height = max(1, NUMBERS // max(queries * items, 1))
-        for first in range(0, most, height):
-            part, rest = slice(first, min(first + height, most)), slice(first + 1, items)
-            ordered = relevances[:, part, None] > relevances[:, None, rest]
-            shortfall = scores[:, None, rest] - scores[:, part, None]
-            if form == "hinge":
-                losses = (1 + shortfall).clamp(min=0)
-                slopes = (losses > 0).to(scores.dtype)
-            else:
-                # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-                losses, slopes = F.softplus(shortfall, threshold=40), shortfall.sigmoid()
-            slopes = slopes.where(ordered, 0)
-            sums += losses.where(ordered, 0).sum((1, 2))
-            counts += ordered.sum((1, 2))
-            gradient[:, part] -= slopes.sum(2)
-            gradient[:, rest] += slopes.sum(1)
-        counts = counts.clamp(min=1)
-        ctx.save_for_backward(gradient / counts[:, None])
-        return sums / counts
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradients[0][:, None] * gradient, None, None
+@torch.no_grad()
+def _ordered_pairs(scores: Tensor, relevances: Tensor, form: Pairwise) -> tuple[Tensor, Tensor]:
+    queries, items = scores.shape
+    gradient, sums, counts = torch.zeros_like(scores), scores.new_zeros(queries), scores.new_zeros(queries)
+    better = (relevances > relevances[:, -1:]).sum(1)
+    # The one number that must be waited for on a GPU: with few relevant items nearly all pairs are ties.
+    most = int(better.max()) if queries else 0
+    height = max(1, NUMBERS // max(queries * items, 1))
+    for first in range(0, most, height):
+        part, rest = slice(first, min(first + height, most)), slice(first + 1, items)
+        ordered = relevances[:, part, None] > relevances[:, None, rest]
+        shortfall = scores[:, None, rest] - scores[:, part, None]
+        if form == "hinge":
+            losses = (1 + shortfall).clamp(min=0)
+            slopes = (losses > 0).to(scores.dtype)
+        else:
+            # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
+            losses, slopes = F.softplus(shortfall, threshold=40), shortfall.sigmoid()
+        slopes = slopes.where(ordered, 0)
+        sums += losses.where(ordered, 0).sum((1, 2))
+        counts += ordered.sum((1, 2))
+        gradient[:, part] -= slopes.sum(2)
+        gradient[:, rest] += slopes.sum(1)
+    counts = counts.clamp(min=1)
+    return sums / counts, gradient / counts[:, None]

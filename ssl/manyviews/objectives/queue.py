@@ -1,25 +1,29 @@
 """A queue of negatives: the momentum twin's embeddings of the images of the last steps."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
+from manyviews.objectives.cost import ID, Cost, Sizes, number_bytes, softmax_traffic
 from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
+    NegativesFrom,
     Objective,
     ObjectiveSettings,
     Population,
     Temperature,
     average,
-    cross_entropy,
     float32_island,
     information,
+    softmax_cross_entropy,
 )
 from manyviews.objectives.sharded_rows import Storage
 from manyviews.system import distributed
@@ -34,6 +38,10 @@ class Queue(ObjectiveSettings):
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
     """
+
+    fewest_views: ClassVar[int] = 2
+    most_views: ClassVar[int | None] = 2
+    negatives_from: ClassVar[NegativesFrom] = "queue"
 
     name: Literal["queue"] = "queue"
     temperature: Temperature = 0.2
@@ -62,16 +70,6 @@ class Queue(ObjectiveSettings):
         return True
 
     @property
-    def fewest_views(self) -> int:
-        """A query and its key are two views."""
-        return 2
-
-    @property
-    def most_views(self) -> int | None:
-        """A query and its key are two views."""
-        return 2
-
-    @property
     def splits_views(self) -> bool:
         """Without symmetry the encoder needs view 0 only, and the twin view 1."""
         return not self.symmetric
@@ -80,6 +78,16 @@ class Queue(ObjectiveSettings):
     def shuffles(self) -> bool:
         """Whether the twin's batch is shuffled between processes."""
         return self.shuffle
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every anchor against every key of the queue, which is spread over the processes."""
+        _, views, batch, dim, processes = sizes
+        anchors = (1 if self.splits_views else views) * batch
+        size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
+        # Of what a step enqueues, keys and ids go to all.
+        traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
+        products = 2 * anchors * size * dim
+        return sizes.cost(size, traffic=traffic, products=products, rows=size, row_bytes=number * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
@@ -100,13 +108,7 @@ class QueueObjective(Objective):
         return {f"queue.{name}": length for name, length in self.queue.shards().items()}
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's anchors against the queue as the last step left it.
 
         With symmetry `embeddings` and `targets` are both views of the encoder and of the twin, and each view is
@@ -126,7 +128,8 @@ class QueueObjective(Objective):
             losses, cosines = supervised_queue_softmax(anchors, positives, sums, counts, self.queue.rows, temperature)
         else:
             counts, cosines = torch.zeros_like(positives), positives
-            losses = queue_softmax(anchors, positives, anchor_ids, self.queue.rows, self.queue.ids, temperature)
+            # MoCo's code leaves the query's image in.
+            losses = softmax_cross_entropy(anchors, positives, anchor_ids, self.queue.rows, self.queue.ids, temperature)
         terms = {
             "positive_similarity": cosines.detach().mean(),
             "negatives": (self.queue.size - counts).mean(),
@@ -136,12 +139,7 @@ class QueueObjective(Objective):
         return Loss(average(losses), terms | information(losses, candidates, positives=1 + counts))
 
     @torch.no_grad()
-    def update(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-    ) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
         """Enqueues one key per image of all processes: the twin's view 1.
 
         The symmetric loss enqueues no more than that: MoCo's notebook for CIFAR-10 enqueues both views, which halves
@@ -161,23 +159,6 @@ class QueueObjective(Objective):
                 f"the twin are not {views} and {views}; set views.num_views=2"
             )
         return targets
-
-
-def queue_softmax(
-    queries: Float[Tensor, "batch dim"],
-    positives: Float[Tensor, " batch"],
-    ids: Int[Tensor, " batch"],
-    rows: Float[Tensor, "slots dim"],
-    row_ids: Int[Tensor, " slots"],
-    temperature: float,
-) -> Float[Tensor, " batch"]:
-    """Cross-entropy of each query's own key against the queue; rows that hold the query's own image are left out.
-
-    `positives` are the products of the queries with their own keys, `rows` this process's part of the queue. MoCo's
-    code leaves the query's image in.
-    """
-    negatives = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids)
-    return cross_entropy(negatives, positives / temperature)
 
 
 def supervised_queue_softmax(
@@ -200,7 +181,7 @@ def supervised_queue_softmax(
 
 
 @torch.no_grad()
-def key_sums(queue: Ring, ids: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
+def key_sums(queue: Ring, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
     """For each id the sum of the keys in the queue, on all processes, that have it, and their number; collective.
 
     Similarities with all keys of an id add up to that with their sum, so that none is compared by itself.

@@ -9,9 +9,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import normalize, sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, Temperature, float32_island
+from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Temperature,
+    Use,
+    float32_island,
+)
 from manyviews.objectives.query_losses import (
     binary_hinge,
     cross_entropy,
@@ -40,6 +51,7 @@ class Ranking(ObjectiveSettings):
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
 
+    uses_values: ClassVar[Use | None] = "if given"
     compares_embeddings: ClassVar[bool] = True
 
     name: Literal["ranking"] = "ranking"
@@ -51,6 +63,10 @@ class Ranking(ObjectiveSettings):
     is a score of 1, and so a cosine of this number."""
     label_temperature: float = Field(0.1, gt=0, le=1e4)
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image where the population has values."""
@@ -68,13 +84,7 @@ class RankingObjective(Objective):
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
     @float32_island
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """The loss of this process's queries: the mean over those with items of different relevance.
 
         An item is every embedding of the batch, on all processes, but the query itself.

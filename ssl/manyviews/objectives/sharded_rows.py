@@ -28,6 +28,19 @@ def unit_rows(rows: slice, dim: int, *, seed: int, storage: Storage = "float32")
     return result
 
 
+def check_ids(ids: Int[Tensor, " batch"], count: int) -> None:
+    """Refuses ids that have no row; on CPU only, as a GPU would have to wait for it.
+
+    Raises:
+        ValueError: naming the ids and the bound.
+    """
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(
+            f"there is one row for each of {count} ids, 0 to {count - 1}; the batch holds ids from {int(ids.min())} to "
+            f"{int(ids.max())}; build the objective with the ids of all training images"
+        )
+
+
 def fetch(
     rows: Float[Tensor, "rows dim"], start: int, ids: Int[Tensor, " batch"], lengths: Sequence[int]
 ) -> Float[Tensor, "batch dim"]:

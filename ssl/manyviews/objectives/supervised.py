@@ -7,11 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
+from manyviews.objectives.in_batch import symmetric_traffic
 from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
     Loss,
     Objective,
     ObjectiveSettings,
     Population,
+    Stateless,
     Temperature,
     float32_island,
     information,
@@ -36,33 +41,19 @@ class Supervised(ObjectiveSettings):
         """For two images of an id, in batches that are drawn at random."""
         return True
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """As of the loss in the batch; with the sums of classes, one row for each id of a process, that travel too."""
+        _, views, batch, dim, _ = sizes
+        traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
+        return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state, so the arguments change nothing."""
-        return SupervisedObjective(self)
-
-
-class SupervisedObjective(Objective):
-    """The supervised loss with its settings; it keeps no state."""
-
-    def __init__(self, settings: Supervised) -> None:
-        super().__init__()
-        self.settings = settings
-
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
-        return supervised_contrast(embeddings, ids, self.settings.temperature)
+        return Stateless(lambda z, ids, _: supervised_contrast(z, ids, self.temperature))
 
 
 @float32_island
-def supervised_contrast(
-    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"], temperature: float
-) -> Loss:
+def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) -> Loss:
     """For each anchor the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
 
     An anchor's positives are all other embeddings of its id, on every process; the sum goes over all embeddings but
@@ -103,9 +94,7 @@ def supervised_contrast(
     return Loss(total, terms)
 
 
-def class_sums(
-    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"]
-) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
+def class_sums(embeddings: Embeddings, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
     """For each id the sum of all embeddings that have it, on all processes and with gradient, and their number."""
     own, places = ids.unique(return_inverse=True)
     local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, places, embeddings.sum(0))

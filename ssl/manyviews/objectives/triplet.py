@@ -1,17 +1,27 @@
 """Triplets: an anchor nearer to its positive than to a negative, by a margin."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
+from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population, float32_island
+from manyviews.objectives.objective import (
+    Embeddings,
+    Ids,
+    Loss,
+    Objective,
+    ObjectiveSettings,
+    Population,
+    Stateless,
+    float32_island,
+    with_gradient,
+)
 from manyviews.system import distributed
 
 FEW = 32
@@ -52,33 +62,17 @@ class Triplet(ObjectiveSettings):
         """On the unit sphere the cosine, which orders as the Euclidean distance does."""
         return "cosine" if self.normalized else "euclidean"
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """Every embedding against all of the batch."""
+        return all_pairs(sizes, self.distance)
+
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the triplets that are drawn."""
-        return TripletObjective(self, seed)
-
-
-class TripletObjective(Objective):
-    """The triplet loss with its settings; it keeps no state."""
-
-    def __init__(self, settings: Triplet, seed: int) -> None:
-        super().__init__()
-        self.settings, self.seed = settings, seed
-
-    def forward(
-        self,
-        embeddings: Float[Tensor, "views batch dim"],
-        ids: Int[Tensor, " batch"],
-        targets: Float[Tensor, "views batch dim"] | None,
-        step: int,
-    ) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
-        return triplet_loss(embeddings, ids, self.settings, seed=self.seed, step=step)
+        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step))
 
 
 @float32_island
-def triplet_loss(
-    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"], settings: Triplet, *, seed: int, step: int
-) -> Loss:
+def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int) -> Loss:
     """The mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² in place of d where `squared`.
 
     Anchors are all embeddings of this process, positives the other embeddings of the anchor's id and negatives those
@@ -135,22 +129,7 @@ def all_triplets(
         mates: the places that are no negatives.
         margin: None is a soft one.
     """
-    total, active = _AllTriplets.apply(distances, positives, there, mates, margin)
-    return total, active
-
-
-def _excess(difference: Tensor, margin: float | None) -> Tensor:
-    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-    return F.softplus(difference, threshold=40) if margin is None else (difference + margin).relu()
-
-
-class _AllTriplets(torch.autograd.Function):
-    """Finds the gradient with the value: autograd would keep a tile for each positive."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, distances: Tensor, positives: Tensor, there: Tensor, mates: Tensor, margin: float | None
-    ) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
         # A positive at −∞ and a negative at ∞ are in no triplet that costs anything.
         own = distances.gather(1, positives).masked_fill_(~there, -torch.inf)
         others = distances.scatter(1, mates, torch.inf)
@@ -159,15 +138,14 @@ class _AllTriplets(torch.autograd.Function):
             active = own_weights.sum()
         else:
             total, active, own_weights, weights = _by_passes(own, others, margin)
-        ctx.save_for_backward(weights.scatter_add_(1, positives, own_weights))
-        ctx.mark_non_differentiable(active)
-        return total, active
+        weights.scatter_add_(1, positives, own_weights)
+    # Autograd would keep a tile for each positive.
+    return with_gradient(distances, total, weights), active
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        return weights * gradients[0], None, None, None, None
+
+def _excess(difference: Tensor, margin: float | None) -> Tensor:
+    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
+    return F.softplus(difference, threshold=40) if margin is None else (difference + margin).relu()
 
 
 def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from manyviews.data import ClassOrder, Composition, Images, Order, composition, 
 from manyviews.data.continuous_labels import values_of
 from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.features.limits import check_encoder, check_objective, check_views
-from manyviews.objectives import MarginSoftmax, NPair, ObjectiveModule, Population, Queue, Ranking
-from manyviews.recipe import POSITIVES_IN_BATCH, Recipe
+from manyviews.objectives import ObjectiveModule, Population
+from manyviews.recipe import Recipe
 from manyviews.views import Views, enlarged
 
 M = TypeVar("M", bound=nn.Module)
@@ -134,8 +134,8 @@ def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition |
             f"ids=labels takes negatives from other classes, and all {len(ids):,} images are of one class; {instead}"
         )
     views = 1 if recipe.objective.splits_views else recipe.views.num_views
-    found = composition(order, ids, views=views, paired=isinstance(recipe.objective, NPair))
-    if not isinstance(recipe.objective, (*POSITIVES_IN_BATCH, Ranking)):
+    found = composition(order, ids, views=views, paired=recipe.objective.pairs_off)
+    if recipe.objective.negatives_from != "batch":
         return found
     size, per_class = recipe.train.batch_size, recipe.train.images_per_class
     asked = f"train.batch_size={size}" + (f" and train.images_per_class={per_class}" if per_class else "")
@@ -162,15 +162,13 @@ def negatives_of(recipe: Recipe, images: Images, found: Composition | None, most
         found: what the batches hold.
         most: the objective's number where each image is a class of its own.
     """
-    if found is None or isinstance(recipe.objective, MarginSoftmax):
+    if found is None or recipe.objective.negatives_from == "rows":
         return most
-    if isinstance(recipe.objective, (*POSITIVES_IN_BATCH, Ranking)):
-        return round(found.negatives)
-    if isinstance(recipe.objective, Queue):
+    if recipe.objective.negatives_from == "queue":
         # What stands in the queue are images of all classes, by their shares.
         shares = label_names(images).bincount().double() / len(images)
         return round(most * (1 - shares.square().sum().item()))
-    return most
+    return round(found.negatives)
 
 
 def label_names(images: Images) -> Int64[Tensor, " images"]:

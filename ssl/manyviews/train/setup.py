@@ -20,7 +20,7 @@ from manyviews.data import (
     read_inventory,
 )
 from manyviews.features.limits import check_steps
-from manyviews.objectives.cost import in_words, scale
+from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
 from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
@@ -196,11 +196,11 @@ def describe(ready: Setup, console: Console) -> None:
     )
     silent = "" if recipe.objective.bounds_information else "; it bounds no information, so the metrics hold none"
     console.say(f"objective  {recipe.objective.name}{silent}")
-    sizes = {"views": recipe.views.num_views, "batch": recipe.train.batch_size, "dim": components.encoder.dim}
     ids = len(train) if components.names is None else int(components.names.max()) + 1
-    cost = scale(recipe.objective, images=ids, processes=processes, **sizes)
+    sizes = Sizes(ids, recipe.views.num_views, recipe.train.batch_size, components.encoder.dim, processes)
+    cost = recipe.objective.cost(sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
-    console.say(f"negatives  {in_words(cost)}{' on average' if contrasts is not None else ''}")
+    console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")
     console.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
