@@ -1,4 +1,4 @@
-"""Numbers without bounds, descriptions of giants, facts of any type and pipes for files end in a sentence, and soon."""
+"""Numbers without bounds, giants, metadata of any type and pipes for files end in a sentence, and soon."""
 
 import json
 import math
@@ -220,10 +220,10 @@ def test_a_pipe_for_a_file_of_a_run_neither_hangs_nor_ends_in_a_traceback(
         assert found == code, work
 
 
-def reseal(folder: Path, **facts: Any) -> None:
-    """Other facts in a checkpoint, as one who knows how a manifest is sealed writes them."""
+def reseal(folder: Path, **metadata: Any) -> None:
+    """Other metadata in a checkpoint, as one who knows how a manifest is sealed writes them."""
     manifest = read_manifest(folder)
-    text = manifest.model_copy(update={"facts": {**manifest.facts, **facts}}).text()
+    text = manifest.model_copy(update={"metadata": {**manifest.metadata, **metadata}}).text()
     (folder / "manifest.json").write_text(text)
 
 
@@ -254,8 +254,8 @@ def test_a_recipe_in_the_facts_without_a_budget_ends_in_a_sentence(made: Path, i
     for name, train in (("missing", {}), ("text", {"epochs": "x"}), ("huge", {"epochs": 1e308}), ("null", None)):
         run = shutil.copytree(made, tmp_path / name)
         for folder in (run / "checkpoints").iterdir():
-            facts = read_manifest(folder).facts
-            recipe = facts["recipe"]
+            metadata = read_manifest(folder).metadata
+            recipe = metadata["recipe"]
             assert isinstance(recipe, dict)
             own = recipe["train"]
             assert isinstance(own, dict)

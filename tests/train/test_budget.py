@@ -67,10 +67,10 @@ def test_a_line_holds_the_means_since_the_last_one_and_the_pace(now: list[float]
 
 
 def test_a_line_goes_on_with_the_losses_of_before_a_resume(now: list[float]) -> None:
-    facts = {"losses": {"loss": [1.0, 2.0]}, "skipped": 3}
-    record = MetricAverager(clock("train.epochs=4", spent=2.0), 2, facts)
+    metadata = {"losses": {"loss": [1.0, 2.0]}, "skipped": 3}
+    record = MetricAverager(clock("train.epochs=4", spent=2.0), 2, metadata)
     record.add(Loss(torch.tensor(6.0), {}))
     now[0] += 2
-    assert record.facts()["losses"] == {"loss": [1, 2, 6]}
+    assert record.metadata()["losses"] == {"loss": [1, 2, 6]}
     line = record.take(3, 0.5)
     assert (line["loss"], line["skipped"], line["seconds"], line["images_per_second"]) == (3, 3, 4, 50)

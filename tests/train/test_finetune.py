@@ -155,7 +155,7 @@ def content(folder: Path) -> dict[str, Tensor]:
     tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
     for index, state in found.optimiser["state"].items():
         tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return tensors | {"best": torch.tensor([found.facts["best_step"], found.facts["best_accuracy"]])}
+    return tensors | {"best": torch.tensor([found.metadata["best_step"], found.metadata["best_accuracy"]])}
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -815,9 +815,9 @@ def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
     words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]
     words += ["mode=full", "minutes=0.01", "checks=1", f"output={tmp_path / 'short'}"]
     finetune(TINY, load(FinetuneSettings, None, words))
-    facts = json.loads((tmp_path / "short" / "result.json").read_text())
+    metadata = json.loads((tmp_path / "short" / "result.json").read_text())
     assert looked
-    assert facts["best_step"] == facts["step"]
+    assert metadata["best_step"] == metadata["step"]
 
 
 def test_a_folder_whose_fine_tuning_was_interrupted_is_no_run(images: Path, tmp_path: Path) -> None:

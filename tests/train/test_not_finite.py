@@ -230,7 +230,7 @@ def test_what_is_not_finite_on_one_process_is_skipped_by_all_and_the_report_name
     launched(work, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for name, found in first.items():
-        assert found["kinds"] == second[name]["kinds"] == ["Taken", "Skipped", "Taken"]
+        assert found["kinds"] == second[name]["kinds"] == ["StepResult", "Skipped", "StepResult"]
         assert found["changed"] == second[name]["changed"] == []
         assert found["said"] == second[name]["said"]
         assert found["problem"] == second[name]["problem"]

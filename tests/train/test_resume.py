@@ -27,7 +27,7 @@ from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
 from manyviews.train.pretrain import pretrain, state_of
-from manyviews.train.resume import check_facts, check_processes, check_settings
+from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import _restore, make_setup
 from processes import start
 
@@ -324,8 +324,8 @@ def test_the_step_that_measured_best_is_saved_with_its_score_and_stays(
     run = pretrain(load(Recipe, None, [*measured, epochs(6), *words, "train.monitor=3", f"output={tmp_path / 'run'}"]))
     assert there(run) == [4, 6]
     best = read_manifest(run / "checkpoints" / "step-000000004")
-    assert best.facts["score"] == 0.9
-    assert read_manifest(run / "checkpoints" / "step-000000006").facts["score"] is None
+    assert best.metadata["score"] == 0.9
+    assert read_manifest(run / "checkpoints" / "step-000000006").metadata["score"] is None
 
 
 def test_a_checkpoint_of_other_settings_is_refused_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -346,12 +346,14 @@ def test_settings_are_named_one_by_one_and_what_moves_a_cursor_is_spelled_out() 
 
 
 @pytest.mark.parametrize(
-    ("facts", "key"), [({}, "seconds"), ({"seconds": True}, "seconds"), ({"seconds": "9"}, "seconds")]
+    ("metadata", "key"), [({}, "seconds"), ({"seconds": True}, "seconds"), ({"seconds": "9"}, "seconds")]
 )
-def test_a_checkpoint_whose_facts_are_not_those_of_a_run_is_refused_in_words(facts: dict[str, Any], key: str) -> None:
-    found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, facts)
+def test_a_checkpoint_whose_metadata_is_not_that_of_a_run_is_refused_in_words(
+    metadata: dict[str, Any], key: str
+) -> None:
+    found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, metadata)
     with pytest.raises(ValueError, match=f"step 3 does not say its {key} as it should"):
-        check_facts(found, {"seconds": float})
+        check_metadata(found, {"seconds": float})
 
 
 def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def stale_rows(
         return None
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(train, recipe.unseen)
-    if found is None or found.facts.get("images") != images.fingerprint:
+    if found is None or found.metadata.get("images") != images.fingerprint:
         return None
     if opened.step is not None and found.step != opened.step:
         console.warn(

@@ -45,13 +45,13 @@ class MetricAverager:
     Once a stopped run goes on, its next line is the mean over the steps of both sessions, to the last bit.
     """
 
-    def __init__(self, clock: Clock, step: int, facts: Mapping[str, Any]) -> None:
-        """From a step on; `facts` are those of the checkpoint that is gone on from, empty in a new run."""
-        self.skipped = int(facts.get("skipped") or 0)
+    def __init__(self, clock: Clock, step: int, metadata: Mapping[str, Any]) -> None:
+        """From a step on; `metadata` are those of the checkpoint that is gone on from, empty in a new run."""
+        self.skipped = int(metadata.get("skipped") or 0)
         """Steps of the whole run that moved nothing, for a number was not finite."""
-        self.cut_off = bool(facts.get("cut_off", False))
+        self.cut_off = bool(metadata.get("cut_off", False))
         """Whether a measurement was due at this step and was cut off by a signal: it is made up for."""
-        self._before: dict[str, list[float]] = dict(facts.get("losses") or {})
+        self._before: dict[str, list[float]] = dict(metadata.get("losses") or {})
         self._losses: list[Loss] = []
         self._clock, self._step, self._seconds = clock, step, clock.seconds()
 
@@ -73,7 +73,7 @@ class MetricAverager:
         self._before, self._losses, self._step, self._seconds = {}, [], step, seconds
         return numbers
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What goes on from here needs to know, as JSON values; collective."""
         counted = {"skipped": self.skipped, "cut_off": self.cut_off}
         return {"seconds": self._clock.seconds(), **counted, "losses": self._steps()}

@@ -135,10 +135,10 @@ def train(
     """Steps from where the checkpoint ends to the end of the budget or to a signal; returns the steps taken in all."""
     recipe, device = components.recipe, components.accelerator.device
     settings, step, in_a_row = recipe.train, found.step if found else 0, 0
-    facts = found.facts if found else {}
-    score, begun = facts.get("score"), step
-    clock = Clock(recipe, order, float(facts.get("seconds", 0.0)))
-    record, saved, progress = MetricAverager(clock, step, facts), clock.seconds(), clock.progress(step)
+    metadata = found.metadata if found else {}
+    score, begun = metadata.get("score"), step
+    clock = Clock(recipe, order, float(metadata.get("seconds", 0.0)))
+    record, saved, progress = MetricAverager(clock, step, metadata), clock.seconds(), clock.progress(step)
     measured = max(int(progress * settings.monitor) - record.cut_off, 0)
     watch = Watch(min(settings.batch_size, components.encoder.dim))
     now = recipe.model_dump(mode="json")
@@ -170,10 +170,10 @@ def train(
                 console.warn(lacking)
             late = not saver.under_way and clock.seconds() - saved > 60 * settings.save_minutes
             # An extended run is saved at once: from here on its checkpoints say what it goes on with.
-            extended = step == begun and "recipe" in facts and _budget(facts["recipe"]) != _budget(now)
+            extended = step == begun and "recipe" in metadata and _budget(metadata["recipe"]) != _budget(now)
             if late or best or extended:
                 with clock.paused():
-                    save(saver, components, images, run, step, record.facts() | {"score": score})
+                    save(saver, components, images, run, step, record.metadata() | {"score": score})
                 saved = clock.seconds()
             if progress >= 1 or stop.agreed():
                 break
@@ -204,7 +204,7 @@ def train(
                 console.update(
                     "pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {pace}  {left} left"
                 )
-    save(saver, components, images, run, step, record.facts() | {"score": score})
+    save(saver, components, images, run, step, record.metadata() | {"score": score})
     for news in saver.finish():
         console.warn(news)
     return step
@@ -226,7 +226,7 @@ def save(
 
 
 def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
-    """All that a run needs to go on, with the facts that are known of it; nothing is copied."""
+    """All that a run needs to go on, with the metadata that are known of it; nothing is copied."""
     lengths = components.objective.shards()
     parts = {"encoder": components.encoder.state_dict(), "objective": components.objective.state_dict()}
     if components.twin is not None:
@@ -235,11 +235,11 @@ def state_of(components: Components, images: Images, step: int, known: Mapping[s
     sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(components.optimiser, sharded)
-    facts = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
-    facts["recipe"] = components.recipe.model_dump(mode="json")
+    metadata = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    metadata["recipe"] = components.recipe.model_dump(mode="json")
     if components.accelerator.scaler is not None:
-        facts["scaler"] = components.accelerator.scaler.state_dict()
-    return Checkpoint(step, parts, components.optimiser.state_dict(), facts, shards)
+        metadata["scaler"] = components.accelerator.scaler.state_dict()
+    return Checkpoint(step, parts, components.optimiser.state_dict(), metadata, shards)
 
 
 def _look(

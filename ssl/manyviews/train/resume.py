@@ -35,7 +35,7 @@ OTHER_IMAGES = "ids would mean other images: put them back, or start another run
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Counted = Annotated[int, Field(ge=0, lt=10**9)]
 Measured = Annotated[float, Field(allow_inf_nan=False)]
-FACTS = {
+METADATA = {
     "seconds": Seconds,
     "images": str,
     "recipe": dict,
@@ -47,7 +47,7 @@ FACTS = {
     "channels": Annotated[int, Field(ge=1, le=64)] | None,
     "scaler": dict[str, Measured | int] | None,
 }
-"""What a run goes on by, of the facts of its checkpoint; some may be missing, as in those of older versions."""
+"""What a run goes on by, of the metadata of its checkpoint; some may be missing, as in those of older versions."""
 LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 """Settings that may change as long as what lies there is the same."""
 
@@ -73,9 +73,9 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
     if found is None:
         return None
-    facts = check_facts(found, FACTS)
+    metadata = check_metadata(found, METADATA)
     # The file may have been edited, or belong to another run.
-    check_settings(facts["recipe"], now, FREE | SCHEDULE | moved(facts["recipe"], now))
+    check_settings(metadata["recipe"], now, FREE | SCHEDULE | moved(metadata["recipe"], now))
     check_images(found, images)
     check_processes(found, processes, elastic=recipe.elastic, console=console)
     return found
@@ -83,7 +83,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
 
 def check_images(found: Checkpoint, images: Images) -> None:
     """Refuses other images than those of a checkpoint."""
-    if check_facts(found, {"images": str})["images"] != images.fingerprint:
+    if check_metadata(found, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files, labels or how they are read have changed); "
             f"{OTHER_IMAGES}"
@@ -96,7 +96,7 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console
     Raises:
         ValueError: naming both numbers.
     """
-    before = found.facts["processes"]
+    before = found.metadata["processes"]
     if before == processes:
         return
     if not elastic:
@@ -108,22 +108,22 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console
     console.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
-def check_facts(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The facts of a checkpoint, if each of those that are needed is of its type, with its bounds.
+def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata of a checkpoint, if each of those that are needed is of its type, with its bounds.
 
     Raises:
         ValueError: naming one that is not; another program, or a much older one, has written the checkpoint then.
     """
     for key, kind in kinds.items():
         try:
-            TypeAdapter(kind).validate_python(found.facts.get(key), strict=True)
+            TypeAdapter(kind).validate_python(found.metadata.get(key), strict=True)
         except ValidationError as problem:
             first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
             raise ValueError(
                 f"the checkpoint of step {found.step:,} does not say its {key} as it should "
                 f"({first['msg'].removeprefix('Input ')}); start another run with output=…"
             ) from None
-    return found.facts
+    return found.metadata
 
 
 def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
@@ -139,14 +139,15 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
     Raises:
         ValueError: naming both lengths.
     """
+    writers = found.metadata["processes"]
     for name, length in lengths.items():
         before = found.shards.get(f"objective.{name}", length)
         if before != length:
             raise ValueError(
-                f"objective.{name} has {before:,} rows in the checkpoint, which {found.facts['processes']} processes "
-                f"wrote, and has {length:,} on the {distributed.world_size()} of now: a queue with "
-                "objective.per_process=true grows with them and cannot be shared out anew; go on with "
-                f"{found.facts['processes']} processes, or start another run with output=…"
+                f"objective.{name} has {before:,} rows in the checkpoint, which {writers} processes wrote, and has "
+                f"{length:,} on the {distributed.world_size()} of now: a queue with objective.per_process=true grows "
+                f"with them and cannot be shared out anew; go on with {writers} processes, or start another run with "
+                "output=…"
             )
 
 
@@ -158,12 +159,12 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
     Raises:
         ValueError: naming the difference, unless extend=true asks for it; if nothing is left to do in the new budget.
     """
-    before, now = found.facts["recipe"], recipe.model_dump(mode="json")
+    before, now = found.metadata["recipe"], recipe.model_dump(mode="json")
     changed = differences(before, now, FREE | LOCATIONS)
     if not SCHEDULE & changed.keys():
         return None
     old, new = validate(TrainSettings, before["train"]), recipe.train
-    step, seconds = found.step, found.facts["seconds"]
+    step, seconds = found.step, found.metadata["seconds"]
     if not recipe.extend and old.progress(step, seconds, steps_per_epoch) < 1:
         check_settings(before, now, FREE | LOCATIONS, EXTEND)
     if new.progress(step, seconds, steps_per_epoch) >= 1:

@@ -88,7 +88,7 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
         if not recipe.extend:
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
         return False
-    # Of a finished run only the facts are looked at.
+    # Of a finished run only the metadata are looked at.
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     if found is not None:
         try:
@@ -134,7 +134,7 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     with raise_on_all_ranks():
         file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
-        if found is None or not file.is_file() or found.facts.get("images") == split.train.fingerprint:
+        if found is None or not file.is_file() or found.metadata.get("images") == split.train.fingerprint:
             return None
         before = read_inventory(file)
         changed = changes(before, now)
@@ -157,7 +157,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
     found = resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
-    begun_on = found.facts["processes"] if found else None
+    begun_on = found.metadata["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
@@ -166,7 +166,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
     if found is not None:
-        if found.facts.get("held_out", components.held_out) != components.held_out:
+        if found.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
         _restore(components, found)
     return Setup(split, order, components, found, extended, contrasts)
@@ -236,7 +236,7 @@ def _restore(components: Components, found: Checkpoint) -> None:
             components.twin.load_state_dict(dict(found.parts["twin"]))
         restore_optimiser(components.optimiser, found.optimiser)
         if components.accelerator.scaler is not None:
-            components.accelerator.scaler.load_state_dict(found.facts["scaler"])
+            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
     except (KeyError, RuntimeError) as problem:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"

@@ -167,7 +167,7 @@ class Saver:
             processes=distributed.world_size(),
             shards=dict(checkpoint.shards),
             files=dict(sorted(files.items())),
-            facts=dict(checkpoint.facts),
+            facts=dict(checkpoint.metadata),
         )
         published = _Work(partial(self._publish, aside, target, manifest) if first else dict)
         yield published

@@ -86,9 +86,9 @@ def _run(
     saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
         with Stop() as stop:
-            best, facts = train(model, task, probe, accelerator, saver, run, console, found, stop)
+            best, metadata = train(model, task, probe, accelerator, saver, run, console, found, stop)
         if stop.signal is None:
-            measure(best, task, probe, facts, run, console, header)
+            measure(best, task, probe, metadata, run, console, header)
     except Exception:
         saver.abandon()
         if run is not None:
@@ -101,7 +101,7 @@ def _run(
     distributed.barrier()
     accelerator.end_training()
     if stop.signal is not None:
-        console.say(f"stopped at step {facts['step']:,}, saved; the same words with resume=true go on from there")
+        console.say(f"stopped at step {metadata['step']:,}, saved; the same words with resume=true go on from there")
         raise SystemExit(128 + stop.signal)
     return folder
 
@@ -117,7 +117,7 @@ def train(
     found: Checkpoint | None,
     stop: Stop,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its facts.
+    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its metadata.
 
     Where it begins as the linear probe, that is measured too, and stays the best until another is better.
     """
@@ -146,7 +146,7 @@ def train(
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         forward, optimiser = accelerator.prepare(model, optimiser)
 
-    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tested": 0, "best_step": 0, "best_accuracy": None}
+    metadata: dict[str, Any] = {"step": 0, "seconds": 0.0, "tested": 0, "best_step": 0, "best_accuracy": None}
     losses: list[float] = []
     """Of the steps since the last line of metrics, up to the newest checkpoint."""
     fresh: list[Tensor] = []
@@ -156,9 +156,9 @@ def train(
         average.module.load_state_dict(dict(found.parts["average"]))
         restore_optimiser(optimiser, found.optimiser)
         best = {key: value.to(device) for key, value in found.parts["best"].items()}
-        facts |= {key: found.facts.get(key) for key in facts}
-        losses += found.facts["losses"]
-    step, began = facts["step"], time.monotonic() - facts["seconds"]
+        metadata |= {key: found.metadata.get(key) for key in metadata}
+        losses += found.metadata["losses"]
+    step, began = metadata["step"], time.monotonic() - metadata["seconds"]
     order = Order(len(task.images), task.batch_size, settings.seed)
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
 
@@ -176,7 +176,7 @@ def train(
 
     def save() -> None:
         parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
-        known = facts | {"step": step, "seconds": seconds(), "losses": list(open_losses())} | task.origin
+        known = metadata | {"step": step, "seconds": seconds(), "losses": list(open_losses())} | task.origin
         if probe is not None:
             parts["probe"] = {"weights": probe.weights, "biases": probe.biases}
             known |= {"probe": [probe.regularisation, probe.held_out]}
@@ -188,13 +188,13 @@ def train(
 
     def check() -> None:
         nonlocal best
-        accuracy, before = _accuracy(average.module, task), facts["best_accuracy"]
+        accuracy, before = _accuracy(average.module, task), metadata["best_accuracy"]
         # Of equals the later one, which averages over more, but the probe only gives way to one that is better; with
         # none held out, it is the last one.
-        if accuracy is None or before is None or accuracy > before or (accuracy == before and facts["best_step"]):
+        if accuracy is None or before is None or accuracy > before or (accuracy == before and metadata["best_step"]):
             best = copied(average.module)
-            facts.update(best_step=step, best_accuracy=accuracy)
-        facts["tested"] = step
+            metadata.update(best_step=step, best_accuracy=accuracy)
+        metadata["tested"] = step
         if run is not None and accuracy is not None:
             run.log(step, {"held_out": accuracy})
 
@@ -248,16 +248,16 @@ def train(
             if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
                 save()
                 saved = seconds()
-    if stop.signal is None and facts["tested"] < step:
+    if stop.signal is None and metadata["tested"] < step:
         check()
     save()
     for news in saver.finish():
         console.warn(news)
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(best)
-    epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
-    del facts["tested"]
-    return average.module, facts | {"step": step, "seconds": seconds()} | epochs
+    epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": metadata["best_step"] / order.steps_per_epoch}
+    del metadata["tested"]
+    return average.module, metadata | {"step": step, "seconds": seconds()} | epochs
 
 
 class Average(ModelEmaV3):
