@@ -26,9 +26,11 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
-from manyviews.train.pretrain import pretrain, state_of
+from manyviews.train.checkpointing import restore, state_of
+from manyviews.train.monitoring import Monitor
+from manyviews.train.pretrain import pretrain
 from manyviews.train.resume import check_metadata, check_processes, check_settings
-from manyviews.train.setup import _restore, make_setup
+from manyviews.train.setup import make_setup
 from processes import start
 
 STEPS, STOPPED = 6, 4
@@ -319,7 +321,7 @@ def test_the_step_that_measured_best_is_saved_with_its_score_and_stays(
 ) -> None:
     words = [*ALONE, "train.keep=1"]
     scores = iter([0.2, 0.9, 0.5])
-    monkeypatch.setattr(loop, "_monitor", lambda *arguments: next(scores))
+    monkeypatch.setattr(Monitor, "_accuracy", lambda *arguments: next(scores))
     measured = [word for word in SMALL if not word.startswith("train.monitor")]
     run = pretrain(load(Recipe, None, [*measured, epochs(6), *words, "train.monitor=3", f"output={tmp_path / 'run'}"]))
     assert there(run) == [4, 6]
@@ -377,5 +379,5 @@ def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Pa
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     found, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    _restore(ready.components, found)
+    restore(ready.components, found)
     assert accelerator.scaler.get_scale() == 1024.0

@@ -25,9 +25,11 @@ from manyviews.objectives import Population
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.launch import start
-from manyviews.train import step
+from manyviews.train import pretrain, step
+from manyviews.train.cached_gradients import num_chunks
 from manyviews.train.components import Components, batches, build, cautions, label_names, synchronised
-from manyviews.train.step import StepResult, compile_encoder, gradient, num_chunks, train_step
+from manyviews.train.pretrain import compile_encoder, gradient, train_step
+from manyviews.train.step import StepResult
 
 SMALL = [
     "train.batch_size=12",
@@ -266,7 +268,7 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
         raise problem
 
     built = components()
-    monkeypatch.setattr(step, "gradient", broken)
+    monkeypatch.setattr(pretrain, "gradient", broken)
     order = batches(built.recipe, images(), 1)
     compile_encoder(built, images(), order, 0)
     with pytest.raises(ValueError, match=rf"compiled here \({said}\); it takes a C\+\+ compiler .* leave train"):

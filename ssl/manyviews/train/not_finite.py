@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyviews.run.checkpoints import way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
 from manyviews.system.writing import write_json
-from manyviews.train.components import Components
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
@@ -48,61 +47,73 @@ class Skipped(NamedTuple):
         return [name for name, value in self.loss.items() if not math.isfinite(value)]
 
 
-def skipped(
-    components: Components,
+def skip(
     step: int,
     epoch: int,
     ids: Int64[Tensor, " batch"],
     views: Bool[Tensor, " batch"],
     embeddings: Bool[Tensor, " batch"],
     loss: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
 ) -> Skipped:
-    """What is to be known of a step that is skipped, while its gradients are still there.
+    """Records what is known of a step that is skipped, while its gradients are still there.
 
     `views` and `embeddings` tell of each image whether they are finite; `loss` holds the total and all terms.
     """
-    parameters = [(f"encoder.{name}", value) for name, value in components.encoder.named_parameters()]
-    parameters += [(f"objective.{name}", value) for name, value in components.objective.named_parameters()]
+    parameters = {
+        f"{owner}.{name}": value for owner, module in modules.items() for name, value in module.named_parameters()
+    }
     return Skipped(
         step,
         epoch,
         {name: float(value) for name, value in loss.items()},
-        tuple(name for name, value in parameters if value.grad is not None and not _finite(value.grad)),
-        tuple(name for name, value in parameters if not _finite(value)),
+        tuple(name for name, value in parameters.items() if value.grad is not None and not _finite(value.grad)),
+        tuple(name for name, value in parameters.items() if not _finite(value)),
         tuple(ids.tolist()),
         tuple(views.tolist()),
         tuple(embeddings.tolist()),
     )
 
 
-def tell(
-    found: Skipped, *, in_a_row: int, in_all: int, folder: Path, names: Sequence[str], warn: Callable[[str], None]
-) -> None:
-    """Says that a step was skipped, of the first, the tenth, the hundredth …; ends the run where they do not end.
+class Skips:
+    """Counts the steps that are skipped, warns of some, and ends a run in which they do not end."""
 
-    All processes call it together, and all raise.
+    def __init__(
+        self, folder: Path, names: Sequence[str], warn: Callable[[str], None], *, cure: str, total: int = 0
+    ) -> None:
+        """Begins to count.
 
-    Args:
-        found: what this process knows of the step.
-        in_a_row: how many steps were skipped, one after the other.
-        in_all: how many were skipped in the whole run.
-        folder: the run's, for the report.
-        names: those of all images, by id.
-        warn: told the words.
+        Args:
+            folder: the run's, for the report.
+            names: those of all images, by id.
+            warn: gets a sentence on the first, the tenth, the hundredth … step that was skipped.
+            cure: what to try instead, for the advice.
+            total: the steps that were skipped before a resume.
+        """
+        self._folder, self._names, self._warn, self._cure = folder, names, warn, cure
+        self.total, self._in_a_row = total, 0
 
-    Raises:
-        ValueError: after too many skipped steps in a row, naming the report.
-    """
-    if str(in_all).strip("0") == "1":
-        warn(f"step {found.step + 1:,} was skipped: {in_words(found)} not finite; {in_all:,} skipped so far")
-    if in_a_row < MOST_IN_A_ROW:
-        return
-    said, report = in_words(found), write_report(folder, found, in_a_row, names)
-    seen = f"see {report}, which names the images" if report else "the report could not be written"
-    raise ValueError(
-        f"{in_a_row} steps in a row were skipped, up to step {found.step + 1:,}: {said} not finite; {seen}; "
-        f"{way_on(folder / CHECKPOINTS)} with a lower optim.rate or train.precision=fp32"
-    )
+    def count(self, found: Skipped | None) -> None:
+        """Counts a step that was skipped, or with None one that was not; collective, and all processes raise.
+
+        Raises:
+            ValueError: after too many skipped steps in a row, naming the report.
+        """
+        if found is None:
+            self._in_a_row = 0
+            return
+        self._in_a_row, self.total = self._in_a_row + 1, self.total + 1
+        if str(self.total).strip("0") == "1":
+            said = f"step {found.step + 1:,} was skipped: {in_words(found)} not finite"
+            self._warn(f"{said}; {self.total:,} skipped so far")
+        if self._in_a_row < MOST_IN_A_ROW:
+            return
+        said, report = in_words(found), write_report(self._folder, found, self._in_a_row, self._names)
+        seen = f"see {report}, which names the images" if report else "the report could not be written"
+        raise ValueError(
+            f"{self._in_a_row} steps in a row were skipped, up to step {found.step + 1:,}: {said} not finite; {seen}; "
+            f"{way_on(self._folder / CHECKPOINTS)} with {self._cure}"
+        )
 
 
 def in_words(found: Skipped) -> str:

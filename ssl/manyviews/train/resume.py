@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from manyviews.system.console import Console
 from manyviews.system.files import MEBIBYTE, read_text
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_atomic
+from manyviews.train.budget import share_spent
 
 FREE_IN_TRAINING = (
     *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
@@ -165,13 +167,14 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
         return None
     old, new = validate(TrainSettings, before["train"]), recipe.train
     step, seconds = found.step, found.metadata["seconds"]
-    if not recipe.extend and old.progress(step, seconds, steps_per_epoch) < 1:
+    progress = [partial(share_spent, steps=one.steps(steps_per_epoch), minutes=one.minutes) for one in (old, new)]
+    if not recipe.extend and progress[0](step, seconds) < 1:
         check_settings(before, now, FREE | LOCATIONS, EXTEND)
-    if new.progress(step, seconds, steps_per_epoch) >= 1:
+    if progress[1](step, seconds) >= 1:
         had = f"{seconds / 60:.3g} minutes" if new.minutes else f"{step / steps_per_epoch:.3g} epochs"
         raise ValueError(f"{_in_words(changed)}, but the run has had {had} already; name more, or leave it out")
     peak, warmup = recipe.optim.peak_rate(new.batch_size), recipe.optim.warmup
-    rates = [peak * cosine(one.progress(step + 0.5, seconds, steps_per_epoch), warmup) for one in (old, new)]
+    rates = [peak * cosine(spent(step + 0.5, seconds), warmup) for spent in progress]
     whole = f"{new.minutes:g} minutes" if new.minutes else f"{new.steps(steps_per_epoch):,}"
     return (
         f"extended: {_in_words(changed)}; step {step + 1:,} of {whole} has a rate of {rates[1]:.3g}, not {rates[0]:.3g}"

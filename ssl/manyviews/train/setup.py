@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from manyviews.config import load
 from manyviews.data import (
     ClassOrder,
     Composition,
@@ -22,29 +21,18 @@ from manyviews.data import (
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import in_words, scale
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
-from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint
+from manyviews.run.folder import CHECKPOINTS, INVENTORY, read_unreadable
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
-from manyviews.system.folder_lock import folder_lock
 from manyviews.system.plural import plural
+from manyviews.train.checkpointing import restore
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
 from manyviews.train.resume import (
-    EXTEND,
-    FREE,
-    LOCATIONS,
-    OF_A_START,
     OTHER_IMAGES,
-    SCHEDULE,
-    check_images,
-    check_lengths,
     check_schedule,
-    check_settings,
-    differences,
-    moved,
-    record_settings,
     resumable,
 )
 
@@ -61,55 +49,6 @@ class Setup(NamedTuple):
     """What to say of a schedule that is not the one it was begun with."""
     contrasts: Composition | None = None
     """What the batches hold where classes are the ids."""
-
-
-def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = True) -> bool:
-    """Whether a run is finished and nothing is left to do, which is said then; collective.
-
-    Args:
-        recipe: what it is asked to go on with.
-        folder: the run folder.
-        console: says it.
-        record: whether settings that are free to change, such as the path of the same images, are written down.
-
-    Raises:
-        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
-            only where it is not to be extended.
-    """
-    done = (folder / DONE).exists() and (folder / CONFIG).exists()
-    if not distributed.from_first_rank(float(done)):
-        return False
-    before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
-    # What the views leave open follows from the images.
-    now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
-    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
-    changed = differences(before, now, OF_A_START)
-    if SCHEDULE & changed.keys():
-        if not recipe.extend:
-            check_settings(before, now, FREE | LOCATIONS, EXTEND)
-        return False
-    # Of a finished run only the metadata are looked at.
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
-    if found is not None:
-        try:
-            split = read_images(recipe, folder, console)
-        except (ValueError, OSError) as problem:
-            if LOCATIONS & changed.keys():
-                raise
-            console.warn(f"the images cannot be compared with those of the run: {problem}")
-        else:
-            check_images(found, split.train)
-    if changed and record:
-        with folder_lock(folder, lambda: None, console.warn):
-            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
-    console.say(f"{folder} is finished: nothing is left to do")
-    return True
-
-
-def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
-    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
-    if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
-        console.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
 def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
@@ -168,13 +107,13 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     if found is not None:
         if found.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
-        _restore(components, found)
+        restore(components, found)
     return Setup(split, order, components, found, extended, contrasts)
 
 
-def describe(ready: Setup, console: Console) -> None:
+def describe(setup: Setup, folder: Path, console: Console) -> None:
     """Says what will run, so that a mistake is seen before hours have gone by."""
-    split, order, components, _, extended, contrasts = ready
+    split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
     recipe, accelerator, train = components.recipe, components.accelerator, split.train
     processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
@@ -205,9 +144,9 @@ def describe(ready: Setup, console: Console) -> None:
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
     )
-    if extended:
-        console.say(extended)
-    console.say(f"run        {folder_of(recipe).resolve()}")
+    if setup.extended:
+        console.say(setup.extended)
+    console.say(f"run        {folder.resolve()}")
     for caution in (*cautions(components), *(alike(split) if distributed.rank() == 0 else ())):
         console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
@@ -220,24 +159,3 @@ def describe(ready: Setup, console: Console) -> None:
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
-
-
-def folder_of(recipe: Recipe) -> Path:
-    """The run folder."""
-    return Path(recipe.output or "runs/pretrain").expanduser()
-
-
-def _restore(components: Components, found: Checkpoint) -> None:
-    check_lengths(found, components.objective.shards())
-    try:
-        components.encoder.load_state_dict(dict(found.parts["encoder"]))
-        components.objective.load_state_dict(dict(found.parts["objective"]))
-        if components.twin is not None:
-            components.twin.load_state_dict(dict(found.parts["twin"]))
-        restore_optimiser(components.optimiser, found.optimiser)
-        if components.accelerator.scaler is not None:
-            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
-    except (KeyError, RuntimeError) as problem:
-        raise ValueError(
-            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
-        ) from None
