@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import LayerNorm
+from timm.loss import SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop, start
 from manyviews.train.finetune import FinetuneSettings, classifier, finetune, loop
 from manyviews.train.finetune import result as results
+from manyviews.train.finetune import state as states
 from manyviews.train.finetune.classifier import (
     Probe,
     create_optimiser,
@@ -374,6 +376,33 @@ def test_the_average_begins_at_the_first_step_and_gets_longer_up_to_its_decay(
     assert decays == pytest.approx([min(ema, 1 - (1 + step) ** (-2 / 3)) for step in range(12)])
 
 
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_leaves_no_trace(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, forward, seen = [*IN_PARTS, "log_every=1", "mode=full"], SoftTargetCrossEntropy.forward, []
+
+    def spoiled(self: SoftTargetCrossEntropy, *inputs: Tensor) -> Tensor:
+        seen.append(inputs)
+        return forward(self, *inputs) * (torch.nan if len(seen) == 4 else 1)
+
+    before: list[dict[str, Tensor]] = []
+    undo = loop.undo_step
+
+    def undone(accelerator: Any, optimiser: Any, buffers: Any) -> None:
+        undo(accelerator, optimiser, buffers)
+        before.append({"buffer": buffers[0][0].clone(), "value": buffers[0][1].clone()})
+
+    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", spoiled)
+    monkeypatch.setattr(loop, "undo_step", undone)
+    given = [word for word in words if word != "log_every=4"]
+    folder = finetune(str(run), settings(tmp_path / "tuned", *given))
+    lines = [(line["step"], line["skipped"]) for line in read_metrics(folder) if "loss" in line]
+    assert lines == [(step, int(step > 4)) for step in range(1, 11) if step != 4]
+    assert [torch.equal(one["buffer"], one["value"]) for one in before] == [True]
+    assert "step 4 was skipped: the loss (loss) and the gradient of model." in " ".join(capsys.readouterr().out.split())
+    assert all(torch.isfinite(value).all() for key, value in content(folder).items() if value.is_floating_point())
+
+
 # Several processes
 
 
@@ -715,7 +744,7 @@ def test_training_and_measuring_show_a_timm_model_the_same_input(images: Path) -
         (["fraction=0"], "fraction=0"),
         (["pretrained=true"], "leave it out"),
         (["data=/no/such/place"], "/no/such/place"),
-        (["rate=1e30", "label_smoothing=0"], "use a lower rate"),
+        (["rate=1e30", "label_smoothing=0", "min_steps=40"], "with a lower rate or precision=fp32"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -809,7 +838,7 @@ def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr(loop, "_accuracy", lambda model, task: looked.append(len(looked)) or 0.5)
+    monkeypatch.setattr(states, "accuracy_of", lambda model, task: looked.append(len(looked)) or 0.5)
     # The budget ends between two steps, and no share of it is reached at the end of one.
     words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
     words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]

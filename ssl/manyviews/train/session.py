@@ -30,9 +30,15 @@ class Session(NamedTuple):
         if self.run is not None:
             self.run.log(step, values)
 
-    def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-        """Begins to write a checkpoint, which is done beside the next steps; refuses weights that are not finite."""
-        check_finite(weights, checkpoint.step, self.saver.place)
+    def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Begins to write a checkpoint, which is done beside the next steps.
+
+        Raises:
+            ValueError: if the weights, by default all its parts, are not finite.
+        """
+        parts = checkpoint.parts.items()
+        tensors = {f"{part}.{key}": value for part, state in parts for key, value in state.items()}
+        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.place)
         self.saver.begin(checkpoint, before=self.run.sync if self.run is not None else None)
 
     def poll_saver(self) -> None:

@@ -19,6 +19,7 @@ from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train.finetune.classifier import Probe
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task
+from manyviews.train.not_finite import REPORT
 from manyviews.train.resume import Counted, Measured, Seconds, check_metadata, check_processes, check_settings
 
 
@@ -52,6 +53,7 @@ METADATA = {
     "best_step": Counted,
     "losses": list[float],
     "best_accuracy": Measured | None,
+    "skipped": Counted | None,
 }
 """What fine-tuning goes on by, of the metadata of its checkpoint."""
 
@@ -124,6 +126,8 @@ def remove_unbegun(folder: Path) -> None:
     The folder itself goes with its lock.
     """
     if any((folder / CHECKPOINTS).glob("*")) or any(line["step"] for line in read_metrics(folder)):
+        return
+    if (folder / REPORT).exists():
         return
     for name in (CONFIG, METRICS, CLASSIFIER, CHECKPOINTS, "tensorboard"):
         remove(folder / name)

@@ -31,7 +31,7 @@ def measure(
     model: nn.Module,
     task: Task,
     probe: Probe | None,
-    metadata: dict[str, Any],
+    outcome: dict[str, Any],
     run: Run | None,
     console: Console,
     header: str = "",
@@ -47,7 +47,7 @@ def measure(
         logits = outputs(model, task, test, ids)
         if probe is not None:
             device = next(model.parameters()).device
-            probed = logits if _is_probe(task, metadata) else probe_logits(probe, task, device, test, ids)
+            probed = logits if _is_probe(task, outcome) else probe_logits(probe, task, device, test, ids)
     if run is None:
         return
     settings, opened, classes = task.settings, task.opened, task.images.classes
@@ -64,7 +64,7 @@ def measure(
     trained, held_out = len(task.images), len(task.held_out)
     record: dict[str, Any] = {"command": header.partition("\n")[0].removeprefix("# "), "model": opened.name}
     record |= {key: getattr(settings, key) for key in ("scratch", "mode", "fraction", "seed")}
-    record |= {"images": {"labelled": trained + held_out, "trained": trained, "held_out": held_out}, **metadata}
+    record |= {"images": {"labelled": trained + held_out, "trained": trained, "held_out": held_out}, **outcome}
     record |= {"weights": dict(opened.origin), "classes": list(classes)}
     if probe is not None:
         record["probe"] = {"regularisation": probe.regularisation, "held_out_accuracy": probe.held_out}
@@ -78,10 +78,10 @@ def measure(
             record["probe"]["accuracy"] = right / len(ids)
             said.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
     record["remarks"] = remarks(
-        record, is_probe=_is_probe(task, metadata), begins_as_probe=settings.mode == "linear_then_full"
+        record, is_probe=_is_probe(task, outcome), begins_as_probe=settings.mode == "linear_then_full"
     )
-    if metadata["best_accuracy"] is not None:
-        epoch, accuracy = metadata["best_epoch"], 100 * metadata["best_accuracy"]
+    if outcome["best_accuracy"] is not None:
+        epoch, accuracy = outcome["best_epoch"], 100 * outcome["best_accuracy"]
         line = f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right"
         if probe is not None and probe.held_out is not None:
             line += f"; the probe {100 * probe.held_out:.1f} %"
@@ -128,8 +128,8 @@ def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool)
     return found
 
 
-def _is_probe(task: Task, metadata: Mapping[str, Any]) -> bool:
-    return task.settings.mode == "linear_then_full" and not metadata["best_step"]
+def _is_probe(task: Task, outcome: Mapping[str, Any]) -> bool:
+    return task.settings.mode == "linear_then_full" and not outcome["best_step"]
 
 
 def _measured(
