@@ -7,8 +7,8 @@ import torch
 
 from manyviews.data import Order
 from manyviews.objectives import Loss
-from manyviews.train.budget import Budget
-from manyviews.train.metrics import MetricAverager, pace
+from manyviews.train.budget import Budget, MetricAverager
+from manyviews.train.recorder import pace
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
 from manyviews.system.launch import Stop
-from manyviews.train import metrics, monitoring
+from manyviews.train import recorder
 from manyviews.train.pretrain import pretrain
 from manyviews.views import Views
 from processes import launched
@@ -194,9 +194,9 @@ def test_a_line_of_metrics_is_the_same_when_the_run_was_stopped_between_two_of_t
 
 
 def test_a_measurement_that_a_signal_cuts_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "MAX_MONITOR_IMAGES", 1_100)
+    monkeypatch.setattr(recorder, "MAX_MONITOR_IMAGES", 1_100)
     straight = pretrain(recipe(tmp_path / "straight", "train.monitor=2", steps=4))
-    extract = monitoring.extract
+    extract = recorder.extract
 
     def cut_off(*arguments: Any, stopped: Any, **options: Any) -> Any:
         calls = itertools.count()
@@ -209,7 +209,7 @@ def test_a_measurement_that_a_signal_cuts_off_is_made_up_for(tmp_path: Path, mon
         return extract(*arguments, stopped=later, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(monitoring, "extract", cut_off)
+        patch.setattr(recorder, "extract", cut_off)
         with pytest.raises(SystemExit) as ended:
             pretrain(recipe(tmp_path / "stopped", "train.monitor=2", steps=4))
         assert ended.value.code == 128 + signal.SIGTERM
@@ -297,8 +297,8 @@ def test_no_measurement_and_no_picture_ends_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight = pretrain(recipe(tmp_path / "straight", steps=3))
-    monkeypatch.setattr(monitoring, "monitor_knn", fails)
-    monkeypatch.setattr(metrics, "similarities", fails)
+    monkeypatch.setattr(recorder, "monitor_knn", fails)
+    monkeypatch.setattr(recorder, "similarities", fails)
     monkeypatch.setattr(Views, "preview", fails)
     found = pretrain(recipe(tmp_path / "run", "train.monitor=2", steps=3))
     said = " ".join(capsys.readouterr().out.split())
@@ -316,14 +316,14 @@ def test_monitoring_without_five_images_of_a_class_is_left_out_with_one_sentence
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made, labels = recipe(Path("x"), "train.monitor=3"), torch.arange(100).repeat_interleave(4)
-    assert monitoring.monitored_ids(labels, recipe(Path("x"), "train.monitor=0"), Console()) is None
-    assert monitoring.monitored_ids(labels[:99], made, Console()) is None
+    assert recorder.monitored_ids(labels, recipe(Path("x"), "train.monitor=0"), Console()) is None
+    assert recorder.monitored_ids(labels[:99], made, Console()) is None
     assert capsys.readouterr().out == ""
-    assert monitoring.monitored_ids(labels, made, Console()) is None
+    assert recorder.monitored_ids(labels, made, Console()) is None
     assert "among 400 no class has more than 4; training goes on without it" in capsys.readouterr().out
-    chosen = monitoring.monitored_ids(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
+    chosen = recorder.monitored_ids(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
     assert chosen is not None
     assert chosen.tolist() == list(range(401))
     # Of 20,000 classes the 5,000 images that are looked at are hardly two of any.
-    assert monitoring.monitored_ids(torch.arange(20_000).repeat_interleave(30), made, Console()) is None
+    assert recorder.monitored_ids(torch.arange(20_000).repeat_interleave(30), made, Console()) is None
     assert "among 5,000 no class has more than" in capsys.readouterr().out

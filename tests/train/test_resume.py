@@ -27,8 +27,8 @@ from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
 from manyviews.train.checkpointing import restore, state_of
-from manyviews.train.monitoring import Monitor
 from manyviews.train.pretrain import pretrain
+from manyviews.train.recorder import Recorder
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup
 from processes import start
@@ -321,7 +321,7 @@ def test_the_step_that_measured_best_is_saved_with_its_score_and_stays(
 ) -> None:
     words = [*ALONE, "train.keep=1"]
     scores = iter([0.2, 0.9, 0.5])
-    monkeypatch.setattr(Monitor, "_accuracy", lambda *arguments: next(scores))
+    monkeypatch.setattr(Recorder, "_accuracy", lambda *arguments: next(scores))
     measured = [word for word in SMALL if not word.startswith("train.monitor")]
     run = pretrain(load(Recipe, None, [*measured, epochs(6), *words, "train.monitor=3", f"output={tmp_path / 'run'}"]))
     assert there(run) == [4, 6]

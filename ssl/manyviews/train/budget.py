@@ -1,9 +1,12 @@
-"""The budget of a run: the seconds of training that are spent, and which share of the whole that is."""
+"""The budget of a run, and what came of it: the share that is spent, and the means of the losses."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
+
+from manyviews.objectives import Loss
 from manyviews.system import distributed
 
 
@@ -47,3 +50,41 @@ class Budget:
         with self.paused():
             yield
         self._saved = self.seconds()
+
+
+class MetricAverager:
+    """The losses since the last line of metrics.
+
+    Once a stopped run goes on, its next line is the mean over the steps of both sessions, to the last bit.
+    """
+
+    def __init__(self, before: Mapping[str, Sequence[float]] | None = None) -> None:
+        """Begins with the losses `before` a resume, which `steps` has returned."""
+        self._before = {name: list(values) for name, values in (before or {}).items()}
+        self._losses: list[Loss] = []
+
+    def __len__(self) -> int:
+        """The steps that the next line is about."""
+        return len(self._before.get("loss", ())) + len(self._losses)
+
+    def add(self, loss: Loss) -> None:
+        """Adds a step that was taken."""
+        self._losses.append(loss)
+
+    def take(self) -> dict[str, float]:
+        """The means over the steps and over the processes; then it starts anew; collective."""
+        means = {name: sum(values) / len(values) for name, values in self.steps().items()}
+        self._before, self._losses = {}, []
+        return means
+
+    def steps(self) -> dict[str, list[float]]:
+        """Of each step the loss and its terms, each the mean over the processes; collective."""
+        if self._losses:
+            names = ["loss", *self._losses[0].terms]
+            own = [[loss.total, *(loss.terms[name] for name in names[1:])] for loss in self._losses]
+            # All at once: each travels and is waited for otherwise.
+            rows = distributed.mean(torch.stack([torch.stack([value.float() for value in row]) for row in own]))
+            for name, values in zip(names, rows.T.tolist(), strict=True):
+                self._before.setdefault(name, []).extend(values)
+            self._losses = []
+        return {name: list(values) for name, values in self._before.items()}

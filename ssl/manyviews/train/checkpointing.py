@@ -1,67 +1,12 @@
-"""The state of pretraining as a checkpoint holds it, when it is saved, and how it is restored."""
+"""The state of pretraining as a checkpoint holds it, and how it is restored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from manyviews.data import Images, listed, newly_unreadable
+from manyviews.data import Images
 from manyviews.run.checkpoints import Checkpoint, optimiser_shards, restore_optimiser
-from manyviews.train.budget import Budget
 from manyviews.train.components import Components
 from manyviews.train.resume import check_lengths
-from manyviews.train.session import Session
-
-
-class Checkpointing:
-    """Saves pretraining every `train.save_minutes`, after the best measurement and at its end."""
-
-    def __init__(
-        self,
-        components: Components,
-        images: Images,
-        budget: Budget,
-        session: Session,
-        found: Checkpoint | None,
-        known: Callable[[int], dict[str, Any]],
-    ) -> None:
-        """From the checkpoint that is resumed on; `known` gives the metadata of a step that the components lack."""
-        self._components, self._images, self._known = components, images, known
-        self._budget, self._session, self._begun = budget, session, found.step if found else 0
-        before, now = (found.metadata.get("recipe") if found else None), components.recipe.model_dump(mode="json")
-        self._extended = before is not None and any(
-            before["train"].get(key) != now["train"][key] for key in ("epochs", "minutes")
-        )
-
-    def save_if_due(self, step: int, *, best: bool) -> None:
-        """Goes on with what is being written, and saves where it is time; collective.
-
-        Args:
-            step: the steps so far.
-            best: whether the step has the best measurement.
-        """
-        saver = self._session.saver
-        self._session.poll_saver()
-        # After the first step: before it, an optimiser keeps nothing yet.
-        if step == self._begun + 1:
-            lacking = saver.room_warning(state_of(self._components, self._images, step, {}))
-            if lacking:
-                self._session.console.warn(lacking)
-        late = not saver.under_way and self._budget.save_is_due(self._components.recipe.train.save_minutes)
-        # An extended run is saved at once: from here on its checkpoints say what it goes on with.
-        if late or best or (self._extended and step == self._begun):
-            with self._budget.saving():
-                self.save(step)
-
-    def save(self, step: int) -> None:
-        """Begins to write a checkpoint, which is done beside the next steps; collective."""
-        components, run = self._components, self._session.run
-        checkpoint = state_of(components, self._images, step, self._known(step))
-        weights = {f"objective.{name}": value.detach() for name, value in components.objective.named_parameters()}
-        # Of an objective's buffers, one that is not known yet may be NaN.
-        for part in checkpoint.parts.keys() - {"objective"}:
-            weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
-        if run is not None and (unreadable := newly_unreadable(self._images)):
-            run.unreadable(listed(unreadable))
-        self._session.save(checkpoint, weights)
 
 
 def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:

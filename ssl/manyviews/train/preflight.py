@@ -29,10 +29,9 @@ from manyviews.system.launch import Stop, start
 from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
 from manyviews.train.checkpointing import state_of
-from manyviews.train.folder import finished, folder_of, open_run
 from manyviews.train.pretrain import compile_encoder, train, train_step
 from manyviews.train.session import Session
-from manyviews.train.setup import Setup, describe, make_setup
+from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
 from manyviews.views import MEAN, STD
 
 STEPS = 2

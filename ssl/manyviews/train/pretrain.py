@@ -23,14 +23,11 @@ from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
 from manyviews.train.cached_gradients import cached_gradient, finite_views, num_chunks
-from manyviews.train.checkpointing import Checkpointing
 from manyviews.train.components import Components
-from manyviews.train.folder import finished, folder_of, open_run
-from manyviews.train.metrics import MetricsLog
-from manyviews.train.monitoring import Monitor
 from manyviews.train.not_finite import Skipped, skip
+from manyviews.train.recorder import Recorder
 from manyviews.train.session import Session, end, open_on_first_rank, open_session
-from manyviews.train.setup import describe, make_setup
+from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
 from manyviews.train.step import (
     StepResult,
     average_gradients,
@@ -91,14 +88,10 @@ def _run(
 def train(components: Components, images: Images, order: Order, found: Checkpoint | None, session: Session) -> int:
     """Steps from where the checkpoint ends to the end of the budget or to a signal; returns the steps taken in all."""
     settings, device = components.recipe.train, components.accelerator.device
-    step, metadata = (found.step, found.metadata) if found else (0, {})
-    steps, spent = settings.steps(order.steps_per_epoch), float(metadata.get("seconds", 0.0))
+    step, spent = (found.step, float(found.metadata["seconds"])) if found else (0, 0.0)
+    steps = settings.steps(order.steps_per_epoch)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
-    metrics = MetricsLog(components, images, order, budget, session, step, metadata)
-    monitor = Monitor(components, images, budget, session, step, metadata)
-    saving = Checkpointing(
-        components, images, budget, session, found, lambda step: metrics.metadata() | monitor.metadata(step)
-    )
+    recorder = Recorder(components, images, order, budget, session, found)
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.world_size(), workers=settings.workers, start=step
     )
@@ -106,7 +99,7 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
     components.forward.train()
     with session.console.bar():
         for batch, ids, epoch in loader:
-            saving.save_if_due(step, best=monitor.measure_if_due(step, progress))
+            recorder.save_if_due(step, best=recorder.monitor(step, progress))
             if progress >= 1 or session.stop.agreed():
                 break
             # The middle of the step: at its beginning a warm-up's first rate is zero, and the step would be wasted.
@@ -116,8 +109,8 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
             )
             step += 1
             progress = budget.progress(step)
-            metrics.add(step, progress, result)
-    saving.save(step)
+            recorder.log(step, progress, result)
+    recorder.save(step)
     session.finish_saver()
     return step
 

@@ -25,7 +25,7 @@ from manyviews.system import distributed, keyed_random
 from manyviews.system.console import Console
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
-from manyviews.train.budget import Budget
+from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import synchronised
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
 from manyviews.train.finetune.folder import (
@@ -41,7 +41,6 @@ from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.state import FinetuneState
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
-from manyviews.train.metrics import MetricAverager
 from manyviews.train.not_finite import Skips, skip
 from manyviews.train.session import Session, end, open_on_first_rank, open_session, wrap
 from manyviews.train.step import buffers_of, finite_norm, undo_step
