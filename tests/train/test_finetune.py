@@ -25,10 +25,9 @@ from manyviews.data import Folder, select
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.intervals import wilson
 from manyviews.features.backbone import open_model, open_run
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
-from manyviews.system.launch import Stop, start
+from manyviews.system.launch import start
 from manyviews.train.finetune import FinetuneSettings, classifier, finetune, loop
 from manyviews.train.finetune import result as results
 from manyviews.train.finetune import state as states
@@ -44,8 +43,10 @@ from manyviews.train.finetune.classifier import (
 from manyviews.train.finetune.folder import describe
 from manyviews.train.finetune.loop import Average, draws_of
 from manyviews.train.finetune.task import task_of
+from manyviews.train.not_finite import Guard
 from manyviews.views import plain
 from processes import launched
+from stopped_runs import newest, stop_after, tensors
 
 CLASSES = ("dark", "light", "striped")
 SHORT = [
@@ -141,23 +142,10 @@ def tuned(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finetune(str(run), settings(tmp_path_factory.mktemp("tuned") / "folder", *words), header="# a command\n")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    def agreed(self: Stop) -> bool:
-        self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked == steps else None
-        return self.signal is not None
-
-    monkeypatch.setattr(Stop, "agreed", agreed)
-
-
 def content(folder: Path) -> dict[str, Tensor]:
-    found, _ = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
+    found = newest(folder)
     assert found.parts.keys() - {"probe"} == {"model", "average", "best"}
-    tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return tensors | {"best": torch.tensor([found.metadata["best_step"], found.metadata["best_accuracy"]])}
+    return tensors(found) | {"best": torch.tensor([found.metadata["best_step"], found.metadata["best_accuracy"]])}
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -385,20 +373,20 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_leaves_no_trace(
         seen.append(inputs)
         return forward(self, *inputs) * (torch.nan if len(seen) == 4 else 1)
 
-    before: list[dict[str, Tensor]] = []
-    undo = loop.undo_step
+    skip, same = Guard.skip, []
 
-    def undone(accelerator: Any, optimiser: Any, buffers: Any) -> None:
-        undo(accelerator, optimiser, buffers)
-        before.append({"buffer": buffers[0][0].clone(), "value": buffers[0][1].clone()})
+    def skipped(self: Guard, *known: Any) -> Any:
+        found = skip(self, *known)
+        same.append(all(torch.equal(buffer, value) for buffer, value in self._buffers))
+        return found
 
     monkeypatch.setattr(SoftTargetCrossEntropy, "forward", spoiled)
-    monkeypatch.setattr(loop, "undo_step", undone)
+    monkeypatch.setattr(Guard, "skip", skipped)
     given = [word for word in words if word != "log_every=4"]
     folder = finetune(str(run), settings(tmp_path / "tuned", *given))
     lines = [(line["step"], line["skipped"]) for line in read_metrics(folder) if "loss" in line]
     assert lines == [(step, int(step > 4)) for step in range(1, 11) if step != 4]
-    assert [torch.equal(one["buffer"], one["value"]) for one in before] == [True]
+    assert same == [True]
     assert "step 4 was skipped: the loss (loss) and the gradient of model." in " ".join(capsys.readouterr().out.split())
     assert all(torch.isfinite(value).all() for key, value in content(folder).items() if value.is_floating_point())
 

@@ -17,14 +17,13 @@ from manyviews.config import load
 from manyviews.evaluate import EvaluateSettings, evaluate
 from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.recipe import Recipe, find
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
-from manyviews.system.launch import Stop
 from manyviews.train import recorder
 from manyviews.train.pretrain import pretrain
 from manyviews.views import Views
 from processes import launched
+from stopped_runs import content, differing, stop_after
 
 SMALL = [
     "train.batch_size=32",
@@ -53,31 +52,6 @@ def recipe(output: Path, *words: str, steps: int = 6) -> Recipe:
     defaults = [*SMALL, f"train.epochs={steps / 312}", f"output={output}"]
     given = {word.split("=")[0] for word in words}
     return load(Recipe, None, [*(word for word in defaults if word.split("=")[0] not in given), *words])
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    def agreed(self: Stop) -> bool:
-        self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked >= steps else None
-        return self.signal is not None
-
-    monkeypatch.setattr(Stop, "agreed", agreed)
-
-
-def content(folder: Path) -> dict[str, Any]:
-    found, _ = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
-    tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
-    return tensors
-
-
-def differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    """The names under which the bits are not the same; NaN equals itself."""
-    assert one.keys() == two.keys()
-    pairs = ((key, torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
-    return [key for key, a, b in pairs if not torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))]
 
 
 def images(folder: Path, count: int = 41) -> Path:

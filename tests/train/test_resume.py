@@ -18,7 +18,7 @@ from torch import Tensor
 from manyviews import cli
 from manyviews.config import load
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint, writing
+from manyviews.run.checkpoints import Checkpoint, save_checkpoint, writing
 from manyviews.run.checkpoints.manifest import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
@@ -32,6 +32,7 @@ from manyviews.train.recorder import Recorder
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup
 from processes import start
+from stopped_runs import content, differing, newest, tensors
 
 STEPS, STOPPED = 6, 4
 SMALL = [
@@ -73,25 +74,6 @@ def recipe(output: Path, *words: str) -> Recipe:
     return load(Recipe, None, [*SMALL, epochs(STEPS), *words, f"output={output}"])
 
 
-def tensors(found: Checkpoint | None) -> dict[str, Tensor]:
-    assert found is not None
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        named |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return named
-
-
-def content(run: Path) -> dict[str, Tensor]:
-    return tensors(newest_checkpoint(run / "checkpoints")[0])
-
-
-def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
-    """The names under which the bits are not the same."""
-    assert one.keys() == two.keys()
-    bits = [{key: value.contiguous().flatten().view(torch.uint8) for key, value in side.items()} for side in (one, two)]
-    return [key for key in one if not torch.equal(bits[0][key], bits[1][key])]
-
-
 def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run)]
 
@@ -128,7 +110,7 @@ def pair(rank: int, port: int, name: str) -> None:
         try:
             pretrain(recipe(folder / objective / "stopped", *words))
         except SystemExit:
-            own = tensors(newest_checkpoint(folder / objective / "stopped" / "checkpoints")[0])
+            own = content(folder / objective / "stopped")
             torch.save(own, folder / objective / f"own-{rank}.pt")
         Stop.agreed = agreed
         distributed.barrier()
@@ -159,8 +141,7 @@ def test_two_processes_that_were_stopped_go_on_bit_for_bit(folder: Path, name: s
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_process_reads_what_two_held_joined_in_order(folder: Path, name: str) -> None:
-    found, _ = newest_checkpoint(folder / name / "stopped" / "checkpoints")
-    assert found is not None
+    found = newest(folder / name / "stopped")
     assert found.step == STOPPED
     assert found.shards.keys() == SHARDED.get(name, found.shards.keys())
     assert bool(found.shards) == (name != "margin")
@@ -171,8 +152,7 @@ def test_one_process_reads_what_two_held_joined_in_order(folder: Path, name: str
 
 
 def test_the_momentum_of_the_parametric_softmax_is_sharded(folder: Path) -> None:
-    found, _ = newest_checkpoint(folder / "parametric" / "stopped" / "checkpoints")
-    assert found is not None
+    found = newest(folder / "parametric" / "stopped")
     assert [name for name in found.shards if name.startswith("optimiser.") and name.endswith(".momentum_buffer")]
 
 
@@ -237,10 +217,7 @@ def test_two_processes_of_which_one_was_killed_end_and_go_on_bit_for_bit(
     codes = ended(processes)
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] not in (0, None)
-    found, skipped = newest_checkpoint(tmp_path / "killed" / "checkpoints")
-    assert skipped == []
-    assert found is not None
-    assert 0 < found.step < steps
+    assert 0 < newest(tmp_path / "killed").step < steps
     assert ended(launch(tmp_path / "killed", "resume=true", *often)) == [0, 0]
     assert differing(content(tmp_path / "straight"), content(tmp_path / "killed")) == []
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
@@ -377,7 +354,5 @@ def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Pa
         tmp_path / "run" / "checkpoints", state_of(ready.components, ready.split.train, 0, {"seconds": 0.0})
     )
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    found, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert found is not None
-    restore(ready.components, found)
+    restore(ready.components, newest(tmp_path / "run"))
     assert accelerator.scaler.get_scale() == 1024.0

@@ -24,19 +24,11 @@ from manyviews.system.launch import start
 from manyviews.train.budget import Budget
 from manyviews.train.cached_gradients import cached_gradient, finite_views, num_chunks
 from manyviews.train.components import Components
-from manyviews.train.not_finite import Skipped, skip
+from manyviews.train.not_finite import Guard, Skipped
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import Session, end, open_on_first_rank, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import (
-    StepResult,
-    average_gradients,
-    buffers_of,
-    embed,
-    finite_norm,
-    restore_buffers,
-    undo_step,
-)
+from manyviews.train.step import StepResult, average_gradients, buffers_of, embed, restore_buffers
 from manyviews.views import MEAN, STD
 
 
@@ -136,22 +128,13 @@ def train_step(
     """
     encoder, twin, objective = components.encoder, components.twin, components.objective
     accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
-    # Passes in training move the running statistics. An objective's passes move nothing: only its updates do.
-    buffers = buffers_of(encoder, twin)
+    # An objective's passes move nothing: only its updates do.
+    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
     result = gradient(components, images, ids, epoch, step)
-    norm = finite_norm(accelerator, optimiser, result.loss.total, encoder, objective)
+    norm = guard.gradient_norm(result.loss.total)
     if norm is None:
-        skipped = skip(
-            step,
-            epoch,
-            ids,
-            finite_views(components, images, ids, epoch),
-            result.embeddings.isfinite().all(2).all(0),
-            {"loss": result.loss.total, **result.loss.terms},
-            {"encoder": encoder, "objective": objective},
-        )
-        undo_step(accelerator, optimiser, buffers)
-        return skipped
+        finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
+        return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
     if recipe.optim.clip is not None:
         clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
     optimiser.step()

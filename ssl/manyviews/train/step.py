@@ -1,12 +1,10 @@
-"""The pieces of an update: passes of the encoder and its twin, and what a step that is skipped leaves as it was."""
+"""The pieces of an update: passes of the encoder and its twin, the objective's gradients, and buffers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
@@ -92,28 +90,3 @@ def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
     """Gives buffers the values that they had when they were copied."""
     for buffer, value in buffers:
         buffer.copy_(value)
-
-
-def finite_norm(accelerator: Accelerator, optimiser: Any, loss: Tensor, *modules: nn.Module) -> Tensor | None:
-    """The norm of the first module's gradient; None if the loss or a gradient is not finite on any rank; collective."""
-    # What fp16 has scaled; nothing otherwise.
-    accelerator.unscale_gradients(optimiser)
-    norms = [_gradient_norm(module, accelerator.device) for module in modules]
-    finite = torch.stack([number.isfinite() for number in (loss.detach(), *norms)])
-    # All processes agree, and nothing else has moved yet: one that skipped alone would leave the others' path.
-    return None if distributed.any_over_ranks(not bool(finite.all())) else norms[0]
-
-
-def undo_step(accelerator: Accelerator, optimiser: Any, buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Drops the gradients of a step that is skipped, and what its passes have moved."""
-    restore_buffers(buffers)
-    if accelerator.scaler is not None:
-        # As its own step would have done: in fp16 a scale that is too high is the usual reason.
-        accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
-    optimiser.zero_grad(set_to_none=True)
-
-
-def _gradient_norm(module: nn.Module, device: torch.device) -> Tensor:
-    """The norm of a whole gradient: it is finite if all numbers are, and none is beyond 1e19."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return get_total_norm(gradients) if gradients else torch.zeros((), device=device)

@@ -41,9 +41,8 @@ from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.state import FinetuneState
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
-from manyviews.train.not_finite import Skips, skip
+from manyviews.train.not_finite import Guard, Skips
 from manyviews.train.session import Session, end, open_on_first_rank, open_session, wrap
-from manyviews.train.step import buffers_of, finite_norm, undo_step
 
 
 def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
@@ -181,7 +180,7 @@ def train(
                 break
             set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
             images, ids = images.to(device, non_blocking=True), ids.to(device, non_blocking=True)
-            buffers = buffers_of(model)
+            guard = Guard(accelerator, optimiser, {"model": model}, model)
             inputs = model_input(task.opened, views(images, ids, epoch)[0])
             with draws_of(settings.seed, step):
                 inputs, targets = mix(inputs, labels[ids])
@@ -189,10 +188,9 @@ def train(
                 loss: Tensor = loss_of(logits, targets)
             accelerator.backward(loss)
             skipped = None
-            if finite_norm(accelerator, optimiser, loss, model) is None:
+            if guard.gradient_norm(loss) is None:
                 finite = [value.isfinite().flatten(1).all(1) for value in (views(images, ids, epoch)[0], logits)]
-                skipped = skip(step, epoch, ids, *finite, {"loss": loss}, {"model": model})
-                undo_step(accelerator, optimiser, buffers)
+                skipped = guard.skip(step, epoch, ids, *finite, {"loss": loss})
             else:
                 optimiser.step()
                 optimiser.zero_grad()
