@@ -26,11 +26,10 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
-from manyviews.train.checkpointing import restore, state_of
 from manyviews.train.pretrain import pretrain
-from manyviews.train.recorder import Recorder
+from manyviews.train.recorder import Recorder, state_of
 from manyviews.train.resume import check_metadata, check_processes, check_settings
-from manyviews.train.setup import make_setup
+from manyviews.train.setup import make_setup, restore
 from processes import start
 from stopped_runs import content, differing, newest, tensors
 

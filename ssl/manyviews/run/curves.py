@@ -22,13 +22,9 @@ class Curves:
     """Appends events to a file; what the disk does not take is kept until it can be written."""
 
     def __init__(self, folder: Path, root: Path, step: int, flush: Callable[[Growing], None]) -> None:
-        """Opens a file in a folder, which is made where it does not exist.
+        """Opens a file in a folder, which must stay in a root; `flush` writes what the file keeps.
 
-        Args:
-            folder: that of the events.
-            root: what it must stay in, the run's.
-            step: that of the checkpoint that is resumed, behind which earlier points are dropped; 0: none is.
-            flush: writes what the file keeps, and says where that fails.
+        Points behind the step of the checkpoint that is resumed are dropped; with 0, which resumes none, all are.
         """
         self._flush = flush
         if not step:

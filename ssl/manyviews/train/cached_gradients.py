@@ -35,14 +35,8 @@ def cached_gradient(
 ) -> tuple[Loss, Tensor, Tensor | None]:
     """Leaves the gradient of the whole batch in the parameters; returns the loss, the embeddings and the targets.
 
-    Args:
-        components: the parts.
-        images: this process's share of the batch.
-        ids: the indices of the images.
-        named: the ids as the objective knows them.
-        epoch: the pass over the images; with the ids it determines the views.
-        step: the number of updates before this one; with the chunk it determines the dropout, in both passes alike.
-        chunks: how many.
+    The arguments are those of `gradient`, with the ids as the objective knows them and the number of chunks. The step
+    and the chunk determine the dropout, in both passes alike.
     """
     batches = list(zip(images.tensor_split(chunks), ids.tensor_split(chunks), strict=True))
     embeddings, targets, kept = _first_passes(components, batches, epoch, step)

@@ -57,14 +57,7 @@ class Guard:
     def __init__(
         self, accelerator: Accelerator, optimiser: Any, modules: Mapping[str, nn.Module], *passed: nn.Module | None
     ) -> None:
-        """Copies what passes in training move, such as running statistics.
-
-        Args:
-            accelerator: of the run.
-            optimiser: what takes the step.
-            modules: those that have gradients, by name.
-            passed: those whose buffers are moved.
-        """
+        """Copies the buffers that passes in training move, of the modules `passed`; `modules` have gradients."""
         self._accelerator, self._optimiser, self._modules = accelerator, optimiser, modules
         self._buffers = buffers_of(*passed)
 
@@ -118,7 +111,7 @@ class Skips:
             folder: the run's, for the report.
             names: those of all images, by id.
             warn: gets a sentence on the first, the tenth, the hundredth … step that was skipped.
-            cure: what to try instead, for the advice.
+            cure: what the advice is to try.
             total: the steps that were skipped before a resume.
         """
         self._folder, self._names, self._warn, self._cure = folder, names, warn, cure

@@ -28,8 +28,8 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import Stop, start
 from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
-from manyviews.train.checkpointing import state_of
 from manyviews.train.pretrain import compile_encoder, train, train_step
+from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
 from manyviews.views import MEAN, STD

@@ -96,6 +96,7 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
                 break
             # The middle of the step: at its beginning a warm-up's first rate is zero, and the step would be wasted.
             set_rate(components.optimiser, cosine(budget.progress(step + 0.5), components.recipe.optim.warmup))
+            # Images → views → embeddings → loss → gradient → update; skipped where a number is not finite.
             result = train_step(
                 components, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
             )

@@ -1,6 +1,7 @@
 """What is written of pretraining beside its steps: lines of metrics, kNN accuracies and checkpoints."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,13 @@ from manyviews.data import Images, Order, listed, newly_unreadable
 from manyviews.evaluators.knn import monitor_knn
 from manyviews.features.encoding import Stopped, extract
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint
+from manyviews.run.checkpoints import Checkpoint, optimiser_shards
 from manyviews.run.health import Watch, figures, glimpse, similarities
 from manyviews.system import distributed
 from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.budget import Budget, MetricAverager
-from manyviews.train.checkpointing import state_of
 from manyviews.train.components import Components
 from manyviews.train.not_finite import Skipped, Skips
 from manyviews.train.session import Session
@@ -172,6 +172,23 @@ class Recorder:
                 raise
             self._session.console.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
             return math.nan
+
+
+def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
+    """Everything that a run needs to go on, with the metadata that is `known` of it; nothing is copied."""
+    lengths = components.objective.shards()
+    parts = {"encoder": components.encoder.state_dict(), "objective": components.objective.state_dict()}
+    if components.twin is not None:
+        parts["twin"] = components.twin.state_dict()
+    owned = components.objective.named_parameters()
+    sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
+    shards = {f"objective.{name}": length for name, length in lengths.items()}
+    shards |= optimiser_shards(components.optimiser, sharded)
+    metadata = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    metadata["recipe"] = components.recipe.model_dump(mode="json")
+    if components.accelerator.scaler is not None:
+        metadata["scaler"] = components.accelerator.scaler.state_dict()
+    return Checkpoint(step, parts, components.optimiser.state_dict(), metadata, shards)
 
 
 def pace(order: Order, before: tuple[int, float], now: tuple[int, float]) -> dict[str, float]:

@@ -93,11 +93,7 @@ def check_images(found: Checkpoint, images: Images) -> None:
 
 
 def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
-    """Refuses another number of processes than a checkpoint was written by, unless that is asked for.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
+    """Refuses another number of processes than a checkpoint was written by, unless `elastic` asks for it."""
     before = found.metadata["processes"]
     if before == processes:
         return
@@ -129,17 +125,10 @@ def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, 
 
 
 def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
-    """Refuses a checkpoint of an objective whose memory has another length on this number of processes.
+    """Refuses a checkpoint whose objective has another number of rows than `lengths` (`Objective.shards`) says.
 
-    Rows can be shared out anew; rows that are not there cannot be made up, and there is no rule by which some should
-    go. That is so for a queue with per_process=true: its length follows the number of processes.
-
-    Args:
-        found: the checkpoint.
-        lengths: those of the objective that is to go on, over all processes, by name (`Objective.shards`).
-
-    Raises:
-        ValueError: naming both lengths.
+    Rows can be shared out anew, but neither made up nor left out: a queue with per_process=true is as long as there are
+    processes.
     """
     writers = found.metadata["processes"]
     for name, length in lengths.items():
@@ -182,13 +171,7 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
 
 
 def record_settings(folder: Path, recipe: Recipe, step: int) -> str | None:
-    """Writes into config.yaml what a run goes on with, and as a comment what has changed; the change, if there is one.
-
-    Args:
-        folder: the run folder.
-        recipe: what it goes on with.
-        step: from where on.
-    """
+    """Writes into config.yaml the recipe that is resumed at a step, with what has changed, which it returns if any."""
     file = folder / CONFIG
     before = load(Recipe, file)
     changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"), OF_A_START)
@@ -210,16 +193,10 @@ def check_settings(
     free: Collection[str],
     way_out: str = "start another with output=…",
 ) -> None:
-    """Refuses to go on with other settings than a run was begun with.
-
-    Args:
-        before: those of the run, as JSON values (`Settings.model_dump(mode="json")`).
-        now: those of the resumption, likewise.
-        free: the dotted keys that do not change what is learned.
-        way_out: what to do instead.
+    """Refuses to resume with other settings, as JSON values, than before, but for the dotted keys in `free`.
 
     Raises:
-        ValueError: naming each difference.
+        ValueError: naming each difference, and as the `way_out` what to do instead.
     """
     if changed := differences(before, now, free):
         raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")

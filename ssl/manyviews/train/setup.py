@@ -25,7 +25,7 @@ from manyviews.data import (
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import in_words, scale
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, sync
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, sync
 from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, UNREADABLE, VIEWS, Run, read_unreadable
 from manyviews.system import distributed
 from manyviews.system.console import Console
@@ -35,7 +35,6 @@ from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import in_a_line
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
-from manyviews.train.checkpointing import restore
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
 from manyviews.train.resume import (
     EXTEND,
@@ -45,6 +44,7 @@ from manyviews.train.resume import (
     OTHER_IMAGES,
     SCHEDULE,
     check_images,
+    check_lengths,
     check_schedule,
     check_settings,
     differences,
@@ -176,6 +176,27 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
+
+
+def restore(components: Components, found: Checkpoint) -> None:
+    """Gives the components the state of a checkpoint.
+
+    Raises:
+        ValueError: if it is of other parts.
+    """
+    check_lengths(found, components.objective.shards())
+    try:
+        components.encoder.load_state_dict(dict(found.parts["encoder"]))
+        components.objective.load_state_dict(dict(found.parts["objective"]))
+        if components.twin is not None:
+            components.twin.load_state_dict(dict(found.parts["twin"]))
+        restore_optimiser(components.optimiser, found.optimiser)
+        if components.accelerator.scaler is not None:
+            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
+    except (KeyError, RuntimeError) as problem:
+        raise ValueError(
+            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
+        ) from None
 
 
 def folder_of(recipe: Recipe) -> Path:

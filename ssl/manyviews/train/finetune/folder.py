@@ -125,9 +125,9 @@ def remove_unbegun(folder: Path) -> None:
 
     The folder itself goes with its lock.
     """
-    if any((folder / CHECKPOINTS).glob("*")) or any(line["step"] for line in read_metrics(folder)):
+    if (folder / REPORT).exists() or any((folder / CHECKPOINTS).glob("*")):
         return
-    if (folder / REPORT).exists():
+    if any(line["step"] for line in read_metrics(folder)):
         return
     for name in (CONFIG, METRICS, CLASSIFIER, CHECKPOINTS, "tensorboard"):
         remove(folder / name)
