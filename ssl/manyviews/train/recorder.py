@@ -101,8 +101,9 @@ class Recorder:
     def save(self, step: int) -> None:
         """Begins to write a checkpoint, which is done beside the next steps."""
         components, run = self._components, self._session.run
-        known = {"seconds": self._budget.seconds(), "skipped": self._skips.total, "cut_off": self._cut_off}
-        known |= {"losses": self._averager.steps(), "score": self._best[1] if self._best[0] == step else None}
+        known: dict[str, Any] = {"seconds": self._budget.seconds(), "skipped": self._skips.total}
+        known |= {"cut_off": self._cut_off, "losses": self._averager.steps()}
+        known["score"] = self._best[1] if self._best[0] == step else None
         checkpoint = state_of(components, self._images, step, known)
         weights = {f"objective.{name}": value.detach() for name, value in components.objective.named_parameters()}
         # Of an objective's buffers, one that is not known yet may be NaN.

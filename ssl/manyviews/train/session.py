@@ -83,7 +83,7 @@ def end(session: Session, accelerator: Accelerator, step: int) -> None:
         raise SystemExit(128 + session.stop.signal)
 
 
-def wrap(accelerator: Accelerator, model: nn.Module, optimiser: Any) -> tuple[nn.Module, Any]:
+def wrap(accelerator: Accelerator, model: Any, optimiser: Any) -> tuple[nn.Module, Any]:
     """The model and the optimiser as Accelerate wraps them."""
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which Accelerate does not pass on yet.

@@ -189,8 +189,9 @@ def train(
             accelerator.backward(loss)
             skipped = None
             if guard.gradient_norm(loss) is None:
-                finite = [value.isfinite().flatten(1).all(1) for value in (views(images, ids, epoch)[0], logits)]
-                skipped = guard.skip(step, epoch, ids, *finite, {"loss": loss})
+                inputs = views(images, ids, epoch)[0]
+                finite = inputs.isfinite().flatten(1).all(1), logits.isfinite().all(1)
+                skipped = guard.skip(step, epoch, ids, *finite, {"loss": loss.detach()})
             else:
                 optimiser.step()
                 optimiser.zero_grad()
@@ -216,7 +217,7 @@ def train(
     session.finish_saver()
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(state.best)
-    outcome = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
+    outcome: dict[str, Any] = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
     outcome |= {"best_accuracy": state.best_accuracy, "epoch": step / order.steps_per_epoch}
     return average.module, outcome | {"best_epoch": state.best_step / order.steps_per_epoch}
 
