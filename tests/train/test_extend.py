@@ -13,7 +13,9 @@ from manyviews.config import load
 from manyviews.recipe import Recipe
 from manyviews.run.folder import read_metrics
 from manyviews.train import pretrain as loop
+from manyviews.train import setup
 from manyviews.train.pretrain import pretrain
+from manyviews.train.recorder import Recorder
 from stopped_runs import content, differing, stop_after
 
 SMALL = [
@@ -117,7 +119,7 @@ def test_another_budget_is_refused_before_the_first_checkpoint_too(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save", lambda *arguments: 1 / 0)
+        patch.setattr(Recorder, "save", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe(tmp_path / "run", data))
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
@@ -173,7 +175,7 @@ def test_an_extension_that_is_cut_off_before_its_first_step_is_not_finished(
 ) -> None:
     run = pretrain(recipe(tmp_path / "run", data))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "note", lambda *arguments: 1 / 0)
+        patch.setattr(setup, "note", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe(run, data, "resume=true", "extend=true", epochs=4))
     assert not (run / "done").exists()
