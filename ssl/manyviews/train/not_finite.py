@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from manyviews.run.checkpoints import way_on
+from manyviews.run.checkpoints import not_finite, way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
 from manyviews.system.writing import write_json
@@ -87,7 +87,7 @@ class Guard:
         parameters = {
             f"{owner}.{name}": value for owner, module in modules for name, value in module.named_parameters()
         }
-        gradients = _not_finite({name: value.grad for name, value in parameters.items()})
+        gradients = not_finite({name: value.grad for name, value in parameters.items()})
         numbers = {name: float(value) for name, value in loss.items()}
         images = (tuple(values.tolist()) for values in (ids, views, embeddings))
         restore_buffers(self._buffers)
@@ -96,7 +96,7 @@ class Guard:
             # As its own step would have done: in fp16 a scale that is too high is the usual reason.
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         self._optimiser.zero_grad(set_to_none=True)
-        return Skipped(step, epoch, numbers, gradients, _not_finite(parameters), *images)
+        return Skipped(step, epoch, numbers, tuple(gradients), tuple(not_finite(parameters)), *images)
 
 
 class Skips:
@@ -182,10 +182,6 @@ def _write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[s
 def _some(names: Sequence[str]) -> list[str]:
     rest = len(names) - MOST_NAMED
     return [*names[:MOST_NAMED], *([f"and {rest} more"] if rest > 0 else [])]
-
-
-def _not_finite(tensors: Mapping[str, Tensor | None]) -> tuple[str, ...]:
-    return tuple(name for name, value in tensors.items() if value is not None and not bool(value.isfinite().all()))
 
 
 def _norm(module: nn.Module, device: torch.device) -> Tensor:

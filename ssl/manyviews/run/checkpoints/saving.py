@@ -244,6 +244,13 @@ def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
     return done
 
 
+def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of tensors of which a number is not finite, with one answer from the device for all of them."""
+    floating = {key: value.detach() for key, value in named.items() if value is not None and value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
+    return [key for key, sound in zip(floating, finite, strict=True) if not sound]
+
+
 def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
     """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
 
@@ -255,11 +262,7 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
     Raises:
         ValueError: naming what is not finite, on all processes.
     """
-    floating = {key: value.detach() for key, value in named.items() if value.is_floating_point() and value.numel()}
-    # One answer from the device for all of them.
-    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
-    bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
-    told = [text for text in distributed.all_gather_strings(", ".join(bad[:3])) if text]
+    told = [text for text in distributed.all_gather_strings(", ".join(not_finite(named)[:3])) if text]
     if told:
         raise ValueError(
             f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "
