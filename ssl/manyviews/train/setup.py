@@ -35,23 +35,8 @@ from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import in_a_line
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
+from manyviews.train import resume
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
-from manyviews.train.resume import (
-    EXTEND,
-    FREE,
-    LOCATIONS,
-    OF_A_START,
-    OTHER_IMAGES,
-    SCHEDULE,
-    check_images,
-    check_lengths,
-    check_schedule,
-    check_settings,
-    differences,
-    moved,
-    record_settings,
-    resumable,
-)
 
 
 class Setup(NamedTuple):
@@ -96,7 +81,7 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
         changed = changes(before, now)
         refused = changed._replace(removed=[], replaced=[name for name in changed.replaced if shown(name) not in seen])
         if any(refused):
-            raise ValueError(f"the images are not those that the run was begun with: {refused}; {OTHER_IMAGES}")
+            raise ValueError(f"the images are not those that the run was begun with: {refused}; {resume.OTHER_IMAGES}")
     if not any(changed):
         return None
     console.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
@@ -112,12 +97,12 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     split = read_images(recipe, folder, console)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
+    found = resume.resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
     begun_on = found.metadata["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
-    extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
+    extended = resume.check_schedule(found, recipe, order.steps_per_epoch) if found else None
     components = build(recipe, accelerator, split.train)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
@@ -184,7 +169,7 @@ def restore(components: Components, found: Checkpoint) -> None:
     Raises:
         ValueError: if it is of other parts.
     """
-    check_lengths(found, components.objective.shards())
+    resume.check_lengths(found, components.objective.shards())
     try:
         components.encoder.load_state_dict(dict(found.parts["encoder"]))
         components.objective.load_state_dict(dict(found.parts["objective"]))
@@ -223,11 +208,11 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
     before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
     # What the views leave open follows from the images.
     now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
-    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
-    changed = differences(before, now, OF_A_START)
-    if SCHEDULE & changed.keys():
+    resume.check_settings(before, now, resume.FREE | resume.SCHEDULE | resume.moved(before, now))
+    changed = resume.differences(before, now, resume.OF_A_START)
+    if resume.SCHEDULE & changed.keys():
         if not recipe.extend:
-            check_settings(before, now, FREE | LOCATIONS, EXTEND)
+            resume.check_settings(before, now, resume.FREE | resume.LOCATIONS, resume.EXTEND)
         return False
     # Of a finished run only the metadata are looked at.
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
@@ -235,11 +220,11 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
         try:
             split = read_images(recipe, folder, console)
         except (ValueError, OSError) as problem:
-            if LOCATIONS & changed.keys():
+            if resume.LOCATIONS & changed.keys():
                 raise
             console.warn(f"the images cannot be compared with those of the run: {problem}")
         else:
-            check_images(found, split.train)
+            resume.check_images(found, split.train)
     if changed and record:
         with folder_lock(folder, lambda: None, console.warn):
             note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
@@ -249,7 +234,7 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
 
 def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
     """Writes down with which settings a run goes on, on the first process, and says what has changed."""
-    if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
+    if distributed.rank() == 0 and (changed := resume.record_settings(folder, recipe, found.step if found else 0)):
         console.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
