@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -30,7 +28,7 @@ from manyviews.train.pretrain import pretrain
 from manyviews.train.recorder import Recorder, state_of
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup, restore
-from processes import start
+from processes import free_port, launched, start, world
 from stopped_runs import content, differing, newest, tensors
 
 STEPS, STOPPED = 6, 4
@@ -77,23 +75,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def world(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells each process."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def pair(rank: int, port: int, name: str) -> None:
+def pair(folder: Path) -> None:
     """Each objective straight through, and stopped and resumed, on two processes."""
-    os.environ |= world(rank, 2, port)
-    folder, agreed = Path(name), Stop.agreed
+    agreed = Stop.agreed
     # The processes stay together from one run to the next.
     Accelerator.end_training = lambda self: None
 
@@ -110,23 +94,22 @@ def pair(rank: int, port: int, name: str) -> None:
             pretrain(recipe(folder / objective / "stopped", *words))
         except SystemExit:
             own = content(folder / objective / "stopped")
-            torch.save(own, folder / objective / f"own-{rank}.pt")
+            torch.save(own, folder / objective / f"own-{distributed.rank()}.pt")
         Stop.agreed = agreed
         distributed.barrier()
         if objective != "growing":
             copy = folder / objective / "resumed"
-            if rank == 0:
+            if distributed.rank() == 0:
                 subprocess.run(["cp", "-r", str(folder / objective / "stopped"), str(copy)], check=True)
             distributed.barrier()
             pretrain(recipe(copy, "resume=true", *words))
     distributed.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    start(pair, (free_port(), str(folder)), count=2)
+    launched(pair, folder)
     return folder
 
 
