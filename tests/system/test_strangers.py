@@ -24,7 +24,7 @@ from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints.manifest import File, Manifest, read_manifest
+from manyviews.run.checkpoints.manifest import File, read_manifest
 from manyviews.system import memory
 from manyviews.system.console import Console
 from manyviews.system.files import sha256
@@ -277,7 +277,7 @@ def test_an_optimiser_of_a_stranger_brings_no_settings_of_its_own(made: Path, im
         file.write_text(json.dumps(content))
         manifest = read_manifest(folder)
         files = {**manifest.files, file.name: File(bytes=file.stat().st_size, sha256=sha256(file))}
-        (folder / "manifest.json").write_text(Manifest(**{**dict(manifest), "files": files}).text())
+        (folder / "manifest.json").write_text(manifest.model_copy(update={"files": files}).text())
     assert resume(changed, images) == 0
     weights = [(run / "backbone/model.safetensors").read_bytes() for run in (sound, changed)]
     assert weights[0] == weights[1]
