@@ -23,6 +23,20 @@ def hear() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def world(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment that a launcher gives each process."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def _begun(number: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     hear()
     work(number, *args)
@@ -33,16 +47,11 @@ def launched(work: Callable[..., object], *args: object, count: int = 2) -> None
 
     A number other than 0 that it returns, as command lines do, is an error.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    start(_launched, (port, count, work, args), count=count)
+    start(_launched, (free_port(), count, work, args), count=count)
 
 
 def _launched(number: int, port: int, count: int, work: Callable[..., object], args: tuple[object, ...]) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= world(number, count, port)
     code = work(*args)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,6 +25,7 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop, bf16_pays, start
 from manyviews.train.components import Components, build
 from manyviews.train.pretrain import train
+from manyviews.train.session import Session
 from manyviews.views import MEAN, STD
 
 
@@ -114,7 +115,7 @@ class Unsaved(Saver):
 def _loop(components: Components, images: InMemory, log: Run) -> None:
     order = Order(len(images), components.recipe.train.batch_size, components.recipe.seed)
     with Stop() as stop:
-        train(components, images, order, log, Unsaved(log.folder), Console(quiet=True), None, stop)
+        train(components, images, order, None, Session(log, Unsaved(log.folder), Console(quiet=True), stop))
 
 
 def _passes(components: Components, images: InMemory, steps: int) -> None:

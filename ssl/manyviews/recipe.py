@@ -75,10 +75,6 @@ class TrainSettings(Settings):
         """The steps of a run whose budget is in epochs."""
         return max(1, round(self.epochs * steps_per_epoch))
 
-    def progress(self, step: int | float, seconds: float, steps_per_epoch: int) -> float:
-        """The share of the budget that is spent, in [0, 1]: of the minutes, if it is in minutes, else of the steps."""
-        return min(1.0, seconds / (60 * self.minutes) if self.minutes else step / self.steps(steps_per_epoch))
-
 
 class Recipe(Settings):
     """One run, from images to backbone."""

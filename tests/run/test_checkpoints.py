@@ -132,7 +132,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, adam: bool) -> None:
     assert not skipped
     assert same(found, saved)
     assert found is not None
-    assert found.facts == saved.facts
+    assert found.metadata == saved.metadata
     assert {file.name for file in folder.iterdir()} == {
         "encoder.safetensors",
         "objective.safetensors",
@@ -152,7 +152,7 @@ def test_what_is_not_asked_for_is_neither_read_nor_verified(tmp_path: Path) -> N
     assert not skipped
     assert found is not None
     assert found.parts.keys() == {"encoder"}
-    assert found.facts["seconds"] == 1.5
+    assert found.metadata["seconds"] == 1.5
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_sealed_manifest_is_read_again(folder: Path) -> None:
     found, skipped = newest_checkpoint(folder.parent)
     assert skipped == []
     assert found is not None
-    assert found.facts["more"][:3] == [1, None, "x"]
+    assert found.metadata["more"][:3] == [1, None, "x"]
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_a_reader_to_whom_a_run_beside_it_leaves_nothing_looks_again(
     monkeypatch.setattr(reading, "verify", overtaken)
     found, skipped = newest_checkpoint(tmp_path)
     assert found is not None
-    assert (found.step, found.facts["score"]) == (step, 0.5)
+    assert (found.step, found.metadata["score"]) == (step, 0.5)
     assert not skipped
 
 
@@ -355,11 +355,12 @@ def test_a_step_that_is_saved_again_is_there_until_the_new_one_is(
 
 def test_the_manifest_says_what_the_checkpoint_is_of(tmp_path: Path) -> None:
     saved(
-        Saver(tmp_path), checkpoint(3, score=0.25)._replace(facts={"score": 0.25, "images": "a", "loss": float("nan")})
+        Saver(tmp_path),
+        checkpoint(3, score=0.25)._replace(metadata={"score": 0.25, "images": "a", "loss": float("nan")}),
     )
     manifest = read_manifest(tmp_path / names(3)[0])
     assert (manifest.step, manifest.processes, manifest.shards) == (3, 1, {})
-    assert manifest.facts["images"] == "a"
+    assert manifest.metadata["images"] == "a"
     assert manifest.files.keys() == {"encoder.safetensors", "optimiser.safetensors", "optimiser.json"}
     for name, file in manifest.files.items():
         assert (tmp_path / names(3)[0] / name).stat().st_size == file.bytes

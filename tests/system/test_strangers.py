@@ -1,4 +1,4 @@
-"""Numbers without bounds, descriptions of giants, facts of any type and pipes for files end in a sentence, and soon."""
+"""Numbers without bounds, giants, metadata of any type and pipes for files end in a sentence, and soon."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints.manifest import File, Manifest, read_manifest
+from manyviews.run.checkpoints.manifest import File, read_manifest
 from manyviews.system import memory
 from manyviews.system.console import Console
 from manyviews.system.files import sha256
@@ -220,10 +220,10 @@ def test_a_pipe_for_a_file_of_a_run_neither_hangs_nor_ends_in_a_traceback(
         assert found == code, work
 
 
-def reseal(folder: Path, **facts: Any) -> None:
-    """Other facts in a checkpoint, as one who knows how a manifest is sealed writes them."""
+def reseal(folder: Path, **metadata: Any) -> None:
+    """Other metadata in a checkpoint, as one who knows how a manifest is sealed writes them."""
     manifest = read_manifest(folder)
-    text = manifest.model_copy(update={"facts": {**manifest.facts, **facts}}).text()
+    text = manifest.model_copy(update={"metadata": {**manifest.metadata, **metadata}}).text()
     (folder / "manifest.json").write_text(text)
 
 
@@ -254,8 +254,8 @@ def test_a_recipe_in_the_facts_without_a_budget_ends_in_a_sentence(made: Path, i
     for name, train in (("missing", {}), ("text", {"epochs": "x"}), ("huge", {"epochs": 1e308}), ("null", None)):
         run = shutil.copytree(made, tmp_path / name)
         for folder in (run / "checkpoints").iterdir():
-            facts = read_manifest(folder).facts
-            recipe = facts["recipe"]
+            metadata = read_manifest(folder).metadata
+            recipe = metadata["recipe"]
             assert isinstance(recipe, dict)
             own = recipe["train"]
             assert isinstance(own, dict)
@@ -277,7 +277,7 @@ def test_an_optimiser_of_a_stranger_brings_no_settings_of_its_own(made: Path, im
         file.write_text(json.dumps(content))
         manifest = read_manifest(folder)
         files = {**manifest.files, file.name: File(bytes=file.stat().st_size, sha256=sha256(file))}
-        (folder / "manifest.json").write_text(Manifest(**{**dict(manifest), "files": files}).text())
+        (folder / "manifest.json").write_text(manifest.model_copy(update={"files": files}).text())
     assert resume(changed, images) == 0
     weights = [(run / "backbone/model.safetensors").read_bytes() for run in (sound, changed)]
     assert weights[0] == weights[1]

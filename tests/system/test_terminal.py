@@ -136,14 +136,14 @@ def test_paths_that_are_no_utf8_come_back_from_a_recipe_and_from_a_manifest(tmp_
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(recipe), "utf-8")
     assert load(Recipe, file) == recipe
-    facts = {"recipe": recipe.model_dump(mode="json"), text: [text]}
+    metadata = {"recipe": recipe.model_dump(mode="json"), text: [text]}
     folder = tmp_path / "step-000000001"
     folder.mkdir()
-    given = Manifest(step=1, processes=1, shards={}, files={}, facts=facts)
+    given = Manifest(step=1, processes=1, shards={}, files={}, facts=metadata)
     (folder / "manifest.json").write_text(given.text(), "utf-8")
-    assert read_manifest(folder).facts == facts
-    assert restored(storable(facts)) == facts
-    json.dumps(storable(facts), ensure_ascii=False).encode()
+    assert read_manifest(folder).metadata == metadata
+    assert restored(storable(metadata)) == metadata
+    json.dumps(storable(metadata), ensure_ascii=False).encode()
 
 
 def test_tensors_are_read_from_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from manyviews.config import load
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
-from manyviews.system.launch import Stop
 from manyviews.train import pretrain as loop
+from manyviews.train import setup
 from manyviews.train.pretrain import pretrain
+from manyviews.train.recorder import Recorder
+from stopped_runs import content, differing, stop_after
 
 SMALL = [
     "train.batch_size=8",
@@ -54,14 +54,8 @@ def recipe(run: Path, data: Path, *words: str, epochs: float = 2) -> Recipe:
 
 def stopped(monkeypatch: pytest.MonkeyPatch, steps: int, made: Recipe) -> Path:
     """The folder of a run that a signal has ended after so many steps of this session."""
-
-    def agreed(self: Stop) -> bool:
-        self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked >= steps else None
-        return self.signal is not None
-
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", agreed)
+        stop_after(patch, steps)
         with pytest.raises(SystemExit):
             pretrain(made)
     return Path(str(made.output))
@@ -69,20 +63,6 @@ def stopped(monkeypatch: pytest.MonkeyPatch, steps: int, made: Recipe) -> Path:
 
 def config(run: Path) -> Recipe:
     return load(Recipe, run / "config.yaml")
-
-
-def tensors(run: Path) -> dict[str, Any]:
-    found, _ = newest_checkpoint(run / "checkpoints")
-    assert found is not None
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        named |= {f"{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return named
-
-
-def same(one: Path, two: Path) -> bool:
-    left, right = tensors(one), tensors(two)
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def rates(run: Path) -> list[float]:
@@ -139,7 +119,7 @@ def test_another_budget_is_refused_before_the_first_checkpoint_too(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save", lambda *arguments: 1 / 0)
+        patch.setattr(Recorder, "save", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe(tmp_path / "run", data))
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
@@ -186,7 +166,7 @@ def test_an_extended_run_says_its_schedule_and_goes_on_bit_for_bit_as_its_own_ru
     assert not (copy / "done").exists()
     stopped(monkeypatch, 2, recipe(copy, data, "resume=true", "extend=true", epochs=4))
     pretrain(load(Recipe, copy / "config.yaml", ["resume=true", f"output={copy}"]))
-    assert same(run, copy)
+    assert differing(content(run), content(copy)) == []
     assert [line["loss"] for line in read_metrics(run)] == [line["loss"] for line in read_metrics(copy)]
 
 
@@ -195,7 +175,7 @@ def test_an_extension_that_is_cut_off_before_its_first_step_is_not_finished(
 ) -> None:
     run = pretrain(recipe(tmp_path / "run", data))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "note", lambda *arguments: 1 / 0)
+        patch.setattr(setup, "note", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe(run, data, "resume=true", "extend=true", epochs=4))
     assert not (run / "done").exists()
@@ -241,7 +221,7 @@ def test_a_run_whose_images_moved_goes_on_and_the_configuration_says_where_they_
     run = pretrain(made) if done else stopped(monkeypatch, 4, made)
     there = data.rename(tmp_path / "job_2")
     pretrain(recipe(run, there, "resume=true"))
-    assert same(straight, run)
+    assert differing(content(straight), content(run)) == []
     assert config(run).data.model_dump()["path"] == str(there)
     assert f"data.path was {data} and is {there}" in " ".join(capsys.readouterr().out.split())
 

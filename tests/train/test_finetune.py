@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import LayerNorm
+from timm.loss import SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -24,12 +25,12 @@ from manyviews.data import Folder, select
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.results.intervals import wilson
 from manyviews.features.backbone import open_model, open_run
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
-from manyviews.system.launch import Stop, start
+from manyviews.system.launch import start
 from manyviews.train.finetune import FinetuneSettings, classifier, finetune, loop
 from manyviews.train.finetune import result as results
+from manyviews.train.finetune import state as states
 from manyviews.train.finetune.classifier import (
     Probe,
     create_optimiser,
@@ -42,8 +43,10 @@ from manyviews.train.finetune.classifier import (
 from manyviews.train.finetune.folder import describe
 from manyviews.train.finetune.loop import Average, draws_of
 from manyviews.train.finetune.task import task_of
+from manyviews.train.not_finite import Guard
 from manyviews.views import plain
 from processes import launched
+from stopped_runs import newest, stop_after, tensors
 
 CLASSES = ("dark", "light", "striped")
 SHORT = [
@@ -139,23 +142,10 @@ def tuned(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finetune(str(run), settings(tmp_path_factory.mktemp("tuned") / "folder", *words), header="# a command\n")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    def agreed(self: Stop) -> bool:
-        self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked == steps else None
-        return self.signal is not None
-
-    monkeypatch.setattr(Stop, "agreed", agreed)
-
-
 def content(folder: Path) -> dict[str, Tensor]:
-    found, _ = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
+    found = newest(folder)
     assert found.parts.keys() - {"probe"} == {"model", "average", "best"}
-    tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return tensors | {"best": torch.tensor([found.facts["best_step"], found.facts["best_accuracy"]])}
+    return tensors(found) | {"best": torch.tensor([found.metadata["best_step"], found.metadata["best_accuracy"]])}
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -372,6 +362,33 @@ def test_the_average_begins_at_the_first_step_and_gets_longer_up_to_its_decay(
     finetune(str(run), settings(tmp_path / "tuned", f"ema={ema}", "min_steps=12"))
     # timm's warm-up, gamma = 1 and power = 2/3, in steps after the first.
     assert decays == pytest.approx([min(ema, 1 - (1 + step) ** (-2 / 3)) for step in range(12)])
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_leaves_no_trace(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, forward, seen = [*IN_PARTS, "log_every=1", "mode=full"], SoftTargetCrossEntropy.forward, []
+
+    def spoiled(self: SoftTargetCrossEntropy, *inputs: Tensor) -> Tensor:
+        seen.append(inputs)
+        return forward(self, *inputs) * (torch.nan if len(seen) == 4 else 1)
+
+    skip, same = Guard.skip, []
+
+    def skipped(self: Guard, *known: Any) -> Any:
+        found = skip(self, *known)
+        same.append(all(torch.equal(buffer, value) for buffer, value in self._buffers))
+        return found
+
+    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", spoiled)
+    monkeypatch.setattr(Guard, "skip", skipped)
+    given = [word for word in words if word != "log_every=4"]
+    folder = finetune(str(run), settings(tmp_path / "tuned", *given))
+    lines = [(line["step"], line["skipped"]) for line in read_metrics(folder) if "loss" in line]
+    assert lines == [(step, int(step > 4)) for step in range(1, 11) if step != 4]
+    assert same == [True]
+    assert "step 4 was skipped: the loss (loss) and the gradient of model." in " ".join(capsys.readouterr().out.split())
+    assert all(torch.isfinite(value).all() for key, value in content(folder).items() if value.is_floating_point())
 
 
 # Several processes
@@ -715,7 +732,8 @@ def test_training_and_measuring_show_a_timm_model_the_same_input(images: Path) -
         (["fraction=0"], "fraction=0"),
         (["pretrained=true"], "leave it out"),
         (["data=/no/such/place"], "/no/such/place"),
-        (["rate=1e30", "label_smoothing=0"], "use a lower rate"),
+        (["rate=1e30", "label_smoothing=0", "min_steps=40", "checks=1"], "with a lower rate or precision=fp32"),
+        (["rate=1e30", "label_smoothing=0"], "the backbone has diverged"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -809,15 +827,15 @@ def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr(loop, "_accuracy", lambda model, task: looked.append(len(looked)) or 0.5)
+    monkeypatch.setattr(states, "accuracy_of", lambda model, task: looked.append(len(looked)) or 0.5)
     # The budget ends between two steps, and no share of it is reached at the end of one.
     words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
     words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]
     words += ["mode=full", "minutes=0.01", "checks=1", f"output={tmp_path / 'short'}"]
     finetune(TINY, load(FinetuneSettings, None, words))
-    facts = json.loads((tmp_path / "short" / "result.json").read_text())
+    metadata = json.loads((tmp_path / "short" / "result.json").read_text())
     assert looked
-    assert facts["best_step"] == facts["step"]
+    assert metadata["best_step"] == metadata["step"]
 
 
 def test_a_folder_whose_fine_tuning_was_interrupted_is_no_run(images: Path, tmp_path: Path) -> None:

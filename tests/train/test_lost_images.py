@@ -56,7 +56,7 @@ def test_an_image_that_is_removed_between_two_sessions_is_passed_over_and_all_ot
     after, _ = newest_checkpoint(run / "checkpoints")
     assert before is not None
     assert after is not None
-    assert before.facts["images"] == after.facts["images"]
+    assert before.metadata["images"] == after.metadata["images"]
     rows = [found.parts["objective"]["rows"] for found in (before, after)]
     assert len(rows[0]) == len(rows[1]) == 24
     # Its row stays as it was, and its place in a batch is the next image's.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from manyviews.system import distributed
 from manyviews.train.components import Components
-from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, Skipped, in_words, tell
-from manyviews.train.step import StepResult, train_step
+from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, Skipped, Skips, in_words
+from manyviews.train.pretrain import train_step
+from manyviews.train.step import StepResult
 from processes import launched
 
 ADAM = ["optim.name=adamw", "optim.rate=0.01"]
@@ -162,18 +163,23 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
     said: list[str] = []
     names = [f"image {number}" for number in range(2 * MOST_NAMED)]
 
-    def told(in_a_row: int, in_all: int, folder: Path = tmp_path) -> None:
-        tell(unhealthy(), in_a_row=in_a_row, in_all=in_all, folder=folder, names=names, warn=said.append)
+    def many(skips: Skips) -> None:
+        for _ in range(MOST_IN_A_ROW):
+            skips.count(unhealthy())
 
-    for count in range(1, 102):
-        told(1, count)
+    skips = Skips(tmp_path, names, said.append, cure="a lower rate")
+    for _ in range(101):
+        skips.count(unhealthy())
+        skips.count(None)
+    assert skips.total == 101
     assert len(said) == 3
     assert said[0] == ("step 42 was skipped: the loss (loss) and the gradient of a are not finite; 1 skipped so far")
     assert not list(tmp_path.iterdir())
     with pytest.raises(
-        ValueError, match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to go on"
+        ValueError,
+        match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to go on.* a lower rate$",
     ):
-        told(MOST_IN_A_ROW, 200)
+        many(skips)
     report = json.loads((tmp_path / "not_finite.json").read_text())
     assert (report["step"], report["epoch"], report["skipped_in_a_row"]) == (41, 3, MOST_IN_A_ROW)
     (process,) = report["processes"]
@@ -187,7 +193,7 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
         "embeddings_finite": False,
     }
     with pytest.raises(ValueError, match="could not be written"):
-        told(MOST_IN_A_ROW, 200, tmp_path / "not" / "there")
+        many(Skips(tmp_path / "not" / "there", names, said.append, cure="a lower rate", total=200))
 
 
 def test_a_scale_of_fp16_that_is_too_high_falls_until_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +225,9 @@ def work(folder: str) -> None:
         kinds += [type(skipped).__name__, type(step(built, 2)).__name__]
         found[name] = {"kinds": kinds, "changed": changed, "said": said, "own": skipped.terms}
         try:
-            tell(skipped, in_a_row=20, in_all=20, folder=Path(folder), names=["x"] * 30, warn=lambda text: None)
+            skips = Skips(Path(folder), ["x"] * 30, lambda text: None, cure="a lower rate")
+            for _ in range(MOST_IN_A_ROW):
+                skips.count(skipped)
         except ValueError as problem:
             found[name]["problem"] = str(problem)
     (Path(folder) / f"{distributed.rank()}.json").write_text(json.dumps(found))

@@ -14,7 +14,7 @@ from torch import Tensor
 from manyviews import cli, recipe
 from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.run.checkpoints import Checkpoint, save_checkpoint
-from manyviews.train import preflight, pretrain
+from manyviews.train import preflight, pretrain, recorder
 from processes import launched
 
 SMALL = [
@@ -29,7 +29,7 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "MOST_TIMED", 2)
-    monkeypatch.setattr(pretrain, "MAX_MONITOR_IMAGES", 200)
+    monkeypatch.setattr(recorder, "MAX_MONITOR_IMAGES", 200)
 
 
 @pytest.fixture

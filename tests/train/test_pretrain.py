@@ -17,14 +17,13 @@ from manyviews.config import load
 from manyviews.evaluate import EvaluateSettings, evaluate
 from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.recipe import Recipe, find
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
-from manyviews.system.launch import Stop
-from manyviews.train import pretrain as loop
+from manyviews.train import recorder
 from manyviews.train.pretrain import pretrain
 from manyviews.views import Views
 from processes import launched
+from stopped_runs import content, differing, stop_after
 
 SMALL = [
     "train.batch_size=32",
@@ -53,31 +52,6 @@ def recipe(output: Path, *words: str, steps: int = 6) -> Recipe:
     defaults = [*SMALL, f"train.epochs={steps / 312}", f"output={output}"]
     given = {word.split("=")[0] for word in words}
     return load(Recipe, None, [*(word for word in defaults if word.split("=")[0] not in given), *words])
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    def agreed(self: Stop) -> bool:
-        self.asked = getattr(self, "asked", -1) + 1
-        self.signal = 15 if self.asked >= steps else None
-        return self.signal is not None
-
-    monkeypatch.setattr(Stop, "agreed", agreed)
-
-
-def content(folder: Path) -> dict[str, Any]:
-    found, _ = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
-    tensors = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
-    return tensors
-
-
-def differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    """The names under which the bits are not the same; NaN equals itself."""
-    assert one.keys() == two.keys()
-    pairs = ((key, torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
-    return [key for key, a, b in pairs if not torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))]
 
 
 def images(folder: Path, count: int = 41) -> Path:
@@ -194,9 +168,9 @@ def test_a_line_of_metrics_is_the_same_when_the_run_was_stopped_between_two_of_t
 
 
 def test_a_measurement_that_a_signal_cuts_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "MAX_MONITOR_IMAGES", 1_100)
+    monkeypatch.setattr(recorder, "MAX_MONITOR_IMAGES", 1_100)
     straight = pretrain(recipe(tmp_path / "straight", "train.monitor=2", steps=4))
-    extract = loop.extract
+    extract = recorder.extract
 
     def cut_off(*arguments: Any, stopped: Any, **options: Any) -> Any:
         calls = itertools.count()
@@ -209,7 +183,7 @@ def test_a_measurement_that_a_signal_cuts_off_is_made_up_for(tmp_path: Path, mon
         return extract(*arguments, stopped=later, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "extract", cut_off)
+        patch.setattr(recorder, "extract", cut_off)
         with pytest.raises(SystemExit) as ended:
             pretrain(recipe(tmp_path / "stopped", "train.monitor=2", steps=4))
         assert ended.value.code == 128 + signal.SIGTERM
@@ -297,8 +271,8 @@ def test_no_measurement_and_no_picture_ends_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight = pretrain(recipe(tmp_path / "straight", steps=3))
-    monkeypatch.setattr(loop, "monitor_knn", fails)
-    monkeypatch.setattr(loop, "similarities", fails)
+    monkeypatch.setattr(recorder, "monitor_knn", fails)
+    monkeypatch.setattr(recorder, "similarities", fails)
     monkeypatch.setattr(Views, "preview", fails)
     found = pretrain(recipe(tmp_path / "run", "train.monitor=2", steps=3))
     said = " ".join(capsys.readouterr().out.split())
@@ -316,14 +290,14 @@ def test_monitoring_without_five_images_of_a_class_is_left_out_with_one_sentence
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made, labels = recipe(Path("x"), "train.monitor=3"), torch.arange(100).repeat_interleave(4)
-    assert loop._monitored(labels, recipe(Path("x"), "train.monitor=0"), Console()) is None
-    assert loop._monitored(labels[:99], made, Console()) is None
+    assert recorder.monitored_ids(labels, recipe(Path("x"), "train.monitor=0"), Console()) is None
+    assert recorder.monitored_ids(labels[:99], made, Console()) is None
     assert capsys.readouterr().out == ""
-    assert loop._monitored(labels, made, Console()) is None
+    assert recorder.monitored_ids(labels, made, Console()) is None
     assert "among 400 no class has more than 4; training goes on without it" in capsys.readouterr().out
-    chosen = loop._monitored(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
+    chosen = recorder.monitored_ids(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
     assert chosen is not None
     assert chosen.tolist() == list(range(401))
     # Of 20,000 classes the 5,000 images that are looked at are hardly two of any.
-    assert loop._monitored(torch.arange(20_000).repeat_interleave(30), made, Console()) is None
+    assert recorder.monitored_ids(torch.arange(20_000).repeat_interleave(30), made, Console()) is None
     assert "among 5,000 no class has more than" in capsys.readouterr().out

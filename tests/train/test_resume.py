@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
 from manyviews import cli
 from manyviews.config import load
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint, writing
+from manyviews.run.checkpoints import Checkpoint, save_checkpoint, writing
 from manyviews.run.checkpoints.manifest import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
@@ -26,10 +24,12 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
-from manyviews.train.pretrain import pretrain, state_of
-from manyviews.train.resume import check_facts, check_processes, check_settings
-from manyviews.train.setup import _restore, make_setup
-from processes import start
+from manyviews.train.pretrain import pretrain
+from manyviews.train.recorder import Recorder, state_of
+from manyviews.train.resume import check_metadata, check_processes, check_settings
+from manyviews.train.setup import make_setup, restore
+from processes import free_port, launched, start, world
+from stopped_runs import content, differing, newest, tensors
 
 STEPS, STOPPED = 6, 4
 SMALL = [
@@ -71,46 +71,13 @@ def recipe(output: Path, *words: str) -> Recipe:
     return load(Recipe, None, [*SMALL, epochs(STEPS), *words, f"output={output}"])
 
 
-def tensors(found: Checkpoint | None) -> dict[str, Tensor]:
-    assert found is not None
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        named |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return named
-
-
-def content(run: Path) -> dict[str, Tensor]:
-    return tensors(newest_checkpoint(run / "checkpoints")[0])
-
-
-def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
-    """The names under which the bits are not the same."""
-    assert one.keys() == two.keys()
-    bits = [{key: value.contiguous().flatten().view(torch.uint8) for key, value in side.items()} for side in (one, two)]
-    return [key for key in one if not torch.equal(bits[0][key], bits[1][key])]
-
-
 def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def world(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells each process."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def pair(rank: int, port: int, name: str) -> None:
+def pair(folder: Path) -> None:
     """Each objective straight through, and stopped and resumed, on two processes."""
-    os.environ |= world(rank, 2, port)
-    folder, agreed = Path(name), Stop.agreed
+    agreed = Stop.agreed
     # The processes stay together from one run to the next.
     Accelerator.end_training = lambda self: None
 
@@ -126,24 +93,23 @@ def pair(rank: int, port: int, name: str) -> None:
         try:
             pretrain(recipe(folder / objective / "stopped", *words))
         except SystemExit:
-            own = tensors(newest_checkpoint(folder / objective / "stopped" / "checkpoints")[0])
-            torch.save(own, folder / objective / f"own-{rank}.pt")
+            own = content(folder / objective / "stopped")
+            torch.save(own, folder / objective / f"own-{distributed.rank()}.pt")
         Stop.agreed = agreed
         distributed.barrier()
         if objective != "growing":
             copy = folder / objective / "resumed"
-            if rank == 0:
+            if distributed.rank() == 0:
                 subprocess.run(["cp", "-r", str(folder / objective / "stopped"), str(copy)], check=True)
             distributed.barrier()
             pretrain(recipe(copy, "resume=true", *words))
     distributed.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    start(pair, (free_port(), str(folder)), count=2)
+    launched(pair, folder)
     return folder
 
 
@@ -157,8 +123,7 @@ def test_two_processes_that_were_stopped_go_on_bit_for_bit(folder: Path, name: s
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_process_reads_what_two_held_joined_in_order(folder: Path, name: str) -> None:
-    found, _ = newest_checkpoint(folder / name / "stopped" / "checkpoints")
-    assert found is not None
+    found = newest(folder / name / "stopped")
     assert found.step == STOPPED
     assert found.shards.keys() == SHARDED.get(name, found.shards.keys())
     assert bool(found.shards) == (name != "margin")
@@ -169,8 +134,7 @@ def test_one_process_reads_what_two_held_joined_in_order(folder: Path, name: str
 
 
 def test_the_momentum_of_the_parametric_softmax_is_sharded(folder: Path) -> None:
-    found, _ = newest_checkpoint(folder / "parametric" / "stopped" / "checkpoints")
-    assert found is not None
+    found = newest(folder / "parametric" / "stopped")
     assert [name for name in found.shards if name.startswith("optimiser.") and name.endswith(".momentum_buffer")]
 
 
@@ -235,10 +199,7 @@ def test_two_processes_of_which_one_was_killed_end_and_go_on_bit_for_bit(
     codes = ended(processes)
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] not in (0, None)
-    found, skipped = newest_checkpoint(tmp_path / "killed" / "checkpoints")
-    assert skipped == []
-    assert found is not None
-    assert 0 < found.step < steps
+    assert 0 < newest(tmp_path / "killed").step < steps
     assert ended(launch(tmp_path / "killed", "resume=true", *often)) == [0, 0]
     assert differing(content(tmp_path / "straight"), content(tmp_path / "killed")) == []
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
@@ -319,13 +280,13 @@ def test_the_step_that_measured_best_is_saved_with_its_score_and_stays(
 ) -> None:
     words = [*ALONE, "train.keep=1"]
     scores = iter([0.2, 0.9, 0.5])
-    monkeypatch.setattr(loop, "_monitor", lambda *arguments: next(scores))
+    monkeypatch.setattr(Recorder, "_accuracy", lambda *arguments: next(scores))
     measured = [word for word in SMALL if not word.startswith("train.monitor")]
     run = pretrain(load(Recipe, None, [*measured, epochs(6), *words, "train.monitor=3", f"output={tmp_path / 'run'}"]))
     assert there(run) == [4, 6]
     best = read_manifest(run / "checkpoints" / "step-000000004")
-    assert best.facts["score"] == 0.9
-    assert read_manifest(run / "checkpoints" / "step-000000006").facts["score"] is None
+    assert best.metadata["score"] == 0.9
+    assert read_manifest(run / "checkpoints" / "step-000000006").metadata["score"] is None
 
 
 def test_a_checkpoint_of_other_settings_is_refused_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -346,12 +307,14 @@ def test_settings_are_named_one_by_one_and_what_moves_a_cursor_is_spelled_out() 
 
 
 @pytest.mark.parametrize(
-    ("facts", "key"), [({}, "seconds"), ({"seconds": True}, "seconds"), ({"seconds": "9"}, "seconds")]
+    ("metadata", "key"), [({}, "seconds"), ({"seconds": True}, "seconds"), ({"seconds": "9"}, "seconds")]
 )
-def test_a_checkpoint_whose_facts_are_not_those_of_a_run_is_refused_in_words(facts: dict[str, Any], key: str) -> None:
-    found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, facts)
+def test_a_checkpoint_whose_metadata_is_not_that_of_a_run_is_refused_in_words(
+    metadata: dict[str, Any], key: str
+) -> None:
+    found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, metadata)
     with pytest.raises(ValueError, match=f"step 3 does not say its {key} as it should"):
-        check_facts(found, {"seconds": float})
+        check_metadata(found, {"seconds": float})
 
 
 def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +336,5 @@ def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Pa
         tmp_path / "run" / "checkpoints", state_of(ready.components, ready.split.train, 0, {"seconds": 0.0})
     )
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    found, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert found is not None
-    _restore(ready.components, found)
+    restore(ready.components, newest(tmp_path / "run"))
     assert accelerator.scaler.get_scale() == 1024.0

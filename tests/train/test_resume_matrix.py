@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,11 +19,11 @@ from torch import Tensor
 from manyviews.config import load
 from manyviews.data import Batch, Loader
 from manyviews.recipe import Recipe, find, names
-from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
 from manyviews.train.pretrain import pretrain
 from processes import launched
+from stopped_runs import differing, newest, tensors
 
 CLASSES, IMAGES = 4, 26
 STEPS = 12
@@ -95,23 +94,11 @@ def straight_and_stopped(name: str, images: Path, folder: Path) -> None:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """All tensors that a run leaves: the newest checkpoint's, with what the optimiser keeps, and the backbone's."""
-    found, damaged = newest_checkpoint(run / "checkpoints")
-    assert found is not None
-    assert not damaged
+    found = newest(run)
     assert found.step == STEPS
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
-        named |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return named | {
+    return tensors(found) | {
         f"exported.{key}": value for key, value in load_file(run / "backbone" / "model.safetensors").items()
     }
-
-
-def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
-    """The names under which the bits are not the same."""
-    assert one.keys() == two.keys()
-    bits = [{key: value.contiguous().flatten().view(torch.uint8) for key, value in side.items()} for side in (one, two)]
-    return [key for key in one if not torch.equal(bits[0][key], bits[1][key])]
 
 
 def lines(run: Path) -> list[dict[str, float]]:

@@ -80,8 +80,7 @@ def child(number: int, count: int, port: int, folder: Path, stage: str, words: S
     os.dup2(output, 2)
     processes.hear()
     if count > 1:
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= processes.world(number, count, port)
     STAGES[stage](folder / f"reached-{number}")
     sys.exit(getattr(cli, words[0])(words[1:]))
 
@@ -90,10 +89,8 @@ class Started:
     """Processes at work, in a stage that takes its time."""
 
     def __init__(self, folder: Path, stage: str, words: Sequence[str], count: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context, self.folder, self.count = multiprocessing.get_context("forkserver"), folder, count
+        context, port = multiprocessing.get_context("forkserver"), processes.free_port()
+        self.folder, self.count = folder, count
         self.processes = [
             context.Process(target=child, args=(number, count, port, folder, stage, words)) for number in range(count)
         ]
@@ -246,10 +243,7 @@ def test_a_signal_to_the_whole_group_leaves_those_that_decode_alone_until_all_is
 
 def test_a_process_that_waits_for_one_that_never_comes_can_be_ended(tmp_path: Path) -> None:
     # The other of the two is never started, so that this one waits before any of its stages.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["pretrain", *TRAINING, f"output={tmp_path / 'output'}"]
+    port, words = processes.free_port(), ["pretrain", *TRAINING, f"output={tmp_path / 'output'}"]
     process = multiprocessing.get_context("forkserver").Process(
         target=child, args=(0, 2, port, tmp_path, "training", words)
     )

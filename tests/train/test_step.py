@@ -1,8 +1,6 @@
 """One update: in one piece or in chunks, on one process or on several, with and without batch norm."""
 
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -25,9 +22,12 @@ from manyviews.objectives import Population
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.launch import start
-from manyviews.train import step
+from manyviews.train import pretrain, step
+from manyviews.train.cached_gradients import num_chunks
 from manyviews.train.components import Components, batches, build, cautions, label_names, synchronised
-from manyviews.train.step import StepResult, compile_encoder, gradient, num_chunks, train_step
+from manyviews.train.pretrain import compile_encoder, gradient, train_step
+from manyviews.train.step import StepResult
+from processes import launched
 
 SMALL = [
     "train.batch_size=12",
@@ -266,7 +266,7 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
         raise problem
 
     built = components()
-    monkeypatch.setattr(step, "gradient", broken)
+    monkeypatch.setattr(pretrain, "gradient", broken)
     order = batches(built.recipe, images(), 1)
     compile_encoder(built, images(), order, 0)
     with pytest.raises(ValueError, match=rf"compiled here \({said}\); it takes a C\+\+ compiler .* leave train"):
@@ -514,10 +514,8 @@ def shuffled() -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: str, port: int) -> None:
+def work(folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     EncoderSettings.build = in_float64
     found: dict[str, Any] = {}
     for name, words in OBJECTIVES.items():
@@ -525,18 +523,14 @@ def work(rank: int, folder: str, port: int) -> None:
             found[f"{name}, {chunk}"] = steps_of(*words, f"train.chunk={chunk}")
     EncoderSettings.build = original
     found["shuffle"] = shuffled()
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(found, folder / f"{distributed.rank()}.pt")
     distributed.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(str(folder), port), nprocs=2)
+    launched(work, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -260,8 +260,8 @@ def _checkpoints(place: Path) -> list[Kind]:
     module(torch.ones(1, 3)).sum().backward()
     optimiser.step()
     parts = {"encoder": module.state_dict(), "objective": {"rows": torch.zeros(4, 3)}}
-    facts = {"seconds": 1.0, "images": "0" * 64, "channels": 3}
-    made = save_checkpoint(whole, Checkpoint(7, parts, optimiser.state_dict(), facts, {"objective.rows": 4}), keep=1)
+    metadata = {"seconds": 1.0, "images": "0" * 64, "channels": 3}
+    made = save_checkpoint(whole, Checkpoint(7, parts, optimiser.state_dict(), metadata, {"objective.rows": 4}), keep=1)
 
     def reader(name: str) -> Callable[[Path, bytes], None]:
         def read(folder: Path, content: bytes) -> None:

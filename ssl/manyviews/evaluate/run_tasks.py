@@ -243,7 +243,7 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
         return ()
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(job.split.train, recipe.unseen)
-    if found is None or found.facts.get("images") != images.fingerprint:
+    if found is None or found.metadata.get("images") != images.fingerprint:
         return ()
     if opened.step is not None and found.step != opened.step:
         console.warn(

@@ -47,7 +47,7 @@ def read_run_weights(folder: Path, model: str) -> RunWeights:
     found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
     if found is None:
         raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-    encoder, known = found.parts["encoder"], found.facts.get("channels")
+    encoder, known = found.parts["encoder"], found.metadata.get("channels")
     if type(known) is not int or known not in (1, 3):
         raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(known)} channels")
     weights = {key.removeprefix(PREFIX): value for key, value in encoder.items() if key.startswith(PREFIX)}

@@ -3,10 +3,7 @@
 import io
 import json
 import math
-import os
-import re
 import secrets
-import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from manyviews.run.checkpoints import sync
-from manyviews.run.metrics_lines import in_words, kept_lines, was
+from manyviews.run.curves import Curves
+from manyviews.run.metrics_lines import in_words, kept_lines
 from manyviews.system import distributed
 from manyviews.system.append_file import MOST_KEPT, Growing
 from manyviews.system.disk import check_writable
@@ -43,8 +38,6 @@ HISTOGRAM_BINS = 100
 START = ".start-"
 SMALL = (CONFIG, UNREADABLE, f"{VIEWS}.png")
 """Files that are written again where another program removes them during the run."""
-EVENTS = "events.out.tfevents.*"
-STARTED = re.compile(r"events\.out\.tfevents\.(\d{1,10})\.(?:(\d{9})\.)?")
 
 
 class Run:
@@ -72,9 +65,8 @@ class Run:
             warn: hears that something cannot be written.
             lock_again: called once the folder had to be made anew, as another program has removed it.
         """
-        self.folder = folder
+        self.folder, metrics = folder, folder / METRICS
         self._warn, self._lock_again = warn, lock_again
-        metrics, events = folder / METRICS, folder / "tensorboard"
         for name in (*SMALL, INVENTORY, METRICS, DONE):
             for left in folder.glob(f".{name}.*.partial"):
                 remove(left)
@@ -83,29 +75,14 @@ class Run:
             # What begins anew keeps none, not even of step 0, which it measures again.
             write_atomic(metrics, kept_lines(metrics, step or -1, rubbish))
             if rubbish:
-                warn(f"{shown(metrics)}: {in_words(rubbish)} held no metrics and {was(rubbish)} removed")
+                warn(f"{shown(metrics)}: removed {in_words(rubbish)}, for want of metrics")
         elif step:
             warn(f"{shown(metrics)} is missing: the metrics up to step {step:,} are lost")
-        if not step:
-            # Of an attempt that was cut off before its first checkpoint, which begins anew.
-            for file in events.glob(EVENTS):
-                remove(file, folder)
-        make_folder(events, folder)
+        # Before the metrics: their folder may have to be made.
+        self._curves = Curves(folder / "tensorboard", folder, step, self._save_what_can_be)
         self._metrics = Growing(metrics)
-        self._earlier = sorted(events.glob(EVENTS))
-        # TensorBoard reads files in the order of their names; a run may be cut off and resumed within one second, and
-        # the clock may have been set back meanwhile.
-        now = time.time_ns()
-        begins = max(now, *(_latest(file) + 1 for file in self._earlier), 0)
-        self._ahead, self._wall = (begins - now) / 1e9, 0.0
-        name = f"events.out.tfevents.{begins // 10**9:010d}.{begins % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._events = Growing(events / name, folder)
-        self._records = RecordWriter(self._events)
         there = [folder / name for name in SMALL if (folder / name).is_file()]
         self._small = {file.name: file.read_bytes() for file in there if file.stat().st_size <= MOST_KEPT}
-        self._add(Event(file_version="brain.Event:2"))
-        if step:
-            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and one point to each TensorBoard curve; NaN is written as null."""
@@ -115,11 +92,11 @@ class Run:
         self._save_what_can_be(self._metrics)
         self._restore()
         for key, value in values.items():
-            self._show(summary.scalar(key, value), step)
+            self._curves.show(summary.scalar(key, value), step)
 
     def text(self, name: str, text: str) -> None:
         """Writes a text to TensorBoard."""
-        self._show(summary.text(name, f"```\n{text}\n```"), 0)
+        self._curves.show(summary.text(name, f"```\n{text}\n```"), 0)
 
     def picture(self, name: str, picture: Tensor, step: int = 0) -> None:
         """Writes a picture, uint8 [3, height, width], to `name.png` in the folder and to TensorBoard."""
@@ -132,14 +109,14 @@ class Run:
                 self._small[file.name] = content.getvalue()
         except OSError as problem:
             self._warn(f"{file} could not be written: {problem}")
-        self._show(summary.image(name, picture, dataformats="CHW"), step)
+        self._curves.show(summary.image(name, picture, dataformats="CHW"), step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Writes how some values are distributed to TensorBoard."""
         values = values.float().cpu()
         values = values[values.isfinite()]
         if len(values):
-            self._show(summary.histogram(name, values, HISTOGRAM_BINS), step)
+            self._curves.show(summary.histogram(name, values, HISTOGRAM_BINS), step)
 
     def sync(self) -> None:
         """Returns once all lines and points are on the disk; a checkpoint counts only after that.
@@ -152,9 +129,9 @@ class Run:
         if news := self._metrics.sync():
             self._warn(news)
         self._restore()
-        self._save_what_can_be(self._events)
+        self._save_what_can_be(self._curves.file)
         with suppress(OSError):
-            self._events.sync()
+            self._curves.file.sync()
 
     def unreadable(self, text: str) -> None:
         """Adds lines to unreadable.txt; a disk that does not take them ends nothing, for each was warned of."""
@@ -165,7 +142,7 @@ class Run:
 
     def close(self) -> None:
         """Closes the files; the run can still be resumed."""
-        for file in (self._metrics, self._events):
+        for file in (self._metrics, self._curves.file):
             self._save_what_can_be(file)
             before = file.lost
             file.close()
@@ -188,22 +165,13 @@ class Run:
         self.close()
         for file in (*filter(Path.is_file, exported.iterdir()), exported):
             sync(file)
-        files = (self._metrics, self._events)
+        files = (self._metrics, self._curves.file)
         lacking = [f"{shown(file.path)} lacks {plural(file.lost, 'byte')}" for file in files if file.lost]
         there = (*(file.path for file in files), *(self.folder / name for name in self._small), *needed)
         lacking += [f"{shown(path)} is missing" for path in there if not path.exists()]
         if lacking:
             raise OSError(f"the run is at its end, but not complete: {'; '.join(lacking)}; {DONE} is not written")
         write_atomic(self.folder / DONE, [f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode()])
-
-    def _show(self, summary: Summary, step: int) -> None:
-        self._add(Event(step=step, summary=summary))
-
-    def _add(self, event: Event) -> None:
-        self._wall = max(self._wall, time.time() + self._ahead)
-        event.wall_time = self._wall
-        self._records.write(event.SerializeToString())
-        self._save_what_can_be(self._events)
 
     def _save_what_can_be(self, file: Growing) -> None:
         """Writes what a file keeps; warns when that begins to fail."""
@@ -225,13 +193,11 @@ class Run:
                 self._warn(f"{shown(self.folder / name)} was removed or renamed by another program: it is written anew")
             if gone:
                 self._lock_again()
-        lost = [file for file in self._earlier if not file.exists()]
-        if lost:
+        if lost := self._curves.lost():
             self._warn(
-                f"{plural(len(lost), 'file')} of earlier curves removed from {shown(self.folder / 'tensorboard')} by "
+                f"{plural(lost, 'file')} of earlier curves removed from {shown(self.folder / 'tensorboard')} by "
                 f"another program; {METRICS} has their numbers"
             )
-            self._earlier = [file for file in self._earlier if file not in lost]
 
 
 def prepare(folder: Path, *, resume: bool) -> None:
@@ -309,13 +275,3 @@ def read_unreadable(folder: Path) -> list[tuple[str, str]]:
     with open_lines(file) as lines:
         parts = [line.rstrip("\r\n").partition("\t") for line in lines]
     return [(name, reason) for name, _, reason in parts if name]
-
-
-def _latest(events: Path) -> int:
-    """Nanoseconds since 1970 by which a file of events had been begun and, as far as is known, written to."""
-    named = STARTED.match(events.name)
-    started = int(named[1]) * 10**9 + int(named[2] or 0) if named else 0
-    try:
-        return max(started, events.stat().st_mtime_ns)
-    except OSError:
-        return started

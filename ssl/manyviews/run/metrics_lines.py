@@ -43,8 +43,3 @@ def in_words(lines: list[int]) -> str:
     """Numbers of lines as a person reads them."""
     shown_ones, others = ", ".join(f"{line:,}" for line in lines[:MOST_NAMED]), len(lines) - MOST_NAMED
     return f"line{'s' * (len(lines) > 1)} {shown_ones}{f' and {others:,} more' if others > 0 else ''}"
-
-
-def was(lines: list[int]) -> str:
-    """The verb of `in_words`."""
-    return "were" if len(lines) > 1 else "was"

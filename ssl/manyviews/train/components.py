@@ -1,6 +1,5 @@
 """The parts that a recipe is made of, built for a set of images; and what is to be said of how they go together."""
 
-import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.features.limits import check_encoder, check_objective, check_views
 from manyviews.objectives import ObjectiveModule, Population
 from manyviews.recipe import Recipe
+from manyviews.train.session import wrap
 from manyviews.views import Views, enlarged
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,10 +75,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
     optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
-    with warnings.catch_warnings():
-        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        forward, optimiser = accelerator.prepare(torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
+    forward, optimiser = wrap(accelerator, torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
     if names is not None:
         names = names.to(accelerator.device)
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)

@@ -28,9 +28,10 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import Stop, start
 from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
-from manyviews.train.pretrain import open_run, state_of, train
-from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup
-from manyviews.train.step import compile_encoder, train_step
+from manyviews.train.pretrain import compile_encoder, train, train_step
+from manyviews.train.recorder import state_of
+from manyviews.train.session import Session
+from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
 from manyviews.views import MEAN, STD
 
 STEPS = 2
@@ -54,10 +55,10 @@ def check(recipe: Recipe) -> None:
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
             return
-        ready = make_setup(recipe, accelerator, folder, console)
-        describe(ready, console)
+        setup = make_setup(recipe, accelerator, folder, console)
+        describe(setup, folder, console)
         with _folder_beside(folder) as place:
-            rows, problems = _tried(ready, place)
+            rows, problems = _tried(setup, place)
     table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
     for name, found in rows.items():
         table.add_row(name, found)
@@ -67,19 +68,19 @@ def check(recipe: Recipe) -> None:
         raise ValueError("\n".join(dict.fromkeys(line for lines in everywhere for line in lines)))
 
 
-def _tried(ready: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
+def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
-    split, order, components, found = ready[:4]
+    split, order, components, found = setup.split, setup.order, setup.components, setup.found
     settings, first = components.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
     compile_encoder(components, split.train, order, begun)
     budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
     tried = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(place)}))
-    run = open_run(ready._replace(components=tried), place, Console(quiet=True)) if first else None
-    saver = Saver(place / CHECKPOINTS, keep=1)
+    quiet = Console(quiet=True)
+    run = open_run(setup._replace(components=tried), place, quiet) if first else None
     try:
-        step = train(tried, split.train, order, run, saver, Console(quiet=True), found, Stop())
+        step = train(tried, split.train, order, found, Session(run, Saver(place / CHECKPOINTS, keep=1), quiet, Stop()))
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
@@ -121,7 +122,7 @@ def _tried(ready: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     if used * several > MOST_MEMORY * there:
         problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
 
-    seconds = _seconds_of_a_step(ready, step)
+    seconds = _seconds_of_a_step(setup, step)
     if settings.minutes:
         expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
     else:
@@ -158,24 +159,22 @@ def memory() -> tuple[int, int]:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
 
 
-def _seconds_of_a_step(ready: Setup, step: int) -> float:
+def _seconds_of_a_step(setup: Setup, step: int) -> float:
     """The median of some more steps, with the wait for their images; the same on all processes."""
-    split, order, components = ready[:3]
-    device, rank, size = components.accelerator.device, distributed.rank(), distributed.world_size()
-    workers = components.recipe.train.workers
-    taken: list[float] = []
+    components, device = setup.components, setup.components.accelerator.device
+    rank, size, workers = distributed.rank(), distributed.world_size(), components.recipe.train.workers
+    loader = Loader(setup.split.train, setup.order, rank=rank, size=size, workers=workers, start=step)
+    times: list[float] = []
     components.forward.train()
     began = last = distributed.from_first_rank(time.monotonic())
-    for images, ids, epoch in islice(
-        Loader(split.train, order, rank=rank, size=size, workers=workers, start=step), MOST_TIMED
-    ):
-        train_step(components, images.to(device), ids.to(device), epoch, step + len(taken))
+    for images, ids, epoch in islice(loader, MOST_TIMED):
+        train_step(components, images.to(device), ids.to(device), epoch, step + len(times))
         now = distributed.from_first_rank(time.monotonic())
-        taken.append(now - last)
+        times.append(now - last)
         last = now
         if now - began > LONGEST_TIMED:
             break
-    return statistics.median(taken)
+    return statistics.median(times)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from manyviews.system.console import Console
 from manyviews.system.files import MEBIBYTE, read_text
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_atomic
+from manyviews.train.budget import share_spent
 
 FREE_IN_TRAINING = (
     *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
@@ -35,7 +37,7 @@ OTHER_IMAGES = "ids would mean other images: put them back, or start another run
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Counted = Annotated[int, Field(ge=0, lt=10**9)]
 Measured = Annotated[float, Field(allow_inf_nan=False)]
-FACTS = {
+METADATA = {
     "seconds": Seconds,
     "images": str,
     "recipe": dict,
@@ -47,7 +49,7 @@ FACTS = {
     "channels": Annotated[int, Field(ge=1, le=64)] | None,
     "scaler": dict[str, Measured | int] | None,
 }
-"""What a run goes on by, of the facts of its checkpoint; some may be missing, as in those of older versions."""
+"""What a run goes on by, of the metadata of its checkpoint; some may be missing, as in those of older versions."""
 LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 """Settings that may change as long as what lies there is the same."""
 
@@ -73,9 +75,9 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
     if found is None:
         return None
-    facts = check_facts(found, FACTS)
+    metadata = check_metadata(found, METADATA)
     # The file may have been edited, or belong to another run.
-    check_settings(facts["recipe"], now, FREE | SCHEDULE | moved(facts["recipe"], now))
+    check_settings(metadata["recipe"], now, FREE | SCHEDULE | moved(metadata["recipe"], now))
     check_images(found, images)
     check_processes(found, processes, elastic=recipe.elastic, console=console)
     return found
@@ -83,7 +85,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
 
 def check_images(found: Checkpoint, images: Images) -> None:
     """Refuses other images than those of a checkpoint."""
-    if check_facts(found, {"images": str})["images"] != images.fingerprint:
+    if check_metadata(found, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files, labels or how they are read have changed); "
             f"{OTHER_IMAGES}"
@@ -91,12 +93,8 @@ def check_images(found: Checkpoint, images: Images) -> None:
 
 
 def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
-    """Refuses another number of processes than a checkpoint was written by, unless that is asked for.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    before = found.facts["processes"]
+    """Refuses another number of processes than a checkpoint was written by, unless `elastic` asks for it."""
+    before = found.metadata["processes"]
     if before == processes:
         return
     if not elastic:
@@ -108,45 +106,39 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console
     console.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
-def check_facts(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The facts of a checkpoint, if each of those that are needed is of its type, with its bounds.
+def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata of a checkpoint, if each of those that are needed is of its type, with its bounds.
 
     Raises:
         ValueError: naming one that is not; another program, or a much older one, has written the checkpoint then.
     """
     for key, kind in kinds.items():
         try:
-            TypeAdapter(kind).validate_python(found.facts.get(key), strict=True)
+            TypeAdapter(kind).validate_python(found.metadata.get(key), strict=True)
         except ValidationError as problem:
             first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
             raise ValueError(
                 f"the checkpoint of step {found.step:,} does not say its {key} as it should "
                 f"({first['msg'].removeprefix('Input ')}); start another run with output=…"
             ) from None
-    return found.facts
+    return found.metadata
 
 
 def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
-    """Refuses a checkpoint of an objective whose memory has another length on this number of processes.
+    """Refuses a checkpoint whose objective has another number of rows than `lengths` (`Objective.shards`) says.
 
-    Rows can be shared out anew; rows that are not there cannot be made up, and there is no rule by which some should
-    go. That is so for a queue with per_process=true: its length follows the number of processes.
-
-    Args:
-        found: the checkpoint.
-        lengths: those of the objective that is to go on, over all processes, by name (`Objective.shards`).
-
-    Raises:
-        ValueError: naming both lengths.
+    Rows can be shared out anew, but neither made up nor left out: a queue with per_process=true is as long as there are
+    processes.
     """
+    writers = found.metadata["processes"]
     for name, length in lengths.items():
         before = found.shards.get(f"objective.{name}", length)
         if before != length:
             raise ValueError(
-                f"objective.{name} has {before:,} rows in the checkpoint, which {found.facts['processes']} processes "
-                f"wrote, and has {length:,} on the {distributed.world_size()} of now: a queue with "
-                "objective.per_process=true grows with them and cannot be shared out anew; go on with "
-                f"{found.facts['processes']} processes, or start another run with output=…"
+                f"objective.{name} has {before:,} rows in the checkpoint, which {writers} processes wrote, and has "
+                f"{length:,} on the {distributed.world_size()} of now: a queue with objective.per_process=true grows "
+                f"with them and cannot be shared out anew; go on with {writers} processes, or start another run with "
+                "output=…"
             )
 
 
@@ -158,19 +150,20 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
     Raises:
         ValueError: naming the difference, unless extend=true asks for it; if nothing is left to do in the new budget.
     """
-    before, now = found.facts["recipe"], recipe.model_dump(mode="json")
+    before, now = found.metadata["recipe"], recipe.model_dump(mode="json")
     changed = differences(before, now, FREE | LOCATIONS)
     if not SCHEDULE & changed.keys():
         return None
     old, new = validate(TrainSettings, before["train"]), recipe.train
-    step, seconds = found.step, found.facts["seconds"]
-    if not recipe.extend and old.progress(step, seconds, steps_per_epoch) < 1:
+    step, seconds = found.step, found.metadata["seconds"]
+    progress = [partial(share_spent, steps=one.steps(steps_per_epoch), minutes=one.minutes) for one in (old, new)]
+    if not recipe.extend and progress[0](step, seconds) < 1:
         check_settings(before, now, FREE | LOCATIONS, EXTEND)
-    if new.progress(step, seconds, steps_per_epoch) >= 1:
+    if progress[1](step, seconds) >= 1:
         had = f"{seconds / 60:.3g} minutes" if new.minutes else f"{step / steps_per_epoch:.3g} epochs"
         raise ValueError(f"{_in_words(changed)}, but the run has had {had} already; name more, or leave it out")
     peak, warmup = recipe.optim.peak_rate(new.batch_size), recipe.optim.warmup
-    rates = [peak * cosine(one.progress(step + 0.5, seconds, steps_per_epoch), warmup) for one in (old, new)]
+    rates = [peak * cosine(spent(step + 0.5, seconds), warmup) for spent in progress]
     whole = f"{new.minutes:g} minutes" if new.minutes else f"{new.steps(steps_per_epoch):,}"
     return (
         f"extended: {_in_words(changed)}; step {step + 1:,} of {whole} has a rate of {rates[1]:.3g}, not {rates[0]:.3g}"
@@ -178,13 +171,7 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
 
 
 def record_settings(folder: Path, recipe: Recipe, step: int) -> str | None:
-    """Writes into config.yaml what a run goes on with, and as a comment what has changed; the change, if there is one.
-
-    Args:
-        folder: the run folder.
-        recipe: what it goes on with.
-        step: from where on.
-    """
+    """Writes into config.yaml the recipe that is resumed at a step, with what has changed, which it returns if any."""
     file = folder / CONFIG
     before = load(Recipe, file)
     changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"), OF_A_START)
@@ -206,16 +193,10 @@ def check_settings(
     free: Collection[str],
     way_out: str = "start another with output=…",
 ) -> None:
-    """Refuses to go on with other settings than a run was begun with.
-
-    Args:
-        before: those of the run, as JSON values (`Settings.model_dump(mode="json")`).
-        now: those of the resumption, likewise.
-        free: the dotted keys that do not change what is learned.
-        way_out: what to do instead.
+    """Refuses to resume with other settings, as JSON values, than before, but for the dotted keys in `free`.
 
     Raises:
-        ValueError: naming each difference.
+        ValueError: naming each difference, and as the `way_out` what to do instead.
     """
     if changed := differences(before, now, free):
         raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")

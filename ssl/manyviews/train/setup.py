@@ -1,12 +1,13 @@
 """What stands before the first step: images, batches, the parts, and the checkpoint that is gone on from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
-from manyviews.config import load
+from manyviews.config import dump_yaml, load
 from manyviews.data import (
     ClassOrder,
     Composition,
@@ -17,36 +18,25 @@ from manyviews.data import (
     alike,
     changes,
     leave_out,
+    listed,
     read_inventory,
+    write_inventory,
 )
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
-from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, read_unreadable
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, sync
+from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, UNREADABLE, VIEWS, Run, read_unreadable
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.files import shown
 from manyviews.system.folder_lock import folder_lock
+from manyviews.system.launch import in_a_line
 from manyviews.system.plural import plural
+from manyviews.system.writing import make_folder, remove, write_atomic
+from manyviews.train import resume
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
-from manyviews.train.resume import (
-    EXTEND,
-    FREE,
-    LOCATIONS,
-    OF_A_START,
-    OTHER_IMAGES,
-    SCHEDULE,
-    check_images,
-    check_lengths,
-    check_schedule,
-    check_settings,
-    differences,
-    moved,
-    record_settings,
-    resumable,
-)
 
 
 class Setup(NamedTuple):
@@ -61,55 +51,6 @@ class Setup(NamedTuple):
     """What to say of a schedule that is not the one it was begun with."""
     contrasts: Composition | None = None
     """What the batches hold where classes are the ids."""
-
-
-def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = True) -> bool:
-    """Whether a run is finished and nothing is left to do, which is said then; collective.
-
-    Args:
-        recipe: what it is asked to go on with.
-        folder: the run folder.
-        console: says it.
-        record: whether settings that are free to change, such as the path of the same images, are written down.
-
-    Raises:
-        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
-            only where it is not to be extended.
-    """
-    done = (folder / DONE).exists() and (folder / CONFIG).exists()
-    if not distributed.from_first_rank(float(done)):
-        return False
-    before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
-    # What the views leave open follows from the images.
-    now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
-    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
-    changed = differences(before, now, OF_A_START)
-    if SCHEDULE & changed.keys():
-        if not recipe.extend:
-            check_settings(before, now, FREE | LOCATIONS, EXTEND)
-        return False
-    # Of a finished run only the facts are looked at.
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
-    if found is not None:
-        try:
-            split = read_images(recipe, folder, console)
-        except (ValueError, OSError) as problem:
-            if LOCATIONS & changed.keys():
-                raise
-            console.warn(f"the images cannot be compared with those of the run: {problem}")
-        else:
-            check_images(found, split.train)
-    if changed and record:
-        with folder_lock(folder, lambda: None, console.warn):
-            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
-    console.say(f"{folder} is finished: nothing is left to do")
-    return True
-
-
-def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
-    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
-    if distributed.rank() == 0 and (changed := record_settings(folder, recipe, found.step if found else 0)):
-        console.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
 def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
@@ -134,13 +75,13 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
     found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     with raise_on_all_ranks():
         file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
-        if found is None or not file.is_file() or found.facts.get("images") == split.train.fingerprint:
+        if found is None or not file.is_file() or found.metadata.get("images") == split.train.fingerprint:
             return None
         before = read_inventory(file)
         changed = changes(before, now)
         refused = changed._replace(removed=[], replaced=[name for name in changed.replaced if shown(name) not in seen])
         if any(refused):
-            raise ValueError(f"the images are not those that the run was begun with: {refused}; {OTHER_IMAGES}")
+            raise ValueError(f"the images are not those that the run was begun with: {refused}; {resume.OTHER_IMAGES}")
     if not any(changed):
         return None
     console.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
@@ -156,25 +97,25 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     split = read_images(recipe, folder, console)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
-    begun_on = found.facts["processes"] if found else None
+    found = resume.resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
+    begun_on = found.metadata["processes"] if found else None
     order = batches(recipe, split.train, accelerator.num_processes, begun_on)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
-    extended = check_schedule(found, recipe, order.steps_per_epoch) if found else None
+    extended = resume.check_schedule(found, recipe, order.steps_per_epoch) if found else None
     components = build(recipe, accelerator, split.train)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
     if found is not None:
-        if found.facts.get("held_out", components.held_out) != components.held_out:
+        if found.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
-        _restore(components, found)
+        restore(components, found)
     return Setup(split, order, components, found, extended, contrasts)
 
 
-def describe(ready: Setup, console: Console) -> None:
+def describe(setup: Setup, folder: Path, console: Console) -> None:
     """Says what will run, so that a mistake is seen before hours have gone by."""
-    split, order, components, _, extended, contrasts = ready
+    split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
     recipe, accelerator, train = components.recipe, components.accelerator, split.train
     processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
     local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
@@ -205,9 +146,9 @@ def describe(ready: Setup, console: Console) -> None:
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
     )
-    if extended:
-        console.say(extended)
-    console.say(f"run        {folder_of(recipe).resolve()}")
+    if setup.extended:
+        console.say(setup.extended)
+    console.say(f"run        {folder.resolve()}")
     for caution in (*cautions(components), *(alike(split) if distributed.rank() == 0 else ())):
         console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
@@ -222,13 +163,13 @@ def describe(ready: Setup, console: Console) -> None:
         )
 
 
-def folder_of(recipe: Recipe) -> Path:
-    """The run folder."""
-    return Path(recipe.output or "runs/pretrain").expanduser()
+def restore(components: Components, found: Checkpoint) -> None:
+    """Gives the components the state of a checkpoint.
 
-
-def _restore(components: Components, found: Checkpoint) -> None:
-    check_lengths(found, components.objective.shards())
+    Raises:
+        ValueError: if it is of other parts.
+    """
+    resume.check_lengths(found, components.objective.shards())
     try:
         components.encoder.load_state_dict(dict(found.parts["encoder"]))
         components.objective.load_state_dict(dict(found.parts["objective"]))
@@ -236,8 +177,101 @@ def _restore(components: Components, found: Checkpoint) -> None:
             components.twin.load_state_dict(dict(found.parts["twin"]))
         restore_optimiser(components.optimiser, found.optimiser)
         if components.accelerator.scaler is not None:
-            components.accelerator.scaler.load_state_dict(found.facts["scaler"])
+            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
     except (KeyError, RuntimeError) as problem:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
         ) from None
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The run folder."""
+    return Path(recipe.output or "runs/pretrain").expanduser()
+
+
+def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = True) -> bool:
+    """Whether a run is finished and nothing is left to do, which is said then; collective.
+
+    Args:
+        recipe: what it is asked to go on with.
+        folder: the run folder.
+        console: says it.
+        record: whether settings that are free to change, such as the path of the same images, are written down.
+
+    Raises:
+        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
+            only where it is not to be extended.
+    """
+    done = (folder / DONE).exists() and (folder / CONFIG).exists()
+    if not distributed.from_first_rank(float(done)):
+        return False
+    before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
+    # What the views leave open follows from the images.
+    now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
+    resume.check_settings(before, now, resume.FREE | resume.SCHEDULE | resume.moved(before, now))
+    changed = resume.differences(before, now, resume.OF_A_START)
+    if resume.SCHEDULE & changed.keys():
+        if not recipe.extend:
+            resume.check_settings(before, now, resume.FREE | resume.LOCATIONS, resume.EXTEND)
+        return False
+    # Of a finished run only the metadata are looked at.
+    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    if found is not None:
+        try:
+            split = read_images(recipe, folder, console)
+        except (ValueError, OSError) as problem:
+            if resume.LOCATIONS & changed.keys():
+                raise
+            console.warn(f"the images cannot be compared with those of the run: {problem}")
+        else:
+            resume.check_images(found, split.train)
+    if changed and record:
+        with folder_lock(folder, lambda: None, console.warn):
+            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
+    console.say(f"{folder} is finished: nothing is left to do")
+    return True
+
+
+def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
+    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
+    if distributed.rank() == 0 and (changed := resume.record_settings(folder, recipe, found.step if found else 0)):
+        console.say(f"changed    {changed}; {folder / CONFIG} says so")
+
+
+def open_run(
+    setup: Setup, folder: Path, console: Console, header: str = "", lock_again: Callable[[], None] = lambda: None
+) -> Run:
+    """Opens the folder: writes its configuration, the list of what could not be read, and the picture of the views."""
+    split, components, found = setup.split, setup.components, setup.found
+    make_folder(folder, folder)
+    if (folder / DONE).exists():
+        # A finished run that is extended: from here on it is not finished, whenever a cut comes.
+        remove(folder / DONE)
+        sync(folder)
+    if (folder / CONFIG).exists():
+        note(components.recipe, folder, found, console)
+    else:
+        write_atomic(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
+    if split.inventory is not None and not (folder / INVENTORY).exists():
+        write_inventory(folder / INVENTORY, split.inventory)
+    if found is None:
+        remove(folder / UNREADABLE)
+    known = {name for name, _ in read_unreadable(folder)}
+    if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
+        console.warn(f"{plural(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
+    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
+    if new:
+        run.unreadable(listed(new))
+    if found is not None:
+        console.say(f"resumed at step {found.step:,}")
+        return run
+    run.text("config", dump_yaml(components.recipe))
+    count = min(components.recipe.train.preview, len(split.train))
+    if count:
+        ids = torch.linspace(0, len(split.train) - 1, count).long()
+        device = components.accelerator.device
+        try:
+            run.picture(VIEWS, components.views.preview(split.train.read(ids).to(device), ids.to(device)))
+        except Exception as problem:
+            console.warn(f"there is no picture of the views: {in_a_line(problem)}")
+    return run

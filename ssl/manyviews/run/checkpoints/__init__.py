@@ -9,7 +9,7 @@ so that a run goes on with any number of processes, with the same content, bit f
 from manyviews.run.checkpoints.checkpoint import Checkpoint, optimiser_shards, restore_optimiser, room_needed, sync
 from manyviews.run.checkpoints.manifest import folder_name
 from manyviews.run.checkpoints.reading import newest_checkpoint, way_on
-from manyviews.run.checkpoints.saving import Saver, check_finite, save_checkpoint
+from manyviews.run.checkpoints.saving import Saver, check_finite, not_finite, save_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -17,6 +17,7 @@ __all__ = [
     "check_finite",
     "folder_name",
     "newest_checkpoint",
+    "not_finite",
     "optimiser_shards",
     "restore_optimiser",
     "room_needed",

@@ -19,8 +19,8 @@ class Checkpoint(NamedTuple):
     """Everything that a run needs to go on as if it had never stopped, as one process holds it.
 
     `parts` are state dictionaries by the name of their owner (encoder, objective, …); `optimiser` is an optimiser's
-    state dictionary; `facts` are JSON values (seconds spent, fingerprint of the data, …), among them `score` where the
-    step was measured: the highest one is the best. `shards` names the tensors of which each process holds
+    state dictionary; `metadata` holds JSON values (seconds spent, fingerprint of the data, …), among them `score` where
+    the step was measured: the highest one is the best. `shards` names the tensors of which each process holds
     `distributed.share(length)` of the first axis, with their length over all processes: "objective.rows", or
     "optimiser.3.momentum_buffer" for what the optimiser keeps of parameter 3.
     """
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
     step: int
     parts: Mapping[str, Mapping[str, Tensor]]
     optimiser: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     shards: Mapping[str, int] = {}
 
 

@@ -44,7 +44,7 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint says of itself: which files it has, of which size and content, and the facts."""
+    """What a checkpoint says of itself: which files it has, of which size and content, and the metadata of the run."""
 
     model_config = STRICT
 
@@ -53,7 +53,8 @@ class Manifest(BaseModel):
     """How many wrote it."""
     shards: Annotated[dict[str, Annotated[int, Field(ge=0, le=1 << 48)]], BeforeValidator(few)]
     files: Annotated[dict[str, File], BeforeValidator(few)]
-    facts: dict[str, JsonValue]
+    metadata: dict[str, JsonValue] = Field(alias="facts")
+    """Called `facts` on the disk."""
     seal: str = ""
     """The hash of all the rest."""
 
@@ -73,7 +74,7 @@ class Manifest(BaseModel):
 
     def text(self) -> str:
         """The text of its file, sealed: a change of any value is found."""
-        content = storable(self.model_dump(exclude={"seal"}))
+        content = storable(self.model_dump(by_alias=True, exclude={"seal"}))
         return json.dumps(content | {"seal": _seal(content)}, indent=1)
 
 
@@ -103,11 +104,11 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_symlink():
         raise ValueError("it is a link, not a folder")
     manifest = read_model(folder / FILE, Manifest)
-    if manifest.seal != _seal(manifest.model_dump(exclude={"seal"})):
+    if manifest.seal != _seal(manifest.model_dump(by_alias=True, exclude={"seal"})):
         raise ValueError(f"{FILE} is not what was written")
     if folder.name.partition(".")[0] != folder_name(manifest.step):
         raise ValueError(f"{FILE} is that of step {manifest.step:,}")
-    return manifest.model_copy(update={"facts": restored(manifest.facts)})
+    return manifest.model_copy(update={"metadata": restored(manifest.metadata)})
 
 
 def read_model(file: Path, model: type[M]) -> M:

@@ -45,7 +45,7 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
 
     All processes call it together and get the same step: each verifies a part of the files, and one that finds damage
     turns all of them to the next older checkpoint. Of what is spread over processes each gets its own part, whatever
-    number of processes wrote it; a process alone gets the whole. Among the facts is `processes`, how many wrote it.
+    number of processes wrote it; a process alone gets the whole. Among the metadata is `processes`, how many wrote it.
     Nothing of a folder is believed before it is verified, and no file is opened but those that a run itself writes.
 
     Args:
@@ -134,8 +134,8 @@ def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Che
     optimiser: dict[str, Any] = {}
     if OPTIMISER in chosen:
         optimiser = _optimiser(read_model(folder / OPTIMISER, OptimiserRest), parts.pop("optimiser", {}))
-    facts = {**manifest.facts, "processes": manifest.processes}
-    return Checkpoint(manifest.step, parts, optimiser, facts, manifest.shards)
+    metadata = {**manifest.metadata, "processes": manifest.processes}
+    return Checkpoint(manifest.step, parts, optimiser, metadata, manifest.shards)
 
 
 def _optimiser(rest: OptimiserRest, tensors: dict[str, Tensor]) -> dict[str, Any]:

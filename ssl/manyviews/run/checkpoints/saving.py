@@ -5,7 +5,8 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,18 @@ class Saver:
         self.problem: Exception | None = None
         """Why the last save failed; None if it did not."""
         self.failures = 0
-        """How many saves have failed."""
-        self._course: Iterator[_Work] | None = None
-        self._work: _Work | None = None
-        self._in_a_row = 0
-        self._step = self._room = 0
+        """How many saves have failed since one did not."""
+        self._saved = Checkpoint(0, {}, {}, {})
+        """What is being written, or was last, without its tensors."""
+        self._work: Future[dict[str, File] | None] | None = None
+        """What a thread is doing: first it writes this process's files, then the first process's publishes them all."""
+        self._room = 0
         self._news: list[str] = []
 
     @property
     def under_way(self) -> bool:
         """Whether a checkpoint is being written."""
-        return self._course is not None
+        return self._work is not None
 
     def begin(self, checkpoint: Checkpoint, *, before: Callable[[], object] | None = None) -> None:
         """Copies a checkpoint and begins to write it, once the one that is being written is done.
@@ -71,21 +73,28 @@ class Saver:
             before: what the first process must have done before the checkpoint counts, such as syncing the metrics.
         """
         self.wait()
-        self._step, self._room = checkpoint.step, room_needed(checkpoint, keep=0)
-        self._course = self._writing(checkpoint, before)
-        self._go_on()
+        self._saved, self._room = checkpoint._replace(parts={}, optimiser={}), room_needed(checkpoint, keep=0)
+        with self._failing():
+            with raise_on_all_ranks():
+                if distributed.rank() == 0:
+                    make_folder(self.place, self.place.parent)
+                    tidy(self.place)
+                    make_folder(self._aside, self.place.parent, new=True)
+            with raise_on_all_ranks():
+                tensors, texts = copied(checkpoint)
+            self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
 
     def poll(self) -> list[str]:
         """Goes on with what is being written if all processes can, without waiting; news that a person should hear."""
-        if self._work is not None and not distributed.any_over_ranks(self._work.is_alive()):
-            self._go_on()
+        if self._work is not None and not distributed.any_over_ranks(not self._work.done()):
+            self._go_on(self._work)
         return self._take_news()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
         while self._work is not None:
-            self._work.join()
-            self._go_on()
+            wait([self._work])
+            self._go_on(self._work)
 
     def finish(self) -> list[str]:
         """Waits, and raises if the last save failed: at the end of a run there is no other try; else the last news.
@@ -105,9 +114,8 @@ class Saver:
     def abandon(self) -> None:
         """Gives up what is being written, on this process alone: the others may not answer any more."""
         if self._work is not None:
-            self._work.join(PATIENCE)
-        if self._course is not None:
-            self._course = self._work = None
+            wait([self._work], PATIENCE)
+            self._work = None
             self._clear()
 
     def improves(self, score: float, step: int) -> bool:
@@ -141,68 +149,63 @@ class Saver:
             f"{_megabytes(there + free)} in {self.place.parent}: make room, or keep fewer"
         )
 
-    def _writing(self, checkpoint: Checkpoint, before: Callable[[], object] | None) -> Iterator["_Work"]:
-        """The course of a save: what it yields must have ended on all processes before it goes on."""
-        first = distributed.rank() == 0
-        target = self.place / folder_name(checkpoint.step)
-        aside = _aside(target)
-        with raise_on_all_ranks():
-            if first:
-                make_folder(self.place, self.place.parent)
-                tidy(self.place)
-                make_folder(aside, self.place.parent, new=True)
-        with raise_on_all_ranks():
-            tensors, texts = copied(checkpoint)
-        written = _Work(partial(write, aside, tensors, texts, before))
-        # Of the copies only the thread knows, so that their memory goes when it ends.
-        del tensors
-        yield written
-        with raise_on_all_ranks():
-            own = written.outcome()
+    @property
+    def _target(self) -> Path:
+        return self.place / folder_name(self._saved.step)
+
+    @property
+    def _aside(self) -> Path:
+        return self._target.with_name(f".{self._target.name}.partial")
+
+    def _go_on(self, work: "Future[dict[str, File] | None]") -> None:
+        """Publishes what all processes have written, or ends the save; their threads are done."""
+        self._work = None
+        with self._failing():
+            with raise_on_all_ranks():
+                own = work.result()
+            if own is not None:
+                manifest = self._manifest(own)
+                self._work = _in_a_thread(partial(self._publish, manifest))
+                return
+            if self.failures:
+                news = (
+                    f"the checkpoint of step {self._saved.step:,} is written, after {self.failures} that could not be"
+                )
+                self._news.append(news)
+            self.problem, self.failures = None, 0
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Notes a failure of the save, such as a full disk, and tells of the first; raises a fault of the program."""
+        try:
+            yield
+        except BaseException as problem:
+            self._work = None
+            self._clear()
+            if not isinstance(problem, FORESEEN):
+                raise
+            self.problem, self.failures = problem, self.failures + 1
+            if self.failures == 1:
+                news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
+                self._news.append(news)
+
+    def _manifest(self, own: Mapping[str, File]) -> Manifest:
+        """The manifest of the files that all processes have written; collective."""
         files: dict[str, File] = {}
         for text in distributed.all_gather_strings(json.dumps({name: file.model_dump() for name, file in own.items()})):
             files |= {name: File(**values) for name, values in json.loads(text).items()}
-        manifest = Manifest(
-            step=checkpoint.step,
+        return Manifest(
+            step=self._saved.step,
             processes=distributed.world_size(),
-            shards=dict(checkpoint.shards),
+            shards=dict(self._saved.shards),
             files=dict(sorted(files.items())),
-            facts=dict(checkpoint.facts),
+            facts=dict(self._saved.metadata),
         )
-        published = _Work(partial(self._publish, aside, target, manifest) if first else dict)
-        yield published
-        with raise_on_all_ranks():
-            published.outcome()
 
-    def _go_on(self) -> None:
-        assert self._course is not None
-        self._work = None
-        try:
-            self._work = next(self._course)
-        except StopIteration:
-            self._settle(None)
-        except FORESEEN as problem:
-            self._settle(problem)
-        except BaseException:
-            self._course = None
-            self._clear()
-            raise
-
-    def _settle(self, problem: Exception | None) -> None:
-        """A save has ended, well or not."""
-        self._course, self.problem = None, problem
-        if problem is None:
-            if self._in_a_row:
-                news = f"the checkpoint of step {self._step:,} is written, after {self._in_a_row} that could not be"
-                self._news.append(news)
-            self._in_a_row = 0
-            return
-        self._clear()
-        self.failures += 1
-        self._in_a_row += 1
-        if self._in_a_row == 1:
-            news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
-            self._news.append(news)
+    def _publish(self, manifest: Manifest) -> None:
+        if distributed.rank() == 0:
+            publish(self._aside, self._target, manifest)
+            rotate(self._target, keep=self.keep, keep_best=self.keep_best)
 
     def _take_news(self) -> list[str]:
         news, self._news = self._news, []
@@ -214,47 +217,38 @@ class Saver:
         except OSError:
             lacking = 0
         room = f" (it takes {_megabytes(self._room)}, and {_megabytes(lacking)} are missing)" if lacking > 0 else ""
-        return f"the checkpoint of step {self._step:,} could not be written: {self.problem}{room}"
+        return f"the checkpoint of step {self._saved.step:,} could not be written: {self.problem}{room}"
 
     def _what_stays(self) -> str:
         there = steps(self.place)
         return f"{there[-1].name} stays" if there else "there is none before it"
 
-    def _publish(self, aside: Path, target: Path, manifest: Manifest) -> None:
-        publish(aside, target, manifest)
-        rotate(target, keep=self.keep, keep_best=self.keep_best)
-
     def _clear(self) -> None:
         if distributed.rank() == 0:
             with suppress(OSError):
-                remove(_aside(self.place / folder_name(self._step)), self.place.parent)
+                remove(self._aside, self.place.parent)
 
 
-class _Work(threading.Thread):
-    """What a thread does beside training, and what came of it."""
+def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """Does some work beside training; the work and what it holds go when it ends."""
 
-    def __init__(self, work: Callable[[], dict[str, Any] | None]) -> None:
-        # A second Ctrl-C ends the run at once: nothing waits for the disk then.
-        super().__init__(name="checkpoint", daemon=True)
-        self._work: Callable[[], dict[str, Any] | None] | None = work
-        self._result: dict[str, Any] = {}
-        self._problem: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Does the work; the thread's own method."""
-        assert self._work is not None
+    def run(work: Callable[[], Any]) -> None:
         try:
-            self._result = self._work() or {}
+            done.set_result(work())
         except BaseException as problem:
-            self._problem = problem
-        self._work = None
+            done.set_exception(problem)
 
-    def outcome(self) -> dict[str, Any]:
-        """What was returned, or raises what was raised."""
-        if self._problem is not None:
-            raise self._problem
-        return self._result
+    done: Future[Any] = Future()
+    # No executor: it would wait for a disk that hangs when an error ends the run.
+    threading.Thread(target=run, args=(work,), name="checkpoint", daemon=True).start()
+    return done
+
+
+def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of tensors of which a number is not finite, with one answer from the device for all of them."""
+    floating = {key: value.detach() for key, value in named.items() if value is not None and value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
+    return [key for key, sound in zip(floating, finite, strict=True) if not sound]
 
 
 def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
@@ -268,11 +262,7 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
     Raises:
         ValueError: naming what is not finite, on all processes.
     """
-    floating = {key: value.detach() for key, value in named.items() if value.is_floating_point() and value.numel()}
-    # One answer from the device for all of them.
-    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
-    bad = [key for key, sound in zip(floating, finite, strict=True) if not sound]
-    told = [text for text in distributed.all_gather_strings(", ".join(bad[:3])) if text]
+    told = [text for text in distributed.all_gather_strings(", ".join(not_finite(named)[:3])) if text]
     if told:
         raise ValueError(
             f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "
@@ -291,10 +281,6 @@ def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pa
     saver.begin(checkpoint)
     saver.finish()
     return place / folder_name(checkpoint.step)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
 
 
 def _megabytes(count: int) -> str:

@@ -105,7 +105,7 @@ def scores(place: Path, *, upto: str) -> dict[Path, float]:
     found: dict[Path, float] = {}
     for folder in steps(place):
         try:
-            score = read_manifest(folder).facts.get("score") if folder.name <= upto else None
+            score = read_manifest(folder).metadata.get("score") if folder.name <= upto else None
         except FORESEEN:
             continue
         if isinstance(score, float):

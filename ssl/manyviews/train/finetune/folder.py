@@ -19,7 +19,8 @@ from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train.finetune.classifier import Probe
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task
-from manyviews.train.resume import Counted, Measured, Seconds, check_facts, check_processes, check_settings
+from manyviews.train.not_finite import REPORT
+from manyviews.train.resume import Counted, Measured, Seconds, check_metadata, check_processes, check_settings
 
 
 def _with_strength(probe: list[float | None]) -> list[float | None]:
@@ -45,15 +46,16 @@ FREE = {
 """Settings that may change when a run goes on; where the images are may, for they are compared."""
 Probed = Annotated[list[Measured | None], Field(min_length=2, max_length=2), AfterValidator(_with_strength)]
 """The strength of the linear probe, and its accuracy where images were held out."""
-FACTS = {
+METADATA = {
     "step": Counted,
     "seconds": Seconds,
     "tested": Counted,
     "best_step": Counted,
     "losses": list[float],
     "best_accuracy": Measured | None,
+    "skipped": Counted | None,
 }
-"""What fine-tuning goes on by, of the facts of its checkpoint."""
+"""What fine-tuning goes on by, of the metadata of its checkpoint."""
 
 
 def folder_of(given: str, settings: FinetuneSettings) -> Path:
@@ -81,13 +83,13 @@ def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
     check_unchanged(folder, task.settings)
     if found is None:
         return None
-    check_facts(found, FACTS | ({"probe": Probed} if task.probes else {}))
+    check_metadata(found, METADATA | ({"probe": Probed} if task.probes else {}))
     if ("probe" in found.parts) != task.probes:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is not one that fine-tuning writes; start another with output=…"
         )
     check_processes(found, distributed.world_size(), elastic=task.settings.elastic, console=console)
-    changed = [key for key, value in task.origin.items() if found.facts.get(key) != value]
+    changed = [key for key, value in task.origin.items() if found.metadata.get(key) != value]
     if changed:
         raise ValueError(
             f"other {' and '.join(changed)} than the run was begun with; start another with output=…, or go on with "
@@ -100,7 +102,7 @@ def probe_of(found: Checkpoint) -> Probe | None:
     """The linear probe that a checkpoint holds; None: it was not fitted."""
     if "probe" not in found.parts:
         return None
-    strength, held_out = found.facts["probe"]
+    strength, held_out = found.metadata["probe"]
     return Probe(found.parts["probe"]["weights"], found.parts["probe"]["biases"], strength, held_out)
 
 
@@ -123,7 +125,9 @@ def remove_unbegun(folder: Path) -> None:
 
     The folder itself goes with its lock.
     """
-    if any((folder / CHECKPOINTS).glob("*")) or any(line["step"] for line in read_metrics(folder)):
+    if (folder / REPORT).exists() or any((folder / CHECKPOINTS).glob("*")):
+        return
+    if any(line["step"] for line in read_metrics(folder)):
         return
     for name in (CONFIG, METRICS, CLASSIFIER, CHECKPOINTS, "tensorboard"):
         remove(folder / name)

@@ -1,8 +1,5 @@
 """The loop of fine-tuning, to be read and to be copied: labelled images → views → mixing → logits → gradient."""
 
-import math
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,13 +17,15 @@ from torch import Tensor, nn
 from manyviews.data import Loader, Order
 from manyviews.encoder.encoder import follow
 from manyviews.features.backbone import open_model
+from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
-from manyviews.run.checkpoints import Checkpoint, Saver, check_finite, restore_optimiser
-from manyviews.run.folder import CHECKPOINTS, DONE, Run, check_content, prepare
+from manyviews.run.checkpoints import Checkpoint, Saver
+from manyviews.run.folder import CHECKPOINTS, DONE, check_content, prepare
 from manyviews.system import distributed, keyed_random
 from manyviews.system.console import Console
 from manyviews.system.folder_lock import folder_lock
-from manyviews.system.launch import Stop, start
+from manyviews.system.launch import start
+from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import synchronised
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
 from manyviews.train.finetune.folder import (
@@ -40,7 +39,10 @@ from manyviews.train.finetune.folder import (
 )
 from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, outputs, task_of
+from manyviews.train.finetune.state import FinetuneState
+from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
+from manyviews.train.not_finite import Guard, Skips
+from manyviews.train.session import Session, end, open_on_first_rank, open_session, wrap
 
 
 def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
@@ -50,7 +52,7 @@ def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Pat
 
     Raises:
         ValueError: for what is wrong with the model, the settings, the labels or the folder, before anything is
-            written; and for a loss that is not finite.
+            written; and for losses that are not finite, step after step.
     """
     accelerator = start(None, settings.precision, settings.threads)
     console = Console(quiet=not accelerator.is_main_process)
@@ -79,18 +81,15 @@ def _run(
     found = resumable(folder, task, console) if settings.resume else None
     probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
     model = first_model(task, accelerator.device, probe)
-    # No process may look at the folder after the first one has begun to write to it.
-    distributed.barrier()
-    run = open_run(folder, task, header, found, console, lock_again) if accelerator.is_main_process else None
+    run = open_on_first_rank(partial(open_run, folder, task, header, found, console, lock_again))
     describe(task, model, probe, accelerator, folder, console)
     saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
     try:
-        with Stop() as stop:
-            best, facts = train(model, task, probe, accelerator, saver, run, console, found, stop)
-        if stop.signal is None:
-            measure(best, task, probe, facts, run, console, header)
+        with open_session(run, saver, console) as session:
+            best, outcome = train(model, task, probe, accelerator, found, session)
+        if session.stop.signal is None:
+            measure(best, task, probe, outcome, run, console, header)
     except Exception:
-        saver.abandon()
         if run is not None:
             run.close()
             remove_unbegun(folder)
@@ -99,10 +98,7 @@ def _run(
         if run is not None:
             run.close()
     distributed.barrier()
-    accelerator.end_training()
-    if stop.signal is not None:
-        console.say(f"stopped at step {facts['step']:,}, saved; the same words with resume=true go on from there")
-        raise SystemExit(128 + stop.signal)
+    end(session, accelerator, outcome["step"])
     return folder
 
 
@@ -111,20 +107,17 @@ def train(
     task: Task,
     probe: Probe | None,
     accelerator: Accelerator,
-    saver: Saver,
-    run: Run | None,
-    console: Console,
     found: Checkpoint | None,
-    stop: Stop,
+    session: Session,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its facts.
+    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its record.
 
     Where it begins as the linear probe, that is measured too, and stays the best until another is better.
     """
-    settings, opened, device = task.settings, task.opened, accelerator.device
+    settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
         model = synchronised(model)
-    views = settings.views.build(size=opened.size, channels=task.images.channels, seed=settings.seed).to(device)
+    views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
         settings.cutmix,
@@ -138,65 +131,35 @@ def train(
     )
     # A share of a short run would be a step or two, too few for adamw's averages to settle (Ma and Yarats 2021).
     slowest = max(settings.warmup_steps if settings.mode == "linear_then_full" else 0, 0.5)
-    # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began.
+    # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began. A copy
+    # from before Accelerate gives the model the precision of the training.
     average = Average(model, decay=settings.ema, use_warmup=True)
-    best = copied(average.module)
-    with warnings.catch_warnings():
-        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        forward, optimiser = accelerator.prepare(model, optimiser)
-
-    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tested": 0, "best_step": 0, "best_accuracy": None}
-    losses: list[float] = []
-    """Of the steps since the last line of metrics, up to the newest checkpoint."""
-    fresh: list[Tensor] = []
-    """Of the steps since then, still on the device."""
+    forward, optimiser = wrap(accelerator, model, optimiser)
+    state = FinetuneState(task, model, average.module, optimiser, probe)
     if found is not None:
-        model.load_state_dict(dict(found.parts["model"]))
-        average.module.load_state_dict(dict(found.parts["average"]))
-        restore_optimiser(optimiser, found.optimiser)
-        best = {key: value.to(device) for key, value in found.parts["best"].items()}
-        facts |= {key: found.facts.get(key) for key in facts}
-        losses += found.facts["losses"]
-    step, began = facts["step"], time.monotonic() - facts["seconds"]
+        state.restore(found)
+
+    step, metadata = (found.step, found.metadata) if found else (0, {})
     order = Order(len(task.images), task.batch_size, settings.seed)
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
-
-    def seconds() -> float:
-        return distributed.from_first_rank(time.monotonic() - began)
-
-    def progress(step: int | float) -> float:
-        return min(1.0, seconds() / (60 * settings.minutes) if settings.minutes else step / steps)
-
-    def open_losses() -> list[float]:
-        """The losses of the steps since the last line, each the mean over the processes; collective."""
-        losses.extend(distributed.mean(torch.stack(fresh).float()).tolist() if fresh else [])
-        fresh.clear()
-        return losses
+    budget = Budget(steps=steps, minutes=settings.minutes, spent=metadata.get("seconds", 0.0))
+    losses = MetricAverager({"loss": metadata.get("losses", [])})
+    skips = Skips(
+        saver.place.parent,
+        task.images.names,
+        session.console.warn,
+        cure="a lower rate or precision=fp32",
+        total=int(metadata.get("skipped") or 0),
+    )
 
     def save() -> None:
-        parts = {"model": model.state_dict(), "average": average.module.state_dict(), "best": best}
-        known = facts | {"step": step, "seconds": seconds(), "losses": list(open_losses())} | task.origin
-        if probe is not None:
-            parts["probe"] = {"weights": probe.weights, "biases": probe.biases}
-            known |= {"probe": [probe.regularisation, probe.held_out]}
-        check_finite(
-            {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}, step, saver.place
-        )
-        before = run.sync if run is not None else None
-        saver.begin(Checkpoint(step, parts, optimiser.state_dict(), known), before=before)
+        known = {"seconds": budget.seconds(), "losses": losses.steps().get("loss", []), "skipped": skips.total}
+        session.save(state.checkpoint(step, known))
 
     def check() -> None:
-        nonlocal best
-        accuracy, before = _accuracy(average.module, task), facts["best_accuracy"]
-        # Of equals the later one, which averages over more, but the probe only gives way to one that is better; with
-        # none held out, it is the last one.
-        if accuracy is None or before is None or accuracy > before or (accuracy == before and facts["best_step"]):
-            best = copied(average.module)
-            facts.update(best_step=step, best_accuracy=accuracy)
-        facts["tested"] = step
-        if run is not None and accuracy is not None:
-            run.log(step, {"held_out": accuracy})
+        accuracy = state.measure(step)
+        if accuracy is not None:
+            session.log(step, {"held_out": accuracy})
 
     loader = Loader(
         task.images,
@@ -206,58 +169,57 @@ def train(
         workers=settings.workers,
         start=step,
     )
-    labels = task.labels.to(device)
-    checked, saved = int(progress(step) * settings.checks), seconds()
+    labels, checked = task.labels.to(device), int(budget.progress(step) * settings.checks)
     if not step and settings.mode == "linear_then_full":
         check()
     train_mode(model)
-    with console.bar():
+    with session.console.bar():
         for images, ids, epoch in loader:
             # At least one step is taken, however small the budget.
-            if (step and progress(step) >= 1) or stop.agreed():
+            if (step and budget.progress(step) >= 1) or session.stop.agreed():
                 break
-            set_rate(optimiser, min(cosine(progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
-            ids = ids.to(device, non_blocking=True)
-            inputs = model_input(opened, views(images.to(device, non_blocking=True), ids, epoch)[0])
+            set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
+            images, ids = images.to(device, non_blocking=True), ids.to(device, non_blocking=True)
+            guard = Guard(accelerator, optimiser, {"model": model}, model)
+            inputs = model_input(task.opened, views(images, ids, epoch)[0])
             with draws_of(settings.seed, step):
                 inputs, targets = mix(inputs, labels[ids])
-                loss: Tensor = loss_of(forward(inputs), targets)
+                logits = forward(inputs)
+                loss: Tensor = loss_of(logits, targets)
             accelerator.backward(loss)
-            optimiser.step()
-            optimiser.zero_grad()
+            skipped = None
+            if guard.gradient_norm(loss) is None:
+                inputs = views(images, ids, epoch)[0]
+                finite = inputs.isfinite().flatten(1).all(1), logits.isfinite().all(1)
+                skipped = guard.skip(step, epoch, ids, *finite, {"loss": loss.detach()})
+            else:
+                optimiser.step()
+                optimiser.zero_grad()
+                average.update(model, step + 1)
+                losses.add(Loss(loss.detach(), {}))
             step += 1
-            average.update(model, step)
-            fresh.append(loss.detach())
-            done = progress(step)
-            if step % settings.log_every == 0 or done >= 1:
-                mean = sum(open_losses()) / len(losses)
-                losses.clear()
-                if not math.isfinite(mean):
-                    raise ValueError(
-                        f"the loss is {mean} at step {step:,}; use a lower rate than rate={settings.rate:g}"
-                    )
-                if run is not None:
-                    rate = optimiser.param_groups[-1]["lr"]
-                    run.log(step, {"loss": mean, "rate": rate, "epoch": step / order.steps_per_epoch})
-                console.update("fine-tuning", done, f"step {step:,}  loss {mean:.3f}")
+            skips.count(skipped)
+            done = budget.progress(step)
+            if len(losses) and (step % settings.log_every == 0 or done >= 1):
+                line = losses.take() | {"rate": optimiser.param_groups[-1]["lr"], "epoch": step / order.steps_per_epoch}
+                session.log(step, line | {"skipped": skips.total})
+                session.console.update("fine-tuning", done, f"step {step:,}  loss {line['loss']:.3f}")
             if int(done * settings.checks) > checked:
                 checked = int(done * settings.checks)
                 check()
-            for news in saver.poll():
-                console.warn(news)
-            if not saver.under_way and seconds() - saved > 60 * settings.save_minutes:
-                save()
-                saved = seconds()
-    if stop.signal is None and facts["tested"] < step:
+            session.poll_saver()
+            if not saver.under_way and budget.save_is_due(settings.save_minutes):
+                with budget.saving():
+                    save()
+    if session.stop.signal is None and state.tested < step:
         check()
     save()
-    for news in saver.finish():
-        console.warn(news)
+    session.finish_saver()
     # Not the model itself, which Accelerate has given the precision of the training.
-    average.module.load_state_dict(best)
-    epochs = {"epoch": step / order.steps_per_epoch, "best_epoch": facts["best_step"] / order.steps_per_epoch}
-    del facts["tested"]
-    return average.module, facts | {"step": step, "seconds": seconds()} | epochs
+    average.module.load_state_dict(state.best)
+    outcome: dict[str, Any] = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
+    outcome |= {"best_accuracy": state.best_accuracy, "epoch": step / order.steps_per_epoch}
+    return average.module, outcome | {"best_epoch": state.best_step / order.steps_per_epoch}
 
 
 class Average(ModelEmaV3):
@@ -279,16 +241,3 @@ def draws_of(seed: int, step: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model as it is now."""
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def _accuracy(model: nn.Module, task: Task) -> float | None:
-    """The accuracy on the images that are held out."""
-    if not len(task.held_out):
-        return None
-    logits = outputs(model, task, task.split.train, task.held_out)
-    return (logits.argmax(1) == task.held_out_labels).double().mean().item()

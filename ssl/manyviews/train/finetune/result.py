@@ -31,7 +31,7 @@ def measure(
     model: nn.Module,
     task: Task,
     probe: Probe | None,
-    facts: dict[str, Any],
+    outcome: dict[str, Any],
     run: Run | None,
     console: Console,
     header: str = "",
@@ -40,17 +40,18 @@ def measure(
 
     Collective; the first process writes.
     """
-    test = task.split.test
-    ids = None if test is None or test.labels is None else (test.labels >= 0).nonzero().flatten()
+    settings, opened, classes, test = task.settings, task.opened, task.images.classes, task.split.test
+    is_probe = settings.mode == "linear_then_full" and not outcome["best_step"]
+    labels = test.labels if test is not None and test.labels is not None else torch.empty(0, dtype=torch.int64)
+    ids = (labels >= 0).nonzero().flatten()
     logits, probed = None, None
-    if test is not None and ids is not None and len(ids):
+    if test is not None and len(ids):
         logits = outputs(model, task, test, ids)
         if probe is not None:
             device = next(model.parameters()).device
-            probed = logits if _is_probe(task, facts) else probe_logits(probe, task, device, test, ids)
+            probed = logits if is_probe else probe_logits(probe, task, device, test, ids)
     if run is None:
         return
-    settings, opened, classes = task.settings, task.opened, task.images.classes
     export(
         model,
         run.folder / CLASSIFIER,
@@ -64,30 +65,27 @@ def measure(
     trained, held_out = len(task.images), len(task.held_out)
     record: dict[str, Any] = {"command": header.partition("\n")[0].removeprefix("# "), "model": opened.name}
     record |= {key: getattr(settings, key) for key in ("scratch", "mode", "fraction", "seed")}
-    record |= {"images": {"labelled": trained + held_out, "trained": trained, "held_out": held_out}, **facts}
+    record |= {"images": {"labelled": trained + held_out, "trained": trained, "held_out": held_out}, **outcome}
     record |= {"weights": dict(opened.origin), "classes": list(classes)}
     if probe is not None:
         record["probe"] = {"regularisation": probe.regularisation, "held_out_accuracy": probe.held_out}
     said = ["there are no labelled test images: nothing was measured on them"]
-    if test is not None and test.labels is not None and ids is not None and logits is not None:
-        labels = test.labels[ids]
-        record, line = _measured(record, logits, labels, len(classes))
+    if logits is not None:
+        record, line = _measured(record, logits, labels[ids], len(classes))
         said = [line]
-        if probed is not None:
-            right = int((probed.argmax(1) == labels).sum())
-            record["probe"]["accuracy"] = right / len(ids)
-            said.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
-    record["remarks"] = remarks(
-        record, is_probe=_is_probe(task, facts), begins_as_probe=settings.mode == "linear_then_full"
-    )
-    if facts["best_accuracy"] is not None:
-        epoch, accuracy = facts["best_epoch"], 100 * facts["best_accuracy"]
+    if probed is not None:
+        right = int((probed.argmax(1) == labels[ids]).sum())
+        record["probe"]["accuracy"] = right / len(ids)
+        said.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
+    record["remarks"] = remarks(record, is_probe=is_probe, begins_as_probe=settings.mode == "linear_then_full")
+    if outcome["best_accuracy"] is not None:
+        epoch, accuracy = outcome["best_epoch"], 100 * outcome["best_accuracy"]
         line = f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right"
         if probe is not None and probe.held_out is not None:
             line += f"; the probe {100 * probe.held_out:.1f} %"
         said.append(line)
     write_json(run.folder / RESULT, record)
-    if test is not None and ids is not None and logits is not None:
+    if test is not None and logits is not None:
         _draw(logits, test, ids, classes, record["step"], run, console)
     run.finish(run.folder / CLASSIFIER)
     for line in said:
@@ -126,10 +124,6 @@ def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool)
             f"{100 * probed:.1f} %)"
         )
     return found
-
-
-def _is_probe(task: Task, facts: Mapping[str, Any]) -> bool:
-    return task.settings.mode == "linear_then_full" and not facts["best_step"]
 
 
 def _measured(

@@ -1,0 +1,220 @@
+"""What is written of pretraining beside its steps: lines of metrics, kNN accuracies and checkpoints."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm.utils import distribute_bn
+from torch import Tensor
+
+from manyviews.data import Images, Order, listed, newly_unreadable, sample_ids
+from manyviews.evaluators.knn import monitor_knn
+from manyviews.features.encoding import Stopped, extract
+from manyviews.recipe import Recipe
+from manyviews.run.checkpoints import Checkpoint, optimiser_shards
+from manyviews.run.health import Watch, figures, glimpse, similarities
+from manyviews.system import distributed
+from manyviews.system.console import Console, duration
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.launch import in_a_line, lost_process
+from manyviews.train.budget import Budget, MetricAverager
+from manyviews.train.components import Components
+from manyviews.train.not_finite import Skipped, Skips
+from manyviews.train.session import Session
+from manyviews.train.step import StepResult
+from manyviews.views import plain
+
+MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
+FEWEST_OF_A_CLASS = 5
+"""Images of a class from which a tenth, rounded, is one that can be held out."""
+LINES_PER_HISTOGRAM = 10
+CURE = "a lower optim.rate or train.precision=fp32"
+
+
+class Recorder:
+    """Measures, saves and logs pretraining where each is due; all processes call each method together."""
+
+    def __init__(
+        self,
+        components: Components,
+        images: Images,
+        order: Order,
+        budget: Budget,
+        session: Session,
+        found: Checkpoint | None,
+    ) -> None:
+        """Begins at step 0, or where the checkpoint that was `found` ends."""
+        recipe, metadata = components.recipe, found.metadata if found else {}
+        self._components, self._images, self._order = components, images, order
+        self._settings, self._budget, self._session = recipe.train, budget, session
+        self._begun = found.step if found else 0
+        self._averager = MetricAverager(metadata.get("losses"))
+        skipped = int(metadata.get("skipped") or 0)
+        self._skips = Skips(session.saver.place.parent, images.names, session.console.warn, cure=CURE, total=skipped)
+        self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
+        self._last = self._begun, budget.seconds()
+        """The step of the last line of metrics, and the seconds until then."""
+        self._monitored = monitored_ids(images.labels, recipe, session.console)
+        self._cut_off = bool(metadata.get("cut_off", False))
+        """Whether a signal has cut a measurement off: it is made up for."""
+        self._measured = max(int(budget.progress(self._begun) * recipe.train.monitor) - self._cut_off, 0)
+        self._best: tuple[int, float | None] = self._begun, metadata.get("score")
+        """The step of the best measurement, and its accuracy."""
+        now, before = recipe.model_dump(mode="json"), metadata.get("recipe")
+        self._extended = before is not None and _budget_of(before) != _budget_of(now)
+
+    def monitor(self, step: int, progress: float) -> bool:
+        """Measures kNN on held-out labels of the training images, where it is due; whether it is the best so far."""
+        due = int(progress * self._settings.monitor)
+        if self._monitored is None or due <= self._measured:
+            return False
+        with self._budget.paused():
+            accuracy = self._accuracy(self._monitored)
+            best = accuracy is not None and self._session.saver.improves(accuracy, step)
+        self._cut_off = accuracy is None
+        if accuracy is None:
+            return False
+        self._measured, self._best = due, (step, accuracy) if best else self._best
+        if not math.isnan(accuracy):
+            self._session.log(step, {"knn": accuracy})
+            what = "kNN on held-out labels of the training images"
+            self._session.console.say(f"{100 * progress:3.0f}%  {what} {100 * accuracy:.1f} %")
+        return best
+
+    def save_if_due(self, step: int, *, best: bool) -> None:
+        """Goes on with the checkpoint that is being written, and saves every `train.save_minutes` and what is best."""
+        saver = self._session.saver
+        self._session.poll_saver()
+        # After the first step: before it, an optimiser keeps nothing yet.
+        if step == self._begun + 1:
+            lacking = saver.room_warning(state_of(self._components, self._images, step, {}))
+            if lacking:
+                self._session.console.warn(lacking)
+        late = not saver.under_way and self._budget.save_is_due(self._settings.save_minutes)
+        # An extended run is saved at once: from here on its checkpoints say what it goes on with.
+        if late or best or (self._extended and step == self._begun):
+            with self._budget.saving():
+                self.save(step)
+
+    def save(self, step: int) -> None:
+        """Begins to write a checkpoint, which is done beside the next steps."""
+        components, run = self._components, self._session.run
+        known: dict[str, Any] = {"seconds": self._budget.seconds(), "skipped": self._skips.total}
+        known |= {"cut_off": self._cut_off, "losses": self._averager.steps()}
+        known["score"] = self._best[1] if self._best[0] == step else None
+        checkpoint = state_of(components, self._images, step, known)
+        weights = {f"objective.{name}": value.detach() for name, value in components.objective.named_parameters()}
+        # Of an objective's buffers, one that is not known yet may be NaN.
+        for part in checkpoint.parts.keys() - {"objective"}:
+            weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
+        if run is not None and (unreadable := newly_unreadable(self._images)):
+            run.unreadable(listed(unreadable))
+        self._session.save(checkpoint, weights)
+
+    def log(self, step: int, progress: float, result: StepResult | Skipped) -> None:
+        """Adds a step, and writes a line of metrics every `train.log_every` steps.
+
+        Raises:
+            ValueError: after too many skipped steps in a row.
+        """
+        self._skips.count(result if isinstance(result, Skipped) else None)
+        if isinstance(result, StepResult):
+            self._averager.add(result.loss)
+        if not len(self._averager) or not (step == 1 or step % self._settings.log_every == 0 or progress >= 1):
+            return
+        before, self._last = self._last, (step, self._budget.seconds())
+        values = self._averager.take() | pace(self._order, before, self._last)
+        values |= {"rate": self._components.optimiser.param_groups[0]["lr"], "skipped": self._skips.total}
+        if isinstance(result, StepResult):
+            values |= self._health(step, result)
+        self._session.log(step, values)
+        console = self._session.console
+        for warning in self._watch.warnings(progress, values["epoch"], values):
+            console.warn(warning)
+        left = duration(self._budget.seconds() * (1 - progress) / progress) if progress else "?"
+        speed = f"{values['images_per_second']:,.0f} images/s"
+        console.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {speed}  {left} left")
+
+    def _health(self, step: int, result: StepResult) -> dict[str, float]:
+        """The figures of the embeddings' health, on the process that writes them, as far as they can be had."""
+        sample, run = glimpse(result.embeddings, result.ids, result.targets), self._session.run
+        if run is None:
+            return {}
+        try:
+            if step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0:
+                for name, values in similarities(sample).items():
+                    run.histogram(f"similarity/{name}", values, step)
+            return figures(sample)
+        except Exception as problem:
+            said = f"the embeddings could not be looked at, training goes on: {in_a_line(problem)}"
+            self._session.console.warn(f"step {step:,}: {said}")
+            return {}
+
+    def _accuracy(self, chosen: Tensor) -> float | None:
+        """The kNN accuracy on held-out labels; None where a signal cut it off, NaN where it could not be measured."""
+        images, recipe, stop = self._images, self._components.recipe, self._session.stop
+        assert images.labels is not None
+        assert recipe.views.size is not None
+        device, backbone = self._components.accelerator.device, self._components.encoder.backbone
+        prepare = partial(plain, size=recipe.views.size)
+        if distributed.world_size() > 1:
+            # Each process has statistics of its own, and those of the first one are saved and exported.
+            distribute_bn(backbone, distributed.world_size(), reduce=False)
+        try:
+            features = extract(backbone, images, prepare=prepare, device=device, ids=chosen, stopped=stop.agreed)
+            with raise_on_all_ranks():
+                return monitor_knn(features, images.labels[chosen], seed=recipe.seed)
+        except Stopped:
+            return None
+        except Exception as problem:
+            if lost_process(problem):
+                raise
+            self._session.console.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
+            return math.nan
+
+
+def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
+    """Everything that a run needs to go on, with the metadata that is `known` of it; nothing is copied."""
+    lengths = components.objective.shards()
+    parts = {"encoder": components.encoder.state_dict(), "objective": components.objective.state_dict()}
+    if components.twin is not None:
+        parts["twin"] = components.twin.state_dict()
+    owned = components.objective.named_parameters()
+    sharded = [(parameter, lengths[name]) for name, parameter in owned if name in lengths]
+    shards = {f"objective.{name}": length for name, length in lengths.items()}
+    shards |= optimiser_shards(components.optimiser, sharded)
+    metadata = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    metadata["recipe"] = components.recipe.model_dump(mode="json")
+    if components.accelerator.scaler is not None:
+        metadata["scaler"] = components.accelerator.scaler.state_dict()
+    return Checkpoint(step, parts, components.optimiser.state_dict(), metadata, shards)
+
+
+def pace(order: Order, before: tuple[int, float], now: tuple[int, float]) -> dict[str, float]:
+    """How fast the images went by between two lines of metrics, each known by its step and its seconds of training."""
+    (step, seconds), images = now, order.images(now[0]) - order.images(before[0])
+    speed = images / max(seconds - before[1], 1e-9)
+    return {"images_per_second": speed, "epoch": step / order.steps_per_epoch, "seconds": seconds}
+
+
+def monitored_ids(labels: Tensor | None, recipe: Recipe, console: Console) -> Tensor | None:
+    """The ids of the images that kNN monitoring looks at; None where it cannot, or is not wanted."""
+    if labels is None or not recipe.train.monitor:
+        return None
+    labelled = (labels >= 0).nonzero().flatten()
+    if len(labelled) < MIN_MONITOR_IMAGES:
+        return None
+    chosen = labelled[sample_ids(len(labelled), MAX_MONITOR_IMAGES, seed=recipe.seed)]
+    most = int(labels[chosen].bincount().max())
+    if most < FEWEST_OF_A_CLASS:
+        console.warn(
+            f"kNN monitoring is left out: it holds out a tenth of each class, which takes {FEWEST_OF_A_CLASS} labelled "
+            f"images of one, and among {len(chosen):,} no class has more than {most}; training goes on without it"
+        )
+        return None
+    return chosen
+
+
+def _budget_of(recipe: dict[str, Any]) -> list[Any]:
+    return [recipe["train"].get(key) for key in ("epochs", "minutes")]

@@ -1,0 +1,92 @@
+"""What stands around the steps of pretraining and of fine-tuning: folder, checkpoints, console and stop signal."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from manyviews.run.checkpoints import Checkpoint, Saver, check_finite
+from manyviews.run.folder import Run
+from manyviews.system import distributed
+from manyviews.system.console import Console
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.launch import Stop
+
+
+class Session(NamedTuple):
+    """One start of a run, from its first step to its end or to a signal."""
+
+    run: Run | None
+    """The folder, on the first process."""
+    saver: Saver
+    console: Console
+    stop: Stop
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line of metrics, on the first process."""
+        if self.run is not None:
+            self.run.log(step, values)
+
+    def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Begins to write a checkpoint, which is done beside the next steps.
+
+        Raises:
+            ValueError: if the weights, by default all its parts, are not finite.
+        """
+        parts = checkpoint.parts.items()
+        tensors = {f"{part}.{key}": value for part, state in parts for key, value in state.items()}
+        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.place)
+        self.saver.begin(checkpoint, before=self.run.sync if self.run is not None else None)
+
+    def poll_saver(self) -> None:
+        """Goes on with the checkpoint that is being written, and passes on what there is to say of it."""
+        for news in self.saver.poll():
+            self.console.warn(news)
+
+    def finish_saver(self) -> None:
+        """Waits for the last checkpoint; raises OSError if it could not be written."""
+        for news in self.saver.finish():
+            self.console.warn(news)
+
+
+def open_on_first_rank(open_run: Callable[[], Run]) -> Run | None:
+    """Opens the folder of a run on the first process; collective."""
+    # No process may look at the folder after the first one has begun to write to it.
+    distributed.barrier()
+    with raise_on_all_ranks():
+        return open_run() if distributed.rank() == 0 else None
+
+
+@contextmanager
+def open_session(run: Run | None, saver: Saver, console: Console) -> Iterator[Session]:
+    """Hears signals while the steps are taken; an error gives up what is being saved and closes the folder."""
+    try:
+        with Stop() as stop:
+            yield Session(run, saver, console, stop)
+    except BaseException as problem:
+        # What ends the run at once, such as a second Ctrl-C, does not wait for the disk.
+        if isinstance(problem, Exception):
+            saver.abandon()
+        if run is not None:
+            run.close()
+        raise
+
+
+def end(session: Session, accelerator: Accelerator, step: int) -> None:
+    """Ends the processes' work together; after a signal it says where the run stopped, and raises SystemExit."""
+    accelerator.end_training()
+    if session.stop.signal is not None:
+        session.console.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
+        raise SystemExit(128 + session.stop.signal)
+
+
+def wrap(accelerator: Accelerator, model: Any, optimiser: Any) -> tuple[nn.Module, Any]:
+    """The model and the optimiser as Accelerate wraps them."""
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped: tuple[nn.Module, Any] = accelerator.prepare(model, optimiser)
+        return wrapped
