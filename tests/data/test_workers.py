@@ -33,7 +33,8 @@ FEW_FILES = """
 import os, resource, threading
 import manyviews.data
 started = threading.Thread(target=print)
-most = len(os.listdir("/proc/self/fd")) + 3
+# One for the packed images; two threads that decode at once hold a folder and a file each. A process takes more.
+most = len(os.listdir("/proc/self/fd")) + 5
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 """
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from manyviews.run.checkpoints import (
     Checkpoint,
     Saver,
+    folder_name,
     newest_checkpoint,
     optimiser_shards,
     save_checkpoint,
@@ -196,6 +197,13 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-000000003", "step-000000010"]
     with pytest.raises(ValueError, match="keep=0"):
         save_checkpoint(tmp_path, checkpoint(11), keep=0)
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_is_back_with_the_next_save(tmp_path: Path) -> None:
+    whole = save_checkpoint(tmp_path, checkpoint(3))
+    whole.rename(whole.with_name(f"{whole.name}.replaced"))
+    save_checkpoint(tmp_path, checkpoint(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder_name(3), folder_name(4)]
 
 
 def test_other_folders_beside_the_checkpoints_are_no_checkpoints(tmp_path: Path) -> None:
