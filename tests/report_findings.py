@@ -14,8 +14,7 @@ from manyviews.config import dump_yaml, load
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.fractions import mean_of_draws
-from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.results.measurement import Evaluation, Measurement
+from manyviews.evaluators.results.measurement import Evaluation, Measurement, Task
 from manyviews.recipe import Recipe
 from manyviews.report import Findings
 

@@ -16,7 +16,7 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.evaluate import EvaluateSettings, evaluate
-from manyviews.evaluate.record import MOST_KEPT, merge, number_of, records_in, tasks_of
+from manyviews.evaluate.record import MOST_KEPT, key_of, merge, records_in, tasks_of
 from manyviews.evaluate.writing import read, unwritable, write
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded
@@ -101,7 +101,7 @@ def test_results_of_weights_that_have_gone_on_stay_with_their_step_and_lose_thei
     assert merged["kept"] == [old]
     assert (list(outcomes), dropped) == (["labels"], 0)
     kept = [{"weights": new["weights"], "images": [str(number)]} for number in range(MOST_KEPT + 3)]
-    before = {f"{number_of(record)}/labels": torch.ones(1) for record in kept}
+    before = {f"{key_of(record)}/labels": torch.ones(1) for record in kept}
     merged, outcomes, dropped = merge(new, {}, {**old, "kept": kept}, before)
     assert dropped == 4
     assert merged["kept"] == [old, *kept[: MOST_KEPT - 1]]
@@ -113,7 +113,9 @@ def test_a_damaged_record_is_set_aside_and_not_lost(run: Path, capsys: pytest.Ca
     for damage in ('{"scores": 1', lists, '{"kept": 7}', '{"weights": {}, "kept": [[]]}'):
         (run / "evaluation.json").write_text(damage)
         assert cli.evaluate([str(run), *BARE, "tasks=knn"]) == 0
-        assert "was damaged and is evaluation.damaged.json now" in " ".join(capsys.readouterr().out.split())
+        assert "was damaged and has been renamed to evaluation.damaged.json" in " ".join(
+            capsys.readouterr().out.split()
+        )
         assert (run / "evaluation.damaged.json").read_text() == damage
         assert recorded(run)["tasks"] == ["knn"]
 
@@ -233,7 +235,7 @@ def test_a_task_fails_alone_and_the_others_are_shown_and_kept(
     def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("17 GiB")
 
-    monkeypatch.setattr("manyviews.evaluators.tasks.clustering", out_of_memory)
+    monkeypatch.setattr("manyviews.evaluators.compare.clustering", out_of_memory)
     assert cli.evaluate([str(run), *BARE, "tasks=clustering,retrieval,knn,geometry"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: clustering could not be measured: MemoryError: 17 GiB\n"

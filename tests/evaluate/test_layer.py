@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyviews import cli
 from manyviews.encoder.encoder import Encoder
-from manyviews.evaluate import EvaluateSettings, chosen
+from manyviews.evaluate.settings import EvaluateSettings, measured_layers
 from manyviews.features.backbone import open_run
 from manyviews.objectives import LogRatio, Objective, Triplet
 from manyviews.objectives.contrastive import Contrastive
@@ -142,7 +142,7 @@ def test_layer_chooses_and_the_default_follows_from_objective_and_tasks(photogra
         ("batch", "knn", "both", (learned, embedded)),
         ("batch", "knn", "embedding", (embedded,)),
     ]:
-        found = chosen(open_run(tmp_path / name), EvaluateSettings(layer=layer), (task,))
+        found = measured_layers(open_run(tmp_path / name), EvaluateSettings(layer=layer), (task,))
         assert found.kinds == kinds
         assert bool(found.reason) == (len(kinds) == 2)
 

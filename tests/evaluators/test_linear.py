@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyviews.evaluators.linear import UNCHOSEN, LinearSettings, linear, search, standard
 from manyviews.evaluators.logistic import STEPS_OF_MANY, LogisticFit, logistic_regression, principal_axes
-from manyviews.evaluators.splits import hold_out, hold_out_some
+from manyviews.evaluators.splits import hold_out
 
 
 def objective(fit: LogisticFit, features: Tensor, labels: Tensor, regularisations: Tensor) -> Tensor:
@@ -223,22 +223,22 @@ def test_where_no_class_has_a_second_image_the_strength_is_not_chosen():
 @pytest.mark.parametrize("most", [None, 3])
 def test_of_small_classes_one_image_each_is_held_out(most):
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, -1, 4, 4, 4, 4])
-    kept, held = hold_out_some(labels, share=0.1, seed=3, most=most)
+    kept, held = hold_out(labels, share=0.1, seed=3, most=most, one_each=True)
     assert sorted(torch.cat([kept, held]).tolist()) == [*range(8), *range(9, 13)]
     assert len(held) == (4 if most is None else 3)
     assert len(set(labels[held].tolist())) == len(held)
     assert 2 not in labels[held]
-    again = hold_out_some(labels, share=0.1, seed=3, most=most)
+    again = hold_out(labels, share=0.1, seed=3, most=most, one_each=True)
     assert torch.equal(kept, again[0])
     assert torch.equal(held, again[1])
-    own = hold_out_some(labels, share=0.5, seed=3)
+    own = hold_out(labels, share=0.5, seed=3, one_each=True)
     assert all(torch.equal(one, two) for one, two in zip(own, hold_out(labels, share=0.5, seed=3), strict=True))
 
 
 def test_a_large_set_of_small_classes_has_its_choice_within_the_most():
     """A share of 10,000 of many images is not one image of a class of 50."""
     labels = torch.arange(400).repeat_interleave(5)
-    kept, held = hold_out_some(labels, share=0.2, seed=0, most=100)
+    kept, held = hold_out(labels, share=0.2, seed=0, most=100, one_each=True)
     assert (len(kept), len(held)) == (1900, 100)
     with pytest.raises(ValueError, match="leave 2000 kept and 0 held out"):
         hold_out(labels, share=0.2, seed=0, most=100)

@@ -9,7 +9,7 @@ import torch
 
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.results.kinds import label
+from manyviews.evaluators.results.measurement import label
 from manyviews.report import Findings, training_curves, write_report
 from manyviews.report.neighbours import queries
 from report_findings import features, findings, images, run_folder

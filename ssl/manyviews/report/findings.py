@@ -9,9 +9,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from manyviews.data import Images
-from manyviews.evaluators.alone import Failure
-from manyviews.evaluators.results.kinds import leading
-from manyviews.evaluators.results.measurement import Evaluation
+from manyviews.evaluators.failures import Failure
+from manyviews.evaluators.results.measurement import Evaluation, leading
 from manyviews.system import keyed_random
 from manyviews.system.files import spelled
 

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from manyviews.evaluators.alone import sentences
 from manyviews.evaluators.confusion import as_pixels
-from manyviews.evaluators.results.kinds import label
+from manyviews.evaluators.failures import failure_messages
+from manyviews.evaluators.results.measurement import label
 from manyviews.evaluators.results.tables import sheets
 from manyviews.report import plots
 from manyviews.report.findings import Findings, has_labels
@@ -126,7 +126,7 @@ def _render(shown: dict[str, Any]) -> str:
 
 def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
-    said = [*findings.warnings, *sentences(findings.failures, list(findings.features))]
+    said = [*findings.warnings, *failure_messages(findings.failures, list(findings.features))]
     said += [*warnings_of(history, findings.width)]
     if unreadable and not any("could not be read" in warning for warning in findings.warnings):
         one = len(unreadable) == 1

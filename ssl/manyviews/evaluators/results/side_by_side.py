@@ -1,4 +1,4 @@
-"""Methods side by side: mean and spread over seeds, differences with their intervals, geometry, shared neighbours."""
+"""Several methods in one table: mean and spread over seeds, differences with intervals, geometry, common neighbours."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -16,25 +16,25 @@ from manyviews.evaluators.results.tables import plain_table
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of features of one method: what each of its runs scored."""
+    """One kind of features of one method: the measurements of each of its runs."""
 
     name: str
-    """What the method is called, or a baseline: random weights, raw pixels."""
+    """Name of the method, or of a baseline: random weights, raw pixels."""
     runs: tuple[str, ...]
     """The run folders."""
     seeds: tuple[int, ...]
     measured: Mapping[str, tuple[Measurement, ...]]
-    """By `title`, one for each run."""
+    """By title (see `by_title`), one for each run."""
     baseline: bool = False
     hits: Mapping[str, Bool[Tensor, "runs images"]] = field(default_factory=dict, compare=False)
-    """By task, of the test images that were asked, which were right, by each run."""
+    """By task: whether each tested image was right, for each run."""
 
     def values(self, title: str) -> list[float]:
-        """The numbers of each run."""
+        """Returns the value of each run."""
         return [own.value for own in self.measured[title]]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as JSON values."""
+        """Returns everything but `hits` as JSON values."""
         layers = {title: own[0].layer for title, own in self.measured.items() if not self.baseline}
         values = {title: self.values(title) for title in self.measured}
         return {
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of an image's nearest neighbours two runs have in common, on average."""
+    """Mean share of an image's nearest neighbours that two runs have in common."""
 
     first: str
     second: str
@@ -64,16 +64,16 @@ class Comparison:
     differences: tuple[Difference, ...]
     """Of each row but the first from the first; the intervals are those of the paired bootstrap."""
     images: int
-    """That were looked at."""
+    """Number of test images."""
     overlaps: tuple[Overlap, ...] = ()
     """Between the first runs of two methods, and the first two runs of one."""
     neighbours: int = 0
-    """How many neighbours the overlaps are of."""
+    """Number of neighbours of each image in the overlaps."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers should know."""
+    """Warnings to a reader of the numbers."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as JSON values."""
+        """Returns everything but the rows' `hits` as JSON values."""
         return {
             "images": self.images,
             "rows": [row.to_json() for row in self.rows],
@@ -84,22 +84,22 @@ class Comparison:
         }
 
     def tables(self) -> list[Table]:
-        """One table of scores, and where they were looked at, one of geometry and one of shared neighbours."""
-        lying = [title for title, own in self.rows[0].measured.items() if own[0].task == "geometry"]
-        scored = [title for title in self.rows[0].measured if title not in lying]
-        tables = [self._scores(scored)] if scored else []
-        tables += [self._geometry(lying)] if lying else []
+        """Returns the tables of scores, of geometry and of common neighbours, as far as they were measured."""
+        geometry = [title for title, own in self.rows[0].measured.items() if own[0].task == "geometry"]
+        scores = [title for title in self.rows[0].measured if title not in geometry]
+        tables = [self._scores(scores)] if scores else []
+        tables += [self._geometry(geometry)] if geometry else []
         return tables + ([self._overlaps()] if self.overlaps else [])
 
     def verdict(self) -> str:
-        """What may be concluded of the methods, a sentence for each and each task."""
+        """Returns a sentence for each method and task: ahead of the first method, behind it or not told apart."""
         baselines = {row.name for row in self.rows if row.baseline}
-        said = [
+        sentences = [
             f"By {TITLES[difference.task]}, features of {difference.features} {difference}."
             for difference in self.differences
             if difference.features not in baselines
         ]
-        return "\n".join(said) or "No difference has an interval, so nothing is said of who is ahead."
+        return "\n".join(sentences) or "No difference has an interval, so no ranking is claimed."
 
     def _scores(self, titles: Sequence[str]) -> Table:
         first = self.rows[0]
@@ -154,9 +154,9 @@ class Comparison:
 
 
 def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[str, Measurement]:
-    """What stands in a table of methods of one kind of features: of each task the metric that leads, by its title.
+    """Returns the measurements of one kind of features that a table of methods shows, by their titles.
 
-    Of few labels each mean over the draws, and of geometry all, by their metrics.
+    These are the leading metric of each task, every number of labels of `fractions`, and every metric of `geometry`.
     """
     return {
         TITLES[own.task].removesuffix(" probe") if own.leads else own.metric: own
@@ -166,16 +166,20 @@ def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[
 
 
 def differences(rows: Sequence[Row], *, seed: int) -> tuple[Difference, ...]:
-    """How far each row but the first is ahead of it, by every task of which it is known which images were right."""
-    found = []
+    """Returns how far each row but the first is ahead of the first, for every task with results of single images."""
+    leads = []
     for task in rows[0].hits:
         intervals = bootstrap_differences([row.hits[task] for row in rows], seed=seed)
         for row, interval in zip(rows[1:], intervals, strict=True):
-            found.append(Difference(row.name, rows[0].name, task, *interval))
-    return tuple(found)
+            leads.append(Difference(row.name, rows[0].name, task, *interval))
+    return tuple(leads)
 
 
 def spread_of(values: Sequence[float], *, digits: int = 1) -> str:
-    """The mean, and where there are several values their standard deviation."""
+    """Formats the mean, and the standard deviation of several values.
+
+    >>> spread_of([1.0, 3.0])
+    '2.0 ± 1.4'
+    """
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
