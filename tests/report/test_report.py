@@ -10,7 +10,7 @@ import torch
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.results.measurement import label
-from manyviews.report import Findings, training_curves, write_report
+from manyviews.report import Findings, plots, write_report
 from manyviews.report.neighbours import queries
 from report_findings import features, findings, images, run_folder
 
@@ -224,8 +224,8 @@ def test_a_picture_of_views_that_is_none_of_a_run_is_left_out(tmp_path: Path) ->
 
 def test_metrics_of_very_many_kinds_are_not_all_drawn(tmp_path: Path) -> None:
     metrics = [{"step": 1.0, "loss": 1.0, **{f"x{number}": 1.0 for number in range(5000)}}]
-    first, more = training_curves.panels(metrics)
-    assert (len(first), len(more)) == (1, training_curves.MOST_PANELS)
+    first, more = plots.panels(metrics)
+    assert (len(first), len(more)) == (1, plots.MOST_PANELS)
 
 
 def test_without_labels_nothing_is_scored_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -11,16 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from manyviews.data import InMemory
 from manyviews.evaluators.confusion import as_pixels, confusion_picture
-from manyviews.report.confusion import confused
+from manyviews.report.contents import contents_of, count_confusions, similarities
 from manyviews.report.findings import Findings, drawn
 from manyviews.report.history import in_words
-from manyviews.report.hover_map import hover_map
-from manyviews.report.look import look
 from manyviews.report.neighbours import look_alikes, look_up, queries
-from manyviews.report.pictures import sprite, thumbnails
+from manyviews.report.pictures import hover_map, sprite, thumbnails
 from manyviews.report.plots import PALETTE, as_svg, curves, histogram, thin
-from manyviews.report.similarities import similarities
-from manyviews.report.tensorboard import rows, write_tensorboard
+from manyviews.report.tensorboard import neighbour_rows, write_tensorboard
 from manyviews.views import ViewsSettings
 from report_findings import features, findings, images, run_folder
 
@@ -50,7 +47,7 @@ def test_wrong_queries_are_those_that_knn_got_wrong(given: Findings) -> None:
     random, wrong = queries(given, 0)
     assert len(random) == 6
     assert len(wrong) > 0
-    assert all(hits[query.id] == 0 and query.guess == guesses[query.id] for query in wrong)
+    assert all(hits[query.id] == 0 and query.prediction == guesses[query.id] for query in wrong)
     assert not {query.id for query in random} & {query.id for query in wrong}
     assert queries(given, 0) == (random, wrong)
     assert queries(given, 1)[0] != random
@@ -76,7 +73,7 @@ def test_confusions_are_counted_as_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, 5, (300,), generator=generator)
     guesses = torch.where(torch.rand(300, generator=generator) < 0.6, labels, torch.randint(0, 5, (300,)))
-    found = confused("kNN", labels, guesses)
+    found = count_confusions("kNN", labels, guesses)
     assert found is not None
     assert found.counts is not None
     by_hand: dict[tuple[int, int], list[int]] = {}
@@ -87,17 +84,17 @@ def test_confusions_are_counted_as_by_hand() -> None:
     assert found.total == sum(map(len, by_hand.values()))
     assert found.right == sum(len(by_hand[number, number]) for number in range(5))
     for pair in found.worst:
-        own = by_hand[pair.truth, pair.guess]
+        own = by_hand[pair.truth, pair.prediction]
         assert (pair.images, list(pair.examples)) == (len(own), own[:4])
         assert pair.share == len(own) / int((labels == pair.truth)[guesses >= 0].sum())
     numbers = [pair.images for pair in found.worst]
     assert numbers == sorted((len(own) for key, own in by_hand.items() if key[0] != key[1]), reverse=True)[:12]
-    assert confused("kNN", torch.tensor([-1]), torch.tensor([0])) is None
+    assert count_confusions("kNN", torch.tensor([-1]), torch.tensor([0])) is None
 
 
 def test_more_classes_than_can_be_read_have_no_matrix() -> None:
     labels = torch.arange(21)
-    found = confused("kNN", labels, labels)
+    found = count_confusions("kNN", labels, labels)
     assert found is not None
     assert found.counts is None
     assert found.worst == ()
@@ -228,9 +225,9 @@ def test_what_is_drawn_depends_on_the_id_and_the_key_alone() -> None:
 
 def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:
     folder = given.folder / "tensorboard" / "evaluation"
-    seen = look(given, 0)
+    contents = contents_of(given, 0)
     for _ in range(2):
-        write_tensorboard(given, seen, 0)
+        write_tensorboard(given, contents, 0, folder.parent)
     assert len(list(folder.glob("events*"))) == 1
     written = EventAccumulator(str(folder), size_guidance={"images": 0})
     written.Reload()
@@ -241,7 +238,7 @@ def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:
 
 
 def test_the_projector_has_embeddings_classes_names_and_pictures(given: Findings) -> None:
-    write_tensorboard(given, look(given, 0), 0)
+    write_tensorboard(given, contents_of(given, 0), 0, given.folder / "tensorboard")
     (place,) = (given.folder / "tensorboard" / "evaluation").glob("00000/*")
     embeddings = np.loadtxt(place / "tensors.tsv")
     shown = given.features["learned"][1].double()
@@ -255,7 +252,7 @@ def test_the_projector_has_embeddings_classes_names_and_pictures(given: Findings
 
 def test_frames_in_tensorboard_differ_by_more_than_colour(given: Findings) -> None:
     _, wrong = queries(given, 0)
-    picture = rows(given, look(given, 0), wrong).float()
+    picture = neighbour_rows(given, wrong).float()
     kinds: dict[bool | None, set[int]] = {}
     for row, query in enumerate(wrong):
         for column, near in enumerate(query.near, 1):

@@ -12,6 +12,7 @@ from torch import Tensor
 from manyviews.data import Data, Folder, Images, InMemory, Split, read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluate.run_tasks import FOREIGN
+from manyviews.evaluators.distance import searchable
 from manyviews.evaluators.results.measurement import Evaluation, is_learned, label
 from manyviews.evaluators.splits import uneven
 from manyviews.features.encoding import raw_pixels
@@ -109,9 +110,7 @@ def same_pictures(train: Float[Tensor, "train small"], test: Float[Tensor, "test
 
     Two thumbnails show the same picture if their root mean square distance is at most `SAME` of its contrast.
     """
-    # x·y − y²/2 is largest where the distance is smallest.
-    keys = torch.cat([train, -train.square().sum(1, keepdim=True) / 2], 1)
-    _, nearest = top_k(torch.cat([test, test.new_ones(len(test), 1)], 1), keys, 1)
+    _, nearest = top_k(*searchable(test, train, "euclidean"), 1)
     distance = (test - train[nearest[:, 0]]).square().mean(1).sqrt()
     return (distance <= SAME * test.std(1, correction=0).clamp(min=LEAST_CONTRAST)).nonzero().flatten()
 

@@ -18,8 +18,8 @@ from manyviews.evaluators.results.measurement import (
     TITLES,
     Evaluation,
     Measurement,
+    in_order,
     is_learned,
-    leading,
 )
 from manyviews.evaluators.results.side_by_side import Row, by_title
 from manyviews.features.backbone import PretrainedBackbone
@@ -124,7 +124,7 @@ def _row(
     by_run = [{kind: by_title(run.evaluation, kind, tasks) for kind in kinds} for run in runs]
     for title in shared:
         task = by_run[0][kinds[0]][title].task
-        kind = leading(kinds, task)
+        kind = in_order(kinds, task)[0]
         measured[title] = tuple(own[kind][title] for own in by_run)
         outcome = f"{task}/{kind}"
         if task in TITLES and all(outcome in run.evaluation.hits for run in runs):

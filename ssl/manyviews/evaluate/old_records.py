@@ -13,8 +13,7 @@ LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
 def converted(record: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the results of an old record to measurements; a new record is returned as it is.
 
-    Raises:
-        KeyError, TypeError, AttributeError or ValueError: if the record has neither format.
+    Raises KeyError, TypeError, AttributeError or ValueError for a record in neither format.
     """
     if not any(name in record for name in LISTS):
         return dict(record)

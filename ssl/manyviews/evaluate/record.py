@@ -84,10 +84,7 @@ def record_of(
 def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
     """Yields the records of an evaluation.json, newest first, with the prefix of their outcomes' names.
 
-    Records in the old format are converted.
-
-    Raises:
-        ValueError: if a record is not in the format of evaluate.
+    Records in the old format are converted; raises ValueError if one is in neither format.
     """
     top = {name: value for name, value in whole.items() if name != KEPT}
     kept = whole.get(KEPT, [])
@@ -113,10 +110,8 @@ def merge(
     """Merges a new record into an evaluation.json; returns it, all outcomes and the number of dropped records.
 
     New results replace those of the same weights, images, protocol, task and features. Outcomes are kept for the
-    weights of the new record alone; records of other weights, as of an earlier step, keep their numbers.
-
-    Raises:
-        ValueError: if a record is not in the format of evaluate.
+    weights of the new record alone; records of other weights, as of an earlier step, keep their numbers. Raises
+    ValueError if an old record is in neither format.
     """
     others: list[Record] = []
     merged, all_outcomes = record, dict(outcomes)
@@ -143,11 +138,7 @@ def tasks_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) -> Findings:
-    """Returns the findings with all results of the same weights and images, for a report.
-
-    Raises:
-        ValueError: if a record is not in the format of evaluate.
-    """
+    """Returns the findings with all results of the same weights and images; raises ValueError for another format."""
     (record, _), *others = records_in(whole)
     also = []
     for other, _ in others:
@@ -162,11 +153,7 @@ def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) 
 
 
 def stored(record: Mapping[str, Any]) -> Stored:
-    """Validates the results of a record.
-
-    Raises:
-        ValueError: if one is not in the format of evaluate.
-    """
+    """Validates the results of a record; raises ValueError with the first key that is not in the format."""
     try:
         return Stored.model_validate(record)
     except ValidationError as problem:
@@ -175,11 +162,7 @@ def stored(record: Mapping[str, Any]) -> Stored:
 
 
 def evaluation_of(record: Mapping[str, Any], outcomes: Mapping[str, Tensor] | None = None) -> Evaluation:
-    """Returns the evaluation in a record and its outcomes.
-
-    Raises:
-        ValueError: if a result is not in the format of evaluate.
-    """
+    """Returns the evaluation in a record and its outcomes; raises ValueError for another format."""
     own = stored(record)
     parts: dict[str, Outcomes] = {"predictions": {}, "hits": {}}
     for name, value in (outcomes or {}).items():

@@ -1,6 +1,5 @@
 """What is measured of a run: the settings, the tasks that they and the images allow, and the layers of the encoder."""
 
-import difflib
 from collections.abc import Collection
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -16,6 +15,7 @@ from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.layers import BACKBONE, EMBEDDING
 from manyviews.features.settings import EncodeSettings
 from manyviews.recipe import Recipe
+from manyviews.system.names import did_you_mean
 
 AnyTask = Literal[Task, "fractions", "geometry"]
 
@@ -25,8 +25,7 @@ def _task_list(value: object) -> object:
     known = [name for part in get_args(AnyTask) for name in get_args(part) or (part,)]
     for name in names if isinstance(names, list | tuple) else ():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1, 0.5)
-            raise ValueError(f"{name!r} is none of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"{name!r} is none of {', '.join(known)}{did_you_mean(str(name), known, cutoff=0.5)}")
     return names
 
 

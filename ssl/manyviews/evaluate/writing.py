@@ -27,11 +27,7 @@ Warn = Callable[[str], object]
 
 
 def check_output(output: Path, folder: Path) -> None:
-    """Checks that results may be written to a folder.
-
-    Raises:
-        ValueError: if it is a file, or another run's folder.
-    """
+    """Raises ValueError if results may not be written to a folder: it is a file, or another run's folder."""
     nearest_existing(output)
     if (output / CONFIG).is_file() and output.resolve() != folder.resolve():
         raise ValueError(f"output={output} is another run's folder; name one that is no run, or leave output out")
@@ -61,9 +57,7 @@ def write(
 
     The folder is locked meanwhile: other evaluations wait. Called on one rank. `record` and `outcomes` are those of
     `record_of`; `warn` gets a message for each file that could not be written; `page` says whether to write the report.
-
-    Returns:
-        The path of the report, if it was written.
+    Returns the path of the report, if it was written.
     """
     try:
         with _lock(output):
@@ -85,9 +79,7 @@ def write(
 def read(output: Path) -> tuple[dict[str, Any], Outcomes]:
     """Reads a folder's evaluation.json and outcomes.safetensors.
 
-    Raises:
-        ValueError: if they are damaged, or do not belong together.
-        OSError: if one cannot be read.
+    Raises ValueError if they are damaged or do not belong together, OSError if one cannot be read.
     """
     whole = read_json(output / EVALUATION)
     if whole.get("outcomes") != sha256(output / OUTCOMES):

@@ -84,7 +84,7 @@ def compare(
     images that it has already pulled together would spoil that choice. The linear probes do not use the metric.
 
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
-    `leading`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
+    `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
     `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
     each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
     a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.

@@ -50,20 +50,14 @@ def label(kind: str) -> str:
     return f"{LEARNED} ({BACKBONE})" if kind == LEARNED else kind
 
 
-def leading(kinds: Iterable[str], task: str | None = None) -> str:
-    """Returns the kind that decides a task: the first for the grouping tasks, else the backbone's if it is there.
+def in_order(kinds: Iterable[str], task: str | None = None) -> list[str]:
+    """Returns all kinds, first the one that decides a task: for grouping tasks the first, else the backbone's.
 
-    >>> leading(["learned (embedding)", "learned"], "retrieval"), leading(["learned (embedding)", "learned"], "knn")
-    ('learned (embedding)', 'learned')
+    >>> in_order(["learned (embedding)", "learned"], "knn")
+    ['learned', 'learned (embedding)']
     """
     kinds = list(kinds)
-    return kinds[0] if task in GROUPING or LEARNED not in kinds else LEARNED
-
-
-def in_order(kinds: Iterable[str], task: str | None = None) -> list[str]:
-    """Returns all kinds, the leading one first."""
-    kinds = list(kinds)
-    first = leading(kinds, task)
+    first = kinds[0] if task in GROUPING or LEARNED not in kinds else LEARNED
     return [first, *(kind for kind in kinds if kind != first)]
 
 
