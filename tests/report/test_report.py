@@ -11,7 +11,7 @@ from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.results.measurement import label
 from manyviews.report import Findings, plots, write_report
-from manyviews.report.neighbours import queries
+from manyviews.report.contents import queries
 from report_findings import features, findings, images, run_folder
 
 HOSTILE = (

@@ -11,10 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from manyviews.data import InMemory
 from manyviews.evaluators.confusion import as_pixels, confusion_picture
-from manyviews.report.contents import contents_of, count_confusions, similarities
+from manyviews.report.contents import contents_of, count_confusions, look_alikes, look_up, queries, similarities
 from manyviews.report.findings import Findings, drawn
 from manyviews.report.history import in_words
-from manyviews.report.neighbours import look_alikes, look_up, queries
 from manyviews.report.pictures import hover_map, sprite, thumbnails
 from manyviews.report.plots import PALETTE, as_svg, curves, histogram, thin
 from manyviews.report.tensorboard import neighbour_rows, write_tensorboard

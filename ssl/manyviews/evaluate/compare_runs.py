@@ -54,14 +54,12 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     """
     start(None, "fp32", trains=False)
     console = Console(quiet=distributed.rank() > 0)
-    _check_different(folders)
     file = None if settings.comparison is None else Path(settings.comparison).expanduser()
     if settings.output is not None:
         raise ValueError(f"output={settings.output} is for one run; of several, comparison=FILE keeps the table")
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ValueError(f"comparison={file} cannot be written; name a file in a folder that exists")
-    runs = [open_run(folder) for folder in folders]
-    _check_weights(runs)
+    runs = _open(folders)
     images = _images(runs, settings, console)
     planned = [planned_tasks(settings, recipe_of(pretrained), labelled=images.labelled) for pretrained in runs]
     tasks = {task for own in planned for task in own}
@@ -132,24 +130,22 @@ def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks:
     return done >= {(task, kind) for task in tasks for kind in (*run.kinds, *(BASELINES * settings.baselines))}
 
 
-def _check_different(folders: Sequence[Path]) -> None:
+def _open(folders: Sequence[Path]) -> list[PretrainedBackbone]:
+    """Opens the runs; raises ValueError for fewer than two, or two with the same folder or weights."""
     if len(folders) < 2:
         raise ValueError("a comparison takes 2 runs or more")
     resolved = [folder.resolve() for folder in folders]
-    twice = [str(folder) for index, folder in enumerate(folders) if resolved[index] in resolved[:index]]
-    if twice:
+    if twice := [str(folder) for index, folder in enumerate(folders) if resolved[index] in resolved[:index]]:
         raise ValueError(f"{', '.join(dict.fromkeys(twice))} is given twice; name each run once")
-
-
-def _check_weights(runs: Sequence[PretrainedBackbone]) -> None:
-    seen: dict[str, PretrainedBackbone] = {}
-    for pretrained in runs:
-        before = seen.setdefault(pretrained.origin["sha256"], pretrained)
-        if before is not pretrained:
+    by_weights: dict[str, PretrainedBackbone] = {}
+    for pretrained in map(open_run, folders):
+        other = by_weights.setdefault(pretrained.origin["sha256"], pretrained)
+        if other is not pretrained:
             raise ValueError(
-                f"{pretrained.name} holds the same weights as {before.name}: one is a copy of the other; leave one of "
+                f"{pretrained.name} holds the same weights as {other.name}: one is a copy of the other; leave one of "
                 "them out"
             )
+    return list(by_weights.values())
 
 
 def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, console: Console) -> Shared:

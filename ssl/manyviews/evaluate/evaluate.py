@@ -9,7 +9,6 @@ from manyviews.evaluate import cautions
 from manyviews.evaluate.record import record_of
 from manyviews.evaluate.run_tasks import (
     Job,
-    few_labels,
     gallery_of,
     geometries_of,
     kinds_of,
@@ -67,7 +66,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     labels = job.labels
     planned = planned_tasks(settings, recipe, labelled=labels is not None)
     layers = measured_layers(pretrained, settings, planned)
-    tasks: list[Task] = [task for task in planned if task != "fractions" and task != "geometry"]
+    tasks: list[Task] = [task for task in planned if task != "geometry"]
     gallery = None
     if labels is not None and tasks:
         gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
@@ -78,15 +77,12 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         tasks = [task for task in tasks if task not in refused]
     for message in failure_messages(failures, layers.kinds):
         console.warn(message)
-    training = "fractions" in planned or takes_training(tasks, settings.metric)
-    kinds = kinds_of(job, layers.kinds, training=training)
+    kinds = kinds_of(job, layers.kinds, training=takes_training(tasks, settings.metric))
     with console.bar():
         evaluation = Evaluation()
         if labels is not None and gallery is not None and tasks:
             evaluation = labelled_tasks(job, kinds, tasks, gallery)
         more: list[Measurement] = []
-        if labels is not None and "fractions" in planned:
-            more += few_labels(job, kinds)
         if "geometry" in planned:
             more += geometries_of(job, kinds)
             with catch_failure("staleness of the bank", LEARNED, on_failure):

@@ -1,5 +1,6 @@
 """Groups runs into methods, by the differences between their recipes, and makes a row for each method and baseline."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -145,13 +146,10 @@ def methods(recipes: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dic
     {'seed=0': [0], 'seed=1': [1]}
     """
     flat = [leaves(recipe) for recipe in recipes]
-    groups: list[list[int]] = []
+    by_recipe: dict[str, list[int]] = {}
     for index, recipe in enumerate(flat):
-        own = next((group for group in groups if flat[group[0]] == recipe), None)
-        if own is None:
-            groups.append([index])
-        else:
-            own.append(index)
+        by_recipe.setdefault(json.dumps(recipe, sort_keys=True), []).append(index)
+    groups = list(by_recipe.values())
     names = _differences([flat[group[0]] for group in groups])
     if not all(names) or max(map(len, names)) > LONGEST:
         names = [_common([Path(folders[index]).name for index in group]) for group in groups]

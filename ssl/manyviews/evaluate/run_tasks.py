@@ -13,7 +13,6 @@ from manyviews.evaluate.settings import EvaluateSettings, distances_of, recipe_o
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.failures import OnFailure, catch_failure
-from manyviews.evaluators.fractions import fractions
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import Gallery
@@ -26,7 +25,6 @@ from manyviews.evaluators.results.measurement import (
     Measurement,
     Task,
     in_order,
-    label,
 )
 from manyviews.evaluators.splits import Prediction, num_classes
 from manyviews.features import encoding
@@ -178,6 +176,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         settings.protocol,
         tasks=tasks,
         gallery=gallery,
+        few=settings.few,
         metric=settings.metric,
         distances=distances_of(job.pretrained, settings),
         keep=keep,
@@ -186,27 +185,6 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         progress=job.console.report,
         on_failure=job.on_failure,
     )
-
-
-def few_labels(job: Job, kinds: Kinds) -> list[Measurement]:
-    """Measures the probe from few labels on each kind of features."""
-    assert job.labels is not None
-    own, test_labels = job.labels
-    classes, seed = num_classes(own, test_labels), job.settings.protocol.seed
-    measurements: list[Measurement] = []
-    for kind in in_order(kinds):
-        train, test = kinds[kind]
-        assert train is not None
-        job.console.say(f"few labels: {label(kind)}")
-
-        def report(action: str, done: int, total: int, kind: str = kind) -> None:
-            job.console.report(f"{action}, {label(kind)} features", done, total)
-
-        with catch_failure("fractions", kind, job.on_failure):
-            measurements += fractions(
-                train, own, test, test_labels, classes, job.settings.few, seed=seed, kind=kind, report=report
-            )
-    return measurements
 
 
 def geometries_of(job: Job, kinds: Kinds) -> list[Measurement]:

@@ -17,7 +17,7 @@ from manyviews.features.settings import EncodeSettings
 from manyviews.recipe import Recipe
 from manyviews.system.names import did_you_mean
 
-AnyTask = Literal[Task, "fractions", "geometry"]
+AnyTask = Literal[Task, "geometry"]
 
 
 def _task_list(value: object) -> object:

@@ -12,12 +12,14 @@ from manyviews.data import Report
 from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
 from manyviews.evaluators.failures import OnFailure, catch_failure
+from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
 from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
 from manyviews.evaluators.results.measurement import (
     PROBES,
+    TASKS,
     Difference,
     Evaluation,
     Measurement,
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
     gallery: Int[Tensor, " gallery"]
     """Labelled test images that are compared with each other."""
     protocol: ProtocolSettings
+    few: FractionSettings
     augmented: Callable[[str], Prediction] | None
     progress: Report | None
 
@@ -68,6 +71,7 @@ def compare(
     *,
     tasks: Sequence[Task] = ("knn", "linear"),
     gallery: Gallery | None = None,
+    few: FractionSettings | None = None,
     metric: Metric | None = None,
     distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
@@ -93,7 +97,7 @@ def compare(
         ValueError: if features and labels differ in number, features are not finite, no test image has a label, or the
             gallery has fewer than 2 classes.
     """
-    protocol, metric = protocol or ProtocolSettings(), metric or Cosine()
+    protocol, few, metric = protocol or ProtocolSettings(), few or FractionSettings(), metric or Cosine()
     everything = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
     gallery = gallery or everything
     for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
@@ -117,7 +121,8 @@ def compare(
             mapped = map_features(used, train, test, train_labels, fitting, report=progress)
             if keep is not None and mapped.fitted is not None:
                 keep(kind, mapped.fitted)
-        inputs = Inputs(kind, train, test, mapped, train_labels, test_labels, shown, protocol, augmented, progress)
+        labels = train_labels, test_labels
+        inputs = Inputs(kind, train, test, mapped, *labels, shown, protocol, few, augmented, progress)
         for task in [task for task in get_args(Task) if task in tasks]:
             outcome: Outcome | None = None
             if report is not None and task not in PROBES and mapped is not None:
@@ -134,17 +139,15 @@ def compare(
                     of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
                     of_all[outcome.images] = values.long()
     differences: list[Difference] = []
-    order: dict[tuple[str, str], int] = {}
     for task in get_args(Task):
         first, *others = in_order(features, task)
-        order |= {(task, kind): len(order) + index for index, kind in enumerate((first, *others))}
         # The baselines, then the other layer.
         differences += [
             Difference(first, other, task, *paired_difference(right[task, first], right[task, other]))
             for other in sorted(others, key=is_learned)
             if (task, first) in right and (task, other) in right
         ]
-    measurements.sort(key=lambda own: order[own.task, own.features])
+    measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
     compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
     return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits)
 
@@ -157,7 +160,7 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
 
 
 def _probe(task: Task, inputs: Inputs) -> Outcome | None:
-    """Measures the accuracy of predicted classes of test images; None if the features it takes are missing."""
+    """Measures the accuracy of predicted classes of test images; None if the features that it takes are missing."""
     train, mapped, protocol, train_labels = inputs.train, inputs.mapped, inputs.protocol, inputs.train_labels
     labelled = (inputs.test_labels >= 0).nonzero().squeeze(1)
     truth, classes = inputs.test_labels[labelled], num_classes(train_labels, inputs.test_labels)
@@ -169,6 +172,19 @@ def _probe(task: Task, inputs: Inputs) -> Outcome | None:
 
     if train is None:
         return None
+    if task == "fractions":
+        few = fractions(
+            train,
+            train_labels,
+            inputs.test,
+            inputs.test_labels,
+            classes,
+            inputs.few,
+            seed=seed,
+            kind=inputs.kind,
+            report=report,
+        )
+        return Outcome(few)
     if task == "knn" and mapped is not None and mapped.train is not None:
         result = knn(
             mapped.train,

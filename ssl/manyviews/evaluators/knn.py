@@ -118,13 +118,12 @@ def knn(
     *,
     share: float = 0.2,
     seed: int = 0,
-    most: int = MOST_HELD_OUT,
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> Prediction:
     """Predicts the test images from all training images, with k and temperature chosen on held-out training images.
 
-    `share` of each class is held out, at most `most` images; equal validation accuracies go to the pair that the grid
+    `share` of each class is held out, at most 10,000 images; equal validation accuracies go to the pair that the grid
     names first. Training images labelled −1 are left out. `shared` is that of `predict`.
 
     Raises:
@@ -136,7 +135,7 @@ def knn(
             "data.test=FOLDER"
         )
     vote = partial(predict, classes=classes, nearness=nearness, shared=shared)
-    kept, held = hold_out(train_labels, share=share, seed=seed, most=most, one_each=True)
+    kept, held = hold_out(train_labels, share=share, seed=seed, most=MOST_HELD_OUT, one_each=True)
     grid = [(k, temperature) for k in settings.neighbours for temperature in settings.temperatures]
     # If no class has a second image to hold out, the first pair: with one vote for each class the nearest decides.
     best, validation = 0, None
@@ -161,17 +160,11 @@ def knn(
 
 
 def monitor_knn(
-    features: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
-    *,
-    seed: int = 0,
-    neighbours: int = 20,
-    temperature: float = 0.07,
-    most: int = 5_000,
+    features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, seed: int = 0, most: int = 5_000
 ) -> float:
     """Computes the kNN accuracy of a tenth of the labelled images among the others, to watch a run.
 
-    At most `most` labelled images, sampled with `seed`, take part. The default k and temperature are DINO's usual ones;
+    At most `most` labelled images, sampled with `seed`, take part. k = 20 and temperature 0.07 are DINO's usual ones;
     nothing is chosen here, so values are comparable along a run and between runs with equal settings.
     """
     labelled = (labels >= 0).nonzero().squeeze(1)
@@ -182,8 +175,8 @@ def monitor_knn(
         features[held],
         features[kept],
         labels[kept],
-        neighbours=(neighbours,),
-        temperatures=(temperature,),
+        neighbours=(20,),
+        temperatures=(0.07,),
         classes=num_classes(labels),
         query_ids=held,
         bank_ids=kept,

@@ -83,8 +83,8 @@ def refusals(
 
 
 def searches(task: Task) -> bool:
-    """Returns whether a task uses distances between features; the linear probes do not."""
-    return task not in ("linear", "augmented")
+    """Returns whether a task uses distances between features."""
+    return task == "knn" or task in GROUPING
 
 
 def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:

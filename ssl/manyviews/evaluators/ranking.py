@@ -35,7 +35,7 @@ def dcg(
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
     """Computes the discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
-    return _discounted(_ranked(relevances, scores, k, gain, ties))
+    return discounted(_ranked(relevances, scores, k, gain, ties))
 
 
 def ideal_dcg(
@@ -73,22 +73,10 @@ def ndcg(
     return torch.where(best > 0, dcg(relevances, scores, k, gain=gain, ties=ties) / best, torch.nan)
 
 
-def ndcg_at_k(
-    hits: Real[Tensor, "queries k"], ideal: Real[Tensor, "queries best"], gain: Gain = "linear"
-) -> Float[Tensor, " queries"]:
-    """Computes NDCG@k from the first k items of a ranking and the best relevances; NaN if nothing is relevant.
-
-    Args:
-        hits: relevances of the first k items in the order of their ranks.
-        ideal: the largest relevances of all items, descending (for relevances of 0 and 1: `ideal_hits`). Columns
-            beyond k do not count; fewer columns mean that all other items have relevance 0.
-        gain: as of `ndcg`.
-
-    Raises:
-        ValueError: if a relevance is negative or too large for its gain.
-    """
-    best = _discounted(_gains(ideal[:, : hits.shape[1]], gain))
-    return torch.where(best > 0, _discounted(_gains(hits, gain)) / best, torch.nan)
+def discounted(gains: Float[Tensor, "queries k"]) -> Float[Tensor, " queries"]:
+    """Sums the gains at ranks 1 to k, each divided by log2(rank + 1)."""
+    ranks = torch.arange(1, gains.shape[1] + 1, device=gains.device, dtype=gains.dtype)
+    return (gains / torch.log2(ranks + 1)).sum(1)
 
 
 def ideal_hits(relevant: Int[Tensor, " queries"], k: int) -> Float[Tensor, "queries k"]:
@@ -130,8 +118,3 @@ def _gains(relevances: Tensor, gain: Gain) -> Tensor:
             "shift or scale them: 0 is not relevant at all"
         )
     return gains
-
-
-def _discounted(gains: Tensor) -> Tensor:
-    ranks = torch.arange(1, gains.shape[1] + 1, device=gains.device, dtype=gains.dtype)
-    return (gains / torch.log2(ranks + 1)).sum(1)

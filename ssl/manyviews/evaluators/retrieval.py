@@ -10,7 +10,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.engine import top_k
 from manyviews.evaluators.distance import Nearness, searchable
-from manyviews.evaluators.ranking import ideal_hits, ndcg_at_k
+from manyviews.evaluators.ranking import discounted, ideal_hits
 
 HITS = 1 << 22
 """Ranks of one block of queries: 32 MiB for a float64 number at each rank. It changes no result."""
@@ -117,7 +117,8 @@ def retrieve(
         for index, k in enumerate(settings.recall_at):
             recall[index, rows] = hits[:, :k].any(1)
         for index, k in enumerate(settings.ndcg_at):
-            ndcg[index, rows] = ndcg_at_k(hits[:, :k].double(), ideal_hits(relevant[rows], min(k, depth)))
+            ideal = discounted(ideal_hits(relevant[rows], min(k, depth)))
+            ndcg[index, rows] = discounted(hits[:, :k].double()) / ideal
         r_precision[rows], map_at_r[rows] = at_r(hits, relevant[rows])
     return RetrievalResult(counted, asked - len(counted), recall, r_precision, map_at_r, ndcg)
 

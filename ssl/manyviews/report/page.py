@@ -15,10 +15,9 @@ from manyviews.evaluators.failures import failure_messages
 from manyviews.evaluators.results.measurement import label
 from manyviews.evaluators.results.tables import sheets
 from manyviews.report import plots
-from manyviews.report.contents import Contents, contents_of
+from manyviews.report.contents import Contents, contents_of, references
 from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of
-from manyviews.report.neighbours import references
 from manyviews.report.pictures import data_uri, hover_map, png, uris
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.system.files import spelled
@@ -65,7 +64,7 @@ def write_report(
         ("views", "Views"): values["views"],
         ("neighbours", "Neighbours"): True,
         ("map-section", "Map"): values["map"],
-        ("confusion", "Confusions"): values["confusion"],
+        ("confusion", "Confusions"): contents.confusions,
         ("similarities", "Similarities"): values["histogram"],
     }
     values["sections"] = [anchor_and_name for anchor_and_name, content in sections.items() if content]
@@ -155,16 +154,11 @@ def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, An
     if contents.views_at is not None:
         meaning += " The dotted line is the mean of two views of one image."
     return {
-        "random": contents.random,
-        "wrong": contents.wrong,
-        "alike": contents.alike,
-        "confusion": confusions,
-        "counts": confusions.counts.tolist() if confusions is not None and confusions.counts is not None else None,
-        "class_name": findings.class_name,
+        "findings": findings,
+        "contents": contents,
         "spelled": spelled,
         "shown": uris(findings.shown, own, SIDE),
         "neighbour_uris": uris(images, [near.id for query in queries for near in query.near], SIDE),
-        "shown_names": findings.shown.names,
         "neighbour_names": images.names,
         "views": data_uri(views.read_bytes(), "image/png") if has_views else None,
         "small": findings.shown.size <= SMALL,

@@ -59,7 +59,6 @@ class HoverMap(NamedTuple):
     groups: tuple[Group, ...]
     """The classes of the legend; empty without labels."""
     sprite: Sprite
-    images: int
     data: dict[str, Any]
 
 
@@ -150,7 +149,7 @@ def hover_map(findings: Findings, seed: int) -> HoverMap | None:
         "labelled": has_labels(labels),
     }
     methods = tuple((TITLES.get(method, method), MEANINGS.get(method, "")) for method in maps)
-    return HoverMap(methods, tuple(groups), tiles, len(chosen), data)
+    return HoverMap(methods, tuple(groups), tiles, data)
 
 
 def legend(findings: Findings, labels: Tensor) -> tuple[list[Group], Tensor]:

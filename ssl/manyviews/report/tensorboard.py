@@ -13,9 +13,8 @@ from manyviews.data import Images
 from manyviews.engine import normalize
 from manyviews.evaluators.confusion import as_pixels
 from manyviews.evaluators.map import principal_components
-from manyviews.report.contents import DPI, Contents
+from manyviews.report.contents import DPI, Contents, Query, references
 from manyviews.report.findings import Findings, drawn, labels_of
-from manyviews.report.neighbours import Query, references
 from manyviews.report.pictures import sheet, thumbnails
 from manyviews.system.files import spelled
 from manyviews.system.writing import aside_of, folder_path, make_folder, remove, rename

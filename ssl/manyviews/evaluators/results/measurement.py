@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxtyping import Int64
 from torch import Tensor
@@ -12,9 +12,9 @@ from manyviews.features.layers import BACKBONE, EMBEDDING
 LEARNED, EMBEDDED, RANDOM, PIXELS = "learned", "learned (embedding)", "random weights", "raw pixels"
 LAYERS: Mapping[str, str] = {LEARNED: BACKBONE, EMBEDDED: EMBEDDING, RANDOM: BACKBONE}
 """The encoder's layer of each kind of features; raw pixels have none."""
-Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification"]
-PROBES: tuple[Task, ...] = ("knn", "linear", "augmented")
-"""Tasks that predict the classes of test images."""
+Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification", "fractions"]
+PROBES: tuple[Task, ...] = ("knn", "linear", "augmented", "fractions")
+"""Tasks that learn from labelled training images to predict the classes of test images."""
 GROUPING: frozenset[Task] = frozenset({"retrieval", "clustering", "verification"})
 """Tasks that compare test images with each other."""
 TITLES: Mapping[str, str] = {
@@ -25,18 +25,12 @@ TITLES: Mapping[str, str] = {
     "clustering": "AMI",
     "verification": "verification",
 }
-"""Names of the tasks that take labels, or of their leading metric, in tables of several tasks."""
+"""Names in tables of the tasks by which features are compared, or of their leading metric."""
 LEADING: Mapping[str, str] = {**dict.fromkeys(TITLES, "accuracy"), "retrieval": "Recall@1", "clustering": "AMI"}
 """The metric of each of these tasks by which features are compared."""
-TASKS = (*TITLES, "fractions", "geometry", "staleness")
+TASKS = (*get_args(Task), "geometry", "staleness")
 """All tasks, in the order of their results."""
-CHOICES: Mapping[str, str] = {
-    "neighbours": "k",
-    "temperature": "T",
-    "regularisation": "λ",
-    "rate": "rate",
-    "decay": "decay",
-}
+CHOICES = {"neighbours": "k", "temperature": "T", "regularisation": "λ", "rate": "rate", "decay": "decay"}
 """Symbols of the hyper-parameters that a task chooses, by their keys in `Measurement.details`."""
 
 
@@ -154,7 +148,7 @@ class Evaluation:
     def verdict(self) -> str:
         """Returns one sentence: against which baselines the features win, lose or cannot be told apart.
 
-        Empty if no task took labels.
+        Empty if features were not compared.
         """
         kinds = {own.features for own in self.of(*TITLES)}
         if not kinds:
