@@ -52,7 +52,13 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     recipe = recipe_of(pretrained)
     output = folder if settings.output is None else Path(settings.output).expanduser()
     check_output(output, folder)
-    is_writable = _probe_output(output, console)
+    problem = unwritable(output) if distributed.rank() == 0 else ""
+    if problem:
+        console.warn(
+            f"{output} cannot be written to ({problem}), so that results will only be printed; output=FOLDER writes "
+            "them elsewhere"
+        )
+    is_writable = not distributed.any_over_ranks(bool(problem))
     split = images_of(pretrained, settings, console)
     inventory = cautions.inventory_of(folder)
     failures: list[Failure] = []
@@ -132,17 +138,6 @@ def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
         raise ValueError("\n".join(failure_messages(missing, list(findings.features))))
 
 
-def _probe_output(output: Path, console: Console) -> bool:
-    """Returns whether rank 0 can write to the output folder; warns if not; collective."""
-    problem = unwritable(output) if distributed.rank() == 0 else ""
-    if problem:
-        console.warn(
-            f"{output} cannot be written to ({problem}), so that results will only be printed; output=FOLDER writes "
-            "them elsewhere"
-        )
-    return not distributed.any_over_ranks(bool(problem))
-
-
 def _warnings(
     folder: Path, split: Split, tasks: tuple[AnyTask, ...], settings: EvaluateSettings, missing: str
 ) -> Iterator[str]:
@@ -155,8 +150,8 @@ def _warnings(
         yield f"{plural(len(split.unreadable), 'file')} left out, for they could not be read."
     labels = split.train.labels
     if labels is not None and bool((labels >= 0).any()) and {"knn", "linear", "augmented"} & set(tasks):
-        share = settings.protocol.held_out
-        rule = held_out_of_each(labels[labels >= 0].bincount(), share=share, most=MOST_HELD_OUT)
+        share, counts = settings.protocol.held_out, labels[labels >= 0].bincount()
+        rule = held_out_of_each(counts, min(share, MOST_HELD_OUT / int(counts.sum())))
         if rule == "one":
             yield (
                 f"A share of {share:g} is not one training image of any class: k, temperature and λ were chosen on one "

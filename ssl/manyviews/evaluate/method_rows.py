@@ -99,22 +99,18 @@ def _baselines(
 ) -> Iterator[tuple[str, str, list[MeasuredRun]]]:
     """The name, kind and runs of each baseline; runs that share a baseline are in one row, once for each seed."""
     for kind in BASELINES:
-        groups: dict[str, dict[int, int]] = {}
+        groups: dict[tuple[object, ...], dict[int, int]] = {}
         for index, run in enumerate(runs):
-            same, seed = _same_baseline(kind, run.pretrained)
-            groups.setdefault(same, {}).setdefault(seed, index)
+            # Pixels depend on their size alone, random weights on encoder and seed.
+            encoder, seed = recipe_of(run.pretrained).encoder, recipe_of(run.pretrained).seed
+            key: tuple[object, ...] = (run.pretrained.size,)
+            if kind == RANDOM:
+                key += (encoder.name, encoder.pretrained, encoder.drop_path, run.pretrained.channels)
+            groups.setdefault(key, {}).setdefault(seed if kind == RANDOM else 0, index)
         for group in groups.values():
             indices = list(group.values())
             method = next(name for name, own in by_method.items() if indices[0] in own)
             yield kind if len(groups) == 1 else f"{kind} ({method})", kind, [runs[index] for index in indices]
-
-
-def _same_baseline(kind: str, pretrained: PretrainedBackbone) -> tuple[str, int]:
-    """A key that is equal for runs with the same baseline but for the seed, and the seed."""
-    if kind == PIXELS:
-        return str(pretrained.size), 0
-    recipe, seen = recipe_of(pretrained), (pretrained.size, pretrained.channels)
-    return repr((recipe.encoder.name, recipe.encoder.pretrained, recipe.encoder.drop_path, seen)), recipe.seed
 
 
 def _row(
@@ -141,9 +137,6 @@ def methods(recipes: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dic
     `recipes` are trees without the keys in which the seeds of one method differ; `folders` are distinct. A method is
     named by its differences from the others, as on a command line (objective=queue), or, if these are long or none, by
     the common beginning of its folders' names.
-
-    >>> methods([{"seed": 0}, {"seed": 1}], ["a", "b"])
-    {'seed=0': [0], 'seed=1': [1]}
     """
     flat = [leaves(recipe) for recipe in recipes]
     by_recipe: dict[str, list[int]] = {}
@@ -169,11 +162,7 @@ def _differences(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a tree by their dotted keys.
-
-    >>> leaves({"objective": {"name": "queue"}, "seed": 0})
-    {'objective.name': 'queue', 'seed': 0}
-    """
+    """Returns the values of a tree by their dotted keys."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
         values |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

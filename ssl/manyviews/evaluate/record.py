@@ -22,7 +22,6 @@ from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
-from manyviews.report.findings import Also
 
 EVALUATION, OUTCOMES, KEPT = "evaluation.json", "outcomes.safetensors", "kept"
 OWN = ("predictions", "hits", "labels")
@@ -144,7 +143,7 @@ def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) 
     for other, _ in others:
         if (other.get("weights"), other.get("images")) == (record["weights"], record["images"]):
             try:
-                also.append(Also(_settings_apart(other, record), evaluation_of(other)))
+                also.append((_settings_apart(other, record), evaluation_of(other)))
             except ValueError:
                 # Written by another version: it stays in the file.
                 continue

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, select
-from manyviews.evaluate.settings import EvaluateSettings, distances_of, recipe_of
+from manyviews.evaluate.settings import EvaluateSettings, recipe_of
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
+from manyviews.evaluators.distance import Euclidean
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
@@ -170,6 +171,8 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
             report=job.console.report,
         )
 
+    # By default the embedding is searched by the distance that its objective trains.
+    by_euclidean = settings.metric is None and job.recipe.objective.distance == "euclidean"
     return compare(
         kinds,
         *labels,
@@ -178,7 +181,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         gallery=gallery,
         few=settings.few,
         metric=settings.metric,
-        distances=distances_of(job.pretrained, settings),
+        distances={EMBEDDED: Euclidean()} if by_euclidean else None,
         keep=keep,
         augmented=augmented,
         report=job.console.say,

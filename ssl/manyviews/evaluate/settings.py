@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, Field
 
 from manyviews.config import as_list
-from manyviews.evaluators.distance import Euclidean, Metric
+from manyviews.evaluators.distance import Metric
 from manyviews.evaluators.fractions import FractionSettings
 from manyviews.evaluators.map import Method
 from manyviews.evaluators.protocol import ProtocolSettings
@@ -135,9 +135,3 @@ def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, 
         f"Images are compared by the backbone, for what objective={objective.name} trains is a backbone; the "
         "embedding stands beside it.",
     )
-
-
-def distances_of(pretrained: PretrainedBackbone, settings: EvaluateSettings) -> dict[str, Metric]:
-    """Returns the default metrics other than the cosine: that of the embedding, if the objective's is Euclidean."""
-    is_euclidean = settings.metric is None and recipe_of(pretrained).objective.distance == "euclidean"
-    return {EMBEDDED: Euclidean()} if is_euclidean else {}

@@ -98,8 +98,8 @@ def compare(
             gallery has fewer than 2 classes.
     """
     protocol, few, metric = protocol or ProtocolSettings(), few or FractionSettings(), metric or Cosine()
-    everything = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
-    gallery = gallery or everything
+    if gallery is None:
+        gallery = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
     for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
         raise ValueError(reason)
     shown = gallery.images[test_labels[gallery.images] >= 0]
@@ -161,30 +161,21 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
 
 def _probe(task: Task, inputs: Inputs) -> Outcome | None:
     """Measures the accuracy of predicted classes of test images; None if the features that it takes are missing."""
-    train, mapped, protocol, train_labels = inputs.train, inputs.mapped, inputs.protocol, inputs.train_labels
-    labelled = (inputs.test_labels >= 0).nonzero().squeeze(1)
-    truth, classes = inputs.test_labels[labelled], num_classes(train_labels, inputs.test_labels)
+    kind, train, test, mapped, train_labels, test_labels, _, protocol, few, augmented, progress = inputs
+    labelled = (test_labels >= 0).nonzero().squeeze(1)
+    truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
     share, seed = protocol.held_out, protocol.seed
 
     def report(action: str, done: int, total: int) -> None:
-        if inputs.progress is not None:
-            inputs.progress(f"{action}, {label(inputs.kind)} features", done, total)
+        if progress is not None:
+            progress(f"{action}, {label(kind)} features", done, total)
 
     if train is None:
         return None
     if task == "fractions":
-        few = fractions(
-            train,
-            train_labels,
-            inputs.test,
-            inputs.test_labels,
-            classes,
-            inputs.few,
-            seed=seed,
-            kind=inputs.kind,
-            report=report,
+        return Outcome(
+            fractions(train, train_labels, test, test_labels, classes, few, seed=seed, kind=kind, report=report)
         )
-        return Outcome(few)
     if task == "knn" and mapped is not None and mapped.train is not None:
         result = knn(
             mapped.train,
@@ -198,17 +189,17 @@ def _probe(task: Task, inputs: Inputs) -> Outcome | None:
             shared=True,
         )
     elif task == "linear":
-        test = inputs.test[labelled]
-        result = linear(train, train_labels, test, classes, protocol.linear, share=share, seed=seed, report=report)
-    elif task == "augmented" and inputs.augmented is not None:
-        result = inputs.augmented(inputs.kind)
+        tested = test[labelled]
+        result = linear(train, train_labels, tested, classes, protocol.linear, share=share, seed=seed, report=report)
+    elif task == "augmented" and augmented is not None:
+        result = augmented(kind)
         result = result._replace(predictions=result.predictions[labelled])
     else:
         return None
     right = result.predictions == truth
     accuracy = Measurement(
         task,
-        inputs.kind,
+        kind,
         "accuracy",
         int(right.sum()) / len(right),
         *wilson(int(right.sum()), len(right)),

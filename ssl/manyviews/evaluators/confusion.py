@@ -23,11 +23,7 @@ MOST_NAMES = 60
 def confusion(
     labels: Int[Tensor, " images"], predictions: Int[Tensor, " images"], classes: int
 ) -> Int[Tensor, "classes classes"]:
-    """Counts images by true class (row) and predicted class (column); classes are numbers from 0.
-
-    >>> confusion(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2).tolist()
-    [[1, 1], [0, 1]]
-    """
+    """Counts images by true class (row) and predicted class (column); classes are numbers from 0."""
     return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
 
 

@@ -40,7 +40,6 @@ class MappedFeatures(NamedTuple):
     nearness: Nearness
     fitted: LinearMetric | None
     metric: str
-    """Name of the metric."""
 
 
 def searchable(
@@ -62,11 +61,7 @@ def searchable(
 def similarity_of_pairs(
     features: Float[Tensor, "images dim"], pairs: Int[Tensor, "pairs 2"], nearness: Nearness
 ) -> Float[Tensor, " pairs"]:
-    """Computes the cosine of each pair of images, or minus its squared Euclidean distance, in float64.
-
-    >>> similarity_of_pairs(torch.eye(2), torch.tensor([[0, 0], [0, 1]]), "cosine").tolist()
-    [1.0, 0.0]
-    """
+    """Computes the cosine of each pair of images, or minus its squared Euclidean distance, in float64."""
     if nearness == "cosine":
         features = F.normalize(features, dim=1, eps=1e-6)
     pieces = []
@@ -76,9 +71,9 @@ def similarity_of_pairs(
     return torch.cat(pieces)
 
 
-def is_fitted(metric: Metric) -> bool:
-    """Returns whether the metric is learned from training features."""
-    return not isinstance(metric, Cosine | Euclidean)
+def is_fitted(metric: Metric | None) -> bool:
+    """Returns whether the metric is learned from training features; None is the cosine."""
+    return not isinstance(metric, Cosine | Euclidean | None)
 
 
 def map_features(

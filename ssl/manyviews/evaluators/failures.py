@@ -36,11 +36,7 @@ def catch_failure(task: str, kind: str, on_failure: OnFailure | None) -> Iterato
 
 
 def failure_messages(failures: Sequence[Failure], kinds: Sequence[str]) -> list[str]:
-    """Returns one sentence for each task and reason; it names the kinds of features unless all of `kinds` failed.
-
-    >>> failure_messages([Failure("knn", "learned", "out of memory")], ["learned", "raw pixels"])
-    ['knn could not be measured for learned features: out of memory']
-    """
+    """Returns one sentence for each task and reason; it names the kinds of features unless all of `kinds` failed."""
     groups: dict[tuple[str, str], list[str]] = {}
     for failure in failures:
         groups.setdefault((failure.task, failure.reason), []).append(failure.features)

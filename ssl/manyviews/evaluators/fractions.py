@@ -118,9 +118,6 @@ def draw(
 
     `amount` is a number of images of each class if it is an int; else the share of each class, at least one image.
     Images labelled −1 are never drawn.
-
-    >>> draw(torch.tensor([0, 0, 1, -1]), 2, seed=0, number=0)[0].tolist()
-    [0, 1, 2]
     """
     shuffled = keyed_random.uniform(torch.arange(len(labels)), seed, number).argsort(stable=True)
     order, ranks = by_class(shuffled, labels)

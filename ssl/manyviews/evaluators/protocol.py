@@ -40,7 +40,6 @@ class Gallery(NamedTuple):
     """The test images that retrieval, clustering and verification compare with each other."""
 
     images: Int64[Tensor, " gallery"]
-    """Their ids among the test images."""
     origin: str
     """A remark on their classes, such as "never seen in training"."""
     fitting: Int64[Tensor, " fitting"]
@@ -60,7 +59,7 @@ def refusals(
         return dict.fromkeys(tasks, "no test image has a label")
     reasons: dict[Task, str] = {}
     by_distance = [task for task in tasks if searches(task)]
-    if metric is not None and is_fitted(metric) and by_distance:
+    if is_fitted(metric) and by_distance:
         try:
             fitting_images(gallery, train_labels, protocol)
         except ValueError as problem:
@@ -89,7 +88,7 @@ def searches(task: Task) -> bool:
 
 def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:
     """Returns whether the features of training images are needed."""
-    return bool(set(PROBES) & set(tasks)) or (metric is not None and is_fitted(metric))
+    return bool(set(PROBES) & set(tasks)) or is_fitted(metric)
 
 
 def fitting_images(gallery: Gallery, labels: Int[Tensor, " train"], protocol: ProtocolSettings) -> Int[Tensor, " some"]:

@@ -12,11 +12,10 @@ UNEVEN = 1.5
 
 
 class Prediction(NamedTuple):
-    """Predicted classes of the test images, and the hyper-parameters that were chosen on held-out training images."""
+    """Predicted classes of the test images, and the hyper-parameters chosen on held-out training images."""
 
     predictions: Int[Tensor, " test"]
     chosen: Mapping[str, float]
-    """The hyper-parameters, by their names."""
     validation: float | None
     """The accuracy of the choice on the held-out images; None if none could be held out."""
 
@@ -46,11 +45,11 @@ def hold_out(
     counts = labels[labelled].bincount()
     if one_each and not len(counts):
         raise ValueError("no training image has a label")
-    by_share = not one_each or held_out_of_each(counts, share=share, most=most) == "share"
+    if most is not None and len(labelled):
+        share = min(share, most / len(labelled))
+    by_share = not one_each or held_out_of_each(counts, share) == "share"
     if by_share:
         shuffled = labelled[torch.randperm(len(labelled), generator=generator)]
-        if most is not None and len(labelled):
-            share = min(share, most / len(labelled))
         order, ranks = by_class(shuffled, labels)
         wanted = torch.where(counts > 1, (counts.double() * share + 0.5).long(), 0)
         held = order[ranks < wanted[labels[order]]]
@@ -70,13 +69,8 @@ def hold_out(
     return kept, held
 
 
-def held_out_of_each(
-    counts: Int[Tensor, " classes"], *, share: float, most: int | None = None
-) -> Literal["share", "one", "none"]:
+def held_out_of_each(counts: Int[Tensor, " classes"], share: float) -> Literal["share", "one", "none"]:
     """Returns what `hold_out(one_each=True)` takes of classes of these sizes: the share, one image of each, or none."""
-    total = int(counts.sum())
-    if most is not None and total:
-        share = min(share, most / total)
     several = counts[counts > 1]
     if not len(several):
         return "none"

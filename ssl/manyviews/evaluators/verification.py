@@ -44,7 +44,6 @@ class VerificationResult(NamedTuple):
     """Accuracy, area under the ROC curve and true accept rates of pairs of images."""
 
     accuracy: float
-    """Mean over the folds."""
     deviation: float
     """Standard deviation over the folds; divided by √folds it is the standard error that LFW reports."""
     auc: float
@@ -52,7 +51,6 @@ class VerificationResult(NamedTuple):
     true_accepts: dict[float, TrueAccepts]
     """By false accept rate."""
     correct: Bool[Tensor, " pairs"]
-    """Whether each pair is judged correctly."""
 
 
 def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | None = None, *, seed: int = 0) -> Pairs:
@@ -135,11 +133,7 @@ def verify(
 
 
 def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]) -> float:
-    """Returns the threshold that classifies the most pairs correctly, the highest of equally good ones.
-
-    >>> best_threshold(torch.tensor([0.75, 0.25]), torch.tensor([True, False]))
-    0.5
-    """
+    """Returns the threshold that classifies the most pairs correctly, the highest of equally good ones."""
     ordered, order = scores.sort(descending=True)
     # Accepting the first n pairs is right for those of the same class, and wrong for the others.
     gains = torch.cat([torch.zeros(1, dtype=torch.int64), torch.where(same[order], 1, -1).cumsum(0)])

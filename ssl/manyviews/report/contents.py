@@ -62,7 +62,6 @@ class Confused(NamedTuple):
     share: float
     """Of all images of the true class."""
     examples: tuple[int, ...]
-    """Ids of the first of them."""
 
 
 class Confusions(NamedTuple):
@@ -94,7 +93,6 @@ class Contents(NamedTuple):
     views_at: float | None
     """The mean cosine of two views of one image."""
     maps: Mapping[str, UInt8[Tensor, "3 height width"]]
-    """Pictures of the 2-D maps by title."""
 
 
 def contents_of(findings: Findings, seed: int) -> Contents:

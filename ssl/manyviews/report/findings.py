@@ -15,14 +15,6 @@ from manyviews.system import keyed_random
 from manyviews.system.files import spelled
 
 
-class Also(NamedTuple):
-    """Results of the same weights and images by other settings."""
-
-    title: str
-    """The settings that differ: protocol.seed=1."""
-    evaluation: Evaluation
-
-
 class Findings(NamedTuple):
     """A run and its evaluation; what is None or empty is left out of the report."""
 
@@ -39,9 +31,8 @@ class Findings(NamedTuple):
     layers: str = ""
     """A sentence on the layer that images are compared by; empty if one layer was measured."""
     failures: tuple[Failure, ...] = ()
-    """Tasks that could not be measured."""
-    also: tuple[Also, ...] = ()
-    """Earlier results of the same weights and images by other settings."""
+    also: tuple[tuple[str, Evaluation], ...] = ()
+    """Earlier results of the same weights and images, after the settings that differ: protocol.seed=1."""
 
     @property
     def shown(self) -> Images:

@@ -20,7 +20,7 @@ LONGEST_DAY = 40
 
 
 class History(NamedTuple):
-    """The content of a run's folder."""
+    """The content of a run's folder; `unreadable` are names and reasons of files that were left out."""
 
     recipe: Recipe | None
     """None without a configuration, as for a backbone that was not made by this package."""
@@ -34,7 +34,6 @@ class History(NamedTuple):
     finished: str
     """The day on which the run ended; empty if it has not."""
     unreadable: tuple[tuple[str, str], ...]
-    """Files that were left out: name and reason."""
 
 
 def read_history(folder: Path) -> History:

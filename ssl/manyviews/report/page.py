@@ -18,7 +18,7 @@ from manyviews.report import plots
 from manyviews.report.contents import Contents, contents_of, references
 from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of
-from manyviews.report.pictures import data_uri, hover_map, png, uris
+from manyviews.report.pictures import data_uri, hover_map, picture_uri, uris
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.system.files import spelled
 from manyviews.system.writing import write_atomic
@@ -121,8 +121,8 @@ def _scores(findings: Findings) -> dict[str, Any]:
     opening, _, rest = findings.evaluation.verdict().partition(": ")
     verdict = (opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []) if opening else None
     shown = sheets(findings.evaluation)
-    for also in findings.also:
-        shown += [sheet._replace(title=f"With {also.title}: {sheet.title}") for sheet in sheets(also.evaluation)]
+    for settings, evaluation in findings.also:
+        shown += [sheet._replace(title=f"With {settings}: {sheet.title}") for sheet in sheets(evaluation)]
     return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": shown}
 
 
@@ -168,7 +168,7 @@ def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, An
         "where_one": f"{searched} image",
         "wrong_by": "kNN" if f"knn/{findings.kind}" in findings.evaluation.hits else "retrieval",
         "map": hover_map(findings, seed),
-        "still": None if first_map is None else data_uri(png(first_map), "image/png"),
+        "still": None if first_map is None else picture_uri(first_map, "png"),
         "histogram": Markup(plots.as_svg(contents.histogram, "similarities")) if contents.histogram else None,
         "histogram_meaning": meaning,
     }

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,15 @@ MEANINGS = {
 
 
 class Sprite(NamedTuple):
-    """Many small pictures in one: picture i is in column i mod `columns`, in row i div `columns`."""
+    """Many small pictures in one: picture i is in column i mod `columns`, row i div `columns`.
+
+    Each has `side` pixels, at the upper left of a square tile of `tile` pixels.
+    """
 
     uri: str
     columns: int
     tile: int
-    """Side of a tile, in pixels."""
     side: int
-    """Side of the picture, at the upper left of its tile."""
 
 
 class Group(NamedTuple):
@@ -80,7 +81,7 @@ def uris(images: Images, ids: Sequence[int], side: int) -> dict[int, str]:
     """Returns the thumbnails of some images as data URIs, by id; each is read once."""
     chosen = sorted(set(ids))
     small = thumbnails(images, torch.tensor(chosen, dtype=torch.int64), side)
-    return {index: jpeg(picture) for index, picture in zip(chosen, small, strict=True)}
+    return {index: picture_uri(picture) for index, picture in zip(chosen, small, strict=True)}
 
 
 def sprite(pictures: UInt8[Tensor, "pictures channels side side"]) -> Sprite:
@@ -88,7 +89,7 @@ def sprite(pictures: UInt8[Tensor, "pictures channels side side"]) -> Sprite:
     count, _, side, _ = pictures.shape
     tile = math.ceil(side / BLOCK) * BLOCK
     columns = max(1, math.ceil(math.sqrt(count)))
-    return Sprite(jpeg(sheet(pictures, columns, tile)), columns, tile, side)
+    return Sprite(picture_uri(sheet(pictures, columns, tile)), columns, tile, side)
 
 
 def sheet(
@@ -100,29 +101,17 @@ def sheet(
     return grid
 
 
-def jpeg(picture: UInt8[Tensor, "channels height width"]) -> str:
-    """Encodes a picture as a JPEG data URI."""
+def picture_uri(picture: UInt8[Tensor, "channels height width"], kind: Literal["jpeg", "png"] = "jpeg") -> str:
+    """Encodes a picture as a data URI."""
     # Colour at full resolution: at half, blocks would be 16 pixels wide and neighbours on a sheet would mix.
-    return data_uri(_encoded(picture, "JPEG", quality=QUALITY, subsampling=0), "image/jpeg")
-
-
-def png(picture: UInt8[Tensor, "channels height width"]) -> bytes:
-    """Encodes a picture as a PNG file."""
-    return _encoded(picture, "PNG", optimize=True)
-
-
-def _encoded(picture: Tensor, format_name: str, **options: int) -> bytes:
+    options = {"quality": QUALITY, "subsampling": 0} if kind == "jpeg" else {"optimize": True}
     content = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(content, format_name, **options)
-    return content.getvalue()
+    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(content, kind, **options)
+    return data_uri(content.getvalue(), f"image/{kind}")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Encodes bytes of a media type as a data URI.
-
-    >>> data_uri(b"a", "text/plain")
-    'data:text/plain;base64,YQ=='
-    """
+    """Encodes bytes of a media type as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

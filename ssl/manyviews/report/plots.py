@@ -64,7 +64,6 @@ class Panel(NamedTuple):
 
     title: str
     last: str
-    """The newest value."""
     meaning: str
     svg: Markup
 
@@ -79,11 +78,7 @@ class Thinned(NamedTuple):
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int = MOST_POINTS) -> Thinned:
-    """Averages a long curve over stretches of steps, ignoring values that are not finite; NaN without any finite one.
-
-    >>> thin([0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0], most=2).mean.tolist()
-    [2.0, 6.0]
-    """
+    """Averages a long curve over stretches of steps, ignoring values that are not finite; NaN if none is."""
     parts = np.array_split(np.arange(len(steps)), min(most, len(steps))) if len(steps) else []
     rows = []
     for part in parts:
@@ -103,15 +98,9 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figu
         seen = thin(steps, values)
         finite = np.isfinite(seen.mean)
         marker = "o" if finite.sum() <= 12 else None
+        style = "--" if number else "-"
         axes.plot(
-            seen.steps,
-            seen.mean,
-            color=colour,
-            linewidth=1.4,
-            linestyle="--" if number else "-",
-            label=name,
-            marker=marker,
-            markersize=3,
+            seen.steps, seen.mean, color=colour, linewidth=1.4, linestyle=style, label=name, marker=marker, markersize=3
         )
         if len(steps) > len(seen.steps):
             axes.fill_between(seen.steps, seen.low, seen.high, color=colour, alpha=0.18, linewidth=0)
@@ -123,7 +112,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figu
     longest = max((len(text) for text in formatter.format_ticks(axes.get_yticks().tolist())), default=0)
     figure.subplots_adjust((TICK_PAD + TICK_LETTER * longest) / (72 * CURVE_WIDTH), 0.13, 0.97, 0.92)
     if len(lines) > 1:
-        _legend(axes)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
     return figure
 
 
@@ -144,7 +133,7 @@ def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float]
     axes.set_xlabel("cosine of two images' features", color=INK, fontsize=9)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    _legend(axes)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
     return figure
 
 
@@ -204,10 +193,6 @@ def _figure(width: float, height: float, layout: Literal["constrained"] | None =
         spine.set_color(FAINT)
         spine.set_linewidth(0.6)
     return figure, axes
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
 
 
 def panels(metrics: Sequence[dict[str, float]]) -> tuple[list[Panel], list[Panel]]:

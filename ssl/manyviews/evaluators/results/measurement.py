@@ -45,11 +45,7 @@ def label(kind: str) -> str:
 
 
 def in_order(kinds: Iterable[str], task: str | None = None) -> list[str]:
-    """Returns all kinds, first the one that decides a task: for grouping tasks the first, else the backbone's.
-
-    >>> in_order(["learned (embedding)", "learned"], "knn")
-    ['learned', 'learned (embedding)']
-    """
+    """Returns all kinds, first the one that decides a task: for grouping tasks the first, else the backbone's."""
     kinds = list(kinds)
     first = kinds[0] if task in GROUPING or LEARNED not in kinds else LEARNED
     return [first, *(kind for kind in kinds if kind != first)]
@@ -60,7 +56,6 @@ class Measurement:
     """One number that one task measured on one kind of features."""
 
     task: str
-    """One of `TASKS`."""
     features: str
     metric: str
     """Usual name: accuracy, Recall@1, MAP@R, AMI, TAR@FAR=0.01, effective rank; for few labels, their number."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manyviews.evaluators.results.intervals import bootstrap_differences
 from manyviews.evaluators.results.measurement import TITLES, Difference, Evaluation, Measurement
-from manyviews.evaluators.results.tables import plain_table
+from manyviews.evaluators.results.tables import Cell, Sheet, plain_table, printed
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Row:
     name: str
     """Name of the method, or of a baseline: random weights, raw pixels."""
     runs: tuple[str, ...]
-    """The run folders."""
     seeds: tuple[int, ...]
     measured: Mapping[str, tuple[Measurement, ...]]
     """By title (see `by_title`), one for each run."""
@@ -64,11 +63,9 @@ class Comparison:
     differences: tuple[Difference, ...]
     """Of each row but the first from the first; the intervals are those of the paired bootstrap."""
     images: int
-    """Number of test images."""
     overlaps: tuple[Overlap, ...] = ()
     """Between the first runs of two methods, and the first two runs of one."""
     neighbours: int = 0
-    """Number of neighbours of each image in the overlaps."""
     notes: tuple[str, ...] = ()
     """Warnings to a reader of the numbers."""
 
@@ -129,28 +126,22 @@ class Comparison:
         return shown
 
     def _geometry(self, titles: Sequence[str]) -> Table:
-        measured = [own for row in self.rows for own in row.measured[titles[0]]]
-        drawn = " or ".join(dict.fromkeys(f"{own.n:,}" for own in measured))
-        shown = plain_table(f"Geometry of the features of {drawn} images, without labels", "features", "dim", *titles)
-        for column in shown.columns[2:]:
-            column.no_wrap = True
+        drawn = dict.fromkeys(f"{own.n:,}" for row in self.rows for own in row.measured[titles[0]])
+        rows = []
         for row in self.rows:
-            digits = [1 if title == "effective rank" else 2 for title in titles]
-            spreads = [spread_of(row.values(title), digits=own) for title, own in zip(titles, digits, strict=True)]
-            dim = row.measured[titles[0]][0].dim
-            shown.add_row(row.name, str(dim), *spreads, style="bold" if row is self.rows[0] else None)
-        return shown
+            spreads = [spread_of(row.values(title), digits=1 if title == "effective rank" else 2) for title in titles]
+            rows.append((row.name, tuple(map(Cell, (str(row.measured[titles[0]][0].dim), *spreads)))))
+        title = f"Geometry of the features of {' or '.join(drawn)} images, without labels"
+        return printed(Sheet(title, "", ("dim", *titles), tuple(rows)))
 
     def _overlaps(self) -> Table:
         chance = 100 * self.neighbours / max(self.images - 1, 1)
         title = f"Of the {self.neighbours} nearest images, those in common by the backbone (%; by chance {chance:.1f})"
-        names = list(dict.fromkeys(name for own in self.overlaps for name in (own.first, own.second)))
-        shares = {(own.first, own.second): own.share for own in self.overlaps}
-        shown = plain_table(title, "features of", *names)
-        for one in names:
-            row = [shares.get((one, other), shares.get((other, one))) for other in names]
-            shown.add_row(one, *("–" if share is None else f"{100 * share:.1f}" for share in row))
-        return shown
+        names = tuple(dict.fromkeys(name for own in self.overlaps for name in (own.first, own.second)))
+        shares = {(own.first, own.second): f"{100 * own.share:.1f}" for own in self.overlaps}
+        shares |= {(second, first): share for (first, second), share in shares.items()}
+        rows = tuple((one, tuple(Cell(shares.get((one, other), "–")) for other in names)) for one in names)
+        return printed(Sheet(title, "", names, rows))
 
 
 def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[str, Measurement]:
@@ -176,10 +167,6 @@ def differences(rows: Sequence[Row], *, seed: int) -> tuple[Difference, ...]:
 
 
 def spread_of(values: Sequence[float], *, digits: int = 1) -> str:
-    """Formats the mean, and the standard deviation of several values.
-
-    >>> spread_of([1.0, 3.0])
-    '2.0 ± 1.4'
-    """
+    """Formats the mean, and the standard deviation of several values."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"

@@ -56,7 +56,6 @@ class Sheet(NamedTuple):
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """Explanations of columns."""
 
 
 def sheets(evaluation: Evaluation) -> list[Sheet]:
