@@ -172,10 +172,10 @@ def test_figures_that_not_all_runs_have_are_left_out_with_a_word(
     (runs[2] / "evaluation.json").unlink()
     assert cli.evaluate([*words, "few.shares=[0.5]", "few.shots=[2]", "few.draws=2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Recall@1: left out, for not all runs were measured so" in shown
+    assert "Recall@1: left out, because not all runs have it" in shown
     assert "linear" in shown
     assert cli.evaluate([*words, "tasks=retrieval"]) == 2
-    assert "measured so on other classes than each other" in " ".join(capsys.readouterr().err.split())
+    assert "the runs were measured on different classes" in " ".join(capsys.readouterr().err.split())
 
 
 def test_mistakes_are_one_sentence(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +184,8 @@ def test_mistakes_are_one_sentence(runs: list[Path], tmp_path: Path, capsys: pyt
     copied = str(shutil.copytree(runs[0], tmp_path / "copied"))
     for words, message in (
         ([one, str(tmp_path / "nowhere")], "nowhere is no run folder"),
-        ([one, other, f"{one}/"], "is given twice"),
-        ([one, copied], f"{copied} holds the same weights as {one}"),
+        ([one, other, f"{one}/"], "is named twice"),
+        ([one, copied], f"{copied} has the same weights as {one}"),
         ([one, same, foreign], f"are not the same: {one}, {same} | {foreign}"),
         ([one, other, f"comparison={tmp_path}"], "cannot be written"),
         ([one, f"comparison={tmp_path / 'x.json'}"], "for several runs, and there is one"),

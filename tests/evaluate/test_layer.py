@@ -165,7 +165,7 @@ def test_probes_are_judged_by_the_backbone_and_comparisons_by_the_embedding_of_a
     for task, first in (("knn", "learned"), ("retrieval", "learned (embedding)"), ("geometry", "learned")):
         assert measured(found, task)[0]["features"] == first
     said = " ".join(capsys.readouterr().out.split())
-    assert "Images are compared by the embedding, for objective=triplet trains it to be compared" in said
+    assert "Images are compared by the embedding, because objective=triplet trains it to be compared" in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert "by the cosine of their features, learned (embedding)," in page
     assert "objective=triplet trains it to be compared" in page

@@ -21,7 +21,7 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.plural import plural
 
 DECODED = {"size", "channels", "background", "bits", "max_bad", "max_pixels", "memory"}
-"""Settings of a folder that change what an image looks like, and not which images there are."""
+"""Settings of a folder that change the pixels of its images, not which images there are."""
 HELD_OUT = {"test", "holdout", "holdout_seed"}
 SIDE = 8
 """Side in pixels of the thumbnails that are compared to detect copies."""
@@ -127,8 +127,8 @@ def copies(split: Split, pixels: tuple[Tensor | None, Tensor] | None) -> Iterato
         return
     if count := len(same_pictures(train, test)):
         yield (
-            f"{count:,} of {plural(len(test), 'held-out image')} show the same picture as an image to learn from, in "
-            "another size or file perhaps: features that memorise the training images classify them correctly."
+            f"{count:,} of {plural(len(test), 'held-out image')} show the same picture as a training image, perhaps "
+            "in another size or file: features that memorise the training images classify them correctly."
         )
 
 
@@ -172,7 +172,7 @@ def collapsed(evaluation: Evaluation) -> Iterator[str]:
         elif uniformity.value > LEAST_SPREAD:
             yield (
                 f"{features} have collapsed: all images have nearly the same (uniformity "
-                f"{uniformity.value:.2f}, 0 if all are equal). Either the images are all alike, or training collapsed."
+                f"{uniformity.value:.2f}, 0 if all are equal). Either all images look the same, or training collapsed."
             )
         elif own.value < LEAST_RANK:
             yield (

@@ -136,13 +136,13 @@ def _open(folders: Sequence[Path]) -> list[PretrainedBackbone]:
         raise ValueError("a comparison takes 2 runs or more")
     resolved = [folder.resolve() for folder in folders]
     if twice := [str(folder) for index, folder in enumerate(folders) if resolved[index] in resolved[:index]]:
-        raise ValueError(f"{', '.join(dict.fromkeys(twice))} is given twice; name each run once")
+        raise ValueError(f"{', '.join(dict.fromkeys(twice))} is named twice; name each run once")
     by_weights: dict[str, PretrainedBackbone] = {}
     for pretrained in map(open_run, folders):
         other = by_weights.setdefault(pretrained.origin["sha256"], pretrained)
         if other is not pretrained:
             raise ValueError(
-                f"{pretrained.name} holds the same weights as {other.name}: one is a copy of the other; leave one of "
+                f"{pretrained.name} has the same weights as {other.name}: one is a copy of the other; leave one of "
                 "them out"
             )
     return list(by_weights.values())
@@ -162,7 +162,7 @@ def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, cons
         groups = " | ".join(", ".join(names) for names in by_fingerprints.values())
         raise ValueError(
             f"the images of these runs are not the same: {groups} (| stands between runs of different images); give "
-            "data=… so that all are measured on the same ones"
+            "data=… to measure all on the same ones"
         )
     train, test = next(iter(splits.values()))[:2]
     labelled = train.labels is not None and test is not None and test.labels is not None

@@ -55,8 +55,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     problem = unwritable(output) if distributed.rank() == 0 else ""
     if problem:
         console.warn(
-            f"{output} cannot be written to ({problem}), so that results will only be printed; output=FOLDER writes "
-            "them elsewhere"
+            f"{output} cannot be written to ({problem}): results will only be printed; output=FOLDER writes them "
+            "elsewhere"
         )
     is_writable = not distributed.any_over_ranks(bool(problem))
     split = images_of(pretrained, settings, console)
@@ -147,20 +147,20 @@ def _warnings(
     if not (folder / DONE).exists():
         yield "The run has not finished: these are the weights of its newest checkpoint."
     if split.unreadable:
-        yield f"{plural(len(split.unreadable), 'file')} left out, for they could not be read."
+        yield f"{plural(len(split.unreadable), 'file')} left out because they could not be read."
     labels = split.train.labels
     if labels is not None and bool((labels >= 0).any()) and {"knn", "linear", "augmented"} & set(tasks):
         share, counts = settings.protocol.held_out, labels[labels >= 0].bincount()
         rule = held_out_of_each(counts, min(share, MOST_HELD_OUT / int(counts.sum())))
         if rule == "one":
             yield (
-                f"A share of {share:g} is not one training image of any class: k, temperature and λ were chosen on one "
-                f"image of each class that has two or more."
+                f"A share of {share:g} is less than one training image of every class: k, temperature and λ were "
+                "chosen on one image of each class that has two or more."
             )
         elif rule == "none":
             yield (
-                "No class has two labelled training images, so that none could be held out: k, temperature and λ were "
-                "not chosen but are those that the table shows."
+                "No class has two labelled training images, so none could be held out: k, temperature and λ were not "
+                "chosen but are those in the table."
             )
     if {"linear", "fractions"} & set(tasks) and (remark := cut_short(len(split.train.classes))):
         yield remark

@@ -55,7 +55,7 @@ def rows_of(
     notes = [f"{run.pretrained.name}: {text}" for run in runs for text in run.record.get("warnings", ())]
     shared = _shared(runs, tasks, BASELINES if baselines else (), notes)
     if not shared:
-        raise ValueError("\n".join(["there is nothing that all these runs were measured by", *dict.fromkeys(notes)]))
+        raise ValueError("\n".join(["these runs have no measurement in common", *dict.fromkeys(notes)]))
     recipes = [recipe_of(run.pretrained).model_dump(mode="json", exclude={"seed", "output", "resume"}) for run in runs]
     rows = []
     by_method = methods(recipes, [run.pretrained.name for run in runs])
@@ -82,13 +82,13 @@ def _shared(
         of_any |= by_title(run.evaluation, run.kinds[0], tasks)
     shared = [title for title in of_any if all(title in own for own in measured)]
     if missing := [title for title in of_any if title not in shared]:
-        notes.append(f"{', '.join(missing)}: left out, for not all runs were measured so; tasks=… names it for all")
+        notes.append(f"{', '.join(missing)}: left out, because not all runs have it; tasks=… measures it for all")
     if len({str(run.evaluation.gallery.get("classes")) for run in runs}) > 1:
         # Retrieval among other classes is harder or easier.
         if grouped := [title for title in shared if of_any[title].task in GROUPING]:
             notes.append(
-                f"{', '.join(grouped)}: left out, for the runs were measured so on other classes than each other; "
-                "classes=… names the same ones for all"
+                f"{', '.join(grouped)}: left out, because the runs were measured on different classes; classes=… "
+                "names the same ones for all"
             )
         shared = [title for title in shared if title not in grouped]
     return shared

@@ -84,7 +84,7 @@ class Job(NamedTuple):
 def gallery_of(job: Job, *, own: bool) -> Gallery:
     """Returns the test images of the classes asked for, or of those that the run has never seen, or all.
 
-    `own` says whether the images are the run's.
+    `own` is whether the images are the run's.
     """
     train, test, recipe, settings = job.split.train, job.shown, job.recipe, job.settings
     others = torch.arange(len(train))

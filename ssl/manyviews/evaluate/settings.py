@@ -73,7 +73,7 @@ class Layers(NamedTuple):
     """The kinds of a run's features that are measured."""
 
     kinds: tuple[str, ...]
-    """The first is the one by which images are compared with each other."""
+    """Images are compared with each other by the first."""
     reason: str = ""
     """Why that one, in a sentence; empty if there is no other."""
     missing: str = ""
@@ -127,11 +127,11 @@ def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, 
     if objective.compares_embeddings:
         return Layers(
             (EMBEDDED, LEARNED),
-            f"Images are compared by the embedding, for objective={objective.name} trains it to be compared; the "
-            "backbone stands beside it. kNN and probes are of the backbone.",
+            f"Images are compared by the embedding, because objective={objective.name} trains it to be compared; "
+            "the backbone is listed beside it. kNN and probes are of the backbone.",
         )
     return Layers(
         (LEARNED, EMBEDDED),
-        f"Images are compared by the backbone, for what objective={objective.name} trains is a backbone; the "
-        "embedding stands beside it.",
+        f"Images are compared by the backbone, because objective={objective.name} trains a backbone; the embedding is "
+        "listed beside it.",
     )

@@ -56,7 +56,7 @@ def write(
     """Merges a record into evaluation.json and its outcomes into outcomes.safetensors, then writes the report of both.
 
     The folder is locked meanwhile: other evaluations wait. Called on one rank. `record` and `outcomes` are those of
-    `record_of`; `warn` gets a message for each file that could not be written; `page` says whether to write the report.
+    `record_of`; `warn` gets a message for each file that could not be written; `page` is whether to write the report.
     Returns the path of the report, if it was written.
     """
     try:

@@ -23,12 +23,12 @@ MOMENTUM = 0.9
 
 
 class AugmentedSettings(Settings):
-    """The grid of heads that are trained at once, and what they see."""
+    """The grid of heads that are trained at once, and their augmentation."""
 
     epochs: int = Field(90, ge=1, le=100_000)
-    """Passes over the training images, in each of which the backbone encodes them anew."""
+    """Passes over the training images; the backbone encodes them again in each."""
     batch_size: int = Field(256, ge=1, le=1_048_576)
-    """Images of one step of stochastic gradient descent, over all processes."""
+    """Images of one step of stochastic gradient descent, over all ranks."""
     rates: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1, max_length=64
     )

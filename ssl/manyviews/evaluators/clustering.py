@@ -17,12 +17,12 @@ from manyviews.evaluators.distance import Nearness
 
 
 class ClusteringSettings(Settings):
-    """How k-means is run."""
+    """Settings of k-means."""
 
     restarts: int = Field(10, ge=1, le=10_000)
     """Starts of k-means (k-means++); the one with the least squared distances counts."""
     most: int = Field(50_000, ge=1, le=10_000_000)
-    """Images beyond which k-means takes mini-batches, which are faster and a little worse."""
+    """Number of images above which k-means uses mini-batches, which are faster and a little worse."""
 
 
 class ClusteringResult(NamedTuple):

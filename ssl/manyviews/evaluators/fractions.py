@@ -24,20 +24,20 @@ MANY = 2_000
 
 
 class FractionSettings(Settings):
-    """How many labels the linear probe is given where labels are few, and how often they are drawn."""
+    """The numbers of labels for the linear probe, and how often they are drawn."""
 
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1), max_length=64)
-    """Shares of the labelled training images, of each class alike; at least one image of each class."""
+    """Shares of the labelled training images of each class; at least one image of each class."""
     shots: tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...] = Field((5,), max_length=64)
     """Numbers of labelled images of each class; of a class that has fewer, all."""
     draws: int = Field(5, ge=2, le=1000)
-    """Draws of the labelled images, of whose accuracies mean and standard deviation are reported."""
+    """Draws of the labelled images; mean and standard deviation of their accuracies are reported."""
     regularisations: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
         (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0), min_length=1, max_length=64
     )
     """Strengths of half the squared weights beside the mean cross-entropy; each draw's own labels choose."""
     single: float = Field(0.1, gt=0, le=1e9)
-    """The strength where there is one image of each class, so that none can be held out for a choice."""
+    """The strength with one image of each class, if none can be held out for a choice."""
 
 
 def fractions(

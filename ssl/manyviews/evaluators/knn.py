@@ -19,11 +19,11 @@ from manyviews.evaluators.splits import Prediction, hold_out, num_classes
 MOST_HELD_OUT = 10_000
 """Training images held out for the choice: more would cost more and choose hardly better."""
 SCORES = 1 << 17
-"""Scores of queries and classes held at once by a core: 1 MiB, so that all votes of a query are counted in a cache."""
+"""Scores of queries and classes held at once by a core: 1 MiB, to count all votes of a query in a cache."""
 
 
 class KnnSettings(Settings):
-    """The grid of which the best pair on held-out training images is used."""
+    """The grid of pairs; the best one on held-out training images is used."""
 
     neighbours: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field(
         (1, 5, 10, 20, 50, 100, 200), min_length=1, max_length=64
@@ -82,7 +82,7 @@ def predict(
         bank, labels = bank[labelled], labels[labelled]
         bank_ids = bank_ids[labelled] if bank_ids is not None else None
     if not len(bank):
-        raise ValueError("the bank holds no labelled image")
+        raise ValueError("the bank has no labelled image")
     most = min(max(neighbours), len(bank))
     cosine = nearness == "cosine"
     left, right = (queries, bank) if cosine else searchable(queries, bank, nearness)

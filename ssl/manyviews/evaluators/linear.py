@@ -23,7 +23,7 @@ ENOUGH = 2
 
 
 class LinearSettings(Settings):
-    """The grid of which the best strength on held-out training images is used."""
+    """The grid of strengths; the best one on held-out training images is used."""
 
     regularisations: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0), min_length=1, max_length=64

@@ -12,7 +12,7 @@ MEMORY, FEWEST_REMEMBERED = 20, 4
 MOST_DIRECTIONS = 2048
 """Number of features above which the principal axes cost more than they save."""
 MOST_SEEN = 16_384
-"""Images that the principal axes are computed from: any axes leave the minimum where it is."""
+"""Images that the principal axes are computed from: the minimum does not depend on the axes."""
 MOST_LOGITS = 1 << 26
 """Numbers in one array of logits (256 MB); a larger grid is fitted part by part."""
 MOST_REMEMBERED = 1 << 28
@@ -74,8 +74,8 @@ def logistic_regression(
     invariant to rotation; its inverse, exact at weights of zero, is the initial inverse Hessian of L-BFGS. And logits
     along a line are a sum, so that a line search needs no product. Deterministic; in the precision of the features.
 
-    Features are centred, best standardised. `used` are the images of each problem (default: all), `start` where each
-    problem starts (default: zero), `axes` the result of `principal_axes` for these features or similar ones, to save
+    Features are centred, best standardised. `used` are the images of each problem (default: all), `start` the
+    initial weights (default: zero), `axes` the result of `principal_axes` for these features or similar ones, to save
     its time. A problem has converged when its expected decrease (half of gradient × step, in nats) is below
     `tolerance`, and otherwise ends after `max_steps` (default: `STEPS`, or `STEPS_OF_MANY` with many classes).
     `report` gets the number of problems solved after each step.
@@ -123,7 +123,7 @@ def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim 
     """Computes eigenvectors of the features' second moments, as orthonormal columns, from evenly spread images.
 
     With fewer images than features, only the directions that the images span: the weights along the others are 0 at
-    the minimum. No directions above `MOST_DIRECTIONS` images and features, where the features' own axes are used.
+    the minimum. No directions above `MOST_DIRECTIONS` images and features: the features' own axes are used.
     """
     images, dim = features.shape
     if min(images, dim) > MOST_DIRECTIONS:

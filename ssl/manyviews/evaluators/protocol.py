@@ -31,9 +31,9 @@ class ProtocolSettings(Settings):
     clustering: ClusteringSettings = ClusteringSettings()
     verification: VerificationSettings = VerificationSettings()
     held_out: float = Field(0.2, gt=0, lt=1)
-    """Share of the training images, of each class alike, on which k, temperature and regularisation are chosen."""
+    """Share of each class's training images that is held out to choose k, temperature and regularisation."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of the draw of that share, of the starts of k-means and of the pairs of verification."""
+    """Seed of that sample, of the starts of k-means and of the pairs of verification."""
 
 
 class Gallery(NamedTuple):

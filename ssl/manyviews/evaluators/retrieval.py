@@ -98,7 +98,7 @@ def retrieve(
     ndcg = left.new_empty(len(settings.ndcg_at), len(counted), dtype=torch.float64)
     r_precision, map_at_r = (left.new_empty(len(counted), dtype=torch.float64) for _ in range(2))
     widest = max(*settings.recall_at, *settings.ndcg_at, 1)
-    # Sorted by the number of relevant references, so that a block is searched no deeper than necessary.
+    # Sorted by the number of relevant references: a block is searched no deeper than necessary.
     order = relevant.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):
@@ -128,7 +128,7 @@ def at_r(
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, " queries"]]:
     """Computes R-precision and average precision at R, in float64.
 
-    `hits` says whether the reference at each rank is relevant, for at least R ranks; `relevant` is R, at least 1.
+    `hits` is whether the reference at each rank is relevant, for at least R ranks; `relevant` is R, at least 1.
     """
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
     hits = hits & (ranks <= relevant[:, None])

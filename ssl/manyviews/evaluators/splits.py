@@ -1,4 +1,4 @@
-"""Hold out training images, so that hyper-parameters are chosen without the test images; accuracies over classes."""
+"""Holds out training images to choose hyper-parameters without the test images; accuracies over classes."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -78,7 +78,7 @@ def held_out_of_each(counts: Int[Tensor, " classes"], share: float) -> Literal["
 
 
 def num_classes(*labels: Int[Tensor, " _"]) -> int:
-    """Returns one more than the largest label, so that a class of one split alone counts too."""
+    """Returns one more than the largest label of any split."""
     return 1 + max((int(part.max()) for part in labels if len(part)), default=-1)
 
 

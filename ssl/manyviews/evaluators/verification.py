@@ -18,11 +18,11 @@ class VerificationSettings(Settings):
     """Which pairs are judged, and at which rates of false accepts."""
 
     pairs: int = Field(6_000, ge=4, le=10_000_000)
-    """Pairs of images, half of the same class; fewer where there are not as many different ones."""
+    """Pairs of images, half of the same class; fewer if there are not as many distinct ones."""
     folds: int = Field(10, ge=2, le=10_000)
-    """Parts of the pairs: each is judged by a threshold that is chosen on all others."""
+    """Folds of the pairs: each is judged by a threshold that is chosen on the others."""
     false_accept_rates: tuple[Share, ...] = (0.1, 0.01, 0.001)
-    """Rates of false accepts at which true accepts are counted; those below what the pairs can tell are left out."""
+    """False accept rates at which true accepts are counted; rates below one pair are left out."""
 
 
 class Pairs(NamedTuple):

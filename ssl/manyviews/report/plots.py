@@ -24,7 +24,7 @@ ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
 THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
-"""Variables of the page's style that replace these colours, so that dark mode changes them."""
+"""Variables of the page's style that replace these colours, for dark mode."""
 PALETTE = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#8f6fc0", "#9c755f"),
     *("#e377a8", "#3aa6b0", "#b5a22e", "#6b86d6", "#c0504d", "#7fae8a"),

@@ -25,9 +25,9 @@ TITLES: Mapping[str, str] = {
     "clustering": "AMI",
     "verification": "verification",
 }
-"""Names in tables of the tasks by which features are compared, or of their leading metric."""
+"""Names in tables of the tasks that compare features, or of their leading metric."""
 LEADING: Mapping[str, str] = {**dict.fromkeys(TITLES, "accuracy"), "retrieval": "Recall@1", "clustering": "AMI"}
-"""The metric of each of these tasks by which features are compared."""
+"""The leading metric of each of these tasks, which compares features."""
 TASKS = (*get_args(Task), "geometry", "staleness")
 """All tasks, in the order of their results."""
 CHOICES = {"neighbours": "k", "temperature": "T", "regularisation": "λ", "rate": "rate", "decay": "decay"}
@@ -70,7 +70,7 @@ class Measurement:
     """Standard deviation over folds or draws, if `value` is their mean."""
     dim: int | None = None
     distance: str | None = None
-    """The distance by which neighbours were searched; None if none were."""
+    """The distance of the search for neighbours; None without one."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Chosen hyper-parameters and their validation accuracy; numbers of images learned from or left out; each draw."""
 
@@ -81,7 +81,7 @@ class Measurement:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the metric by which features are compared."""
+        """Whether it is the leading metric of its task."""
         return self.metric == LEADING.get(self.task)
 
     @property
@@ -165,7 +165,7 @@ class Evaluation:
         for difference in sorted(self.differences, key=lambda own: TASKS.index(own.task)):
             sentences.setdefault((difference.task, difference.features), []).append(str(difference))
         parts = [
-            # The layer is named where there are two.
+            # The layer is named if there are two.
             f"by {TITLES[task]}, {label(kind) if EMBEDDED in kinds else kind} features {' and '.join(said)}"
             for (task, kind), said in sentences.items()
         ]

@@ -33,7 +33,7 @@ STALENESS = (
     "was written. Higher is better; a column such as 25 % is that quantile of the cosines."
 )
 SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": ""}
-"""Abbreviations in the terminal, so that tables fit 80 columns."""
+"""Abbreviations that make tables fit a terminal of 80 columns."""
 
 
 class Cell(NamedTuple):
@@ -83,7 +83,7 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
         tables.append(_sheet(title, meaning, own, dim=True)._replace(notes=tuple(GEOMETRY.items())))
     if own := list(evaluation.of("staleness")):
         rows = plural(own[0].n, "row")
-        title = f"Staleness of the bank: cosines of {rows} with fresh embeddings, 1 where none is stale"
+        title = f"Staleness of the bank: cosines of {rows} with fresh embeddings, 1 if none is stale"
         tables.append(_sheet(title, STALENESS, own))
     return tables
 
