@@ -80,19 +80,19 @@ def test_every_table_is_made_of_an_old_record_and_its_kept_ones() -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was measured by kNN, of which the record is then as old as can be."""
-    place = tmp_path_factory.mktemp("old")
-    data = f"data={photographs(place / 'own')}"
-    small_run(place / "run", data, "data.size=28", "data.channels=1", "data.holdout=0.4")
-    (place / "run" / "done").touch()
-    assert cli.evaluate([str(place / "run"), *GRID, "tasks=knn", "layer=backbone", "report=false"]) == 0
-    new = recorded(place / "run")
+    root = tmp_path_factory.mktemp("old")
+    data = f"data={photographs(root / 'own')}"
+    small_run(root / "run", data, "data.size=28", "data.channels=1", "data.holdout=0.4")
+    (root / "run" / "done").touch()
+    assert cli.evaluate([str(root / "run"), *GRID, "tasks=knn", "layer=backbone", "report=false"]) == 0
+    new = recorded(root / "run")
     same = {name: new[name] for name in ("weights", "images", "classes", "precision", "protocol", "metric", "few")}
     assert key_of(OLD | {"weights": new["weights"], "images": new["images"]}) == key_of(new)
-    outcomes = hashlib.sha256((place / "run" / "outcomes.safetensors").read_bytes()).hexdigest()
+    outcomes = hashlib.sha256((root / "run" / "outcomes.safetensors").read_bytes()).hexdigest()
     kept = [record | {"weights": new["weights"], "images": new["images"]} for record in OLD["kept"]]
     old = OLD | same | {"outcomes": outcomes, "kept": kept}
-    (place / "run" / "evaluation.json").write_text(json.dumps(old, indent=1))
-    return place / "run"
+    (root / "run" / "evaluation.json").write_text(json.dumps(old, indent=1))
+    return root / "run"
 
 
 def test_new_results_are_merged_into_an_old_file_and_the_report_shows_both(made: Path, tmp_path: Path) -> None:

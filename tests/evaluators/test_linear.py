@@ -175,9 +175,9 @@ def test_many_classes_take_the_diagonal_and_reach_the_same_minimum(monkeypatch):
     exact = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
     monkeypatch.setattr("manyviews.evaluators.logistic.MOST_MODES", 5)
     monkeypatch.setattr("manyviews.evaluators.logistic.MOST_REMEMBERED", 1)
-    found = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
-    assert found.converged.all()
-    torch.testing.assert_close(found.weights, exact.weights, atol=1e-5, rtol=1e-4)
+    actual = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
+    assert actual.converged.all()
+    torch.testing.assert_close(actual.weights, exact.weights, atol=1e-5, rtol=1e-4)
 
 
 def test_a_grid_too_large_for_memory_is_searched_from_strong_to_weak(monkeypatch):
@@ -185,13 +185,13 @@ def test_a_grid_too_large_for_memory_is_searched_from_strong_to_weak(monkeypatch
     test, _ = correlated(50, 12, 5, seed=1)
     settings = LinearSettings()
     whole = linear(features, labels, test, 5, settings)
-    told = []
+    reports = []
     monkeypatch.setattr("manyviews.evaluators.linear.at_once", lambda *_: 1)
-    parts = linear(features, labels, test, 5, settings, report=lambda *words: told.append(words))
+    parts = linear(features, labels, test, 5, settings, report=lambda *args: reports.append(args))
     assert parts[1:] == whole[1:]
     assert parts.predictions.tolist() == whole.predictions.tolist()
-    assert {total for _, _, total in told} == {11}
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert {total for _, _, total in reports} == {11}
+    assert [done for _, done, _ in reports] == sorted(done for _, done, _ in reports)
 
 
 def test_two_parts_of_a_grid_that_bring_nothing_better_end_the_search():
@@ -212,12 +212,12 @@ def test_two_parts_of_a_grid_that_bring_nothing_better_end_the_search():
 def test_where_no_class_has_a_second_image_the_strength_is_not_chosen():
     features, _ = correlated(30, 6, 5)
     labels = torch.arange(30)
-    found = linear(features, labels, features, 30, LinearSettings())
-    assert found.chosen == {"regularisation": UNCHOSEN}
-    assert found.validation is None
+    actual = linear(features, labels, features, 30, LinearSettings())
+    assert actual.chosen == {"regularisation": UNCHOSEN}
+    assert actual.validation is None
     scaled = standard(features)(features)
     fit = logistic_regression(scaled, labels, torch.tensor([UNCHOSEN]), 30)
-    assert found.predictions.tolist() == fit.predict(scaled)[0].tolist()
+    assert actual.predictions.tolist() == fit.predict(scaled)[0].tolist()
 
 
 @pytest.mark.parametrize("most", [None, 3])

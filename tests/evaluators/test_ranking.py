@@ -43,10 +43,10 @@ def test_dcg_and_ndcg_equal_scikit_learn_with_ties_averaged(k: int | None) -> No
 def test_dcg_and_ndcg_equal_scikit_learn_where_ties_are_ignored(k: int | None) -> None:
     # On scores without ties: scikit-learn's order of tied items is that of an unstable sort.
     relevances, scores = rankings(ties=False)
-    for found, oracle in ((dcg, dcg_score), (ndcg, ndcg_score)):
+    for actual, oracle in ((dcg, dcg_score), (ndcg, ndcg_score)):
         expected = pytest.approx(oracle(relevances, scores, k=k, ignore_ties=True), rel=1e-12)
-        assert found(relevances, scores, k, ties="first").mean().item() == expected
-        assert found(relevances, scores, k, ties="average").mean().item() == expected
+        assert actual(relevances, scores, k, ties="first").mean().item() == expected
+        assert actual(relevances, scores, k, ties="average").mean().item() == expected
 
 
 @pytest.mark.parametrize("k", [1, 3, None])
@@ -63,8 +63,8 @@ def test_ndcg_equals_torchmetrics(k: int | None, ties: bool) -> None:
 def test_averaged_ties_are_the_mean_over_all_orders_that_agree_with_the_scores(k: int, gain: Gain) -> None:
     relevances = torch.tensor([[3, 0, 1, 2, 0, 1]], dtype=torch.float64)
     scores = torch.tensor([[0.5, 0.5, 2.0, 0.5, -1.0, -1.0]], dtype=torch.float64)
-    found = dcg(relevances, scores, k, gain=gain).item()
-    assert found == pytest.approx(expected_by_orders(relevances[0], scores[0], k, gain), rel=1e-12)
+    actual = dcg(relevances, scores, k, gain=gain).item()
+    assert actual == pytest.approx(expected_by_orders(relevances[0], scores[0], k, gain), rel=1e-12)
 
 
 def test_ties_that_are_not_averaged_keep_the_order_of_the_list() -> None:

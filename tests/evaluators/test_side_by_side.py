@@ -112,10 +112,10 @@ def test_of_each_task_asked_for_the_leading_metric_stands_by_its_title():
     rows += [("knn", "learned", "balanced accuracy", 0.4), ("fractions", "learned", "1 %", 0.3)]
     rows += [("retrieval", "learned", "Recall@1", 0.7), ("retrieval", "learned", "MAP@R", 0.2)]
     rows += [("geometry", "learned", "uniformity", -2.0)]
-    found = Evaluation(tuple(Measurement(*row) for row in rows))
+    actual = Evaluation(tuple(Measurement(*row) for row in rows))
 
     def values(*tasks: str) -> dict[str, float]:
-        return {title: own.value for title, own in by_title(found, "learned", tasks).items()}
+        return {title: own.value for title, own in by_title(actual, "learned", tasks).items()}
 
     assert values("knn", "fractions", "retrieval") == {"kNN": 0.5, "1 %": 0.3, "Recall@1": 0.7}
     assert values("linear", "geometry") == {"uniformity": -2.0}

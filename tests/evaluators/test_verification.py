@@ -53,8 +53,8 @@ def test_every_pair_has_the_same_chance():
     different = [count for pair, count in counts.items() if len({int(labels[image]) for image in pair}) == 2]
     # 2 of the 7 pairs of a class and 2 of the 14 others are drawn each time.
     assert (len(same), len(different)) == (7, 14)
-    for found, chance in ((same, 2 / 7), (different, 2 / 14)):
-        assert np.abs(np.array(found) / 3000 - chance).max() < 4.5 * math.sqrt(chance * (1 - chance) / 3000)
+    for actual, chance in ((same, 2 / 7), (different, 2 / 14)):
+        assert np.abs(np.array(actual) / 3000 - chance).max() < 4.5 * math.sqrt(chance * (1 - chance) / 3000)
 
 
 def test_few_pairs_are_all_taken_in_whole_folds():
@@ -89,27 +89,27 @@ def test_accuracies_and_accepts_equal_a_loop_over_every_threshold(nearness):
         scores.append(cosine if nearness == "cosine" else -float((rows[one] - rows[two]).square().sum()))
     accuracies, accepts = [], {rate: [] for rate in (0.3, 0.1, 0.01)}
     for held in range(5):
-        others = [place for place in range(400) if fold[place] != held]
-        own = [place for place in range(400) if fold[place] == held]
-        ordered = sorted({scores[place] for place in others}, reverse=True)
+        others = [pair for pair in range(400) if fold[pair] != held]
+        own = [pair for pair in range(400) if fold[pair] == held]
+        ordered = sorted({scores[pair] for pair in others}, reverse=True)
         candidates = [math.inf, *((a + b) / 2 for a, b in pairwise(ordered)), -math.inf]
-        right = [sum((scores[place] > limit) == same[place] for place in others) for limit in candidates]
+        right = [sum((scores[pair] > limit) == same[pair] for pair in others) for limit in candidates]
         limit = candidates[right.index(max(right))]
-        accuracies.append(sum((scores[place] > limit) == same[place] for place in own) / len(own))
-        negatives = [scores[place] for place in others if not same[place]]
-        for rate, found in accepts.items():
+        accuracies.append(sum((scores[pair] > limit) == same[pair] for pair in own) / len(own))
+        negatives = [scores[pair] for pair in others if not same[pair]]
+        for rate, actual in accepts.items():
             allowed = [limit for limit in negatives if sum(score > limit for score in negatives) <= rate * 160 + 1e-9]
-            positives = [place for place in own if same[place]]
-            found.append(sum(scores[place] > min(allowed) for place in positives) / len(positives))
+            positives = [pair for pair in own if same[pair]]
+            actual.append(sum(scores[pair] > min(allowed) for pair in positives) / len(positives))
     result = verify(features, pairs, SMALL, nearness=nearness)
     assert result.accuracy == pytest.approx(np.mean(accuracies), rel=1e-12)
     assert result.deviation == pytest.approx(np.std(accuracies, ddof=1), rel=1e-9)
     assert result.correct.double().mean().item() == pytest.approx(result.accuracy)
     # 160 pairs of different classes in the other folds: a rate of 0.001 would allow none of them.
     assert list(result.true_accepts) == [0.3, 0.1, 0.01]
-    for rate, found in accepts.items():
-        assert result.true_accepts[rate].mean == pytest.approx(np.mean(found), rel=1e-12)
-        assert result.true_accepts[rate].deviation == pytest.approx(np.std(found, ddof=1), rel=1e-9)
+    for rate, actual in accepts.items():
+        assert result.true_accepts[rate].mean == pytest.approx(np.mean(actual), rel=1e-12)
+        assert result.true_accepts[rate].deviation == pytest.approx(np.std(actual, ddof=1), rel=1e-9)
 
 
 @pytest.mark.parametrize("decimals", [1, 8])
@@ -120,8 +120,8 @@ def test_thresholds_are_those_of_the_roc_curve_also_where_scores_are_equal(decim
     false, true, _ = roc_curve(same.numpy(), scores.numpy(), drop_intermediate=False)
     number = int(same.sum())
     accuracy = (true * number + (1 - false) * (500 - number)) / 500
-    found = ((scores > best_threshold(scores, same)) == same).double().mean().item()
-    assert found == pytest.approx(accuracy.max(), rel=1e-12)
+    actual = ((scores > best_threshold(scores, same)) == same).double().mean().item()
+    assert actual == pytest.approx(accuracy.max(), rel=1e-12)
     for rate in (0.5, 0.1, 0.01, 1 / 300):
         limit = threshold_at(scores[~same], rate)
         assert (scores[~same] > limit).double().mean().item() <= rate + 1e-12
@@ -140,14 +140,14 @@ def test_classes_far_apart_are_verified_without_a_mistake():
     features, labels = faces(60, 4, 0.01)
     result = verify(features, draw_pairs(labels, SMALL), SMALL)
     assert (result.accuracy, result.deviation, result.auc) == (1, 0, 1)
-    assert all(found.mean == 1 for found in result.true_accepts.values())
+    assert all(actual.mean == 1 for actual in result.true_accepts.values())
 
 
 def test_equal_features_are_judged_by_chance():
     _, labels = faces(60, 4, 1.0)
     result = verify(torch.ones(60, 3), draw_pairs(labels, SMALL), SMALL)
     assert (result.accuracy, result.auc) == (0.5, 0.5)
-    assert all(found.mean == 0 for found in result.true_accepts.values())
+    assert all(actual.mean == 0 for actual in result.true_accepts.values())
 
 
 def test_a_threshold_between_neighbouring_floats_still_parts_them():

@@ -69,8 +69,8 @@ class Page(HTMLParser):
         return {attributes["id"] or "" for tag, attributes in self.elements if tag == "section"}
 
     def map_data(self) -> dict[str, object]:
-        found = [text for attributes, text in self.scripts if attributes.get("type") == "application/json"]
-        return json.loads(found[0])
+        actual = [text for attributes, text in self.scripts if attributes.get("type") == "application/json"]
+        return json.loads(actual[0])
 
 
 def report(given: Findings) -> Page:
@@ -92,12 +92,12 @@ def test_every_score_of_the_evaluation_stands_in_the_score_table(made: tuple[Fin
     assert [cell.strip() for cell in table[0]] == ["features", "dim", "kNN", "linear probe"]
     rows = {row[0].strip(): row for row in table[1:]}
     for score in given.evaluation.of("knn", "linear"):
-        words = rows[label(score.features)][{"knn": 2, "linear": 3}[score.task]].split(maxsplit=2)
-        assert words[0] == f"{100 * score.value:.1f}"
+        parts = rows[label(score.features)][{"knn": 2, "linear": 3}[score.task]].split(maxsplit=2)
+        assert parts[0] == f"{100 * score.value:.1f}"
         assert score.low is not None
         assert score.high is not None
-        assert words[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
-        assert words[2].strip() == score.choice
+        assert parts[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
+        assert parts[2].strip() == score.choice
     assert list(rows) == ["learned (backbone)", "raw pixels"]
 
 
