@@ -245,7 +245,7 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
     else:
         pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
         judged = verify(features, pairs, protocol.verification, nearness=nearness)
-        right, n = judged.correct, len(judged.correct)
+        right, n = judged.correct.flatten(), judged.correct.numel()
         rows = [("accuracy", judged.accuracy, None, None, judged.deviation), ("AUC", judged.auc, None, None, None)]
         rows += [
             (f"TAR@FAR={rate:g}", mean, None, None, deviation)

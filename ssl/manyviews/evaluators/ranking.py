@@ -34,7 +34,11 @@ def dcg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """Computes the discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
+    """Computes the discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`.
+
+    >>> dcg(torch.tensor([[3.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.1, 0.5]])).item()
+    4.0
+    """
     return discounted(_ranked(relevances, scores, k, gain, ties))
 
 

@@ -26,18 +26,10 @@ class VerificationSettings(Settings):
 
 
 class Pairs(NamedTuple):
-    """Pairs of images, fold by fold; each fold has as many pairs of the same class as of different ones."""
+    """Pairs of images; each fold has as many pairs of the same class as of different ones."""
 
-    images: Int64[Tensor, "pairs 2"]
-    same: Bool[Tensor, " pairs"]
-    fold: Int64[Tensor, " pairs"]
-
-
-class TrueAccepts(NamedTuple):
-    """The true accept rate (TAR) at a false accept rate (FAR), over the folds."""
-
-    mean: float
-    deviation: float
+    images: Int64[Tensor, "folds pairs 2"]
+    same: Bool[Tensor, "folds pairs"]
 
 
 class VerificationResult(NamedTuple):
@@ -48,9 +40,9 @@ class VerificationResult(NamedTuple):
     """Standard deviation over the folds; divided by √folds it is the standard error that LFW reports."""
     auc: float
     """Area under the ROC curve of all pairs: the probability that a pair of one class is nearer than one of two."""
-    true_accepts: dict[float, TrueAccepts]
-    """By false accept rate."""
-    correct: Bool[Tensor, " pairs"]
+    true_accepts: dict[float, tuple[float, float]]
+    """Mean and standard deviation over the folds of the true accept rate, by false accept rate."""
+    correct: Bool[Tensor, "folds pairs"]
 
 
 def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | None = None, *, seed: int = 0) -> Pairs:
@@ -65,7 +57,7 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
 
     >>> pairs = draw_pairs(torch.tensor([0, 0, 0, 1, 1, 1]), VerificationSettings(pairs=8, folds=2))
     >>> pairs.images.shape, int(pairs.same.sum())
-    (torch.Size([8, 2]), 4)
+    (torch.Size([2, 4, 2]), 4)
     """
     settings = settings or VerificationSettings()
     generator = torch.Generator().manual_seed(seed)
@@ -91,9 +83,7 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
         first = torch.searchsorted(upto, drawn, right=True)
         second = begins[first] + drawn - (upto[first] - counts[first])
         kinds.append(torch.stack([order[first], order[second]], 1).view(settings.folds, numbers, 2))
-    images = torch.cat(kinds, 1).flatten(0, 1)
-    is_same = (torch.arange(2 * numbers) < numbers).repeat(settings.folds)
-    return Pairs(images, is_same, torch.arange(settings.folds).repeat_interleave(2 * numbers))
+    return Pairs(torch.cat(kinds, 1), (torch.arange(2 * numbers) < numbers).repeat(settings.folds, 1))
 
 
 def verify(
@@ -111,24 +101,25 @@ def verify(
     them.
     """
     settings = settings or VerificationSettings()
-    scores = similarity_of_pairs(features, pairs.images.to(features.device), nearness).cpu()
-    folds = int(pairs.fold.max()) + 1
-    correct = torch.zeros_like(pairs.same)
+    same, images = pairs.same, pairs.images.flatten(0, 1).to(features.device)
+    scores = similarity_of_pairs(features, images, nearness).cpu().view_as(same)
+    correct = torch.zeros_like(same)
     rates: dict[float, list[float]] = {}
-    for fold in range(folds):
-        own = pairs.fold == fold
-        correct[own] = (scores[own] > best_threshold(scores[~own], pairs.same[~own])) == pairs.same[own]
-        negatives = scores[~own & ~pairs.same]
+    for fold in range(len(same)):
+        others = torch.arange(len(same)) != fold
+        threshold = best_threshold(scores[others].flatten(), same[others].flatten())
+        correct[fold] = (scores[fold] > threshold) == same[fold]
+        negatives = scores[others][~same[others]]
         for rate in settings.false_accept_rates:
             if rate * len(negatives) >= 1:
-                accepted = scores[own & pairs.same] > threshold_at(negatives, rate)
+                accepted = scores[fold][same[fold]] > threshold_at(negatives, rate)
                 rates.setdefault(rate, []).append(accepted.double().mean().item())
-    by_fold = correct.double().view(folds, -1).mean(1)
+    by_fold = correct.double().mean(1)
     true_accepts = {}
     for rate, by_folds in rates.items():
         shares = torch.tensor(by_folds, dtype=torch.float64)
-        true_accepts[rate] = TrueAccepts(shares.mean().item(), shares.std().item())
-    auc = float(roc_auc_score(pairs.same.numpy(), scores.numpy()))
+        true_accepts[rate] = shares.mean().item(), shares.std().item()
+    auc = float(roc_auc_score(same.flatten().numpy(), scores.flatten().numpy()))
     return VerificationResult(by_fold.mean().item(), by_fold.std().item(), auc, true_accepts, correct)
 
 
