@@ -1,4 +1,4 @@
-"""Evaluates a run: its features beside baselines, their geometry, and a report; and compares runs."""
+"""Evaluates runs: features beside baselines, geometry, a report; and compares them."""
 
 from manyviews.evaluate.evaluate import check_measured, evaluate
 from manyviews.evaluate.settings import EvaluateSettings

@@ -1,4 +1,4 @@
-"""Warnings about the images of an evaluation: their source, copies, small classes, collapsed features."""
+"""Warnings about an evaluation: foreign images, copies, small classes, collapsed features."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ FEWEST_IMAGES, LEAST_SPREAD = 8, -0.01
 
 
 def is_own(data: Data | None, own: Data, inventory: Mapping[str, str], split: Split) -> bool:
-    """Returns whether images are those of a run, whatever is held out of them and whatever their decoded size.
+    """Returns whether images are a run's own, whatever is held out and whatever their size.
 
     `data` are the settings asked for (None: the run's own), `own` those of the run's recipe; `inventory`, the hashes of
     the run's files (see `inventory_of`), identifies a copy in another folder.
@@ -54,7 +54,7 @@ def is_own(data: Data | None, own: Data, inventory: Mapping[str, str], split: Sp
 
 
 def inventory_of(folder: Path) -> dict[str, str]:
-    """Reads the hashes of the files that a run began with, by their names; empty if unknown; collective."""
+    """Reads the hashes of a run's files, by their names; empty if unknown; collective."""
     with raise_on_all_ranks():
         try:
             return read_inventory(folder / INVENTORY)
@@ -96,7 +96,7 @@ def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evalu
 
 
 def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> Float[Tensor, "images small"] | None:
-    """Returns all images at 8 × 8 pixels in [0, 1], from `pixels` if given; None if reading them is expensive."""
+    """Returns all images at 8 × 8 pixels in [0, 1]; None if reading them is expensive."""
     if pixels is not None:
         side = round((pixels.shape[1] / images.channels) ** 0.5)
         squares = pixels.view(-1, images.channels, side, side)
@@ -105,7 +105,7 @@ def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> 
 
 
 def same_pictures(train: Float[Tensor, "train small"], test: Float[Tensor, "test small"]) -> Int[Tensor, " pictures"]:
-    """Returns the indices of test images that show the same picture as their nearest training image, ascending.
+    """Returns the indices of test images that are copies of training images, ascending.
 
     Two thumbnails show the same picture if their root mean square distance is at most `SAME` of its contrast.
     """

@@ -1,4 +1,4 @@
-"""Compares several runs on the same test images: seeds of one method in one row, methods beside each other."""
+"""Compares several runs on the same test images: a row for each method, over its seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ class Shared(NamedTuple):
 
 
 def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Comparison:
-    """Prints one table of several runs: mean and spread over seeds, differences with a paired bootstrap interval.
+    """Prints one table of several runs: mean and spread over seeds, differences with intervals.
 
     Runs whose configuration is equal but for seed and output are seeds of one method; the others are compared with the
     method of the first run. A run is evaluated first if it has not been, or if its weights, images or protocol have
@@ -95,7 +95,7 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
 
 
 def measured_before(pretrained: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> MeasuredRun | None:
-    """Reads earlier measurements of a run that cover the settings for these weights and images; None without any."""
+    """Reads measurements of a run that cover the settings, weights and images; None without any."""
     tasks = planned_tasks(settings, recipe_of(pretrained), labelled=images.labelled)
     kinds = measured_layers(pretrained, settings, tasks).kinds
     assert pretrained.folder is not None
@@ -131,7 +131,7 @@ def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks:
 
 
 def _open(folders: Sequence[Path]) -> list[PretrainedBackbone]:
-    """Opens the runs; raises ValueError for fewer than two, or two with the same folder or weights."""
+    """Opens the runs; raises ValueError for fewer than two, or equal folders or weights."""
     if len(folders) < 2:
         raise ValueError("a comparison takes 2 runs or more")
     resolved = [folder.resolve() for folder in folders]
@@ -172,7 +172,7 @@ def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, cons
 def _overlaps(
     rows: Sequence[Row], runs: Sequence[PretrainedBackbone], shown: Images, settings: EvaluateSettings, console: Console
 ) -> tuple[tuple[Overlap, ...], int]:
-    """The share of neighbours in common of the first runs of two methods, and of the first two runs of one."""
+    """Neighbours in common of the first runs of two methods, and of the first two runs of one."""
     k = min(NEIGHBOURS, len(shown) - 2)
     if k < 1:
         return (), 0

@@ -37,7 +37,7 @@ from manyviews.system.plural import plural
 
 
 def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -> Findings:
-    """Evaluates a run beside random weights and raw pixels; prints tables, writes evaluation.json and report.html.
+    """Evaluates a run and its baselines; prints tables, writes evaluation.json and report.html.
 
     If a task fails, the others are still measured, and `failures` of the result names it. The numbers are printed
     before anything is written; a file that cannot be written is a warning. Ranks share the images to encode and the

@@ -1,4 +1,4 @@
-"""Groups runs into methods, by the differences between their recipes, and makes a row for each method and baseline."""
+"""Groups runs into methods by their recipes; makes a row for each method and baseline."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ class MeasuredRun(NamedTuple):
 def rows_of(
     runs: Sequence[MeasuredRun], tasks: Collection[str], *, baselines: bool, apart: bool = False
 ) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """Returns a row for each method and each baseline, of the measurements that all runs have, and notes.
+    """Returns rows of the methods and baselines, of measurements that all runs have, and notes.
 
     The numbers of a method are each of the layer that its objective trains for it; `apart` gives each layer a row.
 
@@ -75,7 +75,7 @@ def rows_of(
 def _shared(
     runs: Sequence[MeasuredRun], tasks: Collection[str], baselines: Sequence[str], notes: list[str]
 ) -> list[str]:
-    """The titles of the measurements that all kinds of features of all runs have; adds a note on the others."""
+    """The titles of the measurements that all runs have; adds a note on the others."""
     measured = [by_title(run.evaluation, kind, tasks) for run in runs for kind in (*run.kinds, *baselines)]
     of_any: dict[str, Measurement] = {}
     for run in runs:
@@ -97,7 +97,7 @@ def _shared(
 def _baselines(
     by_method: Mapping[str, Sequence[int]], runs: Sequence[MeasuredRun]
 ) -> Iterator[tuple[str, str, list[MeasuredRun]]]:
-    """The name, kind and runs of each baseline; runs that share a baseline are in one row, once for each seed."""
+    """The name, kind and runs of each baseline; one run for each seed of a shared baseline."""
     for kind in BASELINES:
         groups: dict[tuple[object, ...], dict[int, int]] = {}
         for index, run in enumerate(runs):
@@ -132,7 +132,7 @@ def _row(
 
 
 def methods(recipes: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, list[int]]:
-    """Groups runs with equal recipes into methods; returns the indices of the runs of each method, by its name.
+    """Groups runs with equal recipes into methods; returns their indices by the method's name.
 
     `recipes` are trees without the keys in which the seeds of one method differ; `folders` are distinct. A method is
     named by its differences from the others, as on a command line (objective=queue), or, if these are long or none, by

@@ -1,4 +1,4 @@
-"""Converts records of evaluation.json in the old format, with one list for each kind of result."""
+"""Converts old records of evaluation.json, with one list for each kind of result."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -81,7 +81,7 @@ def record_of(
 
 
 def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
-    """Yields the records of an evaluation.json, newest first, with the prefix of their outcomes' names.
+    """Yields the records of an evaluation.json, newest first, with their outcomes' prefix.
 
     Records in the old format are converted; raises ValueError if one is in neither format.
     """
@@ -106,7 +106,7 @@ def key_of(record: Mapping[str, Any]) -> str:
 def merge(
     record: Record, outcomes: Outcomes, before: Mapping[str, Any], outcomes_before: Outcomes
 ) -> tuple[Record, Outcomes, int]:
-    """Merges a new record into an evaluation.json; returns it, all outcomes and the number of dropped records.
+    """Merges a record into an evaluation.json; returns both merged, and how many were dropped.
 
     New results replace those of the same weights, images, protocol, task and features. Outcomes are kept for the
     weights of the new record alone; records of other weights, as of an earlier step, keep their numbers. Raises
@@ -137,7 +137,7 @@ def tasks_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) -> Findings:
-    """Returns the findings with all results of the same weights and images; raises ValueError for another format."""
+    """Adds the file's results of the same weights and images; raises ValueError if malformed."""
     (record, _), *others = records_in(whole)
     also = []
     for other, _ in others:
@@ -152,7 +152,7 @@ def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) 
 
 
 def stored(record: Mapping[str, Any]) -> Stored:
-    """Validates the results of a record; raises ValueError with the first key that is not in the format."""
+    """Validates the results of a record; raises ValueError with the first wrong key."""
     try:
         return Stored.model_validate(record)
     except ValidationError as problem:
@@ -191,7 +191,7 @@ def _merged(record: Record, old: Mapping[str, Any]) -> Record:
 
 
 def _settings_apart(record: Mapping[str, Any], top: Mapping[str, Any]) -> str:
-    """The settings in which a record of the same weights and images differs from the one at the top level."""
+    """The settings in which a kept record differs from the one at the top level."""
     own, other = (leaves({name: one.get(name) for name in CONTEXT[2:]}) for one in (record, top))
     changed = [f"{key}={_text(value)}" for key, value in own.items() if other.get(key) != value]
     return ", ".join(changed) or "another protocol"

@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
 
 def gallery_of(job: Job, *, own: bool) -> Gallery:
-    """Returns the test images of the classes asked for, or of those that the run has never seen, or all.
+    """Returns the test images of the given classes, or of the run's unseen ones, or all.
 
     `own` is whether the images are the run's.
     """
@@ -222,7 +222,7 @@ def _device() -> torch.device:
 
 
 def stale_rows(job: Job) -> tuple[Measurement, ...]:
-    """Measures the staleness of a run's memory bank; empty without a bank or its images. Collective.
+    """Measures the staleness of a run's memory bank, if there is one; collective.
 
     Each rank owns a part of the rows, and gives those of its part that were sampled.
     """
@@ -250,7 +250,7 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
 
 
 def maps(job: Job, kinds: Kinds) -> dict[str, tuple[Tensor, Tensor]]:
-    """Computes maps of some of the images shown, by the features that they are compared by; on rank 0 alone."""
+    """Computes maps of some of the images shown, by the first kind of features; on rank 0 alone."""
     leading, (_, rows) = next(iter(kinds.items()))
     seed = job.settings.protocol.seed
     if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:

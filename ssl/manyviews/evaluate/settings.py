@@ -1,4 +1,4 @@
-"""What is measured of a run: the settings, the tasks that they and the images allow, and the layers of the encoder."""
+"""Settings of an evaluation, and the tasks and layers that follow from them."""
 
 from collections.abc import Collection
 from typing import Annotated, Literal, NamedTuple, get_args

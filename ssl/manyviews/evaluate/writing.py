@@ -1,4 +1,4 @@
-"""Writes the files of an evaluation, each atomically; a file that cannot be written is a warning, not an error."""
+"""Writes the files of an evaluation atomically; a file that cannot be written is a warning."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Warn = Callable[[str], object]
 
 
 def check_output(output: Path, folder: Path) -> None:
-    """Raises ValueError if results may not be written to a folder: it is a file, or another run's folder."""
+    """Raises ValueError if the output folder is a file or another run's folder."""
     nearest_existing(output)
     if (output / CONFIG).is_file() and output.resolve() != folder.resolve():
         raise ValueError(f"output={output} is another run's folder; name one that is no run, or leave output out")
@@ -53,7 +53,7 @@ def unwritable(output: Path) -> str:
 def write(
     findings: Findings, record: Record, outcomes: Outcomes, output: Path, warn: Warn, *, page: bool
 ) -> Path | None:
-    """Merges a record into evaluation.json and its outcomes into outcomes.safetensors, then writes the report of both.
+    """Merges a record and its outcomes into the files of a folder, then writes the report.
 
     The folder is locked meanwhile: other evaluations wait. Called on one rank. `record` and `outcomes` are those of
     `record_of`; `warn` gets a message for each file that could not be written; `page` is whether to write the report.
@@ -120,7 +120,7 @@ def _merged(record: Record, outcomes: Outcomes, output: Path, warn: Warn) -> tup
 
 
 def _save(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
-    """Writes both files beside the old ones before either is replaced: a full disk leaves both as they were."""
+    """Writes both files before either is replaced: a full disk leaves the old ones."""
     whole["outcomes"] = None
     aside = aside_of(output / OUTCOMES)
     try:

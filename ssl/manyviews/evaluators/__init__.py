@@ -1,1 +1,1 @@
-"""Evaluation tasks on extracted features: kNN, probes, retrieval, clustering, verification, geometry."""
+"""Tasks on features: kNN, probes, retrieval, clustering, verification, geometry."""

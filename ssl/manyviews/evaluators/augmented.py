@@ -1,4 +1,4 @@
-"""The linear probe as papers train it: heads on a frozen backbone that sees new crops and flips in every epoch."""
+"""The linear probe as papers train it: on new crops and flips in every epoch."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -48,7 +48,7 @@ class AugmentedSettings(Settings):
 
 
 class Cropped(NamedTuple):
-    """The images of a split as random crops, each a pure function of the image's id and the epoch."""
+    """The images of a split as random crops, a pure function of the image's id and the epoch."""
 
     images: Images
     views: Views
@@ -75,7 +75,7 @@ def augmented_probe(
     workers: int = 2,
     report: Report | None = None,
 ) -> Prediction:
-    """Predicts the test images by a linear head trained on random crops and flips of all labelled training images.
+    """Predicts the test images by a linear head trained on crops and flips of training images.
 
     Stochastic gradient descent with momentum 0.9 and a cosine schedule; the heads of all pairs of learning rate and
     weight decay are one matrix product (as in DINOv2, `dinov2/eval/linear.py`). Each pair has two heads: one does not
@@ -135,7 +135,7 @@ def augmented_probe(
 
 
 class Heads:
-    """Linear classifiers on the same features, from zero: one for each part of the images and (rate, decay) pair.
+    """Linear classifiers, from zero: one for each part of the images and (rate, decay) pair.
 
     `like` is a batch of features of the width, precision and device to come.
     """
@@ -154,7 +154,7 @@ class Heads:
         counts: Bool[Tensor, "2 batch"],
         rate: float,
     ) -> None:
-        """Takes a step on the mean cross-entropy of the images that count for each part; `rate` scales every rate."""
+        """Takes a step on the mean cross-entropy of each part; `rate` scales every rate."""
         inputs = F.pad(features, (0, 1), value=1.0)
         classes = self.weights.shape[2]
         logits = (inputs @ self.weights.flatten(0, 2).T).unflatten(1, (2, -1, classes))
@@ -169,7 +169,7 @@ class Heads:
     def predict(
         self, features: Float[Tensor, "images width"], part: int, head: int | None = None
     ) -> Int[Tensor, "heads images"]:
-        """Returns the class with the largest logit by each head of a part, or by one; −1 from a diverged head."""
+        """Predicts classes by each head of a part, or by one; −1 from a diverged head."""
         chosen = self.weights[part] if head is None else self.weights[part, head][None]
         predictions = torch.stack([(features @ one[:, :-1].T + one[:, -1]).argmax(1) for one in chosen])
         return predictions.masked_fill(~chosen.isfinite().all((1, 2))[:, None], -1)

@@ -42,7 +42,7 @@ def clustering(
     nearness: Nearness = "cosine",
     seed: int = 0,
 ) -> ClusteringResult:
-    """Clusters the images into as many groups as there are classes, and compares groups and classes.
+    """Clusters the images into as many groups as classes, and compares the two.
 
     Features are normalised for the cosine. Images labelled −1 are left out.
 

@@ -160,7 +160,7 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
 
 
 def _probe(task: Task, inputs: Inputs) -> Outcome | None:
-    """Measures the accuracy of predicted classes of test images; None if the features that it takes are missing."""
+    """Measures the accuracy of predicted classes; None if its features are missing."""
     kind, train, test, mapped, train_labels, test_labels, _, protocol, few, augmented, progress = inputs
     labelled = (test_labels >= 0).nonzero().squeeze(1)
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
@@ -216,7 +216,7 @@ def _probe(task: Task, inputs: Inputs) -> Outcome | None:
 
 
 def _group(task: Task, inputs: Inputs) -> Outcome | None:
-    """Measures a task that compares test images with each other; None without features to search in."""
+    """Measures a task that compares test images with each other; None without their features."""
     mapped, shown, protocol = inputs.mapped, inputs.gallery, inputs.protocol
     if mapped is None:
         return None

@@ -1,4 +1,4 @@
-"""The confusion matrix and the most confident mistakes of a classifier, as numbers and as pictures."""
+"""The confusion matrix and most confident mistakes of a classifier, and their pictures."""
 
 import warnings
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ MOST_NAMES = 60
 def confusion(
     labels: Int[Tensor, " images"], predictions: Int[Tensor, " images"], classes: int
 ) -> Int[Tensor, "classes classes"]:
-    """Counts images by true class (row) and predicted class (column); classes are numbers from 0."""
+    """Counts images by true class (row) and predicted class (column), numbered from 0."""
     return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
 
 
 def worst(
     logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], most: int
 ) -> tuple[Int[Tensor, " mistakes"], Float[Tensor, " mistakes"]]:
-    """Returns the indices and probabilities of the most confident mistakes, most confident first."""
+    """Returns indices and probabilities of the most confident mistakes, in descending order."""
     probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     order = probabilities[wrong].argsort(descending=True, stable=True)[:most]
@@ -40,7 +40,7 @@ def worst(
 def confusion_picture(
     matrix: Int[Tensor, "classes classes"], classes: Sequence[str], dpi: int = 100
 ) -> UInt8[Tensor, "3 rows columns"]:
-    """Draws the confusion matrix, a row for each true class; darker cells are a larger share of the row."""
+    """Draws the confusion matrix, a row for each true class; darker: a larger share of it."""
     number = len(classes)
     shares = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     totals = matrix.sum(1).tolist()

@@ -1,4 +1,4 @@
-"""Similarity of features, by cosine or Euclidean distance, as inner products that the engine can search."""
+"""Similarity of features, by cosine or Euclidean distance, as searchable inner products."""
 
 from typing import Annotated, Literal, NamedTuple
 
@@ -45,7 +45,7 @@ class MappedFeatures(NamedTuple):
 def searchable(
     queries: Float[Tensor, "queries dim"], references: Float[Tensor, "references dim"], nearness: Nearness
 ) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "references wide"]]:
-    """Returns rows for `engine.top_k`: their inner products are the similarities of queries and references.
+    """Returns rows for `engine.top_k` with the similarities as their inner products.
 
     The similarity is the cosine, or −d² / (2 v) of the Euclidean distance d, where v is the mean squared distance of
     the references from their mean. Pairs of references then have −1 on average whatever the scale of the features, and
@@ -61,7 +61,7 @@ def searchable(
 def similarity_of_pairs(
     features: Float[Tensor, "images dim"], pairs: Int[Tensor, "pairs 2"], nearness: Nearness
 ) -> Float[Tensor, " pairs"]:
-    """Computes the cosine of each pair of images, or minus its squared Euclidean distance, in float64."""
+    """Computes the cosine, or minus the squared Euclidean distance, of each pair, in float64."""
     if nearness == "cosine":
         features = F.normalize(features, dim=1, eps=1e-6)
     pieces = []
@@ -85,7 +85,7 @@ def map_features(
     *,
     report: Report | None = None,
 ) -> MappedFeatures:
-    """Applies the metric's linear map, fitted on the training images `fitting`; cosine and Euclidean have none."""
+    """Fits the metric's linear map on the images `fitting`, if it has one, and applies it."""
     if isinstance(metric, Cosine | Euclidean):
         return MappedFeatures(train, test, metric.name, None, metric.name)
     assert train is not None, "a metric is fitted on training images"

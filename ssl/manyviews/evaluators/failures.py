@@ -1,4 +1,4 @@
-"""Failures of single tasks: the other tasks are still measured, and a message names the task and the reason."""
+"""Failures of single tasks, while the others are measured, and their messages."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class Failure:
 
 @contextmanager
 def catch_failure(task: str, kind: str, on_failure: OnFailure | None) -> Iterator[None]:
-    """Context manager: an exception on any rank is passed to `on_failure` on every rank; collective.
+    """Context manager: an exception on any rank goes to `on_failure` on all; collective.
 
     Without `on_failure`, exceptions pass through.
     """
@@ -36,7 +36,7 @@ def catch_failure(task: str, kind: str, on_failure: OnFailure | None) -> Iterato
 
 
 def failure_messages(failures: Sequence[Failure], kinds: Sequence[str]) -> list[str]:
-    """Returns one sentence for each task and reason; it names the kinds of features unless all of `kinds` failed."""
+    """Returns a sentence for each task and reason, with the kinds unless all of `kinds` failed."""
     groups: dict[tuple[str, str], list[str]] = {}
     for failure in failures:
         groups.setdefault((failure.task, failure.reason), []).append(failure.features)

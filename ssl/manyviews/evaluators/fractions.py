@@ -1,4 +1,4 @@
-"""The linear probe from few labels: a number or a share of the images of each class, drawn several times."""
+"""The linear probe from few labels: a number or share of each class, drawn several times."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def fractions(
     kind: str = LEARNED,
     report: Report | None = None,
 ) -> tuple[Measurement, ...]:
-    """Measures the linear probe from few labels: first the shares, then the numbers of each class, both ascending.
+    """Measures the linear probe from few labels: first shares, then numbers of each class.
 
     Each is the mean of several draws. The images of a draw are a pure function of labels, seed and number of the draw:
     all kinds of features get the same ones, and a smaller share is part of a larger one. Features are standardised by
@@ -105,7 +105,7 @@ def fractions(
 def mean_of_draws(
     kind: str, name: str, labelled: int, accuracies: Sequence[float], strengths: Sequence[float]
 ) -> Measurement:
-    """Returns the mean accuracy over draws of `labelled` images, with the sample's standard deviation (n − 1)."""
+    """Returns the mean accuracy over draws, with the sample's standard deviation (n − 1)."""
     mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)
     details = {"accuracies": [*accuracies], "regularisations": [*strengths]}
     return Measurement("fractions", kind, name, mean, n=labelled, deviation=deviation, details=details)
@@ -114,7 +114,7 @@ def mean_of_draws(
 def draw(
     labels: Int[Tensor, " images"], amount: float | int, *, seed: int, number: int
 ) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"]]:
-    """Draws the images that are labelled, ascending, and the rank of each in the shuffled order of its class.
+    """Draws images to label, ascending, and the rank of each in the shuffled order of its class.
 
     `amount` is a number of images of each class if it is an int; else the share of each class, at least one image.
     Images labelled −1 are never drawn.
@@ -137,7 +137,7 @@ def _probe(
     axes: Tensor | None,
     report: Callable[[int], object],
 ) -> tuple[LogisticFit, float]:
-    """Fits the probe of one draw on all its images, with the strength that has the most hits on its folds."""
+    """Fits the probe of one draw, with the strength that has the most hits on its folds."""
     folds = min(FOLDS, 1 + int(ranks.max()))
     if folds < 2:
         single = torch.tensor([settings.single])

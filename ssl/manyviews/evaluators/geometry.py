@@ -1,4 +1,4 @@
-"""Geometry of features: alignment, uniformity, effective rank; neighbours in common; staleness of a memory bank."""
+"""Geometry of features: alignment, uniformity, rank; common neighbours; stale bank rows."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ def geometry(
 
 @torch.no_grad()
 def alignment(first: Float[Tensor, "pairs dim"], second: Float[Tensor, "pairs dim"]) -> float:
-    """Computes the mean squared distance of unit features of two views (Wang & Isola 2020, equation 4, α = 2).
+    """Computes the mean squared distance of unit views (Wang & Isola 2020, equation 4, α = 2).
 
     The squared distance of zero features is 0 to each other and 2 to all others.
 
@@ -77,7 +77,7 @@ def alignment(first: Float[Tensor, "pairs dim"], second: Float[Tensor, "pairs di
 
 @torch.no_grad()
 def uniformity(features: Float[Tensor, "images dim"]) -> float:
-    """Computes log mean exp(−2 d²) over all pairs of unit features (Wang & Isola 2020, equation 5, t = 2).
+    """Computes log mean exp(−2 d²) of unit features (Wang & Isola 2020, equation 5, t = 2).
 
     Exact, by tiles: no image is paired with itself, and no matrix of all pairs is stored. Collective: all ranks pass
     all features and share the pairs. Zero features count as one direction of their own: if all are zero, it is 0.
@@ -98,7 +98,7 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
 
 @torch.no_grad()
 def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tensor, "images other"], k: int) -> float:
-    """Computes the mean share of an image's k nearest neighbours that two kinds of features have in common.
+    """Computes the mean share of k nearest neighbours that two kinds of features have in common.
 
     Neighbours are the other images nearest by cosine. 1 if both kinds agree; about k / (images − 1) if they are
     unrelated.
@@ -120,7 +120,7 @@ def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tens
 
 @torch.no_grad()
 def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "images dim"]) -> tuple[Measurement, ...]:
-    """Measures the cosines of a memory bank's rows with fresh embeddings of the same images, in the same order.
+    """Measures the cosines of a memory bank's rows with fresh embeddings, row by row.
 
     Their mean, 1 if nothing has moved, and their quantiles from 5 % to 95 %.
 

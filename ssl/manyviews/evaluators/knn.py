@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours (Wu et al. 2018, section 3.4): the features as they are, nothing is trained."""
+"""Weighted nearest neighbours (Wu et al. 2018, section 3.4); nothing is trained."""
 
 from functools import partial
 from typing import Annotated
@@ -65,7 +65,7 @@ def predict(
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> Int[Tensor, "neighbours temperatures queries"]:
-    """Predicts the class of every query for every pair of a grid, from one search for the most neighbours.
+    """Predicts the class of every query for every pair of a grid, from one search.
 
     A vote weighs exp(similarity / temperature), with the cosine or the similarity of `distance.searchable`. More
     neighbours than the bank has rows mean the whole bank. Rows of the bank labelled −1 are left out, as are those with
@@ -121,7 +121,7 @@ def knn(
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> Prediction:
-    """Predicts the test images from all training images, with k and temperature chosen on held-out training images.
+    """Predicts the test images, with k and temperature chosen on held-out training images.
 
     `share` of each class is held out, at most 10,000 images; equal validation accuracies go to the pair that the grid
     names first. Training images labelled −1 are left out. `shared` is that of `predict`.
@@ -162,7 +162,7 @@ def knn(
 def monitor_knn(
     features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, seed: int = 0, most: int = 5_000
 ) -> float:
-    """Computes the kNN accuracy of a tenth of the labelled images among the others, to watch a run.
+    """Computes the kNN accuracy of a tenth of the images among the others, to watch a run.
 
     At most `most` labelled images, sampled with `seed`, take part. k = 20 and temperature 0.07 are DINO's usual ones;
     nothing is chosen here, so values are comparable along a run and between runs with equal settings.

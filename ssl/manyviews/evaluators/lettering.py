@@ -1,4 +1,4 @@
-"""Draws names of any script with matplotlib: by installed fonts, else escaped; nothing is read as TeX."""
+"""Names of any script in matplotlib: in installed fonts, else escaped; never as TeX."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ class LinearSettings(Settings):
 
 
 class Standard(NamedTuple):
-    """Mean and 1 / deviation per feature, of the training part only; 0 for a feature that does not vary there."""
+    """Mean and 1 / deviation per feature, of the training part only; 0 for constant ones."""
 
     mean: Float[Tensor, " dim"]
     scale: Float[Tensor, " dim"]
@@ -118,7 +118,7 @@ def search(
     size: int,
     judge: Callable[[Float[Tensor, " part"], LogisticFit | None, int], tuple[LogisticFit, Int[Tensor, " part"]]],
 ) -> tuple[int, int, LogisticFit]:
-    """Returns the strength with the most hits, the first of equal ones: its index, its hits and its fit.
+    """Returns index, hits and fit of the strength with the most hits, the first of equal ones.
 
     The descending strengths are fitted in parts of `size`, each from the last fit of the part before: `judge` gets a
     part, the fit to start from and the number of strengths before it, and returns the fits and their hits. The search

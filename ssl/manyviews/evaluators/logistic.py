@@ -1,4 +1,4 @@
-"""Multinomial logistic regression for a whole grid of regularisations at once, as matrix products."""
+"""Multinomial logistic regression for a grid of regularisations at once."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -120,7 +120,7 @@ def at_once(images: int, classes: int, dim: int) -> int:
 
 
 def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim directions"]:
-    """Computes eigenvectors of the features' second moments, as orthonormal columns, from evenly spread images.
+    """Computes eigenvectors of the features' second moments, as orthonormal columns.
 
     With fewer images than features, only the directions that the images span: the weights along the others are 0 at
     the minimum. No directions above `MOST_DIRECTIONS` images and features: the features' own axes are used.
@@ -153,7 +153,7 @@ def _fit(
     report: Callable[[int], object] | None,
     solved_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solves the problems of some strengths: weights [grid, classes, dim + 1], converged [grid], steps [grid]."""
+    """Returns weights [grid, classes, dim + 1], converged [grid] and steps [grid]."""
     images, classes, dim = len(inputs), len(targets), len(moments)
     penalty = strengths[:, None, None].repeat(1, 1, dim)
     penalty[..., -1] = 0
@@ -215,7 +215,7 @@ def _fit(
 
 
 def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues and eigenvectors of mean(diag p - p pᵀ) for each problem; with many classes its diagonal and None."""
+    """Eigenvalues, eigenvectors of mean(diag p - p pᵀ); with many classes its diagonal and None."""
     weighted = probabilities * shares[:, None]
     if probabilities.shape[1] > MOST_MODES:
         diagonal = weighted.sum(2) - (weighted * probabilities).sum(2)
@@ -229,7 +229,7 @@ def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor | Non
 def _quasi_newton(
     gradient: Tensor, modes: Tensor | None, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from a matrix diagonal in the modes of classes."""
+    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from `scale` in the modes."""
     direction, shares = gradient.clone(), []
     for change, bend, inverse in reversed(past):
         share = (inverse * _dot(change, direction))[:, None, None]
@@ -247,7 +247,7 @@ def _quasi_newton(
 def _line_search(
     logits: Tensor, moved: Tensor, shares: Tensor, linear: Tensor, square: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Finds the step length at which the slope has halved, by bracketed Newton steps, and the probabilities there.
+    """Finds the step length that halves the slope, by bracketed Newton steps; the softmax there.
 
     The problem is convex along the line, so the slope's sign shows on which side of the minimum a point lies; values,
     which float32 cannot tell apart near the end, are never compared.

@@ -24,7 +24,7 @@ STEPS = 500
 
 @torch.no_grad()
 def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int) -> Float[Tensor, "images 2"]:
-    """Maps features to float32 points in the plane by principal components, t-SNE or UMAP; deterministic for a seed.
+    """Maps features to float32 points in the plane; deterministic for a seed.
 
     Principal components keep large distances; t-SNE and UMAP keep neighbours, and their distances and sizes of groups
     mean little. Both start from the first two components.
@@ -45,7 +45,7 @@ def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int
 
 
 def principal_components(features: Float[Tensor, "images dim"], count: int) -> Float[Tensor, "images count"]:
-    """Computes the first principal components, float64 on the CPU; components that do not exist are zero.
+    """Computes the first principal components, float64 on the CPU, padded with zeros.
 
     The largest weight of each component is positive, which fixes the sign.
     """

@@ -1,4 +1,4 @@
-"""How features are measured, the same for every kind of features; and which tasks the labels rule out."""
+"""The protocol of an evaluation, and the tasks that the labels rule out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from manyviews.system.plural import plural
 
 
 class ProtocolSettings(Settings):
-    """How features are measured: the same for every kind of features, and without a look at the test labels."""
+    """The protocol: the same for every kind of features, and without use of the test labels."""
 
     knn: KnnSettings = KnnSettings()
     linear: LinearSettings = LinearSettings()
@@ -54,7 +54,7 @@ def refusals(
     protocol: ProtocolSettings,
     metric: Metric | None,
 ) -> dict[Task, str]:
-    """Returns the tasks that these labels make impossible, each with the reason, in the order of `tasks`."""
+    """Returns the tasks that these labels make impossible, in order, each with the reason."""
     if not len(test_labels) or int(test_labels.max()) < 0:
         return dict.fromkeys(tasks, "no test image has a label")
     reasons: dict[Task, str] = {}
@@ -92,7 +92,7 @@ def takes_training(tasks: Sequence[Task], metric: Metric | None) -> bool:
 
 
 def fitting_images(gallery: Gallery, labels: Int[Tensor, " train"], protocol: ProtocolSettings) -> Int[Tensor, " some"]:
-    """Returns the training images to fit a metric on: the gallery's, without those held out for the choices of kNN.
+    """Returns the gallery's training images to fit a metric on, without those held out for kNN.
 
     Raises:
         ValueError: if they have fewer than 2 classes.

@@ -1,4 +1,4 @@
-"""Gains of a ranking: cumulative (CG), discounted (DCG), of the ideal order, and the ratio of the two (NDCG).
+"""Gains of a ranking: cumulative (CG), discounted (DCG), ideal (IDCG), normalised (NDCG).
 
 The figures of Järvelin and Kekäläinen 2002. The item at rank r, from 1, is divided by log2(r + 1), as in Burges et al.
 2005 and in libraries; the original left its first ranks undivided. All is computed in float64.
@@ -22,7 +22,7 @@ def cg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """Computes the cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
+    """Computes the gain of the k items of highest score; arguments and errors as of `ndcg`."""
     return _ranked(relevances, scores, k, gain, ties).sum(1)
 
 
@@ -34,7 +34,7 @@ def dcg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """Computes the discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`.
+    """Computes the DCG of the k items of highest score; arguments and errors as of `ndcg`.
 
     >>> dcg(torch.tensor([[3.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.1, 0.5]])).item()
     4.0
@@ -45,7 +45,7 @@ def dcg(
 def ideal_dcg(
     relevances: Real[Tensor, "queries items"], k: int | None = None, *, gain: Gain = "linear"
 ) -> Float[Tensor, " queries"]:
-    """Computes the DCG of the best order, by descending relevance; arguments and errors as of `ndcg`."""
+    """Computes the DCG of the best order; arguments and errors as of `ndcg`."""
     return dcg(relevances, relevances.double(), k, gain=gain, ties="first")
 
 
@@ -57,7 +57,7 @@ def ndcg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """Computes the DCG of the order of scores divided by that of the best order; NaN if nothing is relevant.
+    """Computes the DCG divided by that of the best order; NaN if nothing is relevant.
 
     Args:
         relevances: 0 or more.
@@ -84,13 +84,13 @@ def discounted(gains: Float[Tensor, "queries k"]) -> Float[Tensor, " queries"]:
 
 
 def ideal_hits(relevant: Int[Tensor, " queries"], k: int) -> Float[Tensor, "queries k"]:
-    """Returns the first k relevances of the best order, given the number of items of relevance 1."""
+    """Returns the first k relevances of the best order, from the number of relevant items."""
     ranks = torch.arange(k, device=relevant.device)
     return (ranks < relevant.unsqueeze(1)).double()
 
 
 def _ranked(relevances: Tensor, scores: Tensor, k: int | None, gain: Gain, ties: Ties) -> Tensor:
-    """The gains at the first k ranks of the order of scores; with ties averaged, each tied rank has their mean gain.
+    """The gains at the first k ranks of the order of scores; tied ranks share their mean gain.
 
     Any weighted sum over ranks is then its expected value over the orders of tied items.
     """

@@ -1,4 +1,4 @@
-"""Retrieval: Recall@k, R-precision, MAP@R and NDCG of the nearest images, best of classes never seen in training."""
+"""Retrieval: Recall@k, R-precision, MAP@R and NDCG of the nearest images."""
 
 from typing import Annotated, NamedTuple
 
@@ -55,7 +55,7 @@ def retrieve(
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> RetrievalResult:
-    """Ranks the references by similarity to each query and scores the ranking, exactly, in float64.
+    """Ranks the references by similarity to each query and scores the ranking, exactly.
 
     Recall@k as in Jégou et al. 2011 and Song et al. 2016; R-precision and MAP@R as in Musgrave et al. 2020, section
     3.2; NDCG as in `ranking`, with relevances of 0 and 1. Equal similarities go to the lower reference. Without
@@ -140,7 +140,7 @@ def at_r(
 def _relevant(
     query_labels: Tensor, reference_labels: Tensor, query_ids: Tensor | None, reference_ids: Tensor | None
 ) -> Tensor:
-    """Counts the references of each query's class, without those of its id; 0 for unlabelled queries."""
+    """Counts the references of each query's class, without its id; 0 for unlabelled queries."""
     sizes = torch.bincount(reference_labels, minlength=int(query_labels.max()) + 1 if len(query_labels) else 0)
     relevant = torch.where(query_labels >= 0, sizes[query_labels.clamp(min=0)], 0)
     if query_ids is None or reference_ids is None:

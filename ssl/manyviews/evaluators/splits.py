@@ -1,4 +1,4 @@
-"""Holds out training images to choose hyper-parameters without the test images; accuracies over classes."""
+"""Held-out training images for the choice of hyper-parameters; accuracies over classes."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ UNEVEN = 1.5
 
 
 class Prediction(NamedTuple):
-    """Predicted classes of the test images, and the hyper-parameters chosen on held-out training images."""
+    """Predicted classes of the test images, and the hyper-parameters that were chosen."""
 
     predictions: Int[Tensor, " test"]
     chosen: Mapping[str, float]
@@ -70,7 +70,7 @@ def hold_out(
 
 
 def held_out_of_each(counts: Int[Tensor, " classes"], share: float) -> Literal["share", "one", "none"]:
-    """Returns what `hold_out(one_each=True)` takes of classes of these sizes: the share, one image of each, or none."""
+    """Returns what `hold_out(one_each=True)` holds out of classes of these sizes."""
     several = counts[counts > 1]
     if not len(several):
         return "none"
@@ -85,7 +85,7 @@ def num_classes(*labels: Int[Tensor, " _"]) -> int:
 def by_class(
     order: Int[Tensor, " images"], labels: Int[Tensor, " all"]
 ) -> tuple[Int[Tensor, " labelled"], Int[Tensor, " labelled"]]:
-    """Sorts the labelled images of an order by class, stably; also returns the rank of each within its class."""
+    """Sorts labelled images by class, stably; also returns the rank of each in its class."""
     order = order[labels[order] >= 0]
     order = order[labels[order].argsort(stable=True)]
     counts = labels[order].bincount()
@@ -93,14 +93,14 @@ def by_class(
 
 
 def uneven(labels: Int[Tensor, " images"]) -> bool:
-    """Returns whether the largest class has more than `UNEVEN` times the images of the smallest; −1 is no class."""
+    """Returns whether the largest class has more than `UNEVEN` times the smallest's images."""
     counts = labels[labels >= 0].bincount()
     counts = counts[counts > 0]
     return len(counts) > 1 and int(counts.max()) > UNEVEN * int(counts.min())
 
 
 def balanced_accuracy(predictions: Int[Tensor, " images"], labels: Int[Tensor, " images"]) -> float:
-    """Computes the mean over classes of the share of a class's images that is predicted correctly."""
+    """Computes the mean over classes of the accuracy on each class."""
     counts = labels.bincount()
     right = labels[predictions == labels].bincount(minlength=len(counts))
     return (right[counts > 0] / counts[counts > 0]).mean().item()

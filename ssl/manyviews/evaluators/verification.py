@@ -1,4 +1,4 @@
-"""Verification, as of faces: whether two images are of the same class, by one threshold for all pairs."""
+"""Verification, as of faces: are two images of one class? One threshold for all pairs."""
 
 from typing import Annotated, NamedTuple
 
@@ -93,7 +93,7 @@ def verify(
     *,
     nearness: Nearness = "cosine",
 ) -> VerificationResult:
-    """Judges each fold of pairs by thresholds that are chosen on the other folds (LFW's view 2, Huang et al. 2007).
+    """Judges each fold of pairs by thresholds chosen on the others (LFW, Huang et al. 2007).
 
     A pair is accepted if its similarity is above the threshold. For the accuracy it is the threshold with the most
     correct pairs, half way between two neighbouring similarities, the highest of equally good ones; for TAR at a FAR,
@@ -124,7 +124,7 @@ def verify(
 
 
 def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]) -> float:
-    """Returns the threshold that classifies the most pairs correctly, the highest of equally good ones."""
+    """Returns the threshold with the most correct pairs, the highest of equally good ones."""
     ordered, order = scores.sort(descending=True)
     # Accepting the first n pairs is right for those of the same class, and wrong for the others.
     gains = torch.cat([torch.zeros(1, dtype=torch.int64), torch.where(same[order], 1, -1).cumsum(0)])
@@ -141,7 +141,7 @@ def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]
 
 
 def threshold_at(negatives: Float[Tensor, " negatives"], rate: float) -> float:
-    """Returns the lowest threshold with at most this share of the negatives above it: the score of one of them."""
+    """Returns the lowest score of a negative with at most this share of the negatives above it."""
     # A tenth of 30 is 3, though 0.1 · 30 need not be in floating point.
     allowed = int(rate * len(negatives) * (1 + 1e-12))
     return negatives.sort(descending=True).values[allowed].item()

@@ -1,4 +1,4 @@
-"""What the page and TensorBoard both show: neighbours, confusions, similarities of pairs and maps."""
+"""Contents of page and TensorBoard: neighbours, confusions, similarities and maps."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -96,7 +96,7 @@ class Contents(NamedTuple):
 
 
 def contents_of(findings: Findings, seed: int) -> Contents:
-    """Computes the contents of a report on the learned features; a pure function of findings and seed."""
+    """Computes the contents of a report; a pure function of findings and seed."""
     random, wrong = queries(findings, seed)
     confusions = confusions_of(findings)
     matrix = None
@@ -114,7 +114,7 @@ def contents_of(findings: Findings, seed: int) -> Contents:
 
 
 def references(findings: Findings) -> tuple[Images, Float[Tensor, "images dim"], bool]:
-    """Returns the images and features that neighbours are searched in, and whether these are the images shown.
+    """Returns images and features to search for neighbours, and whether they are those shown.
 
     They are the training images, if their features are known and others are shown.
     """
@@ -125,7 +125,7 @@ def references(findings: Findings) -> tuple[Images, Float[Tensor, "images dim"],
 
 
 def queries(findings: Findings, seed: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
-    """Samples images at random, and images that kNN (or else retrieval) got wrong, with their nearest neighbours."""
+    """Samples random images, and mistakes of kNN or else retrieval, with their neighbours."""
     random = drawn(torch.arange(len(findings.shown)), RANDOM, seed, 1)
     hits = predictions = None
     if findings.test is not None:
@@ -164,7 +164,7 @@ def look_up(findings: Findings, ids: Int64[Tensor, " queries"]) -> list[Query]:
 
 
 def look_alikes(findings: Findings, seed: int) -> tuple[Query, ...]:
-    """Finds mistakes of the linear probe, or kNN, with the most similar image of another class; most similar first.
+    """Finds mistakes and the most similar image of another class, most similar first.
 
     They show wrong labels, and images that belong to two classes. Of many mistakes, a sample is searched.
     """
@@ -185,7 +185,7 @@ def _first(findings: Findings, tasks: tuple[str, ...], outcomes: Mapping[str, Te
 
 
 def confusions_of(findings: Findings) -> Confusions | None:
-    """Returns the confusions of the linear probe on the learned features, or of kNN; None without predictions."""
+    """Returns the confusions of the linear probe, or else kNN; None without predictions."""
     test = findings.test
     if test is None or test.labels is None:
         return None
@@ -199,7 +199,7 @@ def confusions_of(findings: Findings) -> Confusions | None:
 def count_confusions(
     method: str, labels: Int64[Tensor, " images"], predictions: Int64[Tensor, " images"]
 ) -> Confusions | None:
-    """Counts predicted by true classes; images labelled or predicted −1 do not count, None if there are no others."""
+    """Counts predicted by true classes, without images of class −1; None if no image is left."""
     counted = ((labels >= 0) & (predictions >= 0)).nonzero().squeeze(1)
     if not len(counted):
         return None
@@ -228,7 +228,7 @@ def count_confusions(
 def similarities(
     features: Float[Tensor, "images dim"], labels: Int64[Tensor, " images"] | None, seed: int, pairs: int = PAIRS
 ) -> dict[str, Float[Tensor, " pairs"]]:
-    """Computes cosines of sampled pairs: "same class" and "different classes", or "two images" without labels.
+    """Computes cosines of sampled pairs, by "same class", "different classes" or "two images".
 
     Kinds without a pair are left out; no image is paired with itself. Pairs of the same class are sampled by an image,
     then another one of its class, with replacement. A pure function of the arguments.

@@ -1,4 +1,4 @@
-"""The findings of an evaluation: a run, its features and measurements, and the images that illustrate them."""
+"""The findings of an evaluation: a run, its images, features and measurements."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +62,7 @@ class Findings(NamedTuple):
 
 
 def drawn(ids: Int64[Tensor, " images"], most: int, *key: int) -> Int64[Tensor, " drawn"]:
-    """Samples up to `most` distinct ids, in an order that is a pure function of each id and the key."""
+    """Samples up to `most` distinct ids, in an order by each id and the key alone."""
     return ids[keyed_random.uniform(ids, *key).argsort(stable=True)[:most]]
 
 

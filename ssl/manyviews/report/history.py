@@ -20,7 +20,7 @@ LONGEST_DAY = 40
 
 
 class History(NamedTuple):
-    """The content of a run's folder; `unreadable` are names and reasons of files that were left out."""
+    """The content of a run's folder; `unreadable` are names and reasons of skipped files."""
 
     recipe: Recipe | None
     """None without a configuration, as for a backbone that was not made by this package."""
@@ -74,7 +74,7 @@ def in_words(settings: Settings) -> str:
 
 
 def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
-    """Returns pairs of a term and its description: objective, encoder, images, training, command and commit."""
+    """Returns terms and descriptions: objective, encoder, images, training, command, commit."""
     recipe, train, test = history.recipe, findings.train, findings.test
     width = f"{plural(findings.width, 'feature')} per image"
     rows = [("features", width)]
@@ -112,7 +112,7 @@ def _training(recipe: Recipe, history: History) -> str:
 
 
 def warnings_of(history: History, widest: int) -> list[str]:
-    """Returns the warnings that the metrics call for: losses that are not finite, and those of `health.Watch`.
+    """Returns warnings about the metrics: non-finite losses, and those of `health.Watch`.
 
     `widest` is the width of the features, the objective's input without a projector.
     """
@@ -160,7 +160,7 @@ def _metrics(file: Path) -> list[dict[str, float]]:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file, at most `MOST_LETTERS` letters to bound the memory; none if there is no file."""
+    """The lines of a file, up to `MOST_LETTERS` letters; none if there is no file."""
     if not file.is_file():
         return []
     lines, letters = [], 0

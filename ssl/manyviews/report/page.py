@@ -41,7 +41,7 @@ NO_SCORES = (
 def write_report(
     findings: Findings, output: Path | None = None, *, warn: Callable[[str], object] = warnings.warn
 ) -> Path:
-    """Writes report.html, and the same pictures and the embeddings for TensorBoard; returns the page's path.
+    """Writes report.html, and its pictures for TensorBoard; returns the page's path.
 
     The page is one file, and its security policy forbids it any network. All text from users (names of classes, files
     and recipes, warnings) is escaped. The same findings make the same page. `output` is a folder other than the run's;

@@ -1,4 +1,4 @@
-"""Images in the page and in TensorBoard: thumbnails, data URIs, sprite sheets, and the map that shows them on hover."""
+"""Images as thumbnails, data URIs and sprite sheets, and the map that shows them on hover."""
 
 import base64
 import io
@@ -95,7 +95,7 @@ def sprite(pictures: UInt8[Tensor, "pictures channels side side"]) -> Sprite:
 def sheet(
     pictures: UInt8[Tensor, "pictures channels side side"], columns: int, tile: int
 ) -> UInt8[Tensor, "3 height width"]:
-    """Arranges pictures row by row, each at the upper left of a square of `tile` pixels, on black."""
+    """Arranges pictures row by row, each at the upper left of a black square of `tile` pixels."""
     gap = tile - pictures.shape[-1]
     grid: UInt8[Tensor, "3 height width"] = make_grid(F.pad(pictures, (0, gap, 0, gap)), columns, padding=0)
     return grid
@@ -169,7 +169,7 @@ def legend(findings: Findings, labels: Tensor) -> tuple[list[Group], Tensor]:
 
 
 def _scaled(ids: Tensor, points: Tensor, chosen: Tensor) -> list[list[int] | None]:
-    """The points of the chosen images in thousandths of the larger side; None for an image without a finite one."""
+    """The chosen points in thousandths of the larger side; None for points that are not finite."""
     points = points.double()
     finite = points.isfinite().all(1)
     if not finite.any():

@@ -69,7 +69,7 @@ class Panel(NamedTuple):
 
 
 class Thinned(NamedTuple):
-    """A curve of few points: each is the mean of a stretch of steps, with its least and largest value."""
+    """A curve of few points, each the mean of a stretch of steps, with its extremes."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -78,7 +78,7 @@ class Thinned(NamedTuple):
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int = MOST_POINTS) -> Thinned:
-    """Averages a long curve over stretches of steps, ignoring values that are not finite; NaN if none is."""
+    """Averages the finite values of a curve over stretches of steps; NaN without any."""
     parts = np.array_split(np.arange(len(steps)), min(most, len(steps))) if len(steps) else []
     rows = []
     for part in parts:
@@ -138,7 +138,7 @@ def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float]
 
 
 def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Mapping[str, str]) -> Figure:
-    """Plots a map with a point for each image; `names` are the entries of the legend with their colours."""
+    """Plots a map, a point for each image; `names` are the legend's entries and colours."""
     figure, axes = _figure(7.0, 5.2)
     axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=9, c=list(colours), linewidths=0, alpha=0.85)
     for spine in axes.spines.values():
@@ -196,7 +196,7 @@ def _figure(width: float, height: float, layout: Literal["constrained"] | None =
 
 
 def panels(metrics: Sequence[dict[str, float]]) -> tuple[list[Panel], list[Panel]]:
-    """Plots the panels of `KINDS` and those of all other metrics; metrics without a finite value have none."""
+    """Plots the panels of `KINDS`, and of all other metrics with a finite value."""
     first = [_panel(metrics, keys, title, meaning) for keys, (title, meaning) in KINDS.items()]
     others = sorted({key for line in metrics for key in line} - LEFT_OUT.union(*KINDS))[:MOST_PANELS]
     more = [_panel(metrics, (key,), spelled(key.replace("_", " ")), "") for key in others]

@@ -1,4 +1,4 @@
-"""The pictures of the report for TensorBoard, and embeddings with thumbnails for its projector."""
+"""The report's pictures for TensorBoard, and embeddings for its projector."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +32,7 @@ RIGHT, WRONG = (46, 125, 79), (179, 64, 46)
 
 
 def write_tensorboard(findings: Findings, contents: Contents, seed: int, folder: Path) -> None:
-    """Writes the contents of the page into FOLDER/evaluation, in place of those of an earlier report.
+    """Writes the contents of the page into FOLDER/evaluation, replacing an earlier report's.
 
     Raises:
         OSError: if it cannot be written; the older files stay.
@@ -66,7 +66,7 @@ def _write(writer: SummaryWriter, findings: Findings, contents: Contents, seed: 
 
 
 def neighbour_rows(findings: Findings, queries: tuple[Query, ...]) -> UInt8[Tensor, "3 height width"]:
-    """Draws a row for each query: the image, then its neighbours, with a dashed frame if they are of another class."""
+    """Draws a row for each query and its neighbours, dashed frames for other classes."""
     columns = 1 + max(len(query.near) for query in queries)
     tiles = torch.full((len(queries), columns, 3, TILE, TILE), 255, dtype=torch.uint8)
     images, *_ = references(findings)

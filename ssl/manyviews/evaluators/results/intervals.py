@@ -1,4 +1,4 @@
-"""95 % intervals over draws of the test images: of proportions, of means, and of differences of methods."""
+"""95 % intervals of proportions, means and differences over draws of the test images."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ COUNTS = 1 << 24
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Computes the 95 % interval of a proportion (Wilson 1927): within [0, 1], valid near both ends.
+    """Computes the 95 % interval of a proportion (Wilson 1927), valid near 0 and 1.
 
     >>> [round(end, 3) for end in wilson(8, 10)]
     [0.49, 0.943]
@@ -37,10 +37,10 @@ def mean_interval(values: Float[Tensor, " values"]) -> tuple[float, float]:
 
 
 def paired_difference(first: Bool[Tensor, " images"], second: Bool[Tensor, " images"]) -> tuple[float, float, float]:
-    """Computes the difference of two accuracies on the same images and its 95 % interval (Agresti and Min 2005).
+    """Computes a difference of accuracies on the same images, and its 95 % interval.
 
     Only images on which the two disagree count, so the interval is tighter than that of two separate samples; half an
-    image is added to each of the four cells.
+    image is added to each of the four cells (Agresti and Min 2005).
 
     >>> paired_difference(torch.tensor([True, True]), torch.tensor([True, False]))[0]
     0.5
@@ -56,7 +56,7 @@ def paired_difference(first: Bool[Tensor, " images"], second: Bool[Tensor, " ima
 def bootstrap_differences(
     methods: Sequence[Bool[Tensor, "_ images"]], *, seed: int, resamples: int = RESAMPLES
 ) -> list[tuple[float, float, float]]:
-    """Computes the lead of each later method over the first, with the 95 % interval of the paired bootstrap.
+    """Computes the lead of each later method over the first, with its paired bootstrap interval.
 
     The interval is that of the percentiles (Efron & Tibshirani 1993, chapter 13) of `resampled`. Each method is a
     matrix of hits with a row for each of its runs, on the same images for all. Returns (difference of mean accuracies,
@@ -75,7 +75,7 @@ def bootstrap_differences(
 def resampled(
     methods: Sequence[Bool[Tensor, "_ images"]], *, seed: int, resamples: int = RESAMPLES
 ) -> Float[Tensor, "resamples methods"]:
-    """Computes mean accuracies in bootstrap draws of the images, the same for all methods, and of each method's runs.
+    """Computes mean accuracies in bootstrap draws of the images and of each method's runs.
 
     k − 1 of a method's k runs are drawn, which gives their mean the right spread (Rao & Wu 1988); k would make it too
     small. A single run is kept. Drawing both images and runs counts the interaction of an image and a run more than

@@ -1,4 +1,4 @@
-"""Measurements: one record for every number, the kinds of features they are of, and the verdict over all of them."""
+"""Measurements, the kinds of features they are of, and the verdict over all of them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -45,7 +45,7 @@ def label(kind: str) -> str:
 
 
 def in_order(kinds: Iterable[str], task: str | None = None) -> list[str]:
-    """Returns all kinds, first the one that decides a task: for grouping tasks the first, else the backbone's."""
+    """Returns all kinds; first the backbone's, or for grouping tasks the first of them."""
     kinds = list(kinds)
     first = kinds[0] if task in GROUPING or LEARNED not in kinds else LEARNED
     return [first, *(kind for kind in kinds if kind != first)]
@@ -96,7 +96,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one kind of features is ahead of another by the leading metric of a task, on the same test images."""
+    """The lead of one kind of features over another in the leading metric of a task."""
 
     features: str
     baseline: str
@@ -122,7 +122,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All measurements of a run and its baselines on the same images, and the differences between them."""
+    """All measurements of a run and its baselines, and the differences between them."""
 
     measurements: tuple[Measurement, ...] = ()
     differences: tuple[Difference, ...] = ()
@@ -135,13 +135,13 @@ class Evaluation:
     """By "knn/learned", "retrieval/learned" and so on, for each test image: 1 right, 0 wrong, −1 not tested."""
 
     def of(self, *tasks: str, features: str | None = None, metric: str | None = None) -> Iterator[Measurement]:
-        """Yields the measurements of some tasks, by default of all kinds of features and all metrics."""
+        """Yields the measurements of some tasks, by default of all features and metrics."""
         for own in self.measurements:
             if own.task in tasks and features in (None, own.features) and metric in (None, own.metric):
                 yield own
 
     def verdict(self) -> str:
-        """Returns one sentence: against which baselines the features win, lose or cannot be told apart.
+        """Returns one sentence on the baselines that the features beat, fall behind, or equal.
 
         Empty if features were not compared.
         """

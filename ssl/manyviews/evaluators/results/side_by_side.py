@@ -1,4 +1,4 @@
-"""Several methods in one table: mean and spread over seeds, differences with intervals, geometry, common neighbours."""
+"""Tables of several methods: mean and spread over seeds, differences, geometry, neighbours."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -81,7 +81,7 @@ class Comparison:
         }
 
     def tables(self) -> list[Table]:
-        """Returns the tables of scores, of geometry and of common neighbours, as far as they were measured."""
+        """Returns the tables of scores, geometry and common neighbours that were measured."""
         geometry = [title for title, own in self.rows[0].measured.items() if own[0].task == "geometry"]
         scores = [title for title in self.rows[0].measured if title not in geometry]
         tables = [self._scores(scores)] if scores else []
@@ -89,7 +89,7 @@ class Comparison:
         return tables + ([self._overlaps()] if self.overlaps else [])
 
     def verdict(self) -> str:
-        """Returns a sentence for each method and task: ahead of the first method, behind it or not told apart."""
+        """Returns a sentence for each task and method, on its lead over the first method."""
         baselines = {row.name for row in self.rows if row.baseline}
         sentences = [
             f"By {TITLES[difference.task]}, features of {difference.features} {difference}."
@@ -145,7 +145,7 @@ class Comparison:
 
 
 def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[str, Measurement]:
-    """Returns the measurements of one kind of features that a table of methods shows, by their titles.
+    """Returns the measurements of a kind that a table of methods shows, by their titles.
 
     These are the leading metric of each task, every number of labels of `fractions`, and every metric of `geometry`.
     """
@@ -157,7 +157,7 @@ def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[
 
 
 def differences(rows: Sequence[Row], *, seed: int) -> tuple[Difference, ...]:
-    """Returns how far each row but the first is ahead of the first, for every task with results of single images."""
+    """Returns the lead of each later row over the first, for tasks with results by image."""
     leads = []
     for task in rows[0].hits:
         intervals = bootstrap_differences([row.hits[task] for row in rows], seed=seed)

@@ -1,4 +1,4 @@
-"""Measurements as tables, grouped by task, a row for each kind of features; for the terminal and the report."""
+"""Measurements as tables by task, a row for each kind of features."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -116,7 +116,7 @@ def _sheet(
     *,
     dim: bool = False,
 ) -> Sheet:
-    """Groups measurements into a row for each kind of features and columns, each with its own scale."""
+    """Groups measurements into a row for each kind of features, each column with its own scale."""
     columns: dict[str, list[Measurement]] = {}
     for one in own:
         columns.setdefault(column_of(one), []).append(one)
@@ -183,7 +183,7 @@ def printed(sheet: Sheet) -> Table:
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Returns a table with one line, below its head; all columns but the first are right-aligned."""
+    """Returns a table with a line below its head and right-aligned numbers."""
     shown = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns[1:]:
         column.justify = "right"
