@@ -14,8 +14,7 @@ from manyviews.config import dump_yaml, load
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.fractions import mean_of_draws
-from manyviews.evaluators.protocol import Task
-from manyviews.evaluators.results.measurement import Evaluation, Measurement
+from manyviews.evaluators.results.measurement import Evaluation, Measurement, Task
 from manyviews.recipe import Recipe
 from manyviews.report import Findings
 
@@ -76,13 +75,15 @@ def _evaluation(train: int, test: int, classes: int) -> Evaluation:
 
 def _without_test_labels(train: int, test: int) -> list[Measurement]:
     """Few labels, geometry without the alignment of pixels, and a bank's rows."""
-    found = [mean_of_draws(kind, "10 %", 9, (0.5, 0.75), (0.1, 0.1)) for kind in ("learned", "raw pixels")]
+    measurements = [mean_of_draws(kind, "10 %", 9, (0.5, 0.75), (0.1, 0.1)) for kind in ("learned", "raw pixels")]
     geometry = {"learned": (4.25, -1.5, 0.25), "raw pixels": (5.0, -1.0)}
     for kind, numbers in geometry.items():
         named = zip(("effective rank", "uniformity", "alignment"), numbers, strict=False)
-        found += [Measurement("geometry", kind, name, number, n=test, dim=6) for name, number in named]
+        measurements += [Measurement("geometry", kind, name, number, n=test, dim=6) for name, number in named]
     stale = {"mean": 0.875, "5 %": 0.25, "95 %": 0.975}
-    return found + [Measurement("staleness", "memory bank", name, value, n=train) for name, value in stale.items()]
+    return measurements + [
+        Measurement("staleness", "memory bank", name, value, n=train) for name, value in stale.items()
+    ]
 
 
 def findings(

@@ -22,9 +22,9 @@ GRID = ["protocol.knn.neighbours=[1, 5]", "protocol.linear.regularisations=[0.1]
 QUICK = [*GRID, "tasks=knn,geometry,retrieval"]
 
 
-def pretend(folder: Path, seed: int, *words: str) -> Path:
+def pretend(folder: Path, seed: int, *args: str) -> Path:
     """A run whose weights are its own."""
-    small_run(folder, f"seed={seed}", f"output={folder}", "data.size=28", "data.channels=1", "data.holdout=0.4", *words)
+    small_run(folder, f"seed={seed}", f"output={folder}", "data.size=28", "data.channels=1", "data.holdout=0.4", *args)
     (folder / "done").touch()
     file = folder / "backbone" / "model.safetensors"
     generator, weights = torch.Generator().manual_seed(zlib.crc32(folder.name.encode())), load_file(file)
@@ -39,10 +39,10 @@ def pretend(folder: Path, seed: int, *words: str) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two seeds of one method and one run of another, measured."""
-    place = tmp_path_factory.mktemp("place")
-    data = f"data={photographs(place / 'photographs')}"
-    runs = [pretend(place / f"batch-{seed}", seed, data, "objective.temperature=0.1") for seed in (0, 1)]
-    runs.append(pretend(place / "queue", 0, data, "objective.temperature=0.5"))
+    root = tmp_path_factory.mktemp("compared")
+    data = f"data={photographs(root / 'photographs')}"
+    runs = [pretend(root / f"batch-{seed}", seed, data, "objective.temperature=0.1") for seed in (0, 1)]
+    runs.append(pretend(root / "queue", 0, data, "objective.temperature=0.5"))
     assert cli.evaluate([*map(str, runs), *QUICK]) == 0
     return runs
 
@@ -57,15 +57,15 @@ def outcome(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_rows_are_methods_and_baselines_and_their_numbers_those_of_the_runs(runs: list[Path]) -> None:
-    found = compare_runs(runs, load(EvaluateSettings, None, QUICK))
-    assert [row.name for row in found.rows] == [
+    actual = compare_runs(runs, load(EvaluateSettings, None, QUICK))
+    assert [row.name for row in actual.rows] == [
         "objective.temperature=0.1",
         "objective.temperature=0.5",
         "random weights",
         "raw pixels",
     ]
-    first, second, random, pixels = found.rows
-    assert [row.seeds for row in found.rows] == [(0, 1), (0,), (0, 1), (0,)]
+    first, second, random, pixels = actual.rows
+    assert [row.seeds for row in actual.rows] == [(0, 1), (0,), (0, 1), (0,)]
     assert list(first.measured) == ["kNN", "Recall@1", "effective rank", "uniformity", "alignment"]
     for title, task in (("kNN", "knn"), ("Recall@1", "retrieval")):
         for row, folders in ((first, runs[:2]), (second, runs[2:])):
@@ -73,7 +73,7 @@ def test_rows_are_methods_and_baselines_and_their_numbers_those_of_the_runs(runs
             assert row.values(title) == pytest.approx(expected)
     lying = (*random.measured["uniformity"], *pixels.measured["uniformity"])
     assert [own.features for own in lying] == ["random weights"] * 2 + ["raw pixels"]
-    gaps = {(own.features, own.task): own for own in found.differences}
+    gaps = {(own.features, own.task): own for own in actual.differences}
     own = gaps["objective.temperature=0.5", "knn"]
     assert own.difference == pytest.approx(np.mean(second.values("kNN")) - np.mean(first.values("kNN")))
     assert own.low <= own.difference <= own.high
@@ -81,18 +81,18 @@ def test_rows_are_methods_and_baselines_and_their_numbers_those_of_the_runs(runs
 
 
 def test_the_overlap_is_that_of_the_features_of_first_runs_and_of_two_seeds(runs: list[Path]) -> None:
-    found = compare_runs(runs, load(EvaluateSettings, None, QUICK))
+    actual = compare_runs(runs, load(EvaluateSettings, None, QUICK))
     one, seed, other = (
         torch.from_numpy(np.load(next(path for path in sorted((folder / "features").rglob("*.npy")) if fits(path))))
         for folder in runs
     )
-    assert [(own.first, own.second) for own in found.overlaps] == [
+    assert [(own.first, own.second) for own in actual.overlaps] == [
         ("objective.temperature=0.1", "objective.temperature=0.1"),
         ("objective.temperature=0.1", "objective.temperature=0.5"),
     ]
-    k = found.neighbours
+    k = actual.neighbours
     assert k == 10
-    assert [own.share for own in found.overlaps] == [
+    assert [own.share for own in actual.overlaps] == [
         pytest.approx(neighbourhood_overlap(one, seed, k)),
         pytest.approx(neighbourhood_overlap(one, other, k)),
     ]
@@ -107,8 +107,8 @@ def fits(file: Path) -> bool:
 def test_only_what_is_not_measured_yet_or_has_other_weights_is_measured(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(*words: str) -> list[str]:
-        assert cli.evaluate([*map(str, runs), *QUICK, *words]) == 0
+    def measured(*args: str) -> list[str]:
+        assert cli.evaluate([*map(str, runs), *QUICK, *args]) == 0
         return [line.split()[1].strip(",") for line in capsys.readouterr().out.splitlines() if "measuring" in line]
 
     before = [(folder / "evaluation.json").read_text() for folder in runs]
@@ -123,7 +123,7 @@ def test_only_what_is_not_measured_yet_or_has_other_weights_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("args", "kept"),
     [
         ([], True),
         (["tasks=retrieval", "maps=[]", "batch_size=7"], True),
@@ -136,9 +136,9 @@ def test_only_what_is_not_measured_yet_or_has_other_weights_is_measured(
     ],
 )
 def test_what_was_measured_stands_for_all_that_follows_from_it_alone(
-    made: list[Path], words: list[str], *, kept: bool
+    made: list[Path], args: list[str], *, kept: bool
 ) -> None:
-    asked = [*QUICK[:-1], *(words if any("tasks" in word for word in words) else [*words, QUICK[-1]])]
+    asked = [*QUICK[:-1], *(args if any("tasks" in word for word in args) else [*args, QUICK[-1]])]
     settings, opened = load(EvaluateSettings, None, asked), open_run(made[0])
     record = json.loads((made[0] / "evaluation.json").read_text())
     images = Shared(opened.recipe.data.build().test, record["images"], labelled=True)
@@ -158,9 +158,9 @@ def test_the_comparison_goes_to_a_file_and_nothing_else_into_the_runs(runs: list
 
 
 def test_seeds_of_one_method_are_called_by_what_their_folders_have_in_common(runs: list[Path]) -> None:
-    found = compare_runs(runs[:2], load(EvaluateSettings, None, [*QUICK, "baselines=false"]))
-    assert [(row.name, row.runs) for row in found.rows] == [("batch", tuple(map(str, runs[:2])))]
-    assert found.differences == ()
+    actual = compare_runs(runs[:2], load(EvaluateSettings, None, [*QUICK, "baselines=false"]))
+    assert [(row.name, row.runs) for row in actual.rows] == [("batch", tuple(map(str, runs[:2])))]
+    assert actual.differences == ()
 
 
 def test_figures_that_not_all_runs_have_are_left_out_with_a_word(
@@ -168,29 +168,29 @@ def test_figures_that_not_all_runs_have_are_left_out_with_a_word(
 ) -> None:
     config = runs[2] / "config.yaml"
     config.write_text(config.read_text().replace("unseen: []", "unseen: [dark, light]"))
-    words = [str(runs[0]), str(runs[2]), *GRID, "baselines=false"]
+    args = [str(runs[0]), str(runs[2]), *GRID, "baselines=false"]
     (runs[2] / "evaluation.json").unlink()
-    assert cli.evaluate([*words, "few.shares=[0.5]", "few.shots=[2]", "few.draws=2"]) == 0
+    assert cli.evaluate([*args, "few.shares=[0.5]", "few.shots=[2]", "few.draws=2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Recall@1: left out, for not all runs were measured so" in shown
+    assert "Recall@1: left out, because not all runs have it" in shown
     assert "linear" in shown
-    assert cli.evaluate([*words, "tasks=retrieval"]) == 2
-    assert "measured so on other classes than each other" in " ".join(capsys.readouterr().err.split())
+    assert cli.evaluate([*args, "tasks=retrieval"]) == 2
+    assert "the runs were measured on different classes" in " ".join(capsys.readouterr().err.split())
 
 
 def test_mistakes_are_one_sentence(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, same, other = map(str, runs)
     foreign = str(pretend(tmp_path / "foreign", 5, f"data={photographs(tmp_path / 'others', 19)}"))
     copied = str(shutil.copytree(runs[0], tmp_path / "copied"))
-    for words, message in (
+    for args, message in (
         ([one, str(tmp_path / "nowhere")], "nowhere is no run folder"),
-        ([one, other, f"{one}/"], "is given twice"),
-        ([one, copied], f"{copied} holds the same weights as {one}"),
+        ([one, other, f"{one}/"], "is named twice"),
+        ([one, copied], f"{copied} has the same weights as {one}"),
         ([one, same, foreign], f"are not the same: {one}, {same} | {foreign}"),
         ([one, other, f"comparison={tmp_path}"], "cannot be written"),
         ([one, f"comparison={tmp_path / 'x.json'}"], "for several runs, and there is one"),
         ([one, other, "tasks=knm"], "did you mean knn?"),
         ([one, "tasks=knn", other], "is not of the form key=value"),
     ):
-        assert cli.evaluate([*words, *GRID]) == 2, words
+        assert cli.evaluate([*args, *GRID]) == 2, args
         assert message in capsys.readouterr().err

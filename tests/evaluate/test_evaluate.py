@@ -30,9 +30,9 @@ SMALL = ["data.size=28", "data.channels=1", "protocol.knn.neighbours=[1, 5]", *F
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "short"
-    words = ["train.batch_size=32", "train.epochs=0.0064", "train.precision=fp32", "train.preview=2", "train.monitor=0"]
+    args = ["train.batch_size=32", "train.epochs=0.0064", "train.precision=fp32", "train.preview=2", "train.monitor=0"]
     bank = ["objective=bank", "views.num_views=1"]
-    assert cli.pretrain(["quickstart", *words, *bank, "train.threads=1", f"output={folder}"]) == 0
+    assert cli.pretrain(["quickstart", *args, *bank, "train.threads=1", f"output={folder}"]) == 0
     return folder
 
 
@@ -64,30 +64,30 @@ def test_the_numbers_are_those_of_scikit_learn_on_the_features_that_extract_writ
 ) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     strength = 0.1
-    words = [f"data={photographs}", *SMALL[:2]]
+    args = [f"data={photographs}", *SMALL[:2]]
     grid = [f"protocol.linear.regularisations=[{strength}]", "protocol.knn.neighbours=[5]"]
     alone = ["protocol.knn.temperatures=[0.07]", "tasks=knn,linear", "baselines=false"]
-    assert cli.evaluate([str(folder), *words, *grid, *alone]) == 0
-    assert cli.extract([str(folder), *words, f"output={tmp_path / 'features'}"]) == 0
+    assert cli.evaluate([str(folder), *args, *grid, *alone]) == 0
+    assert cli.extract([str(folder), *args, f"output={tmp_path / 'features'}"]) == 0
     rows, labels = np.load(tmp_path / "features" / "backbone.npy"), np.load(tmp_path / "features" / "labels.npy")
     manifest = json.loads((tmp_path / "features" / "manifest.json").read_text())
     held = np.array([entry[0] == "test" for entry in manifest["images"]])
-    found = {score["task"]: score for score in measured(recorded(folder), "knn", "linear", metric="accuracy")}
+    actual = {score["task"]: score for score in measured(recorded(folder), "knn", "linear", metric="accuracy")}
 
     unit = normalize(rows.astype(np.float64))
     voters = KNeighborsClassifier(5, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     voters.fit(unit[~held], labels[~held])
-    assert found["knn"]["value"] == pytest.approx(voters.score(unit[held], labels[held]))
+    assert actual["knn"]["value"] == pytest.approx(voters.score(unit[held], labels[held]))
     kept, apart = hold_out(torch.from_numpy(labels[~held]), share=0.2, seed=0)
     voters.fit(unit[~held][kept], labels[~held][kept])
-    assert found["knn"]["details"]["validation"] == pytest.approx(
+    assert actual["knn"]["details"]["validation"] == pytest.approx(
         voters.score(unit[~held][apart], labels[~held][apart])
     )
 
     scaler = StandardScaler().fit(rows[~held].astype(np.float64))
     model = LogisticRegression(C=1 / (strength * (~held).sum()), max_iter=2000, tol=1e-8)
     model.fit(scaler.transform(rows[~held]), labels[~held])
-    assert found["linear"]["value"] == pytest.approx(model.score(scaler.transform(rows[held]), labels[held]))
+    assert actual["linear"]["value"] == pytest.approx(model.score(scaler.transform(rows[held]), labels[held]))
 
 
 def test_images_without_labels_are_told_by_their_geometry(
@@ -97,13 +97,13 @@ def test_images_without_labels_are_told_by_their_geometry(
     flat.mkdir()
     for file in photographs.rglob("*.png"):
         shutil.copy(file, flat / f"{file.parent.name}{file.name}")
-    words = [str(folder), f"data={flat}", *SMALL]
-    assert cli.evaluate(words) == 0
+    args = [str(folder), f"data={flat}", *SMALL]
+    assert cli.evaluate(args) == 0
     assert list(values(recorded(folder), "geometry", "uniformity")) == ["learned", "random weights", "raw pixels"]
     assert recorded(folder)["tasks"] == ["geometry"]
     assert (folder / "report.html").is_file()
     assert "effective rank" in " ".join(capsys.readouterr().out.split())
-    assert cli.evaluate([*words, "tasks=knn"]) == 2
+    assert cli.evaluate([*args, "tasks=knn"]) == 2
     assert "takes labels" in capsys.readouterr().err
 
 
@@ -120,17 +120,17 @@ def test_a_banks_rows_are_compared_with_fresh_embeddings_of_the_runs_own_images(
 def test_a_second_look_takes_features_from_the_cache_and_says_the_same(
     run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, words = shutil.copytree(run, tmp_path / "run"), [f"data={photographs}", *SMALL, "tasks=knn,geometry"]
+    folder, args = shutil.copytree(run, tmp_path / "run"), [f"data={photographs}", *SMALL, "tasks=knn,geometry"]
     records = []
     for _ in range(2):
-        assert cli.evaluate([str(folder), *words]) == 0
+        assert cli.evaluate([str(folder), *args]) == 0
         records.append(recorded(folder))
     assert records[0] == records[1]
     # Once for each split and each of two kinds.
     assert len(re.findall(r"encoding \d+ images", capsys.readouterr().out)) == 4
     for cached in (folder / "features").rglob("*.npy"):
         np.save(cached, np.zeros_like(np.load(cached)))
-    assert cli.evaluate([str(folder), *words, "cache=false"]) == 0
+    assert cli.evaluate([str(folder), *args, "cache=false"]) == 0
     assert recorded(folder) == records[0]
 
 
@@ -141,9 +141,9 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
     assert cli.pretrain(["quickstart", *own, *bank]) == 0
     for processes in (1, 2):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{processes}")
-        words = [str(folder), *SMALL[2:], "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
-        words += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
-        launched(cli.evaluate, [*words, "batch_size=16"], count=processes)
+        args = [str(folder), *SMALL[2:], "tasks=knn,linear,retrieval,clustering,geometry,fractions"]
+        args += ["protocol.linear.regularisations=[0.1, 1]", "few.regularisations=[0.1]"]
+        launched(cli.evaluate, [*args, "batch_size=16"], count=processes)
         records.append(recorded(folder))
         outcomes.append(load_file(folder / "outcomes.safetensors"))
     # Sums over pairs are added up in another order.
@@ -192,8 +192,8 @@ def test_pixels_of_the_plain_view_are_the_images_own() -> None:
 
 def test_a_run_that_has_learned_from_colour_is_measured_on_grey_images(photographs: Path, tmp_path: Path) -> None:
     small_run(tmp_path / "run", "views.saturation=0.4", "views.greyscale=0.2", channels=3)
-    words = [str(tmp_path / "run"), f"data={photographs}", *SMALL, "tasks=geometry", "report=false"]
-    assert cli.evaluate(words) == 0
+    args = [str(tmp_path / "run"), f"data={photographs}", *SMALL, "tasks=geometry", "report=false"]
+    assert cli.evaluate(args) == 0
     aligned = values(recorded(tmp_path / "run"), "geometry", "alignment")
     assert len(aligned) == 3
     assert all(value >= 0 for value in aligned.values())

@@ -16,7 +16,7 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.evaluate import EvaluateSettings, evaluate
-from manyviews.evaluate.record import MOST_KEPT, merge, number_of, records_in, tasks_of
+from manyviews.evaluate.record import MOST_KEPT, key_of, merge, records_in, tasks_of
 from manyviews.evaluate.writing import read, unwritable, write
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded
@@ -41,11 +41,11 @@ def photographs(folder: Path, count: int, classes: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("kept")
-    small_run(place / "run", f"data={photographs(place / 'own', 12)}", "data.channels=1", "data.holdout=0.4")
-    (place / "run" / "done").touch()
-    photographs(place / "other", 10)
-    return place
+    root = tmp_path_factory.mktemp("kept")
+    small_run(root / "run", f"data={photographs(root / 'own', 12)}", "data.channels=1", "data.holdout=0.4")
+    (root / "run" / "done").touch()
+    photographs(root / "other", 10)
+    return root
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def test_fewer_tasks_other_images_and_another_protocol_keep_what_was_measured(run: Path, made: Path) -> None:
-    def evaluated(*words: str) -> dict:
-        assert cli.evaluate([str(run), *BARE, *words]) == 0
+    def evaluated(*args: str) -> dict:
+        assert cli.evaluate([str(run), *BARE, *args]) == 0
         return recorded(run)
 
     first = evaluated("tasks=linear,knn")
@@ -81,13 +81,13 @@ def test_fewer_tasks_other_images_and_another_protocol_keep_what_was_measured(ru
 
 
 def test_the_report_shows_all_that_is_kept_of_these_images(run: Path, made: Path) -> None:
-    words = [word for word in BARE if word != "report=false"]
-    assert cli.evaluate([str(run), *words, "tasks=linear"]) == 0
-    assert cli.evaluate([str(run), *words, "tasks=linear", "protocol.seed=1"]) == 0
+    args = [word for word in BARE if word != "report=false"]
+    assert cli.evaluate([str(run), *args, "tasks=linear"]) == 0
+    assert cli.evaluate([str(run), *args, "tasks=linear", "protocol.seed=1"]) == 0
     other = [f"data={made / 'other'}", "data.channels=1", "data.size=28"]
-    assert cli.evaluate([str(run), *words, *other, "tasks=geometry"]) == 0
+    assert cli.evaluate([str(run), *args, *other, "tasks=geometry"]) == 0
     assert "linear probe" not in (run / "report.html").read_text()
-    assert cli.evaluate([str(run), *words, "tasks=knn"]) == 0
+    assert cli.evaluate([str(run), *args, "tasks=knn"]) == 0
     page = (run / "report.html").read_text()
     assert "linear probe" in page
     assert "With protocol.seed=1: Accuracy on" in page
@@ -101,7 +101,7 @@ def test_results_of_weights_that_have_gone_on_stay_with_their_step_and_lose_thei
     assert merged["kept"] == [old]
     assert (list(outcomes), dropped) == (["labels"], 0)
     kept = [{"weights": new["weights"], "images": [str(number)]} for number in range(MOST_KEPT + 3)]
-    before = {f"{number_of(record)}/labels": torch.ones(1) for record in kept}
+    before = {f"{key_of(record)}/labels": torch.ones(1) for record in kept}
     merged, outcomes, dropped = merge(new, {}, {**old, "kept": kept}, before)
     assert dropped == 4
     assert merged["kept"] == [old, *kept[: MOST_KEPT - 1]]
@@ -113,14 +113,16 @@ def test_a_damaged_record_is_set_aside_and_not_lost(run: Path, capsys: pytest.Ca
     for damage in ('{"scores": 1', lists, '{"kept": 7}', '{"weights": {}, "kept": [[]]}'):
         (run / "evaluation.json").write_text(damage)
         assert cli.evaluate([str(run), *BARE, "tasks=knn"]) == 0
-        assert "was damaged and is evaluation.damaged.json now" in " ".join(capsys.readouterr().out.split())
+        assert "was damaged and has been renamed to evaluation.damaged.json" in " ".join(
+            capsys.readouterr().out.split()
+        )
         assert (run / "evaluation.damaged.json").read_text() == damage
         assert recorded(run)["tasks"] == ["knn"]
 
 
 def test_evaluations_at_once_all_keep_their_results(run: Path) -> None:
     settings = load(EvaluateSettings, None, BARE)
-    found = findings(run.parent / "pretended")
+    actual = findings(run.parent / "pretended")
     base = {"weights": {"sha256": "0"}, "images": ["0"], "protocol": settings.protocol.model_dump(mode="json")}
     base |= {"metric": {"name": "cosine"}}
 
@@ -128,7 +130,7 @@ def test_evaluations_at_once_all_keep_their_results(run: Path) -> None:
         row = {"task": "geometry", "features": f"kind {number}", "metric": "effective rank", "value": 1.0}
         record = base | {"measurements": [row]}
         outcomes = {f"hits/knn/kind {number}": torch.full((50_000,), number)}
-        write(found, record, outcomes, run, warnings.append, page=False)
+        write(actual, record, outcomes, run, warnings.append, page=False)
 
     warnings: list[str] = []
     with ThreadPoolExecutor(8) as pool:
@@ -154,10 +156,10 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_is_found_before_the_work_and_the_numbers_are_shown(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*QUICK, "tasks=knn,geometry"]
+    args = [*QUICK, "tasks=knn,geometry"]
     before = {path for path in run.rglob("*") if path.is_file()}
     with largest_file(1000):
-        assert cli.evaluate([str(run), *words]) == 0
+        assert cli.evaluate([str(run), *args]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "results will only be printed; output=FOLDER writes them elsewhere" in shown
     assert shown.index("results will only be printed") < shown.index("encoding") < shown.index("Accuracy on")
@@ -166,7 +168,7 @@ def test_a_full_disk_is_found_before_the_work_and_the_numbers_are_shown(
     assert {path.name for path in run.rglob("*") if path.is_file()} <= {path.name for path in before} | {
         ".evaluation.lock"
     }
-    assert cli.evaluate([str(run), *words, f"output={tmp_path / 'new' / 'elsewhere'}"]) == 0
+    assert cli.evaluate([str(run), *args, f"output={tmp_path / 'new' / 'elsewhere'}"]) == 0
     elsewhere = tmp_path / "new" / "elsewhere"
     assert {path.name for path in elsewhere.iterdir()} >= {"evaluation.json", "report.html", "features", "tensorboard"}
     assert not (run / "evaluation.json").exists()
@@ -175,12 +177,12 @@ def test_a_full_disk_is_found_before_the_work_and_the_numbers_are_shown(
 def test_a_run_folder_that_takes_no_file_still_gives_its_features(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*QUICK, "tasks=geometry", "report=false"]
-    assert cli.evaluate([str(run), *words]) == 0
+    args = [*QUICK, "tasks=geometry", "report=false"]
+    assert cli.evaluate([str(run), *args]) == 0
     capsys.readouterr()
     monkeypatch.setattr(sys.modules["manyviews.evaluate.evaluate"], "unwritable", lambda _: "read-only file system")
     monkeypatch.setattr("manyviews.evaluate.writing.FileLock", refused)
-    assert cli.evaluate([str(run), *words]) == 0
+    assert cli.evaluate([str(run), *args]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "encoding" not in shown
     assert "nothing was written" in shown
@@ -196,8 +198,8 @@ def test_each_file_that_cannot_be_written_is_one_warning(run: Path, capsys: pyte
     for name in ("features", "metrics", "tensorboard"):
         (run / name).write_text("a file in the place of a folder")
     (run / "report.html" / "inside").mkdir(parents=True)
-    words = [word for word in QUICK if "maps" not in word]
-    assert cli.evaluate([str(run), *words, "tasks=knn,retrieval", "metric=mahalanobis", "maps=pca"]) == 0
+    args = [word for word in QUICK if "maps" not in word]
+    assert cli.evaluate([str(run), *args, "tasks=knn,retrieval", "metric=mahalanobis", "maps=pca"]) == 0
     captured = capsys.readouterr()
     shown = " ".join(captured.out.split())
     assert "Accuracy on" in shown
@@ -210,7 +212,7 @@ def test_each_file_that_cannot_be_written_is_one_warning(run: Path, capsys: pyte
         assert shown.count(warning) == 1 + (warning == "features are not kept"), warning
     (run / "report.html" / "inside").rmdir()
     (run / "report.html").rmdir()
-    assert cli.evaluate([str(run), *words, "tasks=knn", "cache=false", "maps=pca"]) == 0
+    assert cli.evaluate([str(run), *args, "tasks=knn", "cache=false", "maps=pca"]) == 0
     assert "pictures for TensorBoard could not be written" in " ".join(capsys.readouterr().out.split())
     assert (run / "report.html").is_file()
 
@@ -233,7 +235,7 @@ def test_a_task_fails_alone_and_the_others_are_shown_and_kept(
     def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("17 GiB")
 
-    monkeypatch.setattr("manyviews.evaluators.tasks.clustering", out_of_memory)
+    monkeypatch.setattr("manyviews.evaluators.compare.clustering", out_of_memory)
     assert cli.evaluate([str(run), *BARE, "tasks=clustering,retrieval,knn,geometry"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: clustering could not be measured: MemoryError: 17 GiB\n"
@@ -249,12 +251,12 @@ def test_a_task_fails_alone_and_the_others_are_shown_and_kept(
 def test_what_the_labels_rule_out_is_said_and_the_rest_is_measured(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["tasks=verification,knn", "protocol.verification.folds=4000"]
-    assert cli.evaluate([str(run), *BARE, *words]) == 2
+    args = ["tasks=verification,knn", "protocol.verification.folds=4000"]
+    assert cli.evaluate([str(run), *BARE, *args]) == 2
     captured = capsys.readouterr()
     assert "Accuracy on" in captured.out
     assert captured.err.startswith("error: verification could not be measured: ")
-    assert cli.evaluate([str(run), *BARE, words[1], "tasks=verification"]) == 2
+    assert cli.evaluate([str(run), *BARE, args[1], "tasks=verification"]) == 2
     captured = capsys.readouterr()
     assert "encoding" not in captured.out
     assert "pairs of the same class" in captured.err
@@ -266,10 +268,10 @@ def test_classes_of_two_training_images_and_of_one_are_measured(
 ) -> None:
     """Of three images of each class one is held out as a test image; of two, too."""
     data = photographs(tmp_path / "few", count, classes=8)
-    words = [f"data={data}", "data.channels=1", "data.size=28", "few.draws=2", "data.holdout=0.4"]
+    args = [f"data={data}", "data.channels=1", "data.size=28", "few.draws=2", "data.holdout=0.4"]
     several = "protocol.linear.regularisations=[0.01, 0.1, 1]"
     grid = ["protocol.knn.neighbours=[1, 5]", several, "baselines=false", "maps=[]", "report=false", "cache=false"]
-    assert cli.evaluate([str(run), *words, *grid]) == 0
+    assert cli.evaluate([str(run), *args, *grid]) == 0
     record = recorded(run)
     assert record["tasks"] == ["knn", "linear", "fractions", "geometry"]
     shown = " ".join(capsys.readouterr().out.split())
@@ -291,9 +293,9 @@ def test_a_baseline_that_cannot_be_had_is_left_out(run: Path, monkeypatch: pytes
 
     monkeypatch.setattr(opened, "untrained", lost)
     settings = load(EvaluateSettings, None, [word for word in BARE if "baselines" not in word] + ["tasks=knn,geometry"])
-    found = evaluate(run, settings, quiet=True)
-    assert [score.features for score in found.evaluation.of("knn")] == ["learned", "raw pixels"]
-    assert [(own.task, own.features) for own in found.failures] == [("features", "random weights")]
+    actual = evaluate(run, settings, quiet=True)
+    assert [score.features for score in actual.evaluation.of("knn")] == ["learned", "raw pixels"]
+    assert [(own.task, own.features) for own in actual.failures] == [("features", "random weights")]
 
 
 def test_outcomes_that_cannot_be_written_leave_the_numbers(

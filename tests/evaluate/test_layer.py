@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyviews import cli
 from manyviews.encoder.encoder import Encoder
-from manyviews.evaluate import EvaluateSettings, chosen
+from manyviews.evaluate.settings import EvaluateSettings, measured_layers
 from manyviews.features.backbone import open_run
 from manyviews.objectives import LogRatio, Objective, Triplet
 from manyviews.objectives.contrastive import Contrastive
@@ -30,10 +30,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_photographs(tmp_path_factory.mktemp("photographs") / "images", 30, step=6)
 
 
-def made(folder: Path, photographs: Path, *words: str) -> Encoder:
+def made(folder: Path, photographs: Path, *args: str) -> Encoder:
     """A run with a projector onto few numbers of very different lengths, which ranks otherwise than the backbone."""
     data = [f"data={photographs}", "data.size=28", "data.channels=1", "data.holdout=0.5"]
-    return small_run(folder, *data, "encoder.projector.layers=1", "encoder.projector.dim=3", *words)
+    return small_run(folder, *data, "encoder.projector.layers=1", "encoder.projector.dim=3", *args)
 
 
 def recall_at_1(rows: Tensor, labels: Tensor, distance: str) -> float:
@@ -65,14 +65,14 @@ def by_hand(folder: Path, encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
     return {"backbone": encoder.backbone(images), "embedding": embeddings}, test.labels
 
 
-def record(folder: Path, *words: str) -> dict[str, dict]:
+def record(folder: Path, *args: str) -> dict[str, dict]:
     """The measurement of Recall@1 by kind of features."""
-    assert cli.evaluate([str(folder), "tasks=retrieval", *QUICK, *words]) == 0
+    assert cli.evaluate([str(folder), "tasks=retrieval", *QUICK, *args]) == 0
     return {row["features"]: row for row in measured(recorded(folder), "retrieval", metric="Recall@1")}
 
 
 @pytest.mark.parametrize(
-    ("words", "distance"),
+    ("args", "distance"),
     [
         (["objective=triplet"], "cosine"),
         (["objective=triplet", "objective.normalized=false", "objective.sampling.name=hard"], "euclidean"),
@@ -86,9 +86,9 @@ def record(folder: Path, *words: str) -> dict[str, dict]:
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_each_layer_has_the_recall_of_what_the_encoder_makes_by_the_distance_that_is_trained(
-    photographs: Path, tmp_path: Path, words: list[str], distance: str
+    photographs: Path, tmp_path: Path, args: list[str], distance: str
 ) -> None:
-    encoder = made(tmp_path / "run", photographs, *words)
+    encoder = made(tmp_path / "run", photographs, *args)
     rows, labels = by_hand(tmp_path / "run", encoder)
     expected = {
         "learned": recall_at_1(rows["backbone"], labels, "cosine"),
@@ -97,22 +97,22 @@ def test_each_layer_has_the_recall_of_what_the_encoder_makes_by_the_distance_tha
     assert len(set(expected.values())) == 2, "a mistaken layer would not be seen"
     if distance == "euclidean":
         assert recall_at_1(rows["embedding"], labels, "cosine") != expected["learned (embedding)"]
-    found = record(tmp_path / "run", "baselines=false")
-    assert {kind: row["value"] for kind, row in found.items()} == pytest.approx(expected)
-    assert {kind: (row["layer"], row["distance"]) for kind, row in found.items()} == {
+    actual = record(tmp_path / "run", "baselines=false")
+    assert {kind: row["value"] for kind, row in actual.items()} == pytest.approx(expected)
+    assert {kind: (row["layer"], row["distance"]) for kind, row in actual.items()} == {
         "learned": ("backbone", "cosine"),
         "learned (embedding)": ("embedding", distance),
     }
-    leads = "learned" if words == ["objective=in_batch"] else "learned (embedding)"
-    assert next(iter(found)) == leads
+    leads = "learned" if args == ["objective=in_batch"] else "learned (embedding)"
+    assert next(iter(actual)) == leads
 
 
 def test_a_metric_that_is_asked_for_is_that_of_every_layer(photographs: Path, tmp_path: Path) -> None:
     encoder = made(tmp_path / "run", photographs, "objective=log_ratio", "values=pixels")
     rows, labels = by_hand(tmp_path / "run", encoder)
     for metric in ("cosine", "euclidean"):
-        found = record(tmp_path / "run", "baselines=false", f"metric={metric}")
-        for row in found.values():
+        actual = record(tmp_path / "run", "baselines=false", f"metric={metric}")
+        for row in actual.values():
             assert row["distance"] == metric
             assert row["value"] == pytest.approx(recall_at_1(rows[row["layer"]], labels, metric))
 
@@ -142,30 +142,30 @@ def test_layer_chooses_and_the_default_follows_from_objective_and_tasks(photogra
         ("batch", "knn", "both", (learned, embedded)),
         ("batch", "knn", "embedding", (embedded,)),
     ]:
-        found = chosen(open_run(tmp_path / name), EvaluateSettings(layer=layer), (task,))
-        assert found.kinds == kinds
-        assert bool(found.reason) == (len(kinds) == 2)
+        actual = measured_layers(open_run(tmp_path / name), EvaluateSettings(layer=layer), (task,))
+        assert actual.kinds == kinds
+        assert bool(actual.reason) == (len(kinds) == 2)
 
 
 def test_probes_are_judged_by_the_backbone_and_comparisons_by_the_embedding_of_a_metric_learner(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made(tmp_path / "run", photographs, "objective=triplet")
-    words = ["tasks=knn,linear,fractions,retrieval,clustering,verification,geometry", "few.draws=2", "few.shots=[2]"]
-    words += ["few.shares=[0.5]", "protocol.verification.pairs=200", "maps=pca"]
-    assert cli.evaluate([str(tmp_path / "run"), *words, *QUICK[:2]]) == 0
-    found = recorded(tmp_path / "run")
-    judged = {(one["task"], one["features"], one["baseline"]) for one in found["differences"]}
+    args = ["tasks=knn,linear,fractions,retrieval,clustering,verification,geometry", "few.draws=2", "few.shots=[2]"]
+    args += ["few.shares=[0.5]", "protocol.verification.pairs=200", "maps=pca"]
+    assert cli.evaluate([str(tmp_path / "run"), *args, *QUICK[:2]]) == 0
+    actual = recorded(tmp_path / "run")
+    judged = {(one["task"], one["features"], one["baseline"]) for one in actual["differences"]}
     by = {"knn": KINDS[:2], "linear": KINDS[:2], "retrieval": KINDS[1::-1], "verification": KINDS[1::-1]}
     assert judged == {(task, first, other) for task, (first, second) in by.items() for other in (second, *KINDS[2:])}
     layers = dict(zip(KINDS, ("backbone", "embedding", "backbone", None), strict=True))
-    assert found["layers"] == layers
-    for row in found["measurements"]:
+    assert actual["layers"] == layers
+    for row in actual["measurements"]:
         assert row["layer"] == layers[row["features"]]
     for task, first in (("knn", "learned"), ("retrieval", "learned (embedding)"), ("geometry", "learned")):
-        assert measured(found, task)[0]["features"] == first
+        assert measured(actual, task)[0]["features"] == first
     said = " ".join(capsys.readouterr().out.split())
-    assert "Images are compared by the embedding, for objective=triplet trains it to be compared" in said
+    assert "Images are compared by the embedding, because objective=triplet trains it to be compared" in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert "by the cosine of their features, learned (embedding)," in page
     assert "objective=triplet trains it to be compared" in page
@@ -175,8 +175,8 @@ def test_probes_are_judged_by_the_backbone_and_comparisons_by_the_embedding_of_a
 def test_layers_alone_say_nothing_of_baselines(photographs: Path, tmp_path: Path) -> None:
     made(tmp_path / "run", photographs, "objective=triplet")
     record(tmp_path / "run", "baselines=false")
-    found = recorded(tmp_path / "run")["verdict"]
-    assert found.startswith("There is no baseline to compare with: by Recall@1, learned (embedding) features ")
+    actual = recorded(tmp_path / "run")["verdict"]
+    assert actual.startswith("There is no baseline to compare with: by Recall@1, learned (embedding) features ")
 
 
 def test_a_layer_measured_later_stands_beside_the_one_measured_before_and_each_has_its_own_sentence(
@@ -201,10 +201,10 @@ def test_a_run_that_has_not_finished_is_measured_by_the_embedding_of_its_newest_
     shutil.rmtree(tmp_path / "run" / "backbone")
     opened = open_run(tmp_path / "run")
     rows, labels = by_hand(tmp_path / "run", encoder)
-    found = record(tmp_path / "run", "layer=embedding", "baselines=false")
-    assert found.keys() == {"learned (embedding)"}
+    actual = record(tmp_path / "run", "layer=embedding", "baselines=false")
+    assert actual.keys() == {"learned (embedding)"}
     expected = recall_at_1(rows["embedding"], labels, "cosine")
-    assert found["learned (embedding)"]["value"] == pytest.approx(expected)
+    assert actual["learned (embedding)"]["value"] == pytest.approx(expected)
     # A live run may replace its checkpoints: the embedding is still that of the backbone that was opened.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert torch.equal(opened.embedding().module[0][0].weight, encoder.projector[0].weight)
@@ -228,20 +228,20 @@ def test_an_embedding_that_is_lost_is_said_and_the_backbone_measured_and_asked_f
 def test_a_timm_model_has_no_embedding_to_extract(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["resnet18_small", "pretrained=false", f"data={photographs}", f"output={tmp_path / 'features'}"]
-    assert cli.extract([*words, "layers=embedding", "size=28"]) == 2
+    args = ["resnet18_small", "pretrained=false", f"data={photographs}", f"output={tmp_path / 'features'}"]
+    assert cli.extract([*args, "layers=embedding", "size=28"]) == 2
     assert "has no embedding; only a run has one: name backbone" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "features").exists()
 
 
 def test_extract_writes_the_embedding_that_evaluate_measures(photographs: Path, tmp_path: Path) -> None:
     encoder = made(tmp_path / "run", photographs, "objective=triplet", "encoder.predictor.layers=2")
-    words = [str(tmp_path / "run"), "split=test", "layers=embedding,projector", f"output={tmp_path / 'features'}"]
-    assert cli.extract(words) == 0
+    args = [str(tmp_path / "run"), "split=test", "layers=embedding,projector", f"output={tmp_path / 'features'}"]
+    assert cli.extract(args) == 0
     rows, _ = by_hand(tmp_path / "run", encoder)
     for name in ("embedding", "projector"):
-        found = torch.from_numpy(np.load(tmp_path / "features" / f"{name}.npy"))
-        assert torch.allclose(found, rows["embedding"], atol=1e-5) == (name == "embedding")
+        actual = torch.from_numpy(np.load(tmp_path / "features" / f"{name}.npy"))
+        assert torch.allclose(actual, rows["embedding"], atol=1e-5) == (name == "embedding")
 
 
 def test_features_of_each_layer_are_kept_apart_and_used_again(
@@ -259,17 +259,17 @@ def test_features_of_each_layer_are_kept_apart_and_used_again(
 def test_several_runs_are_compared_each_by_the_layer_that_its_objective_trains(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = {name: tmp_path / name for name in ("triplet", "batch")}
-    made(place["triplet"], photographs, "objective=triplet", f"output={place['triplet']}")
-    made(place["batch"], photographs, f"output={place['batch']}")
+    folders = {name: tmp_path / name for name in ("triplet", "batch")}
+    made(folders["triplet"], photographs, "objective=triplet", f"output={folders['triplet']}")
+    made(folders["batch"], photographs, f"output={folders['batch']}")
     # Of another backbone, so that it is no copy, and without an embedding.
-    shutil.rmtree(place["batch"] / "checkpoints")
-    weights = load_file(place["batch"] / "backbone" / "model.safetensors")
+    shutil.rmtree(folders["batch"] / "checkpoints")
+    weights = load_file(folders["batch"] / "backbone" / "model.safetensors")
     moved = {name: value * 1.01 if value.dim() == 4 else value for name, value in weights.items()}
-    save_file(moved, place["batch"] / "backbone" / "model.safetensors")
+    save_file(moved, folders["batch"] / "backbone" / "model.safetensors")
     out = tmp_path / "table.json"
-    words = [str(place["triplet"]), str(place["batch"]), "tasks=retrieval,knn", *QUICK, f"comparison={out}"]
-    assert cli.evaluate(words) == 0
+    args = [str(folders["triplet"]), str(folders["batch"]), "tasks=retrieval,knn", *QUICK, f"comparison={out}"]
+    assert cli.evaluate(args) == 0
     rows = json.loads(out.read_text())["rows"]
     own = {row["name"]: row["layers"] for row in rows}
     assert list(own.values()) == [
@@ -278,13 +278,13 @@ def test_several_runs_are_compared_each_by_the_layer_that_its_objective_trains(
         {},
         {},
     ]
-    kept = measured(recorded(place["triplet"]), "retrieval", metric="Recall@1")
+    kept = measured(recorded(folders["triplet"]), "retrieval", metric="Recall@1")
     assert rows[0]["values"]["Recall@1"] == [kept[0]["value"]]
     assert kept[0]["layer"] == "embedding"
     said = capsys.readouterr().out
     assert "(embedding)" in said
     assert said.count("measuring ") > 1
     # The backbone alone is in the records already.
-    assert cli.evaluate([*words, "layer=backbone"]) == 0
+    assert cli.evaluate([*args, "layer=backbone"]) == 0
     assert "measuring " not in capsys.readouterr().out
     assert all(set(row["layers"].values()) <= {"backbone"} for row in json.loads(out.read_text())["rows"])

@@ -14,7 +14,7 @@ from manyviews.evaluate import EvaluateSettings
 from manyviews.evaluate.compare_runs import Shared, measured_before
 from manyviews.evaluate.method_rows import rows_of
 from manyviews.evaluate.old_records import converted
-from manyviews.evaluate.record import evaluation_of, number_of, records_in
+from manyviews.evaluate.record import evaluation_of, key_of, records_in
 from manyviews.evaluators.results.tables import sheets
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded
@@ -30,7 +30,7 @@ def numbers(record: dict, *key: str) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in record["measurements"] if (row["task"], row["features"]) == key}
 
 
-def test_every_number_of_the_lists_is_a_measurement() -> None:
+def test_every_key_of_the_lists_is_a_measurement() -> None:
     record = converted(OLD)
     rows = {(row["task"], row["features"], row["metric"]): row for row in record["measurements"]}
     left = set(rows)
@@ -74,25 +74,25 @@ def test_every_table_is_made_of_an_old_record_and_its_kept_ones() -> None:
     probes = ["Accuracy", "Balanced"] * 2
     assert titles == [*probes, "Retrieval", "Clustering", "Verification", "Linear", "Geometry", "Staleness"]
     assert [sheet.title.split()[0] for sheet in sheets(evaluation_of(kept))] == ["Accuracy", "Balanced", "Linear"]
-    assert number_of(newest) == number_of(OLD)
+    assert key_of(newest) == key_of(OLD)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was measured by kNN, of which the record is then as old as can be."""
-    place = tmp_path_factory.mktemp("old")
-    data = f"data={photographs(place / 'own')}"
-    small_run(place / "run", data, "data.size=28", "data.channels=1", "data.holdout=0.4")
-    (place / "run" / "done").touch()
-    assert cli.evaluate([str(place / "run"), *GRID, "tasks=knn", "layer=backbone", "report=false"]) == 0
-    new = recorded(place / "run")
+    root = tmp_path_factory.mktemp("old")
+    data = f"data={photographs(root / 'own')}"
+    small_run(root / "run", data, "data.size=28", "data.channels=1", "data.holdout=0.4")
+    (root / "run" / "done").touch()
+    assert cli.evaluate([str(root / "run"), *GRID, "tasks=knn", "layer=backbone", "report=false"]) == 0
+    new = recorded(root / "run")
     same = {name: new[name] for name in ("weights", "images", "classes", "precision", "protocol", "metric", "few")}
-    assert number_of(OLD | {"weights": new["weights"], "images": new["images"]}) == number_of(new)
-    outcomes = hashlib.sha256((place / "run" / "outcomes.safetensors").read_bytes()).hexdigest()
+    assert key_of(OLD | {"weights": new["weights"], "images": new["images"]}) == key_of(new)
+    outcomes = hashlib.sha256((root / "run" / "outcomes.safetensors").read_bytes()).hexdigest()
     kept = [record | {"weights": new["weights"], "images": new["images"]} for record in OLD["kept"]]
     old = OLD | same | {"outcomes": outcomes, "kept": kept}
-    (place / "run" / "evaluation.json").write_text(json.dumps(old, indent=1))
-    return place / "run"
+    (root / "run" / "evaluation.json").write_text(json.dumps(old, indent=1))
+    return root / "run"
 
 
 def test_new_results_are_merged_into_an_old_file_and_the_report_shows_both(made: Path, tmp_path: Path) -> None:

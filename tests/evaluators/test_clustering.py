@@ -29,9 +29,9 @@ def test_labels_drawn_at_random_have_an_adjusted_information_of_zero():
 
 def test_the_normalised_information_is_twice_the_mutual_one_over_both_entropies():
     features, labels = groups(150, 3, 0.7)
-    found = k_means(features, 3)
+    actual = k_means(features, 3)
     joint = torch.zeros(3, 3, dtype=torch.float64)
-    for cluster, label in zip(found.tolist(), labels.tolist(), strict=True):
+    for cluster, label in zip(actual.tolist(), labels.tolist(), strict=True):
         joint[cluster, label] += 1 / 150
     rows, columns = joint.sum(1), joint.sum(0)
     mutual = sum(

@@ -98,8 +98,8 @@ def test_a_class_with_a_single_image_is_never_held_out():
 def test_test_images_without_a_label_do_not_count_and_labels_must_exist():
     (train, labels), (test, test_labels) = clusters(200), clusters(80, seed=1)
     test_labels[:30] = -1
-    found = fractions(train, labels, test, test_labels, 4, SETTINGS)
-    assert found == fractions(train, labels, test[30:], test_labels[30:], 4, SETTINGS)
+    actual = fractions(train, labels, test, test_labels, 4, SETTINGS)
+    assert actual == fractions(train, labels, test[30:], test_labels[30:], 4, SETTINGS)
     with pytest.raises(ValueError, match="labelled test images"):
         fractions(train, labels, test, torch.full((80,), -1), 4, SETTINGS)
 
@@ -116,11 +116,11 @@ def test_draws_of_the_same_images_are_fitted_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(8).repeat_interleave(2)
     train, test = torch.randn(16, 5, generator=generator), torch.randn(16, 5, generator=generator)
-    calls, told, fitted = [], [], module._probe
-    monkeypatch.setattr(module, "_probe", lambda *words: calls.append(0) or fitted(*words))
+    calls, reports, fitted = [], [], module._probe
+    monkeypatch.setattr(module, "_probe", lambda *args: calls.append(0) or fitted(*args))
     settings = FractionSettings(shares=(1.0,), shots=(2, 5), draws=3)
-    found = fractions(train, labels, test, labels, 8, settings, report=lambda *words: told.append(words))
+    actual = fractions(train, labels, test, labels, 8, settings, report=lambda *args: reports.append(args))
     assert len(calls) == 1
-    assert len({tuple(result.details["accuracies"]) for result in found}) == 1
-    assert found[0].deviation == 0
-    assert {(what, total) for what, _, total in told} == {("few labels", 9)}
+    assert len({tuple(result.details["accuracies"]) for result in actual}) == 1
+    assert actual[0].deviation == 0
+    assert {(what, total) for what, _, total in reports} == {("few labels", 9)}

@@ -19,9 +19,9 @@ def rows(count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def numbers(found: tuple[Measurement, ...]) -> dict[str, float]:
+def numbers(actual: tuple[Measurement, ...]) -> dict[str, float]:
     """What was measured by its name."""
-    return {own.metric: own.value for own in found}
+    return {own.metric: own.value for own in actual}
 
 
 def test_alignment_and_uniformity_are_those_of_double_loops():
@@ -49,13 +49,13 @@ def test_perfect_alignment_is_0_whatever_the_lengths_and_opposite_views_are_at_4
 
 
 def test_collapsed_features_have_uniformity_0_and_rank_1():
-    found = numbers(geometry("learned", rows(1, 6).expand(40, -1), None, seed=0))
-    assert found == {"uniformity": pytest.approx(0, abs=1e-5), "effective rank": pytest.approx(1, abs=1e-4)}
+    actual = numbers(geometry("learned", rows(1, 6).expand(40, -1), None, seed=0))
+    assert actual == {"uniformity": pytest.approx(0, abs=1e-5), "effective rank": pytest.approx(1, abs=1e-4)}
 
 
 def test_features_that_are_all_zero_have_collapsed():
-    found = numbers(geometry("learned", torch.zeros(50, 16), (torch.zeros(9, 16), torch.zeros(9, 16)), seed=0))
-    assert found == {"uniformity": pytest.approx(0, abs=1e-6), "effective rank": 0, "alignment": 0}
+    actual = numbers(geometry("learned", torch.zeros(50, 16), (torch.zeros(9, 16), torch.zeros(9, 16)), seed=0))
+    assert actual == {"uniformity": pytest.approx(0, abs=1e-6), "effective rank": 0, "alignment": 0}
 
 
 def test_features_that_are_zero_lie_in_one_place_of_their_own():
@@ -101,13 +101,13 @@ def test_orthonormal_features_have_full_rank_and_the_rank_is_that_of_the_formula
 def test_of_many_images_some_are_drawn_by_the_seed_and_their_number_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lying, "IMAGES", 100)
     features = rows(400, 6)
-    found = [geometry("raw pixels", features, (features, features), seed=seed) for seed in (0, 0, 1)]
-    assert {own.n for each in found for own in each} == {100}
-    assert found[0] == found[1] != found[2]
-    assert numbers(found[0])["uniformity"] == pytest.approx(uniformity(features), abs=0.2)
-    shown = printed_text(sheets(Evaluation(found[0])))
+    actual = [geometry("raw pixels", features, (features, features), seed=seed) for seed in (0, 0, 1)]
+    assert {own.n for each in actual for own in each} == {100}
+    assert actual[0] == actual[1] != actual[2]
+    assert numbers(actual[0])["uniformity"] == pytest.approx(uniformity(features), abs=0.2)
+    shown = printed_text(sheets(Evaluation(actual[0])))
     assert "100 images" in shown
-    assert f"{found[0][0].value:.1f}" in shown
+    assert f"{actual[0][0].value:.1f}" in shown
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_neighbourhood_overlap_is_that_of_sets_of_neighbours():
 
     def neighbours(features: Tensor) -> list[set[int]]:
         search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(features.numpy())
-        return [set(found) for found in search.kneighbors(return_distance=False)]
+        return [set(actual) for actual in search.kneighbors(return_distance=False)]
 
     common = [len(a & b) / k for a, b in zip(neighbours(one), neighbours(other), strict=True)]
     assert neighbourhood_overlap(one, other, k) == pytest.approx(sum(common) / len(common))
@@ -151,12 +151,12 @@ def test_more_neighbours_than_there_are_are_refused(k: int):
 def test_staleness_is_the_cosine_of_each_row_with_its_fresh_embedding():
     bank, fresh = rows(5_000, 4), rows(5_000, 4, 1)
     cosines = torch.nn.functional.cosine_similarity(bank.double(), fresh.double())
-    found = staleness(bank, fresh)
-    assert {own.n for own in found} == {5_000}
-    mean, *quantiles = numbers(found).values()
+    actual = staleness(bank, fresh)
+    assert {own.n for own in actual} == {5_000}
+    mean, *quantiles = numbers(actual).values()
     assert mean == pytest.approx(cosines.mean().item())
     shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
-    assert list(numbers(found)) == ["mean", "5 %", "25 %", "50 %", "75 %", "95 %"]
+    assert list(numbers(actual)) == ["mean", "5 %", "25 %", "50 %", "75 %", "95 %"]
     assert_close(torch.tensor(quantiles), cosines.quantile(shares).float())
     still = numbers(staleness(bank, 2 * bank))
     assert still["mean"] == pytest.approx(1)

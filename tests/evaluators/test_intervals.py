@@ -17,7 +17,7 @@ def hits(runs: int, images: int, share: float, seed: int) -> Tensor:
 
 def test_resampling_is_that_of_a_loop_over_images_and_runs_with_the_same_draws():
     methods = [hits(3, 40, 0.6, 0), hits(1, 40, 0.7, 1), hits(2, 40, 0.5, 2)]
-    found = resampled(methods, seed=5, resamples=30)
+    actual = resampled(methods, seed=5, resamples=30)
     generator = np.random.default_rng(5)
     patterns, counts = torch.cat(methods).unique(dim=1, return_counts=True)
     draws = [generator.multinomial(40, counts.numpy() / 40) for _ in range(30)]
@@ -25,9 +25,9 @@ def test_resampling_is_that_of_a_loop_over_images_and_runs_with_the_same_draws()
     chosen.insert(1, [np.array([0])] * 30)
     for number in range(30):
         first = 0
-        for place, own in enumerate(methods):
+        for index, own in enumerate(methods):
             accuracies = []
-            for run in chosen[place][number]:
+            for run in chosen[index][number]:
                 right = [
                     bool(patterns[first + run, pattern])
                     for pattern, times in enumerate(draws[number])
@@ -35,7 +35,7 @@ def test_resampling_is_that_of_a_loop_over_images_and_runs_with_the_same_draws()
                 ]
                 assert len(right) == 40
                 accuracies.append(sum(right) / 40)
-            assert found[number, place].item() == pytest.approx(sum(accuracies) / len(accuracies))
+            assert actual[number, index].item() == pytest.approx(sum(accuracies) / len(accuracies))
             first += len(own)
 
 

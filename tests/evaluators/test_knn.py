@@ -22,12 +22,12 @@ def oracle(
 ) -> list[int]:
     predictions = []
     for number, query in enumerate(queries.double()):
-        found = []
+        actual = []
         for index, row in enumerate(bank.double()):
             if labels[index] >= 0 and (own is None or own[number] != index):
-                found.append((-float(query @ row / query.norm() / row.norm()), index))
+                actual.append((-float(query @ row / query.norm() / row.norm()), index))
         votes = [0.0] * (int(labels.max()) + 1)
-        for negative, index in sorted(found)[:k]:
+        for negative, index in sorted(actual)[:k]:
             votes[int(labels[index])] += math.exp(-negative / temperature)
         predictions.append(votes.index(max(votes)))
     return predictions
@@ -173,7 +173,7 @@ def test_the_monitor_sees_what_is_learned_and_repeats_itself():
 def test_where_no_class_has_a_second_image_the_nearest_decides():
     generator = torch.Generator().manual_seed(0)
     train, test = (torch.randn(count, 6, generator=generator) for count in (20, 30))
-    found = knn(train, torch.arange(20), test, 20, KnnSettings())
+    actual = knn(train, torch.arange(20), test, 20, KnnSettings())
     cosines = torch.nn.functional.normalize(test) @ torch.nn.functional.normalize(train).T
-    assert found.predictions.tolist() == cosines.argmax(1).tolist()
-    assert found.validation is None
+    assert actual.predictions.tolist() == cosines.argmax(1).tolist()
+    assert actual.validation is None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyviews.evaluators.linear import UNCHOSEN, LinearSettings, linear, search, standard
 from manyviews.evaluators.logistic import STEPS_OF_MANY, LogisticFit, logistic_regression, principal_axes
-from manyviews.evaluators.splits import hold_out, hold_out_some
+from manyviews.evaluators.splits import hold_out
 
 
 def objective(fit: LogisticFit, features: Tensor, labels: Tensor, regularisations: Tensor) -> Tensor:
@@ -175,9 +175,9 @@ def test_many_classes_take_the_diagonal_and_reach_the_same_minimum(monkeypatch):
     exact = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
     monkeypatch.setattr("manyviews.evaluators.logistic.MOST_MODES", 5)
     monkeypatch.setattr("manyviews.evaluators.logistic.MOST_REMEMBERED", 1)
-    found = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
-    assert found.converged.all()
-    torch.testing.assert_close(found.weights, exact.weights, atol=1e-5, rtol=1e-4)
+    actual = logistic_regression(features, labels, strengths, 6, tolerance=1e-12)
+    assert actual.converged.all()
+    torch.testing.assert_close(actual.weights, exact.weights, atol=1e-5, rtol=1e-4)
 
 
 def test_a_grid_too_large_for_memory_is_searched_from_strong_to_weak(monkeypatch):
@@ -185,13 +185,13 @@ def test_a_grid_too_large_for_memory_is_searched_from_strong_to_weak(monkeypatch
     test, _ = correlated(50, 12, 5, seed=1)
     settings = LinearSettings()
     whole = linear(features, labels, test, 5, settings)
-    told = []
+    reports = []
     monkeypatch.setattr("manyviews.evaluators.linear.at_once", lambda *_: 1)
-    parts = linear(features, labels, test, 5, settings, report=lambda *words: told.append(words))
+    parts = linear(features, labels, test, 5, settings, report=lambda *args: reports.append(args))
     assert parts[1:] == whole[1:]
     assert parts.predictions.tolist() == whole.predictions.tolist()
-    assert {total for _, _, total in told} == {11}
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert {total for _, _, total in reports} == {11}
+    assert [done for _, done, _ in reports] == sorted(done for _, done, _ in reports)
 
 
 def test_two_parts_of_a_grid_that_bring_nothing_better_end_the_search():
@@ -212,33 +212,33 @@ def test_two_parts_of_a_grid_that_bring_nothing_better_end_the_search():
 def test_where_no_class_has_a_second_image_the_strength_is_not_chosen():
     features, _ = correlated(30, 6, 5)
     labels = torch.arange(30)
-    found = linear(features, labels, features, 30, LinearSettings())
-    assert found.chosen == {"regularisation": UNCHOSEN}
-    assert found.validation is None
+    actual = linear(features, labels, features, 30, LinearSettings())
+    assert actual.chosen == {"regularisation": UNCHOSEN}
+    assert actual.validation is None
     scaled = standard(features)(features)
     fit = logistic_regression(scaled, labels, torch.tensor([UNCHOSEN]), 30)
-    assert found.predictions.tolist() == fit.predict(scaled)[0].tolist()
+    assert actual.predictions.tolist() == fit.predict(scaled)[0].tolist()
 
 
 @pytest.mark.parametrize("most", [None, 3])
 def test_of_small_classes_one_image_each_is_held_out(most):
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, -1, 4, 4, 4, 4])
-    kept, held = hold_out_some(labels, share=0.1, seed=3, most=most)
+    kept, held = hold_out(labels, share=0.1, seed=3, most=most, one_each=True)
     assert sorted(torch.cat([kept, held]).tolist()) == [*range(8), *range(9, 13)]
     assert len(held) == (4 if most is None else 3)
     assert len(set(labels[held].tolist())) == len(held)
     assert 2 not in labels[held]
-    again = hold_out_some(labels, share=0.1, seed=3, most=most)
+    again = hold_out(labels, share=0.1, seed=3, most=most, one_each=True)
     assert torch.equal(kept, again[0])
     assert torch.equal(held, again[1])
-    own = hold_out_some(labels, share=0.5, seed=3)
+    own = hold_out(labels, share=0.5, seed=3, one_each=True)
     assert all(torch.equal(one, two) for one, two in zip(own, hold_out(labels, share=0.5, seed=3), strict=True))
 
 
 def test_a_large_set_of_small_classes_has_its_choice_within_the_most():
     """A share of 10,000 of many images is not one image of a class of 50."""
     labels = torch.arange(400).repeat_interleave(5)
-    kept, held = hold_out_some(labels, share=0.2, seed=0, most=100)
+    kept, held = hold_out(labels, share=0.2, seed=0, most=100, one_each=True)
     assert (len(kept), len(held)) == (1900, 100)
     with pytest.raises(ValueError, match="leave 2000 kept and 0 held out"):
         hold_out(labels, share=0.2, seed=0, most=100)

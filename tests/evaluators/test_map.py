@@ -25,9 +25,9 @@ def groups(count: int, dim: int = 20) -> tuple[Tensor, Tensor]:
 def test_principal_components_are_those_of_scikit_learn_up_to_signs(count: int, dim: int):
     features, _ = groups(count, dim)
     expected = torch.from_numpy(PCA(5, svd_solver="full").fit_transform(features.double().numpy()))
-    found = principal_components(features, 5)
-    assert_close(found.abs(), expected.abs(), rtol=1e-6, atol=1e-6)
-    assert_close(flat_map(features, "pca", seed=0), found[:, :2].float())
+    actual = principal_components(features, 5)
+    assert_close(actual.abs(), expected.abs(), rtol=1e-6, atol=1e-6)
+    assert_close(flat_map(features, "pca", seed=0), actual[:, :2].float())
 
 
 def test_the_largest_weight_of_a_component_is_positive():
@@ -38,19 +38,19 @@ def test_the_largest_weight_of_a_component_is_positive():
 
 
 def test_components_beyond_those_that_there_are_are_zero():
-    found = principal_components(torch.arange(4.0).unsqueeze(1), 3)
-    assert_close(found[:, 0], torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64))
-    assert not found[:, 1:].any()
+    actual = principal_components(torch.arange(4.0).unsqueeze(1), 3)
+    assert_close(actual[:, 0], torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64))
+    assert not actual[:, 1:].any()
 
 
 def test_tsne_keeps_groups_together_and_is_the_same_for_the_same_seed():
     features, labels = groups(200)
-    found = flat_map(features, "tsne", seed=3)
-    assert found.shape == (200, 2)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, flat_map(features, "tsne", seed=3))
-    nearest = KNeighborsClassifier(5).fit(found[:150].numpy(), labels[:150].numpy())
-    assert nearest.score(found[150:].numpy(), labels[150:].numpy()) > 0.95
+    actual = flat_map(features, "tsne", seed=3)
+    assert actual.shape == (200, 2)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, flat_map(features, "tsne", seed=3))
+    nearest = KNeighborsClassifier(5).fit(actual[:150].numpy(), labels[:150].numpy())
+    assert nearest.score(actual[150:].numpy(), labels[150:].numpy()) > 0.95
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -64,10 +64,10 @@ def test_few_images_and_images_that_are_all_one_have_a_finite_map(method: Method
 def test_umap_keeps_groups_together_is_the_same_each_time_and_says_no_warning():
     pytest.importorskip("umap")
     features, labels = groups(120)
-    found = flat_map(features, "umap", seed=3)
-    assert torch.equal(found, flat_map(features, "umap", seed=3))
-    nearest = KNeighborsClassifier(5).fit(found[:90].numpy(), labels[:90].numpy())
-    assert nearest.score(found[90:].numpy(), labels[90:].numpy()) > 0.95
+    actual = flat_map(features, "umap", seed=3)
+    assert torch.equal(actual, flat_map(features, "umap", seed=3))
+    nearest = KNeighborsClassifier(5).fit(actual[:90].numpy(), labels[:90].numpy())
+    assert nearest.score(actual[90:].numpy(), labels[90:].numpy()) > 0.95
     assert torch.isfinite(flat_map(torch.ones(4, 8), "umap", seed=0)).all()
 
 

@@ -27,21 +27,21 @@ def oracle(
     reference_labels: Tensor,
     query_ids: list[int],
     reference_ids: list[int],
-    *,
-    euclidean: bool = False,
+    nearness: str = "cosine",
 ) -> dict[int, list[float]]:
     """By query: Recall@1, @3, @16, R-precision, MAP@R, NDCG@1, @10; a loop over pairs, from the definitions."""
     figures = {}
     for number, query in enumerate(queries):
         if query_labels[number] < 0:
             continue
-        found = []
+        actual = []
         for index, row in enumerate(references):
             if reference_labels[index] < 0 or reference_ids[index] == query_ids[number]:
                 continue
-            near = -float((query - row).square().sum()) if euclidean else float(query @ row / query.norm() / row.norm())
-            found.append((-near, index))
-        hits = [bool(reference_labels[index] == query_labels[number]) for _, index in sorted(found)]
+            cosine = float(query @ row / query.norm() / row.norm())
+            near = cosine if nearness == "cosine" else -float((query - row).square().sum())
+            actual.append((-near, index))
+        hits = [bool(reference_labels[index] == query_labels[number]) for _, index in sorted(actual)]
         relevant = sum(hits)
         if not relevant:
             continue
@@ -61,10 +61,10 @@ def rows_of(result: RetrievalResult) -> dict[int, list[float]]:
 
 
 def assert_equal(result: RetrievalResult, expected: dict[int, list[float]]) -> None:
-    found = rows_of(result)
-    assert list(found) == list(expected)
+    actual = rows_of(result)
+    assert list(actual) == list(expected)
     for query, figures in expected.items():
-        assert found[query] == pytest.approx(figures, rel=1e-12)
+        assert actual[query] == pytest.approx(figures, rel=1e-12)
 
 
 @pytest.mark.parametrize("nearness", ["cosine", "euclidean"])
@@ -72,7 +72,7 @@ def test_every_figure_of_every_query_equals_a_double_loop(nearness):
     features, labels = clusters(90, 5)
     labels[::11] = -1
     ids = list(range(90))
-    expected = oracle(features, labels, features, labels, ids, ids, euclidean=nearness == "euclidean")
+    expected = oracle(features, labels, features, labels, ids, ids, nearness)
     result = retrieve(features, labels, settings=GRID, nearness=nearness)
     assert_equal(result, expected)
     assert result.left_out == int((labels >= 0).sum()) - len(expected) == 1
@@ -85,40 +85,23 @@ def test_separate_queries_and_references_share_images_by_id_alone(nearness):
     query_labels[3] = 7
     # Ids that are sparse, out of order and repeated on both sides.
     reference_ids, query_ids = (torch.arange(70) * 37) % 50, (torch.arange(30) * 11) % 60
-    expected = oracle(
-        queries,
-        query_labels,
-        references,
-        reference_labels,
-        query_ids.tolist(),
-        reference_ids.tolist(),
-        euclidean=nearness == "euclidean",
-    )
-    result = retrieve(
-        queries,
-        query_labels,
-        references,
-        reference_labels,
-        query_ids=query_ids,
-        reference_ids=reference_ids,
-        settings=GRID,
-        nearness=nearness,
-    )
+    both = queries, query_labels, references, reference_labels
+    expected = oracle(*both, query_ids.tolist(), reference_ids.tolist(), nearness)
+    ids = {"query_ids": query_ids, "reference_ids": reference_ids}
+    result = retrieve(*both, **ids, settings=GRID, nearness=nearness)
     assert_equal(result, expected)
     assert 3 not in result.queries.tolist()
-    free = retrieve(queries, query_labels, references, reference_labels, settings=GRID, nearness=nearness)
-    ids = list(range(30)), list(range(100, 170))
-    assert_equal(
-        free, oracle(queries, query_labels, references, reference_labels, *ids, euclidean=nearness == "euclidean")
-    )
+    free = retrieve(*both, settings=GRID, nearness=nearness)
+    assert_equal(free, oracle(*both, list(range(30)), list(range(100, 170)), nearness))
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize("nearness", ["cosine", "euclidean"])
-def test_blocks_of_any_size_give_the_same_result(block, nearness):
+def test_blocks_of_any_size_give_the_same_result(block, nearness, monkeypatch):
     features, labels = clusters(150, 6)
     whole = retrieve(features, labels, settings=GRID, nearness=nearness)
-    for one, two in zip(whole, retrieve(features, labels, settings=GRID, nearness=nearness, block=block), strict=True):
+    monkeypatch.setattr("manyviews.evaluators.retrieval.HITS", 150 * block)
+    for one, two in zip(whole, retrieve(features, labels, settings=GRID, nearness=nearness), strict=True):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-12, atol=0)
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from manyviews.evaluate.method_rows import methods
-from manyviews.evaluators.protocol import Task
 from manyviews.evaluators.results.intervals import bootstrap_differences
-from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
+from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement, Task
 from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of
 from recorded import printed_text
 
@@ -48,8 +47,8 @@ def row(name: str, share: float, runs: int = 1, *, baseline: bool = False) -> Ro
 def measured(accuracies: list[float]) -> dict[str, tuple[Measurement, ...]]:
     """What runs of these accuracies scored, and how their features lie."""
     each = {
-        "kNN": [Measurement("knn", "learned", "accuracy", value, layer="backbone") for value in accuracies],
-        "AMI": [Measurement("clustering", "learned", "AMI", 0.5, layer="backbone") for _ in accuracies],
+        "kNN": [Measurement("knn", "learned", "accuracy", value) for value in accuracies],
+        "AMI": [Measurement("clustering", "learned", "AMI", 0.5) for _ in accuracies],
     }
     lying = {"effective rank": 20.0, "uniformity": -2.5, "alignment": 0.5}
     for name, value in lying.items():
@@ -105,7 +104,7 @@ def test_geometry_alone_claims_nothing():
     rows = tuple(Row(name, (name,), (0,), lying) for name in ("a", "b"))
     comparison = Comparison(rows, differences(rows, seed=0), 9)
     assert [str(table.title).split()[0] for table in comparison.tables()] == ["Geometry"]
-    assert "nothing is said" in comparison.verdict()
+    assert "no ranking is claimed" in comparison.verdict()
 
 
 def test_of_each_task_asked_for_the_leading_metric_stands_by_its_title():
@@ -113,10 +112,10 @@ def test_of_each_task_asked_for_the_leading_metric_stands_by_its_title():
     rows += [("knn", "learned", "balanced accuracy", 0.4), ("fractions", "learned", "1 %", 0.3)]
     rows += [("retrieval", "learned", "Recall@1", 0.7), ("retrieval", "learned", "MAP@R", 0.2)]
     rows += [("geometry", "learned", "uniformity", -2.0)]
-    found = Evaluation(tuple(Measurement(*row) for row in rows))
+    actual = Evaluation(tuple(Measurement(*row) for row in rows))
 
     def values(*tasks: str) -> dict[str, float]:
-        return {title: own.value for title, own in by_title(found, "learned", tasks).items()}
+        return {title: own.value for title, own in by_title(actual, "learned", tasks).items()}
 
     assert values("knn", "fractions", "retrieval") == {"kNN": 0.5, "1 %": 0.3, "Recall@1": 0.7}
     assert values("linear", "geometry") == {"uniformity": -2.0}
@@ -124,7 +123,7 @@ def test_of_each_task_asked_for_the_leading_metric_stands_by_its_title():
 
 
 def test_every_task_has_its_title():
-    assert tuple(TITLES) == get_args(Task)
+    assert (*TITLES, "fractions") == get_args(Task)
 
 
 def test_a_single_value_has_no_spread():

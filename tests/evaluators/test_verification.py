@@ -30,16 +30,14 @@ def test_pairs_are_different_rightly_named_and_balanced_in_every_fold():
     _, labels = faces(120, 7, 1.0)
     labels[::9] = -1
     pairs = draw_pairs(labels, SMALL, seed=1)
-    assert len(pairs.images) == 400
-    assert len({frozenset(pair) for pair in pairs.images.tolist()}) == 400
-    assert (pairs.images[:, 0] != pairs.images[:, 1]).all()
-    first, second = labels[pairs.images].T
+    assert pairs.images.shape == (5, 80, 2)
+    assert len({frozenset(pair) for pair in pairs.images.flatten(0, 1).tolist()}) == 400
+    assert (pairs.images[..., 0] != pairs.images[..., 1]).all()
+    first, second = labels[pairs.images].unbind(2)
     assert (first >= 0).all()
     assert (second >= 0).all()
     assert torch.equal(first == second, pairs.same)
-    for fold in range(5):
-        own = pairs.fold == fold
-        assert (int(own.sum()), int(pairs.same[own].sum())) == (80, 40)
+    assert pairs.same.sum(1).tolist() == [40] * 5
 
 
 def test_every_pair_has_the_same_chance():
@@ -47,20 +45,20 @@ def test_every_pair_has_the_same_chance():
     settings = VerificationSettings(pairs=4, folds=2)
     counts = dict.fromkeys((frozenset(pair) for pair in combinations(range(7), 2)), 0)
     for seed in range(3000):
-        for pair in draw_pairs(labels, settings, seed=seed).images.tolist():
+        for pair in draw_pairs(labels, settings, seed=seed).images.flatten(0, 1).tolist():
             counts[frozenset(pair)] += 1
     same = [count for pair, count in counts.items() if len({int(labels[image]) for image in pair}) == 1]
     different = [count for pair, count in counts.items() if len({int(labels[image]) for image in pair}) == 2]
     # 2 of the 7 pairs of a class and 2 of the 14 others are drawn each time.
     assert (len(same), len(different)) == (7, 14)
-    for found, chance in ((same, 2 / 7), (different, 2 / 14)):
-        assert np.abs(np.array(found) / 3000 - chance).max() < 4.5 * math.sqrt(chance * (1 - chance) / 3000)
+    for actual, chance in ((same, 2 / 7), (different, 2 / 14)):
+        assert np.abs(np.array(actual) / 3000 - chance).max() < 4.5 * math.sqrt(chance * (1 - chance) / 3000)
 
 
 def test_few_pairs_are_all_taken_in_whole_folds():
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 2])
     pairs = draw_pairs(labels, VerificationSettings(pairs=6000, folds=3))
-    assert (len(pairs.images), int(pairs.same.sum())) == (12, 6)
+    assert (pairs.images.shape, int(pairs.same.sum())) == ((3, 4, 2), 6)
     with pytest.raises(ValueError, match=r"7 labelled images of 3 classes have 6 pairs of the same class and 15"):
         draw_pairs(labels, VerificationSettings(folds=10))
     with pytest.raises(ValueError, match=r"0 pairs of the same class"):
@@ -72,8 +70,8 @@ def test_few_pairs_are_all_taken_in_whole_folds():
 def test_many_images_are_drawn_from_without_listing_their_pairs():
     labels = torch.arange(200_000) % 1000
     pairs = draw_pairs(labels)
-    assert len(pairs.images.unique(dim=0)) == 6000
-    assert torch.equal(labels[pairs.images[:, 0]] == labels[pairs.images[:, 1]], pairs.same)
+    assert len(pairs.images.flatten(0, 1).unique(dim=0)) == 6000
+    assert torch.equal(labels[pairs.images[..., 0]] == labels[pairs.images[..., 1]], pairs.same)
     assert torch.equal(pairs.images, draw_pairs(labels).images)
     assert not torch.equal(pairs.images, draw_pairs(labels, seed=1).images)
 
@@ -83,33 +81,32 @@ def test_accuracies_and_accepts_equal_a_loop_over_every_threshold(nearness):
     features, labels = faces(100, 6, 1.5)
     pairs = draw_pairs(labels, SMALL)
     rows = features.double()
-    scores, same, fold = [], pairs.same.tolist(), pairs.fold.tolist()
-    for one, two in pairs.images.tolist():
+    scores, same = [], pairs.same.flatten().tolist()
+    for one, two in pairs.images.flatten(0, 1).tolist():
         cosine = float(rows[one] @ rows[two] / rows[one].norm() / rows[two].norm())
         scores.append(cosine if nearness == "cosine" else -float((rows[one] - rows[two]).square().sum()))
     accuracies, accepts = [], {rate: [] for rate in (0.3, 0.1, 0.01)}
     for held in range(5):
-        others = [place for place in range(400) if fold[place] != held]
-        own = [place for place in range(400) if fold[place] == held]
-        ordered = sorted({scores[place] for place in others}, reverse=True)
+        others = [pair for pair in range(400) if pair // 80 != held]
+        own = [pair for pair in range(400) if pair // 80 == held]
+        ordered = sorted({scores[pair] for pair in others}, reverse=True)
         candidates = [math.inf, *((a + b) / 2 for a, b in pairwise(ordered)), -math.inf]
-        right = [sum((scores[place] > limit) == same[place] for place in others) for limit in candidates]
+        right = [sum((scores[pair] > limit) == same[pair] for pair in others) for limit in candidates]
         limit = candidates[right.index(max(right))]
-        accuracies.append(sum((scores[place] > limit) == same[place] for place in own) / len(own))
-        negatives = [scores[place] for place in others if not same[place]]
-        for rate, found in accepts.items():
+        accuracies.append(sum((scores[pair] > limit) == same[pair] for pair in own) / len(own))
+        negatives = [scores[pair] for pair in others if not same[pair]]
+        for rate, actual in accepts.items():
             allowed = [limit for limit in negatives if sum(score > limit for score in negatives) <= rate * 160 + 1e-9]
-            positives = [place for place in own if same[place]]
-            found.append(sum(scores[place] > min(allowed) for place in positives) / len(positives))
+            positives = [pair for pair in own if same[pair]]
+            actual.append(sum(scores[pair] > min(allowed) for pair in positives) / len(positives))
     result = verify(features, pairs, SMALL, nearness=nearness)
     assert result.accuracy == pytest.approx(np.mean(accuracies), rel=1e-12)
     assert result.deviation == pytest.approx(np.std(accuracies, ddof=1), rel=1e-9)
     assert result.correct.double().mean().item() == pytest.approx(result.accuracy)
     # 160 pairs of different classes in the other folds: a rate of 0.001 would allow none of them.
     assert list(result.true_accepts) == [0.3, 0.1, 0.01]
-    for rate, found in accepts.items():
-        assert result.true_accepts[rate].mean == pytest.approx(np.mean(found), rel=1e-12)
-        assert result.true_accepts[rate].deviation == pytest.approx(np.std(found, ddof=1), rel=1e-9)
+    for rate, actual in accepts.items():
+        assert result.true_accepts[rate] == pytest.approx((np.mean(actual), np.std(actual, ddof=1)), rel=1e-9)
 
 
 @pytest.mark.parametrize("decimals", [1, 8])
@@ -120,8 +117,8 @@ def test_thresholds_are_those_of_the_roc_curve_also_where_scores_are_equal(decim
     false, true, _ = roc_curve(same.numpy(), scores.numpy(), drop_intermediate=False)
     number = int(same.sum())
     accuracy = (true * number + (1 - false) * (500 - number)) / 500
-    found = ((scores > best_threshold(scores, same)) == same).double().mean().item()
-    assert found == pytest.approx(accuracy.max(), rel=1e-12)
+    actual = ((scores > best_threshold(scores, same)) == same).double().mean().item()
+    assert actual == pytest.approx(accuracy.max(), rel=1e-12)
     for rate in (0.5, 0.1, 0.01, 1 / 300):
         limit = threshold_at(scores[~same], rate)
         assert (scores[~same] > limit).double().mean().item() <= rate + 1e-12
@@ -132,22 +129,23 @@ def test_the_area_is_that_of_scikit_learn():
     features, labels = faces(100, 6, 1.5)
     pairs = draw_pairs(labels, SMALL)
     unit = torch.nn.functional.normalize(features, dim=1).double()
-    scores = (unit[pairs.images[:, 0]] * unit[pairs.images[:, 1]]).sum(1)
-    assert verify(features, pairs, SMALL).auc == pytest.approx(roc_auc_score(pairs.same, scores), rel=1e-12)
+    scores = (unit[pairs.images[..., 0]] * unit[pairs.images[..., 1]]).sum(-1)
+    expected = roc_auc_score(pairs.same.flatten(), scores.flatten())
+    assert verify(features, pairs, SMALL).auc == pytest.approx(expected, rel=1e-12)
 
 
 def test_classes_far_apart_are_verified_without_a_mistake():
     features, labels = faces(60, 4, 0.01)
     result = verify(features, draw_pairs(labels, SMALL), SMALL)
     assert (result.accuracy, result.deviation, result.auc) == (1, 0, 1)
-    assert all(found.mean == 1 for found in result.true_accepts.values())
+    assert all(mean == 1 for mean, _ in result.true_accepts.values())
 
 
 def test_equal_features_are_judged_by_chance():
     _, labels = faces(60, 4, 1.0)
     result = verify(torch.ones(60, 3), draw_pairs(labels, SMALL), SMALL)
     assert (result.accuracy, result.auc) == (0.5, 0.5)
-    assert all(found.mean == 0 for found in result.true_accepts.values())
+    assert all(mean == 0 for mean, _ in result.true_accepts.values())
 
 
 def test_a_threshold_between_neighbouring_floats_still_parts_them():
@@ -161,6 +159,6 @@ def test_the_own_fold_is_never_looked_at_for_its_threshold():
     features, labels = faces(100, 6, 1.5)
     pairs = draw_pairs(labels, SMALL)
     before = verify(features, pairs, SMALL).correct
-    own = pairs.fold == 2
-    flipped = Pairs(pairs.images, torch.where(own, ~pairs.same, pairs.same), pairs.fold)
+    own = torch.arange(5) == 2
+    flipped = Pairs(pairs.images, torch.where(own[:, None], ~pairs.same, pairs.same))
     assert torch.equal(verify(features, flipped, SMALL).correct[own], ~before[own])

@@ -9,9 +9,9 @@ import torch
 
 from manyviews.data import InMemory
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.results.kinds import label
-from manyviews.report import Findings, training_curves, write_report
-from manyviews.report.neighbours import queries
+from manyviews.evaluators.results.measurement import label
+from manyviews.report import Findings, plots, write_report
+from manyviews.report.contents import queries
 from report_findings import features, findings, images, run_folder
 
 HOSTILE = (
@@ -69,8 +69,8 @@ class Page(HTMLParser):
         return {attributes["id"] or "" for tag, attributes in self.elements if tag == "section"}
 
     def map_data(self) -> dict[str, object]:
-        found = [text for attributes, text in self.scripts if attributes.get("type") == "application/json"]
-        return json.loads(found[0])
+        actual = [text for attributes, text in self.scripts if attributes.get("type") == "application/json"]
+        return json.loads(actual[0])
 
 
 def report(given: Findings) -> Page:
@@ -92,12 +92,12 @@ def test_every_score_of_the_evaluation_stands_in_the_score_table(made: tuple[Fin
     assert [cell.strip() for cell in table[0]] == ["features", "dim", "kNN", "linear probe"]
     rows = {row[0].strip(): row for row in table[1:]}
     for score in given.evaluation.of("knn", "linear"):
-        words = rows[label(score.features)][{"knn": 2, "linear": 3}[score.task]].split(maxsplit=2)
-        assert words[0] == f"{100 * score.value:.1f}"
+        parts = rows[label(score.features)][{"knn": 2, "linear": 3}[score.task]].split(maxsplit=2)
+        assert parts[0] == f"{100 * score.value:.1f}"
         assert score.low is not None
         assert score.high is not None
-        assert words[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
-        assert words[2].strip() == score.choice
+        assert parts[1] == f"{100 * score.low:.1f}–{100 * score.high:.1f}"
+        assert parts[2].strip() == score.choice
     assert list(rows) == ["learned (backbone)", "raw pixels"]
 
 
@@ -224,8 +224,8 @@ def test_a_picture_of_views_that_is_none_of_a_run_is_left_out(tmp_path: Path) ->
 
 def test_metrics_of_very_many_kinds_are_not_all_drawn(tmp_path: Path) -> None:
     metrics = [{"step": 1.0, "loss": 1.0, **{f"x{number}": 1.0 for number in range(5000)}}]
-    first, more = training_curves.panels(metrics)
-    assert (len(first), len(more)) == (1, training_curves.MOST_PANELS)
+    first, more = plots.panels(metrics)
+    assert (len(first), len(more)) == (1, plots.MOST_PANELS)
 
 
 def test_without_labels_nothing_is_scored_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -11,16 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from manyviews.data import InMemory
 from manyviews.evaluators.confusion import as_pixels, confusion_picture
-from manyviews.report.confusion import confused
+from manyviews.report.contents import contents_of, count_confusions, look_alikes, look_up, queries, similarities
 from manyviews.report.findings import Findings, drawn
 from manyviews.report.history import in_words
-from manyviews.report.hover_map import hover_map
-from manyviews.report.look import look
-from manyviews.report.neighbours import look_alikes, look_up, queries
-from manyviews.report.pictures import sprite, thumbnails
+from manyviews.report.pictures import hover_map, sprite, thumbnails
 from manyviews.report.plots import PALETTE, as_svg, curves, histogram, thin
-from manyviews.report.similarities import similarities
-from manyviews.report.tensorboard import rows, write_tensorboard
+from manyviews.report.tensorboard import neighbour_rows, write_tensorboard
 from manyviews.views import ViewsSettings
 from report_findings import features, findings, images, run_folder
 
@@ -39,10 +35,10 @@ def test_neighbours_are_the_training_images_of_the_largest_cosine(given: Finding
             float(torch.dot(shown[index].double(), row) / shown[index].double().norm() / row.norm())
             for row in train.double()
         ]
-        order = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:8]
+        order = sorted(range(len(cosines)), key=lambda other: -cosines[other])[:8]
         assert [near.id for near in query.near] == order
-        assert [near.cosine for near in query.near] == pytest.approx([cosines[place] for place in order], abs=1e-6)
-        assert [near.right for near in query.near] == [place % 3 == index % 3 for place in order]
+        assert [near.cosine for near in query.near] == pytest.approx([cosines[other] for other in order], abs=1e-6)
+        assert [near.right for near in query.near] == [other % 3 == index % 3 for other in order]
 
 
 def test_wrong_queries_are_those_that_knn_got_wrong(given: Findings) -> None:
@@ -50,17 +46,17 @@ def test_wrong_queries_are_those_that_knn_got_wrong(given: Findings) -> None:
     random, wrong = queries(given, 0)
     assert len(random) == 6
     assert len(wrong) > 0
-    assert all(hits[query.id] == 0 and query.guess == guesses[query.id] for query in wrong)
+    assert all(hits[query.id] == 0 and query.prediction == guesses[query.id] for query in wrong)
     assert not {query.id for query in random} & {query.id for query in wrong}
     assert queries(given, 0) == (random, wrong)
     assert queries(given, 1)[0] != random
 
 
 def test_look_alikes_are_mistakes_beside_their_nearest_image_of_another_class(given: Findings) -> None:
-    found = look_alikes(given, 0)
-    cosines = [query.near[0].cosine for query in found]
+    actual = look_alikes(given, 0)
+    cosines = [query.near[0].cosine for query in actual]
     assert cosines == sorted(cosines, reverse=True)
-    for query in found:
+    for query in actual:
         assert given.evaluation.hits["linear/learned"][query.id] == 0
         assert query.near[0].label != query.label
 
@@ -76,39 +72,39 @@ def test_confusions_are_counted_as_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, 5, (300,), generator=generator)
     guesses = torch.where(torch.rand(300, generator=generator) < 0.6, labels, torch.randint(0, 5, (300,)))
-    found = confused("kNN", labels, guesses)
-    assert found is not None
-    assert found.counts is not None
+    actual = count_confusions("kNN", labels, guesses)
+    assert actual is not None
+    assert actual.counts is not None
     by_hand: dict[tuple[int, int], list[int]] = {}
     for index, (truth, guess) in enumerate(zip(labels.tolist(), guesses.tolist(), strict=True)):
         if truth >= 0 and guess >= 0:
             by_hand.setdefault((truth, guess), []).append(index)
-    assert found.counts.tolist() == [[len(by_hand.get((row, column), [])) for column in range(5)] for row in range(5)]
-    assert found.total == sum(map(len, by_hand.values()))
-    assert found.right == sum(len(by_hand[number, number]) for number in range(5))
-    for pair in found.worst:
-        own = by_hand[pair.truth, pair.guess]
+    assert actual.counts.tolist() == [[len(by_hand.get((row, column), [])) for column in range(5)] for row in range(5)]
+    assert actual.total == sum(map(len, by_hand.values()))
+    assert actual.right == sum(len(by_hand[number, number]) for number in range(5))
+    for pair in actual.worst:
+        own = by_hand[pair.truth, pair.prediction]
         assert (pair.images, list(pair.examples)) == (len(own), own[:4])
         assert pair.share == len(own) / int((labels == pair.truth)[guesses >= 0].sum())
-    numbers = [pair.images for pair in found.worst]
+    numbers = [pair.images for pair in actual.worst]
     assert numbers == sorted((len(own) for key, own in by_hand.items() if key[0] != key[1]), reverse=True)[:12]
-    assert confused("kNN", torch.tensor([-1]), torch.tensor([0])) is None
+    assert count_confusions("kNN", torch.tensor([-1]), torch.tensor([0])) is None
 
 
 def test_more_classes_than_can_be_read_have_no_matrix() -> None:
     labels = torch.arange(21)
-    found = confused("kNN", labels, labels)
-    assert found is not None
-    assert found.counts is None
-    assert found.worst == ()
+    actual = count_confusions("kNN", labels, labels)
+    assert actual is not None
+    assert actual.counts is None
+    assert actual.worst == ()
 
 
 def test_pairs_are_of_what_they_are_called_and_of_no_image_with_itself() -> None:
     labels = torch.tensor([0, 1, 0, 2, 1, 0, -1])
     # Orthogonal images: the cosine is 1 for an image beside itself only.
-    found = similarities(torch.eye(7), labels, 0)
-    assert set(found) == {"same class", "different classes"}
-    assert all(bool((cosines == 0).all()) for cosines in found.values())
+    actual = similarities(torch.eye(7), labels, 0)
+    assert set(actual) == {"same class", "different classes"}
+    assert all(bool((cosines == 0).all()) for cosines in actual.values())
     by_class = similarities(torch.nn.functional.one_hot(labels.clamp(min=0)).float(), labels, 0)
     assert bool((by_class["same class"] == 1).all())
     assert bool((by_class["different classes"] == 0).all())
@@ -228,9 +224,9 @@ def test_what_is_drawn_depends_on_the_id_and_the_key_alone() -> None:
 
 def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:
     folder = given.folder / "tensorboard" / "evaluation"
-    seen = look(given, 0)
+    contents = contents_of(given, 0)
     for _ in range(2):
-        write_tensorboard(given, seen, 0)
+        write_tensorboard(given, contents, 0, folder.parent)
     assert len(list(folder.glob("events*"))) == 1
     written = EventAccumulator(str(folder), size_guidance={"images": 0})
     written.Reload()
@@ -241,21 +237,21 @@ def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:
 
 
 def test_the_projector_has_embeddings_classes_names_and_pictures(given: Findings) -> None:
-    write_tensorboard(given, look(given, 0), 0)
-    (place,) = (given.folder / "tensorboard" / "evaluation").glob("00000/*")
-    embeddings = np.loadtxt(place / "tensors.tsv")
+    write_tensorboard(given, contents_of(given, 0), 0, given.folder / "tensorboard")
+    (folder,) = (given.folder / "tensorboard" / "evaluation").glob("00000/*")
+    embeddings = np.loadtxt(folder / "tensors.tsv")
     shown = given.features["learned"][1].double()
     assert embeddings == pytest.approx((shown / shown.norm(dim=1, keepdim=True)).numpy(), abs=1e-4)
-    lines = (place / "metadata.tsv").read_text().splitlines()
+    lines = (folder / "metadata.tsv").read_text().splitlines()
     assert lines[:3] == ["class\timage", "boot\t1/picture 0000.png", "coat\t1/picture 0001.png"]
     assert len(lines) == 61
-    with Image.open(place / "sprite.png") as sheet:
+    with Image.open(folder / "sprite.png") as sheet:
         assert sheet.size == (8 * 12, 8 * 12)
 
 
 def test_frames_in_tensorboard_differ_by_more_than_colour(given: Findings) -> None:
     _, wrong = queries(given, 0)
-    picture = rows(given, look(given, 0), wrong).float()
+    picture = neighbour_rows(given, wrong).float()
     kinds: dict[bool | None, set[int]] = {}
     for row, query in enumerate(wrong):
         for column, near in enumerate(query.near, 1):

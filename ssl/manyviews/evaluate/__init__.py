@@ -1,19 +1,6 @@
-"""A run is measured: its features beside baselines, how they lie, and a report of it all."""
+"""Evaluates runs: features beside baselines, geometry, a report; and compares them."""
 
-from manyviews.evaluate.evaluate import check_measured, evaluate, planned
-from manyviews.evaluate.layer import chosen
-from manyviews.evaluate.record import EVALUATION, OUTCOMES
-from manyviews.evaluate.run_tasks import FEATURES
-from manyviews.evaluate.settings import EvaluateSettings, Look
+from manyviews.evaluate.evaluate import check_measured, evaluate
+from manyviews.evaluate.settings import EvaluateSettings
 
-__all__ = [
-    "EVALUATION",
-    "FEATURES",
-    "OUTCOMES",
-    "EvaluateSettings",
-    "Look",
-    "check_measured",
-    "chosen",
-    "evaluate",
-    "planned",
-]
+__all__ = ["EvaluateSettings", "check_measured", "evaluate"]

@@ -1,10 +1,9 @@
-"""What a reader of the numbers should know of the images: whose they are, copies, small classes, collapsed features."""
+"""Warnings about an evaluation: foreign images, copies, small classes, collapsed features."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 from manyviews.data import Data, Folder, Images, InMemory, Split, read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluate.run_tasks import FOREIGN
-from manyviews.evaluators.results.kinds import is_learned, label
-from manyviews.evaluators.results.measurement import Evaluation
+from manyviews.evaluators.distance import searchable
+from manyviews.evaluators.results.measurement import Evaluation, is_learned, label
 from manyviews.evaluators.splits import uneven
 from manyviews.features.encoding import raw_pixels
 from manyviews.run.folder import INVENTORY
@@ -22,43 +21,40 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.plural import plural
 
 DECODED = {"size", "channels", "background", "bits", "max_bad", "max_pixels", "memory"}
-"""Settings of a folder that change what an image looks like, and not which images there are."""
+"""Settings of a folder that change the pixels of its images, not which images there are."""
 HELD_OUT = {"test", "holdout", "holdout_seed"}
 SIDE = 8
-"""Side in pixels of the thumbnails by which images are found to be the same picture."""
+"""Side in pixels of the thumbnails that are compared to detect copies."""
 SAME = 0.04
-"""Largest distance of thumbnails of one picture, as a share of the picture's own contrast: sizes, formats and
+"""Largest root mean square distance of two thumbnails of one picture, relative to its contrast: sizes, formats and
 compressions of one photograph are below it."""
 LEAST_CONTRAST = 1 / 255
 FEW = 5
-"""Test images of a class below which one image is more than a fifth of the class's accuracy."""
+"""Number of test images of a class below which one image is more than a fifth of the class's accuracy."""
 MOST_NAMED = 5
 FEWEST_IMAGES, LEAST_SPREAD = 8, -0.01
-"""Images from which features that lie together are a finding, and the uniformity above which they do."""
+"""Least number of images for a warning of collapse, and the uniformity above which features have collapsed."""
 
 
 def is_own(data: Data | None, own: Data, inventory: Mapping[str, str], split: Split) -> bool:
-    """Whether images are those of a run, whatever is held out of them and at whatever size they are decoded.
+    """Returns whether images are a run's own, whatever is held out and whatever their size.
 
-    Args:
-        data: what was asked for; None: the run's own.
-        own: what the run's recipe names.
-        inventory: the content of the run's files (`inventory_of`), by which a copy elsewhere is known.
-        split: the images that were asked for.
+    `data` are the settings asked for (None: the run's own), `own` those of the run's recipe; `inventory`, the hashes of
+    the run's files (see `inventory_of`), identifies a copy in another folder.
     """
     if data is None or data == own:
         return True
     if isinstance(data, Folder) and isinstance(own, Folder):
         changed = {name for name in Folder.model_fields if getattr(data, name) != getattr(own, name)}
         same_path = os.path.realpath(data.path) == os.path.realpath(own.path)
-        if changed - DECODED - HELD_OUT - ({"path"} if same_path else set()) == set():
+        if not changed - DECODED - HELD_OUT - ({"path"} if same_path else set()):
             return True
     marks = set(inventory.values())
     return bool(marks) and split.inventory is not None and {*split.inventory.marks().values()} <= marks
 
 
 def inventory_of(folder: Path) -> dict[str, str]:
-    """The content of the files that a run began with, by their names; empty where it is not known; collective."""
+    """Reads the hashes of a run's files, by their names; empty if unknown; collective."""
     with raise_on_all_ranks():
         try:
             return read_inventory(folder / INVENTORY)
@@ -67,7 +63,7 @@ def inventory_of(folder: Path) -> dict[str, str]:
 
 
 def whose(data: Data | None, own: Data, inventory: Mapping[str, str], split: Split) -> Iterator[str]:
-    """Whether the images are the run's, and whether it has learned from those that are shown."""
+    """Warns of images that are not the run's, or that it may have learned from."""
     if is_own(data, own, inventory, split):
         if split.test is None:
             yield "No images were held out: those shown are images that the run has learned from."
@@ -92,7 +88,7 @@ def _held_out_otherwise(data: Folder, own: Folder) -> bool:
 
 
 def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evaluation: Evaluation) -> Iterator[str]:
-    """What is to be said of copies, of the sizes of classes, and of features that have collapsed."""
+    """Warns of copies, small or unequal classes, and collapsed features."""
     yield from copies(split, pixels)
     if split.train.labels is not None and split.test is not None and split.test.labels is not None:
         yield from class_sizes(split.test.labels, split.train.classes)
@@ -100,7 +96,7 @@ def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evalu
 
 
 def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> Float[Tensor, "images small"] | None:
-    """All images at 8 × 8 pixels in [0, 1], from their pixels where these are there; None where reading is dear."""
+    """Returns all images at 8 × 8 pixels in [0, 1]; None if reading them is expensive."""
     if pixels is not None:
         side = round((pixels.shape[1] / images.channels) ** 0.5)
         squares = pixels.view(-1, images.channels, side, side)
@@ -109,24 +105,19 @@ def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> 
 
 
 def same_pictures(train: Float[Tensor, "train small"], test: Float[Tensor, "test small"]) -> Int[Tensor, " pictures"]:
-    """Which test images show a picture that a training image shows too, by thumbnails: their places, ascending.
+    """Returns the indices of test images that are copies of training images, ascending.
 
-    Each is compared with the training image nearest by the Euclidean distance; both show the same picture where they
-    differ by less than a share of its contrast.
+    Two thumbnails show the same picture if their root mean square distance is at most `SAME` of its contrast.
     """
-    # The product with a key less half its square is largest where the distance is smallest.
-    keys = torch.cat([train, -train.square().sum(1, keepdim=True) / 2], 1)
-    _, nearest = top_k(torch.cat([test, test.new_ones(len(test), 1)], 1), keys, 1)
+    _, nearest = top_k(*searchable(test, train, "euclidean"), 1)
     distance = (test - train[nearest[:, 0]]).square().mean(1).sqrt()
     return (distance <= SAME * test.std(1, correction=0).clamp(min=LEAST_CONTRAST)).nonzero().flatten()
 
 
 def copies(split: Split, pixels: tuple[Tensor | None, Tensor] | None) -> Iterator[str]:
-    """How many held-out images show what a training image shows.
+    """Warns of held-out images that show the same picture as a training image.
 
-    Args:
-        split: the images.
-        pixels: of the training images and of the held-out ones, where they are there.
+    `pixels` are those of the training images and of the held-out ones, if they have been read.
     """
     if split.test is None:
         return
@@ -136,13 +127,13 @@ def copies(split: Split, pixels: tuple[Tensor | None, Tensor] | None) -> Iterato
         return
     if count := len(same_pictures(train, test)):
         yield (
-            f"{count:,} of {plural(len(test), 'held-out image')} show the same picture as an image to learn from, in "
-            "another size or file perhaps: whatever knows the training images by heart is right on them."
+            f"{count:,} of {plural(len(test), 'held-out image')} show the same picture as a training image, perhaps "
+            "in another size or file: features that memorise the training images classify them correctly."
         )
 
 
 def class_sizes(labels: Int[Tensor, " test"], classes: Sequence[str]) -> Iterator[str]:
-    """What is to be said of the sizes of the classes that accuracies are measured on."""
+    """Warns of classes with few test images, and of classes of unequal size."""
     counts = labels[labels >= 0].bincount()
     present = counts[counts > 0]
     if len(present) < 2:
@@ -163,13 +154,13 @@ def class_sizes(labels: Int[Tensor, " test"], classes: Sequence[str]) -> Iterato
     if uneven(labels):
         largest = int(counts.argmax())
         yield (
-            f"Classes are of unequal size: who always answers {classes[largest]} is right on "
+            f"Classes are of unequal size: always predicting {classes[largest]} is right on "
             f"{100 * int(counts.max()) / int(counts.sum()):.1f} %; the balanced accuracy is the mean over the classes."
         )
 
 
 def collapsed(evaluation: Evaluation) -> Iterator[str]:
-    """Sentences on learned features that lie in one place or on one line, by the numbers of their geometry."""
+    """Warns of learned features that have collapsed to a point or a line, by their geometry."""
     for own in evaluation.of("geometry", metric="effective rank"):
         largest = min(own.n, own.dim or 0)
         if not is_learned(own.features) or largest < FEWEST_IMAGES:
@@ -177,11 +168,11 @@ def collapsed(evaluation: Evaluation) -> Iterator[str]:
         features = f"The {label(own.features)} features"
         (uniformity,) = evaluation.of("geometry", features=own.features, metric="uniformity")
         if own.value == 0:
-            yield f"{features} are all zero: nothing was learned that images could be told by."
+            yield f"{features} are all zero: they do not tell any images apart."
         elif uniformity.value > LEAST_SPREAD:
             yield (
                 f"{features} have collapsed: all images have nearly the same (uniformity "
-                f"{uniformity.value:.2f}, 0 where all are one). Either the images are all alike, or training collapsed."
+                f"{uniformity.value:.2f}, 0 if all are equal). Either all images look the same, or training collapsed."
             )
         elif own.value < LEAST_RANK:
             yield (

@@ -1,4 +1,4 @@
-"""Several runs are compared: seeds of one method together, methods side by side, on the same test images."""
+"""Compares several runs on the same test images: a row for each method, over its seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from manyviews.data import Images, Split, sample_ids
-from manyviews.evaluate import FEATURES, EvaluateSettings, Look, chosen, evaluate, planned
-from manyviews.evaluate.method_rows import BASELINES, MeasuredRun, recipe_of, rows_of
+from manyviews.evaluate.evaluate import evaluate
+from manyviews.evaluate.method_rows import BASELINES, MeasuredRun, rows_of
 from manyviews.evaluate.record import evaluation_of, record_of, records_in
+from manyviews.evaluate.run_tasks import FEATURES
+from manyviews.evaluate.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
 from manyviews.evaluate.writing import read
-from manyviews.evaluators.alone import sentences
+from manyviews.evaluators.failures import failure_messages
 from manyviews.evaluators.geometry import IMAGES, neighbourhood_overlap
-from manyviews.evaluators.results.kinds import GROUPING
+from manyviews.evaluators.results.measurement import GROUPING
 from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, differences
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.cached import features_of
@@ -26,64 +28,64 @@ from manyviews.system.launch import in_a_line, start
 from manyviews.system.writing import write_json
 
 NEIGHBOURS = 10
-"""Of each image, in the comparison of neighbourhoods: about as many as vote in kNN."""
+"""Neighbours of each image in the comparison of neighbourhoods: about as many as vote in kNN."""
 
 
 class Shared(NamedTuple):
-    """What all runs are measured on."""
+    """The images that all runs are measured on."""
 
     shown: Images
-    """The test images; where there are none, those that the runs have learned from."""
+    """The test images, or the training images if there are none."""
     fingerprints: list[str]
     labelled: bool
-    """Whether there are labels, and held-out images."""
+    """Whether there are labels and held-out images."""
 
 
 def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Comparison:
-    """Prints one table of several runs: mean and spread over seeds, differences with a paired bootstrap interval.
+    """Prints one table of several runs: mean and spread over seeds, differences with intervals.
 
-    Runs whose configuration is equal but for seed and output are seeds of one method, and the first run's method is
-    what the others are compared with. A run is measured first where it has not been yet, or where its weights, images
-    or protocol are others by now; nothing else is written into a run.
+    Runs whose configuration is equal but for seed and output are seeds of one method; the others are compared with the
+    method of the first run. A run is evaluated first if it has not been, or if its weights, images or protocol have
+    changed; nothing else is written into a run.
 
     Raises:
-        ValueError: if a run cannot be read, is given twice, holds another's weights or has other images than the rest;
-            if what is asked for takes labels that are not there; or if nothing is left that all were measured by.
+        ValueError: if a run cannot be read, is named twice, has the weights of another or other images than the rest;
+            if a task takes labels that are not there; or if there is no measurement that all runs have.
     """
     start(None, "fp32", trains=False)
     console = Console(quiet=distributed.rank() > 0)
-    _check_different(folders)
     file = None if settings.comparison is None else Path(settings.comparison).expanduser()
     if settings.output is not None:
         raise ValueError(f"output={settings.output} is for one run; of several, comparison=FILE keeps the table")
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ValueError(f"comparison={file} cannot be written; name a file in a folder that exists")
-    runs = [open_run(folder) for folder in folders]
-    _check_weights(runs)
+    runs = _open(folders)
     images = _images(runs, settings, console)
-    looks = {look for opened in runs for look in planned(settings, recipe_of(opened), labelled=images.labelled)}
-    kinds = [_kinds(opened, images, settings) for opened in runs]
+    planned = [planned_tasks(settings, recipe_of(pretrained), labelled=images.labelled) for pretrained in runs]
+    tasks = {task for own in planned for task in own}
+    # The embedding is loaded by all ranks together, before any run is evaluated.
+    layers = [measured_layers(pretrained, settings, own) for pretrained, own in zip(runs, planned, strict=True)]
     measured: list[MeasuredRun] = []
-    for number, (opened, own) in enumerate(zip(runs, kinds, strict=True), 1):
-        before = measured_before(opened, images, settings)
-        # A file system may show a record to one process before another.
+    for folder, pretrained, (kinds, *_) in zip(folders, runs, layers, strict=True):
+        before = measured_before(pretrained, images, settings)
+        # A file system may show a record to one rank before another.
         if distributed.any_over_ranks(before is None) or before is None:
-            console.say(f"measuring {opened.name}, run {number} of {len(runs)}")
-            # What was measured, and not what was written of it: the folder may take no file.
-            findings = evaluate(folders[number - 1], settings, quiet=True)
-            for sentence in sentences(findings.failures, list(findings.features)):
-                console.warn(f"{opened.name}: {sentence}")
-            record, _ = record_of(findings, opened, settings)
-            before = MeasuredRun(opened, record, findings.evaluation, own)
+            console.say(f"measuring {pretrained.name}, run {len(measured) + 1} of {len(runs)}")
+            # From memory, not from the record: the folder may not be writable.
+            findings = evaluate(folder, settings, quiet=True)
+            for message in failure_messages(findings.failures, list(findings.features)):
+                console.warn(f"{pretrained.name}: {message}")
+            record, _ = record_of(findings, pretrained, settings)
+            before = MeasuredRun(pretrained, record, findings.evaluation, kinds)
         measured.append(before)
     with raise_on_all_ranks():
-        rows, notes = rows_of(measured, looks, baselines=settings.baselines, apart=settings.layer == "both")
+        rows, notes = rows_of(measured, tasks, baselines=settings.baselines, apart=settings.layer == "both")
     seed = settings.protocol.seed
-    overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, console) if "geometry" in looks else ((), 0)
+    overlaps, neighbours = _overlaps(rows, runs, images.shown, settings, console) if "geometry" in tasks else ((), 0)
     comparison = Comparison(rows, differences(rows, seed=seed), len(images.shown), overlaps, neighbours, notes)
     with raise_on_all_ranks():
         if distributed.rank() == 0:
-            _tell(comparison, console)
+            _print(comparison, console)
             if file is not None:
                 try:
                     write_json(file, comparison.to_json())
@@ -92,119 +94,107 @@ def compare_runs(folders: Sequence[Path], settings: EvaluateSettings) -> Compari
     return comparison
 
 
-def measured_before(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> MeasuredRun | None:
-    """What was measured of a run before, if it is all that is asked for, of these weights and images; else None."""
-    looks = planned(settings, recipe_of(opened), labelled=images.labelled)
-    kinds = _kinds(opened, images, settings)
-    assert opened.folder is not None
+def measured_before(pretrained: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> MeasuredRun | None:
+    """Reads measurements of a run that cover the settings, weights and images; None without any."""
+    tasks = planned_tasks(settings, recipe_of(pretrained), labelled=images.labelled)
+    kinds = measured_layers(pretrained, settings, tasks).kinds
+    assert pretrained.folder is not None
     try:
-        whole, outcomes = read(opened.folder)
+        whole, outcomes = read(pretrained.folder)
         for record, prefix in records_in(whole):
             own = {name.removeprefix(prefix): value for name, value in outcomes.items() if name.startswith(prefix)}
-            found = MeasuredRun(opened, record, evaluation_of(record, own), kinds)
-            if _holds(found, images, settings, looks):
-                return found
+            run = MeasuredRun(pretrained, record, evaluation_of(record, own), kinds)
+            if _covers(run, images, settings, tasks):
+                return run
     except (OSError, SafetensorError, ValueError):
         pass
     return None
 
 
-def _kinds(opened: PretrainedBackbone, images: Shared, settings: EvaluateSettings) -> tuple[str, ...]:
-    """The run's own kinds of features that are measured; collective."""
-    return chosen(opened, settings, planned(settings, recipe_of(opened), labelled=images.labelled)).kinds
-
-
-def _holds(run: MeasuredRun, images: Shared, settings: EvaluateSettings, looks: Sequence[Look]) -> bool:
-    """Whether a record is of these weights and images, and has all that is asked for."""
-    record = run.record
-    asked: dict[str, Any] = {
-        "weights": dict(run.opened.origin),
+def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks: Sequence[AnyTask]) -> bool:
+    """Whether a record is of these weights and images, and has all measurements of the settings."""
+    required: dict[str, Any] = {
+        "weights": dict(run.pretrained.origin),
         "images": images.fingerprints,
         "precision": settings.precision,
         "protocol": settings.protocol.model_dump(mode="json"),
         "metric": None if settings.metric is None else settings.metric.model_dump(mode="json"),
     }
-    if GROUPING & set(looks):
-        asked["classes"] = None if settings.classes is None else list(settings.classes)
-    if "fractions" in looks:
-        asked["few"] = settings.few.model_dump(mode="json")
-    if any(record.get(key) != value for key, value in asked.items()):
+    if GROUPING & set(tasks):
+        required["classes"] = None if settings.classes is None else list(settings.classes)
+    if "fractions" in tasks:
+        required["few"] = settings.few.model_dump(mode="json")
+    if any(run.record.get(key) != value for key, value in required.items()):
         return False
     done = {(own.task, own.features) for own in run.evaluation.measurements}
-    wanted = {(look, kind) for look in looks for kind in (*run.kinds, *(BASELINES if settings.baselines else ()))}
-    return wanted <= done
+    return done >= {(task, kind) for task in tasks for kind in (*run.kinds, *(BASELINES * settings.baselines))}
 
 
-def _check_different(folders: Sequence[Path]) -> None:
+def _open(folders: Sequence[Path]) -> list[PretrainedBackbone]:
+    """Opens the runs; raises ValueError for fewer than two, or equal folders or weights."""
     if len(folders) < 2:
         raise ValueError("a comparison takes 2 runs or more")
-    places = [folder.resolve() for folder in folders]
-    twice = [str(folder) for place, folder in enumerate(folders) if places[place] in places[:place]]
-    if twice:
-        raise ValueError(f"{', '.join(dict.fromkeys(twice))} is given twice; name each run once")
-
-
-def _check_weights(runs: Sequence[PretrainedBackbone]) -> None:
-    seen: dict[str, PretrainedBackbone] = {}
-    for opened in runs:
-        before = seen.setdefault(opened.origin["sha256"], opened)
-        if before is not opened:
+    resolved = [folder.resolve() for folder in folders]
+    if twice := [str(folder) for index, folder in enumerate(folders) if resolved[index] in resolved[:index]]:
+        raise ValueError(f"{', '.join(dict.fromkeys(twice))} is named twice; name each run once")
+    by_weights: dict[str, PretrainedBackbone] = {}
+    for pretrained in map(open_run, folders):
+        other = by_weights.setdefault(pretrained.origin["sha256"], pretrained)
+        if other is not pretrained:
             raise ValueError(
-                f"{opened.name} holds the same weights as {before.name}: one is a copy, and no run of its own to be "
-                "compared; leave one of them out"
+                f"{pretrained.name} has the same weights as {other.name}: one is a copy of the other; leave one of "
+                "them out"
             )
+    return list(by_weights.values())
 
 
 def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, console: Console) -> Shared:
-    # Runs of the same images need not read them again.
+    # Runs of the same images do not read them again.
     splits: dict[str, Split] = {}
-    found: dict[tuple[str, ...], list[str]] = {}
-    for opened in runs:
-        same = repr((settings.data or recipe_of(opened).data, opened.channels))
+    by_fingerprints: dict[tuple[str, ...], list[str]] = {}
+    for pretrained in runs:
+        same = repr((settings.data or recipe_of(pretrained).data, pretrained.channels))
         if same not in splits:
-            splits[same] = images_of(opened, settings, console)
+            splits[same] = images_of(pretrained, settings, console)
         parts = [part.fingerprint for part in splits[same][:2] if part is not None]
-        found.setdefault(tuple(parts), []).append(opened.name)
-    if len(found) > 1:
-        groups = " | ".join(", ".join(names) for names in found.values())
+        by_fingerprints.setdefault(tuple(parts), []).append(pretrained.name)
+    if len(by_fingerprints) > 1:
+        groups = " | ".join(", ".join(names) for names in by_fingerprints.values())
         raise ValueError(
             f"the images of these runs are not the same: {groups} (| stands between runs of different images); give "
-            "data=… so that all are measured on the same ones"
+            "data=… to measure all on the same ones"
         )
     train, test = next(iter(splits.values()))[:2]
     labelled = train.labels is not None and test is not None and test.labels is not None
-    return Shared(train if test is None else test, list(next(iter(found))), labelled)
+    return Shared(train if test is None else test, list(next(iter(by_fingerprints))), labelled)
 
 
 def _overlaps(
     rows: Sequence[Row], runs: Sequence[PretrainedBackbone], shown: Images, settings: EvaluateSettings, console: Console
 ) -> tuple[tuple[Overlap, ...], int]:
-    """The neighbours that first runs of the methods have in common, and the first two runs of each."""
+    """Neighbours in common of the first runs of two methods, and of the first two runs of one."""
     k = min(NEIGHBOURS, len(shown) - 2)
     if k < 1:
         return (), 0
-    by_name = {opened.name: opened for opened in runs}
+    by_name = {pretrained.name: pretrained for pretrained in runs}
     methods = [row for row in rows if not row.baseline]
-    drawn = sample_ids(len(shown), IMAGES, seed=settings.protocol.seed)
+    ids = sample_ids(len(shown), IMAGES, seed=settings.protocol.seed)
 
     def features(name: str) -> Tensor:
-        opened = by_name[name]
-        cache = opened.folder / FEATURES if settings.cache and opened.folder is not None else None
-        return features_of(opened, shown, settings, console, cache=cache)[drawn]
+        pretrained = by_name[name]
+        cache = pretrained.folder / FEATURES if settings.cache and pretrained.folder is not None else None
+        return features_of(pretrained, shown, settings, console, cache=cache)[ids]
 
     firsts = {row.name: features(row.runs[0]) for row in methods}
-    found = []
-    for place, row in enumerate(methods):
-        if len(row.runs) > 1:
-            share = neighbourhood_overlap(firsts[row.name], features(row.runs[1]), k)
-            found.append(Overlap(row.name, row.name, share))
-        for other in methods[place + 1 :]:
-            share = neighbourhood_overlap(firsts[row.name], firsts[other.name], k)
-            found.append(Overlap(row.name, other.name, share))
-    return tuple(found), k
+    overlaps = []
+    for index, row in enumerate(methods):
+        others = [(row.name, features(row.runs[1]))] if len(row.runs) > 1 else []
+        others += [(other.name, firsts[other.name]) for other in methods[index + 1 :]]
+        overlaps += [Overlap(row.name, name, neighbourhood_overlap(firsts[row.name], rows, k)) for name, rows in others]
+    return tuple(overlaps), k
 
 
-def _tell(comparison: Comparison, console: Console) -> None:
+def _print(comparison: Comparison, console: Console) -> None:
     for table in comparison.tables():
         console.rich.print(table)
     for row in comparison.rows:

@@ -1,4 +1,4 @@
-"""Reads records of evaluation.json that have a list for each kind of result, as they once were written."""
+"""Converts old records of evaluation.json, with one list for each kind of result."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,32 +11,30 @@ LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
 
 
 def converted(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record with its results as measurements; one that has them already stays as it is.
+    """Converts the results of an old record to measurements; a new record is returned as it is.
 
-    Raises:
-        KeyError, TypeError, AttributeError or ValueError: if it is not of the form that evaluate wrote.
+    Raises KeyError, TypeError, AttributeError or ValueError for a record in neither format.
     """
     if not any(name in record for name in LISTS):
         return dict(record)
-    found = [vars(own) for own in sorted(_measurements(record), key=lambda own: TASKS.index(own.task))]
+    measurements = sorted(_measurements(record), key=lambda own: TASKS.index(own.task))
     differences = [
         {"task": row["method"]} | {name: value for name, value in row.items() if name != "method"}
         for row in record.get("differences", ())
     ]
-    kept = {name: value for name, value in record.items() if name not in LISTS}
-    return kept | {"measurements": found, "differences": differences}
+    others = {name: value for name, value in record.items() if name not in LISTS}
+    return others | {"measurements": [own.to_json() for own in measurements], "differences": differences}
 
 
 def _measurements(record: Mapping[str, Any]) -> Iterator[Measurement]:
     for row in record.get("scores", ()):
-        task, kind, where = row["method"], row["features"], {"dim": row["dim"], "layer": row.get("layer")}
-        distance = row.get("metric") if task == "knn" else None
+        task, kind, distance = row["method"], row["features"], row.get("metric") if row["method"] == "knn" else None
         details = {name: row.get(name) for name in ("validation", "num_train")}
         details |= {name: row[name] for name in CHOICES if row.get(name) is not None}
-        of_all = {"n": row["num_test"], "distance": distance, **where}
-        yield Measurement(task, kind, "accuracy", row["accuracy"], row["low"], row["high"], details=details, **of_all)
+        both = {"n": row["num_test"], "dim": row["dim"], "distance": distance}
+        yield Measurement(task, kind, "accuracy", row["accuracy"], row["low"], row["high"], details=details, **both)
         if row.get("balanced") is not None:
-            yield Measurement(task, kind, "balanced accuracy", row["balanced"], **of_all)
+            yield Measurement(task, kind, "balanced accuracy", row["balanced"], **both)
     for row in record.get("figures", ()):
         (number, *_), left_out = row["counts"].values(), row["counts"].get("left_out")
         for name, value in row["values"].items():
@@ -51,7 +49,6 @@ def _measurements(record: Mapping[str, Any]) -> Iterator[Measurement]:
                 n=number,
                 deviation=row["deviations"].get(name),
                 dim=row["dim"],
-                layer=row.get("layer"),
                 distance=row.get("metric", "cosine"),
                 details={} if left_out is None else {"left_out": left_out},
             )
@@ -62,8 +59,7 @@ def _measurements(record: Mapping[str, Any]) -> Iterator[Measurement]:
         for name in ("effective rank", "uniformity", "alignment"):
             value = row.get(name.replace(" ", "_"))
             if value is not None:
-                where = {"dim": row["dim"], "layer": row.get("layer")}
-                yield Measurement("geometry", row["features"], name, value, n=row["images"], **where)
+                yield Measurement("geometry", row["features"], name, value, n=row["images"], dim=row["dim"])
     if (stale := record.get("staleness")) is not None:
         for name, value in {"mean": stale["mean"], **stale["quantiles"]}.items():
             yield Measurement("staleness", BANK, name, value, n=stale["images"])

@@ -1,13 +1,14 @@
-"""evaluation.json: what was measured of a run, by weights, images and protocol, replaced by the same alone.
+"""evaluation.json: the measurements of a run, by weights, images and protocol.
 
-The newest results stand at the top level, together with earlier ones of the same weights, images and protocol. Those of
-others follow under `kept`, newest first, each in the same form.
+The newest results are at the top level, merged with earlier ones of the same weights, images and protocol. Records of
+others follow under `kept`, newest first, in the same format.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,32 +18,27 @@ from torch import Tensor
 from manyviews.evaluate.method_rows import leaves
 from manyviews.evaluate.old_records import converted
 from manyviews.evaluate.settings import EvaluateSettings
-from manyviews.evaluators.alone import Failure
-from manyviews.evaluators.results.kinds import LAYERS
-from manyviews.evaluators.results.measurement import TASKS, Difference, Evaluation, Measurement
+from manyviews.evaluators.failures import Failure
+from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
-from manyviews.report.findings import Also
 
 EVALUATION, OUTCOMES, KEPT = "evaluation.json", "outcomes.safetensors", "kept"
 OWN = ("predictions", "hits", "labels")
-"""What the names of the newest record's outcomes begin with."""
+"""First parts of the names of the newest record's outcomes."""
 CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few")
-"""What results follow from beside the task and the kind of features."""
+"""What results depend on beside task and kind of features."""
 MOST_KEPT = 50
-"""Records of other weights, images or protocols; of more the oldest go, for whoever reads the file reads it whole."""
+"""Most records of other weights, images or protocols: the file is read whole, so the oldest are dropped."""
 Record = dict[str, Any]
 Outcomes = dict[str, Tensor]
-"""Of each test image, by "hits/knn/learned" and so on; of a kept record its number stands before: "0f3a…/hits/…"."""
-ROWS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "measurements": lambda row: (row["task"], row["features"]),
-    "differences": lambda row: (row["features"], row["baseline"], row["task"]),
-}
-"""The lists of a record, and what one of their rows replaces others by."""
+"""Values of each test image, by "hits/knn/learned" and so on; of a kept record after its key: "0f3a…/hits/…"."""
+ROWS = {"measurements": itemgetter("task", "features"), "differences": itemgetter("features", "baseline", "task")}
+"""The lists of a record, and the key of their rows: a new row replaces the old ones of its key."""
 
 
 class Gallery(BaseModel):
-    """Which test images were compared with each other."""
+    """The test images that were compared with each other."""
 
     images: int
     classes: list[int]
@@ -50,7 +46,7 @@ class Gallery(BaseModel):
 
 
 class Stored(BaseModel):
-    """A record, as far as a report shows it."""
+    """The part of a record that a report shows."""
 
     measurements: tuple[Measurement, ...] = ()
     differences: tuple[Difference, ...] = ()
@@ -59,10 +55,12 @@ class Stored(BaseModel):
     warnings: tuple[str, ...] = ()
 
 
-def record_of(findings: Findings, opened: PretrainedBackbone, settings: EvaluateSettings) -> tuple[Record, Outcomes]:
-    """What one evaluation has measured, as JSON values, and what was predicted of each test image."""
+def record_of(
+    findings: Findings, pretrained: PretrainedBackbone, settings: EvaluateSettings
+) -> tuple[Record, Outcomes]:
+    """Returns the results of an evaluation as JSON values, and its outcomes for each test image."""
     images = [part.fingerprint for part in (findings.train, findings.test) if part is not None]
-    record: Record = {"weights": dict(opened.origin), "images": images}
+    record: Record = {"weights": dict(pretrained.origin), "images": images}
     record["layers"] = {kind: LAYERS.get(kind) for kind in findings.features}
     outcomes: Outcomes = {}
     evaluation = findings.evaluation
@@ -72,23 +70,20 @@ def record_of(findings: Findings, opened: PretrainedBackbone, settings: Evaluate
         outcomes = {f"predictions/{name}": value for name, value in evaluation.predictions.items()}
         outcomes |= {f"hits/{name}": value for name, value in evaluation.hits.items()}
         outcomes |= {"labels": labels} if (labels := findings.shown.labels) is not None else {}
-    # As it was asked for: where no metric was, each result names its own distance.
+    # As in the settings: without a metric, each measurement names its own distance.
     record |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "few", "layer"})
     record["failures"] = [asdict(own) for own in findings.failures]
     record["warnings"] = list(findings.warnings)
     record["tasks"] = tasks_of(record)
-    # As it will be read: tuples are lists.
+    # With lists for tuples, as it will be read.
     plain: Record = json.loads(json.dumps(record))
     return plain, outcomes
 
 
 def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
-    """The records of an evaluation.json, the newest first, each with what its outcomes' names begin with.
+    """Yields the records of an evaluation.json, newest first, with their outcomes' prefix.
 
-    Those that were written as a list for each kind of result are converted.
-
-    Raises:
-        ValueError: if it is not of the form that evaluate writes.
+    Records in the old format are converted; raises ValueError if one is in neither format.
     """
     top = {name: value for name, value in whole.items() if name != KEPT}
     kept = whole.get(KEPT, [])
@@ -97,80 +92,67 @@ def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
     try:
         yield converted(top), ""
         for record in kept:
-            yield converted(record), f"{number_of(record)}/"
+            yield converted(record), f"{key_of(record)}/"
     except (KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise ValueError(f"a result is not of the form that evaluate writes: {problem!r}") from problem
+        raise ValueError(f"a result is not in the format of evaluate: {problem!r}") from problem
 
 
-def number_of(record: Mapping[str, Any]) -> str:
-    """What tells a record from those of other weights, images or protocols."""
-    told = json.dumps({name: record.get(name) for name in CONTEXT}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+def key_of(record: Mapping[str, Any]) -> str:
+    """Returns the key of a record: a hash of its weights, images and protocol."""
+    context = json.dumps({name: record.get(name) for name in CONTEXT}, sort_keys=True)
+    return hashlib.sha256(context.encode()).hexdigest()[:12]
 
 
 def merge(
-    record: Record, outcomes: Outcomes, before: Mapping[str, Any], kept_outcomes: Outcomes
+    record: Record, outcomes: Outcomes, before: Mapping[str, Any], outcomes_before: Outcomes
 ) -> tuple[Record, Outcomes, int]:
-    """A new record together with what an evaluation.json held, all outcomes, and how many records had to go.
+    """Merges a record into an evaluation.json; returns both merged, and how many were dropped.
 
-    Of the same weights, images and protocol, results that were measured anew replace the old ones and others stay. What
-    was predicted of each image stays for these weights alone: of others, as of a run that went on, the numbers stay.
-
-    Raises:
-        ValueError: if what was there is not of the form that evaluate writes.
+    New results replace those of the same weights, images, protocol, task and features. Outcomes are kept for the
+    weights of the new record alone; records of other weights, as of an earlier step, keep their numbers. Raises
+    ValueError if an old record is in neither format.
     """
-    own, others = number_of(record), []
-    merged, together = record, dict(outcomes)
+    others: list[Record] = []
+    merged, all_outcomes = record, dict(outcomes)
     for old, prefix in records_in(before):
-        parts = {name: value for name, value in kept_outcomes.items() if name.startswith(prefix)}
-        parts = {name.removeprefix(prefix): value for name, value in parts.items()}
+        parts = {name.removeprefix(prefix): value for name, value in outcomes_before.items() if name.startswith(prefix)}
         if not prefix:
             parts = {name: value for name, value in parts.items() if name.partition("/")[0] in OWN}
-        if number_of(old) == own:
-            merged = _of_the_same(record, old)
-            together = parts | together
+        if key_of(old) == key_of(record):
+            merged, all_outcomes = _merged(record, old), parts | all_outcomes
             continue
-        number = number_of(old)
         others.append({name: value for name, value in old.items() if name != "outcomes"})
         if old.get("weights") == record["weights"]:
-            together |= {f"{number}/{name}": value for name, value in parts.items()}
-    for old in others[MOST_KEPT:]:
-        together = {name: value for name, value in together.items() if not name.startswith(f"{number_of(old)}/")}
+            all_outcomes |= {f"{key_of(old)}/{name}": value for name, value in parts.items()}
+    dropped = {key_of(old) for old in others[MOST_KEPT:]}
+    all_outcomes = {name: value for name, value in all_outcomes.items() if name.partition("/")[0] not in dropped}
     if others:
         merged = merged | {KEPT: others[:MOST_KEPT]}
-    return merged, together, len(others[MOST_KEPT:])
+    return merged, all_outcomes, len(others[MOST_KEPT:])
 
 
 def tasks_of(record: Mapping[str, Any]) -> list[str]:
-    """The tasks that a record has results of."""
+    """Returns the tasks that a record has results of."""
     return [task for task in dict.fromkeys(row["task"] for row in record["measurements"]) if task != "staleness"]
 
 
 def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) -> Findings:
-    """The findings with all that is kept of the same weights and images, for a report.
-
-    Raises:
-        ValueError: if a result is not of the form that evaluate writes.
-    """
+    """Adds the file's results of the same weights and images; raises ValueError if malformed."""
     (record, _), *others = records_in(whole)
     also = []
     for other, _ in others:
         if (other.get("weights"), other.get("images")) == (record["weights"], record["images"]):
             try:
-                also.append(Also(_settings_apart(other, record), evaluation_of(other)))
+                also.append((_settings_apart(other, record), evaluation_of(other)))
             except ValueError:
-                # Of another version: it stays in the file.
+                # Written by another version: it stays in the file.
                 continue
     failures = stored(record).failures
     return findings._replace(evaluation=evaluation_of(record, outcomes), failures=failures, also=tuple(also))
 
 
 def stored(record: Mapping[str, Any]) -> Stored:
-    """A record's results, checked.
-
-    Raises:
-        ValueError: if one is not of the form that evaluate writes.
-    """
+    """Validates the results of a record; raises ValueError with the first wrong key."""
     try:
         return Stored.model_validate(record)
     except ValidationError as problem:
@@ -179,24 +161,20 @@ def stored(record: Mapping[str, Any]) -> Stored:
 
 
 def evaluation_of(record: Mapping[str, Any], outcomes: Mapping[str, Tensor] | None = None) -> Evaluation:
-    """The evaluation that a record and its outcomes hold.
-
-    Raises:
-        ValueError: if a result is not of the form that evaluate writes.
-    """
+    """Returns the evaluation in a record and its outcomes; raises ValueError for another format."""
     own = stored(record)
     parts: dict[str, Outcomes] = {"predictions": {}, "hits": {}}
     for name, value in (outcomes or {}).items():
         part, _, rest = name.partition("/")
         if part in parts:
             if value.dtype != torch.int64 or value.ndim != 1:
-                raise ValueError(f"{name} of {OUTCOMES} is no whole number for each image")
+                raise ValueError(f"{name} of {OUTCOMES} is not an integer for each image")
             parts[part][rest] = value
     gallery = {} if own.gallery is None else own.gallery.model_dump()
     return Evaluation(own.measurements, own.differences, gallery, **parts)
 
 
-def _of_the_same(record: Record, old: Mapping[str, Any]) -> Record:
+def _merged(record: Record, old: Mapping[str, Any]) -> Record:
     merged: Record = {**old, **record}
     for name, key in ROWS.items():
         fresh = {key(row) for row in record.get(name, ())}
@@ -213,7 +191,7 @@ def _of_the_same(record: Record, old: Mapping[str, Any]) -> Record:
 
 
 def _settings_apart(record: Mapping[str, Any], top: Mapping[str, Any]) -> str:
-    """In what a record of the same weights and images was measured otherwise than the one at the top."""
+    """The settings in which a kept record differs from the one at the top level."""
     own, other = (leaves({name: one.get(name) for name in CONTEXT[2:]}) for one in (record, top))
     changed = [f"{key}={_text(value)}" for key, value in own.items() if other.get(key) != value]
     return ", ".join(changed) or "another protocol"

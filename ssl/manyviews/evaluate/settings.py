@@ -1,61 +1,65 @@
-"""What a run is measured on, and how."""
+"""Settings of an evaluation, and the tasks and layers that follow from them."""
 
-import difflib
-from typing import Annotated, Literal, get_args
+from collections.abc import Collection
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, Field
 
 from manyviews.config import as_list
-from manyviews.evaluators import fractions
 from manyviews.evaluators.distance import Metric
+from manyviews.evaluators.fractions import FractionSettings
 from manyviews.evaluators.map import Method
-from manyviews.evaluators.protocol import ProtocolSettings, Task
+from manyviews.evaluators.protocol import ProtocolSettings
+from manyviews.evaluators.results.measurement import EMBEDDED, GROUPING, LEARNED, Task
+from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.layers import BACKBONE, EMBEDDING
 from manyviews.features.settings import EncodeSettings
+from manyviews.recipe import Recipe
+from manyviews.system.names import did_you_mean
 
-Look = Literal[Task, "fractions", "geometry"]
+AnyTask = Literal[Task, "geometry"]
 
 
-def _looks(value: object) -> object:
-    words = as_list(value)
-    known = [word for part in get_args(Look) for word in get_args(part) or (part,)]
-    for word in words if isinstance(words, list | tuple) else ():
-        if word not in known:
-            near = difflib.get_close_matches(str(word), known, 1, 0.5)
-            raise ValueError(f"{word!r} is none of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
-    return words
+def _task_list(value: object) -> object:
+    names = as_list(value)
+    known = [name for part in get_args(AnyTask) for name in get_args(part) or (part,)]
+    for name in names if isinstance(names, list | tuple) else ():
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}{did_you_mean(str(name), known, cutoff=0.5)}")
+    return names
 
 
 class EvaluateSettings(EncodeSettings):
-    """What a run is measured on, and how."""
+    """What is measured of a run, and how."""
 
     baselines: bool = True
     """Measure random weights and raw pixels too."""
     layer: Literal["backbone", "embedding", "both"] | None = None
-    """What is measured of the run: the backbone's features, or the embedding that its objective compares (the
-    projector's output, or the predictor's where there is one). Null: both, where the objective trains embeddings to be
-    compared (triplet, margin, margin_softmax, …) or images are compared with each other; else the backbone. The
-    verdict on retrieval, clustering and verification is then of the layer that the objective trains for it, and on kNN
-    and probes of the backbone."""
-    tasks: Annotated[tuple[Look, ...] | None, BeforeValidator(_looks)] = Field(None, min_length=1)
+    """The layer that is measured: the backbone's features, or the embedding that the objective compares (the
+    projector's output, or the predictor's if there is one). Null: both, if the objective trains embeddings to be
+    compared (triplet, margin, margin_softmax, …) or images are compared with each other; else the backbone. The verdict
+    on retrieval, clustering and verification is then of the layer that the objective trains for it, and on kNN and
+    probes of the backbone."""
+    tasks: Annotated[tuple[AnyTask, ...] | None, BeforeValidator(_task_list)] = Field(None, min_length=1)
     """What is measured, one or several with commas: knn, linear, fractions (the probe from few labels), augmented (the
     probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, clustering, verification,
     geometry; null: knn, linear, fractions and geometry, and retrieval if the run has unseen classes; without labels
     geometry."""
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(as_list)] = Field(None, min_length=1)
-    """Classes, by name or number, whose test images are looked up, clustered and verified among each other; null: those
+    """Classes, by name or number, whose test images are used for retrieval, clustering and verification; null: those
     that the run left out of training (its unseen), or else all."""
     metric: Metric | None = None
-    """The distance by which neighbours are found; null: the cosine, and for the embedding of an objective that trains
-    Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but
-    cosine and euclidean are fitted on labelled training images, without those of the classes named or unseen, for each
-    kind of features, and kept in OUTPUT/metrics."""
+    """The distance by which neighbours are searched; null: the cosine, and for the embedding of an objective that
+    trains Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but cosine and
+    euclidean are fitted on labelled training images, without those of the classes named or unseen, for each kind of
+    features, and saved in OUTPUT/metrics."""
     protocol: ProtocolSettings = ProtocolSettings()
-    few: fractions.FractionSettings = fractions.FractionSettings()
-    """How many labels the probe is given where they are few."""
+    few: FractionSettings = FractionSettings()
+    """The numbers of labels of the task fractions."""
     output: str | None = None
     """The folder that evaluation.json, report.html, features and fitted metrics are written to; null: the run's."""
     cache: bool = True
-    """Keep features in OUTPUT/features, and take them from there, or from RUN/features, while weights, images and
+    """Save features in OUTPUT/features, and read them from there, or from RUN/features, while weights, images and
     transform are the same."""
     report: bool = True
     """Write report.html and its pictures for TensorBoard."""
@@ -63,3 +67,71 @@ class EvaluateSettings(EncodeSettings):
     """Maps of the features in the report, the first shown first: pca, tsne, umap (needs umap-learn); [] for none."""
     comparison: str | None = None
     """A JSON file that the comparison of several runs is written to."""
+
+
+class Layers(NamedTuple):
+    """The kinds of a run's features that are measured."""
+
+    kinds: tuple[str, ...]
+    """Images are compared with each other by the first."""
+    reason: str = ""
+    """Why that one, in a sentence; empty if there is no other."""
+    missing: str = ""
+    """Why the embedding is not measured, if it should be."""
+
+
+def recipe_of(pretrained: PretrainedBackbone) -> Recipe:
+    """Returns the recipe of a run."""
+    assert pretrained.recipe is not None, "only runs are measured"
+    return pretrained.recipe
+
+
+def planned_tasks(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool) -> tuple[AnyTask, ...]:
+    """Returns the tasks of the settings, by default those that the images allow.
+
+    Raises:
+        ValueError: if a task takes labels and there are none.
+    """
+    if settings.tasks is None:
+        retrieval: tuple[AnyTask, ...] = ("retrieval",) if recipe.unseen else ()
+        return ("knn", "linear", "fractions", *retrieval, "geometry") if labelled else ("geometry",)
+    if not labelled and set(settings.tasks) != {"geometry"}:
+        raise ValueError(
+            f"tasks={','.join(settings.tasks)} takes labels and held-out images, and there are none: give "
+            "data=/a/folder that has one sub-folder per class, or tasks=geometry"
+        )
+    return settings.tasks
+
+
+def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, tasks: Collection[str]) -> Layers:
+    """Returns the layers of the settings, by default those that the tasks are about; collective.
+
+    By default both are measured if the objective trains embeddings to be compared, or a task compares images with each
+    other, and the embedding can be loaded; else the backbone alone.
+
+    Raises:
+        ValueError: if the embedding was asked for and cannot be loaded.
+    """
+    objective = recipe_of(pretrained).objective
+    by_default = settings.layer is None
+    if settings.layer == BACKBONE or (by_default and not (objective.compares_embeddings or GROUPING & set(tasks))):
+        return Layers((LEARNED,))
+    try:
+        pretrained.embedding()
+    except ValueError as problem:
+        if not by_default:
+            raise
+        return Layers((LEARNED,), missing=f"only the backbone is measured, and not the embedding: {problem}")
+    if settings.layer == EMBEDDING:
+        return Layers((EMBEDDED,))
+    if objective.compares_embeddings:
+        return Layers(
+            (EMBEDDED, LEARNED),
+            f"Images are compared by the embedding, because objective={objective.name} trains it to be compared; "
+            "the backbone is listed beside it. kNN and probes are of the backbone.",
+        )
+    return Layers(
+        (LEARNED, EMBEDDED),
+        f"Images are compared by the backbone, because objective={objective.name} trains a backbone; the embedding is "
+        "listed beside it.",
+    )

@@ -1,4 +1,4 @@
-"""What an evaluation writes, each file whole or not at all; what cannot be written is a warning, never an end."""
+"""Writes the files of an evaluation atomically; a file that cannot be written is a warning."""
 
 import json
 import os
@@ -21,24 +21,20 @@ from manyviews.system.writing import aside_of, make_folder, open_new, remove, re
 
 LOCK, LOCK_SECONDS = ".evaluation.lock", 120.0
 PROBED = 1 << 20
-"""Bytes that a folder must take for it to be written to: about what a report weighs."""
+"""Bytes written to find out whether a folder is writable: about the size of a report."""
 DAMAGED = "evaluation.damaged.json"
 Warn = Callable[[str], object]
 
 
 def check_output(output: Path, folder: Path) -> None:
-    """Checks that results may go to a folder at all.
-
-    Raises:
-        ValueError: if it is a file, or another run's folder.
-    """
+    """Raises ValueError if the output folder is a file or another run's folder."""
     nearest_existing(output)
     if (output / CONFIG).is_file() and output.resolve() != folder.resolve():
         raise ValueError(f"output={output} is another run's folder; name one that is no run, or leave output out")
 
 
 def unwritable(output: Path) -> str:
-    """Why a folder cannot be written to, found by writing a megabyte; empty where it can; nothing is left behind."""
+    """Writes and removes a probe of one megabyte; returns the reason if that fails, else ""."""
     probe = aside_of(output / "probe")
     try:
         make_folder(output, output)
@@ -57,31 +53,22 @@ def unwritable(output: Path) -> str:
 def write(
     findings: Findings, record: Record, outcomes: Outcomes, output: Path, warn: Warn, *, page: bool
 ) -> Path | None:
-    """Merges a record into evaluation.json and its outcomes into outcomes.safetensors; then the report of all of it.
+    """Merges a record and its outcomes into the files of a folder, then writes the report.
 
-    One evaluation at a time writes into a folder: others wait for it. Called by one process.
-
-    Args:
-        findings: what was measured.
-        record: the same, by `record_of`.
-        outcomes: what was predicted of each image.
-        output: the folder.
-        warn: called with a sentence for each file that could not be written.
-        page: whether the report is written.
-
-    Returns:
-        The report, if it could be written.
+    The folder is locked meanwhile: other evaluations wait. Called on one rank. `record` and `outcomes` are those of
+    `record_of`; `warn` gets a message for each file that could not be written; `page` is whether to write the report.
+    Returns the path of the report, if it was written.
     """
     try:
-        with _held(output):
+        with _lock(output):
             try:
-                whole, together = _merged(record, outcomes, output, warn)
+                whole, all_outcomes = _merged(record, outcomes, output, warn)
             except OSError as problem:
-                warn(f"what {output / EVALUATION} holds cannot be read, and it stays as it is: {in_a_line(problem)}")
-                whole, together = record, outcomes
+                warn(f"{output / EVALUATION} cannot be read and is left unchanged: {in_a_line(problem)}")
+                whole, all_outcomes = record, outcomes
             else:
-                _keep(whole, together, output, warn)
-            return _report(findings, whole, together, output, warn) if page else None
+                _save(whole, all_outcomes, output, warn)
+            return _report(findings, whole, all_outcomes, output, warn) if page else None
     except Timeout:
         warn(f"nothing was written to {output}: another evaluation has been writing there for {LOCK_SECONDS:.0f} s")
     except (OSError, NotImplementedError) as problem:
@@ -90,52 +77,50 @@ def write(
 
 
 def read(output: Path) -> tuple[dict[str, Any], Outcomes]:
-    """What a folder's evaluation.json and outcomes.safetensors hold.
+    """Reads a folder's evaluation.json and outcomes.safetensors.
 
-    Raises:
-        ValueError: if they are damaged, or not of each other.
-        OSError: if one cannot be read.
+    Raises ValueError if they are damaged or do not belong together, OSError if one cannot be read.
     """
     whole = read_json(output / EVALUATION)
     if whole.get("outcomes") != sha256(output / OUTCOMES):
-        raise ValueError(f"{output / EVALUATION} is not the record of {OUTCOMES}; evaluate the run anew")
+        raise ValueError(f"{output / EVALUATION} does not belong to {OUTCOMES}; evaluate the run again")
     return whole, dict(read_tensors(output / OUTCOMES))
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """The folder's lock, which the system takes back from a process that dies."""
+def _lock(output: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the operating system releases if a process dies."""
     make_folder(output, output)
     with FileLock(output / LOCK, timeout=LOCK_SECONDS):
-        # Whoever wrote these has died: the others wait.
-        for litter in output.glob(".*.partial"):
-            if litter.name.startswith((f".{EVALUATION}.", f".{OUTCOMES}.", ".report.html.")):
-                remove(litter)
+        # Left by a process that died: live ones wait for the lock.
+        for partial in output.glob(".*.partial"):
+            if partial.name.startswith((f".{EVALUATION}.", f".{OUTCOMES}.", ".report.html.")):
+                remove(partial)
         yield
 
 
 def _merged(record: Record, outcomes: Outcomes, output: Path, warn: Warn) -> tuple[Record, Outcomes]:
     before: Mapping[str, Any]
-    kept: Outcomes = {}
+    outcomes_before: Outcomes = {}
     try:
         before = read_json(output / EVALUATION)
         with suppress(OSError, ValueError):
-            # Without them the numbers stay, and what was predicted of each image is not known any more.
-            before, kept = read(output)
-        whole, together, dropped = merge(record, outcomes, before, kept)
+            # Without outcomes, the numbers are kept.
+            before, outcomes_before = read(output)
+        whole, all_outcomes, dropped = merge(record, outcomes, before, outcomes_before)
     except FileNotFoundError:
         return record, outcomes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         rename(output / EVALUATION, output / DAMAGED)
-        warn(f"{output / EVALUATION} was damaged and is {DAMAGED} now: {in_a_line(problem)}")
+        warn(f"{output / EVALUATION} was damaged and has been renamed to {DAMAGED}: {in_a_line(problem)}")
         return record, outcomes
     if dropped:
-        warn(f"{output / EVALUATION} holds as many results as are kept: the oldest {dropped} of other settings went")
-    return whole, together
+        warn(f"{output / EVALUATION} is full: the oldest {dropped} results of other settings were dropped")
+    return whole, all_outcomes
 
 
-def _keep(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
-    """Both are written aside before one takes the place of what was there: a full disk leaves both as they were."""
+def _save(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
+    """Writes both files before either is replaced: a full disk leaves the old ones."""
     whole["outcomes"] = None
     aside = aside_of(output / OUTCOMES)
     try:
@@ -147,7 +132,7 @@ def _keep(whole: Record, outcomes: Outcomes, output: Path, warn: Warn) -> None:
             file.write(f"{json.dumps(whole, indent=1)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
-            # The record comes last: it knows its outcomes by their hash.
+            # The record is replaced last: it contains the hash of its outcomes.
             if whole["outcomes"]:
                 rename(aside, output / OUTCOMES)
     finally:
@@ -167,7 +152,7 @@ def _report(findings: Findings, whole: Record, outcomes: Outcomes, output: Path,
     try:
         shown = with_kept(findings, whole, outcomes)
     except (ValueError, KeyError, TypeError) as problem:
-        warn(f"the report shows what was measured now alone: {in_a_line(problem)}")
+        warn(f"the report shows the new results alone: {in_a_line(problem)}")
         shown = findings
     try:
         return write_report(shown, output, warn=warn)

@@ -1,1 +1,1 @@
-"""How good features are: extracted once, then measured by neighbours and by a linear probe, beside baselines."""
+"""Tasks on features: kNN, probes, retrieval, clustering, verification, geometry."""

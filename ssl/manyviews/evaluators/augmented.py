@@ -1,4 +1,4 @@
-"""The linear probe as papers train it: heads on a frozen backbone that sees new crops and flips in every epoch."""
+"""The linear probe as papers train it: on new crops and flips in every epoch."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manyviews.config import Settings
 from manyviews.data import Images, Report, order
-from manyviews.evaluators.splits import Prediction, hold_out_some
+from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.features.encoding import encoded, extract
 from manyviews.optim import cosine
 from manyviews.system import distributed
@@ -23,12 +23,12 @@ MOMENTUM = 0.9
 
 
 class AugmentedSettings(Settings):
-    """The grid of heads that are trained at once, and what they see."""
+    """The grid of heads that are trained at once, and their augmentation."""
 
     epochs: int = Field(90, ge=1, le=100_000)
-    """Passes over the training images, in each of which the backbone encodes them anew."""
+    """Passes over the training images; the backbone encodes them again in each."""
     batch_size: int = Field(256, ge=1, le=1_048_576)
-    """Images of one step of stochastic gradient descent, over all processes."""
+    """Images of one step of stochastic gradient descent, over all ranks."""
     rates: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
         (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=1, max_length=64
     )
@@ -48,14 +48,14 @@ class AugmentedSettings(Settings):
 
 
 class Cropped(NamedTuple):
-    """The images of a split as one epoch shows them, each through a window that its id and the epoch determine."""
+    """The images of a split as random crops, a pure function of the image's id and the epoch."""
 
     images: Images
     views: Views
     epoch: int
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The views of these ids, in their order, as 8-bit images, which any backbone's own transform takes."""
+        """Returns the crops of these ids as 8-bit images, the input of any backbone's own transform."""
         view = self.views(self.images.read(ids), ids, self.epoch)[0]
         pixels: UInt8[Tensor, "batch channels size size"] = view.mul(255 * STD).add(255 * MEAN).round().byte()
         return pixels
@@ -75,37 +75,27 @@ def augmented_probe(
     workers: int = 2,
     report: Report | None = None,
 ) -> Prediction:
-    """Predicts the test images by a linear head trained on random crops and flips of all labelled training images.
+    """Predicts the test images by a linear head trained on crops and flips of training images.
 
-    Stochastic gradient descent with momentum 0.9 and a cosine, a head for each pair of learning rate and weight decay,
-    all in one product (as DINOv2 does, `dinov2/eval/linear.py`). Each pair has two heads that take the same steps: for
-    one of them the held-out images do not count, and their accuracy, whole images and not crops, chooses the pair; the
-    other, which counts them all, predicts the test images. So the backbone sees each image once in an epoch, and the
-    test labels are no argument. Equal accuracies go to the pair that the grid names first.
+    Stochastic gradient descent with momentum 0.9 and a cosine schedule; the heads of all pairs of learning rate and
+    weight decay are one matrix product (as in DINOv2, `dinov2/eval/linear.py`). Each pair has two heads: one does not
+    train on the held-out images (`share` of each class), and its accuracy on them, as whole images, chooses the pair;
+    the other trains on all and predicts the test images. The backbone thus encodes each image once per epoch. Equal
+    accuracies go to the pair that the grid names first.
 
-    The backbone stays as it is, in evaluation mode meanwhile. Draws are a pure function of seed, epoch and image. Over
-    several processes each encodes its part of every batch.
+    The backbone stays unchanged, in evaluation mode meanwhile. Draws are a pure function of seed, epoch and image.
+    Collective: each rank encodes its part of every batch.
 
-    Args:
-        backbone: any module from [batch, channels, height, width] to [batch, width].
-        images: the training images; those labelled −1 are left out.
-        test: the test images.
-        prepare: from a uint8 batch on the device to the backbone's input.
-        settings: the grid, and what the heads see.
-        classes: number of classes in both.
-        share: part of each class that is held out for the choice.
-        seed: of the draw of that part, of the order and of the views.
-        device: where the backbone is.
-        workers: threads that read ahead, and cut the crops.
-        report: told how far the training has come.
+    `backbone` maps [batch, channels, height, width] to [batch, width] and is on `device`; `prepare` turns a uint8 batch
+    on the device into its input. Training images labelled −1 are left out. `workers` threads prefetch and crop images.
 
     Raises:
-        ValueError: if no training image has a label, or too few for a part of them to be held out.
+        ValueError: if no training image has a label, or no class has two images.
     """
     if images.labels is None:
         raise ValueError("a linear head is trained on labelled images, and there are no labels")
     labels = images.labels
-    _, held = hold_out_some(labels, share=share, seed=seed)
+    _, held = hold_out(labels, share=share, seed=seed, one_each=True)
     if not len(held):
         raise ValueError("the probe on crops chooses its rate on held-out images, and no class has two to hold one out")
     labelled = (labels >= 0).nonzero().squeeze(1)
@@ -120,11 +110,11 @@ def augmented_probe(
     heads: Heads | None = None
     total, step = settings.epochs * -(-len(labelled) // settings.batch_size), 0
     read = partial(encoded, prepare=prepare, device=device, workers=workers)
-    whole_images = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
+    encode = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
     for epoch in range(settings.epochs):
         batches = torch.split(labelled[order(len(labelled), seed, epoch)], settings.batch_size)
         shares = [batch.tensor_split(distributed.world_size())[distributed.rank()] for batch in batches]
-        # A process whose part is empty must still take part: it encodes an image that is dropped.
+        # A rank whose part is empty encodes an image that is dropped: the gather is collective.
         seen = [part if len(part) else batch[:1] for part, batch in zip(shares, batches, strict=True)]
         rows = read(backbone, Cropped(images, views, epoch), seen)
         for batch, part, (_, own) in zip(batches, shares, rows, strict=True):
@@ -136,21 +126,18 @@ def augmented_probe(
             if report is not None:
                 report("training linear heads on crops", step, total)
     assert heads is not None, "there are labelled images"
-    apart = whole_images(backbone, images, ids=held).to(device)
-    hits = (heads.predict(apart, 0).cpu() == labels[held]).sum(1)
+    held_features = encode(backbone, images, ids=held).to(device)
+    hits = (heads.predict(held_features, 0).cpu() == labels[held]).sum(1)
     best = int(hits.argmax())
-    predictions = heads.predict(whole_images(backbone, test).to(device), 1, best)[0].cpu()
+    predictions = heads.predict(encode(backbone, test).to(device), 1, best)[0].cpu()
     chosen = dict(zip(("rate", "decay"), grid[best], strict=True))
     return Prediction(predictions, chosen, hits[best].item() / len(held))
 
 
 class Heads:
-    """Linear classifiers on the same features, one for each part of the images and pair of rate and decay, from zero.
+    """Linear classifiers, from zero: one for each part of the images and (rate, decay) pair.
 
-    Args:
-        grid: pairs of learning rate and weight decay.
-        classes: their number.
-        like: features of the width, precision and device that are to come.
+    `like` is a batch of features of the width, precision and device to come.
     """
 
     def __init__(self, grid: Sequence[tuple[float, float]], classes: int, like: Float[Tensor, "batch width"]) -> None:
@@ -167,7 +154,7 @@ class Heads:
         counts: Bool[Tensor, "2 batch"],
         rate: float,
     ) -> None:
-        """One step on the mean cross-entropy of the images that count for each part; `rate` scales every rate."""
+        """Takes a step on the mean cross-entropy of each part; `rate` scales every rate."""
         inputs = F.pad(features, (0, 1), value=1.0)
         classes = self.weights.shape[2]
         logits = (inputs @ self.weights.flatten(0, 2).T).unflatten(1, (2, -1, classes))
@@ -182,7 +169,7 @@ class Heads:
     def predict(
         self, features: Float[Tensor, "images width"], part: int, head: int | None = None
     ) -> Int[Tensor, "heads images"]:
-        """The class with the largest logit by each head of a part, or by one; −1 where a head has diverged."""
+        """Predicts classes by each head of a part, or by one; −1 from a diverged head."""
         chosen = self.weights[part] if head is None else self.weights[part, head][None]
-        found = torch.stack([(features @ one[:, :-1].T + one[:, -1]).argmax(1) for one in chosen])
-        return found.masked_fill(~chosen.isfinite().all((1, 2))[:, None], -1)
+        predictions = torch.stack([(features @ one[:, :-1].T + one[:, -1]).argmax(1) for one in chosen])
+        return predictions.masked_fill(~chosen.isfinite().all((1, 2))[:, None], -1)

@@ -1,4 +1,4 @@
-"""Clustering: whether groups that k-means finds in the features are the classes."""
+"""Clustering: agreement of k-means clusters of the features with the classes."""
 
 import warnings
 from typing import NamedTuple
@@ -17,21 +17,21 @@ from manyviews.evaluators.distance import Nearness
 
 
 class ClusteringSettings(Settings):
-    """How k-means is run."""
+    """Settings of k-means."""
 
     restarts: int = Field(10, ge=1, le=10_000)
-    """Starts of k-means (k-means++), of which the one with the least squared distances counts."""
+    """Starts of k-means (k-means++); the one with the least squared distances counts."""
     most: int = Field(50_000, ge=1, le=10_000_000)
-    """Images beyond which k-means takes mini-batches, which are faster and a little worse."""
+    """Number of images above which k-means uses mini-batches, which are faster and a little worse."""
 
 
 class ClusteringResult(NamedTuple):
-    """How far clusters and classes tell of each other."""
+    """Mutual information of clusters and classes."""
 
     nmi: float
-    """Normalised mutual information, 2 I / (H(clusters) + H(classes)); above 0 by chance, more so of many clusters."""
+    """Normalised mutual information, 2 I / (H(clusters) + H(classes)); above 0 by chance, more so for many clusters."""
     ami: float
-    """Adjusted mutual information (Vinh et al. 2010): 0 is what clusters drawn at random have, 1 is perfect."""
+    """Adjusted mutual information (Vinh et al. 2010): 0 for random clusters, 1 for perfect ones."""
 
 
 def clustering(
@@ -42,10 +42,9 @@ def clustering(
     nearness: Nearness = "cosine",
     seed: int = 0,
 ) -> ClusteringResult:
-    """Groups the images into as many clusters as there are classes, and compares the two.
+    """Clusters the images into as many groups as classes, and compares the two.
 
-    Features are normalised for the cosine, and taken as they are for Euclidean distance. Images labelled −1 are left
-    out.
+    Features are normalised for the cosine. Images labelled −1 are left out.
 
     Raises:
         ValueError: if the images have fewer than 2 classes.
@@ -54,11 +53,10 @@ def clustering(
     classes = len(labels.unique())
     if classes < 2:
         raise ValueError(f"images of {classes} class{'' if classes == 1 else 'es'} cannot be clustered; give 2 or more")
-    found = k_means(features, classes, settings, nearness=nearness, seed=seed).numpy()
+    groups = k_means(features, classes, settings, nearness=nearness, seed=seed).numpy()
     truth = labels.cpu().numpy()
-    return ClusteringResult(
-        float(normalized_mutual_info_score(truth, found)), float(adjusted_mutual_info_score(truth, found))
-    )
+    nmi, ami = (score(truth, groups) for score in (normalized_mutual_info_score, adjusted_mutual_info_score))
+    return ClusteringResult(float(nmi), float(ami))
 
 
 def k_means(
@@ -69,12 +67,12 @@ def k_means(
     nearness: Nearness = "cosine",
     seed: int = 0,
 ) -> Int64[Tensor, " images"]:
-    """The cluster of each image by scikit-learn's k-means, the same for the same seed."""
+    """Returns the cluster of each image by scikit-learn's k-means, deterministic for a seed."""
     settings = settings or ClusteringSettings()
     rows = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features
     method = KMeans if len(rows) <= settings.most else MiniBatchKMeans
     with warnings.catch_warnings():
-        # Fewer different rows than clusters leave some empty: that is the finding, and no reason to warn.
+        # Fewer distinct rows than clusters leave some empty, which the scores show.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = method(clusters, n_init=settings.restarts, random_state=seed).fit_predict(rows.cpu().numpy())
-    return torch.from_numpy(found).long()
+        groups = method(clusters, n_init=settings.restarts, random_state=seed).fit_predict(rows.cpu().numpy())
+    return torch.from_numpy(groups).long()

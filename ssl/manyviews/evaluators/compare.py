@@ -1,22 +1,66 @@
-"""Every kind of features measured by the same tasks and the same protocol."""
+"""Measures every kind of features by the same tasks and the same protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import get_args
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from manyviews.evaluators.alone import Failed, alone
-from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, Report, apply, is_fitted
-from manyviews.evaluators.protocol import PROBES, Gallery, ProtocolSettings, Task
-from manyviews.evaluators.requirements import fitting_images, refusals, searches
-from manyviews.evaluators.results.intervals import paired_difference
-from manyviews.evaluators.results.kinds import in_order, is_learned, label
-from manyviews.evaluators.results.measurement import Difference, Evaluation, Measurement
-from manyviews.evaluators.splits import Prediction
-from manyviews.evaluators.tasks import Inputs, Outcome, measure
+from manyviews.data import Report
+from manyviews.evaluators.clustering import clustering
+from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
+from manyviews.evaluators.failures import OnFailure, catch_failure
+from manyviews.evaluators.fractions import FractionSettings, fractions
+from manyviews.evaluators.knn import knn
+from manyviews.evaluators.linear import linear
+from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
+from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
+from manyviews.evaluators.results.measurement import (
+    PROBES,
+    TASKS,
+    Difference,
+    Evaluation,
+    Measurement,
+    Task,
+    in_order,
+    is_learned,
+    label,
+)
+from manyviews.evaluators.retrieval import retrieve
+from manyviews.evaluators.splits import Prediction, balanced_accuracy, num_classes, uneven
+from manyviews.evaluators.verification import draw_pairs, verify
 from manyviews.linear_metrics import LinearMetric
+
+
+class Inputs(NamedTuple):
+    """One kind of features, and what its tasks take beside them."""
+
+    kind: str
+    train: Tensor | None
+    test: Tensor
+    mapped: MappedFeatures | None
+    """Features that neighbours are searched in; None if the metric could not be fitted."""
+    train_labels: Int[Tensor, " train"]
+    test_labels: Int[Tensor, " test"]
+    gallery: Int[Tensor, " gallery"]
+    """Labelled test images that are compared with each other."""
+    protocol: ProtocolSettings
+    few: FractionSettings
+    augmented: Callable[[str], Prediction] | None
+    progress: Report | None
+
+
+class Outcome(NamedTuple):
+    """Measurements of one task on one kind of features, and its result for each image."""
+
+    measurements: tuple[Measurement, ...]
+    right: Bool[Tensor, " tested"] | None = None
+    """Which images, or pairs, were right; None if nothing is right or wrong."""
+    images: Int[Tensor, " tested"] | None = None
+    """Which test images these are; None for pairs."""
+    predictions: Int[Tensor, " tested"] | None = None
 
 
 def compare(
@@ -27,52 +71,40 @@ def compare(
     *,
     tasks: Sequence[Task] = ("knn", "linear"),
     gallery: Gallery | None = None,
+    few: FractionSettings | None = None,
     metric: Metric | None = None,
     distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
     augmented: Callable[[str], Prediction] | None = None,
     report: Callable[[str], object] | None = None,
     progress: Report | None = None,
-    failed: Failed | None = None,
+    on_failure: OnFailure | None = None,
 ) -> Evaluation:
     """Measures every kind of features by the same tasks and the same protocol.
 
-    All processes come together, with the same features, and get the same evaluation: neighbours are searched by all.
-    Test labels meet predictions at the very end; nothing is chosen by them. Images labelled −1 are left out. A fitted
-    metric sees the gallery's training images without those that are held out for the choice of k and temperature, so
-    that the choice is not made on images that it has already pulled together; the linear probe does without it.
+    Collective: all ranks pass the same features and get the same evaluation; they share the search for neighbours.
+    Test labels meet predictions at the very end; nothing is chosen by them. Images labelled −1 are left out. A metric
+    is fitted on the gallery's training images without those that are held out for the choice of k and temperature:
+    images that it has already pulled together would spoil that choice. The linear probes do not use the metric.
 
-    Args:
-        features: by kind, those of the training [train, dim] and of the test images [test, dim]; the leading kind (see
-            `kinds.leading`) is compared with each other one. Where no task takes training images (see
-            `takes_training`) they may be None.
-        train_labels: classes of the training images.
-        test_labels: classes of the test images.
-        protocol: grids, share held out, seed.
-        tasks: what is measured.
-        gallery: which test images are compared with each other; all without.
-        metric: the distance by which neighbours are found; the cosine without.
-        distances: the distance of some kinds, in its stead.
-        keep: given each fitted metric, by kind of features.
-        augmented: the probe on augmented images of a kind of features, which takes its backbone; if it is a task.
-        report: told what is measured next.
-        progress: told how far a fit has come.
-        failed: called where a task fails on a kind of features, which then lacks it; without, that is raised.
+    `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
+    `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
+    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
+    each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
+    a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.
 
     Raises:
-        ValueError: if features and labels do not match in number, are not finite, no test image has a label, or the
+        ValueError: if features and labels differ in number, features are not finite, no test image has a label, or the
             gallery has fewer than 2 classes.
     """
-    protocol, metric = protocol or ProtocolSettings(), metric or Cosine()
-    everything = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
-    gallery = gallery or everything
+    protocol, few, metric = protocol or ProtocolSettings(), few or FractionSettings(), metric or Cosine()
+    if gallery is None:
+        gallery = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
     for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
         raise ValueError(reason)
     shown = gallery.images[test_labels[gallery.images] >= 0]
-    facts = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
     by_metric = metric if any(map(searches, tasks)) else Cosine()
     fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
-    inputs = Inputs(train_labels, test_labels, shown, protocol, augmented, progress)
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
@@ -84,46 +116,40 @@ def compare(
         if report is not None:
             report(f"measuring {label(kind)} features: {test.shape[1]:,} numbers for each image")
         used = (distances or {}).get(kind, by_metric)
-        searched: MappedFeatures | None = None
-        with alone(f"metric={used.name}", kind, failed):
-            searched = apply(used, train, test, train_labels, fitting, report=progress)
-            if keep is not None and searched.fitted is not None:
-                keep(kind, searched.fitted)
+        mapped: MappedFeatures | None = None
+        with catch_failure(f"metric={used.name}", kind, on_failure):
+            mapped = map_features(used, train, test, train_labels, fitting, report=progress)
+            if keep is not None and mapped.fitted is not None:
+                keep(kind, mapped.fitted)
+        labels = train_labels, test_labels
+        inputs = Inputs(kind, train, test, mapped, *labels, shown, protocol, few, augmented, progress)
         for task in [task for task in get_args(Task) if task in tasks]:
             outcome: Outcome | None = None
-            if report is not None and task not in PROBES and searched is not None:
+            if report is not None and task not in PROBES and mapped is not None:
                 report(f"{task} of {label(kind)} features")
-            with alone(task, kind, failed):
-                outcome = measure(task, kind, (train, test), searched, inputs)
+            with catch_failure(task, kind, on_failure):
+                outcome = _probe(task, inputs) if task in PROBES else _group(task, inputs)
             if outcome is None:
                 continue
             measurements += outcome.measurements
             if outcome.right is not None:
                 right[task, kind] = outcome.right
-                if outcome.images is not None:
-                    hits[f"{task}/{kind}"] = _fill(outcome.right, outcome.images, len(test_labels))
-                    if outcome.guesses is not None:
-                        predictions[f"{task}/{kind}"] = _fill(outcome.guesses, outcome.images, len(test_labels))
+            for values, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
+                if values is not None and outcome.images is not None:
+                    of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
+                    of_all[outcome.images] = values.long()
     differences: list[Difference] = []
-    order: dict[tuple[str, str], int] = {}
     for task in get_args(Task):
         first, *others = in_order(features, task)
-        order |= {(task, kind): len(order) + place for place, kind in enumerate((first, *others))}
         # The baselines, then the other layer.
         differences += [
             Difference(first, other, task, *paired_difference(right[task, first], right[task, other]))
             for other in sorted(others, key=is_learned)
             if (task, first) in right and (task, other) in right
         ]
-    measurements.sort(key=lambda own: order[own.task, own.features])
-    return Evaluation(tuple(measurements), tuple(differences), facts, predictions, hits)
-
-
-def _fill(values: Tensor, images: Tensor, count: int) -> Tensor:
-    """Values of some of the images, at their places among all; −1 elsewhere."""
-    filled = torch.full((count,), -1)
-    filled[images] = values.long()
-    return filled
+    measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
+    compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
+    return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits)
 
 
 def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
@@ -131,3 +157,103 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
         raise ValueError(f"{kind}: {len(features)} {split} features for {len(labels)} labels")
     if not torch.isfinite(features).all():
         raise ValueError(f"{kind}: some {split} features are not finite")
+
+
+def _probe(task: Task, inputs: Inputs) -> Outcome | None:
+    """Measures the accuracy of predicted classes; None if its features are missing."""
+    kind, train, test, mapped, train_labels, test_labels, _, protocol, few, augmented, progress = inputs
+    labelled = (test_labels >= 0).nonzero().squeeze(1)
+    truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
+    share, seed = protocol.held_out, protocol.seed
+
+    def report(action: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{action}, {label(kind)} features", done, total)
+
+    if train is None:
+        return None
+    if task == "fractions":
+        return Outcome(
+            fractions(train, train_labels, test, test_labels, classes, few, seed=seed, kind=kind, report=report)
+        )
+    if task == "knn" and mapped is not None and mapped.train is not None:
+        result = knn(
+            mapped.train,
+            train_labels,
+            mapped.test[labelled],
+            classes,
+            protocol.knn,
+            share=share,
+            seed=seed,
+            nearness=mapped.nearness,
+            shared=True,
+        )
+    elif task == "linear":
+        tested = test[labelled]
+        result = linear(train, train_labels, tested, classes, protocol.linear, share=share, seed=seed, report=report)
+    elif task == "augmented" and augmented is not None:
+        result = augmented(kind)
+        result = result._replace(predictions=result.predictions[labelled])
+    else:
+        return None
+    right = result.predictions == truth
+    accuracy = Measurement(
+        task,
+        kind,
+        "accuracy",
+        int(right.sum()) / len(right),
+        *wilson(int(right.sum()), len(right)),
+        n=len(right),
+        dim=train.shape[1],
+        distance=mapped.metric if task == "knn" and mapped is not None else None,
+        details={"validation": result.validation, "num_train": int((train_labels >= 0).sum()), **result.chosen},
+    )
+    measurements = [accuracy]
+    if uneven(truth):
+        value = balanced_accuracy(result.predictions, truth)
+        measurements.append(replace(accuracy, metric="balanced accuracy", value=value, low=None, high=None, details={}))
+    return Outcome(tuple(measurements), right, labelled, result.predictions)
+
+
+def _group(task: Task, inputs: Inputs) -> Outcome | None:
+    """Measures a task that compares test images with each other; None without their features."""
+    mapped, shown, protocol = inputs.mapped, inputs.gallery, inputs.protocol
+    if mapped is None:
+        return None
+    features, labels, nearness = mapped.test[shown], inputs.test_labels[shown], mapped.nearness
+    details: dict[str, Any] = {}
+    rows: list[tuple[str, float, float | None, float | None, float | None]]
+    right = images = None
+    if task == "retrieval":
+        # Recall@1 is the leading metric.
+        grid = tuple(sorted({1, *protocol.retrieval.recall_at}))
+        settings = protocol.retrieval.model_copy(update={"recall_at": grid})
+        result = retrieve(features, labels, settings=settings, nearness=nearness)
+        right, images, n = result.recall[0], shown[result.queries], len(result.queries)
+        details = {"left_out": result.left_out}
+        means = {"R-precision": result.r_precision, "MAP@R": result.map_at_r}
+        means |= {f"NDCG@{k}": values for k, values in zip(settings.ndcg_at, result.ndcg, strict=True)}
+        rows = [
+            (f"Recall@{k}", hits.double().mean().item(), *wilson(int(hits.sum()), n), None)
+            for k, hits in zip(grid, result.recall, strict=True)
+        ]
+        rows += [(name, values.mean().item(), *mean_interval(values), None) for name, values in means.items()]
+    elif task == "clustering":
+        groups = clustering(features, labels, protocol.clustering, nearness=nearness, seed=protocol.seed)
+        n = len(features)
+        rows = [(name, value, None, None, None) for name, value in (("NMI", groups.nmi), ("AMI", groups.ami))]
+    else:
+        pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
+        judged = verify(features, pairs, protocol.verification, nearness=nearness)
+        right, n = judged.correct.flatten(), judged.correct.numel()
+        rows = [("accuracy", judged.accuracy, None, None, judged.deviation), ("AUC", judged.auc, None, None, None)]
+        rows += [
+            (f"TAR@FAR={rate:g}", mean, None, None, deviation)
+            for rate, (mean, deviation) in judged.true_accepts.items()
+        ]
+    dim, distance = features.shape[1], mapped.metric
+    measurements = tuple(
+        Measurement(task, inputs.kind, name, value, low, high, n, deviation, dim, distance, details)
+        for name, value, low, high, deviation in rows
+    )
+    return Outcome(measurements, right, images)

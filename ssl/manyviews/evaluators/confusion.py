@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which, and its most confident mistakes, as numbers and as pictures."""
+"""The confusion matrix and most confident mistakes of a classifier, and their pictures."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,30 +13,34 @@ from torch import Tensor
 from manyviews.evaluators.lettering import lettering, shortened
 
 MOST_NUMBERS = 25
-"""Classes up to which the picture writes a number into each field."""
+"""Most classes for which the picture writes a number into each cell."""
+COLUMNS = 6
+"""Mistakes in a row of their picture."""
 MOST_NAMES = 60
-"""Classes up to which the picture names each."""
+"""Most classes that the picture names."""
 
 
 def confusion(
     labels: Int[Tensor, " images"], predictions: Int[Tensor, " images"], classes: int
 ) -> Int[Tensor, "classes classes"]:
-    """How many images of each class (row) were taken for each class (column); both are numbers from 0."""
+    """Counts images by true class (row) and predicted class (column), numbered from 0."""
     return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
 
 
 def worst(
     logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], most: int
 ) -> tuple[Int[Tensor, " mistakes"], Float[Tensor, " mistakes"]]:
-    """The images that were most surely taken for another class, surest first: their places, and the probabilities."""
-    sure, predictions = logits.softmax(1).max(1)
+    """Returns indices and probabilities of the most confident mistakes, in descending order."""
+    probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
-    order = sure[wrong].argsort(descending=True, stable=True)[:most]
-    return wrong[order], sure[wrong[order]]
+    order = probabilities[wrong].argsort(descending=True, stable=True)[:most]
+    return wrong[order], probabilities[wrong[order]]
 
 
-def confusion_figure(matrix: Int[Tensor, "classes classes"], classes: Sequence[str]) -> Figure:
-    """The confusion matrix: images of each true class, a row, by predicted class; darker is more of the row."""
+def confusion_picture(
+    matrix: Int[Tensor, "classes classes"], classes: Sequence[str], dpi: int = 100
+) -> UInt8[Tensor, "3 rows columns"]:
+    """Draws the confusion matrix, a row for each true class; darker: a larger share of it."""
     number = len(classes)
     shares = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     totals = matrix.sum(1).tolist()
@@ -58,38 +62,22 @@ def confusion_figure(matrix: Int[Tensor, "classes classes"], classes: Sequence[s
                 axes.text(
                     column, row, str(int(matrix[row, column])), ha="center", va="center", color=colour, fontsize=8
                 )
-    return figure
-
-
-def confusion_picture(
-    matrix: Int[Tensor, "classes classes"], classes: Sequence[str]
-) -> UInt8[Tensor, "3 rows columns"]:
-    """The confusion matrix as pixels: see `confusion_figure`."""
-    return as_pixels(confusion_figure(matrix, classes))
+    return as_pixels(figure, dpi)
 
 
 def mistakes_picture(
-    images: UInt8[Tensor, "mistakes channels size size"],
-    captions: Sequence[tuple[str, str]],
-    *,
-    columns: int = 6,
+    images: UInt8[Tensor, "mistakes channels size size"], captions: Sequence[tuple[str, str]]
 ) -> UInt8[Tensor, "3 rows columns"]:
-    """Images in a grid, each under its two lines: what it is, and what it was taken for.
-
-    Args:
-        images: as they are stored, with 1 or 3 channels; none at all makes a picture that says so.
-        captions: a pair of lines for each.
-        columns: images in a row.
-    """
-    rows = max(1, -(-len(images) // columns))
-    said = [f"{shortened(above)}\n{shortened(below)}" for above, below in captions]
-    with lettering(said):
-        figure = Figure((2.0 * columns, 2.45 * rows), layout="constrained")
+    """Draws images with 1 or 3 channels in a grid, each under the two lines of its caption."""
+    rows = max(1, -(-len(images) // COLUMNS))
+    titles = [f"{shortened(above)}\n{shortened(below)}" for above, below in captions]
+    with lettering(titles):
+        figure = Figure((2.0 * COLUMNS, 2.45 * rows), layout="constrained")
         figure.suptitle("True class → predicted class and its probability")
         if not len(images):
             figure.text(0.5, 0.5, "no image was mistaken", ha="center", va="center")
-        for place, (image, caption) in enumerate(zip(images, said, strict=True), start=1):
-            axes = figure.add_subplot(rows, columns, place)
+        for index, (image, caption) in enumerate(zip(images, titles, strict=True), start=1):
+            axes = figure.add_subplot(rows, COLUMNS, index)
             pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
             axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
             axes.set_axis_off()
@@ -98,11 +86,11 @@ def mistakes_picture(
 
 
 def as_pixels(figure: Figure, dpi: int = 100) -> UInt8[Tensor, "3 rows columns"]:
-    """A figure on white."""
+    """Renders a figure on white."""
     figure.set_facecolor("white")
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    # A layout that does not fit into a small figure warns.
+    # matplotlib warns if a layout does not fit into a small figure.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]

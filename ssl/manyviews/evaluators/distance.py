@@ -1,6 +1,5 @@
-"""How near two features are: by their cosine, or by Euclidean distance, as products that the engine can search."""
+"""Similarity of features, by cosine or Euclidean distance, as searchable inner products."""
 
-from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -10,41 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
+from manyviews.data import Report
 from manyviews.engine import squared_distance_rows
 from manyviews.linear_metrics import LinearMetric
 from manyviews.linear_metrics import Metric as Fitted
 
 Nearness = Literal["cosine", "euclidean"]
-Report = Callable[[str, int, int], None]
-
-
-def searchable(
-    queries: Float[Tensor, "queries dim"], references: Float[Tensor, "references dim"], nearness: Nearness
-) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "references wide"]]:
-    """Rows whose products are the similarities of queries and references: what `engine.top_k` takes.
-
-    The similarity is the cosine, or −d² / (2 v) of the Euclidean distance d, where v is the mean squared distance of
-    the references from their mean. So pairs of references have −1 on average whatever the scale of the features; and
-    for unit rows whose mean is 0 it is the cosine less 1: the temperatures of a vote mean the same in both.
-    """
-    if nearness == "cosine":
-        return F.normalize(queries, dim=1, eps=1e-6), F.normalize(references, dim=1, eps=1e-6)
-    variance = (references - references.mean(0)).square().sum(1).mean()
-    left, right = squared_distance_rows(queries, references)
-    return left / (-2 * torch.where(variance > 0, variance, 1)), right
-
-
-def similarity_of_pairs(
-    features: Float[Tensor, "images dim"], pairs: Int[Tensor, "pairs 2"], nearness: Nearness
-) -> Float[Tensor, " pairs"]:
-    """The cosine of each pair of images, or minus its squared Euclidean distance; in float64."""
-    if nearness == "cosine":
-        features = F.normalize(features, dim=1, eps=1e-6)
-    pieces = []
-    for part in pairs.split(8192):
-        first, second = features[part[:, 0]].double(), features[part[:, 1]].double()
-        pieces.append((first * second).sum(1) if nearness == "cosine" else -(first - second).square().sum(1))
-    return torch.cat(pieces)
 
 
 class Cosine(Settings):
@@ -63,22 +33,50 @@ Metric = Annotated[Cosine | Euclidean | Fitted, Field(discriminator="name")]
 
 
 class MappedFeatures(NamedTuple):
-    """Features in which neighbours are searched, and by which of the two products."""
+    """Features that neighbours are searched in, and the similarity to search by."""
 
     train: Float[Tensor, "train dim"] | None
     test: Float[Tensor, "test dim"]
     nearness: Nearness
     fitted: LinearMetric | None
     metric: str
-    """What the metric is called."""
 
 
-def is_fitted(metric: Metric) -> bool:
-    """Whether the metric is learned from training features."""
-    return not isinstance(metric, Cosine | Euclidean)
+def searchable(
+    queries: Float[Tensor, "queries dim"], references: Float[Tensor, "references dim"], nearness: Nearness
+) -> tuple[Float[Tensor, "queries wide"], Float[Tensor, "references wide"]]:
+    """Returns rows for `engine.top_k` with the similarities as their inner products.
+
+    The similarity is the cosine, or −d² / (2 v) of the Euclidean distance d, where v is the mean squared distance of
+    the references from their mean. Pairs of references then have −1 on average whatever the scale of the features, and
+    for unit rows with mean 0 it is the cosine less 1: the temperatures of a kNN vote mean the same in both.
+    """
+    if nearness == "cosine":
+        return F.normalize(queries, dim=1, eps=1e-6), F.normalize(references, dim=1, eps=1e-6)
+    variance = (references - references.mean(0)).square().sum(1).mean()
+    left, right = squared_distance_rows(queries, references)
+    return left / (-2 * torch.where(variance > 0, variance, 1)), right
 
 
-def apply(
+def similarity_of_pairs(
+    features: Float[Tensor, "images dim"], pairs: Int[Tensor, "pairs 2"], nearness: Nearness
+) -> Float[Tensor, " pairs"]:
+    """Computes the cosine, or minus the squared Euclidean distance, of each pair, in float64."""
+    if nearness == "cosine":
+        features = F.normalize(features, dim=1, eps=1e-6)
+    pieces = []
+    for part in pairs.split(8192):
+        first, second = features[part[:, 0]].double(), features[part[:, 1]].double()
+        pieces.append((first * second).sum(1) if nearness == "cosine" else -(first - second).square().sum(1))
+    return torch.cat(pieces)
+
+
+def is_fitted(metric: Metric | None) -> bool:
+    """Returns whether the metric is learned from training features; None is the cosine."""
+    return not isinstance(metric, Cosine | Euclidean | None)
+
+
+def map_features(
     metric: Metric,
     train: Float[Tensor, "train dim"] | None,
     test: Float[Tensor, "test dim"],
@@ -87,7 +85,7 @@ def apply(
     *,
     report: Report | None = None,
 ) -> MappedFeatures:
-    """The features after the metric's linear map, if it has one, fitted on the training images that `fitting` names."""
+    """Fits the metric's linear map on the images `fitting`, if it has one, and applies it."""
     if isinstance(metric, Cosine | Euclidean):
         return MappedFeatures(train, test, metric.name, None, metric.name)
     assert train is not None, "a metric is fitted on training images"

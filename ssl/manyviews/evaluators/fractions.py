@@ -1,4 +1,4 @@
-"""Few labels: the linear probe on a few images of each class, or on a share of the labels, drawn several times."""
+"""The linear probe from few labels: a number or share of each class, drawn several times."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,34 +10,34 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.evaluators.linear import NEAR, Report, search, standard
+from manyviews.data import Report
+from manyviews.evaluators.linear import NEAR, search, standard
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
-from manyviews.evaluators.results.kinds import LAYERS, LEARNED
-from manyviews.evaluators.results.measurement import Measurement
+from manyviews.evaluators.results.measurement import LEARNED, Measurement
 from manyviews.evaluators.splits import by_class
 from manyviews.system import keyed_random
 
 FOLDS = 5
-"""Parts of the labelled images of which each is held out once, for the choice of the strength."""
+"""Folds of the cross-validation that chooses the strength."""
 MANY = 2_000
-"""From so many labelled images one part held out tells enough, and the other four would only take time."""
+"""From this number of labelled images a single fold is enough; the other four would only take time."""
 
 
 class FractionSettings(Settings):
-    """How many labels the linear probe is given where labels are few, and how often they are drawn."""
+    """The numbers of labels for the linear probe, and how often they are drawn."""
 
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.01, 0.1), max_length=64)
-    """Shares of the labelled training images, of each class alike; at least one image of each class."""
+    """Shares of the labelled training images of each class; at least one image of each class."""
     shots: tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...] = Field((5,), max_length=64)
     """Numbers of labelled images of each class; of a class that has fewer, all."""
     draws: int = Field(5, ge=2, le=1000)
-    """Draws of the labelled images, of whose accuracies mean and standard deviation are reported."""
+    """Draws of the labelled images; mean and standard deviation of their accuracies are reported."""
     regularisations: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
         (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0), min_length=1, max_length=64
     )
     """Strengths of half the squared weights beside the mean cross-entropy; each draw's own labels choose."""
     single: float = Field(0.1, gt=0, le=1e9)
-    """The strength where there is one image of each class, so that none can be held out for a choice."""
+    """The strength with one image of each class, if none can be held out for a choice."""
 
 
 def fractions(
@@ -52,26 +52,13 @@ def fractions(
     kind: str = LEARNED,
     report: Report | None = None,
 ) -> tuple[Measurement, ...]:
-    """Measures the linear probe from few labels: first the shares, then the numbers of each class.
+    """Measures the linear probe from few labels: first shares, then numbers of each class.
 
-    Each is the mean of several draws, and both stand in ascending order.
-
-    Which images a draw labels is a pure function of the labels, the seed and the number of the draw, so all kinds of
-    features are given the same ones, and a smaller share is part of a larger one. Features are standardised by all
-    training images, which are there without their labels too. The strength is chosen by folds of the draw's own
-    labelled images, equal accuracies going to the stronger one; the probe is then fitted on all of these. A draw of
-    the images of an earlier one, as of 5 of each class where none has more, has its accuracy.
-
-    Args:
-        train: features of the training images.
-        labels: their classes; −1: unlabelled.
-        test: features of the test images.
-        test_labels: their classes; −1: not known, left out.
-        classes: number of classes in both.
-        settings: how many labels, how often drawn, which strengths.
-        seed: of the draws.
-        kind: what the features are called.
-        report: called with what is done, how much of it, and of how much.
+    Each is the mean of several draws. The images of a draw are a pure function of labels, seed and number of the draw:
+    all kinds of features get the same ones, and a smaller share is part of a larger one. Features are standardised by
+    all training images, labelled or not. The strength is chosen by cross-validation on the draw's own labelled images,
+    equal accuracies going to the stronger one; the probe is then fitted on all of these. A draw that repeats the images
+    of an earlier one, as 5 of each class do if no class has more, reuses its accuracy. Images labelled −1 are left out.
 
     Raises:
         ValueError: if no training image, or no test image, has a label.
@@ -102,7 +89,7 @@ def fractions(
                 continue
             features = scaled(train[chosen])
             if axes is None and len(features) >= features.shape[1]:
-                # The same will do for all draws: they only make the way short.
+                # The same axes serve all draws: they only speed up the fits.
                 axes = principal_axes(features)
             own = axes if len(features) >= features.shape[1] else None
             fit, strength = _probe(features, labels[chosen], ranks, classes, settings, own, tick)
@@ -118,37 +105,27 @@ def fractions(
 def mean_of_draws(
     kind: str, name: str, labelled: int, accuracies: Sequence[float], strengths: Sequence[float]
 ) -> Measurement:
-    """The mean accuracy over the draws of so many labelled images, and the deviation of the sample (n − 1)."""
-    return Measurement(
-        "fractions",
-        kind,
-        name,
-        statistics.fmean(accuracies),
-        n=labelled,
-        deviation=statistics.stdev(accuracies),
-        layer=LAYERS.get(kind),
-        details={"accuracies": [*accuracies], "regularisations": [*strengths]},
-    )
+    """Returns the mean accuracy over draws, with the sample's standard deviation (n − 1)."""
+    mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)
+    details = {"accuracies": [*accuracies], "regularisations": [*strengths]}
+    return Measurement("fractions", kind, name, mean, n=labelled, deviation=deviation, details=details)
 
 
 def draw(
     labels: Int[Tensor, " images"], amount: float | int, *, seed: int, number: int
 ) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"]]:
-    """Which images are labelled, ascending, and the place of each in the order in which its class is drawn.
+    """Draws images to label, ascending, and the rank of each in the shuffled order of its class.
 
-    Args:
-        labels: classes; images of −1 are never drawn.
-        amount: a whole number: of each class; a fraction: the share of each class, at least one image.
-        seed: of all draws.
-        number: of this draw.
+    `amount` is a number of images of each class if it is an int; else the share of each class, at least one image.
+    Images labelled −1 are never drawn.
     """
     shuffled = keyed_random.uniform(torch.arange(len(labels)), seed, number).argsort(stable=True)
     order, ranks = by_class(shuffled, labels)
     counts = labels[order].bincount()
     wanted = torch.full_like(counts, amount) if isinstance(amount, int) else (counts * amount).round().clamp(min=1)
-    taken = ranks < wanted[labels[order]]
-    chosen, places = order[taken].sort()
-    return chosen, ranks[taken][places]
+    drawn = ranks < wanted[labels[order]]
+    chosen, sorting = order[drawn].sort()
+    return chosen, ranks[drawn][sorting]
 
 
 def _probe(
@@ -160,14 +137,14 @@ def _probe(
     axes: Tensor | None,
     report: Callable[[int], object],
 ) -> tuple[LogisticFit, float]:
-    """The probe of one draw, fitted on all its images with the strength that has the most hits on its folds."""
+    """Fits the probe of one draw, with the strength that has the most hits on its folds."""
     folds = min(FOLDS, 1 + int(ranks.max()))
     if folds < 2:
         single = torch.tensor([settings.single])
         return logistic_regression(features, labels, single, classes, report=report), settings.single
     axes = principal_axes(features) if axes is None else axes
     strengths = sorted(settings.regularisations, reverse=True)
-    # Of a class with one image none can be held out.
+    # The only image of a class is never held out.
     several = labels.bincount(minlength=classes)[labels] > 1
     held = torch.stack([several & (ranks % folds == fold) for fold in range(folds if len(labels) < MANY else 1)])
 

@@ -1,15 +1,15 @@
-"""How features lie: alignment of two views, uniformity and rank; whether two runs agree; how stale a memory bank is."""
+"""Geometry of features: alignment, uniformity, rank; common neighbours; stale bank rows."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from manyviews.data import Images, sample_ids
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
-from manyviews.evaluators.results.kinds import LAYERS
 from manyviews.evaluators.results.measurement import Measurement
 from manyviews.features.encoding import evaluation_mode
 from manyviews.run import health
@@ -17,7 +17,7 @@ from manyviews.system import distributed
 from manyviews.views import MEAN, STD, Views
 
 IMAGES = 25_600
-"""Images that are looked at; of more, as many are drawn (Garrido et al. 2023 find the rank settled by then)."""
+"""Most images that are used, sampled from more (Garrido et al. 2023 report that the rank has settled by then)."""
 BANK = "memory bank"
 QUANTILES: Mapping[str, float] = {"5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95}
 
@@ -30,22 +30,18 @@ def geometry(
     *,
     seed: int,
 ) -> tuple[Measurement, ...]:
-    """Measures how one kind of features lies; of more than 25,600 images, of as many drawn by the seed.
+    """Measures effective rank, uniformity and alignment of one kind of features, without labels.
 
-    The effective rank is how many directions the features use (RankMe), at most the number of images or of dimensions;
-    the uniformity is 0 where all features are one, or all zero, and about −4 + 8 / dim where they are spread evenly
-    over the sphere; the alignment is 0 where both views of every image have one direction, 2 for unrelated views. They
-    need no labels, and are to be compared between runs of one method.
+    The effective rank is the number of directions that the features use, at most the number of images or dimensions;
+    the uniformity is 0 if all features are equal or zero, and about −4 + 8 / dim if they are spread evenly over the
+    sphere; the alignment is 0 if both views of every image have one direction, 2 for unrelated views. Compare them
+    between runs of one method.
 
     The rank is that of the features as they are, neither centred nor normalised (Garrido et al. 2023, RankMe, equations
-    1 and 2, without the 1e-7 that they add to each share); the rest is of unit features. All processes call together,
-    each with all features, and get the same numbers.
+    1 and 2, without the 1e-7 that they add to each share); the rest is of unit features. Of more than 25,600 images, a
+    sample is used. Collective: all ranks pass all features and get the same numbers.
 
-    Args:
-        kind: what the features are called.
-        features: of images.
-        views: features of two views of the same images, row by row; without them there is no alignment.
-        seed: of the draw.
+    `views` are features of two views of the same images, row by row; without them there is no alignment.
 
     Raises:
         ValueError: if there are fewer than 2 images, or numbers that are not finite.
@@ -59,37 +55,32 @@ def geometry(
         raise ValueError(f"{kind}: some features are not finite")
     values = {"effective rank": health.effective_rank(features), "uniformity": uniformity(features)}
     values |= {"alignment": alignment(*views)} if views is not None else {}
-    return tuple(
-        Measurement("geometry", kind, name, value, n=len(features), dim=dim, layer=LAYERS.get(kind))
-        for name, value in values.items()
-    )
+    return tuple(Measurement("geometry", kind, name, value, n=len(features), dim=dim) for name, value in values.items())
 
 
 @torch.no_grad()
 def alignment(first: Float[Tensor, "pairs dim"], second: Float[Tensor, "pairs dim"]) -> float:
-    """The mean squared distance of unit features of two views of an image (Wang & Isola 2020, equation 4, α = 2).
+    """Computes the mean squared distance of unit views (Wang & Isola 2020, equation 4, α = 2).
 
-    Features that are zero lie in one place of their own: 0 from each other, 2 from all others.
+    The squared distance of zero features is 0 to each other and 2 to all others.
 
     Raises:
         ValueError: if there is no pair.
+
+    >>> alignment(torch.eye(2), torch.eye(2).flip(0))
+    2.0
     """
     if not len(first):
         raise ValueError("alignment takes the features of two views of 1 image or more, and there are none")
-    distances = [
-        (directions(one.double()) - directions(other.double())).square().sum(1)
-        for one, other in zip(first.split(4096), second.split(4096), strict=True)
-    ]
-    return torch.cat(distances).mean().item()
+    return _by_row(lambda one, other: (one - other).square().sum(1), first, second).mean().item()
 
 
 @torch.no_grad()
 def uniformity(features: Float[Tensor, "images dim"]) -> float:
-    """The log of the mean of exp(−2 d²) over all pairs of two unit features (Wang & Isola 2020, equation 5, t = 2).
+    """Computes log mean exp(−2 d²) of unit features (Wang & Isola 2020, equation 5, t = 2).
 
-    Exact, by tiles: no image is paired with itself, and no matrix of all pairs is stored. All processes call together,
-    each with all features: the pairs are shared out among them. Features that are zero lie in one place of their own,
-    so that it is 0, as for all that are one, where all are zero.
+    Exact, by tiles: no image is paired with itself, and no matrix of all pairs is stored. Collective: all ranks pass
+    all features and share the pairs. Zero features count as one direction of their own: if all are zero, it is 0.
 
     Raises:
         ValueError: if there are fewer than 2 images.
@@ -107,10 +98,10 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
 
 @torch.no_grad()
 def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tensor, "images other"], k: int) -> float:
-    """The mean share of an image's k nearest neighbours by one kind of features that are so by another kind too.
+    """Computes the mean share of k nearest neighbours that two kinds of features have in common.
 
-    Neighbours are found among the other images by the cosine. 1 where both kinds agree; about k / (images − 1) where
-    they have nothing to do with each other.
+    Neighbours are the other images nearest by cosine. 1 if both kinds agree; about k / (images − 1) if they are
+    unrelated.
 
     Raises:
         ValueError: if k is not between 1 and the number of other images.
@@ -123,33 +114,32 @@ def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tens
         unit, ids = normalize(features), torch.arange(count, device=features.device)
         neighbours.append(top_k(unit, unit, k, query_ids=ids, key_ids=ids)[1].sort(dim=1).values)
     one, other = neighbours
-    places = torch.searchsorted(other, one).clamp_(max=k - 1)
-    return (other.gather(1, places) == one).double().mean().item()
+    columns = torch.searchsorted(other, one).clamp_(max=k - 1)
+    return (other.gather(1, columns) == one).double().mean().item()
 
 
 @torch.no_grad()
 def staleness(rows: Float[Tensor, "images dim"], embeddings: Float[Tensor, "images dim"]) -> tuple[Measurement, ...]:
-    """Measures how far a memory bank's rows are behind fresh embeddings of the same images, in the same order.
+    """Measures the cosines of a memory bank's rows with fresh embeddings, row by row.
 
-    The mean of their cosines, 1 where nothing moved, and what the given shares of the rows are at most: 5 % to 95 %.
+    Their mean, 1 if nothing has moved, and their quantiles from 5 % to 95 %.
 
     Raises:
         ValueError: if there is no row.
     """
     if not len(rows):
         raise ValueError("staleness takes 1 row of a memory bank or more, and there are none")
-    cosines = torch.cat(
-        [
-            (directions(old.double()) * directions(new.double())).sum(1)
-            for old, new in zip(rows.split(4096), embeddings.split(4096), strict=True)
-        ]
-    ).cpu()
-    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
-    # By sorting: torch.quantile takes no more than 2²⁴ values.
-    ordered, places = cosines.sort().values, shares * (len(cosines) - 1)
-    values = torch.lerp(ordered[places.floor().long()], ordered[places.ceil().long()], places.frac())
+    cosines = _by_row(lambda old, new: (old * new).sum(1), rows, embeddings).cpu()
+    # torch.quantile takes at most 2²⁴ values.
+    values = np.quantile(cosines.numpy(), list(QUANTILES.values()))
     named = {"mean": cosines.mean().item(), **dict(zip(QUANTILES, values.tolist(), strict=True))}
     return tuple(Measurement("staleness", BANK, name, value, n=len(rows)) for name, value in named.items())
+
+
+def _by_row(function: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """Applies a function to the unit rows of two matrices, block by block in float64."""
+    blocks = zip(first.split(4096), second.split(4096), strict=True)
+    return torch.cat([function(directions(one.double()), directions(other.double())) for one, other in blocks])
 
 
 @torch.inference_mode()
@@ -163,24 +153,24 @@ def two_views(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> tuple[Float[Tensor, "chosen width"], Float[Tensor, "chosen width"]]:
-    """The features of the first two views, of so many channels, of the images that `ids` names, float32 on the CPU.
+    """Encodes two views of the images with these ids; float32 on the CPU.
 
-    Views are a function of their seed and the images' ids: those of the first epoch of a run that saw these images.
+    Views are a function of seed and id: those of the first epoch of a run on these images. Grey images are repeated to
+    `channels`.
     """
     first, second = [], []
     with evaluation_mode(backbone):
         for part in ids.split(batch_size):
-            # Grey images are shown in grey to a backbone that has learned from colour.
             pixels = images.read(part).to(device).expand(-1, channels, -1, -1)
-            made = views(pixels, part.to(device), 0)
-            first.append(backbone(made[0]).float().cpu())
-            second.append(backbone(made[1]).float().cpu())
+            one, other, *_ = views(pixels, part.to(device), 0)
+            first.append(backbone(one).float().cpu())
+            second.append(backbone(other).float().cpu())
     return torch.cat(first), torch.cat(second)
 
 
 class Pixels(nn.Module):
-    """A backbone that has learned nothing and changes nothing: the pixels of a view, in [0, 1] and flattened."""
+    """A baseline backbone that returns the pixels of a view, in [0, 1] and flattened."""
 
     def forward(self, views: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pixels"]:
-        """The pixels as they were before they were normalised for an encoder."""
+        """Undoes the normalisation of the views."""
         return views.mul(STD).add(MEAN).flatten(1)

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours (Wu et al. 2018, section 3.4): the features as they are, nothing is trained."""
+"""Weighted nearest neighbours (Wu et al. 2018, section 3.4); nothing is trained."""
 
 from functools import partial
 from typing import Annotated
@@ -14,16 +14,16 @@ from manyviews.engine import top_k
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.evaluators.distance import Nearness, searchable
-from manyviews.evaluators.splits import Prediction, hold_out, hold_out_some, num_classes
+from manyviews.evaluators.splits import Prediction, hold_out, num_classes
 
 MOST_HELD_OUT = 10_000
-"""Training images held out for the choice: more would make it dearer, and hardly better."""
+"""Training images held out for the choice: more would cost more and choose hardly better."""
 SCORES = 1 << 17
-"""Scores of queries and classes held at once by a core: 1 MiB, so that all votes of a query are counted in a cache."""
+"""Scores of queries and classes held at once by a core: 1 MiB, to count all votes of a query in a cache."""
 
 
 class KnnSettings(Settings):
-    """The grid of which the best pair on held-out training images is used."""
+    """The grid of pairs; the best one on held-out training images is used."""
 
     neighbours: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field(
         (1, 5, 10, 20, 50, 100, 200), min_length=1, max_length=64
@@ -41,9 +41,12 @@ def weighted_vote(
     temperature: float,
     classes: int,
 ) -> Float[Tensor, "queries classes"]:
-    """The score of each class: the sum of exp(similarity / temperature) over the neighbours that have it.
+    """Sums exp(similarity / temperature) over the neighbours of each class, in float64.
 
-    float64. A number may be taken from all similarities of a query, so that nothing overflows: no choice depends on it.
+    Subtract a constant from all similarities of a query to avoid overflow: the largest score stays the largest.
+
+    >>> weighted_vote(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]), 0.07, 2).tolist()
+    [[1.0, 2.0]]
     """
     weights = (similarities.double() / temperature).exp_()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
@@ -62,16 +65,15 @@ def predict(
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> Int[Tensor, "neighbours temperatures queries"]:
-    """The predicted class of every query for every pair of a grid, from one search for the most neighbours.
+    """Predicts the class of every query for every pair of a grid, from one search.
 
-    A vote weighs exp(similarity / temperature): of the cosine, for which features are normalised here, or of their
-    Euclidean distance, as `distance.searchable` defines its similarity. A number of neighbours above the size of the
-    bank means the whole bank. Rows of the bank labelled −1 are left out, and so are those with the query's id where ids
-    are given. Equal scores go to the lowest class, equal similarities to the lowest row. With `shared` all processes,
-    which hold the same, come together: each searches its share of the bank, and all get the whole answer.
+    A vote weighs exp(similarity / temperature), with the cosine or the similarity of `distance.searchable`. More
+    neighbours than the bank has rows mean the whole bank. Rows of the bank labelled −1 are left out, as are those with
+    the query's id. Equal scores go to the lowest class, equal similarities to the lowest row. With `shared`,
+    collective: all ranks pass the same, each searches its share of the bank, and all get the whole result.
 
     Raises:
-        ValueError: if the queries are the bank and no ids are given: each would find itself.
+        ValueError: if the queries are the bank and no ids are given: each would be its own nearest neighbour.
     """
     if query_ids is None and queries.shape == bank.shape and torch.equal(queries, bank):
         raise ValueError("the queries are the bank, so each would find itself; give query_ids and bank_ids")
@@ -80,31 +82,31 @@ def predict(
         bank, labels = bank[labelled], labels[labelled]
         bank_ids = bank_ids[labelled] if bank_ids is not None else None
     if not len(bank):
-        raise ValueError("the bank holds no labelled image")
+        raise ValueError("the bank has no labelled image")
     most = min(max(neighbours), len(bank))
     cosine = nearness == "cosine"
     left, right = (queries, bank) if cosine else searchable(queries, bank, nearness)
-    similarities, places = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, cosine=cosine, shared=shared)
-    found = labels[places]
-    chosen = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
+    similarities, rows = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, cosine=cosine, shared=shared)
+    votes = labels[rows]
+    predictions = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
     # Votes add up: going from fewer to more neighbours, each neighbour is counted once per temperature.
-    ascending = sorted(range(len(neighbours)), key=lambda place: neighbours[place])
+    ascending = sorted(range(len(neighbours)), key=neighbours.__getitem__)
 
-    def vote(rows: slice) -> None:
-        nearest = similarities[rows, :1]
-        relative = similarities[rows] - nearest.masked_fill(nearest.isinf(), 0)
+    def vote(part: slice) -> None:
+        nearest = similarities[part, :1]
+        relative = similarities[part] - nearest.masked_fill(nearest.isinf(), 0)
         for column, temperature in enumerate(temperatures):
             scores, counted = relative.new_zeros(len(relative), classes, dtype=torch.float64), 0
-            for place in ascending:
-                segment = slice(counted, min(neighbours[place], most))
-                scores += weighted_vote(relative[:, segment], found[rows, segment], temperature, classes)
-                chosen[place, column, rows] = scores.argmax(1)
+            for index in ascending:
+                segment = slice(counted, min(neighbours[index], most))
+                scores += weighted_vote(relative[:, segment], votes[part, segment], temperature, classes)
+                predictions[index, column, part] = scores.argmax(1)
                 counted = segment.stop
 
     at_once = SCORES if similarities.device.type == "cpu" else 128 * SCORES
     parts = slices(0, len(queries), max(1, at_once // max(classes, most)))
-    on_all_cores([partial(vote, rows) for rows in parts], similarities.device)
-    return chosen
+    on_all_cores([partial(vote, part) for part in parts], similarities.device)
+    return predictions
 
 
 def knn(
@@ -116,84 +118,54 @@ def knn(
     *,
     share: float = 0.2,
     seed: int = 0,
-    most: int = MOST_HELD_OUT,
     nearness: Nearness = "cosine",
     shared: bool = False,
 ) -> Prediction:
-    """Predicts the test images from all training images, with the pair chosen on a held-out part of these.
+    """Predicts the test images, with k and temperature chosen on held-out training images.
 
-    The test labels are no argument. Equal validation accuracies go to the pair that the grid names first.
-
-    Args:
-        train: features of the training images.
-        train_labels: their classes; −1: unlabelled, left out.
-        test: features of the test images.
-        classes: number of classes in both.
-        settings: the grid.
-        share: part of each class that is held out for the choice.
-        seed: of the draw of that part.
-        most: at most so many images are held out.
-        nearness: cosine, or Euclidean distance of the features as they are.
-        shared: all processes, which hold the same, search together: see `predict`.
+    `share` of each class is held out, at most 10,000 images; equal validation accuracies go to the pair that the grid
+    names first. Training images labelled −1 are left out. `shared` is that of `predict`.
 
     Raises:
         ValueError: if the test images are the training images.
     """
     if train.shape == test.shape and torch.equal(train, test):
         raise ValueError(
-            "the held-out images are the images to learn from, of which each would find itself; name others by "
+            "the held-out images are the training images, so each would be its own nearest neighbour; name others with "
             "data.test=FOLDER"
         )
-    kept, held = hold_out_some(train_labels, share=share, seed=seed, most=most)
-    grid = settings.neighbours, settings.temperatures
-    # Where no class has a second image to hold out, the first pair of the grid: of one vote for each class the nearest
-    # decides, whatever the pair.
+    vote = partial(predict, classes=classes, nearness=nearness, shared=shared)
+    kept, held = hold_out(train_labels, share=share, seed=seed, most=MOST_HELD_OUT, one_each=True)
+    grid = [(k, temperature) for k in settings.neighbours for temperature in settings.temperatures]
+    # If no class has a second image to hold out, the first pair: with one vote for each class the nearest decides.
     best, validation = 0, None
     if len(held):
-        guesses = predict(
+        guesses = vote(
             train[held],
             train[kept],
             train_labels[kept],
-            neighbours=grid[0],
-            temperatures=grid[1],
-            classes=classes,
+            neighbours=settings.neighbours,
+            temperatures=settings.temperatures,
             query_ids=held,
             bank_ids=kept,
-            nearness=nearness,
-            shared=shared,
         )
         hits = (guesses == train_labels[held]).sum(2).flatten()
         best = int(hits.argmax())
         validation = hits[best].item() / len(held)
-    k, temperature = grid[0][best // len(grid[1])], grid[1][best % len(grid[1])]
-    predictions = predict(
-        test,
-        train,
-        train_labels,
-        neighbours=(k,),
-        temperatures=(temperature,),
-        classes=classes,
-        nearness=nearness,
-        shared=shared,
-    )
-    # The bank of the final vote may be smaller than the k that was asked for.
+    k, temperature = grid[best]
+    predictions = vote(test, train, train_labels, neighbours=(k,), temperatures=(temperature,))
+    # The bank may be smaller than k.
     k = min(k, int((train_labels >= 0).sum()))
     return Prediction(predictions[0, 0], {"neighbours": k, "temperature": temperature}, validation)
 
 
 def monitor_knn(
-    features: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
-    *,
-    seed: int = 0,
-    neighbours: int = 20,
-    temperature: float = 0.07,
-    most: int = 5_000,
+    features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, seed: int = 0, most: int = 5_000
 ) -> float:
-    """A cheap look at a run: the kNN accuracy of a tenth of the training images, found among the others.
+    """Computes the kNN accuracy of a tenth of the images among the others, to watch a run.
 
-    At most `most` labelled images, chosen by the seed, take part. The default k and temperature are DINO's usual ones;
-    nothing is chosen here, so the number is comparable along a run and between runs with equal settings.
+    At most `most` labelled images, sampled with `seed`, take part. k = 20 and temperature 0.07 are DINO's usual ones;
+    nothing is chosen here, so values are comparable along a run and between runs with equal settings.
     """
     labelled = (labels >= 0).nonzero().squeeze(1)
     labelled = labelled[sample_ids(len(labelled), most, seed=seed)]
@@ -203,8 +175,8 @@ def monitor_knn(
         features[held],
         features[kept],
         labels[kept],
-        neighbours=(neighbours,),
-        temperatures=(temperature,),
+        neighbours=(20,),
+        temperatures=(0.07,),
         classes=num_classes(labels),
         query_ids=held,
         bank_ids=kept,

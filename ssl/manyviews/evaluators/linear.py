@@ -1,7 +1,7 @@
-"""The linear probe: how much of the classes a straight cut through the features finds."""
+"""The linear probe: logistic regression on frozen features."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -10,22 +10,20 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
+from manyviews.data import Report
 from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
-from manyviews.evaluators.splits import Prediction, hold_out_some
+from manyviews.evaluators.splits import Prediction, hold_out
 
 NEAR = 3e-4
-"""How near its minimum, in nats, a strength is judged: the rest moves far fewer held-out images than chance does."""
-
-
+"""Tolerance, in nats, of the fits that choose a strength: the rest moves far fewer held-out images than chance does."""
 UNCHOSEN = 0.1
-"""About the strength that is used where no class has a second image, so that none can be held out for a choice."""
+"""If no class has a second image to hold out, the strength of the grid nearest to this one is used."""
 ENOUGH = 2
-"""Strengths in a row that bring nothing better, after which a grid that is too large for the memory is left."""
-Report = Callable[[str, int, int], object]
+"""Strengths in a row without improvement that end the search of a grid which is too large for the memory."""
 
 
 class LinearSettings(Settings):
-    """The grid of which the best strength on held-out training images is used."""
+    """The grid of strengths; the best one on held-out training images is used."""
 
     regularisations: tuple[Annotated[float, Field(gt=0, le=1e9)], ...] = Field(
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0), min_length=1, max_length=64
@@ -34,21 +32,21 @@ class LinearSettings(Settings):
 
 
 class Standard(NamedTuple):
-    """Mean and deviation per feature, of the training part only."""
+    """Mean and 1 / deviation per feature, of the training part only; 0 for constant ones."""
 
     mean: Float[Tensor, " dim"]
     scale: Float[Tensor, " dim"]
 
     def __call__(self, features: Float[Tensor, "images dim"]) -> Float[Tensor, "images dim"]:
-        """Features at zero mean and unit variance; those that do not vary in the training part are 0."""
+        """Standardises features; those that do not vary in the training part become 0."""
         return (features - self.mean) * self.scale
 
 
 def standard(features: Float[Tensor, "images dim"]) -> Standard:
-    """The standardisation of features, each to zero mean and unit variance."""
+    """Fits a standardisation of each feature to zero mean and unit variance."""
     variance, mean = torch.var_mean(features, dim=0, correction=0)
     deviation = variance.sqrt()
-    # What a constant varies by is the rounding of its mean: to be scaled up, it would be a feature made of noise.
+    # A constant varies by the rounding of its mean; scaled up, it would be a feature made of noise.
     still = deviation <= 1e-6 * mean.abs().clamp(min=1e-6)
     scale = torch.where(still, 0, 1 / deviation.masked_fill(still, 1))
     return Standard(mean, scale)
@@ -67,22 +65,13 @@ def linear(
 ) -> Prediction:
     """Predicts the test images by logistic regression on all training images.
 
-    Its strength is chosen on a held-out part of the training images. The test labels are no argument. Equal validation
-    accuracies go to the stronger regularisation.
-
-    Args:
-        train: features of the training images.
-        train_labels: their classes; −1: unlabelled, left out.
-        test: features of the test images.
-        classes: number of classes in both.
-        settings: the grid.
-        share: part of each class that is held out for the choice.
-        seed: of the draw of that part.
-        report: called with what is done, how much of it, and of how much.
+    The strength is chosen on held-out training images, `share` of each class; equal validation accuracies go to the
+    stronger regularisation. Training images labelled −1 are left out.
     """
     strengths = sorted(settings.regularisations, reverse=True)
-    best, validation, start, axes = _nearest(strengths, UNCHOSEN), None, None, None
-    kept, held = hold_out_some(train_labels, share=share, seed=seed)
+    best = min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / UNCHOSEN)))
+    validation, start, axes = None, None, None
+    kept, held = hold_out(train_labels, share=share, seed=seed, one_each=True)
     total = len(strengths) + 1
     if len(strengths) > 1 and len(held):
         scaled = standard(train[kept])
@@ -106,7 +95,7 @@ def linear(
         best, hits, start = search(grid, at_once(len(kept), classes, train.shape[1] + 1), judge)
         validation = hits / len(held)
         if len(kept) < train.shape[1]:
-            # More images may reach further.
+            # More images may span more directions.
             axes = None
         del features
     labelled = train_labels >= 0
@@ -129,16 +118,11 @@ def search(
     size: int,
     judge: Callable[[Float[Tensor, " part"], LogisticFit | None, int], tuple[LogisticFit, Int[Tensor, " part"]]],
 ) -> tuple[int, int, LogisticFit]:
-    """The strength with the most hits, of equal ones the first: its number, its hits and its fit.
+    """Returns index, hits and fit of the strength with the most hits, the first of equal ones.
 
-    All strengths are judged at once, or in parts of `size` where they would take too much memory. Each part then starts
-    from the last fit of the part before, and once two strengths or more have brought nothing better the search ends:
-    what follows would be weaker still, and with many classes takes minutes each.
-
-    Args:
-        strengths: the grid, descending.
-        size: how many are judged at once.
-        judge: fits a part of the grid, from where it is told to begin, after so many strengths; with the hits of each.
+    The descending strengths are fitted in parts of `size`, each from the last fit of the part before: `judge` gets a
+    part, the fit to start from and the number of strengths before it, and returns the fits and their hits. The search
+    ends after `ENOUGH` strengths without improvement: the weaker ones that follow take minutes each with many classes.
     """
     best, most, chosen, since, before = 0, -1, None, 0, 0
     begin: LogisticFit | None = None
@@ -146,9 +130,9 @@ def search(
         fit, hits = judge(part, begin, before)
         since += len(part)
         if int(hits.max()) > most:
-            own = int(hits.argmax())
-            best, most, since = before + own, int(hits[own]), 0
-            chosen = LogisticFit(*(each[own : own + 1] for each in fit))
+            index = int(hits.argmax())
+            best, most, since = before + index, int(hits[index]), 0
+            chosen = LogisticFit(*(each[index : index + 1] for each in fit))
         if since >= ENOUGH:
             break
         before += len(part)
@@ -156,8 +140,3 @@ def search(
         begin = LogisticFit(*(each[-1:].repeat(max(following, 1), *[1] * (each.ndim - 1)) for each in fit))
     assert chosen is not None, "a grid is never empty"
     return best, most, chosen
-
-
-def _nearest(strengths: Sequence[float], wanted: float) -> int:
-    """The number of the strength that is nearest to what is wanted, by their ratio."""
-    return min(range(len(strengths)), key=lambda place: abs(math.log(strengths[place] / wanted)))

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression for a whole grid of regularisations at once, as matrix work."""
+"""Multinomial logistic regression for a grid of regularisations at once."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,30 +7,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-MEMORY = 20
-"""Pairs of steps and gradient changes that L-BFGS remembers."""
+MEMORY, FEWEST_REMEMBERED = 20, 4
+"""Pairs of steps and gradient changes in the memory of L-BFGS, and their least number if memory is short."""
 MOST_DIRECTIONS = 2048
-"""Above so many features the principal axes cost more than they save."""
+"""Number of features above which the principal axes cost more than they save."""
 MOST_SEEN = 16_384
-"""Images that the principal axes are found from: any axes leave the minimum where it is."""
+"""Images that the principal axes are computed from: the minimum does not depend on the axes."""
 MOST_LOGITS = 1 << 26
 """Numbers in one array of logits (256 MB); a larger grid is fitted part by part."""
 MOST_REMEMBERED = 1 << 28
-"""Numbers that L-BFGS remembers for all problems at once (1 GB)."""
-FEWEST_REMEMBERED = 4
+"""Numbers in the memory of L-BFGS for all problems at once (1 GB)."""
 MOST_MODES = 512
-"""Above so many classes the Hessian over the classes is taken as diagonal: its eigenvectors would cost far more time
-than they save, and memory as the square of the classes."""
+"""Number of classes above which the Hessian over the classes is taken as diagonal: its eigenvectors would cost far more
+time than they save, and memory as the square of the classes."""
 MOST_CLASSES_SOLVED = 512
 STEPS, STEPS_OF_MANY = 1000, 20
-"""Steps after which a problem is given back as it is. With more classes than `MOST_CLASSES_SOLVED` a step takes long,
-and a weak regularisation would take hundreds of them."""
+"""Most steps of a fit, and with more classes than `MOST_CLASSES_SOLVED`: there a step takes long, and a weak
+regularisation would take hundreds of them."""
 TILE = 1024
-"""Images whose logits are one product: for few rows of weights that is quicker than all images at once."""
+"""Images whose logits are one product: for few rows of weights that is faster than all images at once."""
 
 
 def cut_short(classes: int) -> str | None:
-    """What a reader of a probe of so many classes should know; None where each fit goes on to its minimum."""
+    """Returns a warning if fits of this many classes end after `STEPS_OF_MANY` steps, else None."""
     if classes <= MOST_CLASSES_SOLVED:
         return None
     return (
@@ -48,7 +47,7 @@ class LogisticFit(NamedTuple):
     steps: Int[Tensor, " grid"]
 
     def predict(self, features: Float[Tensor, "images dim"]) -> Int[Tensor, "grid images"]:
-        """The class with the largest logit, for each regularisation."""
+        """Returns the class with the largest logit, for each regularisation."""
         pairs = zip(self.weights, self.biases, strict=True)
         return torch.stack([(features @ weights.T + biases).argmax(1) for weights, biases in pairs])
 
@@ -69,25 +68,17 @@ def logistic_regression(
 ) -> LogisticFit:
     """Minimises mean cross-entropy + regularisation / 2 × |weights|² for every regularisation.
 
-    L-BFGS on all problems at once, so that each step is two large matrix products; problems that have converged leave.
-    Two things make it short. The variables are turned to the principal axes of the features, where the Hessian is
-    nearly the Kronecker product of mean(diag p - p pᵀ) and each direction's mean square, plus the regularisation, which
-    does not change under a rotation; its inverse, exact at weights of zero, is what L-BFGS starts each direction from.
-    And logits move along a line by an addition, so that a line search costs no product. Deterministic; in the precision
-    of the features.
+    L-BFGS on all problems at once: each step is two large matrix products, and problems that have converged leave. Two
+    things speed it up. The variables are rotated to the principal axes of the features, where the Hessian is nearly the
+    Kronecker product of mean(diag p - p pᵀ) and each direction's mean square, plus the regularisation, which is
+    invariant to rotation; its inverse, exact at weights of zero, is the initial inverse Hessian of L-BFGS. And logits
+    along a line are a sum, so that a line search needs no product. Deterministic; in the precision of the features.
 
-    Args:
-        features: centred, best standardised.
-        labels: classes from 0.
-        regularisations: strengths, > 0.
-        classes: their number.
-        used: the images that each problem is fitted on; all without.
-        start: where each problem starts; from zero without.
-        axes: what `principal_axes` finds, where the features or nearly the same ones have been given to it before.
-        tolerance: a problem is done when its expected decrease (half of gradient × step, in nats) is below this.
-        max_steps: after so many steps a problem is given back as it is, not converged; by default `STEPS`, or
-            `STEPS_OF_MANY` with many classes.
-        report: called after each step with the number of problems solved so far.
+    Features are centred, best standardised. `used` are the images of each problem (default: all), `start` the
+    initial weights (default: zero), `axes` the result of `principal_axes` for these features or similar ones, to save
+    its time. A problem has converged when its expected decrease (half of gradient × step, in nats) is below
+    `tolerance`, and otherwise ends after `max_steps` (default: `STEPS`, or `STEPS_OF_MANY` with many classes).
+    `report` gets the number of problems solved after each step.
     """
     if max_steps is None:
         max_steps = STEPS if classes <= MOST_CLASSES_SOLVED else STEPS_OF_MANY
@@ -111,28 +102,28 @@ def logistic_regression(
         *(torch.split(each, size) for each in (regularisations.to(features.dtype), shares, first)), strict=True
     )
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for strengths, share, begun in groups:
+    for strengths, share, initial in groups:
         before = sum(len(solved) for solved, _, _ in parts)
         parts.append(
-            _fit(inputs, moments, targets, strengths, share, begun, tolerance, max_steps, memory, report, before)
+            _fit(inputs, moments, targets, strengths, share, initial, tolerance, max_steps, memory, report, before)
         )
     solved, converged, steps = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     weights = solved[..., :-1] @ axes.T if axes.shape[1] else solved[..., :-1]
-    # All biases may move together without a change: the middle one of all equal answers.
+    # A constant added to all biases changes nothing: their mean is set to 0.
     biases = solved[..., -1] - solved[..., -1].mean(1, keepdim=True)
     return LogisticFit(weights, biases, converged, steps)
 
 
 def at_once(images: int, classes: int, dim: int) -> int:
-    """How many problems are solved at once: what is held of them stays within a few GB, or one problem's need."""
+    """Returns how many problems are solved at once: as many as fit in a few GB, at least one."""
     return max(1, min(MOST_LOGITS // (images * classes), MOST_REMEMBERED // (2 * MEMORY * classes * dim)))
 
 
 def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim directions"]:
-    """Orthonormal directions, as columns: the eigenvectors of the features' second moments, of evenly spread images.
+    """Computes eigenvectors of the features' second moments, as orthonormal columns.
 
-    With fewer images than features, only those along which something lies, for the weights along the others are 0 at
-    the minimum. No directions at all where there are so many features that their own axes are to be used.
+    With fewer images than features, only the directions that the images span: the weights along the others are 0 at
+    the minimum. No directions above `MOST_DIRECTIONS` images and features: the features' own axes are used.
     """
     images, dim = features.shape
     if min(images, dim) > MOST_DIRECTIONS:
@@ -141,7 +132,7 @@ def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim 
         seen = features[:: max(1, images // MOST_SEEN)]
         axes: Tensor = torch.linalg.eigh(seen.T @ seen / len(seen))[1]
         return axes
-    # The roots of squares that rounding has spoilt would be no directions.
+    # Directions whose square is all rounding error are dropped.
     rows = features.double()
     squares, left = torch.linalg.eigh(rows @ rows.T)
     present = squares > 1e-10 * squares[-1]
@@ -155,22 +146,21 @@ def _fit(
     targets: Tensor,
     strengths: Tensor,
     shares: Tensor,
-    begun: Tensor,
+    initial: Tensor,
     tolerance: float,
     max_steps: int,
     memory: int,
     report: Callable[[int], object] | None,
     solved_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solves the problems of some strengths: weights [grid, classes, dim + 1], converged [grid], steps [grid]."""
+    """Returns weights [grid, classes, dim + 1], converged [grid] and steps [grid]."""
     images, classes, dim = len(inputs), len(targets), len(moments)
     penalty = strengths[:, None, None].repeat(1, 1, dim)
     penalty[..., -1] = 0
-    solved = torch.empty_like(begun)
+    solved = torch.empty_like(initial)
     converged = torch.zeros(len(strengths), dtype=torch.bool)
     steps = torch.full((len(strengths),), max_steps)
     active = torch.arange(len(strengths))
-
     tiles = inputs.split(TILE)
 
     def logits_of(weights: Tensor) -> Tensor:
@@ -185,12 +175,12 @@ def _fit(
         gradient = torch.cat([residual @ inputs, residual.sum(1, keepdim=True)], 1)
         return gradient.view(-1, classes, dim).add_(penalty * weights)
 
-    weights, logits = begun, logits_of(begun)
+    weights, logits = initial, logits_of(initial)
     probabilities = torch.softmax(logits, 1)
     gradient = gradient_at(weights, probabilities)
     past: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in range(max_steps):
-        # It settles soon, and with many classes its eigenvectors are dear.
+        # It settles soon, and with many classes its eigenvectors are expensive.
         if step & (step - 1) == 0:
             spread, modes = _spread(probabilities, shares)
             scale = 1 / (spread[..., None] * moments + penalty)
@@ -217,32 +207,29 @@ def _fit(
         previous, gradient = gradient, gradient_at(weights, probabilities)
         bend = gradient - previous
         curvature = _dot(change, bend)
-        # A pair that rounding has spoilt gets no weight.
-        sound = curvature > 1e-10 * _dot(bend, bend)
-        past = [*past[1 - memory :], (change, bend, torch.where(sound, 1 / curvature, 0))]
+        # A pair of nothing but rounding error gets no weight.
+        valid = curvature > 1e-10 * _dot(bend, bend)
+        past = [*past[1 - memory :], (change, bend, torch.where(valid, 1 / curvature, 0))]
     solved[active] = weights
     return solved, converged, steps
 
 
 def _spread(probabilities: Tensor, shares: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues and eigenvectors of mean(diag p - p pᵀ), one matrix over the classes for each problem.
-
-    With many classes its diagonal stands for the eigenvalues, and the classes themselves for the eigenvectors: None.
-    """
+    """Eigenvalues, eigenvectors of mean(diag p - p pᵀ); with many classes its diagonal and None."""
     weighted = probabilities * shares[:, None]
     if probabilities.shape[1] > MOST_MODES:
         diagonal = weighted.sum(2) - (weighted * probabilities).sum(2)
         return diagonal.clamp(min=1e-6 / probabilities.shape[1]), None
     spread = torch.diag_embed(weighted.sum(2)) - weighted @ probabilities.transpose(1, 2)
     values, modes = torch.linalg.eigh(spread)
-    # Along the direction of all classes alike it is 0, and nothing ever lies there.
+    # It is 0 along (1, …, 1), a direction without any gradient.
     return values.clamp(min=1e-6 / spread.shape[1]), modes
 
 
 def _quasi_newton(
     gradient: Tensor, modes: Tensor | None, scale: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from a matrix diagonal in the modes of classes."""
+    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4), from `scale` in the modes."""
     direction, shares = gradient.clone(), []
     for change, bend, inverse in reversed(past):
         share = (inverse * _dot(change, direction))[:, None, None]
@@ -260,10 +247,10 @@ def _quasi_newton(
 def _line_search(
     logits: Tensor, moved: Tensor, shares: Tensor, linear: Tensor, square: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How far to go: to where the slope has fallen to half, by Newton's method in a bracket; the probabilities there.
+    """Finds the step length that halves the slope, by bracketed Newton steps; the softmax there.
 
-    The problem is convex along the line, so the sign of the slope tells on which side of the minimum a point lies; the
-    values, which float32 could not tell apart near the end, are never compared.
+    The problem is convex along the line, so the slope's sign shows on which side of the minimum a point lies; values,
+    which float32 cannot tell apart near the end, are never compared.
     """
     length, low = torch.ones_like(slope), torch.zeros_like(slope)
     high = torch.full_like(slope, torch.inf)

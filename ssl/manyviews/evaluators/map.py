@@ -1,4 +1,4 @@
-"""Features as points in the plane: what lies near what, for the eye."""
+"""Features as points in the plane, by principal components, t-SNE or UMAP."""
 
 import importlib
 import warnings
@@ -16,17 +16,17 @@ from torch import Tensor
 Method = Literal["pca", "tsne", "umap"]
 
 DIRECTIONS = 50
-"""What t-SNE and UMAP see: the first principal components, which leave out noise and cost (van der Maaten & Hinton
-2008, section 4.2, take 30)."""
+"""Principal components that t-SNE and UMAP get, to save noise and cost (van der Maaten & Hinton 2008, section 4.2, take
+30)."""
 STEPS = 500
-"""Of t-SNE, half of scikit-learn's default: the neighbours of a few thousand points are in place by then."""
+"""Steps of t-SNE, half of scikit-learn's default: the neighbours of a few thousand points are in place by then."""
 
 
 @torch.no_grad()
 def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int) -> Float[Tensor, "images 2"]:
-    """Features as points in the plane, float32: by principal components, t-SNE or UMAP, the same for the same seed.
+    """Maps features to float32 points in the plane; deterministic for a seed.
 
-    Principal components keep what is far apart; t-SNE and UMAP keep neighbours, and their distances and sizes of groups
+    Principal components keep large distances; t-SNE and UMAP keep neighbours, and their distances and sizes of groups
     mean little. Both start from the first two components.
 
     Raises:
@@ -45,33 +45,32 @@ def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int
 
 
 def principal_components(features: Float[Tensor, "images dim"], count: int) -> Float[Tensor, "images count"]:
-    """The first principal components, float64 on the CPU: zeros beyond those that there are.
+    """Computes the first principal components, float64 on the CPU, padded with zeros.
 
-    The largest weight of each component is positive, so that no sign is left to chance.
+    The largest weight of each component is positive, which fixes the sign.
     """
     rows = features.cpu().double().numpy()
     present = min(count, *rows.shape)
-    # One of the two is quick: by the covariance of the dimensions, or by singular values of few images.
+    # The faster of the two: by the covariance of the dimensions, or by singular values of few images.
     solver: Literal["covariance_eigh", "full"] = "covariance_eigh" if len(rows) >= rows.shape[1] else "full"
     with np.errstate(invalid="ignore", divide="ignore"):
-        # Of images that are all one the shares of the variance are 0 / 0.
+        # For equal images the shares of the variance are 0 / 0.
         points = PCA(present, svd_solver=solver).fit_transform(rows)
     return F.pad(torch.from_numpy(points), (0, count - present))
 
 
 def _tsne(components: Tensor, start: Tensor, seed: int) -> Any:
-    # As scikit-learn begins by itself, but with signs that are not left to chance. It adds up what its threads have
-    # found in any order, and they wait by spinning: one thread gives the same points each time, and is no slower on a
-    # busy machine.
+    # scikit-learn's own start, with fixed signs. It sums over threads in any order, and idle threads spin: one thread
+    # is deterministic, and no slower on a busy machine.
     perplexity = min(30.0, (len(components) - 1) / 3)
-    maker = TSNE(perplexity=perplexity, init=(1e-4 * start).float().numpy(), random_state=seed, max_iter=STEPS)
+    model = TSNE(perplexity=perplexity, init=(1e-4 * start).float().numpy(), random_state=seed, max_iter=STEPS)
     with threadpool_limits(1, "openmp"):
-        return maker.fit_transform(components.float().numpy())
+        return model.fit_transform(components.float().numpy())
 
 
 def _umap(components: Tensor, start: Tensor, seed: int) -> Any:
     with warnings.catch_warnings():
-        # umap-learn warns of its own dependencies, and that a seed leaves it one thread.
+        # umap-learn warns about its own dependencies, and that a seed leaves it one thread.
         warnings.simplefilter("ignore")
         try:
             umap = importlib.import_module("umap")
@@ -80,8 +79,8 @@ def _umap(components: Tensor, start: Tensor, seed: int) -> Any:
                 "a map by UMAP needs umap-learn, which is not installed: pip install 'manyviews[umap]', or take "
                 "t-SNE or PCA"
             ) from problem
-        # It divides by the width of where it starts, which may be nothing.
+        # It divides by the width of its start, which may be 0.
         start = start + 1e-3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
         neighbours = min(15, len(components) - 1)
-        maker = umap.UMAP(n_neighbors=neighbours, init=start.float().numpy(), random_state=seed, n_jobs=1)
-        return maker.fit_transform(components.float().numpy())
+        model = umap.UMAP(n_neighbors=neighbours, init=start.float().numpy(), random_state=seed, n_jobs=1)
+        return model.fit_transform(components.float().numpy())

@@ -1,7 +1,7 @@
-"""Gains of a ranking: cumulative (CG), discounted (DCG), of the ideal order, and the ratio of the two (NDCG).
+"""Gains of a ranking: cumulative (CG), discounted (DCG), ideal (IDCG), normalised (NDCG).
 
-The figures of Järvelin and Kekäläinen 2002. The item at rank r, from 1, is divided by log2(r + 1), as libraries have it
-and as Burges et al. 2005 wrote it; the original left its first ranks undivided. All is computed in float64.
+The figures of Järvelin and Kekäläinen 2002. The item at rank r, from 1, is divided by log2(r + 1), as in Burges et al.
+2005 and in libraries; the original left its first ranks undivided. All is computed in float64.
 """
 
 from typing import Literal
@@ -14,33 +14,6 @@ Gain = Literal["linear", "exponential"]
 Ties = Literal["average", "first"]
 
 
-def ndcg_at_k(
-    hits: Real[Tensor, "queries k"], ideal: Real[Tensor, "queries best"], gain: Gain = "linear"
-) -> Float[Tensor, " queries"]:
-    """The DCG of the first k items as a share of that of the best order of all items; NaN where nothing is relevant.
-
-    This needs the first k items only, and of all others no more than what the ideal order begins with: for graded
-    relevances the k largest ones, for relevances of 0 and 1 their number (`ideal_hits`).
-
-    Args:
-        hits: relevances of the first k items of each query in the order of their ranks; k is their number.
-        ideal: the largest relevances of all items of each query, in descending order. Columns beyond k do not count;
-            fewer columns mean that all other items have relevance 0.
-        gain: as of `ndcg`.
-
-    Raises:
-        ValueError: if a relevance is negative or so large that its gain is not finite.
-    """
-    best = _discounted(_gains(ideal[:, : hits.shape[1]], gain))
-    return torch.where(best > 0, _discounted(_gains(hits, gain)) / best, torch.nan)
-
-
-def ideal_hits(relevant: Int[Tensor, " queries"], k: int) -> Float[Tensor, "queries k"]:
-    """The relevances that the best order begins with, where each query has so many items of relevance 1."""
-    ranks = torch.arange(k, device=relevant.device)
-    return (ranks < relevant.unsqueeze(1)).double()
-
-
 def cg(
     relevances: Real[Tensor, "queries items"],
     scores: Float[Tensor, "queries items"],
@@ -49,8 +22,8 @@ def cg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """The cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
-    return _ranked(relevances, scores, gain, ties)[:, : _checked(k)].sum(1)
+    """Computes the gain of the k items of highest score; arguments and errors as of `ndcg`."""
+    return _ranked(relevances, scores, k, gain, ties).sum(1)
 
 
 def dcg(
@@ -61,15 +34,19 @@ def dcg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """The discounted cumulative gain of the k items of highest score; arguments and errors as of `ndcg`."""
-    return _discounted(_ranked(relevances, scores, gain, ties)[:, : _checked(k)])
+    """Computes the DCG of the k items of highest score; arguments and errors as of `ndcg`.
+
+    >>> dcg(torch.tensor([[3.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.1, 0.5]])).item()
+    4.0
+    """
+    return discounted(_ranked(relevances, scores, k, gain, ties))
 
 
 def ideal_dcg(
     relevances: Real[Tensor, "queries items"], k: int | None = None, *, gain: Gain = "linear"
 ) -> Float[Tensor, " queries"]:
-    """The DCG of the best order: by descending relevance; arguments and errors as of `ndcg`."""
-    return _discounted(_gains(relevances.sort(dim=1, descending=True).values[:, : _checked(k)], gain))
+    """Computes the DCG of the best order; arguments and errors as of `ndcg`."""
+    return dcg(relevances, relevances.double(), k, gain=gain, ties="first")
 
 
 def ndcg(
@@ -80,41 +57,59 @@ def ndcg(
     gain: Gain = "linear",
     ties: Ties = "average",
 ) -> Float[Tensor, " queries"]:
-    """The DCG of the order of scores as a share of that of the best order; NaN where nothing is relevant.
+    """Computes the DCG divided by that of the best order; NaN if nothing is relevant.
 
     Args:
-        relevances: how relevant each item is to each query, 0 or more.
-        scores: by which the items are ranked, the highest first.
-        k: how many items of each order count; none, or more than there are: all.
-        gain: what an item of relevance r is worth: r, or 2^r − 1 (Burges et al. 2005), the same for 0 and 1.
-        ties: of items of equal score: "average" takes the expected value over their orders (McSherry and Najork 2008),
-            "first" their order in the list.
+        relevances: 0 or more.
+        scores: the highest is ranked first.
+        k: number of items of each order that count; None, or more than there are: all.
+        gain: of an item of relevance r: r, or 2^r − 1 (Burges et al. 2005), the same for 0 and 1.
+        ties: "average" takes the expected value over the orders of equal scores (McSherry and Najork 2008), "first"
+            their order in the list.
 
     Raises:
         ValueError: if a relevance is negative or too large for its gain, a score is NaN, or k is below 1.
+
+    >>> ndcg(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.1, 0.9]])).item()
+    1.0
     """
     best = ideal_dcg(relevances, k, gain=gain)
     return torch.where(best > 0, dcg(relevances, scores, k, gain=gain, ties=ties) / best, torch.nan)
 
 
-def _ranked(relevances: Tensor, scores: Tensor, gain: Gain, ties: Ties) -> Tensor:
-    """The gain at each rank of the order of scores; with ties averaged, each tied rank has their mean gain.
+def discounted(gains: Float[Tensor, "queries k"]) -> Float[Tensor, " queries"]:
+    """Sums the gains at ranks 1 to k, each divided by log2(rank + 1)."""
+    ranks = torch.arange(1, gains.shape[1] + 1, device=gains.device, dtype=gains.dtype)
+    return (gains / torch.log2(ranks + 1)).sum(1)
 
-    Any sum over ranks, weighted or cut off at k, is then its expected value over the orders of tied items.
+
+def ideal_hits(relevant: Int[Tensor, " queries"], k: int) -> Float[Tensor, "queries k"]:
+    """Returns the first k relevances of the best order, from the number of relevant items."""
+    ranks = torch.arange(k, device=relevant.device)
+    return (ranks < relevant.unsqueeze(1)).double()
+
+
+def _ranked(relevances: Tensor, scores: Tensor, k: int | None, gain: Gain, ties: Ties) -> Tensor:
+    """The gains at the first k ranks of the order of scores; tied ranks share their mean gain.
+
+    Any weighted sum over ranks is then its expected value over the orders of tied items.
     """
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} items have no gain; use k=1 or more")
+    gains = _gains(relevances, gain)
     if bool(scores.isnan().any()):
         raise ValueError("a score is NaN, which has no rank; look for the query or item whose features are not finite")
     order = scores.argsort(dim=1, descending=True, stable=True)
-    ranked = _gains(relevances, gain).gather(1, order)
+    ranked = gains.gather(1, order)
     if ties == "first" or not scores.shape[1]:
-        return ranked
+        return ranked[:, :k]
     sorted_scores = scores.gather(1, order)
     begins = torch.ones_like(sorted_scores, dtype=torch.bool)
     begins[:, 1:] = sorted_scores[:, 1:] != sorted_scores[:, :-1]
     groups = begins.cumsum(1) - 1
     sums = torch.zeros_like(ranked).scatter_add_(1, groups, ranked)
     sizes = torch.zeros_like(ranked).scatter_add_(1, groups, torch.ones_like(ranked))
-    return (sums / sizes.clamp(min=1)).gather(1, groups)
+    return (sums / sizes.clamp(min=1)).gather(1, groups)[:, :k]
 
 
 def _gains(relevances: Tensor, gain: Gain) -> Tensor:
@@ -127,14 +122,3 @@ def _gains(relevances: Tensor, gain: Gain) -> Tensor:
             "shift or scale them: 0 is not relevant at all"
         )
     return gains
-
-
-def _discounted(gains: Tensor) -> Tensor:
-    ranks = torch.arange(1, gains.shape[1] + 1, device=gains.device, dtype=gains.dtype)
-    return (gains / torch.log2(ranks + 1)).sum(1)
-
-
-def _checked(k: int | None) -> int | None:
-    if k is not None and k < 1:
-        raise ValueError(f"k={k} items have no gain; use k=1 or more")
-    return k

@@ -1,4 +1,4 @@
-"""Verification, as of faces: whether two images are of the same class, by one threshold for all pairs."""
+"""Verification, as of faces: are two images of one class? One threshold for all pairs."""
 
 from typing import Annotated, NamedTuple
 
@@ -18,54 +18,46 @@ class VerificationSettings(Settings):
     """Which pairs are judged, and at which rates of false accepts."""
 
     pairs: int = Field(6_000, ge=4, le=10_000_000)
-    """Pairs of images, half of the same class; fewer where there are not as many different ones."""
+    """Pairs of images, half of the same class; fewer if there are not as many distinct ones."""
     folds: int = Field(10, ge=2, le=10_000)
-    """Parts of the pairs: each is judged by a threshold that is chosen on all others."""
+    """Folds of the pairs: each is judged by a threshold that is chosen on the others."""
     false_accept_rates: tuple[Share, ...] = (0.1, 0.01, 0.001)
-    """Rates of false accepts at which true accepts are counted; those below what the pairs can tell are left out."""
+    """False accept rates at which true accepts are counted; rates below one pair are left out."""
 
 
 class Pairs(NamedTuple):
-    """Pairs of images for verification, fold by fold, each fold with as many of the same class as of different ones."""
+    """Pairs of images; each fold has as many pairs of the same class as of different ones."""
 
-    images: Int64[Tensor, "pairs 2"]
-    same: Bool[Tensor, " pairs"]
-    fold: Int64[Tensor, " pairs"]
-
-
-class TrueAccepts(NamedTuple):
-    """The true accept rate (TAR) at a false accept rate (FAR), over the folds."""
-
-    mean: float
-    deviation: float
-    false_accepts: float
-    """Mean rate of false accepts in the folds that are judged: near the one asked for, which held in the others."""
+    images: Int64[Tensor, "folds pairs 2"]
+    same: Bool[Tensor, "folds pairs"]
 
 
 class VerificationResult(NamedTuple):
-    """The pairs judged, and how well."""
+    """Accuracy, area under the ROC curve and true accept rates of pairs of images."""
 
     accuracy: float
-    """Mean over the folds."""
     deviation: float
     """Standard deviation over the folds; divided by √folds it is the standard error that LFW reports."""
     auc: float
-    """Area under the ROC curve of all pairs: the chance that a pair of one class is nearer than one of two."""
-    true_accepts: dict[float, TrueAccepts]
-    """By false accept rate."""
-    correct: Bool[Tensor, " pairs"]
-    """Which pairs are judged rightly."""
+    """Area under the ROC curve of all pairs: the probability that a pair of one class is nearer than one of two."""
+    true_accepts: dict[float, tuple[float, float]]
+    """Mean and standard deviation over the folds of the true accept rate, by false accept rate."""
+    correct: Bool[Tensor, "folds pairs"]
 
 
 def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | None = None, *, seed: int = 0) -> Pairs:
-    """Draws different pairs of images for verification: half of them of the same class, balanced in every fold.
+    """Draws distinct pairs of images, half of them of the same class, balanced in every fold.
 
-    All pairs of the same class have equal chances, and so do all pairs of different classes; no pair comes twice. So
-    large classes take part more often, unlike in LFW (Huang et al. 2007), which draws a person first; and folds share
-    classes, unlike LFW's. Images labelled −1 are left out. A pure function of the labels and the seed.
+    All pairs of the same class are equally likely, as are all pairs of different classes. Large classes thus take part
+    more often than in LFW (Huang et al. 2007), which draws a person first; and folds share classes, unlike LFW's.
+    Images labelled −1 are left out. A pure function of the labels and the seed.
 
     Raises:
         ValueError: if there is not a pair of each kind for every fold.
+
+    >>> pairs = draw_pairs(torch.tensor([0, 0, 0, 1, 1, 1]), VerificationSettings(pairs=8, folds=2))
+    >>> pairs.images.shape, int(pairs.same.sum())
+    (torch.Size([2, 4, 2]), 4)
     """
     settings = settings or VerificationSettings()
     generator = torch.Generator().manual_seed(seed)
@@ -74,9 +66,9 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
     order = order[labels[order] >= 0]
     _, sizes = labels[order].unique_consecutive(return_counts=True)
     ends = sizes.cumsum(0).repeat_interleave(sizes)
-    places = torch.arange(len(order))
-    # By class, a place has pairs of the same class with all places up to its class's end, and others with those after.
-    same, different = ends - 1 - places, len(order) - ends
+    indices = torch.arange(len(order))
+    # In the order of classes, an image pairs with the later ones of its class, and with all images after its class.
+    same, different = ends - 1 - indices, len(order) - ends
     numbers = min(settings.pairs // 2, int(same.sum()), int(different.sum())) // settings.folds
     if not numbers:
         raise ValueError(
@@ -85,15 +77,13 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
             f"({settings.folds}), and at least twice as many pairs"
         )
     kinds = []
-    for counts, begins in ((same, places + 1), (different, ends)):
+    for counts, begins in ((same, indices + 1), (different, ends)):
         upto = counts.cumsum(0)
         drawn = _draw_distinct(int(upto[-1]), numbers * settings.folds, generator)
         first = torch.searchsorted(upto, drawn, right=True)
         second = begins[first] + drawn - (upto[first] - counts[first])
         kinds.append(torch.stack([order[first], order[second]], 1).view(settings.folds, numbers, 2))
-    images = torch.cat(kinds, 1).flatten(0, 1)
-    alike = (torch.arange(2 * numbers) < numbers).repeat(settings.folds)
-    return Pairs(images, alike, torch.arange(settings.folds).repeat_interleave(2 * numbers))
+    return Pairs(torch.cat(kinds, 1), (torch.arange(2 * numbers) < numbers).repeat(settings.folds, 1))
 
 
 def verify(
@@ -103,42 +93,42 @@ def verify(
     *,
     nearness: Nearness = "cosine",
 ) -> VerificationResult:
-    """Judges each fold of pairs by thresholds that are chosen on the other folds (LFW's view 2, Huang et al. 2007).
+    """Judges each fold of pairs by thresholds chosen on the others (LFW, Huang et al. 2007).
 
-    A pair is accepted if its similarity is above the threshold: for the accuracy, the one of most correct pairs, half
-    way between two neighbouring similarities, and of equally good ones the highest; for TAR at a FAR, the least one
-    that accepts no more than this share of the pairs of different classes. A FAR is left out where those are so few
-    that it would allow none.
+    A pair is accepted if its similarity is above the threshold. For the accuracy it is the threshold with the most
+    correct pairs, half way between two neighbouring similarities, the highest of equally good ones; for TAR at a FAR,
+    the lowest that accepts at most this share of the pairs of different classes. A FAR is left out if it allows none of
+    them.
     """
     settings = settings or VerificationSettings()
-    scores = similarity_of_pairs(features, pairs.images.to(features.device), nearness).cpu()
-    folds = int(pairs.fold.max()) + 1
-    correct = torch.zeros_like(pairs.same)
-    rates: dict[float, list[tuple[float, float]]] = {}
-    for fold in range(folds):
-        own = pairs.fold == fold
-        correct[own] = (scores[own] > best_threshold(scores[~own], pairs.same[~own])) == pairs.same[own]
-        negatives = scores[~own & ~pairs.same]
+    same, images = pairs.same, pairs.images.flatten(0, 1).to(features.device)
+    scores = similarity_of_pairs(features, images, nearness).cpu().view_as(same)
+    correct = torch.zeros_like(same)
+    rates: dict[float, list[float]] = {}
+    for fold in range(len(same)):
+        others = torch.arange(len(same)) != fold
+        threshold = best_threshold(scores[others].flatten(), same[others].flatten())
+        correct[fold] = (scores[fold] > threshold) == same[fold]
+        negatives = scores[others][~same[others]]
         for rate in settings.false_accept_rates:
             if rate * len(negatives) >= 1:
-                accepted = scores > threshold_at(negatives, rate)
-                of_kinds = [accepted[own & kind].double().mean().item() for kind in (pairs.same, ~pairs.same)]
-                rates.setdefault(rate, []).append((of_kinds[0], of_kinds[1]))
-    by_fold = correct.double().view(folds, -1).mean(1)
+                accepted = scores[fold][same[fold]] > threshold_at(negatives, rate)
+                rates.setdefault(rate, []).append(accepted.double().mean().item())
+    by_fold = correct.double().mean(1)
     true_accepts = {}
-    for rate, found in rates.items():
-        true, false = torch.tensor(found, dtype=torch.float64).T
-        true_accepts[rate] = TrueAccepts(true.mean().item(), true.std().item(), false.mean().item())
-    auc = float(roc_auc_score(pairs.same.numpy(), scores.numpy()))
+    for rate, by_folds in rates.items():
+        shares = torch.tensor(by_folds, dtype=torch.float64)
+        true_accepts[rate] = shares.mean().item(), shares.std().item()
+    auc = float(roc_auc_score(same.flatten().numpy(), scores.flatten().numpy()))
     return VerificationResult(by_fold.mean().item(), by_fold.std().item(), auc, true_accepts, correct)
 
 
 def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]) -> float:
-    """The threshold above which most pairs are of the same class, and below which most are not."""
+    """Returns the threshold with the most correct pairs, the highest of equally good ones."""
     ordered, order = scores.sort(descending=True)
     # Accepting the first n pairs is right for those of the same class, and wrong for the others.
     gains = torch.cat([torch.zeros(1, dtype=torch.int64), torch.where(same[order], 1, -1).cumsum(0)])
-    # No threshold parts equal scores.
+    # No threshold separates equal scores.
     gains[1:-1][ordered[1:] == ordered[:-1]] = -len(scores) - 1
     accepted = int(gains.argmax())
     if accepted == 0:
@@ -151,14 +141,14 @@ def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]
 
 
 def threshold_at(negatives: Float[Tensor, " negatives"], rate: float) -> float:
-    """The least threshold above which no more than this share of the negatives lie: the score of one of them."""
+    """Returns the lowest score of a negative with at most this share of the negatives above it."""
     # A tenth of 30 is 3, though 0.1 · 30 need not be in floating point.
     allowed = int(rate * len(negatives) * (1 + 1e-12))
     return negatives.sort(descending=True).values[allowed].item()
 
 
 def _draw_distinct(total: int, number: int, generator: torch.Generator) -> Int64[Tensor, " number"]:
-    """So many different numbers below `total`, each set of them as likely as another, in random order."""
+    """Draws `number` distinct integers below `total`, uniformly, in random order."""
     if total <= max(4 * number, 1 << 16):
         return torch.randperm(total, generator=generator)[:number]
     distinct = torch.empty(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs no network, and the same pictures for TensorBoard."""
+"""The report of a run: a page that needs no network, and its pictures for TensorBoard."""
 
 from manyviews.report.findings import Findings
 from manyviews.report.page import write_report

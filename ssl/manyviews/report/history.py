@@ -1,7 +1,6 @@
-"""What a run has left in its folder, read back for a report: its recipe in words, its metrics, what went wrong."""
+"""Reads a run's folder for its report: the recipe in words, metrics, and warnings."""
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,44 +8,43 @@ from typing import Any, NamedTuple
 from manyviews.config import Settings, load
 from manyviews.recipe import Recipe
 from manyviews.report.findings import Findings, has_labels
-from manyviews.run.folder import CONFIG, DONE, METRICS
+from manyviews.run.folder import CONFIG, DONE, METRICS, UNREADABLE
 from manyviews.run.health import Watch
 from manyviews.system.console import duration
 from manyviews.system.files import open_lines, parse_json, spelled
 from manyviews.system.plural import plural
 
-UNREADABLE = "unreadable.txt"
 MOST_LETTERS = 1 << 26
-"""Of one file that are read; that is metrics of some hundred thousand lines."""
+"""Most letters that are read of one file: metrics of some hundred thousand lines."""
 LONGEST_DAY = 40
 
 
 class History(NamedTuple):
-    """What a run's folder says of its past."""
+    """The content of a run's folder; `unreadable` are names and reasons of skipped files."""
 
     recipe: Recipe | None
-    """None where there is no configuration, as beside a backbone that no run of this package has made."""
+    """None without a configuration, as for a backbone that was not made by this package."""
     config: str
     """The configuration as it was written, without its header."""
     command: str
     commit: str
-    """The commit and the versions of what was used."""
+    """The commit and the versions of the libraries."""
     metrics: tuple[dict[str, float], ...]
-    """The lines of metrics, oldest first; what is not a number is NaN."""
+    """The lines of metrics, oldest first; NaN for what is not a number."""
     finished: str
     """The day on which the run ended; empty if it has not."""
     unreadable: tuple[tuple[str, str], ...]
-    """Files that were left out: name and reason."""
 
 
 def read_history(folder: Path) -> History:
-    """Reads what there is of a run's folder; a file that is missing, or a line that was cut off, is no error."""
+    """Reads a run's folder; missing files and incomplete lines are ignored."""
     recipe, config, header = None, "", []
     if (folder / CONFIG).is_file():
         lines = _lines(folder / CONFIG)
         header = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
-        config = printable_lines([line for line in lines if not line.startswith("#")])
+        config = "\n".join(spelled(line) for line in lines if not line.startswith("#"))
         recipe = load(Recipe, folder / CONFIG)
+    unreadable = [line.partition("\t") for line in _lines(folder / UNREADABLE) if line]
     return History(
         recipe,
         config,
@@ -54,78 +52,82 @@ def read_history(folder: Path) -> History:
         spelled(header[1].removeprefix("commit ")) if len(header) > 1 else "",
         tuple(_metrics(folder / METRICS)),
         spelled("".join(_lines(folder / DONE)[:1]).partition("T")[0])[:LONGEST_DAY],
-        tuple(_unreadable(folder / UNREADABLE)),
+        tuple((spelled(name), spelled(reason)) for name, _, reason in unreadable),
     )
 
 
-def printable_lines(lines: Sequence[str]) -> str:
-    """Lines of text as a page can hold them."""
-    return "\n".join(map(spelled, lines))
-
-
 def in_words(settings: Settings) -> str:
-    """A component by its name and by what it does otherwise than its defaults say."""
+    """Describes a component by its name and its values other than the defaults."""
     parts = []
     for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
+        value, key = getattr(settings, name), name.replace("_", " ")
         if name == "name" or value == field.get_default(call_default_factory=True):
             continue
         if isinstance(value, Settings):
-            parts.append(f"{_words(name)} ({in_words(value)})")
+            parts.append(f"{key} ({in_words(value)})")
         elif isinstance(value, bool):
-            parts.append(_words(name) if value else f"no {_words(name)}")
+            parts.append(key if value else f"no {key}")
         else:
-            parts.append(f"{_words(name)} {_value(value)}")
+            parts.append(f"{key} {_text(value)}")
     named = [str(settings.name)] if hasattr(settings, "name") else []
     return ", ".join(named + parts)
 
 
 def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
-    """What was run, as pairs of a term and what there is to say of it."""
-    said: list[tuple[str, str]] = []
+    """Returns terms and descriptions: objective, encoder, images, training, command, commit."""
     recipe, train, test = history.recipe, findings.train, findings.test
+    width = f"{plural(findings.width, 'feature')} per image"
+    rows = [("features", width)]
     if recipe is not None:
-        said += [
-            ("objective", _objective(recipe)),
-            ("encoder", _encoder(recipe, findings)),
-            ("learned on", _images(recipe)),
+        positives = "views of the same image" if recipe.ids == "images" else "images of the same label"
+        start = "pretrained" if recipe.encoder.pretrained else "from random weights"
+        projector = recipe.encoder.projector
+        projected = f"projected onto {projector.dim:,}" if projector.layers else "no projector"
+        views = f"{plural(recipe.views.num_views, 'view')} of each image, {recipe.views.size} px"
+        unseen = f"; without classes {', '.join(map(str, recipe.unseen))}" if recipe.unseen else ""
+        rows = [
+            ("objective", f"{in_words(recipe.objective)}; positives are {positives}"),
+            ("encoder", f"{recipe.encoder.name}, {start}; {width}, {projected}"),
+            ("learned on", f"{in_words(recipe.data)}; {views}{unseen}"),
             ("training", _training(recipe, history)),
         ]
-    else:
-        said.append(("features", _width(findings)))
     held_out = f" and {len(test):,} held out" if test is not None else ", none held out"
-    kind = "grey" if train.channels == 1 else "colour"
-    labels = (
-        f", {plural(len(findings.classes), 'class', 'classes')}"
-        if has_labels(findings.shown.labels)
-        else ", without labels"
-    )
-    said.append(("measured on", f"{len(train):,} training images{held_out}, {kind}, {train.size} px{labels}"))
-    said += [("command", history.command)] if history.command else []
-    said += [("made by", history.commit)] if history.commit else []
-    return [(term, spelled(text)) for term, text in said]
+    colours = "grey" if train.channels == 1 else "colour"
+    classes = plural(len(findings.classes), "class", "classes")
+    labels = classes if has_labels(findings.shown.labels) else "without labels"
+    rows.append(("measured on", f"{len(train):,} training images{held_out}, {colours}, {train.size} px, {labels}"))
+    rows += [("command", history.command)] if history.command else []
+    rows += [("made by", history.commit)] if history.commit else []
+    return [(term, spelled(text)) for term, text in rows]
+
+
+def _training(recipe: Recipe, history: History) -> str:
+    settings, metrics = recipe.train, history.metrics
+    budget = plural(settings.minutes, "minute") if settings.minutes else plural(settings.epochs, "epoch")
+    parts = [f"{budget}, batch {settings.batch_size:,}, {in_words(recipe.optim)}, seed {recipe.seed}"]
+    seconds = max((line["seconds"] for line in metrics if math.isfinite(line.get("seconds", math.nan))), default=None)
+    if seconds is not None:
+        parts.append(f"{int(metrics[-1]['step']):,} steps in {duration(seconds)}")
+    return "; ".join([*parts, f"finished on {history.finished}" if history.finished else "not finished"])
 
 
 def warnings_of(history: History, widest: int) -> list[str]:
-    """What was wrong with the run as its metrics show it: collapse and chance, in the words it was said in, and NaN.
+    """Returns warnings about the metrics: non-finite losses, and those of `health.Watch`.
 
-    `widest` is the width of the features, which are what the objective gets where there is no projector.
+    `widest` is the width of the features, the objective's input without a projector.
     """
-    said: list[str] = []
     recipe, metrics = history.recipe, [line for line in history.metrics if "loss" in line]
-    if not metrics:
-        return said
-    lost = sum(not math.isfinite(line["loss"]) for line in metrics)
-    if lost:
-        said.append(f"the loss was not finite in {lost:,} of {plural(len(metrics), 'line')} of metrics")
+    warnings: list[str] = []
+    if lost := sum(not math.isfinite(line["loss"]) for line in metrics):
+        warnings.append(f"the loss was not finite in {lost:,} of {plural(len(metrics), 'line')} of metrics")
     if recipe is not None:
         projector = recipe.encoder.projector
         dim = projector.dim if projector.layers else widest
         watch = Watch(min(recipe.train.batch_size, dim))
         for line in metrics:
             finite = {key: value for key, value in line.items() if math.isfinite(value)}
-            said += watch.warnings(_progress(recipe, line, metrics[-1]), line.get("epoch", 0.0), finite)
-    return said
+            warnings += watch.warnings(_progress(recipe, line, metrics[-1]), line.get("epoch", 0.0), finite)
+    return warnings
 
 
 def _progress(recipe: Recipe, line: dict[str, float], last: dict[str, float]) -> float:
@@ -136,50 +138,14 @@ def _progress(recipe: Recipe, line: dict[str, float], last: dict[str, float]) ->
     return line["step"] / max(last["step"], 1)
 
 
-def _objective(recipe: Recipe) -> str:
-    what = "views of the same image" if recipe.ids == "images" else "images of the same label"
-    return f"{in_words(recipe.objective)}; positives are {what}"
-
-
-def _encoder(recipe: Recipe, findings: Findings) -> str:
-    start = "pretrained" if recipe.encoder.pretrained else "from random weights"
-    projector = recipe.encoder.projector
-    onto = f"projected onto {projector.dim:,}" if projector.layers else "no projector"
-    return f"{recipe.encoder.name}, {start}; {_width(findings)}, {onto}"
-
-
-def _width(findings: Findings) -> str:
-    return f"{plural(findings.width, 'feature')} per image"
-
-
-def _images(recipe: Recipe) -> str:
-    views = f"{plural(recipe.views.num_views, 'view')} of each image, {recipe.views.size} px"
-    unseen = f"; without classes {', '.join(map(str, recipe.unseen))}" if recipe.unseen else ""
-    return f"{in_words(recipe.data)}; {views}{unseen}"
-
-
-def _training(recipe: Recipe, history: History) -> str:
-    settings, metrics = recipe.train, history.metrics
-    budget = plural(settings.minutes, "minute") if settings.minutes else plural(settings.epochs, "epoch")
-    words = f"{budget}, batch {settings.batch_size:,}, {in_words(recipe.optim)}, seed {recipe.seed}"
-    seconds = max((line["seconds"] for line in metrics if math.isfinite(line.get("seconds", math.nan))), default=None)
-    if seconds is not None:
-        words += f"; {int(metrics[-1]['step']):,} steps in {duration(seconds)}"
-    return words + (f"; finished on {history.finished}" if history.finished else "; not finished")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _value(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return " to ".join(map(_value, value)) if isinstance(value, tuple) else str(value)
+    return " to ".join(map(_text, value)) if isinstance(value, tuple) else str(value)
 
 
 def _metrics(file: Path) -> list[dict[str, float]]:
-    found = []
+    metrics = []
     for text in _lines(file):
         try:
             line = parse_json(text, file.name)
@@ -189,25 +155,20 @@ def _metrics(file: Path) -> list[dict[str, float]]:
         with suppress(OverflowError):
             values = {key: math.nan if value is None else float(value) for key, value in numbers.items()}
             if math.isfinite(values.get("step", math.nan)):
-                found.append(values)
-    return found
-
-
-def _unreadable(file: Path) -> list[tuple[str, str]]:
-    parts = [line.partition("\t") for line in _lines(file) if line]
-    return [(spelled(name), spelled(reason)) for name, _, reason in parts]
+                metrics.append(values)
+    return metrics
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file, up to so many letters that a stranger's cannot fill the memory; none where there is none."""
+    """The lines of a file, up to `MOST_LETTERS` letters; none if there is no file."""
     if not file.is_file():
         return []
-    found, letters = [], 0
-    # A line longer than any that is written ends what can be read of the file.
+    lines, letters = [], 0
+    # Reading ends at a line that is longer than any that is written.
     with open_lines(file) as content, suppress(ValueError):
         for line in content:
             letters += len(line)
             if letters > MOST_LETTERS:
                 break
-            found.append(line.rstrip("\r\n"))
-    return found
+            lines.append(line.rstrip("\r\n"))
+    return lines

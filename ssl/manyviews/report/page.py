@@ -1,4 +1,4 @@
-"""The page: what is known of a run, put together as one file that holds all it needs."""
+"""Renders report.html: one file with its pictures, style and script."""
 
 import base64
 import hashlib
@@ -11,95 +11,70 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from manyviews.evaluators.alone import sentences
-from manyviews.evaluators.confusion import as_pixels
-from manyviews.evaluators.results.kinds import label
+from manyviews.evaluators.failures import failure_messages
+from manyviews.evaluators.results.measurement import label
 from manyviews.evaluators.results.tables import sheets
 from manyviews.report import plots
+from manyviews.report.contents import Contents, contents_of, references
 from manyviews.report.findings import Findings, has_labels
 from manyviews.report.history import History, facts, read_history, warnings_of
-from manyviews.report.hover_map import hover_map
-from manyviews.report.look import Look, look
-from manyviews.report.pictures import data_uri, png, uris
+from manyviews.report.pictures import data_uri, hover_map, picture_uri, uris
 from manyviews.report.tensorboard import write_tensorboard
-from manyviews.report.training_curves import is_thinned, panels
 from manyviews.system.files import spelled
 from manyviews.system.writing import write_atomic
 
 REPORT = "report.html"
 SIDE = 96
-"""Of the pictures of neighbours and mistakes, in pixels."""
+"""Side of the pictures of neighbours and mistakes, in pixels."""
 SMALL = 64
-"""Images of at most so many pixels are enlarged without smoothing: their pixels are what the network saw."""
+"""Side of images, in pixels, up to which they are enlarged without smoothing: their pixels are what the network saw."""
 LARGEST_PICTURE = 1 << 25
-"""Bytes of the picture of views; a larger one is not a run's."""
+"""Most bytes of the picture of views; a larger one was not written by a run."""
 LISTED = 50
-"""Unreadable files that are listed one by one."""
+"""Most unreadable files that are listed."""
 NO_SCORES = (
-    "These images have no labels, or none are held out, so nothing is scored; what follows shows what the features "
-    "find alike."
+    "These images have no labels, or none are held out, so there are no scores; what follows shows which images have "
+    "similar features."
 )
-SECTIONS = {
-    "warnings": "Warnings",
-    "run": "Run",
-    "scores": "Scores",
-    "curves": "Curves",
-    "views": "Views",
-    "neighbours": "Neighbours",
-    "map-section": "Map",
-    "confusion": "Confusions",
-    "similarities": "Similarities",
-}
-"""The parts of the page, by anchor, and what the links to them are called."""
 
 
 def write_report(
     findings: Findings, output: Path | None = None, *, warn: Callable[[str], object] = warnings.warn
 ) -> Path:
-    """Writes report.html into the run's folder, and the same pictures and the embeddings for TensorBoard.
+    """Writes report.html, and its pictures for TensorBoard; returns the page's path.
 
-    The page is one file: pictures, style and script are in it, and its security policy forbids it any network. All that
-    people have named (classes, files, recipes, warnings) is escaped. The same findings make the same page. One process
-    writes it.
-
-    Args:
-        findings: what it tells of.
-        output: another folder than the run's to write to.
-        warn: called with a sentence where TensorBoard's part could not be written.
-
-    Returns:
-        The page.
+    The page is one file, and its security policy forbids it any network. All text from users (names of classes, files
+    and recipes, warnings) is escaped. The same findings make the same page. `output` is a folder other than the run's;
+    `warn` gets a message if the files for TensorBoard could not be written. Called on one rank.
 
     Raises:
-        ValueError: if features and images do not match in number, or the run's configuration cannot be read.
+        ValueError: if features and images differ in number, or the run's configuration cannot be read.
         OSError: if the page cannot be written.
     """
     _check(findings)
     history = read_history(findings.folder)
     seed = history.recipe.seed if history.recipe is not None else 0
-    seen = look(findings, seed)
-    shown = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, seen, seed)
-    shown["sections"] = [(anchor, name) for anchor, name in SECTIONS.items() if _has(shown, anchor)]
+    contents = contents_of(findings, seed)
+    values = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, contents, seed)
+    sections = {
+        ("warnings", "Warnings"): values["warnings"],
+        ("run", "Run"): True,
+        ("scores", "Scores"): True,
+        ("curves", "Curves"): values["curves"] or values["no_curves"],
+        ("views", "Views"): values["views"],
+        ("neighbours", "Neighbours"): True,
+        ("map-section", "Map"): values["map"],
+        ("confusion", "Confusions"): contents.confusions,
+        ("similarities", "Similarities"): values["histogram"],
+    }
+    values["sections"] = [anchor_and_name for anchor_and_name, content in sections.items() if content]
     page = (output or findings.folder) / REPORT
-    write_atomic(page, [_render(shown).encode()])
+    write_atomic(page, [_render(values).encode()])
     try:
-        write_tensorboard(findings, seen, seed, page.parent / "tensorboard")
+        write_tensorboard(findings, contents, seed, page.parent / "tensorboard")
     except Exception as problem:
         warn(f"the report's pictures for TensorBoard could not be written: {problem}")
     return page
-
-
-def _has(shown: dict[str, Any], anchor: str) -> bool:
-    """Whether a part of the page has anything to show; some always have."""
-    told = {
-        "warnings": shown["warnings"],
-        "curves": shown["curves"] or shown["no_curves"],
-        "views": shown["views"],
-        "map-section": shown["map"],
-        "confusion": shown["confusion"],
-        "similarities": shown["histogram"],
-    }
-    return bool(told.get(anchor, True))
 
 
 def _check(findings: Findings) -> None:
@@ -112,7 +87,7 @@ def _check(findings: Findings) -> None:
             raise ValueError(f"the map {method} has {len(points)} points for {len(ids)} images")
 
 
-def _render(shown: dict[str, Any]) -> str:
+def _render(values: dict[str, Any]) -> str:
     files = resources.files("manyviews.report")
     style, script, template = (
         files.joinpath(name).read_text("utf-8") for name in ("style.css", "map.js", "template.html")
@@ -120,23 +95,23 @@ def _render(shown: dict[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        shown, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
+        values, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
     )
 
 
 def _run(findings: Findings, history: History) -> dict[str, Any]:
     unreadable = history.unreadable
-    said = [*findings.warnings, *sentences(findings.failures, list(findings.features))]
-    said += [*warnings_of(history, findings.width)]
+    messages = [*findings.warnings, *failure_messages(findings.failures, list(findings.features))]
+    messages += warnings_of(history, findings.width)
     if unreadable and not any("could not be read" in warning for warning in findings.warnings):
         one = len(unreadable) == 1
         what = "1 file that cannot be read was" if one else f"{len(unreadable):,} files that cannot be read were"
-        said.append(f"{what} left out")
+        messages.append(f"{what} left out")
     return {
         "title": spelled(findings.folder.resolve().name),
         "facts": facts(history, findings),
         "config": history.config.strip(),
-        "warnings": [spelled(text) for text in dict.fromkeys(said)],
+        "warnings": [spelled(text) for text in dict.fromkeys(messages)],
         "unreadable": unreadable[:LISTED],
         "more_unreadable": max(0, len(unreadable) - LISTED),
     }
@@ -146,73 +121,54 @@ def _scores(findings: Findings) -> dict[str, Any]:
     opening, _, rest = findings.evaluation.verdict().partition(": ")
     verdict = (opening.rstrip("."), rest.rstrip(".").split("; ") if rest else []) if opening else None
     shown = sheets(findings.evaluation)
-    for also in findings.also:
-        shown += [sheet._replace(title=f"With {also.title}: {sheet.title}") for sheet in sheets(also.evaluation)]
+    for settings, evaluation in findings.also:
+        shown += [sheet._replace(title=f"With {settings}: {sheet.title}") for sheet in sheets(evaluation)]
     return {"verdict": verdict, "layers": findings.layers, "no_scores": NO_SCORES, "sheets": shown}
 
 
 def _curves(history: History) -> dict[str, Any]:
-    first, more = panels(history.metrics)
+    first, more = plots.panels(history.metrics)
     return {
         "curves": first or more,
         "more_curves": more if first else [],
         "no_curves": "" if history.recipe is None else "The run has written no metrics.",
-        "thinned": is_thinned(history.metrics),
+        "thinned": plots.is_thinned(history.metrics),
     }
 
 
-def _pictures(findings: Findings, seen: Look, seed: int) -> dict[str, Any]:
+def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, Any]:
+    images, _, is_shown = references(findings)
+    searched = "training" if not is_shown else "test" if findings.test is not None else "other"
+    queries, confusions = (*contents.random, *contents.wrong, *contents.alike), contents.confusions
+    own = [query.id for query in queries]
+    own += [example for pair in (confusions.worst if confusions else ()) for example in pair.examples]
     views = findings.folder / "views.png"
-    flat, place = hover_map(findings, seed), "test" if findings.test is not None else "other"
-    searched = place if seen.searched.own else "training"
-    histogram = still = None
-    if seen.histogram is not None:
-        histogram = Markup(plots.as_svg(seen.histogram, "similarities"))
-    if seen.maps:
-        still = data_uri(png(as_pixels(next(iter(seen.maps.values())), dpi=110)), "image/png")
-    by_knn = f"knn/{findings.kind}" in findings.evaluation.hits
-    shown = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
-    return _looked_up(findings, seen) | {
-        "views": data_uri(views.read_bytes(), "image/png") if shown else None,
+    has_views = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
+    first_map = next(iter(contents.maps.values()), None)
+    labelled = has_labels(findings.shown.labels)
+    meaning = (
+        "Similarities of pairs: the further those of the same class lie to the right of the others, the better."
+        if labelled
+        else "Similarities of random pairs of images: features that have collapsed pile up at 1."
+    )
+    if contents.views_at is not None:
+        meaning += " The dotted line is the mean of two views of one image."
+    return {
+        "findings": findings,
+        "contents": contents,
+        "spelled": spelled,
+        "shown": uris(findings.shown, own, SIDE),
+        "neighbour_uris": uris(images, [near.id for query in queries for near in query.near], SIDE),
+        "neighbour_names": images.names,
+        "views": data_uri(views.read_bytes(), "image/png") if has_views else None,
         "small": findings.shown.size <= SMALL,
-        "labelled": has_labels(findings.shown.labels),
+        "labelled": labelled,
         "features": label(findings.kind),
         "where": f"{searched} images",
         "where_one": f"{searched} image",
-        "wrong_by": "kNN" if by_knn else "retrieval",
-        "map": flat,
-        "still": still,
-        "histogram": histogram,
-        "histogram_meaning": _meaning(findings, seen),
+        "wrong_by": "kNN" if f"knn/{findings.kind}" in findings.evaluation.hits else "retrieval",
+        "map": hover_map(findings, seed),
+        "still": None if first_map is None else picture_uri(first_map, "png"),
+        "histogram": Markup(plots.as_svg(contents.histogram, "similarities")) if contents.histogram else None,
+        "histogram_meaning": meaning,
     }
-
-
-def _looked_up(findings: Findings, seen: Look) -> dict[str, Any]:
-    """The sections of neighbours and of confusions, each picture read once."""
-    looked_up, confusion = (*seen.random, *seen.wrong, *seen.alike), seen.confusion
-    own = [query.id for query in looked_up]
-    own += [example for pair in (confusion.worst if confusion else ()) for example in pair.examples]
-    return {
-        "random": seen.random,
-        "wrong": seen.wrong,
-        "alike": seen.alike,
-        "confusion": confusion,
-        "counts": confusion.counts.tolist() if confusion is not None and confusion.counts is not None else None,
-        "class_name": findings.class_name,
-        "spelled": spelled,
-        "shown": uris(findings.shown, own, SIDE),
-        "found": uris(seen.searched.images, [near.id for query in looked_up for near in query.near], SIDE),
-        "shown_names": findings.shown.names,
-        "found_names": seen.searched.images.names,
-    }
-
-
-def _meaning(findings: Findings, seen: Look) -> str:
-    if not has_labels(findings.shown.labels):
-        text = "How alike two images drawn at random are: features that have collapsed pile up at 1."
-    else:
-        text = (
-            "How alike two images are: the further pairs of the same class lie to the right of the others, the better."
-        )
-    dotted = " The dotted line is where two views of one image lie on average." if seen.views_at is not None else ""
-    return text + dotted

@@ -1,14 +1,22 @@
-"""What was measured: one record for every number, and what may be concluded from all of them together."""
+"""Measurements, the kinds of features they are of, and the verdict over all of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxtyping import Int64
 from torch import Tensor
 
-from manyviews.evaluators.results.kinds import EMBEDDED, is_learned, label
+from manyviews.features.layers import BACKBONE, EMBEDDING
 
+LEARNED, EMBEDDED, RANDOM, PIXELS = "learned", "learned (embedding)", "random weights", "raw pixels"
+LAYERS: Mapping[str, str] = {LEARNED: BACKBONE, EMBEDDED: EMBEDDING, RANDOM: BACKBONE}
+"""The encoder's layer of each kind of features; raw pixels have none."""
+Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification", "fractions"]
+PROBES: tuple[Task, ...] = ("knn", "linear", "augmented", "fractions")
+"""Tasks that learn from labelled training images to predict the classes of test images."""
+GROUPING: frozenset[Task] = frozenset({"retrieval", "clustering", "verification"})
+"""Tasks that compare test images with each other."""
 TITLES: Mapping[str, str] = {
     "knn": "kNN",
     "linear": "linear probe",
@@ -17,19 +25,30 @@ TITLES: Mapping[str, str] = {
     "clustering": "AMI",
     "verification": "verification",
 }
-"""The tasks that take labels, and what the metric that leads each is called beside those of others."""
+"""Names in tables of the tasks that compare features, or of their leading metric."""
 LEADING: Mapping[str, str] = {**dict.fromkeys(TITLES, "accuracy"), "retrieval": "Recall@1", "clustering": "AMI"}
-"""The metric of each of these tasks by which features are compared with their baselines, where it has an interval."""
-TASKS = (*TITLES, "fractions", "geometry", "staleness")
-"""All tasks, in the order in which their results stand."""
-CHOICES: Mapping[str, str] = {
-    "neighbours": "k",
-    "temperature": "T",
-    "regularisation": "λ",
-    "rate": "rate",
-    "decay": "decay",
-}
-"""The hyper-parameters that a task chooses, by their name among the details, and as tables call them."""
+"""The leading metric of each of these tasks, which compares features."""
+TASKS = (*get_args(Task), "geometry", "staleness")
+"""All tasks, in the order of their results."""
+CHOICES = {"neighbours": "k", "temperature": "T", "regularisation": "λ", "rate": "rate", "decay": "decay"}
+"""Symbols of the hyper-parameters that a task chooses, by their keys in `Measurement.details`."""
+
+
+def is_learned(kind: str) -> bool:
+    """Returns whether features are a run's own, of either layer, and not a baseline."""
+    return kind in (LEARNED, EMBEDDED)
+
+
+def label(kind: str) -> str:
+    """Returns the name of a kind of features in tables: with its layer for a run's own."""
+    return f"{LEARNED} ({BACKBONE})" if kind == LEARNED else kind
+
+
+def in_order(kinds: Iterable[str], task: str | None = None) -> list[str]:
+    """Returns all kinds; first the backbone's, or for grouping tasks the first of them."""
+    kinds = list(kinds)
+    first = kinds[0] if task in GROUPING or LEARNED not in kinds else LEARNED
+    return [first, *(kind for kind in kinds if kind != first)]
 
 
 @dataclass(frozen=True)
@@ -37,41 +56,47 @@ class Measurement:
     """One number that one task measured on one kind of features."""
 
     task: str
-    """One of `TASKS`."""
     features: str
     metric: str
-    """Its usual name: accuracy, Recall@1, MAP@R, AMI, TAR@FAR=0.01, effective rank; of few labels, how many."""
+    """Usual name: accuracy, Recall@1, MAP@R, AMI, TAR@FAR=0.01, effective rank; for few labels, their number."""
     value: float
     """Accuracies and the like are shares from 0 to 1."""
     low: float | None = None
-    """Lower end of the 95 % interval over draws of the test images; None where the number has none."""
+    """Lower end of the 95 % interval over draws of the test images, if there is one."""
     high: float | None = None
     n: int = 0
-    """How many images, queries, pairs or rows it is of; of few labels, how many."""
+    """Number of images, queries, pairs or rows; for few labels, their number."""
     deviation: float | None = None
-    """The standard deviation, where it is the mean of folds or draws."""
+    """Standard deviation over folds or draws, if `value` is their mean."""
     dim: int | None = None
-    layer: str | None = None
-    """Of the encoder: backbone or embedding; None for raw pixels."""
     distance: str | None = None
-    """The distance by which neighbours were searched; None where none were."""
+    """The distance of the search for neighbours; None without one."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What was chosen, and by which validation accuracy; how many images were learned from, or left out; each draw."""
+    """Chosen hyper-parameters and their validation accuracy; numbers of images learned from or left out; each draw."""
+
+    @property
+    def layer(self) -> str | None:
+        """The encoder's layer, backbone or embedding; None for raw pixels."""
+        return LAYERS.get(self.features)
 
     @property
     def leads(self) -> bool:
-        """Whether features are compared by it."""
+        """Whether it is the leading metric of its task."""
         return self.metric == LEADING.get(self.task)
 
     @property
     def choice(self) -> str:
-        """What was chosen, in a few characters."""
+        """The chosen hyper-parameters in a few characters."""
         return ", ".join(f"{CHOICES[name]} {value:g}" for name, value in self.details.items() if name in CHOICES)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields and the layer as JSON values."""
+        return {**asdict(self), "layer": self.layer}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one kind of features is ahead of another by the leading metric of a task, on the same test images."""
+    """The lead of one kind of features over another in the leading metric of a task."""
 
     features: str
     baseline: str
@@ -82,7 +107,7 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
-        """The difference in words."""
+        """Returns the difference in words."""
         points = f"{100 * abs(self.difference):.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
         baseline = label(self.baseline)
         if self.low > 0:
@@ -97,28 +122,28 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All measurements of a run and its baselines on the same images, and the differences between them."""
+    """All measurements of a run and its baselines, and the differences between them."""
 
     measurements: tuple[Measurement, ...] = ()
     differences: tuple[Difference, ...] = ()
     """Between the first kind of features and each of the others."""
     gallery: Mapping[str, Any] = field(default_factory=dict)
-    """How many images were compared with each other, of which classes (by number), and what is to be said of these."""
+    """The test images that were compared with each other: `images` (count), `classes` (numbers) and `origin`."""
     predictions: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
-    """The class of each test image by "knn/learned" and so on; −1 where its own is not known."""
+    """Predicted class of each test image, by "knn/learned" and so on; −1 for an image without a label."""
     hits: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
-    """Of each test image, by "knn/learned", "retrieval/learned" and so on: 1 right, 0 wrong, −1 not asked."""
+    """By "knn/learned", "retrieval/learned" and so on, for each test image: 1 right, 0 wrong, −1 not tested."""
 
     def of(self, *tasks: str, features: str | None = None, metric: str | None = None) -> Iterator[Measurement]:
-        """The measurements of some tasks, of one kind of features or of all, by one metric or by all."""
+        """Yields the measurements of some tasks, by default of all features and metrics."""
         for own in self.measurements:
             if own.task in tasks and features in (None, own.features) and metric in (None, own.metric):
                 yield own
 
     def verdict(self) -> str:
-        """What may be concluded, in one sentence: where the features win, where they lose, where nobody can tell.
+        """Returns one sentence on the baselines that the features beat, fall behind, or equal.
 
-        Empty where nothing was compared with labels.
+        Empty if features were not compared.
         """
         kinds = {own.features for own in self.of(*TITLES)}
         if not kinds:
@@ -127,7 +152,7 @@ class Evaluation:
         if not self.differences:
             if len(kinds) < 2:
                 return "There is no baseline to compare with."
-            return "Clustering alone has no interval, so nothing is said of who is ahead."
+            return "Clustering alone has no interval, so no ranking is claimed."
         if not baselines:
             opening = "There is no baseline to compare with"
         elif all(difference.low > 0 for difference in baselines):
@@ -140,15 +165,15 @@ class Evaluation:
         for difference in sorted(self.differences, key=lambda own: TASKS.index(own.task)):
             sentences.setdefault((difference.task, difference.features), []).append(str(difference))
         parts = [
-            # The layer is named where there are two.
+            # The layer is named if there are two.
             f"by {TITLES[task]}, {label(kind) if EMBEDDED in kinds else kind} features {' and '.join(said)}"
             for (task, kind), said in sentences.items()
         ]
         return f"{opening}: {'; '.join(parts)}."
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but what is known of each image, as JSON values."""
-        record: dict[str, Any] = {"measurements": [asdict(own) for own in self.measurements]}
+        """Returns everything but the values of single images as JSON values."""
+        record: dict[str, Any] = {"measurements": [own.to_json() for own in self.measurements]}
         if any(self.of(*TITLES)):
             record |= {"gallery": dict(self.gallery), "differences": [asdict(own) for own in self.differences]}
             record["verdict"] = self.verdict()

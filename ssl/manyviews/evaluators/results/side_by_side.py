@@ -1,4 +1,4 @@
-"""Methods side by side: mean and spread over seeds, differences with their intervals, geometry, shared neighbours."""
+"""Tables of several methods: mean and spread over seeds, differences, geometry, neighbours."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -11,30 +11,29 @@ from torch import Tensor
 
 from manyviews.evaluators.results.intervals import bootstrap_differences
 from manyviews.evaluators.results.measurement import TITLES, Difference, Evaluation, Measurement
-from manyviews.evaluators.results.tables import plain_table
+from manyviews.evaluators.results.tables import Cell, Sheet, plain_table, printed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of features of one method: what each of its runs scored."""
+    """One kind of features of one method: the measurements of each of its runs."""
 
     name: str
-    """What the method is called, or a baseline: random weights, raw pixels."""
+    """Name of the method, or of a baseline: random weights, raw pixels."""
     runs: tuple[str, ...]
-    """The run folders."""
     seeds: tuple[int, ...]
     measured: Mapping[str, tuple[Measurement, ...]]
-    """By `title`, one for each run."""
+    """By title (see `by_title`), one for each run."""
     baseline: bool = False
     hits: Mapping[str, Bool[Tensor, "runs images"]] = field(default_factory=dict, compare=False)
-    """By task, of the test images that were asked, which were right, by each run."""
+    """By task: whether each tested image was right, for each run."""
 
     def values(self, title: str) -> list[float]:
-        """The numbers of each run."""
+        """Returns the value of each run."""
         return [own.value for own in self.measured[title]]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as JSON values."""
+        """Returns everything but `hits` as JSON values."""
         layers = {title: own[0].layer for title, own in self.measured.items() if not self.baseline}
         values = {title: self.values(title) for title in self.measured}
         return {
@@ -49,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of an image's nearest neighbours two runs have in common, on average."""
+    """Mean share of an image's nearest neighbours that two runs have in common."""
 
     first: str
     second: str
@@ -64,16 +63,14 @@ class Comparison:
     differences: tuple[Difference, ...]
     """Of each row but the first from the first; the intervals are those of the paired bootstrap."""
     images: int
-    """That were looked at."""
     overlaps: tuple[Overlap, ...] = ()
     """Between the first runs of two methods, and the first two runs of one."""
     neighbours: int = 0
-    """How many neighbours the overlaps are of."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers should know."""
+    """Warnings to a reader of the numbers."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as JSON values."""
+        """Returns everything but the rows' `hits` as JSON values."""
         return {
             "images": self.images,
             "rows": [row.to_json() for row in self.rows],
@@ -84,22 +81,22 @@ class Comparison:
         }
 
     def tables(self) -> list[Table]:
-        """One table of scores, and where they were looked at, one of geometry and one of shared neighbours."""
-        lying = [title for title, own in self.rows[0].measured.items() if own[0].task == "geometry"]
-        scored = [title for title in self.rows[0].measured if title not in lying]
-        tables = [self._scores(scored)] if scored else []
-        tables += [self._geometry(lying)] if lying else []
+        """Returns the tables of scores, geometry and common neighbours that were measured."""
+        geometry = [title for title, own in self.rows[0].measured.items() if own[0].task == "geometry"]
+        scores = [title for title in self.rows[0].measured if title not in geometry]
+        tables = [self._scores(scores)] if scores else []
+        tables += [self._geometry(geometry)] if geometry else []
         return tables + ([self._overlaps()] if self.overlaps else [])
 
     def verdict(self) -> str:
-        """What may be concluded of the methods, a sentence for each and each task."""
+        """Returns a sentence for each task and method, on its lead over the first method."""
         baselines = {row.name for row in self.rows if row.baseline}
-        said = [
+        sentences = [
             f"By {TITLES[difference.task]}, features of {difference.features} {difference}."
             for difference in self.differences
             if difference.features not in baselines
         ]
-        return "\n".join(said) or "No difference has an interval, so nothing is said of who is ahead."
+        return "\n".join(sentences) or "No difference has an interval, so no ranking is claimed."
 
     def _scores(self, titles: Sequence[str]) -> Table:
         first = self.rows[0]
@@ -129,34 +126,28 @@ class Comparison:
         return shown
 
     def _geometry(self, titles: Sequence[str]) -> Table:
-        measured = [own for row in self.rows for own in row.measured[titles[0]]]
-        drawn = " or ".join(dict.fromkeys(f"{own.n:,}" for own in measured))
-        shown = plain_table(f"Geometry of the features of {drawn} images, without labels", "features", "dim", *titles)
-        for column in shown.columns[2:]:
-            column.no_wrap = True
+        drawn = dict.fromkeys(f"{own.n:,}" for row in self.rows for own in row.measured[titles[0]])
+        rows = []
         for row in self.rows:
-            digits = [1 if title == "effective rank" else 2 for title in titles]
-            spreads = [spread_of(row.values(title), digits=own) for title, own in zip(titles, digits, strict=True)]
-            dim = row.measured[titles[0]][0].dim
-            shown.add_row(row.name, str(dim), *spreads, style="bold" if row is self.rows[0] else None)
-        return shown
+            spreads = [spread_of(row.values(title), digits=1 if title == "effective rank" else 2) for title in titles]
+            rows.append((row.name, tuple(map(Cell, (str(row.measured[titles[0]][0].dim), *spreads)))))
+        title = f"Geometry of the features of {' or '.join(drawn)} images, without labels"
+        return printed(Sheet(title, "", ("dim", *titles), tuple(rows)))
 
     def _overlaps(self) -> Table:
         chance = 100 * self.neighbours / max(self.images - 1, 1)
         title = f"Of the {self.neighbours} nearest images, those in common by the backbone (%; by chance {chance:.1f})"
-        names = list(dict.fromkeys(name for own in self.overlaps for name in (own.first, own.second)))
-        shares = {(own.first, own.second): own.share for own in self.overlaps}
-        shown = plain_table(title, "features of", *names)
-        for one in names:
-            row = [shares.get((one, other), shares.get((other, one))) for other in names]
-            shown.add_row(one, *("–" if share is None else f"{100 * share:.1f}" for share in row))
-        return shown
+        names = tuple(dict.fromkeys(name for own in self.overlaps for name in (own.first, own.second)))
+        shares = {(own.first, own.second): f"{100 * own.share:.1f}" for own in self.overlaps}
+        shares |= {(second, first): share for (first, second), share in shares.items()}
+        rows = tuple((one, tuple(Cell(shares.get((one, other), "–")) for other in names)) for one in names)
+        return printed(Sheet(title, "", names, rows))
 
 
 def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[str, Measurement]:
-    """What stands in a table of methods of one kind of features: of each task the metric that leads, by its title.
+    """Returns the measurements of a kind that a table of methods shows, by their titles.
 
-    Of few labels each mean over the draws, and of geometry all, by their metrics.
+    These are the leading metric of each task, every number of labels of `fractions`, and every metric of `geometry`.
     """
     return {
         TITLES[own.task].removesuffix(" probe") if own.leads else own.metric: own
@@ -166,16 +157,16 @@ def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[
 
 
 def differences(rows: Sequence[Row], *, seed: int) -> tuple[Difference, ...]:
-    """How far each row but the first is ahead of it, by every task of which it is known which images were right."""
-    found = []
+    """Returns the lead of each later row over the first, for tasks with results by image."""
+    leads = []
     for task in rows[0].hits:
         intervals = bootstrap_differences([row.hits[task] for row in rows], seed=seed)
         for row, interval in zip(rows[1:], intervals, strict=True):
-            found.append(Difference(row.name, rows[0].name, task, *interval))
-    return tuple(found)
+            leads.append(Difference(row.name, rows[0].name, task, *interval))
+    return tuple(leads)
 
 
 def spread_of(values: Sequence[float], *, digits: int = 1) -> str:
-    """The mean, and where there are several values their standard deviation."""
+    """Formats the mean, and the standard deviation of several values."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"

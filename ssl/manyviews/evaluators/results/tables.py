@@ -1,4 +1,4 @@
-"""Measurements as tables, grouped by task: a row for each kind of features; for the terminal and for the report."""
+"""Measurements as tables by task, a row for each kind of features."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,38 +7,37 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from manyviews.evaluators.results.kinds import label
-from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement
+from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement, label
 from manyviews.features.layers import EMBEDDING
 from manyviews.system.plural import plural
 
 ACCURACIES = (
-    "The share of test images whose class is found, with its 95 % interval over draws of the test images. k, "
+    "Share of test images that are classified correctly, with its 95 % interval over draws of the test images. k, "
     "temperature T and strength λ were chosen on a part of the training images."
 )
 GROUPED = {
-    "retrieval": "Each test image is looked up among all others: is what it finds of its class? Higher is better.",
-    "clustering": "k-means on the features, compared with the classes: 100 where both agree, 0 by chance (AMI).",
+    "retrieval": "Each test image is a query among all others: are the nearest of its class? Higher is better.",
+    "clustering": "k-means on the features, compared with the classes: 100 if both agree, 0 by chance (AMI).",
     "verification": "Pairs of test images: are both of one class? Judged by one threshold for all. Higher is better.",
 }
 GEOMETRY = {
-    "effective rank": "How many directions the features use (RankMe), at most the smaller of dim and images. Higher is "
-    "better; near 1 the features have collapsed.",
-    "uniformity": "How evenly unit features are spread over the sphere: 0 where all are one, about −4 where they are "
+    "effective rank": "Number of directions that the features use (RankMe), at most the smaller of dim and images. "
+    "Higher is better; near 1 the features have collapsed.",
+    "uniformity": "How evenly unit features are spread over the sphere: 0 if all are equal, about −4 if they are "
     "everywhere. Lower is better.",
-    "alignment": "The mean squared distance of two views of an image: 0 where both have one direction, 2 for unrelated "
-    "ones. Lower is better, as long as uniformity is low too.",
+    "alignment": "Mean squared distance of two views of an image: 0 if both have one direction, 2 for unrelated ones. "
+    "Lower is better, as long as uniformity is low too.",
 }
 STALENESS = (
-    "The cosine of each row of the memory bank with a fresh embedding of its image: 1 where nothing has moved since "
-    "the row was written. Higher is better; a column such as 25 % says how near that share of the rows is at most."
+    "Cosine of each row of the memory bank with a fresh embedding of its image: 1 if nothing has moved since the row "
+    "was written. Higher is better; a column such as 25 % is that quantile of the cosines."
 )
 SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": ""}
-"""What a terminal calls columns, so that tables fit 80 letters."""
+"""Abbreviations that make tables fit a terminal of 80 columns."""
 
 
 class Cell(NamedTuple):
-    """A number, and where it lies with its interval between the ends of the column's scale, in [0, 100]."""
+    """A number as text, and its position and interval on the column's scale, in [0, 100]."""
 
     text: str
     interval: str = ""
@@ -46,53 +45,50 @@ class Cell(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     note: str = ""
-    """What was chosen, or the standard deviation."""
+    """The chosen hyper-parameters, or the standard deviation."""
 
 
 class Sheet(NamedTuple):
-    """A table: its title, what it means, the names of its columns, and its rows by name, the leading one first."""
+    """A table; its rows are by name, the leading one first."""
 
     title: str
     meaning: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """What each column means."""
 
 
 def sheets(evaluation: Evaluation) -> list[Sheet]:
-    """Every table that there are measurements for."""
-    found = []
+    """Returns a table for every task that was measured."""
+    tables = []
     for tasks in (("knn", "linear"), ("augmented",)):
         own, balanced = (list(evaluation.of(*tasks, metric=name)) for name in ("accuracy", "balanced accuracy"))
         if own:
-            found.append(_sheet(_accuracy_title(own), ACCURACIES, own, _title_of_task, dim=True))
+            tables.append(_sheet(_accuracy_title(own), ACCURACIES, own, lambda one: TITLES[one.task], dim=True))
         if balanced:
             title = "Balanced accuracy, the mean over the classes (%)"
-            found.append(_sheet(title, "Each class counts as much as another.", balanced, _title_of_task))
+            tables.append(_sheet(title, "Every class has the same weight.", balanced, lambda one: TITLES[one.task]))
     for task, meaning in GROUPED.items():
         if own := list(evaluation.of(task)):
-            found.append(_sheet(_grouped_title(own, evaluation), meaning, own))
+            tables.append(_sheet(_grouped_title(own, evaluation), meaning, own))
     if own := list(evaluation.of("fractions")):
         draws = len(own[0].details["accuracies"])
         title = f"Linear probe from few labels, mean ± standard deviation over {draws} draws (%)"
-        meaning = "The linear probe's accuracy from a part of the labels; their number stands behind each part."
-        found.append(_sheet(title, meaning, own, lambda one: f"{one.metric} ({one.n:,})"))
+        meaning = "Accuracy of the linear probe from a part of the labels; their number follows each part."
+        tables.append(_sheet(title, meaning, own, lambda one: f"{one.metric} ({one.n:,})"))
     if own := list(evaluation.of("geometry")):
         drawn = " or ".join(dict.fromkeys(f"{one.n:,}" for one in own))
         title = f"Geometry of the features of {drawn} images, without labels"
-        meaning = "How the features lie, without a look at labels: compare runs of one method by it."
-        found.append(_sheet(title, meaning, own, dim=True)._replace(notes=tuple(GEOMETRY.items())))
+        meaning = "Geometry of the features, without labels; to compare runs of one method."
+        tables.append(_sheet(title, meaning, own, dim=True)._replace(notes=tuple(GEOMETRY.items())))
     if own := list(evaluation.of("staleness")):
-        title = (
-            f"Staleness of the bank: cosines of {plural(own[0].n, 'row')} with fresh embeddings, 1 where none is stale"
-        )
-        found.append(_sheet(title, STALENESS, own))
-    return found
+        rows = plural(own[0].n, "row")
+        title = f"Staleness of the bank: cosines of {rows} with fresh embeddings, 1 if none is stale"
+        tables.append(_sheet(title, STALENESS, own))
+    return tables
 
 
 def _accuracy_title(own: Sequence[Measurement]) -> str:
-    """The title of a table of accuracies."""
     first = own[0]
     by = "" if first.distance in (None, "cosine") else f", kNN by {first.distance}"
     train = plural(first.details["num_train"], "labelled training image")
@@ -101,7 +97,7 @@ def _accuracy_title(own: Sequence[Measurement]) -> str:
 
 def _grouped_title(own: Sequence[Measurement], evaluation: Evaluation) -> str:
     task, gallery, left_out = own[0].task, evaluation.gallery, own[0].details.get("left_out", 0)
-    # The distance of the embedding is named where it is another.
+    # The distance of the embedding is named if it is another.
     by, *others = dict.fromkeys(one.distance for one in sorted(own, key=lambda one: one.layer == EMBEDDING))
     by = f"{by}{''.join(f', the embedding by {other}' for other in others)}"
     pairs = f" of {own[0].n:,} pairs" if task == "verification" else ""
@@ -120,7 +116,7 @@ def _sheet(
     *,
     dim: bool = False,
 ) -> Sheet:
-    """Groups measurements by kind of features, a row each, and by column, each with a scale of its own."""
+    """Groups measurements into a row for each kind of features, each column with its own scale."""
     columns: dict[str, list[Measurement]] = {}
     for one in own:
         columns.setdefault(column_of(one), []).append(one)
@@ -136,10 +132,6 @@ def _sheet(
     return Sheet(title, meaning, (*(["dim"] if dim else []), *columns), tuple(lines))
 
 
-def _title_of_task(own: Measurement) -> str:
-    return TITLES[own.task]
-
-
 def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
     note = own.choice if own.deviation is None else f"± {100 * own.deviation:.1f}"
     if own.low is None or own.high is None or not own.leads:
@@ -150,7 +142,7 @@ def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
 
 
 def _text_of(task: str, metric: str, value: float) -> str:
-    """A number as tables show it: in per cent, but for geometry and cosines."""
+    """Formats a value, in per cent except for geometry and cosines."""
     if task == "staleness":
         return f"{value:.3f}"
     if task == "geometry":
@@ -159,7 +151,7 @@ def _text_of(task: str, metric: str, value: float) -> str:
 
 
 def _scale(own: Sequence[Measurement]) -> tuple[float, float]:
-    """Full tenths around all intervals."""
+    """Returns the tenths around all intervals."""
     lows, highs = [one.low for one in own if one.low is not None], [one.high for one in own if one.high is not None]
     if not lows:
         return 0.0, 1.0
@@ -168,7 +160,7 @@ def _scale(own: Sequence[Measurement]) -> tuple[float, float]:
 
 
 def printed(sheet: Sheet) -> Table:
-    """A sheet for the terminal: intervals and choices have columns of their own."""
+    """Returns a sheet for the terminal, with intervals and choices in columns of their own."""
     shown = plain_table(sheet.title, "features")
     texts = [[name] for name, _ in sheet.rows]
     for number, name in enumerate(sheet.columns):
@@ -185,13 +177,13 @@ def printed(sheet: Sheet) -> Table:
                 shown.add_column("chosen", no_wrap=True)
         for row, own in zip(texts, zip(*parts, strict=True), strict=True):
             row += own
-    for place, row in enumerate(texts):
-        shown.add_row(*row, style=None if place else "bold")
+    for index, row in enumerate(texts):
+        shown.add_row(*row, style=None if index else "bold")
     return shown
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """A table without lines but one below its head; all columns but the first are numbers."""
+    """Returns a table with a line below its head and right-aligned numbers."""
     shown = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns[1:]:
         column.justify = "right"
