@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from manyviews.objectives import Bank, Population, noise
-from manyviews.objectives.bank import BankObjective
-from manyviews.objectives.learned_rows import RowSoftmax
+from manyviews.objectives.bank import BankObjective, ParametricObjective
 from manyviews.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
 DIM, IMAGES = 5, 12
 
 
 def build(seed: int = 0, **settings: object) -> BankObjective:
-    objective = Bank.model_validate(settings).build(dim=DIM, population=Population.each(IMAGES), seed=seed).double()
+    objective = (
+        Bank.model_validate(settings).build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=seed).double()
+    )
     assert isinstance(objective, BankObjective)
     return objective
 
@@ -331,10 +332,10 @@ def test_the_proximal_term_is_the_squared_distance_to_the_own_row(estimator: str
 def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights(views: int) -> None:
     objective = (
         Bank(estimator="parametric", temperature=0.2)
-        .build(dim=DIM, population=Population.each(IMAGES), seed=0)
+        .build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=0)
         .double()
     )
-    assert isinstance(objective, RowSoftmax)
+    assert isinstance(objective, ParametricObjective)
     with torch.no_grad():
         objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
     z, ids = batch(views=views), torch.tensor([3, 11, 3, 0])
@@ -353,10 +354,10 @@ def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights
 
 
 def test_the_parametric_softmax_begins_with_the_rows_of_the_bank() -> None:
-    parametric = Bank(estimator="parametric").build(dim=DIM, population=Population.each(IMAGES), seed=4)
+    parametric = Bank(estimator="parametric").build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=4)
     assert torch.equal(
         parametric.state_dict()["weight"],
-        Bank().build(dim=DIM, population=Population.each(IMAGES), seed=4).state_dict()["rows"],
+        Bank().build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=4).state_dict()["rows"],
     )
 
 
@@ -371,7 +372,9 @@ def test_what_is_for_stored_rows_is_refused_for_learned_ones(settings: dict[str,
 def test_a_bank_in_16_bits_differs_by_their_rounding_only(estimator: str, storage: str) -> None:
     settings = {"estimator": estimator, "negatives": 20, "normaliser": 30.0, "temperature": 0.2}
     wide, narrow = (
-        Bank.model_validate({**settings, "storage": kind}).build(dim=DIM, population=Population.each(IMAGES), seed=0)
+        Bank.model_validate({**settings, "storage": kind}).build(
+            dim=DIM, population=Population(torch.arange(IMAGES)), seed=0
+        )
         for kind in ("float32", storage)
     )
     assert narrow.state_dict()["rows"].dtype == getattr(torch, storage)

@@ -105,7 +105,7 @@ def test_an_anchor_without_a_positive_is_not_pushed_but_pushes_others() -> None:
 def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
     z = embeddings()
     settings = Contrastive(margin=1.4, sampling=Random())
-    objective = settings.build(dim=5, population=Population.each(10), seed=3)
+    objective = settings.build(dim=5, population=Population(torch.arange(10)), seed=3)
     assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, margin=1.4, sampling=Random()))
     assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
     assert not list(objective.parameters())

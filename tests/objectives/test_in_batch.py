@@ -161,7 +161,7 @@ def test_the_module_passes_its_settings_on() -> None:
     for options in ({}, {"decoupled": True}, {"positive_probability": 0.2, "hardness": 2.0}):
         found = (
             InBatch(temperature=0.3, **options)
-            .build(dim=5, population=Population.each(7), seed=0)(z, ids, None, 0)
+            .build(dim=5, population=Population(torch.arange(7)), seed=0)(z, ids, None, 0)
             .total
         )
         assert torch.equal(found, nt_xent(z, ids, 0.3, **options).total)
@@ -318,7 +318,7 @@ def test_with_the_identity_and_embeddings_of_unit_variance_the_bilinear_loss_is_
 ) -> None:
     z, ids = embeddings(), torch.arange(7)
     objective = InBatch(score="bilinear", temperature=0.2, **options).build(
-        dim=5, population=Population.each(7), seed=0
+        dim=5, population=Population(torch.arange(7)), seed=0
     )
     found = objective.double()(F.normalize(z, dim=2) * math.sqrt(5), ids, None, 0)
     expected = nt_xent(z, ids, 0.2, **options)
@@ -327,11 +327,11 @@ def test_with_the_identity_and_embeddings_of_unit_variance_the_bilinear_loss_is_
 
 
 def test_only_the_bilinear_score_has_a_matrix_alike_on_all_processes() -> None:
-    bilinear = InBatch(score="bilinear").build(dim=5, population=Population.each(7), seed=0)
+    bilinear = InBatch(score="bilinear").build(dim=5, population=Population(torch.arange(7)), seed=0)
     assert isinstance(bilinear, InBatchObjective)
     assert {name: tuple(value.shape) for name, value in bilinear.named_parameters()} == {"matrix": (5, 5)}
     assert bilinear.shards() == {}
-    assert not list(InBatch().build(dim=5, population=Population.each(7), seed=0).parameters())
+    assert not list(InBatch().build(dim=5, population=Population(torch.arange(7)), seed=0).parameters())
 
 
 def test_a_bilinear_score_with_a_corrected_sum_is_refused() -> None:

@@ -92,7 +92,7 @@ def test_where_no_pair_is_active_all_is_zero_nu_or_not() -> None:
 def test_boundaries_are_parameters_for_all_anchors_or_for_each_id(per: Any, length: int) -> None:
     z = embeddings()
     settings = Margin(beta=1.1, beta_per=per, nu=0.1)
-    objective = settings.build(dim=5, population=Population.each(10), seed=3).double()
+    objective = settings.build(dim=5, population=Population(torch.arange(10)), seed=3).double()
     ((name, beta),) = objective.named_parameters()
     assert name == "beta"
     assert objective.shards() == {}

@@ -26,7 +26,9 @@ RANDOM: dict[str, Any] = {"m1": 1.37, "m2": 0.61, "m3": 0.23, "scale": 11.0}
 
 
 def build(classes: int = CLASSES, dim: int = DIM, **settings: Any) -> MarginSoftmaxObjective:
-    objective = MarginSoftmax.model_validate(settings).build(dim=dim, population=Population.each(classes), seed=0)
+    objective = MarginSoftmax.model_validate(settings).build(
+        dim=dim, population=Population(torch.arange(classes)), seed=0
+    )
     assert isinstance(objective, MarginSoftmaxObjective)
     return objective.double()
 

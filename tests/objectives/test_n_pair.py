@@ -174,6 +174,6 @@ def test_equal_embeddings_cost_the_logarithm_of_the_pairs() -> None:
 )
 def test_the_module_passes_its_settings_on(given: dict[str, Any]) -> None:
     z, ids = embeddings(), torch.arange(7) % 4
-    module = NPair(**given).build(dim=5, population=Population.each(7), seed=0)
+    module = NPair(**given).build(dim=5, population=Population(torch.arange(7)), seed=0)
     options = {"form": "multi_class", "symmetric": False, "norm_penalty": 3e-3} | given
     assert torch.equal(module(z, ids, None, 0).total, n_pair(z, ids, **options).total)

@@ -95,7 +95,9 @@ def test_equal_embeddings_cost_the_logarithm_of_the_candidates() -> None:
 
 def test_the_module_passes_its_settings_on() -> None:
     z, ids = embeddings(), torch.arange(7) % 3
-    found = Supervised(temperature=0.3).build(dim=5, population=Population.each(7), seed=0)(z, ids, None, 0).total
+    found = (
+        Supervised(temperature=0.3).build(dim=5, population=Population(torch.arange(7)), seed=0)(z, ids, None, 0).total
+    )
     assert torch.equal(found, supervised_contrast(z, ids, 0.3).total)
 
 

@@ -214,7 +214,7 @@ def test_all_equal_points_cost_the_margin() -> None:
 def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
     z = embeddings()
     settings = Triplet(margin=0.4, sampling=Random())
-    objective = settings.build(dim=5, population=Population.each(10), seed=3)
+    objective = settings.build(dim=5, population=Population(torch.arange(10)), seed=3)
     assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, margin=0.4, sampling=Random()))
     assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
     assert not list(objective.parameters())

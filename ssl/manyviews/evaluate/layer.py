@@ -39,7 +39,7 @@ def chosen(opened: PretrainedBackbone, settings: EvaluateSettings, looks: Collec
             opened.embedding()
         return Chosen((KINDS[settings.layer],), "")
     if settings.layer is None:
-        if not objective.compares_embeddings and not GROUPING & set(looks):
+        if not objective.traits.compares_embeddings and not GROUPING & set(looks):
             return Chosen((LEARNED,), "")
         try:
             opened.embedding()
@@ -47,7 +47,7 @@ def chosen(opened: PretrainedBackbone, settings: EvaluateSettings, looks: Collec
             return Chosen((LEARNED,), "", f"only the backbone is measured, and not the embedding: {problem}")
     else:
         opened.embedding()
-    if objective.compares_embeddings:
+    if objective.traits.compares_embeddings:
         return Chosen(
             (EMBEDDED, LEARNED),
             f"Images are compared by the embedding, for objective={objective.name} trains it to be compared; the "
@@ -63,5 +63,5 @@ def chosen(opened: PretrainedBackbone, settings: EvaluateSettings, looks: Collec
 def distances_of(opened: PretrainedBackbone, settings: EvaluateSettings) -> dict[str, Metric]:
     """The distances that differ from the cosine where none was asked for: that of the embedding, by its objective."""
     assert opened.recipe is not None
-    own = settings.metric is None and opened.recipe.objective.distance == "euclidean"
+    own = settings.metric is None and opened.recipe.objective.traits.distance == "euclidean"
     return {EMBEDDED: Euclidean()} if own else {}

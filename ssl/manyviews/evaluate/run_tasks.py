@@ -239,7 +239,7 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
     opened, recipe, settings, console = job.opened, job.recipe, job.settings, job.console
     assert opened.folder is not None
     own = settings.data is None or settings.data == recipe.data
-    if not own or not recipe.objective.follows_images:
+    if not own or not recipe.objective.traits.follows_images:
         return ()
     found, _ = newest_checkpoint(opened.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(job.split.train, recipe.unseen)

@@ -13,10 +13,11 @@ from manyviews.objectives.margin_softmax import MarginSoftmax
 from manyviews.objectives.n_pair import NPair
 from manyviews.objectives.nnclr import NearestNeighbours
 from manyviews.objectives.noise_contrastive import NoiseContrastive
-from manyviews.objectives.objective import Loss, ObjectiveSettings, Population
+from manyviews.objectives.objective import Loss
 from manyviews.objectives.objective import Objective as ObjectiveModule
 from manyviews.objectives.queue import Queue
 from manyviews.objectives.ranking import Ranking
+from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.objectives.supervised import Supervised
 from manyviews.objectives.triplet import Triplet
 

@@ -1,7 +1,7 @@
 """A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,32 +9,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, softmax_traffic
-from manyviews.objectives.learned_rows import RowSoftmax, row_softmax_cost
-from manyviews.objectives.noise import (
-    DENSE,
-    Noise,
-    log_mean_exp,
-    log_sum_over_noise,
-    noise_contrast,
-    normaliser_from_noise,
-)
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
-from manyviews.objectives.sharded_rows import Storage, check_ids, fetch, owned, unit_rows
+from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, row_softmax, softmax_traffic
+from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.noise import DENSE, Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, owned, unit_rows
 from manyviews.system import distributed
 
 NORMALISER_DECAY = 0.9
@@ -48,9 +28,6 @@ class Bank(ObjectiveSettings):
     rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
     its share of the rows; they do not grow with gradient accumulation.
     """
-
-    negatives_from: ClassVar[NegativesFrom] = "rows"
-    images_only: ClassVar[str | None] = "which has one row per image"
 
     name: Literal["bank"] = "bank"
     temperature: Temperature = 0.07
@@ -82,29 +59,21 @@ class Bank(ObjectiveSettings):
         return self
 
     @property
-    def bounds_information(self) -> bool:
-        """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
-        return True
-
-    @property
-    def noise(self) -> int:
-        """How many rows are drawn as noise in a step."""
-        return self.negatives if self.estimator in ("nce", "infonce") else 0
-
-    @property
-    def one_draw(self) -> bool:
-        """Whether all images have the same noise."""
-        return self.shared
-
-    @property
-    def follows_images(self) -> bool:
-        """Learned weights go their own way."""
-        return self.estimator != "parametric"
+    def traits(self) -> Traits:
+        """With NCE the scores bound information too, by InfoNCE over the rows that were drawn."""
+        return Traits(
+            negatives_from="rows",
+            images_only="which has one row per image",
+            bounds_information=True,
+            noise=self.negatives if self.estimator in ("nce", "infonce") else 0,
+            one_draw=self.shared,
+            follows_images=self.estimator != "parametric",
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
         if self.estimator == "parametric":
-            return row_softmax_cost(sizes)
+            return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
         anchors, number = sizes.anchors, number_bytes(self.storage)
         # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
@@ -113,7 +82,7 @@ class Bank(ObjectiveSettings):
             traffic, products = traffic + softmax_traffic(anchors, dim), 2 * anchors * images * dim
         else:
             traffic, products = traffic + self._noise_traffic(anchors, dim), self._noise_products(sizes)
-        negatives = self.noise or images - 1
+        negatives = self.traits.noise or images - 1
         return sizes.cost(negatives, traffic=traffic, products=products, rows=images, row_bytes=number * dim + STEP)
 
     def _noise_traffic(self, anchors: int, dim: int) -> int:
@@ -142,7 +111,7 @@ class Bank(ObjectiveSettings):
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
         if self.estimator == "parametric":
-            return RowSoftmax(self.temperature, dim=dim, population=population, seed=seed)
+            return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
@@ -225,10 +194,10 @@ class BankObjective(Objective):
         check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
         means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
-        places = distributed.gather_without_gradient(ids, lengths) - self.own.start
-        here = owned(self.rows, places)
-        seen, index = torch.unique(places[here], return_inverse=True)
-        # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
+        indices = distributed.gather_without_gradient(ids, lengths) - self.own.start
+        here = owned(self.rows, indices)
+        seen, index = torch.unique(indices[here], return_inverse=True)
+        # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
         sums = means.new_zeros(len(seen), means.shape[1]).index_put_((index,), means[here], accumulate=True)
         counts = means.new_zeros(len(seen)).index_put_((index,), means.new_ones(len(index)), accumulate=True)
         momentum = self.settings.momentum
@@ -285,7 +254,38 @@ class BankObjective(Objective):
         rises: Z grows and shrinks by orders of magnitude while the first rows replace the random ones.
         """
         stored = self.log_normaliser
-        fresh = log_mean_exp(distributed.gather_without_gradient(logarithms)).to(stored.dtype)
+        logarithms = distributed.gather_without_gradient(logarithms)
+        fresh = (logarithms.logsumexp(0) - math.log(len(logarithms))).to(stored.dtype)
         if self.settings.normaliser != "ema":
             return fresh
         return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
+
+
+class ParametricObjective(LearnedRows):
+    """The parametric softmax that the bank is compared with: over one learned row per image.
+
+    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights start as the
+    bank's rows do and are free in length.
+    """
+
+    def __init__(self, temperature: float, *, dim: int, population: Population, seed: int) -> None:
+        super().__init__(population, dim=dim, seed=seed)
+        self.temperature = temperature
+
+    @float32_island
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+        """Cross-entropy of this rank's anchors, each image its own class, averaged over views.
+
+        Raises:
+            ValueError: if an id is not one of the images (checked on CPU).
+        """
+        check_ids(ids, self.classes)
+        views, lengths = len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
+        products = (anchors * own_weights).sum(1)
+        losses = softmax_cross_entropy(anchors, products, anchor_ids, self.weight, self.own_ids(), self.temperature)
+        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
+        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
+        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
+        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))

@@ -1,6 +1,6 @@
 """Pairs: the contrastive loss of the Siamese network, which draws equal ids together and pushes others apart."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -8,24 +8,15 @@ from torch import Tensor
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island
 from manyviews.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    float32_island,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 
 class Contrastive(ObjectiveSettings):
     """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all processes."""
-
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["contrastive"] = "contrastive"
     margin: float = Field(1.0, gt=0, le=1e4)
@@ -45,15 +36,15 @@ class Contrastive(ObjectiveSettings):
         return self
 
     @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
-        return "cosine" if self.normalized else "euclidean"
+    def traits(self) -> Traits:
+        """On the unit sphere the cosine orders as the Euclidean distance does."""
+        return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""
         # Pairs within the margin are counted before they are weighed.
         counted = self.average == "active" or self.sampling.name == "all"
-        return all_pairs(sizes, self.distance, passes=4 if counted else 3)
+        return all_pairs(sizes, self.traits.distance, passes=4 if counted else 3)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the pairs that are drawn."""

@@ -1,7 +1,7 @@
 """In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,19 +11,9 @@ from torch import Tensor, nn
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-    information,
-)
+from manyviews.objectives.losses import average, cross_entropy, float32_island, information
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.system import distributed
 
 
@@ -34,9 +24,6 @@ class InBatch(ObjectiveSettings):
     The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
     with the batch and the processes, and not with gradient accumulation.
     """
-
-    fewest_views: ClassVar[int] = 2
-    images_only: ClassVar[str | None] = "whose positives are views of one image only"
 
     name: Literal["in_batch"] = "in_batch"
     temperature: Temperature = 0.1
@@ -71,9 +58,10 @@ class InBatch(ObjectiveSettings):
         return self
 
     @property
-    def bounds_information(self) -> bool:
-        """Of its scores InfoNCE says so, also where they are trained by another of its losses."""
-        return True
+    def traits(self) -> Traits:
+        """The scores bound information by InfoNCE, also where they are trained by another of the losses."""
+        reason = "whose positives are views of one image only"
+        return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every image of the batch against every other, each pair once: it keeps nothing.

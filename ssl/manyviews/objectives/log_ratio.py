@@ -1,6 +1,6 @@
 """The log-ratio loss for continuous labels (Kim et al. 2019): ratios of distances become those of the labels."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,18 +10,10 @@ from torch import Tensor
 from manyviews.engine import squared_distance_rows, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
-from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels, mean_squared_distance
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Use,
-    float32_island,
-)
+from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 
 Squared = Literal["both", "embeddings", "neither"]
 
@@ -33,9 +25,6 @@ class LogRatio(ObjectiveSettings):
     distances to any two others are to be in the ratio of its label distances.
     """
 
-    uses_values: ClassVar[Use | None] = "always"
-    compares_embeddings: ClassVar[bool] = True
-
     name: Literal["log_ratio"] = "log_ratio"
     squared: Squared = "both"
     """Which distances are squared: both (the paper); neither, a quarter of it (the authors' code); or those of the
@@ -44,13 +33,13 @@ class LogRatio(ObjectiveSettings):
     """Added to each squared distance inside the logarithm, as a share of the mean squared distance."""
 
     @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """That whose ratios are trained."""
-        return "euclidean"
+    def traits(self) -> Traits:
+        """Ratios of Euclidean distances are trained."""
+        return Traits(uses_values="always", compares_embeddings=True, distance="euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        return all_pairs(sizes, "euclidean")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image.

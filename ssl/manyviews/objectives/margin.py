@@ -1,6 +1,6 @@
 """The margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,16 +9,10 @@ from torch import Tensor, nn
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island
 from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    float32_island,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 
@@ -28,8 +22,6 @@ class Margin(ObjectiveSettings):
     The defaults are the paper's. The boundary β between same and different is learned with the weights, by the same
     optimiser: one for all, or one for each id, which with ids=images is each image.
     """
-
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, ge=0, le=1e4)
@@ -43,9 +35,14 @@ class Margin(ObjectiveSettings):
     sampling: Sampling = DistanceWeighted()
     """Which pairs."""
 
+    @property
+    def traits(self) -> Traits:
+        """The embeddings are compared."""
+        return Traits(compares_embeddings=True)
+
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with its boundaries; `seed` is of the pairs that are drawn."""

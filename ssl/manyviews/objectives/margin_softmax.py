@@ -1,7 +1,7 @@
 """A softmax over directions, in which the own class must win by an angular margin: SphereFace, CosFace, ArcFace."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,21 +10,11 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.cost import Cost, Sizes
-from manyviews.objectives.learned_rows import LearnedRows, row_softmax_cost
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    average,
-    cross_entropy,
-    float32_island,
-)
-from manyviews.objectives.sharded_rows import check_ids, fetch
+from manyviews.objectives.cost import Cost, Sizes, row_softmax
+from manyviews.objectives.losses import average, cross_entropy, float32_island
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
 
 Preset = Literal["norm_face", "sphereface", "cosface", "arcface", "combined_1", "combined_2"]
@@ -49,9 +39,6 @@ class MarginSoftmax(ObjectiveSettings):
     combinations. The classes are the ids: labels with `ids=labels`, or else each image is a class of its own. The
     weights are spread over the processes.
     """
-
-    negatives_from: ClassVar[NegativesFrom] = "rows"
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["margin_softmax"] = "margin_softmax"
     preset: Preset = "arcface"
@@ -88,9 +75,14 @@ class MarginSoftmax(ObjectiveSettings):
             )
         return self
 
+    @property
+    def traits(self) -> Traits:
+        """The embeddings are compared, by the cosine."""
+        return Traits(negatives_from="rows", compares_embeddings=True)
+
     def cost(self, sizes: Sizes) -> Cost:
-        """The margin is a matter of the anchors' own weights, so it costs what the softmax without it does."""
-        return row_softmax_cost(sizes)
+        """Cost of the softmax without a margin, which is a matter of the anchors' own weights only."""
+        return row_softmax(sizes)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit weights drawn from `seed`: the same on any number of processes.

@@ -1,6 +1,6 @@
 """The N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids, lengths and all."""
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +11,17 @@ from torch import Tensor
 from manyviews.engine import log_sum_exp, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import NUMBER, Cost, Sizes, gathered_traffic, softmax_traffic
-from manyviews.objectives.gathered import Gathered, gather_views, share_of_mean
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
+from manyviews.objectives.losses import (
+    Gathered,
     cross_entropy,
     float32_island,
+    gather_views,
     information,
+    share_of_mean,
+    softplus,
 )
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 
 Form = Literal["multi_class", "one_vs_one"]
 
@@ -35,9 +33,6 @@ class NPair(ObjectiveSettings):
     the paper's batches, with one pair for each class.
     """
 
-    pairs_off: ClassVar[bool] = True
-    compares_embeddings: ClassVar[bool] = True
-
     name: Literal["n_pair"] = "n_pair"
     form: Form = "multi_class"
     """One softmax over the positives of all pairs (N-pair-mc), or a logistic loss for each negative (one-vs-one)."""
@@ -47,9 +42,9 @@ class NPair(ObjectiveSettings):
     """Times half the mean squared length of the embeddings: what keeps them short (section 3.2.2)."""
 
     @property
-    def bounds_information(self) -> bool:
+    def traits(self) -> Traits:
         """N-pair-mc is InfoNCE of the products."""
-        return self.form == "multi_class"
+        return Traits(pairs_off=True, compares_embeddings=True, bounds_information=self.form == "multi_class")
 
     def cost(self, sizes: Sizes) -> Cost:
         """The first of each pair against the second of all: pairs of views, or of one view of two images of a class."""
@@ -133,8 +128,7 @@ def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tupl
         candidate_ids = gathered.ids[pairs.positives]
 
         def term(tile: slice, products: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-            # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-            losses = F.softplus(products - own[tile, None], threshold=40)
+            losses = softplus(products - own[tile, None])
             return losses.where(anchor_ids[tile, None] != candidate_ids, 0).sum(), products.new_zeros(1)
 
         losses = sum_over_tiles(anchors, gathered.rows[pairs.positives], term, positives)[0][None]

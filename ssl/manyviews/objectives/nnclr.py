@@ -1,7 +1,7 @@
 """Nearest-neighbour contrast: an image's positive is what lies nearest to it among the images of the last steps."""
 
 import itertools
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,21 +10,11 @@ from torch import Tensor
 
 from manyviews.engine import normalize, top_k
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
-from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.in_batch import other_images
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
+from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import Ring
 from manyviews.system import distributed
 
 
@@ -34,9 +24,6 @@ class NearestNeighbours(ObjectiveSettings):
     It wants an encoder with a predictor, `encoder.predictor.layers=2`, and works less well without.
     """
 
-    fewest_views: ClassVar[int] = 2
-    images_only: ClassVar[str | None] = "whose positives are what lies nearest, whatever its label"
-
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
@@ -45,9 +32,10 @@ class NearestNeighbours(ObjectiveSettings):
     neighbours, but as many as there are images, or more, have each image itself."""
 
     @property
-    def bounds_information(self) -> bool:
-        """A neighbour follows from its view and the support set, and knows no more of the other view than its view."""
-        return True
+    def traits(self) -> Traits:
+        """A neighbour follows from its view and the support set, so it bounds the information of its view."""
+        reason = "whose positives are what lies nearest, whatever its label"
+        return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every image's neighbour in the support set, which is spread over the processes, against the batch."""
@@ -132,7 +120,8 @@ class NearestNeighboursObjective(Objective):
         """
         lengths = distributed.counts(len(projections))
         queries = distributed.gather_without_gradient(projections, lengths)
-        written = int(self.ring.occupied().sum())
+        # Slots fill from the first on.
+        written = int((self.ring.filled - self.ring.own.start).clamp(0, len(self.ring.rows)))
         places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         similarities = torch.full_like(queries[:, 0], -torch.inf)
         if written:
@@ -149,8 +138,8 @@ class NearestNeighboursObjective(Objective):
         return found, distributed.scatter_sum(row_ids, lengths).where(filled, ids)
 
     def shards(self) -> dict[str, int]:
-        """The support set is spread over the processes."""
-        return {f"ring.{name}": length for name, length in self.ring.shards().items()}
+        """The support set."""
+        return {"ring.rows": self.ring.size, "ring.ids": self.ring.size}
 
 
 def _projections(embeddings: Tensor, targets: Tensor | None) -> Tensor:

@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from manyviews.engine.rows import slices
-from manyviews.objectives.objective import with_gradient
+from manyviews.objectives.losses import softplus, with_gradient
 from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
@@ -101,7 +100,7 @@ def noise_contrast(
     """
     offset = log_normaliser + math.log(noise.count / noise.total)
     terms, gradient = _noise_term(anchors, ids, noise, temperature, offset, list(lengths))
-    return F.softplus(offset - positives / temperature, threshold=40) + with_gradient(anchors, terms, gradient)
+    return softplus(offset - positives / temperature) + with_gradient(anchors, terms, gradient)
 
 
 def log_sum_over_noise(
@@ -135,11 +134,6 @@ def normaliser_from_noise(
     return torch.logaddexp(others + torch.log((noise.total - 1) / kept), positives / temperature)
 
 
-def log_mean_exp(logarithms: Float[Tensor, " count"]) -> Float[Tensor, ""]:
-    """The logarithm of the mean of the numbers whose logarithms are given."""
-    return logarithms.logsumexp(0) - math.log(len(logarithms))
-
-
 @torch.no_grad()
 def _noise_term(
     anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, offset: Tensor, lengths: list[int]
@@ -150,7 +144,7 @@ def _noise_term(
     gradient = torch.empty_like(world.anchors)
     for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
         logits = scores.div_(temperature).sub_(offset)
-        losses[span] = F.softplus(logits, threshold=40).sum(1)
+        losses[span] = softplus(logits).sum(1)
         gradient[span] = weigh(logits.sigmoid_().div_(temperature))
     gradient = distributed.scatter_sum(gradient, world.lengths)
     return distributed.scatter_sum(losses, world.lengths), gradient

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -15,22 +15,10 @@ from torch.nn import functional as F
 from manyviews.engine import normalize, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
-from manyviews.objectives.gathered import share_of_mean
-from manyviews.objectives.learned_rows import LearnedRows
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-)
-from manyviews.objectives.sharded_rows import check_ids, fetch
+from manyviews.objectives.losses import average, cross_entropy, float32_island, share_of_mean, softplus
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
 
@@ -46,8 +34,6 @@ class NoiseContrastive(ObjectiveSettings):
     The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
     follow the embeddings, and are spread over the processes.
     """
-
-    negatives_from: ClassVar[NegativesFrom] = "rows"
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: Temperature = 0.1
@@ -69,19 +55,14 @@ class NoiseContrastive(ObjectiveSettings):
     """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
 
     @property
-    def noise(self) -> int:
-        """How many rows are drawn as noise."""
-        return self.negatives or (1024 if self.correction else 5)
-
-    @property
-    def one_draw(self) -> bool:
-        """Whether all anchors have the same noise."""
-        return self.correction if self.shared is None else self.shared
-
-    @property
-    def bounds_information(self) -> bool:
-        """By InfoNCE over the own row and the noise."""
-        return True
+    def traits(self) -> Traits:
+        """Information is bounded by InfoNCE over the own row and the noise."""
+        return Traits(
+            negatives_from="rows",
+            noise=self.negatives or (1024 if self.correction else 5),
+            one_draw=self.correction if self.shared is None else self.shared,
+            bounds_information=True,
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every anchor against the noise; its rows are taken to be all different and evenly spread.
@@ -89,17 +70,18 @@ class NoiseContrastive(ObjectiveSettings):
         One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
         """
         images, _, batch, dim, processes = sizes
+        noise = self.traits.noise
         # Ids go to the anchors' own rows, and these back; then the noise rows come. In backward come the gradients.
         traffic = batch * (ID + 2 * NUMBER * dim)
-        if self.one_draw:
-            drawn = min(self.noise, images)
+        if self.traits.one_draw:
+            drawn = min(noise, images)
             traffic += 2 * processes * -(-drawn // processes) * NUMBER * dim
         else:
             # The products are with the noise of all anchors of a process.
-            drawn = min(self.noise * -(-sizes.anchors // processes), images)
+            drawn = min(noise * -(-sizes.anchors // processes), images)
             traffic += processes * drawn * (ID + 2 * NUMBER * dim)
         products = 3 * sizes.anchors * drawn * dim
-        return sizes.cost(self.noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
+        return sizes.cost(noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
@@ -124,8 +106,8 @@ class NoiseContrastiveObjective(LearnedRows):
         super().__init__(population, dim=dim, seed=seed)
         self.settings, self.seed = settings, seed
         # Known from the images, so no part of a checkpoint.
-        self.register_buffer("frequencies", population.frequencies, persistent=False)
-        frequencies = population.frequencies.cpu().double()
+        self.register_buffer("frequencies", population.ids.bincount(), persistent=False)
+        frequencies = self.frequencies.cpu().double()
         weights = frequencies**settings.power
         self._cumulative = weights.cumsum(0)
         # How far the noise is from what it is noise of, Σ p log(p / q): InfoNCE bounds what is known beyond the noise.
@@ -162,7 +144,7 @@ class NoiseContrastiveObjective(LearnedRows):
         )
         total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
         anchor_count = torch.tensor(len(anchors), device=ids.device)
-        own = F.softplus(-own_logits, threshold=40)
+        own = softplus(-own_logits)
         terms = {
             "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
             "negatives": figures[0] / anchor_count.clamp(min=1),
@@ -170,7 +152,7 @@ class NoiseContrastiveObjective(LearnedRows):
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
         # So little noise of so unlike ids bounds nothing.
-        if self._divergence < math.log1p(settings.noise):
+        if self._divergence < math.log1p(settings.traits.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
 
@@ -181,8 +163,8 @@ class NoiseContrastiveObjective(LearnedRows):
 
         Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
         """
-        count, key = self.settings.noise, {"seed": self.seed, "step": step}
-        if self.settings.one_draw:
+        count, key = self.settings.traits.noise, {"seed": self.seed, "step": step}
+        if self.settings.traits.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
             times = number.to(like)
             return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
@@ -218,7 +200,7 @@ class NoiseContrastiveObjective(LearnedRows):
         settings = self.settings
         if not settings.correction:
             return like.new_zeros(len(ids))
-        expected = math.log(settings.noise) - math.log(float(self._cumulative[-1]))
+        expected = math.log(settings.traits.noise) - math.log(float(self._cumulative[-1]))
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 
@@ -258,4 +240,4 @@ def noise_term(
         losses = cross_entropy((logits + weights.log()).logsumexp(1), own_logits[rows])
         highest = counts.log1p()
         figures = torch.stack([counts.sum(), (highest - losses).sum(), highest.sum()])
-    return (weights * F.softplus(logits, threshold=40)).sum(), figures
+    return (weights * softplus(logits)).sum(), figures

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from manyviews.objectives.objective import with_gradient
+from manyviews.objectives.losses import softplus, with_gradient
 
 Pairwise = Literal["rank_net", "hinge"]
 
@@ -132,8 +132,7 @@ def _ordered_pairs(scores: Tensor, relevances: Tensor, form: Pairwise) -> tuple[
             losses = (1 + shortfall).clamp(min=0)
             slopes = (losses > 0).to(scores.dtype)
         else:
-            # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-            losses, slopes = F.softplus(shortfall, threshold=40), shortfall.sigmoid()
+            losses, slopes = softplus(shortfall), shortfall.sigmoid()
         slopes = slopes.where(ordered, 0)
         sums += losses.where(ordered, 0).sum((1, 2))
         counts += ordered.sum((1, 2))

@@ -1,6 +1,6 @@
 """A queue of negatives: the momentum twin's embeddings of the images of the last steps."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,22 +10,10 @@ from torch import Tensor
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, Cost, Sizes, number_bytes, softmax_traffic
-from manyviews.objectives.fifo_buffer import Ring
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
-from manyviews.objectives.sharded_rows import Storage
+from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import Ring, Storage
 from manyviews.system import distributed
 
 
@@ -38,10 +26,6 @@ class Queue(ObjectiveSettings):
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
     """
-
-    fewest_views: ClassVar[int] = 2
-    most_views: ClassVar[int | None] = 2
-    negatives_from: ClassVar[NegativesFrom] = "queue"
 
     name: Literal["queue"] = "queue"
     temperature: Temperature = 0.2
@@ -60,29 +44,22 @@ class Queue(ObjectiveSettings):
     """On several processes, the twin sees the images in other company than the encoder, for batch norm's sake."""
 
     @property
-    def twin_momentum(self) -> float | None:
-        """The momentum of the twin that makes the keys."""
-        return self.momentum
-
-    @property
-    def bounds_information(self) -> bool:
-        """It is InfoNCE."""
-        return True
-
-    @property
-    def splits_views(self) -> bool:
+    def traits(self) -> Traits:
         """Without symmetry the encoder needs view 0 only, and the twin view 1."""
-        return not self.symmetric
-
-    @property
-    def shuffles(self) -> bool:
-        """Whether the twin's batch is shuffled between processes."""
-        return self.shuffle
+        return Traits(
+            negatives_from="queue",
+            fewest_views=2,
+            most_views=2,
+            twin_momentum=self.momentum,
+            bounds_information=True,
+            splits_views=not self.symmetric,
+            shuffles=self.shuffle,
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every anchor against every key of the queue, which is spread over the processes."""
         _, views, batch, dim, processes = sizes
-        anchors = (1 if self.splits_views else views) * batch
+        anchors = (views if self.symmetric else 1) * batch
         size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
         # Of what a step enqueues, keys and ids go to all.
         traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
@@ -99,13 +76,13 @@ class QueueObjective(Objective):
 
     def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
         super().__init__()
-        self.settings, self.supervised = settings, population.grouped
+        self.settings, self.supervised = settings, population.size < len(population.ids)
         size = settings.size * (distributed.world_size() if settings.per_process else 1)
         self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
 
     def shards(self) -> dict[str, int]:
         """The queue's rows and ids."""
-        return {f"queue.{name}": length for name, length in self.queue.shards().items()}
+        return {"queue.rows": self.queue.size, "queue.ids": self.queue.size}
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:

@@ -1,7 +1,7 @@
 """Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,39 +9,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import normalize, sum_over_tiles
+from manyviews.objectives import query_losses
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
-from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    Use,
-    float32_island,
-)
-from manyviews.objectives.query_losses import (
-    binary_hinge,
-    cross_entropy,
-    hinge,
-    list_mle,
-    list_net,
-    rank_net,
-    squared_error,
-)
+from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 
 RankingLoss = Literal["squared_error", "cross_entropy", "rank_net", "hinge", "list_net", "list_mle"]
-LOSSES: dict[RankingLoss, Callable[[Tensor, Tensor], Tensor]] = {
-    "squared_error": squared_error,
-    "cross_entropy": cross_entropy,
-    "rank_net": rank_net,
-    "hinge": hinge,
-    "list_net": list_net,
-    "list_mle": list_mle,
-}
 
 
 class Ranking(ObjectiveSettings):
@@ -50,9 +25,6 @@ class Ranking(ObjectiveSettings):
     The relevance of an item to a query is 1 where they have the same id and 0 elsewhere; with the recipe's `values`
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
-
-    uses_values: ClassVar[Use | None] = "if given"
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"
@@ -64,9 +36,14 @@ class Ranking(ObjectiveSettings):
     label_temperature: float = Field(0.1, gt=0, le=1e4)
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
 
+    @property
+    def traits(self) -> Traits:
+        """Without `values` the relevances are those of ids."""
+        return Traits(uses_values="if given", compares_embeddings=True)
+
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, with the label of each image where the population has values."""
@@ -114,12 +91,12 @@ class RankingObjective(Objective):
 
     def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of each query, from the cosines of its items and their relevances."""
-        settings, loss = self.settings, LOSSES[self.settings.loss]
-        if settings.loss == "squared_error":
+        settings = self.settings
+        name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
+        loss: Callable[[Tensor, Tensor], Tensor] = getattr(query_losses, name)
+        if name == "squared_error":
             return loss
-        if settings.loss == "hinge" and self.labels is None:
-            loss = binary_hinge
-        if settings.loss == "list_net":
+        if name == "list_net":
             return lambda cosines, relevances: loss(
                 cosines / settings.temperature, relevances / settings.label_temperature
             )
@@ -133,7 +110,7 @@ class RankingObjective(Objective):
         return lambda tile: 1 / (1 + between(tile)[0].sqrt())
 
 
-def _without(places: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
+def _without(dropped: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
     """Each row without one of its columns."""
     columns = torch.arange(max(matrix.shape[1] - 1, 0), device=matrix.device)
-    return matrix.gather(1, columns + (columns >= places[:, None]))
+    return matrix.gather(1, columns + (columns >= dropped[:, None]))

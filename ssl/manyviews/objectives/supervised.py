@@ -1,6 +1,6 @@
 """Supervised contrast: all embeddings of one id, whatever the id stands for, are each other's positives."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,18 +9,9 @@ from torch import Tensor
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.in_batch import symmetric_traffic
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    Temperature,
-    float32_island,
-    information,
-)
+from manyviews.objectives.losses import float32_island, information
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.system import distributed
 
 
@@ -30,16 +21,14 @@ class Supervised(ObjectiveSettings):
     With images as ids and two views it is NT-Xent.
     """
 
-    compares_embeddings: ClassVar[bool] = True
-
     name: Literal["supervised"] = "supervised"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
 
     @property
-    def bounds_information(self) -> bool:
-        """For two images of an id, in batches that are drawn at random."""
-        return True
+    def traits(self) -> Traits:
+        """The information of two images of an id is bounded, in batches that are drawn at random."""
+        return Traits(compares_embeddings=True, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """As of the loss in the batch; with the sums of classes, one row for each id of a process, that travel too."""

@@ -1,6 +1,6 @@
 """Triplets: an anchor nearer to its positive than to a negative, by a margin."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,18 +10,10 @@ from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island, softplus, with_gradient
 from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    float32_island,
-    with_gradient,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 FEW = 32
@@ -35,8 +27,6 @@ class Triplet(ObjectiveSettings):
     positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
     margin.
     """
-
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["triplet"] = "triplet"
     margin: float = Field(0.2, ge=0, le=1e4)
@@ -58,13 +48,13 @@ class Triplet(ObjectiveSettings):
         return self
 
     @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
-        return "cosine" if self.normalized else "euclidean"
+    def traits(self) -> Traits:
+        """On the unit sphere the cosine orders as the Euclidean distance does."""
+        return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        return all_pairs(sizes, self.traits.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective; it has no state: `seed` is of the triplets that are drawn."""
@@ -144,8 +134,7 @@ def all_triplets(
 
 
 def _excess(difference: Tensor, margin: float | None) -> Tensor:
-    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-    return F.softplus(difference, threshold=40) if margin is None else (difference + margin).relu()
+    return softplus(difference) if margin is None else (difference + margin).relu()
 
 
 def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

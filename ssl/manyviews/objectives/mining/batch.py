@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyviews.engine import normalize, squared_distance_rows, unit_distance
-from manyviews.objectives.gathered import gather_views, share_of_mean
-from manyviews.objectives.objective import average
+from manyviews.objectives.losses import average, gather_views, share_of_mean
 
 
 class Classes(NamedTuple):
