@@ -25,7 +25,7 @@ from manyviews.objectives.mining import (
     refuse_off_sphere,
     sampling,
 )
-from manyviews.objectives.mining.distance_weighted import draw, log_weights
+from manyviews.objectives.mining.sampling import draw, log_weights
 from manyviews.recipe import Recipe
 
 FIXED: dict[str, type[Any]] = {

@@ -80,15 +80,7 @@ def contrastive_loss(
 
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
-        if triples.negatives is None:
-            near = products.gather(1, triples.positives)
-            compared = triples.chosen.any(1)
-            hinges = hinge(products).scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
-            count = (batch.classes.negatives(rows) * compared).sum()
-        else:
-            near, far = products.gather(1, torch.cat([triples.positives, triples.negatives], 1)).tensor_split(2, 1)
-            hinges = hinge(far).where(triples.chosen, 0)
-            count = triples.chosen.sum()
+        near, hinges, count = triples.pairs(batch, rows, products, hinge)
         pulls = batch.squared_distances(near) / 2 if settings.squared else batch.distances(near)
         pushes = hinges.square() / 2 if settings.squared else hinges
         total = pulls.where(triples.chosen, 0).sum() + weight * pushes.sum()

@@ -100,26 +100,19 @@ def margin_loss(
     def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
         beta = beta[rows, None]
-        if triples.negatives is None:
-            near = batch.distances(products.gather(1, triples.positives))
-            compared = triples.chosen.any(1)
-            pushes = (settings.margin + beta - batch.distances(products)).relu()
-            pushes = pushes.scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
-            count = triples.chosen.sum() + (batch.classes.negatives(rows) * compared).sum()
-        else:
-            found = products.gather(1, torch.cat([triples.positives, triples.negatives], 1))
-            near, far = batch.distances(found).tensor_split(2, 1)
-            pushes = (settings.margin + beta - far).relu().where(triples.chosen, 0)
-            count = 2 * triples.chosen.sum()
-        pulls = (settings.margin + near - beta).relu().where(triples.chosen, 0)
+
+        def push(products: Tensor) -> Tensor:
+            return (settings.margin + beta - batch.distances(products)).relu()
+
+        near, pushes, negatives = triples.pairs(batch, rows, products, push)
+        pulls = (settings.margin + batch.distances(near) - beta).relu().where(triples.chosen, 0)
         total = pulls.sum() + pushes.sum()
         if settings.nu:
             total = total + settings.nu * (beta * triples.chosen).sum()
         active = (pulls.detach() > 0).sum() + (pushes.detach() > 0).sum()
-        counts = torch.stack([active, count]).to(products.dtype)
-        return total, torch.cat(
-            [counts, triples.figures, hardness(triples, batch, rows, products, pushes.detach() == 0)]
-        )
+        counts = torch.stack([active, triples.chosen.sum() + negatives]).to(products.dtype)
+        hard = hardness(triples, batch, rows, products, pushes.detach() == 0)
+        return total, torch.cat([counts, triples.figures, hard])
 
     wide = boundaries.to(batch.anchors.dtype).repeat(len(embeddings))
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term, wide)
