@@ -3,13 +3,13 @@
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.engine.rows import slices
-from manyviews.linear_metrics.linear_metric import Labelled, LinearMetric, Report, labelled
+from manyviews.linear_metrics.linear_metric import ClassLabels, Features, LinearMetric, Report, labelled
 from manyviews.linear_metrics.mahalanobis import Shrinkage, inverse_root, shrunk_covariance
 
 TILE = 512
@@ -37,10 +37,8 @@ class MMC(Settings):
     """It ends when the distances between classes are proved to be within this share of the largest possible."""
 
     @torch.no_grad()
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
-    ) -> LinearMetric:
-        """The metric A ⪰ 0 with the least Σ_S ‖x − y‖²_A such that the mean of ‖x − y‖_A over D is 1 at least.
+    def fit(self, features: Features, labels: ClassLabels, *, report: Report | None = None) -> LinearMetric:
+        """Fits the metric A ⪰ 0 with the least Σ_S ‖x − y‖²_A such that the mean of ‖x − y‖_A over D is 1 at least.
 
         S are all pairs within a class, D all pairs of different classes (equation 3, with the mean for the sum, which
         only scales A). Images labelled −1 are left out. By homogeneity it is the A with the largest sum over D for a
@@ -72,7 +70,7 @@ class MMC(Settings):
         order = data.labels.argsort(stable=True)
         for images in sorted({min(images, self.most, len(order)) for images in (FIRST, len(order))}):
             chosen = order[torch.linspace(0, len(order) - 1, images).round().long().to(order.device)]
-            found = ascend(
+            ascent = ascend(
                 inputs[chosen],
                 data.labels[chosen],
                 fixed,
@@ -82,39 +80,28 @@ class MMC(Settings):
                 tolerance=self.tolerance,
                 report=report,
             )
-            free = found.free
-        return self._scaled(data, root(fixed + free) @ whitening, found, shrinkage)
-
-    def _scaled(
-        self, data: Labelled, weights: Float[Tensor, "dim dim"], found: "Ascent", shrinkage: float
-    ) -> LinearMetric:
-        weights = weights / found.values[-1]
+            free = ascent.free
+        weights = root(fixed + free) @ whitening / ascent.values[-1]
         # Over pairs of a class, the mean of squared differences is twice that of squared residuals, by pairs.
         sizes = data.counts[data.labels].double()
         within = float(sizes @ (data.residuals @ weights.T).square().sum(1)) / float((sizes - 1).sum() / 2)
-        return data.metric(
-            weights,
-            self,
-            shrinkage=shrinkage,
-            iterations=len(found.values) - 1,
-            gap=found.gap,
-            within=within,
-        )
+        iterations = len(ascent.values) - 1
+        return data.metric(weights, self, shrinkage=shrinkage, iterations=iterations, gap=ascent.gap, within=within)
 
 
 class Ascent(NamedTuple):
-    """Where `ascend` ended."""
+    """Result of `ascend`."""
 
     free: Float[Tensor, "dim dim"]
     values: list[float]
     """The mean distance between classes before the first step and after each."""
     gap: float
-    """No metric's is larger than the last by more than this share."""
+    """Upper bound of the share by which any metric's mean distance exceeds the last one."""
 
 
 def ascend(
-    inputs: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
+    inputs: Features,
+    labels: ClassLabels,
     fixed: Float[Tensor, "dim dim"],
     free: Float[Tensor, "dim dim"],
     *,
@@ -149,7 +136,7 @@ def ascend(
 
 
 def between(
-    mapped: Float[Tensor, "images rank"], inputs: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]
+    mapped: Float[Tensor, "images rank"], inputs: Features, labels: ClassLabels
 ) -> tuple[float, Float[Tensor, "dim dim"]]:
     """Means over all pairs of images with unlike labels: of ‖m‖, and of z zᵀ / ‖m‖.
 
@@ -182,5 +169,5 @@ def between(
 def root(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
     """The symmetric root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    found: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return found
+    symmetric: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return symmetric
