@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyviews.engine.int8_bounds import Frame
-from manyviews.engine.int8_products import WIDEST, Narrow, bounds, left, multiplies_integers, right
+from manyviews.engine.int8_products import WIDEST, Frame, Narrow, bounds, left, multiplies_integers, right
 from manyviews.engine.int8_search import LOW, Best, place_of
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
@@ -53,15 +52,6 @@ class Keys(NamedTuple):
         """Some of them."""
         ids, lengths = (None if of_each is None else of_each[span] for of_each in self[1:])
         return Keys(self.rows[span], ids, lengths)
-
-
-class Found(NamedTuple):
-    """The k best keys of each query as far as they are known."""
-
-    values: Tensor
-    indices: Tensor
-    proved: Tensor
-    """Whether the answer to each query is certain; where it is not, the others mean nothing."""
 
 
 class _Queries(NamedTuple):
@@ -106,8 +96,12 @@ def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
     return fits and len(queries) >= FEWEST_QUERIES and max(FEWEST_KEYS, SHARE * k) <= len(keys) < LOW
 
 
-def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> Found:
-    """The k keys with the largest products, in float32, equal values by index; where it is proved, see `top_k`."""
+def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the k keys with the largest products, in float32, equal values by index.
+
+    Returns:
+        Values and indices, [queries, k], and whether each query's answer is proved; it means nothing where it is not.
+    """
     _silence()
     count, dim = keys.rows.shape
     order = _shuffled(count)
@@ -117,8 +111,8 @@ def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> Fou
     height = math.ceil(len(queries) / (threads * math.ceil(len(queries) / (threads * ROWS))))
     spans = list(slices(0, len(queries), height))
     ids = [query_ids[rows] if query_ids is not None else None for rows in spans]
-    begun = [partial(_Queries.of, queries[rows], own, k, frame, integers) for rows, own in zip(spans, ids, strict=True)]
-    parts = on_all_cores(begun, queries.device)
+    works = [partial(_Queries.of, queries[rows], own, k, frame, integers) for rows, own in zip(spans, ids, strict=True)]
+    parts = on_all_cores(works, queries.device)
     width = min(max(BLOCK // max(dim, 1) // COLUMNS, 1), math.ceil(count / COLUMNS)) * COLUMNS
     copy = keys.rows.new_empty(width, dim)
     for span in slices(0, count, width):
@@ -131,7 +125,7 @@ def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> Fou
     values, indices = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     for rows, part in zip(spans, parts, strict=True):
         part.best.read(values[rows], indices[rows])
-    return Found(values, indices, values[:, -1] >= torch.cat([part.best.floor for part in parts]))
+    return values, indices, values[:, -1] >= torch.cat([part.best.floor for part in parts])
 
 
 def _frame(queries: Tensor, keys: Keys, sample: Tensor, integers: bool) -> Frame:
