@@ -11,7 +11,7 @@ from torch import Tensor
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, row_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
-from manyviews.objectives.noise import DENSE, Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, owned, unit_rows
@@ -160,20 +160,12 @@ class BankObjective(Objective):
             losses = softmax_cross_entropy(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
             negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
         else:
-            noise = Noise(
-                self.rows,
-                self.own.start,
-                self.num_images,
-                count=settings.negatives,
-                images=None if settings.shared else sum(lengths),
-                seed=self.seed,
-                step=step,
-            )
-            own_hits = noise.own_hits(ids, sum(lengths[: distributed.rank()])).repeat(views)
+            images = None if settings.shared else sum(lengths)
+            drawn = draw(self.num_images, settings.negatives, images, seed=self.seed, step=step)
+            noise = Noise(self.rows, self.own.start, self.num_images, drawn, lengths)
+            own_hits = noise.own_hits(ids).repeat(views)
             negatives = (settings.negatives - own_hits).to(positives.dtype)
-            losses, log_normaliser, others = self._estimated(
-                anchors, positives, anchor_ids, noise, own_hits, lengths, step
-            )
+            losses, log_normaliser, others = self._estimated(anchors, positives, anchor_ids, noise, own_hits, step)
             if log_normaliser is not None:
                 self._pending_log_normaliser = log_normaliser
                 terms["normaliser"] = log_normaliser.exp()
@@ -214,23 +206,16 @@ class BankObjective(Objective):
         return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
 
     def _estimated(
-        self,
-        anchors: Tensor,
-        positives: Tensor,
-        ids: Tensor,
-        noise: Noise,
-        own_hits: Tensor,
-        lengths: list[int],
-        step: int,
+        self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Noise, own_hits: Tensor, step: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The losses by noise rows; for NCE the step's log Z, equal on every process, and the log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
-            others = log_sum_over_noise(anchors, ids, noise, temperature, lengths)
+            others = log_sum_over_noise(anchors, ids, noise, temperature)
             return cross_entropy(others, positives / temperature), None, None
         due = step % self.settings.normaliser_every == 0
         with torch.no_grad():
-            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
+            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature)
             if not isinstance(rule, str):
                 log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
             elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
@@ -241,7 +226,7 @@ class BankObjective(Objective):
                 else:
                     logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
                 log_normaliser = self._averaged(logarithms)
-        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature, lengths)
+        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature)
         return losses, log_normaliser, others
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
