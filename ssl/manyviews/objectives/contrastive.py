@@ -52,15 +52,8 @@ class Contrastive(ObjectiveSettings):
 
 
 @float32_island
-def contrastive_loss(
-    embeddings: Embeddings,
-    ids: Ids,
-    settings: Contrastive,
-    *,
-    seed: int,
-    step: int,
-) -> Loss:
-    """The mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
+def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *, seed: int, step: int) -> Loss:
+    """Mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
 
     That is equation 4 of Hadsell et al. 2006 but for the two means: in their sum over all pairs the positives would
     weigh next to nothing, for there are as many times more negatives as there are other images. Not `squared`, it is

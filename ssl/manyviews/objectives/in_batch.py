@@ -38,17 +38,13 @@ class InBatch(ObjectiveSettings):
     """Similarity of unit embeddings; or zᵀ W c of embeddings as they are, with a learned matrix W (CPC)."""
 
     @model_validator(mode="after")
-    def _has_a_least_score(self) -> "InBatch":
+    def _can_be_corrected(self) -> "InBatch":
         if self.score == "bilinear" and self.positive_probability:
             raise ValueError(
                 f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the "
                 "corrected sum is kept above what the least possible score would give, and a bilinear score has none; "
                 "set score=cosine or positive_probability=0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_bounded_gradients(self) -> "InBatch":
         if self.decoupled and self.positive_probability:
             raise ValueError(
                 f"decoupled and positive_probability {self.positive_probability} exclude each other: the corrected sum "
@@ -163,8 +159,11 @@ def nt_xent(
     else:
         losses = cross_entropy(negatives, logits)
     total = average(losses.mean(1).flatten())
-    cosines = positives if keys is None else _cosines(keys)[pairs]
-    terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
+    cosines = positives.detach()
+    if keys is not None:
+        unit = normalize(keys.detach())
+        cosines = torch.einsum("vbd,wbd->vwb", unit, unit)[pairs]
+    terms = {"positive_similarity": cosines.mean(), "negatives": counts.mean()}
     terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
 
@@ -191,12 +190,8 @@ def debiased(
     (Σ − τ⁺ N e^p) / (1 − τ⁺), but no less than N e^(−1/τ), the least a sum over N can be. Where that bound holds, the
     gradient is zero, as in the authors' code; unlike theirs, nothing is exponentiated.
 
-    Args:
-        negatives: log Σ, for each pair of an anchor and a positive.
-        positives: the positives' logits, p.
-        counts: N, the negatives of each anchor.
-        positive_probability: τ⁺, in (0, 1).
-        temperature: τ.
+    `negatives` are log Σ for each pair of an anchor and a positive, `positives` the logits p of the positives, `counts`
+    N, `positive_probability` τ⁺, in (0, 1).
     """
     counts = counts.log()
     excess = positives + (counts + math.log(positive_probability)) - negatives
@@ -227,16 +222,10 @@ def _negatives(
     others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
 
     def logarithms(temperature: float) -> Tensor:
-        found = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
-        return found.view(views, batch)
+        sums = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
+        return sums.view(views, batch)
 
     sums = logarithms(temperature / (1 + hardness))
     if not hardness:
         return sums, sums
     return sums, (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
-
-
-@torch.no_grad()
-def _cosines(embeddings: Tensor) -> Float[Tensor, "views views batch"]:
-    unit = normalize(embeddings)
-    return torch.einsum("vbd,wbd->vwb", unit, unit)

@@ -69,15 +69,8 @@ class LogRatioObjective(Objective):
 
 
 @float32_island
-def log_ratio(
-    embeddings: Embeddings,
-    ids: Ids,
-    labels: Labels,
-    *,
-    squared: Squared,
-    epsilon: float,
-) -> Loss:
-    """The mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
+def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squared, epsilon: float) -> Loss:
+    """Mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
 
     D is the squared Euclidean distance (Kim et al. 2019, equation 2). Every embedding of the batch is an anchor a, and
     i < j are all pairs of others whose labels differ from the anchor's. The authors take one anchor from each batch,
@@ -93,12 +86,8 @@ def log_ratio(
     unit of labels, and ε stays above the rounding of distances. It is added to the squared distance in either case, so
     that gradients stay finite where embeddings coincide.
 
-    Args:
-        embeddings: of this process's images.
-        ids: their numbers among all images.
-        labels: of all images.
-        squared: which D are squared; a distance that is not counts half, by its logarithm.
-        epsilon: ε.
+    `ids` are the images' numbers among all images, whose `labels` are given. A distance D that is not `squared` counts
+    half, by its logarithm.
     """
     gathered = gather_views(at_least_float32(embeddings), ids)
     own, dtype = gathered.own, gathered.rows.dtype

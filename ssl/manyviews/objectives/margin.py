@@ -67,33 +67,19 @@ class MarginObjective(Objective):
 
 @float32_island
 def margin_loss(
-    embeddings: Embeddings,
-    ids: Ids,
-    boundaries: Float[Tensor, " batch"],
-    settings: Margin,
-    *,
-    seed: int,
-    step: int,
+    embeddings: Embeddings, ids: Ids, boundaries: Float[Tensor, " batch"], settings: Margin, *, seed: int, step: int
 ) -> Loss:
-    """The sum of [α + d − β]₊ over positive and of [α − d + β]₊ over negative pairs, over the number of active pairs.
+    """Sum of [α + d − β]₊ over positive and of [α − d + β]₊ over negative pairs, over the number of active pairs.
 
-    Wu et al. 2017, section 4.2: β is the anchor's boundary, d the distance of unit vectors, and active is a pair that
-    costs something. Unlike a triplet loss it compares distances with a boundary and not with each other, which is
-    isotonic regression: only the order of all distances counts. To the sum ν β is added for each positive pair, as in
-    the authors' code. With it a boundary rests where the active positive pairs outnumber the active negative ones by
+    Wu et al. 2017, section 4.2: β is the boundary of the anchor's image, d the distance of unit vectors, and a pair
+    with a loss above zero is active. Unlike a triplet loss it compares distances with a boundary and not with each
+    other, which is isotonic regression: only the order of all distances counts. To the sum ν β is added for each
+    positive pair, as in the authors' code. With it a boundary rests where the active positive pairs outnumber the active negative ones by
     ν for each pair that is compared, and without it where they are as many.
 
     The pairs are those that the sampled triples hold: each positive with the negative sampled for it, or, with all,
     each embedding of this process with each other one of its id, and with each one of another id, on all processes.
     Where no pair is active the loss and its gradient are zero, ν or not.
-
-    Args:
-        embeddings: of any length.
-        ids: equal for positives.
-        boundaries: β of each image.
-        settings: α, ν and the sampling.
-        seed: of what is drawn.
-        step: of what is drawn.
     """
     batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)
 

@@ -1,6 +1,6 @@
 """The N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids, lengths and all."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class NPair(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """The objective, which keeps nothing."""
-        options: Any = {"form": self.form, "symmetric": self.symmetric, "norm_penalty": self.norm_penalty}
+        options = self.model_dump(exclude={"name"})
         return Stateless(lambda z, ids, _: n_pair(z, ids, **options))
 
 
@@ -72,15 +72,8 @@ class Pairs(NamedTuple):
 
 
 @float32_island
-def n_pair(
-    embeddings: Embeddings,
-    ids: Ids,
-    *,
-    form: Form,
-    symmetric: bool,
-    norm_penalty: float,
-) -> Loss:
-    """The mean over pairs (f, f⁺) of the loss of f⁺ against the positives f⁻ of all pairs of other ids.
+def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, norm_penalty: float) -> Loss:
+    """Mean over pairs (f, f⁺) of the loss of f⁺ against the positives f⁻ of all pairs of other ids.
 
     With s = f·f⁻ − f·f⁺ that is log(1 + Σ e^s) for N-pair-mc and Σ log(1 + e^s) one-vs-one (Sohn 2016, section 3.2).
     To it comes norm_penalty / 2 times the mean squared length of the embeddings of all pairs (section 3.2.2). The paper

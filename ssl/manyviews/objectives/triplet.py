@@ -110,14 +110,10 @@ def all_triplets(
     mates: Int[Tensor, "rows members"],
     margin: float | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The sum of [d(a, p) − d(a, n) + margin]₊ over a row's positives and all its negatives, and how many are above 0.
+    """Sum of [d(a, p) − d(a, n) + margin]₊ over a row's positives and all its negatives, and how many are above 0.
 
-    Args:
-        distances: of the anchors from all candidates.
-        positives: the places of each row's positives.
-        there: which of them there are.
-        mates: the places that are no negatives.
-        margin: None is a soft one.
+    `distances` are those of the anchors from all candidates, `positives` the indices of each row's positives with their
+    mask `there`, `mates` the indices that are no negatives. A margin of None is the soft one.
     """
     with torch.no_grad():
         # A positive at −∞ and a negative at ∞ are in no triplet that costs anything.

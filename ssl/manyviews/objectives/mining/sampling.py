@@ -212,7 +212,7 @@ def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tup
     if which == "all" or not positives.numel():
         return positives, there
     if which == "random":
-        shares = uniform(classes.places[rows, None], *batch.key, POSITIVES)
+        shares = uniform(classes.indices[rows, None], *batch.key, POSITIVES)
         count = classes.members[rows, None] - 1
         column = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
     else:
@@ -252,7 +252,7 @@ def _negatives(
                 return negatives, farther, drawn
             fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
             return negatives.where(farther, fallback), found, ~farther
-    shares = uniform(classes.places[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
+    shares = uniform(classes.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
     anywhere = classes.negative_at(rows, shares)
     if isinstance(sampling, Random):
         return anywhere, found, drawn
