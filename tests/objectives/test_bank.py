@@ -178,7 +178,7 @@ def test_the_normaliser_from_noise_is_right_on_average() -> None:
     anchors = z[0] / z[0].norm(dim=1, keepdim=True)
     ids = torch.tensor([3, 11, 3, 0])
     positives = (anchors * bank.rows[ids]).sum(1)
-    noise = given(bank.rows, torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0)))
+    noise = given(bank.rows, torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0)), 4)
     others = log_sum_over_noise(anchors, ids, noise, 0.5)
     found = normaliser_from_noise(others, positives, noise.own_hits(ids), noise, 0.5)
     torch.testing.assert_close(found, (anchors @ bank.rows.T / 0.5).logsumexp(1), rtol=0, atol=0.02)

@@ -230,7 +230,7 @@ def descend(
         nearest = find_impostors(reached, features, labels, targets, RESERVE)
         loss, _, triplets = lmnn_loss(reached, features, targets, nearest, push)
         if steps > before and float(loss) > values[-1]:
-            impostors = torch.cat([impostors, nearest], 1).unique(dim=1)
+            impostors = torch.cat([impostors, nearest], 1).unique(dim=1).contiguous()
             point, optimiser = _optimiser(start)
         else:
             start, impostors = reached, nearest
