@@ -35,7 +35,7 @@ def top_k(
     With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, where they are shorter): keys are
     normalised tile by tile, and never copied as a whole.
 
-    With `shared` all processes, which hold the same queries and keys, come together: each looks through its share of
+    With `shared` all ranks, which hold the same queries and keys, come together: each looks through its share of
     the keys, and all get the whole answer. It is that of one process; the last bit of a value may differ.
 
     Raises:

@@ -6,8 +6,8 @@ exp(s/τ) is exp2 of the product itself, at a third of exp's price on CPU. *No s
 they are, and only where a sum leaves the safe range of the number format (for unit vectors never at a temperature of
 0.03 or above) is the work done again with a running maximum. *A core for a tile*: tiles are dealt out to the cores,
 by a rule that does not depend on their number, so that results do not either. *A process for its keys*: queries
-travel to the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys,
-the processes share out the pairs. All five lose nothing: the results are exact.
+travel to the keys of all ranks, partial sums are added, and gradients travel home; where the queries are the keys,
+the ranks share out the pairs. All five lose nothing: the results are exact.
 """
 
 import math
@@ -39,7 +39,7 @@ def log_sum_exp(
 ) -> Float[Tensor, " queries"]:
     """For each query, the log of the sum of exp(query · key / temperature) over the keys that have another id.
 
-    The keys are those of all processes: each passes its own queries and its own keys, any number of them, and gets
+    The keys are those of all ranks: each passes its own queries and its own keys, any number of them, and gets
     the values of its own queries. All processes must call together.
 
     Without `keys` the queries are the keys: each product then serves a row and a column, at half the price. Without
@@ -50,7 +50,7 @@ def log_sum_exp(
     type are widened tile by tile, and the values are exact for the keys as they are. One exception: float32 queries
     and bfloat16 keys are multiplied as bfloat16 on CPUs that do so, for nearly twice the speed, and summed in float32.
     That moves the values of unit vectors by less than 2⁻⁸ / τ, and by some 1e-3 at 0.07 where many keys share the sum.
-    Differentiable once, in the queries and, where they ask for it, in the keys; in backward, too, all processes must
+    Differentiable once, in the queries and, where they ask for it, in the keys; in backward, too, all ranks must
     come together.
 
     Raises:
@@ -184,7 +184,7 @@ class _Sums(NamedTuple):
 
 
 def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sums:
-    """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
+    """The sums over the keys of all ranks; `weighted` over this rank's keys only, on the common scale."""
     height, columns = pairs.pieces()
     works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
     found = on_all_cores(works, pairs.rows.device)

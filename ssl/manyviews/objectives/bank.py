@@ -25,7 +25,7 @@ class Bank(ObjectiveSettings):
 
     The defaults are the paper's for ImageNet, but for the estimator: one pass over all rows gives the exact softmax
     and its gradient, so that estimating it is an option and not a need. The negatives of each anchor are all other
-    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
+    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of ranks, each of which holds
     its share of the rows; they do not grow with gradient accumulation.
     """
 
@@ -71,7 +71,7 @@ class Bank(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
+        """Every anchor against all rows, or against those drawn; a rank holds the rows of its part of the images."""
         if self.estimator == "parametric":
             return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
@@ -109,7 +109,7 @@ class Bank(ObjectiveSettings):
         return scores * (3 if self.estimator == "nce" else 2)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
+        """The objective, with random unit rows drawn from `seed`: the same on any number of ranks."""
         if self.estimator == "parametric":
             return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
@@ -118,7 +118,7 @@ class Bank(ObjectiveSettings):
 class BankObjective(Objective):
     """The bank's state: unit rows, when each was last written, the steps so far, and log Z (NaN until it is known).
 
-    Each process holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
+    Each rank holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
     seen travels to the rows it belongs to.
     """
 
@@ -144,7 +144,7 @@ class BankObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors, the mean over views, against the rows as the last step left them.
+        """The loss of this rank's anchors, the mean over views, against the rows as the last step left them.
 
         Raises:
             ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
@@ -178,10 +178,10 @@ class BankObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Moves the rows of the images seen, by all processes, towards this step's embeddings; keeps the step's Z.
+        """Moves the rows of the images seen, by all ranks, towards this step's embeddings; keeps the step's Z.
 
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
-        comes more than once, in views, in the batch or on several processes, is averaged first.
+        comes more than once, in views, in the batch or on several ranks, is averaged first.
         """
         check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
@@ -202,13 +202,13 @@ class BankObjective(Objective):
             self._pending_log_normaliser = None
 
     def staleness(self) -> Float[Tensor, ""]:
-        """The mean number of steps since this process's rows were written: how far the bank is behind the encoder."""
+        """The mean number of steps since this rank's rows were written: how far the bank is behind the encoder."""
         return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
 
     def _estimated(
         self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Noise, own_hits: Tensor, step: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The losses by noise rows; for NCE the step's log Z, equal on every process, and the log-sums over noise."""
+        """The losses by noise rows; for NCE the step's log Z, equal on every rank, and the log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
             others = log_sum_over_noise(anchors, ids, noise, temperature)
@@ -230,7 +230,7 @@ class BankObjective(Objective):
         return losses, log_normaliser, others
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
-        """The step's log Z from its anchors' estimates, over all processes and, by the rule, over steps.
+        """The step's log Z from its anchors' estimates, over all ranks and, by the rule, over steps.
 
         The original takes the mean over the first batch's scores, positives among them, and keeps it for ever: right
         only while the rows are random, before the first epoch is over. The moving average is the default: it follows

@@ -16,7 +16,7 @@ from manyviews.system import distributed
 
 
 class Contrastive(ObjectiveSettings):
-    """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all processes."""
+    """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all ranks."""
 
     name: Literal["contrastive"] = "contrastive"
     margin: float = Field(1.0, gt=0, le=1e4)
@@ -59,8 +59,8 @@ def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *,
     weigh next to nothing, for there are as many times more negatives as there are other images. Not `squared`, it is
     d and [margin − d]₊.
 
-    The pairs are those that the sampled triples hold, each counted once: with all, each embedding of this process
-    with each other one of its id, and with each one of another id, on all processes; else each positive with the one
+    The pairs are those that the sampled triples hold, each counted once: with all, each embedding of this rank
+    with each other one of its id, and with each one of another id, on all ranks; else each positive with the one
     negative sampled for it. A positive without a negative is left out, and so is an anchor without a positive: pulled
     alone everything would come together, pushed alone nothing would be learned. The mean over negative pairs is over
     those within the margin, or over all; where there is no pair the loss and its gradient are zero.

@@ -1,4 +1,4 @@
-"""In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
+"""In-batch contrast: every other image of the whole batch, over all ranks, is a negative."""
 
 import math
 from typing import Literal
@@ -22,7 +22,7 @@ class InBatch(ObjectiveSettings):
 
     With the bilinear score it is the loss of contrastive predictive coding (van den Oord et al. 2018, equations 3, 4).
     The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
-    with the batch and the processes, and not with gradient accumulation.
+    with the batch and the ranks, and not with gradient accumulation.
     """
 
     name: Literal["in_batch"] = "in_batch"
@@ -82,7 +82,7 @@ class InBatch(ObjectiveSettings):
 
 
 class InBatchObjective(Objective):
-    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all processes."""
+    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all ranks."""
 
     def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class InBatchObjective(Objective):
         self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
+        """The loss of this rank's anchors against the embeddings of all ranks."""
         settings = self.settings
         return nt_xent(
             embeddings,
@@ -117,7 +117,7 @@ def nt_xent(
     """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
-    Its negatives are all embeddings of another id, on every process: an image that comes twice is neither.
+    Its negatives are all embeddings of another id, on every rank: an image that comes twice is neither.
     The mean over anchors is the usual loss; SimCLR's own code returns twice that.
 
     What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
@@ -203,7 +203,7 @@ def debiased(
 
 
 def other_images(ids: Ids) -> Int[Tensor, " batch"]:
-    """For each image the number of images in the batches of all processes that have another id."""
+    """For each image the number of images in the batches of all ranks that have another id."""
     ordered = distributed.gather_without_gradient(ids).sort().values
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
     return len(ordered) - equal

@@ -12,7 +12,7 @@ from manyviews.engine.rows import at_least_float32
 
 
 class Labels(nn.Module):
-    """The labels of all images, on every process, which images have equal ones, and their mean squared distance.
+    """The labels of all images, on every rank, which images have equal ones, and their mean squared distance.
 
     They follow from the recipe and the images, so that a checkpoint holds no more than their digest: a run goes on
     with the labels it was begun with, or not at all.

@@ -63,7 +63,7 @@ class LogRatioObjective(Objective):
         self.settings, self.labels = settings, Labels(values)
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of the triplets whose anchors are this process's."""
+        """The loss of the triplets whose anchors are this rank's."""
         settings = self.settings
         return log_ratio(embeddings, ids, self.labels, squared=settings.squared, epsilon=settings.epsilon)
 

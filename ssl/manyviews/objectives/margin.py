@@ -50,7 +50,7 @@ class Margin(ObjectiveSettings):
 
 
 class MarginObjective(Objective):
-    """The margin-based loss with its boundaries, which are learned and equal on all processes."""
+    """The margin-based loss with its boundaries, which are learned and equal on all ranks."""
 
     def __init__(self, settings: Margin, population: Population, seed: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MarginObjective(Objective):
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
+        """The loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
         loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
@@ -78,7 +78,7 @@ def margin_loss(
     active negative ones by ν for each pair that is compared, and without it where they are as many.
 
     The pairs are those that the sampled triples hold: each positive with the negative sampled for it, or, with all,
-    each embedding of this process with each other one of its id, and with each one of another id, on all processes.
+    each embedding of this rank with each other one of its id, and with each one of another id, on all ranks.
     Where no pair is active the loss and its gradient are zero, ν or not.
     """
     batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)

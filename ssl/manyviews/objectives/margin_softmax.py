@@ -37,7 +37,7 @@ class MarginSoftmax(ObjectiveSettings):
     The own class' logit is s (cos(m1 θ + m2) − m3), that of any other s cos θ. This contains NormFace (Wang et al.
     2017), SphereFace (Liu et al. 2017: m1), ArcFace (Deng et al. 2019: m2), CosFace (Wang et al. 2018: m3) and their
     combinations. The classes are the ids: labels with `ids=labels`, or else each image is a class of its own. The
-    weights are spread over the processes.
+    weights are spread over the ranks.
     """
 
     name: Literal["margin_softmax"] = "margin_softmax"
@@ -85,7 +85,7 @@ class MarginSoftmax(ObjectiveSettings):
         return row_softmax(sizes)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit weights drawn from `seed`: the same on any number of processes.
+        """The objective, with random unit weights drawn from `seed`: the same on any number of ranks.
 
         Raises:
             ValueError: if there are fewer than two classes.
@@ -108,7 +108,7 @@ class MarginSoftmaxObjective(LearnedRows):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The cross-entropy of this process's anchors, the mean over views, over the classes of all processes.
+        """The cross-entropy of this rank's anchors, the mean over views, over the classes of all ranks.
 
         Raises:
             ValueError: if an id is not one of the classes (checked on CPU).

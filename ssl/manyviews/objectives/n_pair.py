@@ -106,9 +106,9 @@ def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, nor
 
 
 def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of this process's anchors (or their sum), products, numbers of negatives, and cosines of the positives."""
+    """Losses of this rank's anchors (or their sum), products, numbers of negatives, and cosines of the positives."""
     own_ids = gathered.ids[gathered.own]
-    # Each process has the pairs whose anchors are its own; their positives may be another's.
+    # Each rank has the pairs whose anchors are its own; their positives may be another's.
     partners = torch.full_like(gathered.ids, -1).index_copy_(0, pairs.anchors, pairs.positives)[gathered.own]
     paired = partners >= 0
     anchors, anchor_ids, partners = rows[paired], own_ids[paired], partners[paired]
@@ -148,6 +148,6 @@ def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:
 
 
 def _marked(places: Tensor, gathered: Gathered) -> Tensor:
-    """Which of this process's embeddings are at some places of the whole batch."""
+    """Which of this rank's embeddings are at some places of the whole batch."""
     marked = torch.zeros_like(gathered.ids, dtype=torch.bool).index_fill_(0, places, True)
     return marked[gathered.own]

@@ -28,7 +28,7 @@ class NearestNeighbours(ObjectiveSettings):
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
     size: int = Field(65_536, gt=0, le=2**31)
-    """Projections in the support set, over all processes; by default as many as lightly keeps. More of them have nearer
+    """Projections in the support set, over all ranks; by default as many as lightly keeps. More of them have nearer
     neighbours, but as many as there are images, or more, have each image itself."""
 
     @property
@@ -38,10 +38,10 @@ class NearestNeighbours(ObjectiveSettings):
         return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every image's neighbour in the support set, which is spread over the processes, against the batch."""
+        """Every image's neighbour in the support set, which is spread over the ranks, against the batch."""
         _, views, batch, dim, processes = sizes
         queries, pairs = sizes.anchors, views * (views - 1)
-        # All rows are asked for the nearest; every process names its own, and the nearest of all comes home with its
+        # All rows are asked for the nearest; every rank names its own, and the nearest of all comes home with its
         # id.
         traffic = queries * (2 * NUMBER * dim + processes * NUMBER + ID)
         # Neighbours go to the predictions of all, for each pair of views, and in backward the losses' gradients.
@@ -71,7 +71,7 @@ class NearestNeighboursObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's neighbours against the predictions of all processes, over all pairs of views.
+        """The loss of this rank's neighbours against the predictions of all ranks, over all pairs of views.
 
         `embeddings` are the predictions, `targets` the projections; without a predictor there are no targets, and the
         embeddings are both.
@@ -105,14 +105,14 @@ class NearestNeighboursObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Puts view 0's projections of all processes into the support set; the other views never enter it."""
+        """Puts view 0's projections of all ranks into the support set; the other views never enter it."""
         self.ring.enqueue(_projections(embeddings, targets)[0], ids)
 
     @torch.no_grad()
     def neighbours(
         self, projections: Float[Tensor, "queries dim"], ids: Int[Tensor, " queries"]
     ) -> tuple[Float[Tensor, "queries dim"], Int[Tensor, " queries"]]:
-        """The nearest rows of the support set over all processes, with their ids; no gradient.
+        """The nearest rows of the support set over all ranks, with their ids; no gradient.
 
         Only what has been put in is searched, where the authors begin with random rows: until something has been,
         which is in the first step, the projections themselves are returned. Of equally near rows it is the one in the
@@ -129,7 +129,7 @@ class NearestNeighboursObjective(Objective):
             similarities, places = values[:, 0], indices[:, 0]
         winners = distributed.gather_without_gradient(similarities.unsqueeze(0)).argmax(0)
         won = (winners == distributed.rank()) & similarities.isfinite()
-        # Each query is answered by one process, and by the others with zeros.
+        # Each query is answered by one rank, and by the others with zeros.
         rows, row_ids = torch.zeros_like(queries), torch.zeros_like(places)
         rows[won] = self.ring.rows[places[won]].to(rows.dtype)
         row_ids[won] = self.ring.ids[places[won]]

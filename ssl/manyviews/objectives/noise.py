@@ -1,4 +1,4 @@
-"""An anchor's own row against rows drawn at random, which lie on all processes: NCE, and the softmax over the few."""
+"""An anchor's own row against rows drawn at random, which lie on all ranks: NCE, and the softmax over the few."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -32,7 +32,7 @@ class NoiseContrastive(ObjectiveSettings):
     frequent as they are, that is the pointwise mutual information less log k.
 
     The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
-    follow the embeddings, and are spread over the processes.
+    follow the embeddings, and are spread over the ranks.
     """
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
@@ -44,7 +44,7 @@ class NoiseContrastive(ObjectiveSettings):
     """Rows drawn as noise, k: with replacement. Null: 1,024 with the correction, which evens them out, and 5 without
     (as word2vec), where each weighs as much as the anchor's own row."""
     shared: bool | None = None
-    """One draw of k for all anchors, of all processes, instead of one for each anchor. Null: shared with the
+    """One draw of k for all anchors, of all ranks, instead of one for each anchor. Null: shared with the
     correction, for which it is far cheaper and equal on average, and not without (word2vec: k for each pair)."""
     power: float = Field(0.75, ge=0, le=100)
     """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
@@ -67,7 +67,7 @@ class NoiseContrastive(ObjectiveSettings):
     def cost(self, sizes: Sizes) -> Cost:
         """Every anchor against the noise; its rows are taken to be all different and evenly spread.
 
-        One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
+        One draw for all goes to all ranks; with one for each anchor a rank gets those of its own anchors.
         """
         images, _, batch, dim, processes = sizes
         noise = self.traits.noise
@@ -77,14 +77,14 @@ class NoiseContrastive(ObjectiveSettings):
             drawn = min(noise, images)
             traffic += 2 * processes * -(-drawn // processes) * NUMBER * dim
         else:
-            # The products are with the noise of all anchors of a process.
+            # The products are with the noise of all anchors of a rank.
             drawn = min(noise * -(-sizes.anchors // processes), images)
             traffic += processes * drawn * (ID + 2 * NUMBER * dim)
         products = 3 * sizes.anchors * drawn * dim
         return sizes.cost(noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
+        """The objective, with random unit rows drawn from `seed`: the same on any number of ranks.
 
         Raises:
             ValueError: if there are fewer than two ids.
@@ -118,7 +118,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against their own rows and the step's noise, the mean over views.
+        """The loss of this rank's anchors against their own rows and the step's noise, the mean over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
@@ -180,7 +180,7 @@ class NoiseContrastiveObjective(LearnedRows):
         return drawn, fetched, times_of
 
     def _shared_rows(self, drawn: Tensor) -> Tensor:
-        """The rows of ids in rising order, from the processes that own them and with gradient to them."""
+        """The rows of ids in rising order, from the ranks that own them and with gradient to them."""
         shares = [
             distributed.share(self.classes, rank, distributed.world_size()) for rank in range(distributed.world_size())
         ]

@@ -20,8 +20,8 @@ from manyviews.system import distributed
 class Queue(ObjectiveSettings):
     """MoCo (He et al. 2020, algorithm 1) with the second version's defaults (Chen et al. 2020).
 
-    The negatives of each anchor are the keys in the queue, on any number of processes, each of which holds its share
-    of them; with `per_process` they grow with the processes. They do not grow with gradient accumulation.
+    The negatives of each anchor are the keys in the queue, on any number of ranks, each of which holds its share
+    of them; with `per_process` they grow with the ranks. They do not grow with gradient accumulation.
 
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
@@ -33,7 +33,7 @@ class Queue(ObjectiveSettings):
     size: int = Field(65_536, gt=0, le=2**31)
     """Keys in the queue, which are the negatives of each anchor."""
     per_process: bool = False
-    """Take the size for each process: with W processes the queue holds W times as many keys."""
+    """Take the size for each rank: with W ranks the queue holds W times as many keys."""
     storage: Storage = "float32"
     """Number format of the keys; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
     momentum: float = Field(0.999, ge=0, le=1)
@@ -41,7 +41,7 @@ class Queue(ObjectiveSettings):
     symmetric: bool = False
     """Contrast view 1 with the twin's view 0 too, and take the mean."""
     shuffle: bool = True
-    """On several processes, the twin sees the images in other company than the encoder, for batch norm's sake."""
+    """On several ranks, the twin sees the images in other company than the encoder, for batch norm's sake."""
 
     @property
     def traits(self) -> Traits:
@@ -57,7 +57,7 @@ class Queue(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against every key of the queue, which is spread over the processes."""
+        """Every anchor against every key of the queue, which is spread over the ranks."""
         _, views, batch, dim, processes = sizes
         anchors = (views if self.symmetric else 1) * batch
         size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
@@ -67,7 +67,7 @@ class Queue(ObjectiveSettings):
         return sizes.cost(size, traffic=traffic, products=products, rows=size, row_bytes=number * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
+        """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of ranks."""
         return QueueObjective(self, dim=dim, population=population, seed=seed)
 
 
@@ -86,7 +86,7 @@ class QueueObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the queue as the last step left it.
+        """The loss of this rank's anchors against the queue as the last step left it.
 
         With symmetry `embeddings` and `targets` are both views of the encoder and of the twin, and each view is
         contrasted with the other; without, they are view 0 of the encoder and view 1 of the twin.
@@ -117,7 +117,7 @@ class QueueObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Enqueues one key per image of all processes: the twin's view 1.
+        """Enqueues one key per image of all ranks: the twin's view 1.
 
         The symmetric loss enqueues no more than that: MoCo's notebook for CIFAR-10 enqueues both views, which halves
         the number of images the queue reaches back to.
@@ -150,7 +150,7 @@ def supervised_queue_softmax(
 
     Its positives are its own key and the keys of its id in the queue; the sum goes over its own key and the whole queue
     (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and
-    `counts` what `key_sums` gives for them, `rows` this process's part of the queue.
+    `counts` what `key_sums` gives for them, `rows` this rank's part of the queue.
     """
     products = (positives + (queries * sums).sum(1)) / (1 + counts)
     candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature), positives / temperature)
@@ -159,7 +159,7 @@ def supervised_queue_softmax(
 
 @torch.no_grad()
 def key_sums(queue: Ring, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
-    """For each id the sum of the keys in the queue, on all processes, that have it, and their number; collective.
+    """For each id the sum of the keys in the queue, on all ranks, that have it, and their number; collective.
 
     Similarities with all keys of an id add up to that with their sum, so that none is compared by itself.
     """

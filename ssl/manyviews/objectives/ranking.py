@@ -62,9 +62,9 @@ class RankingObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's queries: the mean over those with items of different relevance.
+        """The loss of this rank's queries: the mean over those with items of different relevance.
 
-        An item is every embedding of the batch, on all processes, but the query itself.
+        An item is every embedding of the batch, on all ranks, but the query itself.
         """
         gathered = gather_views(normalize(embeddings), ids)
         queries = normalize(embeddings).flatten(0, 1)
@@ -103,7 +103,7 @@ class RankingObjective(Objective):
         return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
 
     def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-        """How relevant all embeddings of the batch are to some of this process's queries."""
+        """How relevant all embeddings of the batch are to some of this rank's queries."""
         if self.labels is None:
             return lambda tile: (ids[own[tile], None] == ids).to(dtype)
         between = self.labels.between(ids[own], ids, dtype)

@@ -31,7 +31,7 @@ class Supervised(ObjectiveSettings):
         return Traits(compares_embeddings=True, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """As of the loss in the batch; with the sums of classes, one row for each id of a process, that travel too."""
+        """As of the loss in the batch; with the sums of classes, one row for each id of a rank, that travel too."""
         _, views, batch, dim, _ = sizes
         traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
         return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
@@ -45,7 +45,7 @@ class Supervised(ObjectiveSettings):
 def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) -> Loss:
     """For each anchor the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
 
-    An anchor's positives are all other embeddings of its id, on every process; the sum goes over all embeddings but
+    An anchor's positives are all other embeddings of its id, on every rank; the sum goes over all embeddings but
     the anchor itself, positives among them. Anchors without a positive are left out of the mean over anchors: the
     authors' code divides by zero there (a later version by one, which counts them with a loss of zero), and it
     multiplies the loss by τ / 0.07.
@@ -54,7 +54,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     id too: the terms hold its bound, which P positives keep below log N − log P.
 
     A positive is never compared one by one: the similarities with all of a class add up to that with its sum, so that
-    memory and traffic stay linear, one row for each id of each process.
+    memory and traffic stay linear, one row for each id of each rank.
     """
     views, batch, _ = embeddings.shape
     embeddings = normalize(embeddings)
@@ -84,7 +84,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
 
 
 def class_sums(embeddings: Embeddings, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
-    """For each id the sum of all embeddings that have it, on all processes and with gradient, and their number."""
+    """For each id the sum of all embeddings that have it, on all ranks and with gradient, and their number."""
     own, places = ids.unique(return_inverse=True)
     local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, places, embeddings.sum(0))
     counts = torch.bincount(places, minlength=len(own)) * len(embeddings)

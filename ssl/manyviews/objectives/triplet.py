@@ -21,7 +21,7 @@ FEW = 32
 
 
 class Triplet(ObjectiveSettings):
-    """The triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all processes.
+    """The triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all ranks.
 
     The defaults are FaceNet's: squared distances on the unit sphere, a margin of 0.2, semi-hard negatives for all
     positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
@@ -65,8 +65,8 @@ class Triplet(ObjectiveSettings):
 def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int) -> Loss:
     """The mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² in place of d where `squared`.
 
-    Anchors are all embeddings of this process, positives the other embeddings of the anchor's id and negatives those
-    of other ids, on all processes. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017
+    Anchors are all embeddings of this rank, positives the other embeddings of the anchor's id and negatives those
+    of other ids, on all ranks. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017
     find best), or over all that were sampled (FaceNet's equation 3 is their sum); with a soft margin all are above.
     Where there is none the loss and its gradient are zero.
 
