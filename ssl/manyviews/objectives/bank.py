@@ -1,4 +1,4 @@
-"""A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
+"""Memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
 
 import math
 from typing import Annotated, Literal
@@ -23,10 +23,9 @@ NORMALISER_DECAY = 0.9
 class Bank(ObjectiveSettings):
     """Non-parametric instance discrimination (Wu et al. 2018), each image a class of its own.
 
-    The defaults are the paper's for ImageNet, but for the estimator: one pass over all rows gives the exact softmax
-    and its gradient, so that estimating it is an option and not a need. The negatives of each anchor are all other
-    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of ranks, each of which holds
-    its share of the rows; they do not grow with gradient accumulation.
+    The defaults are the paper's for ImageNet, except for the estimator: one pass over all rows gives the exact softmax
+    and its gradient. The negatives of each anchor are all other rows (exact, parametric) or those drawn as noise (nce,
+    infonce), on any number of ranks, which share the rows; they do not grow with gradient accumulation.
     """
 
     name: Literal["bank"] = "bank"
@@ -71,7 +70,7 @@ class Bank(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against all rows, or against those drawn; a rank holds the rows of its part of the images."""
+        """Cost of every anchor against all rows, or against those drawn; rows are sharded over the ranks."""
         if self.estimator == "parametric":
             return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
@@ -86,7 +85,7 @@ class Bank(ObjectiveSettings):
         return sizes.cost(negatives, traffic=traffic, products=products, rows=images, row_bytes=number * dim + STEP)
 
     def _noise_traffic(self, anchors: int, dim: int) -> int:
-        """Anchors and their ids go to the noise rows; maxima and sums, and the weighted rows, come home."""
+        """Bytes of anchors and ids to the noise rows, and of maxima, sums and weighted rows back."""
         there, home = anchors * (ID + NUMBER * dim), anchors * NUMBER * dim
         logarithm = there + anchors * 3 * NUMBER
         if self.estimator == "infonce":
@@ -100,7 +99,7 @@ class Bank(ObjectiveSettings):
         return loss + (averaged if self.normaliser == "ema" else 0)
 
     def _noise_products(self, sizes: Sizes) -> int:
-        """Scores of the noise rows and their weighted mean; with NCE the scores twice, first for their log-sum."""
+        """Products for scores of the noise rows and their weighted mean; with NCE for the scores twice."""
         # With noise for each image, products with all rows may cost less time than gathering the few.
         dense = not self.shared and -(-sizes.images // sizes.processes) <= DENSE * self.negatives
         scores = sizes.anchors * (sizes.images if dense else self.negatives) * sizes.dim
@@ -109,17 +108,17 @@ class Bank(ObjectiveSettings):
         return scores * (3 if self.estimator == "nce" else 2)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of ranks."""
+        """Builds the objective, with random unit rows drawn from `seed`, equal on any number of ranks."""
         if self.estimator == "parametric":
             return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
 class BankObjective(Objective):
-    """The bank's state: unit rows, when each was last written, the steps so far, and log Z (NaN until it is known).
+    """Bank of unit rows, with the step at which each was last written, and log Z (NaN until it is known).
 
-    Each rank holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
-    seen travels to the rows it belongs to.
+    Each rank holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and embeddings
+    to the rows that they update.
     """
 
     rows: Tensor
@@ -144,10 +143,10 @@ class BankObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this rank's anchors, the mean over views, against the rows as the last step left them.
+        """Loss of this rank's anchors, averaged over views, against the rows as the last step left them.
 
         Raises:
-            ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
+            ValueError: if an id is not a row of the bank (checked on CPU).
         """
         check_ids(ids, self.num_images)
         settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
@@ -178,10 +177,10 @@ class BankObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Moves the rows of the images seen, by all ranks, towards this step's embeddings; keeps the step's Z.
+        """Moves the rows of the batch's images, on all ranks, towards their embeddings; stores the step's Z.
 
-        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
-        comes more than once, in views, in the batch or on several ranks, is averaged first.
+        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views,
+        repetitions in the batch and ranks.
         """
         check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
@@ -202,13 +201,13 @@ class BankObjective(Objective):
             self._pending_log_normaliser = None
 
     def staleness(self) -> Float[Tensor, ""]:
-        """The mean number of steps since this rank's rows were written: how far the bank is behind the encoder."""
+        """Mean number of steps since this rank's rows were written."""
         return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
 
     def _estimated(
         self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Noise, own_hits: Tensor, step: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The losses by noise rows; for NCE the step's log Z, equal on every rank, and the log-sums over noise."""
+        """Losses by noise rows; for NCE also the step's log Z, equal on every rank, and the log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
             others = log_sum_over_noise(anchors, ids, noise, temperature)
@@ -230,13 +229,13 @@ class BankObjective(Objective):
         return losses, log_normaliser, others
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
-        """The step's log Z from its anchors' estimates, over all ranks and, by the rule, over steps.
+        """Averages the anchors' estimates of log Z over all ranks and, with `ema`, over steps.
 
-        The original takes the mean over the first batch's scores, positives among them, and keeps it for ever: right
-        only while the rows are random, before the first epoch is over. The moving average is the default: it follows
-        the rows, at the cost of one more product with the noise. A batch's estimate rests on its anchors times the
-        noise rows and is precise already, so it forgets with 0.9, and in the logarithm, which falls as fast as it
-        rises: Z grows and shrinks by orders of magnitude while the first rows replace the random ones.
+        The original keeps the mean over the first batch's scores, positives among them, for ever: right only while the
+        rows are random, before the end of the first epoch. The moving average follows the rows, at the cost of one more
+        product with the noise. An estimate is precise already, by its anchors times the noise rows: hence the decay of
+        0.9. It averages logarithms, which fall as fast as they rise: Z changes by orders of magnitude while the first
+        rows replace the random ones.
         """
         stored = self.log_normaliser
         logarithms = distributed.gather_without_gradient(logarithms)

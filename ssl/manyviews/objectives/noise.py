@@ -1,4 +1,4 @@
-"""An anchor's own row against rows drawn at random, which lie on all ranks: NCE, and the softmax over the few."""
+"""An anchor's own row against rows drawn at random from all ranks: NCE, and the softmax over the drawn rows."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -188,7 +188,7 @@ def _sum_common(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _sum_dense(rows: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:
-    # What is no noise has no weight, wherever it points.
+    # Draws that are no noise have no weight, whatever their index.
     return weights.new_zeros(len(weights), len(rows)).scatter_add_(1, drawn, weights) @ rows
 
 

@@ -1,4 +1,4 @@
-"""Learned rows, each told from rows drawn as noise: noise-contrastive estimation, and word2vec's negative sampling."""
+"""Learned rows against rows drawn as noise: noise-contrastive estimation, and word2vec's negative sampling."""
 
 import itertools
 import math
@@ -26,13 +26,13 @@ from manyviews.system.keyed_random import torch_generator
 class NoiseContrastive(ObjectiveSettings):
     """Is this row the anchor's, or noise? (Gutmann and Hyvärinen 2010; Mikolov et al. 2013), with one row per id.
 
-    With the correction it is noise-contrastive estimation, in which scores go to log P(id | anchor) + log Z. Noise may
-    then be the anchor's own id: without it scores would go to the odds. Without the correction it is word2vec's
-    negative sampling, in which scores go to the log of the odds over the expected noise: for rare ids, with noise as
-    frequent as they are, that is the pointwise mutual information less log k.
+    With the correction it is noise-contrastive estimation: scores converge to log P(id | anchor) + log Z. Noise may
+    then be the anchor's own id: without it scores would converge to the odds. Without the correction it is word2vec's
+    negative sampling: scores converge to the log of the odds over the expected noise, which for rare ids, with noise as
+    frequent as they are, is the pointwise mutual information minus log k.
 
-    The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
-    follow the embeddings, and are spread over the ranks.
+    Ids are images or, with `ids=labels`, classes. The rows are learned by the optimizer, where those of `bank` follow
+    the embeddings, and are sharded over the ranks.
     """
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
@@ -65,13 +65,11 @@ class NoiseContrastive(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against the noise; its rows are taken to be all different and evenly spread.
-
-        One draw for all goes to all ranks; with one for each anchor a rank gets those of its own anchors.
-        """
+        """Cost of every anchor against the noise, whose rows are assumed distinct and evenly spread over the ranks."""
         images, _, batch, dim, processes = sizes
         noise = self.traits.noise
-        # Ids go to the anchors' own rows, and these back; then the noise rows come. In backward come the gradients.
+        # Ids go to the anchors' own rows, and these back. Then come the noise rows: of one draw all of them, else those
+        # of the rank's own anchors. In backward come the gradients.
         traffic = batch * (ID + 2 * NUMBER * dim)
         if self.traits.one_draw:
             drawn = min(noise, images)
@@ -84,33 +82,24 @@ class NoiseContrastive(ObjectiveSettings):
         return sizes.cost(noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of ranks.
-
-        Raises:
-            ValueError: if there are fewer than two ids.
-        """
+        """Builds the objective, with random unit rows drawn from `seed`, equal on any number of ranks."""
         return NoiseContrastiveObjective(self, dim=dim, population=population, seed=seed)
 
 
 class NoiseContrastiveObjective(LearnedRows):
-    """The rows, and log Z where it is learned."""
+    """Noise-contrastive loss with its rows, and log Z where it is learned."""
 
     frequencies: Tensor
 
     def __init__(self, settings: NoiseContrastive, *, dim: int, population: Population, seed: int) -> None:
-        if population.size < 2:
-            raise ValueError(
-                f"noise is other ids, and there is {population.size} only: give labels of at least 2 classes, or set "
-                "ids=images"
-            )
         super().__init__(population, dim=dim, seed=seed)
         self.settings, self.seed = settings, seed
-        # Known from the images, so no part of a checkpoint.
+        # Follows from the images, so no part of a checkpoint.
         self.register_buffer("frequencies", population.ids.bincount(), persistent=False)
         frequencies = self.frequencies.cpu().double()
         weights = frequencies**settings.power
         self._cumulative = weights.cumsum(0)
-        # How far the noise is from what it is noise of, Σ p log(p / q): InfoNCE bounds what is known beyond the noise.
+        # KL divergence of the ids' frequencies from the noise, Σ p log(p / q): InfoNCE bounds information beyond it.
         shares = frequencies / frequencies.sum()
         self._divergence = float(torch.xlogy(shares, shares * self._cumulative[-1] / weights).sum())
         if settings.correction and settings.normaliser == "learned":
@@ -118,7 +107,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this rank's anchors against their own rows and the step's noise, the mean over views.
+        """Loss of this rank's anchors against their own rows and the step's noise, averaged over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
@@ -151,7 +140,7 @@ class NoiseContrastiveObjective(LearnedRows):
         }
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
-        # So little noise of so unlike ids bounds nothing.
+        # Too few noise rows, too unlike the ids, give no bound.
         if self._divergence < math.log1p(settings.traits.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
@@ -159,9 +148,9 @@ class NoiseContrastiveObjective(LearnedRows):
     def _noise(
         self, batch: list[int], views: int, step: int, like: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
-        """The step's noise: ids, their rows with gradient, and how often each is noise for some of the anchors.
+        """Noise ids of the step, their rows with gradient, and how often each was drawn for some of the anchors.
 
-        Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
+        If each anchor has its own noise, it depends on the index of its image in the whole batch, and on its view.
         """
         count, key = self.settings.traits.noise, {"seed": self.seed, "step": step}
         if self.settings.traits.one_draw:
@@ -170,24 +159,22 @@ class NoiseContrastiveObjective(LearnedRows):
             return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
         whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
         own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
-        drawn, places = (found.to(like.device) for found in own.unique(return_inverse=True))
+        drawn, indices = (part.to(like.device) for part in own.unique(return_inverse=True))
         fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
 
         def times_of(rows: slice) -> Tensor:
-            ones = like.new_ones(1, 1).expand_as(places[rows])
-            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, places[rows], ones)
+            ones = like.new_ones(1, 1).expand_as(indices[rows])
+            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, indices[rows], ones)
 
         return drawn, fetched, times_of
 
     def _shared_rows(self, drawn: Tensor) -> Tensor:
-        """The rows of ids in rising order, from the ranks that own them and with gradient to them."""
-        shares = [
-            distributed.share(self.classes, rank, distributed.world_size()) for rank in range(distributed.world_size())
-        ]
-        edges = torch.searchsorted(drawn, torch.tensor([0, *(share.stop for share in shares)])).tolist()
-        rank = distributed.rank()
-        places = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
-        return distributed.gather(self.weight[places], [last - first for first, last in itertools.pairwise(edges)])
+        """Rows of ids in rising order, gathered from the ranks that own them, with gradient."""
+        rank, world_size = distributed.rank(), distributed.world_size()
+        stops = [distributed.share(self.classes, other, world_size).stop for other in range(world_size)]
+        edges = torch.searchsorted(drawn, torch.tensor([0, *stops])).tolist()
+        own = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
+        return distributed.gather(self.weight[own], [last - first for first, last in itertools.pairwise(edges)])
 
     def _log_normaliser(self, like: Tensor) -> Tensor:
         rule = self.settings.normaliser
@@ -196,7 +183,7 @@ class NoiseContrastiveObjective(LearnedRows):
         return self.log_normaliser if isinstance(rule, str) else like.new_tensor(math.log(rule))
 
     def _offsets(self, ids: Tensor, like: Tensor) -> Tensor:
-        """log(k · P(noise is this id)) of each id; 0 without the correction."""
+        """log(k · P(noise is this id)); 0 without the correction."""
         settings = self.settings
         if not settings.correction:
             return like.new_zeros(len(ids))
@@ -205,10 +192,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
 
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
-    """Ids drawn with replacement from the sums of their weights up to each; from the seed and the step alone.
-
-    On the CPU, so that they are the same on every device.
-    """
+    """Draws ids with replacement by their cumulated weights, from seed and step alone; on the CPU for all devices."""
     numbers = torch.rand(count, generator=torch_generator(seed, step), dtype=torch.float64)
     return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
@@ -225,11 +209,11 @@ def noise_term(
     own_logits: Float[Tensor, " all"],
     temperature: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
-    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three figures.
+    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three sums over the anchors.
 
-    Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id where `ids`, those of
-    all anchors, are given. The figures are sums over the anchors: the noise rows N − 1 that counted, log N less the
-    InfoNCE loss of the same scores, with `own_logits` those of the anchors' own rows, and log N.
+    Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id if `ids`, those of all
+    anchors, are given. The sums are of the noise rows N − 1 that counted, of log N minus the InfoNCE loss of the same
+    scores, with `own_logits` those of the anchors' own rows, and of log N.
     """
     logits = products / temperature - (log_normaliser + offsets)
     weights = times(rows).expand_as(products)

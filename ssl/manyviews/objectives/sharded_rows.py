@@ -61,10 +61,18 @@ class LearnedRows(Objective):
 
     Rows start as random unit rows and are moved by the optimizer; their gradient on each rank is the sum over the
     losses of all ranks.
+
+    Raises:
+        ValueError: if there are fewer than two ids.
     """
 
     def __init__(self, population: Population, *, dim: int, seed: int) -> None:
         super().__init__()
+        if population.size < 2:
+            raise ValueError(
+                f"one row for each id needs at least 2 ids, and there is {population.size}: give labels of at least 2 "
+                "classes, or set ids=images"
+            )
         self.classes = population.size
         self.own = distributed.share(self.classes)
         self.weight = nn.Parameter(unit_rows(self.own, dim, seed=seed))
