@@ -1,4 +1,4 @@
-"""Pairs: the contrastive loss of the Siamese network, which draws equal ids together and pushes others apart."""
+"""Contrastive loss of the Siamese network: embeddings of equal ids are pulled together, others pushed apart."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ from manyviews.system import distributed
 
 
 class Contrastive(ObjectiveSettings):
-    """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all ranks."""
+    """Contrastive loss of pairs (Hadsell, Chopra and LeCun 2006) in the batches of all ranks."""
 
     name: Literal["contrastive"] = "contrastive"
     margin: float = Field(1.0, gt=0, le=1e4)
@@ -41,13 +41,13 @@ class Contrastive(ObjectiveSettings):
         return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
+        """Cost of every embedding against all of the batch."""
         # Pairs within the margin are counted before they are weighed.
         counted = self.average == "active" or self.sampling.name == "all"
         return all_pairs(sizes, self.traits.distance, passes=4 if counted else 3)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state: `seed` is of the pairs that are drawn."""
+        """Builds the objective; it has no state, and draws pairs by `seed`."""
         return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step))
 
 
@@ -59,11 +59,11 @@ def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *,
     weigh next to nothing, for there are as many times more negatives as there are other images. Not `squared`, it is
     d and [margin − d]₊.
 
-    The pairs are those that the sampled triples hold, each counted once: with all, each embedding of this rank
-    with each other one of its id, and with each one of another id, on all ranks; else each positive with the one
-    negative sampled for it. A positive without a negative is left out, and so is an anchor without a positive: pulled
-    alone everything would come together, pushed alone nothing would be learned. The mean over negative pairs is over
-    those within the margin, or over all; where there is no pair the loss and its gradient are zero.
+    The pairs are those of the sampled triples, each counted once: with `all`, each embedding of this rank with each
+    other one of its id, and with each one of another id, on all ranks; else each positive with the one negative sampled
+    for it. Positives without a negative and anchors without a positive are left out: pulled alone all embeddings would
+    collapse, pushed alone nothing would be learned. The mean over negative pairs is over those within the margin, or
+    over all; where there is no pair the loss and its gradient are zero.
     """
     batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
     weight = torch.ones_like(batch.positive_similarity)
@@ -82,7 +82,7 @@ def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *,
         return total, torch.cat([counts, triples.figures, hard])
 
     if settings.average == "active" or settings.sampling.name == "all":
-        # What a negative pair weighs has to be known before the tiles are differentiated: they are counted first.
+        # The weight of a negative pair is needed before the tiles are differentiated: a first pass counts them.
         _, figures = sum_over_tiles(batch.anchors.detach(), batch.candidates.detach(), term)
         positives, active, count = distributed.total(figures[:3])
         weight = positives / (active if settings.average == "active" else count).clamp(min=1)

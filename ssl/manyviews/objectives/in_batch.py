@@ -18,11 +18,11 @@ from manyviews.system import distributed
 
 
 class InBatch(ObjectiveSettings):
-    """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three other ways to count negatives.
+    """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three variants.
 
     With the bilinear score it is the loss of contrastive predictive coding (van den Oord et al. 2018, equations 3, 4).
-    The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
-    with the batch and the ranks, and not with gradient accumulation.
+    The defaults are SimCLR's for ImageNet; its temperature for CIFAR-10 is 0.5. The negatives per anchor grow with the
+    batch and the ranks, and not with gradient accumulation.
     """
 
     name: Literal["in_batch"] = "in_batch"
@@ -60,7 +60,7 @@ class InBatch(ObjectiveSettings):
         return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every image of the batch against every other, each pair once: it keeps nothing.
+        """Cost of every image of the batch against every other, each pair once, with no memory.
 
         A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
         """
@@ -71,18 +71,18 @@ class InBatch(ObjectiveSettings):
             traffic = sums * (softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
             products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
         else:
-            # Ids tell how many negatives there are.
+            # Ids give the number of negatives.
             traffic = sums * symmetric_traffic(anchors, dim) + batch * ID
             products = sums * 2 * anchors**2 * dim
         return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
+        """Builds the objective; its only state is the matrix of a bilinear score, initially the identity."""
         return InBatchObjective(self, dim=dim)
 
 
 class InBatchObjective(Objective):
-    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all ranks."""
+    """In-batch loss with, for a bilinear score, its matrix, equal on all ranks."""
 
     def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class InBatchObjective(Objective):
         self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this rank's anchors against the embeddings of all ranks."""
+        """Loss of this rank's anchors against the embeddings of all ranks."""
         settings = self.settings
         return nt_xent(
             embeddings,
@@ -114,24 +114,27 @@ def nt_xent(
     hardness: float = 0.0,
     matrix: Float[Tensor, "dim dim"] | None = None,
 ) -> Loss:
-    """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
+    """Normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
-    Its negatives are all embeddings of another id, on every rank: an image that comes twice is neither.
-    The mean over anchors is the usual loss; SimCLR's own code returns twice that.
+    Its negatives are all embeddings of another id, on every rank: an image that comes twice is neither. The mean over
+    anchors is the usual loss; SimCLR's own code returns twice that.
 
-    What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
-    `positive_probability` what `debiased` makes of it, with `decoupled` all of the denominator. An anchor without
-    negatives adds nothing. In each case the terms say what InfoNCE of the same scores, with `hardness` times
-    1 + hardness, bounds.
+    The negatives enter the denominator as Σ exp(s/τ): weighted with `hardness`, corrected by `debiased` with
+    `positive_probability`, without the positive beside them if `decoupled`. An anchor without negatives adds nothing.
+    In each case the terms have the information bound of InfoNCE of the same scores, times 1 + hardness.
 
     With a `matrix` W the scores are those of contrastive predictive coding, f(z, c) = exp(zᵀ W c) (van den Oord et al.
     2018, equation 3): each embedding is once the context c. Embeddings keep their length. W is the matrix divided by
     the dimension and the temperature: with the identity, and embeddings of unit variance in each dimension, scores
-    begin on the scale of cosines. The matrix learns whatever else there is to them.
+    start on the scale of cosines.
 
     Raises:
-        ValueError: if there is one view only.
+        ValueError: if there is only one view.
+
+    >>> z = torch.eye(3).expand(2, 3, 3)
+    >>> nt_xent(z, torch.arange(3), temperature=0.5).total
+    tensor(0.4327)
     """
     keys: Tensor | None = None  # the queries
     if matrix is None:
@@ -169,10 +172,10 @@ def nt_xent(
 
 
 def symmetric_traffic(anchors: int, dim: int) -> int:
-    """Bytes of a softmax over the batch, in which a pair's product serves two anchors.
+    """Bytes gathered by a softmax over the batch, in which a pair's product serves two anchors.
 
-    Forward, ids and embeddings go to all, and the sums to all. Backward, the sums' gradients go to all, and the
-    embeddings' home: the product is made again, and gives each of the two the other's row.
+    Forward, ids, embeddings and sums go to all ranks. Backward, the sums' gradients go to all, and the embeddings'
+    home.
     """
     return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
 
@@ -184,10 +187,10 @@ def debiased(
     positive_probability: float,
     temperature: float,
 ) -> Float[Tensor, "*pairs batch"]:
-    """The log of the sum over true negatives, from that over all and the positive (Chuang et al. 2020, equation 8).
+    """Log of the sum over true negatives, from that over all and the positive (Chuang et al. 2020, equation 8).
 
-    Of N negatives a share τ⁺ are expected to be positives, each like the positive at hand: what is left is
-    (Σ − τ⁺ N e^p) / (1 − τ⁺), but no less than N e^(−1/τ), the least a sum over N can be. Where that bound holds, the
+    Of N negatives a share τ⁺ is expected to be positives, each like the positive at hand: what remains is
+    (Σ − τ⁺ N e^p) / (1 − τ⁺), at least N e^(−1/τ), the minimum of a sum over N. Where that bound is active, the
     gradient is zero, as in the authors' code; unlike theirs, nothing is exponentiated.
 
     `negatives` are log Σ for each pair of an anchor and a positive, `positives` the logits p of the positives, `counts`
@@ -203,7 +206,7 @@ def debiased(
 
 
 def other_images(ids: Ids) -> Int[Tensor, " batch"]:
-    """For each image the number of images in the batches of all ranks that have another id."""
+    """Number of images in the batches of all ranks that have another id than each image."""
     ordered = distributed.gather_without_gradient(ids).sort().values
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
     return len(ordered) - equal
@@ -212,10 +215,10 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
 def _negatives(
     queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
 ) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
-    """The log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what stands for their sum.
+    """Log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what replaces their sum.
 
-    That is the same without hardness (β = 0), and with it N times their weighted mean. The weights e^(βs/τ) join the
-    terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as in the authors' code.
+    Without hardness (β = 0) that is the same, else N times their weighted mean. The weights e^(βs/τ) multiply the terms
+    e^(s/τ) and are normalised by their own sum; the gradient passes through both, as in the authors' code.
     """
     views, batch, _ = queries.shape
     anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)

@@ -1,4 +1,4 @@
-"""The margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
+"""Margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
 
 from typing import Literal
 
@@ -17,10 +17,10 @@ from manyviews.system import distributed
 
 
 class Margin(ObjectiveSettings):
-    """The margin-based loss with distance-weighted sampling (Wu et al. 2017, Sampling Matters).
+    """Margin-based loss with distance-weighted sampling (Wu et al. 2017, Sampling Matters).
 
     The defaults are the paper's. The boundary β between same and different is learned with the weights, by the same
-    optimiser: one for all, or one for each id, which with ids=images is each image.
+    optimizer: one for all, or one for each id, which with ids=images is each image.
     """
 
     name: Literal["margin"] = "margin"
@@ -41,16 +41,16 @@ class Margin(ObjectiveSettings):
         return Traits(compares_embeddings=True)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
+        """Cost of every embedding against all of the batch."""
         return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with its boundaries; `seed` is of the pairs that are drawn."""
+        """Builds the objective, with its boundaries; pairs are drawn by `seed`."""
         return MarginObjective(self, population, seed)
 
 
 class MarginObjective(Objective):
-    """The margin-based loss with its boundaries, which are learned and equal on all ranks."""
+    """Margin-based loss with its boundaries, which are learned and equal on all ranks."""
 
     def __init__(self, settings: Margin, population: Population, seed: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MarginObjective(Objective):
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this rank's anchors against the embeddings of all ranks."""
+        """Loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
         loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
@@ -77,7 +77,7 @@ def margin_loss(
     positive pair, as in the authors' code. With it a boundary rests where the active positive pairs outnumber the
     active negative ones by ν for each pair that is compared, and without it where they are as many.
 
-    The pairs are those that the sampled triples hold: each positive with the negative sampled for it, or, with all,
+    The pairs are those of the sampled triples: each positive with the negative sampled for it, or, with `all`,
     each embedding of this rank with each other one of its id, and with each one of another id, on all ranks.
     Where no pair is active the loss and its gradient are zero, ν or not.
     """
