@@ -299,7 +299,7 @@ def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.Mo
     batch, shares = prepared(z, REPEATED), 50_000
     uniform = ((torch.arange(shares) + 0.5) / shares).repeat(20, 1)
     products = batch.anchors @ batch.candidates.T
-    places, there = draw(products, batch.classes.mates(slice(0, 20)), uniform, 5, 0.5, 1.4)
+    places, there = draw(products, batch.mates(slice(0, 20)), uniform, 5, 0.5, 1.4)
     found = torch.stack([row.bincount(minlength=20) for row in places]) / shares
     # In few dimensions one maximum for all rows does no harm; a row without candidates is NaN there.
     assert there.all()

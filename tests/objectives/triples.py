@@ -25,7 +25,7 @@ def sampled(sampling: Sampling, batch: Batch, tile: int = 1000) -> list[Triple]:
     for start in range(0, len(batch.anchors), tile):
         rows = slice(start, min(start + tile, len(batch.anchors)))
         triples = choose(sampling, batch, rows, batch.anchors[rows].detach() @ batch.candidates.detach().T)
-        mates = batch.classes.mates(rows)
+        mates = batch.mates(rows)
         for row in range(rows.stop - rows.start):
             others = sorted(set(range(len(batch.candidates))) - set(mates[row].tolist()))
             for column in triples.chosen[row].nonzero()[:, 0].tolist():

@@ -1,7 +1,7 @@
 """In-batch contrast: every other image of the whole batch, over all ranks, is a negative."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,10 @@ class InBatch(ObjectiveSettings):
     The defaults are SimCLR's for ImageNet; its temperature for CIFAR-10 is 0.5. The negatives per anchor grow with the
     batch and the ranks, and not with gradient accumulation.
     """
+
+    traits: ClassVar[Traits] = Traits(
+        fewest_views=2, images_only="whose positives are views of one image only", bounds_information=True
+    )
 
     name: Literal["in_batch"] = "in_batch"
     temperature: Temperature = 0.1
@@ -52,12 +56,6 @@ class InBatch(ObjectiveSettings):
                 "set decoupled=false or positive_probability=0"
             )
         return self
-
-    @property
-    def traits(self) -> Traits:
-        """The scores bound information by InfoNCE, also where they are trained by another of the losses."""
-        reason = "whose positives are views of one image only"
-        return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every image of the batch against every other, each pair once, with no memory.

@@ -1,6 +1,6 @@
 """The log-ratio loss for continuous labels (Kim et al. 2019): ratios of distances become those of the labels."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,17 +25,14 @@ class LogRatio(ObjectiveSettings):
     distances to any two others are to be in the ratio of its label distances.
     """
 
+    traits: ClassVar[Traits] = Traits(uses_values="always", compares_embeddings=True, distance="euclidean")
+
     name: Literal["log_ratio"] = "log_ratio"
     squared: Squared = "both"
     """Which distances are squared: both (the paper); neither, a quarter of it (the authors' code); or those of the
     embeddings alone, which are then to grow as the roots of label distances."""
     epsilon: float = Field(1e-6, gt=0, le=1e4)
     """Added to each squared distance inside the logarithm, as a share of the mean squared distance."""
-
-    @property
-    def traits(self) -> Traits:
-        """Ratios of Euclidean distances are trained."""
-        return Traits(uses_values="always", compares_embeddings=True, distance="euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""

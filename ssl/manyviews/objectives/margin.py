@@ -1,6 +1,6 @@
 """Margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,8 @@ class Margin(ObjectiveSettings):
     optimizer: one for all, or one for each id, which with ids=images is each image.
     """
 
+    traits: ClassVar[Traits] = Traits(compares_embeddings=True)
+
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, ge=0, le=1e4)
     """Distance on either side of the boundary within which pairs still cost something: the paper's α."""
@@ -34,11 +36,6 @@ class Margin(ObjectiveSettings):
     """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
     sampling: Sampling = DistanceWeighted()
     """Which pairs."""
-
-    @property
-    def traits(self) -> Traits:
-        """The embeddings are compared."""
-        return Traits(compares_embeddings=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every embedding against all of the batch."""

@@ -1,7 +1,7 @@
 """Softmax over directions with an angular margin for the own class: SphereFace, CosFace, ArcFace."""
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ class MarginSoftmax(ObjectiveSettings):
     a class of its own. The weights are sharded over the ranks.
     """
 
+    traits: ClassVar[Traits] = Traits(negatives_from="rows", compares_embeddings=True)
+
     name: Literal["margin_softmax"] = "margin_softmax"
     preset: Preset = "arcface"
     """A paper's m1, m2, m3, normalized and annealing, where they are not given: NormFace, SphereFace (A-Softmax),
@@ -74,11 +76,6 @@ class MarginSoftmax(ObjectiveSettings):
                 "their own length takes its place: leave scale out, or set normalized=true"
             )
         return self
-
-    @property
-    def traits(self) -> Traits:
-        """The embeddings are compared, by the cosine."""
-        return Traits(negatives_from="rows", compares_embeddings=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of the softmax without a margin, which is a matter of the anchors' own weights only."""

@@ -1,7 +1,7 @@
 """Nearest-neighbour contrast: an image's positive is its nearest neighbour among the images of the last steps."""
 
 import itertools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,18 +24,19 @@ class NearestNeighbours(ObjectiveSettings):
     It needs a predictor to work well: `encoder.predictor.layers=2`.
     """
 
+    traits: ClassVar[Traits] = Traits(
+        fewest_views=2,
+        images_only="whose positives are what lies nearest, whatever its label",
+        # A neighbour follows from its view and the support set, so the information of its view is bounded.
+        bounds_information=True,
+    )
+
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
     size: int = Field(65_536, gt=0, le=2**31)
     """Projections in the support set, over all ranks; by default as many as lightly keeps. More of them have nearer
     neighbours, but as many as there are images, or more, have each image itself."""
-
-    @property
-    def traits(self) -> Traits:
-        """A neighbour follows from its view and the support set, so it bounds the information of its view."""
-        reason = "whose positives are what lies nearest, whatever its label"
-        return Traits(fewest_views=2, images_only=reason, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every image's neighbour in the support set, which is sharded over the ranks, against the batch."""

@@ -1,7 +1,7 @@
 """Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,8 @@ class Ranking(ObjectiveSettings):
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
 
+    traits: ClassVar[Traits] = Traits(uses_values="if given", compares_embeddings=True)
+
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"
     """Of each item (squared_error, cross_entropy); of each pair, one more relevant than the other (RankNet, hinge); or
@@ -35,11 +37,6 @@ class Ranking(ObjectiveSettings):
     is a score of 1, and so a cosine of this number."""
     label_temperature: float = Field(0.1, gt=0, le=1e4)
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
-
-    @property
-    def traits(self) -> Traits:
-        """Without `values` the relevances are those of ids."""
-        return Traits(uses_values="if given", compares_embeddings=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Every embedding against all of the batch."""

@@ -68,7 +68,7 @@ class ObjectiveSettings(Settings):
 
     @property
     def traits(self) -> Traits:
-        """What the rest of the package needs to know of the objective."""
+        """What the rest of the package needs to know; subclasses set a class variable, or a property of settings."""
         return Traits()
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Supervised contrast: all embeddings of one id are each other's positives."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,11 @@ class Supervised(ObjectiveSettings):
     With images as ids and two views it is NT-Xent.
     """
 
+    traits: ClassVar[Traits] = Traits(compares_embeddings=True, bounds_information=True)
+
     name: Literal["supervised"] = "supervised"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
-
-    @property
-    def traits(self) -> Traits:
-        """The information of two images of an id is bounded, in batches that are drawn at random."""
-        return Traits(compares_embeddings=True, bounds_information=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of the in-batch loss, and of the sums of classes, one row for each id of a rank, which are gathered."""
@@ -57,7 +54,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
 
     >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
     >>> supervised_contrast(z, torch.tensor([0, 0, 1]), temperature=0.5).total
-    tensor(0.2843)
+    tensor(0.3485)
     """
     views, batch, _ = embeddings.shape
     embeddings = normalize(embeddings)

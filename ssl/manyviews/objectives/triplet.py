@@ -81,9 +81,7 @@ def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: i
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
         if triples.negatives is None:
-            total, active = all_triplets(
-                read(products), triples.positives, triples.chosen, batch.classes.mates(rows), margin
-            )
+            total, active = all_triplets(read(products), triples.positives, triples.chosen, batch.mates(rows), margin)
             counts = hardness(triples, batch, rows, products, torch.zeros_like(products, dtype=torch.bool))
             # Not listed one by one, the easy triples are those that are neither active nor hard.
             counts[2] = counts[0] - active.maximum(counts[1])

@@ -1,6 +1,6 @@
 """Which pairs and triplets of a batch are compared: an anchor's positives, and the negatives sampled for each."""
 
-from manyviews.objectives.mining.batch import Batch, Classes, batch_of
+from manyviews.objectives.mining.batch import Batch, batch_of
 from manyviews.objectives.mining.hardness import hardness, shares
 from manyviews.objectives.mining.sampling import (
     All,
@@ -19,7 +19,6 @@ from manyviews.objectives.mining.sampling import (
 __all__ = [
     "All",
     "Batch",
-    "Classes",
     "DistanceWeighted",
     "Easiest",
     "Hard",

@@ -11,23 +11,33 @@ from manyviews.objectives.losses import average, gather_views, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids
 
 
-class Classes(NamedTuple):
-    """Positives and negatives of this rank's anchors among the embeddings of all ranks.
+class Batch(NamedTuple):
+    """Input of a loss of pairs: this rank's anchors, the embeddings of all ranks as candidates, and their products.
 
-    An anchor's positives are the other embeddings with its id, its negatives those with another one. Both are listed
-    by arithmetic on the sorted ids, without a table of all pairs.
+    An anchor's positives are the other candidates with its id, its negatives those with another one. Both are listed by
+    arithmetic on the sorted ids, without a table of all pairs.
     """
 
+    anchors: Float[Tensor, "anchors width"]
+    candidates: Float[Tensor, "all width"]
+    normalized: bool
+    """Whether the products are cosines of unit rows; else they are squared distances."""
+    dim: int
+    """Of the embeddings."""
+    key: tuple[int, int]
+    """Seed and step: random draws depend on them and on indices in the whole batch."""
+    positive_similarity: Float[Tensor, ""]
+    """This rank's part of the mean cosine of the anchors and all their positives."""
     order: Int[Tensor, " all"]
-    """Indices of all embeddings, sorted by id."""
+    """Indices of the candidates, sorted by id."""
     indices: Int[Tensor, " anchors"]
-    """Index of each anchor among all embeddings."""
+    """Index of each anchor among the candidates."""
     seats: Int[Tensor, " anchors"]
     """Position of each anchor in `order`."""
     starts: Int[Tensor, " anchors"]
     """Position in `order` at which its id begins."""
     members: Int[Tensor, " anchors"]
-    """Number of embeddings with its id, itself among them."""
+    """Number of candidates with its id, itself among them."""
     largest: int
     """Maximum of `members`."""
 
@@ -56,22 +66,6 @@ class Classes(NamedTuple):
         seats = numbers + (numbers >= self.starts[rows, None]) * self.members[rows, None]
         return self.order[seats.clamp(max=len(self.order) - 1)]
 
-
-class Batch(NamedTuple):
-    """Input of a loss of pairs: anchors, candidates, and the meaning of their products."""
-
-    anchors: Float[Tensor, "anchors width"]
-    candidates: Float[Tensor, "all width"]
-    classes: Classes
-    normalized: bool
-    """Whether the products are cosines of unit rows; else they are squared distances."""
-    dim: int
-    """Of the embeddings."""
-    key: tuple[int, int]
-    """Seed and step: random draws depend on them and on indices in the whole batch."""
-    positive_similarity: Float[Tensor, ""]
-    """This rank's part of the mean cosine of the anchors and all their positives."""
-
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Squared Euclidean distances, from products."""
         return 2 - 2 * products if self.normalized else products.clamp(min=0)
@@ -88,7 +82,7 @@ class Batch(NamedTuple):
 
     def terms(self) -> dict[str, Tensor]:
         """Terms of every loss of pairs: the mean cosine of positives, and the negatives of each anchor."""
-        negatives = self.classes.negatives(slice(None)).to(self.anchors.dtype)
+        negatives = self.negatives(slice(None)).to(self.anchors.dtype)
         return {"positive_similarity": self.positive_similarity, "negatives": average(negatives)}
 
 
@@ -99,17 +93,7 @@ def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, s
     """
     unit = normalize(embeddings)
     used = unit if normalized else embeddings.to(unit.dtype)
-    gathered = gather_views(used, ids)
-    classes = classes_of(gathered.ids, gathered.own)
-    similarity = _mean_cosine(unit.detach().flatten(0, 1), normalize(gathered.rows.detach()), gathered.ids, classes)
-    anchors, candidates = used.flatten(0, 1), gathered.rows
-    if not normalized:
-        anchors, candidates = squared_distance_rows(anchors, candidates)
-    return Batch(anchors, candidates, classes, normalized, embeddings.shape[2], (seed, step), similarity)
-
-
-def classes_of(ids: Int[Tensor, " all"], own: Int[Tensor, " anchors"]) -> Classes:
-    """Classes by ids, for the anchors at the indices `own`."""
+    candidates, ids, own = gather_views(used, ids)
     ordered, order = ids.sort(stable=True)
     seats = torch.empty_like(order)
     seats[order] = torch.arange(len(order), device=order.device)
@@ -117,12 +101,13 @@ def classes_of(ids: Int[Tensor, " all"], own: Int[Tensor, " anchors"]) -> Classe
     members = torch.searchsorted(ordered, ids[own], right=True) - starts
     # The width of the lists has to be known on the host; it is the same for all tiles.
     largest = int(members.max()) if len(members) else 0
-    return Classes(order, own, seats[own], starts, members, largest)
-
-
-def _mean_cosine(anchors: Tensor, rows: Tensor, ids: Tensor, classes: Classes) -> Tensor:
-    """Sums over classes: similarities with all of a class add up to that with its sum."""
-    values, numbers = ids.unique(return_inverse=True)
-    sums = rows.new_zeros(len(values), rows.shape[1]).index_add(0, numbers, rows)
-    total = (anchors * (sums[numbers[classes.indices]] - anchors)).sum()
-    return share_of_mean(total, (classes.members - 1).sum())
+    # Cosines with all of a class add up to that with its sum.
+    anchors, rows = unit.detach().flatten(0, 1), normalize(candidates.detach())
+    classes, index = ids.unique(return_inverse=True)
+    sums = rows.new_zeros(len(classes), rows.shape[1]).index_add(0, index, rows)
+    similarity = share_of_mean((anchors * (sums[index[own]] - anchors)).sum(), (members - 1).sum())
+    anchors = used.flatten(0, 1)
+    if not normalized:
+        anchors, candidates = squared_distance_rows(anchors, candidates)
+    by_id = (order, own, seats[own], starts, members, largest)
+    return Batch(anchors, candidates, normalized, embeddings.shape[2], (seed, step), similarity, *by_id)

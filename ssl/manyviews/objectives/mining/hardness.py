@@ -29,12 +29,12 @@ def hardness(
         hard = nearness.gather(1, triples.negatives) >= own
         counts = [triples.chosen.sum(), (hard & triples.chosen).sum(), (~hard & idle & triples.chosen).sum()]
         return torch.stack(counts).to(products.dtype)
-    mates, positives = batch.classes.mates(rows), triples.chosen.sum(1)
+    mates, positives = batch.mates(rows), triples.chosen.sum(1)
     # For each negative, how many positives are no nearer than it.
     limits = own.masked_fill(~triples.chosen, math.inf).sort(1).values
     harder = torch.searchsorted(limits, nearness, right=True).scatter_(1, mates, 0)
     easy = (positives[:, None] - harder).where(idle, 0).scatter_(1, mates, 0)
-    count = (positives * batch.classes.negatives(rows)).sum()
+    count = (positives * batch.negatives(rows)).sum()
     return torch.stack([count, harder.sum(), easy.sum()]).to(products.dtype)
 
 

@@ -129,8 +129,8 @@ class Triples(NamedTuple):
         """
         if self.negatives is None:
             compared = self.chosen.any(1)
-            pushes = push(products).scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
-            return products.gather(1, self.positives), pushes, (batch.classes.negatives(rows) * compared).sum()
+            pushes = push(products).scatter(1, batch.mates(rows), 0) * compared[:, None]
+            return products.gather(1, self.positives), pushes, (batch.negatives(rows) * compared).sum()
         near, far = products.gather(1, torch.cat([self.positives, self.negatives], 1)).tensor_split(2, 1)
         return near, push(far).where(self.chosen, 0), self.chosen.sum()
 
@@ -141,9 +141,9 @@ def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor
     What is random depends on the seed, the step and the places of anchor and positive in the whole batch alone.
     """
     with torch.no_grad():
-        classes, nearness = batch.classes, batch.nearness(products)
+        nearness = batch.nearness(products)
         positives, there = _positives(sampling.positives, batch, rows, nearness)
-        some = classes.negatives(rows)[:, None] > 0
+        some = batch.negatives(rows)[:, None] > 0
         found, drawn = some.expand_as(there), torch.zeros_like(there)
         negatives: Tensor | None = None
         if positives.numel():
@@ -207,13 +207,12 @@ def draw(
 
 
 def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tuple[Tensor, Tensor]:
-    classes = batch.classes
-    positives, there = classes.positives(rows)
+    positives, there = batch.positives(rows)
     if which == "all" or not positives.numel():
         return positives, there
     if which == "random":
-        shares = uniform(classes.indices[rows, None], *batch.key, POSITIVES)
-        count = classes.members[rows, None] - 1
+        shares = uniform(batch.indices[rows, None], *batch.key, POSITIVES)
+        count = batch.members[rows, None] - 1
         column = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
     else:
         sign = 1 if which == "easy" else -1
@@ -231,19 +230,18 @@ def _negatives(
     drawn: Tensor,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """A negative for each positive, whether there is one, and whether it is a fallback for want of candidates."""
-    classes = batch.classes
     match sampling:
         case All():
             return None, found, drawn
         case Easiest():
-            return _easiest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
+            return _easiest(nearness, batch.mates(rows)).expand_as(positives), found, drawn
         case Hardest():
-            return _hardest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
+            return _hardest(nearness, batch.mates(rows)).expand_as(positives), found, drawn
         case Hard():
-            nearest = _hardest(nearness, classes.mates(rows)).expand_as(positives)
+            nearest = _hardest(nearness, batch.mates(rows)).expand_as(positives)
             return nearest, found & (nearness.gather(1, nearest) > nearness.gather(1, positives)), drawn
         case SemiHard():
-            mates, own = classes.mates(rows), nearness.gather(1, positives)
+            mates, own = batch.mates(rows), nearness.gather(1, positives)
             others = nearness.scatter(1, mates, -math.inf)
             negatives = _next_farther(others, own)
             value = others.gather(1, negatives)
@@ -252,11 +250,11 @@ def _negatives(
                 return negatives, farther, drawn
             fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
             return negatives.where(farther, fallback), found, ~farther
-    shares = uniform(classes.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
-    anywhere = classes.negative_at(rows, shares)
+    shares = uniform(batch.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
+    anywhere = batch.negative_at(rows, shares)
     if isinstance(sampling, Random):
         return anywhere, found, drawn
-    mates = classes.mates(rows)
+    mates = batch.mates(rows)
     places, candidates = draw(nearness, mates, shares, batch.dim, sampling.cutoff, sampling.farthest)
     return places.where(candidates, anywhere), found, ~candidates
 
