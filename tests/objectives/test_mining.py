@@ -212,7 +212,9 @@ def test_draws_are_as_frequent_as_their_weights(dim: int, farthest: float | None
     distances = torch.tensor([[0.0, 0.2, 0.6, 0.7, 0.9, 1.1, 1.3, 1.35, 1.5, 1.7]], dtype=torch.float64)
     uniform = (torch.arange(100_000) + 0.5)[None] / 100_000
     # The first is the anchor itself, the fourth of its class.
-    places, there = draw(1 - distances.square() / 2, torch.tensor([[0, 3]]), uniform, dim, 0.5, farthest)
+    places, there = draw(
+        DistanceWeighted(farthest=farthest), 1 - distances.square() / 2, torch.tensor([[0, 3]]), uniform, dim
+    )
     assert there.all()
     expected = torch.tensor([1 / density(max(float(d), 0.5), dim) for d in distances[0]], dtype=torch.float64)
     expected[[0, 3]] = 0
@@ -226,7 +228,9 @@ def test_a_row_of_far_candidates_beside_one_with_a_near_candidate_keeps_its_weig
     # Divided by the largest weight of both rows, e^91 at 128 dimensions, the second row's would all be zero.
     distances = torch.tensor([[0.0, 0.5, 1.3], [0.0, 1.35, 1.3]])
     uniform = ((torch.arange(10_000) + 0.5) / 10_000).repeat(2, 1)
-    places, there = draw(1 - distances.square() / 2, torch.zeros(2, 1, dtype=torch.int64), uniform, 128, 0.5, 1.4)
+    places, there = draw(
+        DistanceWeighted(), 1 - distances.square() / 2, torch.zeros(2, 1, dtype=torch.int64), uniform, 128
+    )
     assert there.all()
     assert (places[0] == 1).all()
     ratio = density(1.3, 128) / density(1.35, 128)
@@ -236,7 +240,7 @@ def test_a_row_of_far_candidates_beside_one_with_a_near_candidate_keeps_its_weig
 def test_a_share_of_nearly_one_draws_the_last_candidate_and_not_what_follows_it() -> None:
     distances = torch.tensor([[0.0, 0.9, 1.0, 1.6, 0.7]])
     last = torch.tensor([[0.0, 1 - 2.0**-24, 1.0]])
-    places, _ = draw(1 - distances.square() / 2, torch.tensor([[0, 4]]), last, 16, 0.5, 1.4)
+    places, _ = draw(DistanceWeighted(), 1 - distances.square() / 2, torch.tensor([[0, 4]]), last, 16)
     assert places.tolist() == [[1, 2, 2]]
 
 
@@ -299,7 +303,7 @@ def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.Mo
     batch, shares = prepared(z, REPEATED), 50_000
     uniform = ((torch.arange(shares) + 0.5) / shares).repeat(20, 1)
     products = batch.anchors @ batch.candidates.T
-    places, there = draw(products, batch.mates(slice(0, 20)), uniform, 5, 0.5, 1.4)
+    places, there = draw(DistanceWeighted(), products, batch.mates(slice(0, 20)), uniform, 5)
     found = torch.stack([row.bincount(minlength=20) for row in places]) / shares
     # In few dimensions one maximum for all rows does no harm; a row without candidates is NaN there.
     assert there.all()
@@ -312,7 +316,7 @@ def test_a_bound_below_the_cutoff_is_refused() -> None:
 
 
 def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
+    with pytest.raises(ValueError, match="on the unit sphere; set normalized=true"):
         refuse_off_sphere(DistanceWeighted(), False)
     refuse_off_sphere(DistanceWeighted(), True)
     refuse_off_sphere(Random(), False)

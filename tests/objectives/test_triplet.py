@@ -221,7 +221,7 @@ def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
 
 
 def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
+    with pytest.raises(ValueError, match="unit sphere; set normalized=true"):
         Triplet(sampling=DistanceWeighted(), normalized=False)
 
 
