@@ -109,11 +109,11 @@ class Labelled(NamedTuple):
         return LinearMetric(weights.float(), self.centre.float(), settings.model_dump(mode="json"), figures)
 
 
-def labelled(features: Features, labels: ClassLabels) -> Labelled:
+def labelled(features: Features, labels: ClassLabels, *, classes: int = 1) -> Labelled:
     """Selects the features that have a label, in float64 and centred, with their classes renumbered.
 
     Raises:
-        ValueError: if fewer than two are labelled, or some are not finite.
+        ValueError: if fewer than two are labelled, some are not finite, or there are fewer than `classes` classes.
     """
     known = labels.to(features.device) >= 0
     chosen = features.detach()[known].double()
@@ -122,5 +122,9 @@ def labelled(features: Features, labels: ClassLabels) -> Labelled:
     if not chosen.isfinite().all():
         raise ValueError("some features are not finite; extract them again in fp32, or train the backbone anew")
     names, numbers = labels.to(features.device)[known].unique(return_inverse=True)
+    if len(names) < classes:
+        raise ValueError(
+            f"all labelled images are of class {int(names[0])}: no images to push apart; give images of two classes"
+        )
     centre = chosen.mean(0)
     return Labelled(chosen - centre, numbers, centre, names)

@@ -1,4 +1,4 @@
-"""LMNN (Weinberger and Saul 2009): each image's neighbours of its class nearer, by a margin, than any other class."""
+"""LMNN (Weinberger and Saul 2009): neighbours of the same class nearer, by a margin, than images of other classes."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -19,19 +19,19 @@ Pairs = Int[Tensor, "2 pairs"]
 """Images and, for each, one of another class that is, or may become, an impostor; sorted by image."""
 
 PAIRS = 1 << 13
-"""Pairs whose differences are held at once: a few MiB, which the cache holds."""
+"""Pairs whose differences are in memory at a time: a few MiB, which fit in the cache."""
 TILE = 512
-"""Images whose distances to all others are held at once."""
+"""Images whose distances to all others are in memory at a time."""
 STEPS = 10
-"""Steps after which the impostors are searched again, and gradients that L-BFGS remembers."""
+"""Steps between searches for impostors, and gradients that L-BFGS keeps."""
 PULLED = 3.0
-"""Mean squared distance of target neighbours at the start, in margins: about where a change of scale gains nothing."""
+"""Mean squared distance of target neighbours at the start, in margins: about where rescaling gains nothing."""
 RESERVE = 0.1
-"""Images so much further than an impostor may be are counted among the impostors, for they may become such."""
+"""Share of the squared distance by which images beyond an impostor's reach are included, as they may become one."""
 
 
 class LMNN(Settings):
-    """Neighbours of the same class are pulled, images of other classes pushed out of their neighbourhood."""
+    """Pulls neighbours of the same class, and pushes images of other classes out of their neighbourhood."""
 
     name: Literal["lmnn"] = "lmnn"
 
@@ -54,19 +54,15 @@ class LMNN(Settings):
 
         The paper's solver takes subgradient steps on M = LᵀL and projects them (appendix A); descent on L needs no
         projection and allows a rank. Without a rank the minimum is that of the convex problem in M, whatever the start,
-        and the Euclidean distance is the quickest; with a rank, whitening finds the directions between classes that a
-        large spread within them hides. The features are scaled first, so that their unit has no part in it. Images
-        labelled −1 are left out. An image has fewer target neighbours where its class has no more images; the only
-        image of a class pulls nothing and only pushes.
+        and the Euclidean distance is the fastest one; with a rank, whitening finds the directions between classes that
+        a large spread within them hides. Features are rescaled first, so their unit does not matter. Images labelled −1
+        are left out. An image has fewer target neighbours if its class has fewer images; the only image of a class
+        pulls nothing and only pushes.
 
         Raises:
             ValueError: if there is one class only, no class has two images, or the rank is above the dimensions.
         """
-        data = labelled(features, labels)
-        if len(data.names) < 2:
-            raise ValueError(
-                f"all labelled images are of class {int(data.names[0])}: nothing pushes; give images of two classes"
-            )
+        data = labelled(features, labels, classes=2)
         dim = features.shape[1]
         if self.rank is not None and self.rank > dim:
             raise ValueError(f"rank {self.rank} is above the {dim} dimensions of the features; leave it unset")
@@ -78,16 +74,8 @@ class LMNN(Settings):
         if pulled == 0:
             raise ValueError("all target neighbours coincide; give features that differ within a class")
         unit = float(pulled.sqrt())
-        descent = descend(
-            directions,
-            (data.features / unit).to(dtype),
-            data.labels,
-            targets,
-            push=self.push,
-            iterations=self.iterations,
-            tolerance=self.tolerance,
-            report=report,
-        )
+        inputs = (data.features / unit).to(dtype)
+        descent = descend(directions, inputs, data.labels, targets, self, report=report)
         return data.metric(
             descent.weights / unit,
             self,
@@ -147,7 +135,7 @@ def lmnn_loss(
 
 
 def target_neighbours(data: Labelled, neighbours: int) -> Neighbours:
-    """The nearest images of the same class by the Euclidean distance, nearest first; −1 where the class has no more.
+    """Finds the nearest images of the same class, nearest first; −1 where the class has no more.
 
     Raises:
         ValueError: if no class has two images.
@@ -198,10 +186,8 @@ def descend(
     features: Features,
     labels: ClassLabels,
     targets: Neighbours,
+    settings: LMNN,
     *,
-    push: float,
-    iterations: int,
-    tolerance: float,
     report: Report | None = None,
 ) -> Descent:
     """Lowers `lmnn_loss` from `weights` by L-BFGS; deterministic.
@@ -216,19 +202,19 @@ def descend(
     while True:
 
         def closure(among: Pairs = impostors, at: nn.Parameter = point) -> float:
-            loss, at.grad, _ = lmnn_loss(at.detach(), features, targets, among, push)
+            loss, at.grad, _ = lmnn_loss(at.detach(), features, targets, among, settings.push)
             return float(loss)
 
         values = values or [closure()]
-        before, optimiser.param_groups[0]["max_iter"] = steps, min(STEPS, iterations - steps)
+        before, optimiser.param_groups[0]["max_iter"] = steps, min(STEPS, settings.iterations - steps)
         done = optimiser.state[point].get("n_iter", 0)
         optimiser.step(closure)
         steps += optimiser.state[point]["n_iter"] - done
         if report is not None:
-            report("LMNN", steps, iterations)
+            report("LMNN", steps, settings.iterations)
         reached = point.detach().clone()
         nearest = find_impostors(reached, features, labels, targets, RESERVE)
-        loss, _, triplets = lmnn_loss(reached, features, targets, nearest, push)
+        loss, _, triplets = lmnn_loss(reached, features, targets, nearest, settings.push)
         if steps > before and float(loss) > values[-1]:
             impostors = torch.cat([impostors, nearest], 1).unique(dim=1).contiguous()
             point, optimiser = _optimiser(start)
@@ -236,9 +222,9 @@ def descend(
             start, impostors = reached, nearest
             values.append(min(float(loss), values[-1]))
             active = int(triplets)
-            if values[-2] - values[-1] <= tolerance * values[-2]:
+            if values[-2] - values[-1] <= settings.tolerance * values[-2]:
                 return Descent(start, values, steps, active)
-        if steps in (before, iterations):
+        if steps in (before, settings.iterations):
             return Descent(start, values, steps, active)
 
 
