@@ -111,7 +111,7 @@ def test_equal_ids_are_left_out_also_where_fewer_than_k_keys_remain(kind: None) 
 def test_a_floor_that_was_too_high_is_noticed_and_the_query_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
     expected = top_k(queries, keys, 50)
-    monkeypatch.setattr(candidates, "place_of", lambda k, share: max(1, int(k * share * 0.9)))
+    monkeypatch.setattr(candidates, "rank_of", lambda k, share: max(1, int(k * share * 0.9)))
     assert not search(queries, Keys(keys, None, None), 50, None)[2].any()
     values, indices = top_k(queries, keys, 50)
     torch.testing.assert_close(values, expected[0])
