@@ -136,5 +136,5 @@ def test_a_checkpoint_holds_the_digest_of_the_labels_and_others_are_refused() ->
     state = first.state_dict()
     assert [tensor.shape for tensor in state.values()] == [(32,)]
     same.double().load_state_dict(state)
-    with pytest.raises(ValueError, match="not those that the run was begun with"):
+    with pytest.raises(ValueError, match="differ from those at the start of the run"):
         other.load_state_dict(state)

@@ -339,3 +339,17 @@ def test_each_recipe_takes_any_sampling_on_the_command_line(name: str) -> None:
 def test_one_view_of_each_image_by_itself_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"at least 2 views of each image; set views\.num_views=2"):
         load(Recipe, recipe.find(name), ["views.num_views=1"])
+
+
+def test_distances_of_unit_rows_are_euclidean_and_finite_where_rows_coincide() -> None:
+    batch = prepared(embeddings(views=1, batch=6), torch.arange(6))
+    unit = batch.anchors.detach()
+    found = batch.distances(unit @ unit.T)
+    apart = ~torch.eye(6, dtype=torch.bool)
+    torch.testing.assert_close(found[apart], torch.cdist(unit, unit)[apart])
+    assert found.diagonal().max() < 1e-7
+    for dtype in (torch.float32, torch.float64):
+        products = torch.tensor([1.0, -1.0, 1.0 + 1e-6], dtype=dtype, requires_grad=True)
+        gradient = torch.autograd.grad(batch.distances(products).sum(), products)[0]
+        assert gradient.isfinite().all()
+        assert (gradient[0], gradient[2]) == (0, 0)

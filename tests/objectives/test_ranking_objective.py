@@ -199,5 +199,5 @@ def test_a_checkpoint_holds_the_digest_of_the_labels_and_the_threshold() -> None
     assert build("cross_entropy").state_dict().keys() == {"threshold"}
     state = build("list_net", labels()).state_dict()
     build("list_net", labels()).load_state_dict(state)
-    with pytest.raises(ValueError, match="not those that the run was begun with"):
+    with pytest.raises(ValueError, match="differ from those at the start of the run"):
         build("list_net", labels() + 1e-9).load_state_dict(state)

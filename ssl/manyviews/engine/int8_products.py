@@ -99,10 +99,8 @@ def left(rows: Tensor, *, integers: bool) -> Narrow:
     """Prepares rows for the left side of `bounds`: in eight bits, or unchanged."""
     if not integers:
         return Narrow(rows, rows.new_ones(len(rows)), rows.norm(dim=1))
-    numbers, scales, rounded = _rounded(rows)
-    lengths, errors = rows.norm(dim=1), rounded.sub_(rows).norm(dim=1)
-    whole = _with_margin(numbers, scales, lengths, errors, first=True)
-    return Narrow(_unsigned(whole), scales, lengths)
+    rounded = _rounded(rows, first=True)
+    return rounded._replace(numbers=_unsigned(rounded.numbers))
 
 
 def right(rows: Tensor, width: int, height: int, *, integers: bool) -> Narrow:
@@ -110,10 +108,8 @@ def right(rows: Tensor, width: int, height: int, *, integers: bool) -> Narrow:
     rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
     if not integers:
         return Narrow(rows, rows.new_ones(width), rows.norm(dim=1))
-    numbers, scales, rounded = _rounded(rows)
-    lengths, errors = rounded.norm(dim=1), rounded.sub_(rows).norm(dim=1)
-    whole = _with_margin(numbers, scales, lengths, errors, first=False)
-    return Narrow(_packed(whole, height), scales, lengths)
+    rounded = _rounded(rows, first=False)
+    return rounded._replace(numbers=_packed(rounded.numbers, height))
 
 
 def bounds(queries: Narrow, keys: Narrow, buffer: Tensor) -> Tensor:
@@ -131,21 +127,19 @@ def bounds(queries: Narrow, keys: Narrow, buffer: Tensor) -> Tensor:
     return upper
 
 
-def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers, their scales, and the rounded rows."""
+def _rounded(rows: Tensor, *, first: bool) -> Narrow:
+    """Rows in eight bits, followed by the columns whose products are the margin of the bound."""
     scales = (rows.abs().amax(1) / LARGEST).clamp_(min=torch.finfo(rows.dtype).tiny)
     numbers = (rows / scales[:, None]).round_()
-    return numbers, scales, numbers * scales[:, None]
-
-
-def _with_margin(numbers: Tensor, scales: Tensor, lengths: Tensor, errors: Tensor, *, first: bool) -> Tensor:
-    """The numbers in eight bits, followed by the columns whose products are the margin."""
-    dim = numbers.shape[1]
+    rounded = numbers * scales[:, None]
+    lengths = (rows if first else rounded).norm(dim=1)
+    errors = rounded.sub_(rows).norm(dim=1)
     # A length is at most 127 √dim scales, and an error √dim / 2: the former is divided, the latter spread over columns.
-    share, columns = SLACK * math.sqrt(dim), math.ceil(dim / 250)
+    share, columns = SLACK * math.sqrt(rows.shape[1]), math.ceil(rows.shape[1] / 250)
     long = (lengths / (scales * share)).ceil_()[:, None].expand(-1, columns)
     short = (errors * share / (scales * columns)).ceil_()[:, None].expand(-1, columns)
-    return torch.cat([numbers, long, short] if first else [numbers, short, long], 1).to(torch.int8)
+    whole = torch.cat([numbers, long, short] if first else [numbers, short, long], 1).to(torch.int8)
+    return Narrow(whole, scales, lengths)
 
 
 def _unsigned(numbers: Tensor) -> Tensor:

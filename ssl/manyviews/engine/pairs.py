@@ -1,8 +1,4 @@
-"""All pairs of two sets of rows, in tiles that stay in a cache, with a mask only where ids may be equal.
-
-*Sorted by id*, equal ids lie beside each other: a tile needs a mask only where the ids of its rows and of its columns
-meet, whatever the ids stand for.
-"""
+"""All pairs of two sets of rows sorted by id, in tiles that fit in a cache, with a mask only where ids may be equal."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, row_softmax, softmax_traffic
+from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, row_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
@@ -74,7 +74,7 @@ class Bank(ObjectiveSettings):
         if self.estimator == "parametric":
             return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
-        anchors, number = sizes.anchors, number_bytes(self.storage)
+        anchors, number = sizes.anchors, getattr(torch, self.storage).itemsize
         # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
         traffic = batch * (ID + number * dim) + batch * (ID + NUMBER * dim)
         if self.estimator == "exact":

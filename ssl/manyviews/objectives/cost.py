@@ -10,8 +10,6 @@ Throughout, anchors are the embeddings of a step that have a loss, over all rank
 
 from typing import Literal, NamedTuple
 
-import torch
-
 from manyviews.system.plural import plural
 
 Distance = Literal["cosine", "euclidean"]
@@ -103,12 +101,6 @@ def softmax_traffic(anchors: int, dim: int) -> int:
 def gathered_traffic(sizes: Sizes) -> int:
     """Embeddings and the ids of images go to all ranks, and the embeddings' gradients home."""
     return sizes.batch * ID + sizes.anchors * 2 * NUMBER * sizes.dim
-
-
-def number_bytes(storage: str) -> int:
-    """Bytes of a number of a format, such as bfloat16."""
-    number: torch.dtype = getattr(torch, storage)
-    return number.itemsize
 
 
 def amount(count: int) -> str:

@@ -84,21 +84,12 @@ class InBatchObjective(Objective):
 
     def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
-        self.settings = settings
+        self.options = settings.model_dump(exclude={"name", "score"})
         self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
-        settings = self.settings
-        return nt_xent(
-            embeddings,
-            ids,
-            settings.temperature,
-            decoupled=settings.decoupled,
-            positive_probability=settings.positive_probability,
-            hardness=settings.hardness,
-            matrix=self.matrix,
-        )
+        return nt_xent(embeddings, ids, matrix=self.matrix, **self.options)
 
 
 @float32_island

@@ -72,7 +72,7 @@ class Noise:
             common = self.rows[drawn].to(anchors.dtype)
             for span in _spans(len(anchors), len(drawn)):
                 scores = anchors[span] @ common.T
-                yield span, self._masked(scores, drawn, ids[span]), partial(_sum_common, common)
+                yield span, self._masked(scores, drawn, ids[span]), partial(torch.matmul, other=common)
         elif 0 < len(self.rows) <= DENSE * self.count:
             rows = self.rows.to(anchors.dtype)
             for span in _spans(len(anchors), len(rows)):
@@ -181,10 +181,6 @@ def normaliser_from_noise(
 def _spans(anchors: int, numbers: int) -> Iterator[slice]:
     """Slices of anchors, for `numbers` numbers of each."""
     return slices(0, anchors, max(NUMBERS // max(numbers, 1), 1))
-
-
-def _sum_common(rows: Tensor, weights: Tensor) -> Tensor:
-    return weights @ rows
 
 
 def _sum_dense(rows: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.cost import ID, Cost, Sizes, number_bytes, softmax_traffic
+from manyviews.objectives.cost import ID, Cost, Sizes, softmax_traffic
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
@@ -60,7 +60,7 @@ class Queue(ObjectiveSettings):
         """Cost of every anchor against every key of the queue, which is sharded over the ranks."""
         _, views, batch, dim, processes = sizes
         anchors = (views if self.symmetric else 1) * batch
-        size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
+        size, number = self.size * (processes if self.per_process else 1), getattr(torch, self.storage).itemsize
         # Of what a step enqueues, keys and ids go to all.
         traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
         products = 2 * anchors * size * dim

@@ -1,4 +1,4 @@
-"""Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
+"""Learning to rank: each embedding is a query, and others of its id, or of near labels, are to come first."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -39,29 +39,29 @@ class Ranking(ObjectiveSettings):
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
+        """Cost of every embedding against all of the batch."""
         return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with the label of each image where the population has values."""
+        """Builds the objective, with the label of each image if the population has values."""
         return RankingObjective(self, population.values)
 
 
 class RankingObjective(Objective):
-    """The labels of all images, if any; and for the cross-entropy the learned cosine of even odds, 1 at first."""
+    """Ranking loss with the labels of all images, if any, and for the cross-entropy the learned cosine of even odds."""
 
     def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None) -> None:
         super().__init__()
         self.settings = settings
         self.labels = None if values is None else Labels(values)
-        # Few items are relevant: at 1 nearly all are rightly told to be unlikely (Zhai et al. 2023, section 3.2).
+        # Few items are relevant: at 1 nearly all are predicted to be irrelevant (Zhai et al. 2023, section 3.2).
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this rank's queries: the mean over those with items of different relevance.
+        """Loss of this rank's queries, averaged over those with items of different relevance.
 
-        An item is every embedding of the batch, on all ranks, but the query itself.
+        Items are all embeddings of the batch, on all ranks, but the query itself.
         """
         gathered = gather_views(normalize(embeddings), ids)
         queries = normalize(embeddings).flatten(0, 1)
@@ -100,7 +100,7 @@ class RankingObjective(Objective):
         return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
 
     def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-        """How relevant all embeddings of the batch are to some of this rank's queries."""
+        """Relevance of all embeddings of the batch to a slice of this rank's queries."""
         if self.labels is None:
             return lambda tile: (ids[own[tile], None] == ids).to(dtype)
         between = self.labels.between(ids[own], ids, dtype)
@@ -108,6 +108,6 @@ class RankingObjective(Objective):
 
 
 def _without(dropped: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
-    """Each row without one of its columns."""
+    """Drops one column of each row."""
     columns = torch.arange(max(matrix.shape[1] - 1, 0), device=matrix.device)
     return matrix.gather(1, columns + (columns >= dropped[:, None]))

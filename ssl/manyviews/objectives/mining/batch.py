@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manyviews.engine import normalize, squared_distance_rows, unit_distance
+from manyviews.engine import normalize, squared_distance_rows
 from manyviews.objectives.losses import average, gather_views, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids
 
@@ -67,14 +67,12 @@ class Batch(NamedTuple):
         return self.order[seats.clamp(max=len(self.order) - 1)]
 
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """Squared Euclidean distances, from products."""
+        """Squared Euclidean distances from products."""
         return 2 - 2 * products if self.normalized else products.clamp(min=0)
 
     def distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """Euclidean distances, from products; with a zero gradient where two rows coincide, where a root has none."""
-        if self.normalized:
-            return unit_distance(products)
-        return products.clamp(min=torch.finfo(products.dtype).eps).sqrt()
+        """Euclidean distances from products; with a zero gradient where rows coincide and a root has none."""
+        return self.squared_distances(products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
 
     def nearness(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """A number that falls as the distance grows, without gradient."""
