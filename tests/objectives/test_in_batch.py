@@ -1,13 +1,13 @@
 """NT-Xent against the paper's sums in float64, against other libraries, and at its limits."""
 
 import math
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from triples import rival
 
 from manyviews.objectives import InBatch, Population
 from manyviews.objectives.in_batch import InBatchObjective, debiased, nt_xent
@@ -245,9 +245,7 @@ def test_it_equals_the_usual_cross_entropy_in_float32() -> None:
 
 
 def test_it_equals_lightly() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss = pytest.importorskip("lightly.loss").NTXentLoss(temperature=0.2)
+    loss = rival("lightly.loss").NTXentLoss(temperature=0.2)
     z = embeddings(batch=50, dim=16).detach().float().requires_grad_()
     found, expected = nt_xent(z, torch.arange(50), 0.2).total, loss(z[0], z[1])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -255,9 +253,7 @@ def test_it_equals_lightly() -> None:
 
 
 def test_decoupled_equals_lightly() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss = pytest.importorskip("lightly.loss").DCLLoss(temperature=0.2)
+    loss = rival("lightly.loss").DCLLoss(temperature=0.2)
     z = embeddings(batch=50, dim=16).detach().float()
     found = nt_xent(z, torch.arange(50), 0.2, decoupled=True).total
     torch.testing.assert_close(found, loss(z[0], z[1]), rtol=1e-6, atol=1e-6)
@@ -265,9 +261,7 @@ def test_decoupled_equals_lightly() -> None:
 
 @pytest.mark.parametrize("views", [2, 3])
 def test_it_equals_pytorch_metric_learning(views: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss = pytest.importorskip("pytorch_metric_learning.losses").NTXentLoss(temperature=0.2)
+    loss = rival("pytorch_metric_learning.losses").NTXentLoss(temperature=0.2)
     z = embeddings(views, batch=20, dim=16).detach().float()
     expected = loss(z.flatten(0, 1), torch.arange(20).repeat(views))
     torch.testing.assert_close(nt_xent(z, torch.arange(20), 0.2).total, expected, rtol=1e-6, atol=1e-6)

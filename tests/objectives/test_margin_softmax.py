@@ -126,7 +126,7 @@ def test_a_scale_for_embeddings_of_their_own_length_is_refused() -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"there is 1 only.*ids=images"):
+    with pytest.raises(ValueError, match=r"at least 2 ids, and there is 1: .*ids=images"):
         build(classes=1)
 
 

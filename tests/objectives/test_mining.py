@@ -1,17 +1,28 @@
 """Sampling against loops over all triples, and what is drawn against its density."""
 
 import math
-import warnings
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triples import REPEATED, by_loops, embeddings, prepared, sampled, table_of
+from triples import (
+    REPEATED,
+    by_loops,
+    embeddings,
+    every_sampler,
+    prepared,
+    rival,
+    sampled,
+    table_of,
+)
 
 from manyviews import recipe
 from manyviews.config import load
+from manyviews.objectives import Population
+from manyviews.objectives.contrastive import Contrastive, contrastive_loss
+from manyviews.objectives.margin import Margin
 from manyviews.objectives.mining import (
     All,
     DistanceWeighted,
@@ -26,6 +37,7 @@ from manyviews.objectives.mining import (
     sampling,
 )
 from manyviews.objectives.mining.sampling import draw, log_weights
+from manyviews.objectives.triplet import Triplet, triplet_loss
 from manyviews.recipe import Recipe
 
 FIXED: dict[str, type[Any]] = {
@@ -270,9 +282,7 @@ def test_equal_and_opposite_points_draw_negatives_too(kind: Sampling, dim: int) 
 
 
 def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
+    miners = rival("pytorch_metric_learning.miners")
     z, ids = embeddings(batch=10, dim=5).detach(), REPEATED.repeat(2)
     rows = z.flatten(0, 1)
     # It keeps all negatives between the positive and the margin, and we the nearest; a margin of 2 keeps them all.
@@ -290,10 +300,8 @@ def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
 
 
 def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.MonkeyPatch) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
-        utilities = pytest.importorskip("pytorch_metric_learning.utils.loss_and_miner_utils")
+    miners = rival("pytorch_metric_learning.miners")
+    utilities = rival("pytorch_metric_learning.utils.loss_and_miner_utils")
     seen: list[Tensor] = []
     monkeypatch.setattr(
         utilities, "get_random_triplet_indices", lambda *a, weights, **k: seen.append(weights) or (torch.zeros(0),) * 3
@@ -320,6 +328,40 @@ def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
         refuse_off_sphere(DistanceWeighted(), False)
     refuse_off_sphere(DistanceWeighted(), True)
     refuse_off_sphere(Random(), False)
+    for settings in (Triplet, Contrastive):
+        with pytest.raises(ValueError, match="unit sphere; set normalized=true"):
+            settings(sampling=DistanceWeighted(), normalized=False)
+
+
+@every_sampler
+@pytest.mark.parametrize(
+    "settings",
+    [Triplet(), Triplet(soft=True), Contrastive(), Contrastive(average="all"), Margin(nu=0.5, beta_per="class")],
+    ids=["triplet", "triplet, soft", "contrastive", "contrastive, all", "margin"],
+)
+@pytest.mark.parametrize(
+    ("views", "ids"),
+    [(1, torch.arange(10)), (2, torch.full((10,), 4))],
+    ids=["one image of each class", "one class"],
+)
+def test_without_positives_or_negatives_losses_and_gradients_are_zero(
+    kind: Sampling, settings: Any, views: int, ids: Tensor
+) -> None:
+    settings = settings.model_copy(update={"sampling": kind})
+    z, objective = embeddings(views), settings.build(dim=5, population=Population(torch.arange(10)), seed=3).double()
+    found = objective(z, ids, None, 7).total
+    gradients = torch.autograd.grad(found, [z, *objective.parameters()])
+    assert found == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("settings", "loss"), [(Triplet, triplet_loss), (Contrastive, contrastive_loss)])
+def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step(settings: Any, loss: Any) -> None:
+    z, chosen = embeddings(), settings(margin=0.4, sampling=Random())
+    objective = chosen.build(dim=5, population=Population(torch.arange(10)), seed=3)
+    assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, chosen, seed=3, step=7).total)
+    assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
+    assert not list(objective.parameters())
 
 
 @pytest.mark.parametrize("name", ["siamese", "facenet", "margin_distance_weighted"])

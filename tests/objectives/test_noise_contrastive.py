@@ -234,7 +234,7 @@ def test_what_is_known_from_the_images_is_no_part_of_a_checkpoint() -> None:
 
 
 def test_one_id_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"there is 1 only.*ids=images"):
+    with pytest.raises(ValueError, match=r"at least 2 ids, and there is 1: .*ids=images"):
         build(torch.zeros(3, dtype=torch.int64))
 
 

@@ -1,4 +1,4 @@
-"""The engine: sums and nearest neighbours over all pairs of embeddings, in tiles, without the N×M matrix."""
+"""Sums and nearest neighbours over all pairs of embeddings, in tiles, without N×M matrices."""
 
 from manyviews.engine.nearest import top_k
 from manyviews.engine.rows import directions, normalize, squared_distance_rows

@@ -1,4 +1,4 @@
-"""The nearest of very many keys on a CPU: candidates by fast products, then their exact values.
+"""Nearest of very many keys on a CPU: candidates by fast products, then exact values.
 
 *Fast products*: if the CPU multiplies eight-bit integers, all products are computed so, and only those of candidates
 again in float32. *A bound*: a key is skipped only if an upper bound of its product (`int8_products`) is below a floor,
@@ -89,7 +89,7 @@ class _Block(NamedTuple):
 
 
 def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
-    """Whether `search` is faster: on a CPU, in float32, with many queries and far more keys than neighbours."""
+    """Whether `search` is faster: on a CPU, in float32, for many queries and very many keys."""
     fits = queries.device.type == "cpu" and queries.dtype == keys.dtype == torch.float32
     return fits and len(queries) >= FEWEST_QUERIES and max(FEWEST_KEYS, SHARE * k) <= len(keys) < LOW
 
@@ -168,7 +168,7 @@ def _block(keys: Keys, indices: Tensor, frame: Frame, copy: Tensor, integers: bo
 
 
 def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) -> None:
-    """Searches a block of keys for some queries; `seen` of all `count` keys were searched before."""
+    """Searches a block of keys for some queries, after `seen` of all `count` keys."""
     # Upper bound of the rounding of sums of products in float32, in units of the bounds: products of the rows, with the
     # keys' centre (at most as long as both lengths of a key), with the queries' origin, and, if it is a sum, the bound.
     sums = 2 * keys.length + (1 + frame.origin.norm() + queries.narrow.lengths) * keys.narrow_length
@@ -202,7 +202,7 @@ def _look(queries: _Queries, keys: _Block, frame: Frame, seen: int, count: int) 
 
 
 def _at_least(products: Tensor, threshold: Tensor) -> Tensor:
-    """Flat indices, row by row, of the products that reach the threshold of their row, which is above zero."""
+    """Flat indices, row by row, of the products that reach their row's positive threshold."""
     # Positive numbers are ordered as their bits are, and NumPy has integers of 16 bits.
     kind = torch.int16 if products.dtype == torch.bfloat16 else products.dtype
     numbers, limits = products.view(kind).numpy(), threshold.view(kind)[:, None].numpy()
@@ -217,7 +217,7 @@ def _at_least(products: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _products(queries: Tensor, keys: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
-    """Products of chosen pairs, `counts` of each query, each summed in the same order whatever the others."""
+    """Products of `counts` keys of each query, each in the same order whatever the others."""
     ends = torch.zeros(len(counts) + 1, dtype=columns.dtype)
     ends[1:] = counts.cumsum(0)
     size = len(queries), len(keys)

@@ -1,4 +1,4 @@
-"""Rows in eight bits, and bounds of their products that take a quarter of the time of products in float32.
+"""Rows in eight bits, and bounds of their products, in a quarter of the time of float32.
 
 That is so where the CPU has instructions for sums of products of eight-bit integers. Each row is rounded to multiples
 of its own scale, the 127th part of its largest number. With q̃ and x̃ the rounded rows, |q·x − q̃·x̃| ≤ |q| |x − x̃| +
@@ -39,7 +39,7 @@ class Narrow(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Origins of queries and keys, near which rounding errors are as small as the rows' spread, and columns for them.
+    """Origins for queries and keys, which keep rounding errors as small as the rows' spread.
 
     q·x = q·c + |q| ((u − o)·(x − c) + o·(x − c)), where u = q / |q|, c is the keys' mean and o that of the u. The first
     term is a number for each query, and the last one a number for each key: it is stored in extra columns of the rows,
@@ -65,7 +65,7 @@ class Frame(NamedTuple):
 
     @classmethod
     def of_keys_alone(cls, centre: Tensor) -> "Frame":
-        """Frame for rows that are not rounded: their margin is tiny wherever queries are measured from."""
+        """Frame for rows that are not rounded, whose margin is tiny for any origin."""
         return cls(centre, torch.zeros_like(centre), 0, 0.0)
 
     def queries(self, units: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Frame(NamedTuple):
 
 @cache
 def multiplies_integers() -> bool:
-    """Whether this CPU and this build of torch have fast and exact products of eight-bit integers."""
+    """Whether this CPU and build of torch have fast and exact products of eight-bit integers."""
     if not (has_instructions("avx512_vnni") and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
@@ -104,7 +104,7 @@ def left(rows: Tensor, *, integers: bool) -> Narrow:
 
 
 def right(rows: Tensor, width: int, height: int, *, integers: bool) -> Narrow:
-    """Prepares rows for the right side of `bounds`, padded with zero rows to `width`, for `height` rows on the left."""
+    """Prepares rows for the right side of `bounds`: padded to `width`, for `height` left rows."""
     rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
     if not integers:
         return Narrow(rows, rows.new_ones(width), rows.norm(dim=1))

@@ -49,7 +49,7 @@ class Best:
         return bool((self.floor == torch.inf).all())
 
     def without_crowded(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Drops the pairs of queries that have too many, and gives up on these; also counts the pairs of each query."""
+        """Gives up on queries with too many pairs; returns the other pairs and counts per query."""
         counts = torch.bincount(rows, minlength=len(self.floor))
         crowded = counts > CROWD
         if crowded.any():
@@ -87,7 +87,7 @@ class Best:
 
 
 def rank_of(k: int, share: float) -> int:
-    """Number of keys of a random share that have to reach a value for k of all to reach it, nearly always."""
+    """Number of keys of a random share that reach a value if k of all do, nearly always."""
     expected, deviation = k * share, math.sqrt(k * share * (1 - share))
     # The last term is for the skewness of the binomial distribution (Cornish and Fisher).
     return min(k, math.ceil(expected + CHANCE * deviation + (CHANCE**2 - 1) / 6 * max(0.0, 1 - 2 * share)))

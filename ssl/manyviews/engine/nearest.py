@@ -27,9 +27,9 @@ def top_k(
     cosine: bool = False,
     shared: bool = False,
 ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
-    """Finds the k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
+    """Finds the k largest products of each query with the keys, and their indices; no gradient.
 
-    Equal values are ordered by index, lower first. Keys that have the query's id are left out; if fewer than k remain,
+    Largest first; equal values by index, lower first. Keys that have the query's id are left out; if fewer than k remain,
     the last values are −inf. Exact, in tiles, in float32 (float64 if the queries are).
 
     With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, if they are shorter): keys are

@@ -1,4 +1,4 @@
-"""All pairs of two sets of rows sorted by id, in tiles that fit in a cache, with a mask only where ids may be equal."""
+"""All pairs of two sets of rows sorted by id, in tiles, masked only where ids may be equal."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ class Pairs:
         return a, cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
 
     def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields tiles of keys and their products with the queries, −inf where ids are equal, in one reused buffer."""
+        """Yields tiles of keys and products with them, −inf where ids are equal, in a reused buffer."""
         height, width = tile_shape(self.rows.device)
         buffer = self.rows.new_empty(height * width)
         narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
@@ -56,7 +56,7 @@ class Pairs:
 
 
 def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], None]) -> None:
-    """Calls `add(a, b, 2^(row · row))` for this rank's part of all pairs of tiles, a = b or a before b.
+    """Calls `add(a, b, 2^(row · row))` for this rank's part of all pairs of tiles, a ≤ b.
 
     The exponentials are zero where the ids are equal, and in a reused buffer. Chunks of rows are paired as in a
     round-robin tournament: in each round every chunk has one other, so the pairs of a round, spread over the cores,
@@ -97,7 +97,7 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile: its scores fit in a CPU core's own cache; on a GPU launches cost more."""
+    """Rows and columns of a tile: fits in a CPU core's cache; larger on a GPU: fewer launches."""
     return (256, 1536) if device.type == "cpu" else (8192, 8192)
 
 

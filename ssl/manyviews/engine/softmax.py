@@ -36,7 +36,7 @@ def log_sum_exp(
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
 ) -> Float[Tensor, " queries"]:
-    """Log of the sum of exp(query · key / temperature) over the keys that have another id, for each query.
+    """Log of Σ exp(query · key / temperature) over the keys of another id, for each query.
 
     Collective: each rank passes its own queries and its own keys, any number of them, and gets the values of its own
     queries over the keys of all ranks; backward is collective too. Differentiable once, in queries and keys.
@@ -126,7 +126,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 
 
 class _LogSumExp(torch.autograd.Function):
-    """One pass gives the log-sum-exp and its gradient in the queries, the softmax-weighted mean of the keys.
+    """Log-sum-exp and, in one pass, its gradient in the queries, a weighted mean of the keys.
 
     A second pass, in backward, is needed only if the keys require a gradient.
     """
@@ -157,7 +157,7 @@ class _LogSumExp(torch.autograd.Function):
             mean = distributed.scatter_sum(put(weighted, query_order), lengths)
             mean /= _own(put(sums, query_order), lengths).clamp(min=torch.finfo(rows.dtype).tiny)
         ctx.temperature, ctx.lengths = temperature, lengths
-        rest = (rows, keys, query_ids, key_ids, query_order, key_order, logarithms) if ctx.needs_input_grad[1] else ()
+        rest = (query_order, logarithms, rows, keys, query_ids, key_ids, key_order) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(mean, *rest)
         return _own(put(logarithms, query_order), lengths)
 
@@ -170,7 +170,9 @@ class _LogSumExp(torch.autograd.Function):
         if mean is not None:
             query_gradient = mean * (gradient / ctx.temperature).unsqueeze(1)
         if rest:
-            key_gradient = _key_gradient(distributed.gather_without_gradient(gradient, ctx.lengths), *rest)
+            query_order, logarithms, *of_pairs = rest
+            gradient = distributed.gather_without_gradient(gradient, ctx.lengths)
+            key_gradient = _key_gradient(take(gradient, query_order), logarithms, Pairs(*of_pairs))
         return query_gradient, key_gradient, None, None, None, None
 
 
@@ -184,7 +186,7 @@ class _Sums(NamedTuple):
 
 
 def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sums:
-    """Sums over the keys of all ranks; `weighted` over this rank's keys only, on the common scale."""
+    """Sums over the keys of all ranks; `weighted` over this rank's keys, on the common scale."""
     height, columns = pairs.pieces()
     works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
     sums_of_pieces = on_all_cores(works, pairs.rows.device)
@@ -237,21 +239,12 @@ def _join(parts: Sequence[_Sums]) -> _Sums:
     return _Sums(maximum, sums, weighted)
 
 
-def _key_gradient(
-    gradient: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    query_order: Tensor | None,
-    key_order: Tensor | None,
-    logarithms: Tensor,
-) -> Tensor:
+def _key_gradient(gradient: Tensor, logarithms: Tensor, pairs: Pairs) -> Tensor:
     """Softmaxᵀ · (gradient · queries) / τ, with the softmax recomputed tile by tile."""
+    rows, keys = pairs.rows, pairs.keys
     exponent = logarithms.mul(LOG2_E).masked_fill_(logarithms.isneginf(), 0).unsqueeze(1)
-    weighted_rows = rows * (take(gradient, query_order) * LN_2).unsqueeze(1)
+    weighted_rows = rows * (gradient * LN_2).unsqueeze(1)
     key_gradient = rows.new_zeros(len(keys), rows.shape[1])
-    pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
 
     def add(columns: slice) -> None:
         for a in slices(0, len(rows), tile_shape(rows.device)[0]):
@@ -259,7 +252,7 @@ def _key_gradient(
                 key_gradient[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
 
     on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
-    return put(key_gradient, key_order).to(keys.dtype)
+    return put(key_gradient, pairs.key_order).to(keys.dtype)
 
 
 def _own(whole: Tensor, lengths: list[int]) -> Tensor:
@@ -268,6 +261,6 @@ def _own(whole: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _is_safe(logarithms: Tensor) -> bool:
-    """Whether exponentials of these sums neither overflowed nor lost digits to underflow: two thirds of the range."""
+    """Whether the sums are within two thirds of the range, without overflow or underflow."""
     limit = 0.66 * math.log(torch.finfo(logarithms.dtype).max)
     return bool((logarithms.detach().abs() < limit).all())

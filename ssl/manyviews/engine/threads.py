@@ -17,7 +17,7 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def on_all_cores(works: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
-    """Runs works without gradient, on the CPU in torch's number of threads, and returns their results in order."""
+    """Runs works without gradient, on the CPU in threads; returns their results in order."""
     threads = min(torch.get_num_threads(), len(works)) if device.type == "cpu" else 1
     if threads < 2:
         with torch.no_grad():

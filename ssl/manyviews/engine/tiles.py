@@ -1,4 +1,4 @@
-"""Sums over all pairs of anchors and candidates that are no softmax: tile by tile, differentiated on the way."""
+"""Sums over all pairs of anchors and candidates, tile by tile, differentiated on the way."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ FEW = 1 / 16
 def sum_over_tiles(
     anchors: Float[Tensor, "anchors dim"], candidates: Float[Tensor, "candidates dim"], term: Term, *parameters: Tensor
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
-    """Sums a term over tiles of the products of anchors and candidates, which are never all in memory.
+    """Sums a term over tiles of the products of anchors and candidates, in little memory.
 
     Each call `term(rows, products, *parameters)` is for a slice of the anchors and all candidates: `products` are
     anchors[rows] @ candidates.T. It returns a scalar, and figures in one dimension without gradient, which are summed
@@ -78,7 +78,7 @@ def _part(
     parameters: tuple[Tensor, ...],
     gradient: Tensor | None,
 ) -> list[Tensor]:
-    """Total, figures, and gradients in candidates and parameters of some tiles; adds that in anchors to `gradient`."""
+    """Total, figures and gradients of some tiles; adds the one in anchors to `gradient`."""
     leaves = [parameter.detach().requires_grad_(gradient is not None) for parameter in parameters]
     others = [torch.zeros_like(tensor) for tensor in (candidates, *parameters)] if gradient is not None else []
     totals, figures = [], []

@@ -38,7 +38,7 @@ class LinearMetric:
     """Results of the fit: shrinkage, iterations, objective …"""
 
     def transform(self, features: Features) -> Float[Tensor, "images rank"]:
-        """Maps features, on their device: the Euclidean distances of the result are the learned ones.
+        """Maps features, on their device: Euclidean distances of the result are the learned ones.
 
         float32, or float64 where the features are.
 
@@ -110,7 +110,7 @@ class Labelled(NamedTuple):
 
 
 def labelled(features: Features, labels: ClassLabels, *, classes: int = 1) -> Labelled:
-    """Selects the features that have a label, in float64 and centred, with their classes renumbered.
+    """Selects the labelled features, in float64 and centred, with their classes renumbered.
 
     Raises:
         ValueError: if fewer than two are labelled, some are not finite, or there are fewer than `classes` classes.

@@ -1,4 +1,4 @@
-"""LMNN (Weinberger and Saul 2009): neighbours of the same class nearer, by a margin, than images of other classes."""
+"""LMNN (Weinberger and Saul 2009): a class nearer than other classes, by a margin."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ RESERVE = 0.1
 
 
 class LMNN(Settings):
-    """Pulls neighbours of the same class, and pushes images of other classes out of their neighbourhood."""
+    """Pulls neighbours of a class together, and pushes other classes out of their neighbourhood."""
 
     name: Literal["lmnn"] = "lmnn"
 
@@ -157,7 +157,7 @@ def target_neighbours(data: Labelled, neighbours: int) -> Neighbours:
 def find_impostors(
     weights: Float[Tensor, "rank dim"], features: Features, labels: ClassLabels, targets: Neighbours, reserve: float
 ) -> Pairs:
-    """Finds all pairs of unlike labels nearer than 1 + max_j d_ij, times 1 + reserve; exact, in tiles."""
+    """Finds all pairs of unlike labels nearer than (1 + max_j d_ij) · (1 + reserve); exact."""
     mapped = features @ weights.to(features).T
     reach = (1 + reserve) * (1 + _squared_distances(mapped, targets)).masked_fill_(targets < 0, -torch.inf).amax(1)
     left, right = squared_distance_rows(mapped, mapped)

@@ -1,4 +1,4 @@
-"""The Mahalanobis distance: directions in which the images of a class differ anyway count for little."""
+"""Mahalanobis distance: directions of large spread within classes have small weights."""
 
 from typing import Annotated, Literal
 

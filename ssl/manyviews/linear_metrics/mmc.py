@@ -1,4 +1,4 @@
-"""MMC (Xing, Ng, Jordan and Russell 2002): similar images near, dissimilar ones far on average; a convex problem."""
+"""MMC (Xing et al. 2002): similar images near, dissimilar ones far on average; convex."""
 
 from typing import Literal, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The objectives, chosen by name: each contrasts views of one image with other images, and differs in which."""
+"""Objectives, chosen by name; they differ in what an image's views are contrasted with."""
 
 from typing import Annotated, get_args
 

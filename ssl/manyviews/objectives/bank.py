@@ -1,4 +1,4 @@
-"""Memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
+"""Memory bank with one row per image: instance discrimination, exact or estimated."""
 
 import math
 from typing import Annotated, Literal
@@ -70,7 +70,7 @@ class Bank(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of every anchor against all rows, or against those drawn; rows are sharded over the ranks."""
+        """Cost of every anchor against all rows, or those drawn; rows are sharded over the ranks."""
         if self.estimator == "parametric":
             return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
@@ -99,7 +99,7 @@ class Bank(ObjectiveSettings):
         return loss + (averaged if self.normaliser == "ema" else 0)
 
     def _noise_products(self, sizes: Sizes) -> int:
-        """Products for scores of the noise rows and their weighted mean; with NCE for the scores twice."""
+        """Products for scores (with NCE twice) and the weighted mean of the noise rows."""
         # With noise for each image, products with all rows may cost less time than gathering the few.
         dense = not self.shared and -(-sizes.images // sizes.processes) <= DENSE * self.negatives
         scores = sizes.anchors * (sizes.images if dense else self.negatives) * sizes.dim
@@ -108,14 +108,14 @@ class Bank(ObjectiveSettings):
         return scores * (3 if self.estimator == "nce" else 2)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective, with random unit rows drawn from `seed`, equal on any number of ranks."""
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         if self.estimator == "parametric":
             return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
 class BankObjective(Objective):
-    """Bank of unit rows, with the step at which each was last written, and log Z (NaN until it is known).
+    """Bank of unit rows, with the step of each row's last update, and log Z (NaN until known).
 
     Each rank holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and embeddings
     to the rows that they update.
@@ -143,7 +143,7 @@ class BankObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """Loss of this rank's anchors, averaged over views, against the rows as the last step left them.
+        """Loss of this rank's anchors, averaged over views, against the rows of the last step.
 
         Raises:
             ValueError: if an id is not a row of the bank (checked on CPU).
@@ -177,7 +177,7 @@ class BankObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Moves the rows of the batch's images, on all ranks, towards their embeddings; stores the step's Z.
+        """Moves the rows of all ranks' images towards their embeddings; stores the step's Z.
 
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views,
         repetitions in the batch and ranks.
@@ -207,7 +207,7 @@ class BankObjective(Objective):
     def _estimated(
         self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Noise, own_hits: Tensor, step: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Losses by noise rows; for NCE also the step's log Z, equal on every rank, and the log-sums over noise."""
+        """Losses by noise rows; for NCE also log Z, equal on all ranks, and log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
             others = log_sum_over_noise(anchors, ids, noise, temperature)

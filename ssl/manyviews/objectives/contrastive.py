@@ -1,4 +1,4 @@
-"""Contrastive loss of the Siamese network: embeddings of equal ids are pulled together, others pushed apart."""
+"""Contrastive loss of Siamese networks: equal ids are pulled together, others pushed apart."""
 
 from typing import Literal
 

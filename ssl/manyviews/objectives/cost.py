@@ -1,4 +1,4 @@
-"""What an objective costs on each rank: the sizes it follows from, the record, and what the formulas share.
+"""Cost of an objective on each rank: its inputs, its record, and parts of the formulas.
 
 The formulas stand in `cost` of each objective's settings. Traffic is what a rank receives in a step, forward, backward
 and update, as `distributed.traffic` counts it: of what all ranks gather, or add up for one of them, a ring brings it
@@ -62,14 +62,14 @@ class Sizes(NamedTuple):
         return self.views * self.batch
 
     def cost(self, negatives: int, *, traffic: int, products: int, rows: int = 0, row_bytes: int = 0) -> Cost:
-        """Cost of each rank from the sums over all ranks; `traffic` is what they gather, or add up for one of them."""
+        """Cost of each rank from sums over all; `traffic` is what they gather, or add up for one."""
         kept = -(-rows // self.processes)
         received = traffic * (self.processes - 1) // self.processes
         return Cost(negatives, kept, kept * row_bytes, received, products // self.processes)
 
 
 def all_pairs(sizes: Sizes, distance: Distance, *, passes: int = 3) -> Cost:
-    """Cost of every embedding against all of the batch, on each rank for its own; distances of labels not counted.
+    """Cost of every embedding against all of the batch, without the distances of labels.
 
     The products are those of a GPU: on a CPU the gradient of a few sampled pairs takes none, which leaves a third.
     """
@@ -80,7 +80,7 @@ def all_pairs(sizes: Sizes, distance: Distance, *, passes: int = 3) -> Cost:
 
 
 def row_softmax(sizes: Sizes) -> Cost:
-    """Cost of a softmax over learned rows, one for each image or class, with each anchor's own row.
+    """Cost of a softmax over one learned row per image or class, and of each anchor's own row.
 
     Not counted, as they are the optimizer's: the gradient of the rows and its averages.
     """

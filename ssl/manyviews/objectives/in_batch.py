@@ -75,7 +75,7 @@ class InBatch(ObjectiveSettings):
         return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective; its only state is the matrix of a bilinear score, initially the identity."""
+        """Builds the objective; its only state is the matrix of a bilinear score, an identity."""
         return InBatchObjective(self, dim=dim)
 
 
@@ -103,7 +103,7 @@ def nt_xent(
     hardness: float = 0.0,
     matrix: Float[Tensor, "dim dim"] | None = None,
 ) -> Loss:
-    """Normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
+    """Normalised-temperature cross-entropy of each embedding against the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
     Its negatives are all embeddings of another id, on every rank: an image that comes twice is neither. The mean over
@@ -176,7 +176,7 @@ def debiased(
     positive_probability: float,
     temperature: float,
 ) -> Float[Tensor, "*pairs batch"]:
-    """Log of the sum over true negatives, from that over all and the positive (Chuang et al. 2020, equation 8).
+    """Log of the sum over true negatives (Chuang et al. 2020, equation 8).
 
     Of N negatives a share τ⁺ is expected to be positives, each like the positive at hand: what remains is
     (Σ − τ⁺ N e^p) / (1 − τ⁺), at least N e^(−1/τ), the minimum of a sum over N. Where that bound is active, the
@@ -204,7 +204,7 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
 def _negatives(
     queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
 ) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
-    """Log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what replaces their sum.
+    """Log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of their new sum.
 
     Without hardness (β = 0) that is the same, else N times their weighted mean. The weights e^(βs/τ) multiply the terms
     e^(s/τ) and are normalised by their own sum; the gradient passes through both, as in the authors' code.

@@ -35,7 +35,7 @@ class Labels(nn.Module):
     def between(
         self, first: Int[Tensor, " anchors"], second: Int[Tensor, " candidates"], dtype: torch.dtype
     ) -> Callable[[slice], tuple[Float[Tensor, "rows candidates"], Bool[Tensor, "rows candidates"]]]:
-        """Returns a function from a slice of the first images to squared label distances and a mask of equal labels.
+        """Function of a slice of the first images: squared label distances, mask of equal labels.
 
         Equal labels have distance 0, and an image has the same distance from equal labels, without rounding.
         """

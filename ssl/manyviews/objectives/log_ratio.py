@@ -1,4 +1,4 @@
-"""Log-ratio loss for continuous labels (Kim et al. 2019): ratios of distances are trained to be those of labels."""
+"""Log-ratio loss (Kim et al. 2019): ratios of distances become those of continuous labels."""
 
 from typing import ClassVar, Literal
 
@@ -19,7 +19,7 @@ Squared = Literal["both", "embeddings", "neither"]
 
 
 class LogRatio(ObjectiveSettings):
-    """Log-ratio loss (Kim et al. 2019) over all triplets of a batch, of embeddings that are not normalised.
+    """Log-ratio loss (Kim et al. 2019) over all triplets of a batch of unnormalised embeddings.
 
     It needs the recipe's `values`, the continuous labels, but no class, positive or margin: the distances of an image
     from any two others are to be in the ratio of its label distances.

@@ -1,4 +1,4 @@
-"""Mathematics that several objectives share: cross-entropies, and means over the embeddings of all ranks."""
+"""Mathematics that objectives share: cross-entropies, and means over all ranks."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class Gathered(NamedTuple):
-    """Embeddings of all ranks in the order of a single process: all images of a view, then those of the next view."""
+    """Embeddings of all ranks, as on a single one: all images of a view, then the next view."""
 
     rows: Float[Tensor, "all dim"]
     """With gradient to the rank that each came from."""
@@ -38,7 +38,7 @@ def gather_views(embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, 
 
 
 def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tensor, "*figures"]:
-    """This rank's part of a mean: the mean of the parts is the sum of all totals over the sum of all counts.
+    """This rank's part of a mean: the mean of the parts is Σ totals / Σ counts.
 
     0, with a zero gradient, where nothing was counted; collective.
     """
@@ -46,7 +46,7 @@ def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tens
 
 
 def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
-    """This rank's part of the mean over the anchors of all ranks: the mean of the parts is that mean.
+    """This rank's part of the mean over all ranks' anchors: the mean of the parts is that mean.
 
     It is the local mean where all ranks have equally many anchors, and stays exact where a last batch is uneven.
     """
@@ -56,7 +56,7 @@ def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
 def cross_entropy(
     negatives: Float[Tensor, "*anchors"], positives: Float[Tensor, "*anchors"]
 ) -> Float[Tensor, "*anchors"]:
-    """−log(e^p / (e^p + Σ e^n)) from the log-sum-exp of the negatives' logits and the positive's logit.
+    """−log(e^p / (e^p + Σ e^n)) from the log-sum-exp of the negatives n and the logit p.
 
     0, with a zero gradient, where the log-sum-exp is −inf because there are no negatives.
     """
@@ -91,7 +91,7 @@ def information(
     positives: Float[Tensor, " anchors"] | None = None,
     counted: Bool[Tensor, " anchors"] | None = None,
 ) -> dict[str, Tensor]:
-    """Lower bound of the mutual information of anchor and positive by InfoNCE losses, and its ceiling, in nats.
+    """InfoNCE bound of the mutual information of anchor and positive, and its ceiling, in nats.
 
     I ≥ log N − loss (van den Oord et al. 2018, section 2.3), with N candidates for each anchor, its positives among
     them; and this for any scores (Poole et al. 2019, equation 10), whatever loss they are trained by. The bound is at
@@ -115,7 +115,7 @@ def information(
 
 
 def float32_island(function: Callable[P, R]) -> Callable[P, R]:
-    """Disables autocast in a function of tensors: at a temperature of 0.07 bfloat16 logits are off by 0.02."""
+    """Disables autocast in a function: at temperature 0.07 bfloat16 logits are off by 0.02."""
 
     @functools.wraps(function)
     def island(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -141,7 +141,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """Attaches to a value the gradient of its sum in the inputs, where autograd would keep all intermediate results.
+    """Attaches to a value the known gradient of its sum in the inputs; saves autograd's memory.
 
     The value has one number for each row of the inputs, or one for all; the gradient has the shape of the inputs.
     """

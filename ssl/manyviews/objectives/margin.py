@@ -1,4 +1,4 @@
-"""Margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
+"""Margin-based loss: positives nearer than a learned boundary, negatives farther."""
 
 from typing import ClassVar, Literal
 
@@ -66,7 +66,7 @@ class MarginObjective(Objective):
 def margin_loss(
     embeddings: Embeddings, ids: Ids, boundaries: Float[Tensor, " batch"], settings: Margin, *, seed: int, step: int
 ) -> Loss:
-    """Sum of [α + d − β]₊ over positive and of [α − d + β]₊ over negative pairs, over the number of active pairs.
+    """Mean over active pairs of [α + d − β]₊ (positive pairs) and [α − d + β]₊ (negative pairs).
 
     Wu et al. 2017, section 4.2: β is the boundary of the anchor's image, d the distance of unit vectors, and a pair
     with a loss above zero is active. Unlike a triplet loss it compares distances with a boundary and not with each

@@ -1,4 +1,4 @@
-"""Softmax over directions with an angular margin for the own class: SphereFace, CosFace, ArcFace."""
+"""Softmax with an angular margin for the own class: SphereFace, CosFace, ArcFace."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -26,9 +26,6 @@ PRESETS: dict[Preset, dict[str, float | bool | None]] = {
     "combined_1": {"m1": 1.0, "m2": 0.3, "m3": 0.2, "normalized": True, "annealing": None},
     "combined_2": {"m1": 0.9, "m2": 0.4, "m3": 0.15, "normalized": True, "annealing": None},
 }
-PROBABILITY = 0.9999
-"""Of an embedding that coincides with its class; it determines the scale by the number of classes."""
-FIRST_LAMBDA, LAST_LAMBDA = 1000.0, 5.0
 
 
 class MarginSoftmax(ObjectiveSettings):
@@ -82,7 +79,7 @@ class MarginSoftmax(ObjectiveSettings):
         return row_softmax(sizes)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective, with random unit weights drawn from `seed`, equal on any number of ranks."""
+        """Builds the objective, with random unit weights by `seed`, equal on any number of ranks."""
         return MarginSoftmaxObjective(self, dim=dim, population=population, seed=seed)
 
 
@@ -128,7 +125,7 @@ class MarginSoftmaxObjective(LearnedRows):
 
 
 def angles_between(rows: Float[Tensor, "rows dim"], others: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
-    """Angle of each unit row with the other of the same index, in [0, π], by Kahan's 2 atan2(|a − b|, |a + b|).
+    """Angle of each two unit rows, in [0, π], by Kahan's 2 atan2(|a − b|, |a + b|).
 
     Exact to rounding for every angle, with a gradient of length 1 at most: that of the arc cosine, 1 / sin θ, is
     unbounded near 0 and π, and vanishes where its argument is clamped. The gradient is zero where the rows coincide or
@@ -139,7 +136,7 @@ def angles_between(rows: Float[Tensor, "rows dim"], others: Float[Tensor, "rows 
 
 
 def margin_cosine(angles: Float[Tensor, "*anchors"], m1: float, m2: float, m3: float) -> Float[Tensor, "*anchors"]:
-    """ψ(m1 θ + m2) − m3, where ψ is the cosine up to π and goes on falling beyond, as a cosine turned over at each π.
+    """ψ(m1 θ + m2) − m3, with ψ the cosine up to π, and turned over at each π to keep falling.
 
     ψ(φ) = (−1)ᵏ cos φ − 2k for φ in [kπ, (k + 1)π] (Liu et al. 2017, section 3.2, for φ = m θ): it falls everywhere and
     has a continuous derivative. For m2 the ArcFace paper leaves open θ > π − m2, where the cosine rises again; its
@@ -152,7 +149,7 @@ def margin_cosine(angles: Float[Tensor, "*anchors"], m1: float, m2: float, m3: f
 
 
 def annealed(step: int, rate: float) -> float:
-    """λ, the weight of the plain cosine beside the margin's 1: it falls from 1,000 as 1 / (1 + rate · step) to 5.
+    """λ, the weight of the plain cosine: falls from 1,000 as 1 / (1 + rate · step) to 5.
 
     The target of Liu et al. 2017 is ‖x‖ (λ cos θ + ψ(θ)) / (1 + λ); the numbers, and a rate of 0.12, are those of the
     authors' code.
@@ -160,10 +157,10 @@ def annealed(step: int, rate: float) -> float:
     >>> annealed(0, 0.12), annealed(100_000, 0.12)
     (1000.0, 5.0)
     """
-    return max(LAST_LAMBDA, FIRST_LAMBDA / (1 + rate * step))
+    return max(5.0, 1000.0 / (1 + rate * step))
 
 
-def least_scale(classes: int, probability: float = PROBABILITY) -> float:
+def least_scale(classes: int, probability: float = 0.9999) -> float:
     """Smallest s at which an embedding that coincides with its class can have this probability.
 
     s ≥ (C − 1)/C · ln((C − 1) P / (1 − P)) (Wang et al. 2018, CosFace, section 3.3), for classes as far apart as C

@@ -1,4 +1,4 @@
-"""N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of all other ids."""
+"""N-pair loss (Sohn 2016): each pair of an id against one side of the pairs of other ids."""
 
 from typing import Literal, NamedTuple
 
@@ -47,7 +47,7 @@ class NPair(ObjectiveSettings):
         return Traits(pairs_off=True, compares_embeddings=True, bounds_information=self.form == "multi_class")
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of the first of each pair against the second of all: pairs of views, or of two images of a class."""
+        """Cost of the first of each pair (views, or images of a class) against all second ones."""
         _, views, batch, dim, _ = sizes
         pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
         ways = 2 if self.symmetric else 1
@@ -73,7 +73,7 @@ class Pairs(NamedTuple):
 
 @float32_island
 def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, norm_penalty: float) -> Loss:
-    """Mean over pairs (f, f⁺) of the loss of f⁺ against the positives f⁻ of all pairs of other ids.
+    """Mean over pairs (f, f⁺) of the loss of f⁺ against the positives f⁻ of other ids.
 
     With s = f·f⁻ − f·f⁺ that is log(1 + Σ e^s) for N-pair-mc and Σ log(1 + e^s) one-vs-one (Sohn 2016, section 3.2).
     Added to it is norm_penalty / 2 times the mean squared length of the embeddings of all pairs (section 3.2.2). The
@@ -106,7 +106,7 @@ def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, nor
 
 
 def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of this rank's anchors (or their sum), products, numbers of negatives, and cosines of the positives."""
+    """Losses of this rank's anchors (or their sum), products, negatives, cosines of positives."""
     own_ids = gathered.ids[gathered.own]
     # Each rank has the pairs whose anchors are its own; their positives may be another's.
     partners = torch.full_like(gathered.ids, -1).index_copy_(0, pairs.anchors, pairs.positives)[gathered.own]
@@ -133,7 +133,7 @@ def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tupl
 
 
 def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:
-    """Pairs the embeddings of each id in order: the first with the second, the third with the fourth, and so on.
+    """Pairs the embeddings of each id in order: first with second, third with fourth, and so on.
 
     The last of an odd number has no partner. Two views of each image, laid out view by view, make pairs of view 0 and
     view 1; several images of a class come before their next views, which makes pairs of two images.

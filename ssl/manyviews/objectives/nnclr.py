@@ -1,4 +1,4 @@
-"""Nearest-neighbour contrast: an image's positive is its nearest neighbour among the images of the last steps."""
+"""Nearest-neighbour contrast: positives are nearest neighbours in the last steps' images."""
 
 import itertools
 from typing import ClassVar, Literal
@@ -19,7 +19,7 @@ from manyviews.system import distributed
 
 
 class NearestNeighbours(ObjectiveSettings):
-    """NNCLR (Dwibedi et al. 2021): neighbours in a support set against the predictions of other views.
+    """NNCLR (Dwibedi et al. 2021): neighbours in a support set against predictions of views.
 
     It needs a predictor to work well: `encoder.predictor.layers=2`.
     """
@@ -39,7 +39,7 @@ class NearestNeighbours(ObjectiveSettings):
     neighbours, but as many as there are images, or more, have each image itself."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of every image's neighbour in the support set, which is sharded over the ranks, against the batch."""
+        """Cost of every image's neighbour in the sharded support set against the batch."""
         _, views, batch, dim, processes = sizes
         queries, pairs = sizes.anchors, views * (views - 1)
         # Queries go to all rows, every rank's best similarity to all ranks, and the nearest row of all home with its
@@ -72,7 +72,7 @@ class NearestNeighboursObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """Loss of this rank's neighbours against the predictions of all ranks, over all pairs of views.
+        """Loss of this rank's neighbours against all ranks' predictions, over all pairs of views.
 
         `embeddings` are the predictions, `targets` the projections; without targets the embeddings are both.
 

@@ -1,4 +1,4 @@
-"""An anchor's own row against rows drawn at random from all ranks: NCE, and the softmax over the drawn rows."""
+"""An anchor's own row against random rows of all ranks: NCE, and the softmax over them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ DENSE = 64
 
 
 def draw(total: int, count: int, images: int | None, *, seed: int, step: int) -> Int[Tensor, "*images count"]:
-    """Draws rows uniformly out of `total`, with replacement (Wu et al. 2018, section 3.2), from seed and step alone.
+    """Draws rows uniformly with replacement, from seed and step alone (Wu et al. 2018, 3.2).
 
     One draw of `count` for all images if `images` is None, else one for each.
     """
@@ -32,7 +32,7 @@ def draw(total: int, count: int, images: int | None, *, seed: int, step: int) ->
 
 
 class Noise:
-    """Noise rows of one step, which are sharded over the ranks; a draw of an anchor's own row does not count for it.
+    """Sharded noise rows of a step; a draw of an anchor's own row does not count for it.
 
     Args:
         rows: of this rank.
@@ -52,7 +52,7 @@ class Noise:
         return (drawn == ids[:, None]).sum(1)
 
     def gather(self, anchors: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Anchors of all ranks, [views · batch], with their ids and their images' indices, and each rank's number."""
+        """All ranks' anchors, [views · batch], their ids, their images' indices, and the lengths."""
         views = len(anchors) // max(self.lengths[distributed.rank()], 1)
         lengths = [views * length for length in self.lengths]
         indices = torch.arange(sum(self.lengths), device=ids.device).split(self.lengths)
@@ -61,7 +61,7 @@ class Noise:
         return anchors, ids, torch.cat([own.repeat(views) for own in indices]), lengths
 
     def scores(self, anchors: Tensor, ids: Tensor, images: Tensor) -> Iterator[tuple[slice, Tensor, Weigh]]:
-        """Yields products with this rank's part of the noise, some anchors at a time; −inf is no noise.
+        """Yields products with this rank's noise, some anchors at a time; −inf is no noise.
 
         Each comes with a function from weights of these products to weighted sums of the rows. `images` are the
         indices of the anchors' images in the whole batch.
@@ -91,7 +91,7 @@ class Noise:
         return scores.masked_fill_(drawn + self.start == ids[:, None], -torch.inf)
 
     def _compact(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves each anchor's draws that are rows of this rank to the front of as few columns as possible."""
+        """Moves each anchor's draws of this rank's rows to the front of as few columns as possible."""
         own = owned(self.rows, drawn)
         if bool(own.all()):
             return drawn, own
@@ -108,7 +108,7 @@ def noise_contrast(
     log_normaliser: Float[Tensor, ""],
     temperature: float,
 ) -> Float[Tensor, " anchors"]:
-    """Is this the anchor's row or noise? (Wu et al. 2018, equations 4 to 7), with P = exp(s/τ) / Z and noise 1/n.
+    """NCE with P = exp(s/τ) / Z against noise of 1/n (Wu et al. 2018, equations 4 to 7).
 
     With u = s/τ − log Z − log(m/n) the loss is softplus(−u₀) + Σₖ softplus(uₖ), summed over the m noise rows: the
     authors' code without its exponentials and without its 1e-7. Anchors are [views · batch]. Noise that is the anchor's
@@ -130,7 +130,7 @@ def noise_contrast(
 def log_sum_over_noise(
     anchors: Float[Tensor, "anchors dim"], ids: Int[Tensor, " anchors"], noise: Noise, temperature: float
 ) -> Float[Tensor, " anchors"]:
-    """Log of the sum of exp(anchor · row / temperature) over each anchor's noise rows; −inf without any.
+    """Log of Σ exp(anchor · row / temperature) over each anchor's noise rows; −inf without any.
 
     Anchors are [views · batch]. Differentiable in the anchors: the gradient is the softmax-weighted mean of the rows
     over the temperature.
@@ -169,7 +169,7 @@ def normaliser_from_noise(
     noise: Noise,
     temperature: float,
 ) -> Float[Tensor, " anchors"]:
-    """Log of an unbiased estimate of Z for each anchor: its own row once, the other rows by the noise.
+    """Log of an unbiased estimate of Z for each anchor: its own row, and the others by noise.
 
     `others` are the log-sums over the noise. The authors' code takes the mean of positive and noise scores alike, in
     which a trained positive, e^(1/τ) times the rest, counts n/m times too much.

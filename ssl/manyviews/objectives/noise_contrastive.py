@@ -1,4 +1,4 @@
-"""Learned rows against rows drawn as noise: noise-contrastive estimation, and word2vec's negative sampling."""
+"""Learned rows against noise: noise-contrastive estimation, word2vec's negative sampling."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from manyviews.system.keyed_random import torch_generator
 
 
 class NoiseContrastive(ObjectiveSettings):
-    """Is this row the anchor's, or noise? (Gutmann and Hyvärinen 2010; Mikolov et al. 2013), with one row per id.
+    """NCE (Gutmann and Hyvärinen 2010; Mikolov et al. 2013) with one learned row per id.
 
     With the correction it is noise-contrastive estimation: scores converge to log P(id | anchor) + log Z. Noise may
     then be the anchor's own id: without it scores would converge to the odds. Without the correction it is word2vec's
@@ -65,7 +65,7 @@ class NoiseContrastive(ObjectiveSettings):
         )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of every anchor against the noise, whose rows are assumed distinct and evenly spread over the ranks."""
+        """Cost of every anchor against the noise, assumed distinct and evenly spread over the ranks."""
         images, _, batch, dim, processes = sizes
         noise = self.traits.noise
         # Ids go to the anchors' own rows, and these back. Then come the noise rows: of one draw all of them, else those
@@ -82,7 +82,7 @@ class NoiseContrastive(ObjectiveSettings):
         return sizes.cost(noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective, with random unit rows drawn from `seed`, equal on any number of ranks."""
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         return NoiseContrastiveObjective(self, dim=dim, population=population, seed=seed)
 
 
@@ -107,7 +107,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """Loss of this rank's anchors against their own rows and the step's noise, averaged over views.
+        """Loss of this rank's anchors against own rows and the step's noise, averaged over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
@@ -148,7 +148,7 @@ class NoiseContrastiveObjective(LearnedRows):
     def _noise(
         self, batch: list[int], views: int, step: int, like: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
-        """Noise ids of the step, their rows with gradient, and how often each was drawn for some of the anchors.
+        """Noise ids of the step, their rows with gradient, and how often anchors drew each.
 
         If each anchor has its own noise, it depends on the index of its image in the whole batch, and on its view.
         """
@@ -192,7 +192,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
 
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
-    """Draws ids with replacement by their cumulated weights, from seed and step alone; on the CPU for all devices."""
+    """Draws ids by cumulated weights, from seed and step alone; on the CPU for all devices."""
     numbers = torch.rand(count, generator=torch_generator(seed, step), dtype=torch.float64)
     return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
@@ -209,7 +209,7 @@ def noise_term(
     own_logits: Float[Tensor, " all"],
     temperature: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
-    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three sums over the anchors.
+    """Σ −log σ(−s) with s = product / τ − log Z − offset, and three sums over the anchors.
 
     Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id if `ids`, those of all
     anchors, are given. The sums are of the noise rows N − 1 that counted, of log N minus the InfoNCE loss of the same

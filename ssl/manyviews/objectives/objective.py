@@ -26,7 +26,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """Loss of this rank's anchors; `targets` are the momentum twin's embeddings, if there is a twin."""
+        """Loss of this rank's anchors; `targets` are the momentum twin's embeddings, if any."""
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:

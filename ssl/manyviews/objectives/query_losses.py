@@ -1,4 +1,4 @@
-"""Ranking losses: one number for each query, from the scores and the relevances of its items.
+"""Ranking losses: one number for each query, from scores and relevances of its items.
 
 Every function takes scores and relevances, [queries, items], and returns a loss for each query. If all items of a query
 are equally relevant, there is nothing to rank: the loss is finite then, but meaningless.
@@ -27,12 +27,12 @@ def squared_error(scores: Items, relevances: Items) -> Queries:
 
 
 def cross_entropy(scores: Items, relevances: Items) -> Queries:
-    """Mean over items of the cross-entropy of sigmoid(score), with the relevance as a probability."""
+    """Mean over items of the cross-entropy of sigmoid(score) with the relevance as probability."""
     return F.binary_cross_entropy_with_logits(scores, relevances, reduction="none").mean(1)
 
 
 def rank_net(scores: Items, relevances: Items) -> Queries:
-    """Mean over pairs of items, i more relevant than j, of log(1 + exp(sⱼ − sᵢ)) (Burges et al. 2005, section 3).
+    """Mean over pairs, i more relevant than j, of log(1 + exp(sⱼ − sᵢ)) (Burges et al. 2005).
 
     The paper sums over pairs; the mean keeps the gradient's size whatever the number of items.
     """
@@ -48,7 +48,7 @@ def hinge(scores: Items, relevances: Items) -> Queries:
 
 
 def binary_hinge(scores: Items, relevances: Items) -> Queries:
-    """`hinge` for relevances of 0 and 1, by sorting: n log n for n items, without a table of pairs.
+    """`hinge` for relevances of 0 and 1, by sorting: n log n for n items.
 
     A pair has a loss where sⱼ > sᵢ − 1. With the number of such j for each i, and of such i for each j, the sum over
     pairs is a weighted sum of scores.
@@ -67,7 +67,7 @@ def binary_hinge(scores: Items, relevances: Items) -> Queries:
 
 
 def list_net(scores: Items, relevances: Items) -> Queries:
-    """Cross-entropy of the softmax of scores under the softmax of relevances (Cao et al. 2007, section 4.3).
+    """Cross-entropy of the softmax of scores and that of relevances (Cao et al. 2007, 4.3).
 
     They are the probabilities that an item comes first, if orders are drawn by the scores and by the relevances.
     """
@@ -75,7 +75,7 @@ def list_net(scores: Items, relevances: Items) -> Queries:
 
 
 def list_mle(scores: Items, relevances: Items) -> Queries:
-    """Negative log-likelihood of the order of relevances, if orders are drawn by scores (Xia et al. 2008).
+    """Negative log-likelihood of the order of relevances under the scores (Xia et al. 2008).
 
     Each item has the term log Σ exp(sⱼ) − sᵢ over all j that are no more relevant than i, itself and ties among them:
     Breslow's rule for ties, which is the paper's equation where there are none. The least relevant items have no term,
@@ -94,7 +94,7 @@ def list_mle(scores: Items, relevances: Items) -> Queries:
 
 
 def _over_ordered_pairs(scores: Items, relevances: Items, form: Pairwise) -> Queries:
-    """Mean loss of the score differences of all pairs, by some items at a time against all that come after them.
+    """Mean loss of the score differences of all pairs, some items at a time against the rest.
 
     The gradient is computed on the way: autograd would keep all pairs.
     """

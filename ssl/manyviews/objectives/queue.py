@@ -67,7 +67,7 @@ class Queue(ObjectiveSettings):
         return sizes.cost(size, traffic=traffic, products=products, rows=size, row_bytes=number * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective, with a queue of random unit rows drawn from `seed`, equal on any number of ranks."""
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         return QueueObjective(self, dim=dim, population=population, seed=seed)
 
 
@@ -146,7 +146,7 @@ def supervised_queue_softmax(
     rows: Float[Tensor, "slots dim"],
     temperature: float,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Mean over each query's positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
+    """Mean over positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
 
     Positives are the query's own key and the keys of its id in the queue; the sum is over its own key and the whole
     queue (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and

@@ -1,4 +1,4 @@
-"""Learning to rank: each embedding is a query, and others of its id, or of near labels, are to come first."""
+"""Learning to rank: for each embedding, others of its id or of near labels come first."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -48,7 +48,7 @@ class Ranking(ObjectiveSettings):
 
 
 class RankingObjective(Objective):
-    """Ranking loss with the labels of all images, if any, and for the cross-entropy the learned cosine of even odds."""
+    """Ranking loss with all images' labels, if any, and the cross-entropy's learned threshold."""
 
     def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None) -> None:
         super().__init__()

@@ -64,16 +64,16 @@ class Traits(NamedTuple):
 
 
 class ObjectiveSettings(Settings):
-    """Base class of the settings of an objective: builds it, and describes it to the rest of the package."""
+    """Base class of objectives' settings: builds the objective, and describes it."""
 
     @property
     def traits(self) -> Traits:
-        """What the rest of the package needs to know; subclasses set a class variable, or a property of settings."""
+        """What the package needs to know; a class variable, or a property of the settings."""
         return Traits()
 
     @abstractmethod
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective for embeddings of `dim` dimensions; all its randomness follows from `seed`."""
+        """Builds the objective for embeddings of `dim` dimensions; it is random by `seed` alone."""
 
     @abstractmethod
     def cost(self, sizes: Sizes) -> Cost:

@@ -1,4 +1,4 @@
-"""Rows that are sharded over the ranks: initial values, access to those of other ranks, and modules that hold some."""
+"""Rows that are sharded over the ranks: initial values, remote access, and modules."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,7 +20,7 @@ BLOCK = 1 << 14
 
 
 class Ring(nn.Module):
-    """First-in-first-out memory of the last `size` embeddings over all ranks, with the ids of their images.
+    """First-in-first-out memory of the last `size` embeddings over all ranks, with their ids.
 
     Slot s is the same slot on any number of ranks: each owns consecutive ones, and the batch of all ranks is written in
     rank order, so that the content does not depend on their number. Slots that have not been written yet have random
@@ -42,7 +42,7 @@ class Ring(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Float[Tensor, "batch dim"], ids: Int[Tensor, " batch"]) -> None:
-        """Overwrites the oldest slots with the normalized embeddings of all ranks; any batch size wraps around."""
+        """Overwrites the oldest slots with the normalized embeddings of all ranks."""
         lengths = distributed.counts(len(ids))
         keys = distributed.gather_without_gradient(normalize(embeddings).to(self.rows.dtype), lengths)
         key_ids = distributed.gather_without_gradient(ids, lengths)
@@ -57,7 +57,7 @@ class Ring(nn.Module):
 
 
 class LearnedRows(Objective):
-    """Objective whose state is one learned row per id, in `weight`; each rank holds those of its share of the ids.
+    """Objective with one learned row per id, in `weight`, sharded over the ranks by id.
 
     Rows start as random unit rows and are moved by the optimizer; their gradient on each rank is the sum over the
     losses of all ranks.
@@ -87,7 +87,7 @@ class LearnedRows(Objective):
 
 
 def unit_rows(rows: slice, dim: int, *, seed: int, storage: Storage = "float32") -> Float[Tensor, "rows dim"]:
-    """Draws random rows of length 1; row i depends on the seed and i alone, for any number of ranks."""
+    """Draws random rows of length 1; row i depends on the seed and i alone."""
     dtype: torch.dtype = getattr(torch, storage)
     result = torch.empty(rows.stop - rows.start, dim, dtype=dtype)
     for block in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
@@ -113,7 +113,7 @@ def check_ids(ids: Int[Tensor, " batch"], count: int) -> None:
 def fetch(
     rows: Float[Tensor, "rows dim"], start: int, ids: Int[Tensor, " batch"], lengths: Sequence[int]
 ) -> Float[Tensor, "batch dim"]:
-    """Fetches the rows of this rank's ids from the ranks that own them; gradients travel back to the owners.
+    """Fetches the rows of this rank's ids from their ranks, with gradients to these.
 
     `rows` are those from id `start` on; `lengths` are the numbers of ids that the ranks ask for. Collective, and
     collective again in backward where the rows want a gradient.

@@ -16,7 +16,7 @@ from manyviews.system import distributed
 
 
 class Supervised(ObjectiveSettings):
-    """SupCon (Khosla et al. 2020, equation 2, L_out); `ids=labels` makes the positives those of one class.
+    """SupCon (Khosla et al. 2020, equation 2, L_out); `ids=labels` makes classes the positives.
 
     With images as ids and two views it is NT-Xent.
     """
@@ -28,7 +28,7 @@ class Supervised(ObjectiveSettings):
     """Divides the similarities; smaller: harder negatives count more."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of the in-batch loss, and of the sums of classes, one row for each id of a rank, which are gathered."""
+        """Cost of the in-batch loss, and of gathering sums of classes, one row per id and rank."""
         _, views, batch, dim, _ = sizes
         traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
         return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
@@ -40,7 +40,7 @@ class Supervised(ObjectiveSettings):
 
 @float32_island
 def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) -> Loss:
-    """Mean over each anchor's positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
+    """Mean over positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
 
     An anchor's positives are all other embeddings of its id, on every rank; the sum is over all embeddings but the
     anchor itself. Anchors without a positive are left out of the mean over anchors: the authors' code divides by zero
@@ -84,7 +84,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
 
 
 def class_sums(embeddings: Embeddings, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
-    """Sum, with gradient, and number of the embeddings on all ranks that have each id; collective."""
+    """Sum, with gradient, and number of all ranks' embeddings that have each id; collective."""
     own, index = ids.unique(return_inverse=True)
     local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, index, embeddings.sum(0))
     counts = torch.bincount(index, minlength=len(own)) * len(embeddings)

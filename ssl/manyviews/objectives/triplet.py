@@ -21,7 +21,7 @@ FEW = 32
 
 
 class Triplet(ObjectiveSettings):
-    """Triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all ranks.
+    """Triplet loss (Schroff et al. 2015, FaceNet), with negatives from all ranks' batches.
 
     The defaults are FaceNet's: squared distances on the unit sphere, a margin of 0.2, semi-hard negatives for all
     positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
@@ -63,7 +63,7 @@ class Triplet(ObjectiveSettings):
 
 @float32_island
 def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int) -> Loss:
-    """Mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² in place of d where `squared`.
+    """Mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² instead of d if `squared`.
 
     Anchors are all embeddings of this rank, positives the other embeddings of the anchor's id and negatives those of
     other ids, on all ranks. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017 recommend),
@@ -108,7 +108,7 @@ def all_triplets(
     mates: Int[Tensor, "rows members"],
     margin: float | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Sum of [d(a, p) − d(a, n) + margin]₊ over a row's positives and all its negatives, and how many are above 0.
+    """Sum of [d(a, p) − d(a, n) + margin]₊ over all triplets of some rows, and number above 0.
 
     `distances` are those of the anchors from all candidates, `positives` the indices of each row's positives with their
     mask `there`, `mates` the indices that are no negatives. A margin of None is the soft one.
@@ -146,7 +146,7 @@ def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tenso
 
 
 def _by_search(limits: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, and derivatives in the positives, which are counts of negatives, and in the negatives.
+    """Sum, and derivatives in the positives (counts of negatives) and in the negatives.
 
     A negative at d is in an active triplet with each positive whose limit, its distance plus the margin, is above d.
     A search in the sorted limits finds the first of them: their number and, by cumulated sums from the end, the sum of

@@ -12,7 +12,7 @@ from manyviews.objectives.objective import Embeddings, Ids
 
 
 class Batch(NamedTuple):
-    """Input of a loss of pairs: this rank's anchors, the embeddings of all ranks as candidates, and their products.
+    """Input of a loss of pairs: this rank's anchors, and the embeddings of all ranks.
 
     An anchor's positives are the other candidates with its id, its negatives those with another one. Both are listed by
     arithmetic on the sorted ids, without a table of all pairs.
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     """Maximum of `members`."""
 
     def mates(self, rows: slice) -> Int[Tensor, "rows members"]:
-        """Indices of the embeddings with the anchors' ids, themselves among them; some repeated for equal width."""
+        """Indices of the embeddings with the anchors' ids, repeated for equal width."""
         columns = torch.arange(max(self.largest, 1), device=self.order.device)
         seats = self.starts[rows, None] + columns.minimum(self.members[rows, None] - 1)
         return self.order[seats]
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
         return len(self.order) - self.members[rows]
 
     def negative_at(self, rows: slice, shares: Float[Tensor, "rows positives"]) -> Int[Tensor, "rows positives"]:
-        """Indices of the negatives at these shares, in [0, 1), of the list of each anchor's negatives."""
+        """Indices of the negatives at these shares, in [0, 1), of each anchor's list of them."""
         count = self.negatives(rows)[:, None]
         # In float64: float32 has fewer numbers than a large batch has negatives.
         numbers = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
         return 2 - 2 * products if self.normalized else products.clamp(min=0)
 
     def distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """Euclidean distances from products; with a zero gradient where rows coincide and a root has none."""
+        """Euclidean distances from products; with a zero gradient where rows coincide."""
         return self.squared_distances(products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
 
     def nearness(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
         return products.detach() if self.normalized else -products.detach()
 
     def terms(self) -> dict[str, Tensor]:
-        """Terms of every loss of pairs: the mean cosine of positives, and the negatives of each anchor."""
+        """Terms of every loss of pairs: the mean cosine of positives, and the number of negatives."""
         negatives = self.negatives(slice(None)).to(self.anchors.dtype)
         return {"positive_similarity": self.positive_similarity, "negatives": average(negatives)}
 

@@ -1,4 +1,4 @@
-"""Difficulty of the triples of a batch: shares of easy, semi-hard and hard ones, and of positives without negatives."""
+"""Difficulty of the triples of a batch: shares of easy, semi-hard and hard ones."""
 
 import math
 
@@ -14,7 +14,7 @@ from manyviews.objectives.mining.sampling import DistanceWeighted, Sampling, Sem
 def hardness(
     triples: Triples, batch: Batch, rows: slice, products: Float[Tensor, "rows all"], idle: Bool[Tensor, "rows second"]
 ) -> Float[Tensor, "3"]:
-    """Counts the triples of some anchors, the hard ones and the easy ones; the others are semi-hard.
+    """Counts all, hard and easy triples of some anchors; the others are semi-hard.
 
     As Schroff et al. 2015, section 3.2, define them: a semi-hard negative is farther than the positive, but within the
     margin, so that the triple still has a loss. A nearer one is hard, and so is, as in pytorch-metric-learning, one at
@@ -39,7 +39,7 @@ def hardness(
 
 
 def shares(sampling: Sampling, figures: Float[Tensor, "6"]) -> dict[str, Tensor]:
-    """Terms that mining adds to a loss, from the sums of `Triples.figures` and of `hardness` over the whole batch.
+    """Terms that mining adds to a loss, from sums of `Triples.figures` and of `hardness`.
 
     `easy`, `semi_hard` and `hard` are shares of the compared triples, the others of the positive pairs.
     """

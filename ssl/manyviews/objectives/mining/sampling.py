@@ -123,7 +123,7 @@ class Triples(NamedTuple):
     def pairs(
         self, batch: Batch, rows: slice, products: Float[Tensor, "rows all"], push: Callable[[Tensor], Tensor]
     ) -> tuple[Float[Tensor, "rows positives"], Float[Tensor, "rows negatives"], Int[Tensor, ""]]:
-        """Products of the positive pairs, `push` of those of the negative pairs, and the number of negative pairs.
+        """Products of positive pairs, `push` of those of negative pairs, number of negative pairs.
 
         Each pair of the triples counts once; pairs that are not in the triples are pushed by 0.
         """
@@ -137,20 +137,20 @@ class Triples(NamedTuple):
 
 @torch.no_grad()
 def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor, "rows all"]) -> Triples:
-    """Samples the triples of some anchors from their products with all candidates; pure, without gradient.
+    """Samples the triples of some anchors from their products with all candidates; no gradient.
 
     Random draws depend only on the seed, the step and the indices of anchor and positive in the whole batch.
     """
     nearness = batch.nearness(products)
     positives, there = _positives(sampling.positives, batch, rows, nearness)
-    negatives, found, fallback = _negatives(sampling, batch, rows, nearness, positives)
-    chosen = there & found
-    figures = [there.sum(), (there & ~found).sum(), (chosen & fallback).sum()]
+    negatives, available, fallback = _negatives(sampling, batch, rows, nearness, positives)
+    chosen = there & available
+    figures = [there.sum(), (there & ~available).sum(), (chosen & fallback).sum()]
     return Triples(positives, negatives, chosen, torch.stack(figures).to(products.dtype))
 
 
 def refuse_off_sphere(sampling: Sampling, normalized: bool) -> None:
-    """Raises ValueError for distance-weighted sampling of points that are not on the unit sphere."""
+    """Raises ValueError for distance-weighted sampling of points off the unit sphere."""
     if isinstance(sampling, DistanceWeighted) and not normalized:
         raise ValueError(
             "sampling=distance_weighted needs the density of distances on the unit sphere; set normalized=true, or use "
@@ -159,7 +159,7 @@ def refuse_off_sphere(sampling: Sampling, normalized: bool) -> None:
 
 
 def log_weights(cosines: Float[Tensor, "*pairs"], dim: int, cutoff: float) -> Float[Tensor, "*pairs"]:
-    """Logarithm of min(λ, 1 / q(d)), up to a constant, from cosines of unit vectors (Wu et al. 2017, section 4.1).
+    """Log of min(λ, 1 / q(d)), up to a constant, from cosines (Wu et al. 2017, section 4.1).
 
     q(d) ∝ d^(n−2) (1 − d²/4)^((n−3)/2) is the density of the distance of two points that are uniform on the sphere in n
     dimensions. λ is given as a distance, as in the authors' code: pairs nearer than `cutoff` weigh as those at it. With
@@ -179,7 +179,7 @@ def draw(
     shares: Float[Tensor, "rows positives"],
     dim: int,
 ) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
-    """Draws indices for each row by its weights, with a mask of those that are candidates: false if a row has none.
+    """Draws indices for each row by its weights, with a mask: false if a row has no candidate.
 
     Candidates are all but the row's `mates`, nearer than `farthest`. The weights are divided by the largest of the
     row's candidates: by the largest of all rows, as in the authors' code, a row whose candidates are far would have
@@ -217,20 +217,20 @@ def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tup
 def _negatives(
     sampling: Sampling, batch: Batch, rows: slice, nearness: Tensor, positives: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Index of a negative for each positive (None: all), masks of those that exist and of fallbacks."""
-    found = (batch.negatives(rows)[:, None] > 0).expand_as(positives)
+    """Index of a negative for each positive (None: all), masks of existing ones and fallbacks."""
+    available = (batch.negatives(rows)[:, None] > 0).expand_as(positives)
     none = torch.zeros_like(positives, dtype=torch.bool)
     if isinstance(sampling, All) or not positives.numel():
-        return None, found, none
+        return None, available, none
     mates = batch.mates(rows)
     match sampling:
         case Easiest():
-            return _easiest(nearness, mates).expand_as(positives), found, none
+            return _easiest(nearness, mates).expand_as(positives), available, none
         case Hardest():
-            return _hardest(nearness, mates).expand_as(positives), found, none
+            return _hardest(nearness, mates).expand_as(positives), available, none
         case Hard():
             nearest = _hardest(nearness, mates).expand_as(positives)
-            return nearest, found & (nearness.gather(1, nearest) > nearness.gather(1, positives)), none
+            return nearest, available & (nearness.gather(1, nearest) > nearness.gather(1, positives)), none
         case SemiHard():
             own, others = nearness.gather(1, positives), nearness.scatter(1, mates, -math.inf)
             negatives = _next_farther(others, own)
@@ -239,13 +239,13 @@ def _negatives(
             if sampling.fallback is None:
                 return negatives, farther, none
             fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
-            return negatives.where(farther, fallback), found, ~farther
+            return negatives.where(farther, fallback), available, ~farther
     shares = uniform(batch.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
     anywhere = batch.negative_at(rows, shares)
     if not isinstance(sampling, DistanceWeighted):
-        return anywhere, found, none
+        return anywhere, available, none
     drawn, candidates = draw(sampling, nearness, mates, shares, batch.dim)
-    return drawn.where(candidates, anywhere), found, ~candidates
+    return drawn.where(candidates, anywhere), available, ~candidates
 
 
 def _easiest(nearness: Tensor, mates: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _hardest(nearness: Tensor, mates: Tensor) -> Tensor:
 
 
 def _next_farther(others: Tensor, own: Tensor) -> Tensor:
-    """Index of the largest of the others that is below each of a row's own numbers, if there is one."""
+    """Index of the largest of the others below each of a row's own numbers, if there is one."""
     if own.shape[1] <= FEW:
         # A threshold in place of a mask: a mask takes thirty times as long on a CPU.
         gaps = (F.threshold(own[:, [column]] - others, 0, math.inf) for column in range(own.shape[1]))
