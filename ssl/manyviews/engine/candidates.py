@@ -49,7 +49,8 @@ class Keys(NamedTuple):
 
     def part(self, span: slice) -> "Keys":
         """A slice of the keys."""
-        return Keys(*(None if field is None else field[span] for field in self))
+        ids, lengths = (None if field is None else field[span] for field in self[1:])
+        return Keys(self.rows[span], ids, lengths)
 
 
 class _Queries(NamedTuple):

@@ -1,4 +1,4 @@
-"""The best keys of each query, updated while blocks of keys are searched."""
+"""Best keys of each query, updated while blocks of keys are searched."""
 
 import math
 
@@ -19,7 +19,7 @@ LOW = 0xFFFFFFFF
 
 
 class Best:
-    """The best keys of some queries so far, with capacity for more than k."""
+    """Best keys of some queries so far, with capacity for more than k."""
 
     def __init__(self, height: int, k: int) -> None:
         self.k = k

@@ -1,4 +1,4 @@
-"""The nearest keys of each query, exact, in tiles, with a rule for equal values."""
+"""Nearest keys of each query, exact, in tiles, with defined order of equal values."""
 
 import math
 
@@ -29,8 +29,8 @@ def top_k(
 ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
     """Finds the k largest products of each query with the keys, and their indices; no gradient.
 
-    Largest first; equal values by index, lower first. Keys that have the query's id are left out; if fewer than k remain,
-    the last values are −inf. Exact, in tiles, in float32 (float64 if the queries are).
+    Largest first; equal values by index, lower first. Keys of the query's id are left out; if fewer than k remain, the
+    last values are −inf. Exact, in tiles, in float32 (float64 if the queries are).
 
     With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, if they are shorter): keys are
     normalised tile by tile, and never copied as a whole.
@@ -114,7 +114,7 @@ def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | No
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, largest first, equal values by column."""
+    """Finds the k largest of each row and their columns, largest first, equal values by column."""
     count = scores.shape[1]
     if k == count:
         ordered = scores.sort(dim=1, descending=True, stable=True)

@@ -26,7 +26,7 @@ FORMAT = "linear metric"
 
 @dataclass(frozen=True, eq=False)
 class LinearMetric:
-    """The distance ‖W (x − y)‖ between features: Euclidean after `transform`."""
+    """Distance ‖W (x − y)‖ between features: Euclidean after `transform`."""
 
     weights: Float[Tensor, "rank dim"]
     """W, float32."""

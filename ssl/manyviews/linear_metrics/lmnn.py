@@ -38,7 +38,7 @@ class LMNN(Settings):
     neighbours: int = Field(3, ge=1, le=10_000)
     """Target neighbours of each image: the nearest of its class before anything is learned."""
     push: float = Field(0.5, gt=0, lt=1)
-    """The paper's μ: the weight of what pushes; what pulls has the rest."""
+    """The paper's μ: the weight of the pushing terms; the pulling terms have the rest."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """Dimensions of the transformed features; none: as many as before."""
     start: Literal["pca", "whitening"] = "pca"
@@ -75,15 +75,8 @@ class LMNN(Settings):
             raise ValueError("all target neighbours coincide; give features that differ within a class")
         unit = float(pulled.sqrt())
         inputs = (data.features / unit).to(dtype)
-        descent = descend(directions, inputs, data.labels, targets, self, report=report)
-        return data.metric(
-            descent.weights / unit,
-            self,
-            loss=descent.values[-1],
-            start=descent.values[0],
-            iterations=descent.steps,
-            active=descent.active,
-        )
+        weights, values, steps, active = descend(directions, inputs, data.labels, targets, self, report=report)
+        return data.metric(weights / unit, self, loss=values[-1], start=values[0], iterations=steps, active=active)
 
     def _initial(self, data: Labelled) -> Float[Tensor, "rank dim"]:
         whitening = torch.eye(data.features.shape[1]).to(data.features)
@@ -142,7 +135,7 @@ def target_neighbours(data: Labelled, neighbours: int) -> Neighbours:
     """
     most = min(neighbours, int(data.counts.max()) - 1)
     if most < 1:
-        raise ValueError("no class has two images, so that there are no neighbours to pull; give classes with several")
+        raise ValueError("no class has two images, hence no neighbours to pull; give classes with several images")
     targets = data.labels.new_full((len(data.labels), most), -1)
     members = torch.split(data.labels.argsort(stable=True), data.counts.tolist())
     for own in members:

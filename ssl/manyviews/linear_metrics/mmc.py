@@ -49,7 +49,7 @@ class MMC(Settings):
         to separate two clusters, bad for nearest neighbours in many classes. Hence the prior.
 
         Raises:
-            ValueError: if there is one class only, or the scatter is singular for want of shrinkage.
+            ValueError: if there is one class only, or the scatter is singular without shrinkage.
         """
         data = labelled(features, labels, classes=2)
         # The sum over the pairs of a class of squared differences is its size times the sum of squared residuals.
@@ -80,7 +80,7 @@ class Ascent(NamedTuple):
 
     free: Float[Tensor, "dim dim"]
     values: list[float]
-    """The mean distance between classes before the first step and after each."""
+    """Mean distance between classes before the first step and after each."""
     gap: float
     """Upper bound of the share by which any metric's mean distance exceeds the last one."""
 
@@ -150,7 +150,7 @@ def between(
 
 
 def root(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
-    """The symmetric root of a positive semi-definite matrix."""
+    """Symmetric root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     symmetric: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return symmetric

@@ -41,7 +41,7 @@ Objective = Annotated[
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     settings.model_fields["name"].default: settings for settings in get_args(get_args(Objective)[0])
 }
-"""The settings of every objective by its name, which is all that the union holds."""
+"""Settings class of every objective of the union, by name."""
 
 __all__ = [
     "OBJECTIVES",

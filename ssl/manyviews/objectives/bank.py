@@ -246,7 +246,7 @@ class BankObjective(Objective):
 
 
 class ParametricObjective(LearnedRows):
-    """The parametric softmax that the bank is compared with: over one learned row per image.
+    """Parametric softmax over one learned row per image, with which the bank is compared.
 
     P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights start as the
     bank's rows do and are free in length.

@@ -171,7 +171,7 @@ def normaliser_from_noise(
 ) -> Float[Tensor, " anchors"]:
     """Log of an unbiased estimate of Z for each anchor: its own row, and the others by noise.
 
-    `others` are the log-sums over the noise. The authors' code takes the mean of positive and noise scores alike, in
+    `others` are the log-sums over the noise. The authors' code takes the mean of positive and noise scores together, in
     which a trained positive, e^(1/τ) times the rest, counts n/m times too much.
     """
     kept = (noise.count - own_hits).clamp(min=1)

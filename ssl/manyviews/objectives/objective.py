@@ -1,4 +1,4 @@
-"""The interface of an objective: a loss of embeddings, and memory that moves after a step."""
+"""Interface of an objective: a loss of embeddings, and memory updated after a step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

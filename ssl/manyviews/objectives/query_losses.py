@@ -79,8 +79,8 @@ def list_mle(scores: Items, relevances: Items) -> Queries:
 
     Each item has the term log Σ exp(sⱼ) − sᵢ over all j that are no more relevant than i, itself and ties among them:
     Breslow's rule for ties, which is the paper's equation where there are none. The least relevant items have no term,
-    as the last one has none there. It is the mean over the terms, which the paper sums, so that the gradient keeps its
-    size whatever the number of items. With one relevant item it is the softmax's cross-entropy.
+    as the last one has none there. The paper sums the terms; their mean keeps the gradient's size whatever the number
+    of items. With one relevant item it is the softmax's cross-entropy.
     """
     order = relevances.argsort(dim=1, descending=True, stable=True)
     scores, relevances = scores.gather(1, order), relevances.gather(1, order)

@@ -87,7 +87,7 @@ class RankingObjective(Objective):
         return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
 
     def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of each query, from the cosines of its items and their relevances."""
+        """Loss function of the cosines and relevances of queries' items."""
         settings = self.settings
         name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
         loss: Callable[[Tensor, Tensor], Tensor] = getattr(query_losses, name)

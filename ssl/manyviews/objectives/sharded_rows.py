@@ -116,7 +116,7 @@ def fetch(
     """Fetches the rows of this rank's ids from their ranks, with gradients to these.
 
     `rows` are those from id `start` on; `lengths` are the numbers of ids that the ranks ask for. Collective, and
-    collective again in backward where the rows want a gradient.
+    collective again in backward if the rows require a gradient.
     """
     if distributed.world_size() == 1:
         return rows[ids - start]
