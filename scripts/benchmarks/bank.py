@@ -87,7 +87,7 @@ def prepare(name: str, size: int) -> Callable[[], object]:
     ids = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:QUERIES]
     if name in OURS:
         objective = Bank.model_validate({"temperature": TEMPERATURE, "momentum": MOMENTUM, **OURS[name]}).build(
-            dim=DIM, population=Population.each(size), seed=0
+            dim=DIM, population=Population(torch.arange(size)), seed=0
         )
         steps = iter(range(1 << 30))
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from manyviews.objectives import Population
 from manyviews.objectives.margin import Margin
 from manyviews.objectives.mining import All, Hardest
-from manyviews.objectives.objective import Population
 from manyviews.objectives.triplet import Triplet
 
 DIM, PER_CLASS = 128, 4

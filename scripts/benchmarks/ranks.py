@@ -102,7 +102,7 @@ def work(rank: int, folder: str, processes: int, threads: int, case: Case, batch
     # What any process brings with it is no cost of the objective: the product's and the collectives' own buffers.
     _ = torch.randn(256, DIM) @ torch.randn(DIM, 256)
     distributed.gather(torch.zeros(own.stop - own.start, DIM))
-    objective = case.settings.build(dim=DIM, population=Population.each(case.images), seed=0)
+    objective = case.settings.build(dim=DIM, population=Population(torch.arange(case.images)), seed=0)
     state, lengths = objective.state_dict(), objective.shards()
     held = sum(state[name].numel() * state[name].element_size() for name in lengths)
     before = _resident()

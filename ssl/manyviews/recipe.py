@@ -123,7 +123,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _positives_of_the_same_label(self) -> "Recipe":
-        reason = self.objective.images_only
+        reason = self.objective.traits.images_only
         if self.ids == "labels" and reason is not None:
             raise ValueError(
                 f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
@@ -134,14 +134,14 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _values_and_what_compares_them(self) -> "Recipe":
-        name, use = self.objective.name, self.objective.uses_values
+        name, use = self.objective.name, self.objective.traits.uses_values
         if use == "always" and self.values is None:
             raise ValueError(
                 f"objective={name} compares distances with those of continuous labels, and there are none; set "
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
             )
         if self.values is not None and use is None:
-            able = (f"objective={other}" for other, settings in OBJECTIVES.items() if settings.uses_values)
+            able = (f"objective={other}" for other, settings in OBJECTIVES.items() if settings().traits.uses_values)
             raise ValueError(
                 f"values={self.values} is not for objective={name}, which compares no continuous labels; leave it "
                 f"out, or use {' or '.join(able)}"
@@ -173,8 +173,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
-        fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
-        if self.objective.negatives_from == "batch" and self.ids == "images" and self.values is None:
+        fewest, most, given = self.objective.traits.fewest_views, self.objective.traits.most_views, self.views.num_views
+        if self.objective.traits.negatives_from == "batch" and self.ids == "images" and self.values is None:
             # In the batch an image without a label is alone but for its own views.
             fewest = max(fewest, 2)
         if given < fewest or (most is not None and given > most):

@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_the_values_it_was_begun_with_only(tmp_path: Path) ->
         pretrain(load(Recipe, None, [*longer, "values=pixels"]))
     numbers[7] += 1
     np.save(file, numbers)
-    with pytest.raises(ValueError, match="values are not those that the run was begun with"):
+    with pytest.raises(ValueError, match="values differ from those at the start of the run"):
         pretrain(load(Recipe, None, [*longer, f"values={file}"]))
     numbers[7] -= 1
     np.save(file, numbers)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from manyviews.engine import int8_products, normalize
-from manyviews.engine.int8_bounds import Frame
-from manyviews.engine.int8_products import Narrow, bounds, left, multiplies_integers, right
+from manyviews.engine.int8_products import Frame, Narrow, bounds, left, multiplies_integers, right
 
 integers_only = pytest.mark.skipif(not multiplies_integers(), reason="this CPU has no fast products of integers")
 

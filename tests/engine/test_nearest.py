@@ -64,8 +64,8 @@ def products(queries: Tensor, keys: Tensor) -> Tensor:
 @pytest.mark.parametrize("data", DATA)
 def test_candidates_give_what_a_sort_of_all_products_gives(data: str, k: int, kind: None, small: None) -> None:
     queries, keys = DATA[data](QUERIES, 0), DATA[data](KEYS, 1)
-    found = search(queries, Keys(keys, None, None), k, None)
-    assert found.proved.float().mean() > 0.9
+    *_, proved = search(queries, Keys(keys, None, None), k, None)
+    assert proved.float().mean() > 0.9
     values, indices = top_k(queries, keys, k)
     everything = products(queries, keys)
     expected = everything.topk(k).values
@@ -111,8 +111,8 @@ def test_equal_ids_are_left_out_also_where_fewer_than_k_keys_remain(kind: None) 
 def test_a_floor_that_was_too_high_is_noticed_and_the_query_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
     expected = top_k(queries, keys, 50)
-    monkeypatch.setattr(candidates, "place_of", lambda k, share: max(1, int(k * share * 0.9)))
-    assert not search(queries, Keys(keys, None, None), 50, None).proved.any()
+    monkeypatch.setattr(candidates, "rank_of", lambda k, share: max(1, int(k * share * 0.9)))
+    assert not search(queries, Keys(keys, None, None), 50, None)[2].any()
     values, indices = top_k(queries, keys, 50)
     torch.testing.assert_close(values, expected[0])
     assert (indices == expected[1]).float().mean() > 0.999
@@ -122,9 +122,9 @@ def test_a_floor_that_was_too_high_is_noticed_and_the_query_is_done_again(monkey
 def test_rows_that_no_bound_holds_for_are_searched_without_candidates(odd: float) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
     queries[3], keys[77] = odd, odd
-    found = search(queries, Keys(keys, None, None), 20, None)
-    assert not found.proved[3]
-    assert odd == 0.0 or not found.proved.any()
+    *_, proved = search(queries, Keys(keys, None, None), 20, None)
+    assert not proved[3]
+    assert odd == 0.0 or not proved.any()
     values, _ = top_k(queries, keys, 20)
     expected = nearest._of_all_products(queries, Keys(keys, None, None), 20, None)[0]
     torch.testing.assert_close(values, expected, equal_nan=True)
@@ -149,14 +149,14 @@ def test_cosines_are_products_of_rows_of_length_one(few: bool) -> None:
 
 def test_a_value_depends_on_its_two_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1))
-    found = search(queries, Keys(keys, None, None), 30, None)
+    values, indices, proved = search(queries, Keys(keys, None, None), 30, None)
     monkeypatch.setattr(candidates, "BLOCK", 2048 * DIM)
     monkeypatch.setattr(candidates, "ROWS", 100)
-    again = search(queries[8:], Keys(keys, None, None), 30, None)
-    both = found.proved[8:] & again.proved
+    values_again, indices_again, proved_again = search(queries[8:], Keys(keys, None, None), 30, None)
+    both = proved[8:] & proved_again
     assert both.float().mean() > 0.9
-    assert torch.equal(found.values[8:][both], again.values[both])
-    assert torch.equal(found.indices[8:][both], again.indices[both])
+    assert torch.equal(values[8:][both], values_again[both])
+    assert torch.equal(indices[8:][both], indices_again[both])
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["by candidates", "by all products"])

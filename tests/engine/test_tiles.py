@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from manyviews.engine import normalize, squared_distance_rows, sum_over_tiles, tiles, unit_distance
+from manyviews.engine import normalize, squared_distance_rows, sum_over_tiles, tiles
 
 
 def rows(count: int, dim: int = 5, seed: int = 0) -> Tensor:
@@ -73,20 +72,6 @@ def test_without_gradient_none_is_made() -> None:
         total, _ = sum_over_tiles(points, points, lambda span, products: (products.sum(), torch.zeros(1)))
     assert not total.requires_grad
     torch.testing.assert_close(total, (points @ points.T).sum().detach())
-
-
-def test_distances_of_unit_rows_are_euclidean_and_finite_where_rows_coincide() -> None:
-    points = rows(6)
-    unit = F.normalize(points, dim=1)
-    found = unit_distance(unit @ unit.T)
-    apart = ~torch.eye(6, dtype=torch.bool)
-    torch.testing.assert_close(found[apart], torch.cdist(unit, unit)[apart])
-    assert found.diagonal().max() < 1e-7
-    for dtype in (torch.float32, torch.float64):
-        products = torch.tensor([1.0, -1.0, 1.0 + 1e-6], dtype=dtype, requires_grad=True)
-        gradient = torch.autograd.grad(unit_distance(products).sum(), products)[0]
-        assert gradient.isfinite().all()
-        assert (gradient[0], gradient[2]) == (0, 0)
 
 
 def test_products_of_the_longer_rows_are_squared_distances() -> None:

@@ -119,12 +119,12 @@ def test_a_metric_that_is_asked_for_is_that_of_every_layer(photographs: Path, tm
 
 def test_every_objective_says_whether_it_compares_embeddings_and_by_what() -> None:
     settings = {member.model_fields["name"].default: member for member in get_args(get_args(Objective)[0])}
-    compares = {name for name, member in settings.items() if member.compares_embeddings}
+    compares = {name for name, member in settings.items() if member().traits.compares_embeddings}
     assert settings.keys() - compares == {"in_batch", "queue", "bank", "nearest_neighbours", "noise_contrastive"}
-    assert {name for name, member in settings.items() if member().distance == "euclidean"} == {"log_ratio"}
-    assert LogRatio().distance == "euclidean"
+    assert {name for name, member in settings.items() if member().traits.distance == "euclidean"} == {"log_ratio"}
+    assert LogRatio().traits.distance == "euclidean"
     for member in (Triplet, Contrastive):
-        assert member(normalized=False, sampling={"name": "all"}).distance == "euclidean"
+        assert member(normalized=False, sampling={"name": "all"}).traits.distance == "euclidean"
 
 
 def test_layer_chooses_and_the_default_follows_from_objective_and_tasks(photographs: Path, tmp_path: Path) -> None:

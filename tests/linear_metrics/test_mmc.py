@@ -76,14 +76,14 @@ def test_sums_over_pairs_equal_a_double_loop_and_the_scatter_is_twice_the_gradie
 def test_the_distances_between_classes_never_fall_and_the_gap_bounds_what_is_missing(diagonal, prior):
     features, labels = clusters()
     identity = torch.eye(4, dtype=torch.float64)
-    options = {"diagonal": diagonal, "fixed": prior * identity / 4, "free": (1 - prior) * identity / 4}
-    found = ascend(features, labels, **options, iterations=5000, tolerance=1e-9)
+    start = (features, labels, prior * identity / 4, (1 - prior) * identity / 4)
+    found = ascend(*start, MMC(diagonal=diagonal, iterations=5000, tolerance=1e-9))
     assert found.gap <= 1e-9
     assert all(after >= before * (1 - 1e-14) for before, after in itertools.pairwise(found.values))
     assert found.free.trace().item() == pytest.approx(1 - prior)
     assert torch.linalg.eigvalsh(found.free)[0] > -1e-12
-    for steps in range(0, 40, 5):
-        early = ascend(features, labels, **options, iterations=steps, tolerance=1e-9)
+    for steps in range(1, 40, 5):
+        early = ascend(*start, MMC(diagonal=diagonal, iterations=steps, tolerance=1e-9))
         assert found.values[-1] <= early.values[-1] * (1 + early.gap) * (1 + 1e-12)
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from manyviews.objectives import Bank, Population, noise
-from manyviews.objectives.bank import BankObjective
-from manyviews.objectives.learned_rows import RowSoftmax
-from manyviews.objectives.noise import Noise, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.bank import BankObjective, ParametricObjective
+from manyviews.objectives.noise import Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
 
 DIM, IMAGES = 5, 12
 
 
 def build(seed: int = 0, **settings: object) -> BankObjective:
-    objective = Bank.model_validate(settings).build(dim=DIM, population=Population.each(IMAGES), seed=seed).double()
+    objective = (
+        Bank.model_validate(settings).build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=seed).double()
+    )
     assert isinstance(objective, BankObjective)
     return objective
 
@@ -34,7 +35,8 @@ def unit(row: Tensor) -> Tensor:
 def noise_of(bank: BankObjective, images: int, step: int) -> Noise:
     """The draw of one step."""
     per_image = None if bank.settings.shared else images
-    return Noise(bank.rows, 0, IMAGES, count=bank.settings.negatives, images=per_image, seed=bank.seed, step=step)
+    drawn = draw(IMAGES, bank.settings.negatives, per_image, seed=bank.seed, step=step)
+    return Noise(bank.rows, 0, IMAGES, drawn, [images])
 
 
 def drawn_by(bank: BankObjective, images: int, step: int) -> Tensor:
@@ -43,11 +45,9 @@ def drawn_by(bank: BankObjective, images: int, step: int) -> Tensor:
     return drawn.expand(images, -1) if drawn.ndim == 1 else drawn
 
 
-def given(rows: Tensor, drawn: Tensor) -> Noise:
+def given(rows: Tensor, drawn: Tensor, images: int) -> Noise:
     """Noise that was not drawn but given."""
-    noise = Noise(rows, 0, len(rows), count=drawn.shape[-1], images=None, seed=0, step=0)
-    noise.ids = drawn
-    return noise
+    return Noise(rows, 0, len(rows), drawn, [images])
 
 
 def exact_oracle(embeddings: Tensor, ids: Tensor, rows: Tensor, temperature: float) -> Tensor:
@@ -134,7 +134,7 @@ def test_nce_where_every_row_is_as_likely_as_noise_has_its_known_value() -> None
     rows, m, n = torch.ones(50, 1, dtype=torch.float64), 16, 50
     anchors, ids = torch.ones(3, 1, dtype=torch.float64), torch.arange(3)
     noise, log_z = torch.arange(10, 10 + m), torch.tensor(1 / 0.5 + math.log(n), dtype=torch.float64)
-    found = noise_contrast(anchors, anchors[:, 0], ids, given(rows, noise), log_z, 0.5, [3])
+    found = noise_contrast(anchors, anchors[:, 0], ids, given(rows, noise, 3), log_z, 0.5)
     expected = math.log(1 + m) + m * math.log(1 + 1 / m)
     torch.testing.assert_close(found, torch.full((3,), expected, dtype=torch.float64))
 
@@ -146,7 +146,7 @@ def test_noise_never_holds_the_own_image(shared: bool) -> None:
     for step in range(50):
         drawn = torch.randint(4, (3,) if shared else (4, 3), generator=torch.Generator().manual_seed(step))
         found = noise_contrast(
-            anchors, torch.ones(4).double(), ids, given(rows, drawn), torch.tensor(0.0).double(), 0.1, [4]
+            anchors, torch.ones(4).double(), ids, given(rows, drawn, 4), torch.tensor(0.0).double(), 0.1
         )
         # All other rows are orthogonal: each counts log(1 + e^(0 − log(m/n))), the own row would count over 10.
         own = drawn == ids[:, None]
@@ -178,9 +178,9 @@ def test_the_normaliser_from_noise_is_right_on_average() -> None:
     anchors = z[0] / z[0].norm(dim=1, keepdim=True)
     ids = torch.tensor([3, 11, 3, 0])
     positives = (anchors * bank.rows[ids]).sum(1)
-    noise = given(bank.rows, torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0)))
-    others = log_sum_over_noise(anchors, ids, noise, 0.5, [4])
-    found = normaliser_from_noise(others, positives, noise.own_hits(ids, 0), noise, 0.5)
+    noise = given(bank.rows, torch.randint(IMAGES, (20_000,), generator=torch.Generator().manual_seed(0)), 4)
+    others = log_sum_over_noise(anchors, ids, noise, 0.5)
+    found = normaliser_from_noise(others, positives, noise.own_hits(ids), noise, 0.5)
     torch.testing.assert_close(found, (anchors @ bank.rows.T / 0.5).logsumexp(1), rtol=0, atol=0.02)
 
 
@@ -302,7 +302,7 @@ def test_the_softmax_over_drawn_rows_equals_the_double_loop(
 def test_the_softmax_over_all_rows_drawn_once_is_the_exact_one() -> None:
     z, ids, bank = batch(), torch.tensor([3, 11, 3, 0]), build(temperature=0.2)
     anchors, anchor_ids = (z / z.norm(dim=2, keepdim=True)).flatten(0, 1), ids.repeat(2)
-    others = log_sum_over_noise(anchors, anchor_ids, given(bank.rows, torch.arange(IMAGES)), 0.2, [4])
+    others = log_sum_over_noise(anchors, anchor_ids, given(bank.rows, torch.arange(IMAGES), 4), 0.2)
     positives = (anchors * bank.rows[anchor_ids]).sum(1) / 0.2
     torch.testing.assert_close((torch.logaddexp(others, positives) - positives).mean(), bank(z, ids, None, 0).total)
 
@@ -311,7 +311,7 @@ def test_an_anchor_whose_noise_is_all_its_own_row_has_no_loss() -> None:
     bank = build(estimator="infonce", negatives=2)
     z, ids = batch(1), torch.tensor([5])
     anchors = (z / z.norm(dim=2, keepdim=True)).flatten(0, 1)
-    others = log_sum_over_noise(anchors, ids.repeat(2), given(bank.rows, torch.tensor([5, 5])), 0.1, [1])
+    others = log_sum_over_noise(anchors, ids.repeat(2), given(bank.rows, torch.tensor([5, 5]), 1), 0.1)
     assert others.isneginf().all()
     assert torch.autograd.grad(others.exp().sum(), z)[0].isfinite().all()
 
@@ -331,10 +331,10 @@ def test_the_proximal_term_is_the_squared_distance_to_the_own_row(estimator: str
 def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights(views: int) -> None:
     objective = (
         Bank(estimator="parametric", temperature=0.2)
-        .build(dim=DIM, population=Population.each(IMAGES), seed=0)
+        .build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=0)
         .double()
     )
-    assert isinstance(objective, RowSoftmax)
+    assert isinstance(objective, ParametricObjective)
     with torch.no_grad():
         objective.weight.mul_(torch.linspace(0.5, 3, IMAGES)[:, None])
     z, ids = batch(views=views), torch.tensor([3, 11, 3, 0])
@@ -353,10 +353,10 @@ def test_the_parametric_softmax_equals_the_double_loop_in_embeddings_and_weights
 
 
 def test_the_parametric_softmax_begins_with_the_rows_of_the_bank() -> None:
-    parametric = Bank(estimator="parametric").build(dim=DIM, population=Population.each(IMAGES), seed=4)
+    parametric = Bank(estimator="parametric").build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=4)
     assert torch.equal(
         parametric.state_dict()["weight"],
-        Bank().build(dim=DIM, population=Population.each(IMAGES), seed=4).state_dict()["rows"],
+        Bank().build(dim=DIM, population=Population(torch.arange(IMAGES)), seed=4).state_dict()["rows"],
     )
 
 
@@ -371,7 +371,9 @@ def test_what_is_for_stored_rows_is_refused_for_learned_ones(settings: dict[str,
 def test_a_bank_in_16_bits_differs_by_their_rounding_only(estimator: str, storage: str) -> None:
     settings = {"estimator": estimator, "negatives": 20, "normaliser": 30.0, "temperature": 0.2}
     wide, narrow = (
-        Bank.model_validate({**settings, "storage": kind}).build(dim=DIM, population=Population.each(IMAGES), seed=0)
+        Bank.model_validate({**settings, "storage": kind}).build(
+            dim=DIM, population=Population(torch.arange(IMAGES)), seed=0
+        )
         for kind in ("float32", storage)
     )
     assert narrow.state_dict()["rows"].dtype == getattr(torch, storage)

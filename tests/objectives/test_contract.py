@@ -29,7 +29,8 @@ from manyviews.objectives import (
 )
 from manyviews.objectives.cost import Cost, Sizes
 from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard
-from manyviews.objectives.objective import Loss, Objective, ObjectiveSettings, Population
+from manyviews.objectives.objective import Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.system import distributed
 from processes import start
 
@@ -52,14 +53,14 @@ class Case(NamedTuple):
     small distances, and at a temperature of 0.01."""
 
     def build(self, *, seed: int = 3) -> Objective:
-        needed = self.values or self.settings.uses_values == "always"
+        needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
         population = Population(torch.arange(IMAGES) % self.classes, values)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the views the encoder gets, and which the twin."""
-        return (views[:1], views[1:]) if self.settings.splits_views else (views, views)
+        return (views[:1], views[1:]) if self.settings.traits.splits_views else (views, views)
 
 
 CASES: dict[str, Case] = {
@@ -139,7 +140,7 @@ CASES: dict[str, Case] = {
     "margin, all": Case(Margin(sampling=All(), nu=0.1)),
 }
 for name, settings in OBJECTIVES.items():
-    CASES.setdefault(name, Case(settings(), views=max(2, settings.fewest_views)))
+    CASES.setdefault(name, Case(settings(), views=max(2, settings().traits.fewest_views)))
 
 SHARED = ("information", "ceiling", "active", "easy", "semi_hard", "hard", "without_negative", "fallback")
 GATHERED = ("bank, nce, noise per image", "bank, infonce, noise per image")

@@ -29,7 +29,7 @@ from manyviews.objectives import (
 )
 from manyviews.objectives.cost import Cost, Sizes, amount
 from manyviews.objectives.mining import DistanceWeighted, Hardest
-from manyviews.objectives.objective import ObjectiveSettings
+from manyviews.objectives.settings import ObjectiveSettings
 from manyviews.system import distributed
 from processes import start
 
@@ -103,7 +103,7 @@ class Products(TorchDispatchMode):
 def step(objective: Any, settings: ObjectiveSettings, number: int, num_views: int) -> Tensor:
     """One step of training on this process's share; the mean number of negatives."""
     generator = torch.Generator().manual_seed(number)
-    encoded = 1 if settings.splits_views else num_views
+    encoded = 1 if settings.traits.splits_views else num_views
     own = distributed.share(BATCH)
     ids = torch.randperm(IMAGES, generator=generator)[:BATCH]
     embeddings = torch.randn(encoded, BATCH, DIM, generator=generator)[:, own].requires_grad_()
@@ -115,7 +115,7 @@ def step(objective: Any, settings: ObjectiveSettings, number: int, num_views: in
 
 
 def build(settings: ObjectiveSettings) -> Any:
-    values = torch.arange(1.0 * IMAGES).unsqueeze(1) if settings.uses_values == "always" else None
+    values = torch.arange(1.0 * IMAGES).unsqueeze(1) if settings.traits.uses_values == "always" else None
     return settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values), seed=0)
 
 

@@ -26,7 +26,9 @@ RANDOM: dict[str, Any] = {"m1": 1.37, "m2": 0.61, "m3": 0.23, "scale": 11.0}
 
 
 def build(classes: int = CLASSES, dim: int = DIM, **settings: Any) -> MarginSoftmaxObjective:
-    objective = MarginSoftmax.model_validate(settings).build(dim=dim, population=Population.each(classes), seed=0)
+    objective = MarginSoftmax.model_validate(settings).build(
+        dim=dim, population=Population(torch.arange(classes)), seed=0
+    )
     assert isinstance(objective, MarginSoftmaxObjective)
     return objective.double()
 
@@ -124,7 +126,7 @@ def test_a_scale_for_embeddings_of_their_own_length_is_refused() -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"there is 1 only.*ids=images"):
+    with pytest.raises(ValueError, match=r"at least 2 ids, and there is 1: .*ids=images"):
         build(classes=1)
 
 

@@ -1,17 +1,28 @@
 """Sampling against loops over all triples, and what is drawn against its density."""
 
 import math
-import warnings
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triples import REPEATED, by_loops, embeddings, prepared, sampled, table_of
+from triples import (
+    REPEATED,
+    by_loops,
+    embeddings,
+    every_sampler,
+    prepared,
+    rival,
+    sampled,
+    table_of,
+)
 
 from manyviews import recipe
 from manyviews.config import load
+from manyviews.objectives import Population
+from manyviews.objectives.contrastive import Contrastive, contrastive_loss
+from manyviews.objectives.margin import Margin
 from manyviews.objectives.mining import (
     All,
     DistanceWeighted,
@@ -25,7 +36,8 @@ from manyviews.objectives.mining import (
     refuse_off_sphere,
     sampling,
 )
-from manyviews.objectives.mining.distance_weighted import draw, log_weights
+from manyviews.objectives.mining.sampling import draw, log_weights
+from manyviews.objectives.triplet import Triplet, triplet_loss
 from manyviews.recipe import Recipe
 
 FIXED: dict[str, type[Any]] = {
@@ -212,7 +224,9 @@ def test_draws_are_as_frequent_as_their_weights(dim: int, farthest: float | None
     distances = torch.tensor([[0.0, 0.2, 0.6, 0.7, 0.9, 1.1, 1.3, 1.35, 1.5, 1.7]], dtype=torch.float64)
     uniform = (torch.arange(100_000) + 0.5)[None] / 100_000
     # The first is the anchor itself, the fourth of its class.
-    places, there = draw(1 - distances.square() / 2, torch.tensor([[0, 3]]), uniform, dim, 0.5, farthest)
+    places, there = draw(
+        DistanceWeighted(farthest=farthest), 1 - distances.square() / 2, torch.tensor([[0, 3]]), uniform, dim
+    )
     assert there.all()
     expected = torch.tensor([1 / density(max(float(d), 0.5), dim) for d in distances[0]], dtype=torch.float64)
     expected[[0, 3]] = 0
@@ -226,7 +240,9 @@ def test_a_row_of_far_candidates_beside_one_with_a_near_candidate_keeps_its_weig
     # Divided by the largest weight of both rows, e^91 at 128 dimensions, the second row's would all be zero.
     distances = torch.tensor([[0.0, 0.5, 1.3], [0.0, 1.35, 1.3]])
     uniform = ((torch.arange(10_000) + 0.5) / 10_000).repeat(2, 1)
-    places, there = draw(1 - distances.square() / 2, torch.zeros(2, 1, dtype=torch.int64), uniform, 128, 0.5, 1.4)
+    places, there = draw(
+        DistanceWeighted(), 1 - distances.square() / 2, torch.zeros(2, 1, dtype=torch.int64), uniform, 128
+    )
     assert there.all()
     assert (places[0] == 1).all()
     ratio = density(1.3, 128) / density(1.35, 128)
@@ -236,7 +252,7 @@ def test_a_row_of_far_candidates_beside_one_with_a_near_candidate_keeps_its_weig
 def test_a_share_of_nearly_one_draws_the_last_candidate_and_not_what_follows_it() -> None:
     distances = torch.tensor([[0.0, 0.9, 1.0, 1.6, 0.7]])
     last = torch.tensor([[0.0, 1 - 2.0**-24, 1.0]])
-    places, _ = draw(1 - distances.square() / 2, torch.tensor([[0, 4]]), last, 16, 0.5, 1.4)
+    places, _ = draw(DistanceWeighted(), 1 - distances.square() / 2, torch.tensor([[0, 4]]), last, 16)
     assert places.tolist() == [[1, 2, 2]]
 
 
@@ -266,9 +282,7 @@ def test_equal_and_opposite_points_draw_negatives_too(kind: Sampling, dim: int) 
 
 
 def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
+    miners = rival("pytorch_metric_learning.miners")
     z, ids = embeddings(batch=10, dim=5).detach(), REPEATED.repeat(2)
     rows = z.flatten(0, 1)
     # It keeps all negatives between the positive and the margin, and we the nearest; a margin of 2 keeps them all.
@@ -286,10 +300,8 @@ def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
 
 
 def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.MonkeyPatch) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
-        utilities = pytest.importorskip("pytorch_metric_learning.utils.loss_and_miner_utils")
+    miners = rival("pytorch_metric_learning.miners")
+    utilities = rival("pytorch_metric_learning.utils.loss_and_miner_utils")
     seen: list[Tensor] = []
     monkeypatch.setattr(
         utilities, "get_random_triplet_indices", lambda *a, weights, **k: seen.append(weights) or (torch.zeros(0),) * 3
@@ -299,7 +311,7 @@ def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.Mo
     batch, shares = prepared(z, REPEATED), 50_000
     uniform = ((torch.arange(shares) + 0.5) / shares).repeat(20, 1)
     products = batch.anchors @ batch.candidates.T
-    places, there = draw(products, batch.classes.mates(slice(0, 20)), uniform, 5, 0.5, 1.4)
+    places, there = draw(DistanceWeighted(), products, batch.mates(slice(0, 20)), uniform, 5)
     found = torch.stack([row.bincount(minlength=20) for row in places]) / shares
     # In few dimensions one maximum for all rows does no harm; a row without candidates is NaN there.
     assert there.all()
@@ -312,10 +324,44 @@ def test_a_bound_below_the_cutoff_is_refused() -> None:
 
 
 def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
+    with pytest.raises(ValueError, match="on the unit sphere; set normalized=true"):
         refuse_off_sphere(DistanceWeighted(), False)
     refuse_off_sphere(DistanceWeighted(), True)
     refuse_off_sphere(Random(), False)
+    for settings in (Triplet, Contrastive):
+        with pytest.raises(ValueError, match="unit sphere; set normalized=true"):
+            settings(sampling=DistanceWeighted(), normalized=False)
+
+
+@every_sampler
+@pytest.mark.parametrize(
+    "settings",
+    [Triplet(), Triplet(soft=True), Contrastive(), Contrastive(average="all"), Margin(nu=0.5, beta_per="class")],
+    ids=["triplet", "triplet, soft", "contrastive", "contrastive, all", "margin"],
+)
+@pytest.mark.parametrize(
+    ("views", "ids"),
+    [(1, torch.arange(10)), (2, torch.full((10,), 4))],
+    ids=["one image of each class", "one class"],
+)
+def test_without_positives_or_negatives_losses_and_gradients_are_zero(
+    kind: Sampling, settings: Any, views: int, ids: Tensor
+) -> None:
+    settings = settings.model_copy(update={"sampling": kind})
+    z, objective = embeddings(views), settings.build(dim=5, population=Population(torch.arange(10)), seed=3).double()
+    found = objective(z, ids, None, 7).total
+    gradients = torch.autograd.grad(found, [z, *objective.parameters()])
+    assert found == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("settings", "loss"), [(Triplet, triplet_loss), (Contrastive, contrastive_loss)])
+def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step(settings: Any, loss: Any) -> None:
+    z, chosen = embeddings(), settings(margin=0.4, sampling=Random())
+    objective = chosen.build(dim=5, population=Population(torch.arange(10)), seed=3)
+    assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, chosen, seed=3, step=7).total)
+    assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
+    assert not list(objective.parameters())
 
 
 @pytest.mark.parametrize("name", ["siamese", "facenet", "margin_distance_weighted"])
@@ -335,3 +381,17 @@ def test_each_recipe_takes_any_sampling_on_the_command_line(name: str) -> None:
 def test_one_view_of_each_image_by_itself_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"at least 2 views of each image; set views\.num_views=2"):
         load(Recipe, recipe.find(name), ["views.num_views=1"])
+
+
+def test_distances_of_unit_rows_are_euclidean_and_finite_where_rows_coincide() -> None:
+    batch = prepared(embeddings(views=1, batch=6), torch.arange(6))
+    unit = batch.anchors.detach()
+    found = batch.distances(unit @ unit.T)
+    apart = ~torch.eye(6, dtype=torch.bool)
+    torch.testing.assert_close(found[apart], torch.cdist(unit, unit)[apart])
+    assert found.diagonal().max() < 1e-7
+    for dtype in (torch.float32, torch.float64):
+        products = torch.tensor([1.0, -1.0, 1.0 + 1e-6], dtype=dtype, requires_grad=True)
+        gradient = torch.autograd.grad(batch.distances(products).sum(), products)[0]
+        assert gradient.isfinite().all()
+        assert (gradient[0], gradient[2]) == (0, 0)

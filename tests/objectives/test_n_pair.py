@@ -1,13 +1,13 @@
 """N-pair losses against the paper's sums in float64, against another library, and at their limits."""
 
 import math
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from triples import rival
 
 from manyviews.objectives import Population
 from manyviews.objectives.n_pair import Form, NPair, n_pair, pairs_of
@@ -117,10 +117,8 @@ def test_two_images_of_a_class_are_the_same_batch_as_two_views_of_an_image() -> 
 
 
 def test_the_softmax_over_pairs_equals_pytorch_metric_learning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        losses = pytest.importorskip("pytorch_metric_learning.losses")
-        distances = pytest.importorskip("pytorch_metric_learning.distances")
+    losses = rival("pytorch_metric_learning.losses")
+    distances = rival("pytorch_metric_learning.distances")
     # Its default normalises the embeddings, which the paper warns of; it takes the first pair of each class.
     oracle = losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
     z = embeddings(batch=20, dim=16)
@@ -174,6 +172,6 @@ def test_equal_embeddings_cost_the_logarithm_of_the_pairs() -> None:
 )
 def test_the_module_passes_its_settings_on(given: dict[str, Any]) -> None:
     z, ids = embeddings(), torch.arange(7) % 4
-    module = NPair(**given).build(dim=5, population=Population.each(7), seed=0)
+    module = NPair(**given).build(dim=5, population=Population(torch.arange(7)), seed=0)
     options = {"form": "multi_class", "symmetric": False, "norm_penalty": 3e-3} | given
     assert torch.equal(module(z, ids, None, 0).total, n_pair(z, ids, **options).total)

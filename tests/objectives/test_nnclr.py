@@ -18,7 +18,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def build(size: int = 12, temperature: float = 0.1, dim: int = 5):
     settings = NearestNeighbours(size=size, temperature=temperature)
-    return settings.build(dim=dim, population=Population.each(7), seed=0).double()
+    return settings.build(dim=dim, population=Population(torch.arange(7)), seed=0).double()
 
 
 def oracle(predictions: Tensor, projections: Tensor, ids: Tensor, support: Tensor, temperature: float) -> Tensor:

@@ -16,7 +16,7 @@ CLASSES = torch.tensor([0, 0, 1, 2, 2, 2, 2, 3, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6]
 
 
 def build(ids: Tensor | None = None, dim: int = DIM, **settings: Any) -> NoiseContrastiveObjective:
-    population = Population.each(IMAGES) if ids is None else Population(ids)
+    population = Population(torch.arange(IMAGES)) if ids is None else Population(ids)
     objective = NoiseContrastive.model_validate(settings).build(dim=dim, population=population, seed=4)
     assert isinstance(objective, NoiseContrastiveObjective)
     return objective.double()
@@ -34,16 +34,16 @@ def weights_of(frequencies: Tensor, power: float) -> Tensor:
 def drawn_by(frequencies: Tensor, settings: NoiseContrastive, step: int) -> list[int]:
     """One draw for all anchors."""
     cumulative = weights_of(frequencies, settings.power).cumsum(0)
-    return draw(cumulative, settings.noise, seed=4, step=step).tolist()
+    return draw(cumulative, settings.traits.noise, seed=4, step=step).tolist()
 
 
 def drawn_for(frequencies: Tensor, settings: NoiseContrastive, step: int, views: int, count: int) -> list[Any]:
     """The draws of each view of each image."""
-    if settings.one_draw:
+    if settings.traits.one_draw:
         return [[drawn_by(frequencies, settings, step)] * count] * views
     cumulative = weights_of(frequencies, settings.power).cumsum(0)
-    drawn = draw(cumulative, count * views * settings.noise, seed=4, step=step)
-    return drawn.view(count, views, settings.noise).transpose(0, 1).tolist()
+    drawn = draw(cumulative, count * views * settings.traits.noise, seed=4, step=step)
+    return drawn.view(count, views, settings.traits.noise).transpose(0, 1).tolist()
 
 
 def oracle(
@@ -55,7 +55,7 @@ def oracle(
     settings: NoiseContrastive,
     step: int,
 ) -> Tensor:
-    k, law = settings.noise, weights_of(frequencies, settings.power)
+    k, law = settings.traits.noise, weights_of(frequencies, settings.power)
     noise = drawn_for(frequencies, settings, step, *embeddings.shape[:2])
 
     def score(x: Tensor, number: int) -> Tensor:
@@ -234,7 +234,7 @@ def test_what_is_known_from_the_images_is_no_part_of_a_checkpoint() -> None:
 
 
 def test_one_id_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"there is 1 only.*ids=images"):
+    with pytest.raises(ValueError, match=r"at least 2 ids, and there is 1: .*ids=images"):
         build(torch.zeros(3, dtype=torch.int64))
 
 
@@ -250,18 +250,18 @@ def test_numbers_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_without_the_correction_there_is_little_noise_unless_it_is_given() -> None:
-    assert [NoiseContrastive(correction=correction).noise for correction in (True, False)] == [1024, 5]
-    assert NoiseContrastive(correction=False, negatives=5).noise == 5
+    assert [NoiseContrastive(correction=correction).traits.noise for correction in (True, False)] == [1024, 5]
+    assert NoiseContrastive(correction=False, negatives=5).traits.noise == 5
 
 
 def test_negative_sampling_draws_noise_for_each_anchor_and_estimation_for_all_unless_it_is_said() -> None:
     settings = [NoiseContrastive(correction=c, shared=s) for c in (True, False) for s in (None, True, False)]
-    assert [one.one_draw for one in settings] == [True, True, False, False, True, False]
+    assert [one.traits.one_draw for one in settings] == [True, True, False, False, True, False]
     views, images = 2, 64
     z = torch.randn(views, images, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for shared, rows in ((True, 5), (None, images * views * 5)):
         objective = NoiseContrastive(correction=False, shared=shared).build(
-            dim=DIM, population=Population.each(100_000), seed=4
+            dim=DIM, population=Population(torch.arange(100_000)), seed=4
         )
         (gradient,) = torch.autograd.grad(objective.double()(z, torch.arange(images), None, 0).total, objective.weight)
         # Next to no row of so many is drawn twice.

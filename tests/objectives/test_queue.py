@@ -14,7 +14,7 @@ DIM = 5
 
 def build(size: int = 10, *, seed: int = 0, symmetric: bool = False, temperature: float = 0.2) -> QueueObjective:
     settings = Queue(size=size, symmetric=symmetric, temperature=temperature)
-    objective = settings.build(dim=DIM, population=Population.each(100), seed=seed).double()
+    objective = settings.build(dim=DIM, population=Population(torch.arange(100)), seed=seed).double()
     assert isinstance(objective, QueueObjective)
     return objective
 
@@ -249,7 +249,7 @@ def test_with_a_size_for_each_process_one_process_has_that_size() -> None:
     assert (
         len(
             Queue(size=7, per_process=True)
-            .build(dim=DIM, population=Population.each(9), seed=0)
+            .build(dim=DIM, population=Population(torch.arange(9)), seed=0)
             .state_dict()["queue.rows"]
         )
         == 7
@@ -260,7 +260,9 @@ def test_with_a_size_for_each_process_one_process_has_that_size() -> None:
 def test_a_queue_in_16_bits_differs_by_their_rounding_only(storage: str) -> None:
     settings = {"size": 64, "symmetric": True}
     wide, narrow = (
-        Queue.model_validate({**settings, "storage": kind}).build(dim=DIM, population=Population.each(100), seed=0)
+        Queue.model_validate({**settings, "storage": kind}).build(
+            dim=DIM, population=Population(torch.arange(100)), seed=0
+        )
         for kind in ("float32", storage)
     )
     assert isinstance(wide, QueueObjective)

@@ -1,34 +1,28 @@
 """The triplet loss against loops over all triples in float64, against another library, and at its limits."""
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triples import REPEATED, Triple, by_loops, compare, embeddings, prepared, sampled, table_of
+from triples import (
+    REPEATED,
+    Triple,
+    by_loops,
+    compare,
+    compare_kinds,
+    embeddings,
+    every_sampler,
+    prepared,
+    rival,
+    sampled,
+    table_of,
+)
 
 from manyviews.engine import tiles
-from manyviews.objectives import Population
 from manyviews.objectives import triplet as module
-from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, Sampling, SemiHard
+from manyviews.objectives.mining import All, Easiest, Hard, Hardest, Sampling, SemiHard
 from manyviews.objectives.triplet import Triplet, triplet_loss
-
-EVERY: list[Sampling] = [
-    All(),
-    All(positives="hard"),
-    Random(),
-    Easiest(),
-    SemiHard(),
-    SemiHard(fallback=None),
-    Hard(),
-    Hardest(),
-    DistanceWeighted(),
-]
-
-
-def name_of(value: object) -> str:
-    return str(getattr(value, "name", value))
 
 
 def loss(z: Tensor, ids: Tensor, **options: Any) -> Tensor:
@@ -58,7 +52,7 @@ def oracle(
         (0.2, False, True, False, "all"),
     ],
 )
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@every_sampler
 def test_loss_and_gradient_equal_the_sum_over_triples(
     kind: Sampling,
     margin: float,
@@ -128,7 +122,7 @@ def test_terms_say_how_much_is_compared() -> None:
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
+@every_sampler
 def test_easy_semi_hard_and_hard_are_the_papers_kinds_of_triplets(
     kind: Sampling, squared: bool, normalized: bool
 ) -> None:
@@ -139,20 +133,15 @@ def test_easy_semi_hard_and_hard_are_the_papers_kinds_of_triplets(
     terms = triplet_loss(z, REPEATED, settings, seed=3, step=7).terms
     triples = sampled(kind, prepared(z, REPEATED, normalized=normalized))
     table = table_of(z.detach(), normalized=normalized) ** (2 if squared else 1)
-    kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
-    for a, p, n in triples:
-        difference = float(table[a, n] - table[a, p])
-        kinds["hard" if difference <= 0 else "semi_hard" if difference < margin else "easy"] += 1
-    for name, number in kinds.items():
-        assert terms[name].item() == pytest.approx(number / len(triples), abs=1e-12)
+    differences = [float(table[a, n] - table[a, p]) for a, p, n in triples]
+    kinds = ["hard" if gap <= 0 else "semi_hard" if gap < margin else "easy" for gap in differences]
+    compare_kinds(terms, kinds)
 
 
 @pytest.mark.parametrize("positives", [5, 60])
 def test_kinds_of_all_triplets_are_those_of_pytorch_metric_learning(positives: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
-        distances = pytest.importorskip("pytorch_metric_learning.distances")
+    miners = rival("pytorch_metric_learning.miners")
+    distances = rival("pytorch_metric_learning.distances")
     z, ids = embeddings(1, 3 * positives).detach(), torch.arange(3).repeat_interleave(positives)
     terms = triplet_loss(z, ids, Triplet(sampling=All()), seed=0, step=0).terms
     counts = {
@@ -188,51 +177,18 @@ def test_where_every_negative_is_nearer_the_fallback_still_teaches() -> None:
         assert bool(torch.autograd.grad(found, z)[0].any()) == taught
 
 
-@pytest.mark.parametrize("kind", EVERY, ids=name_of)
-@pytest.mark.parametrize(
-    ("views", "ids"),
-    [(1, torch.arange(10)), (2, torch.full((10,), 4))],
-    ids=["one image of each class", "one class"],
-)
-@pytest.mark.parametrize("soft", [False, True])
-def test_without_positives_or_negatives_loss_and_gradient_are_zero(
-    kind: Sampling, views: int, ids: Tensor, soft: bool
-) -> None:
-    z = embeddings(views)
-    found = loss(z, ids, sampling=kind, soft=soft)
-    (gradient,) = torch.autograd.grad(found, z)
-    assert found == 0
-    assert not gradient.any()
-
-
 def test_all_equal_points_cost_the_margin() -> None:
     z = torch.ones(2, 5, 4)
     for squared in (True, False):
         assert loss(z, torch.arange(5), sampling=All(), squared=squared).item() == pytest.approx(0.2, abs=1e-6)
 
 
-def test_the_module_passes_its_settings_on_and_draws_by_seed_and_step() -> None:
-    z = embeddings()
-    settings = Triplet(margin=0.4, sampling=Random())
-    objective = settings.build(dim=5, population=Population.each(10), seed=3)
-    assert torch.equal(objective(z, REPEATED, None, 7).total, loss(z, REPEATED, margin=0.4, sampling=Random()))
-    assert objective(z, REPEATED, None, 8).total != objective(z, REPEATED, None, 7).total
-    assert not list(objective.parameters())
-
-
-def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit sphere only; set normalized=true"):
-        Triplet(sampling=DistanceWeighted(), normalized=False)
-
-
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
 def test_all_triplets_equal_those_of_pytorch_metric_learning(squared: bool, soft: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        losses = pytest.importorskip("pytorch_metric_learning.losses")
-        distances = pytest.importorskip("pytorch_metric_learning.distances")
-        reducers = pytest.importorskip("pytorch_metric_learning.reducers")
+    losses = rival("pytorch_metric_learning.losses")
+    distances = rival("pytorch_metric_learning.distances")
+    reducers = rival("pytorch_metric_learning.reducers")
     z = embeddings().detach().float()
     # Its soft loss adds the margin inside the exponential; the paper's has none.
     theirs = losses.TripletMarginLoss(
@@ -247,10 +203,8 @@ def test_all_triplets_equal_those_of_pytorch_metric_learning(squared: bool, soft
 
 
 def test_batch_hard_equals_that_of_pytorch_metric_learning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        losses = pytest.importorskip("pytorch_metric_learning.losses")
-        miners = pytest.importorskip("pytorch_metric_learning.miners")
+    losses = rival("pytorch_metric_learning.losses")
+    miners = rival("pytorch_metric_learning.miners")
     z, ids = embeddings().detach().float(), REPEATED.repeat(2)
     rows = z.flatten(0, 1)
     theirs = losses.TripletMarginLoss(margin=0.2)(rows, ids, miners.BatchHardMiner()(rows, ids))

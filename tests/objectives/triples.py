@@ -1,13 +1,41 @@
 """What the tests of mining share: batches, and triples found by loops over all (anchor, positive, negative)."""
 
+import warnings
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from manyviews.objectives.mining import Batch, Sampling, batch_of, choose
+from manyviews.objectives.mining import (
+    All,
+    Batch,
+    DistanceWeighted,
+    Easiest,
+    Hard,
+    Hardest,
+    Random,
+    Sampling,
+    SemiHard,
+    batch_of,
+    choose,
+)
 
 Triple = tuple[int, int, int]
 REPEATED = torch.tensor([3, 3, 3, 8, 5, 5, 0, 9, 5, 3])
 """One id four times, one three times, three alone; over two views all have a positive."""
+SAMPLERS: list[Sampling] = [
+    *(All(), All(positives="hard"), Random(), Easiest(), SemiHard(), SemiHard(fallback=None)),
+    *(Hard(), Hardest(), DistanceWeighted()),
+]
+every_sampler = pytest.mark.parametrize("kind", SAMPLERS, ids=lambda kind: kind.name)
+
+
+def rival(module: str) -> Any:
+    """A module of another library, whose import may warn; skips the test where it is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(module)
 
 
 def embeddings(views: int = 2, batch: int = 10, dim: int = 5, *, seed: int = 0) -> Tensor:
@@ -25,7 +53,7 @@ def sampled(sampling: Sampling, batch: Batch, tile: int = 1000) -> list[Triple]:
     for start in range(0, len(batch.anchors), tile):
         rows = slice(start, min(start + tile, len(batch.anchors)))
         triples = choose(sampling, batch, rows, batch.anchors[rows].detach() @ batch.candidates.detach().T)
-        mates = batch.classes.mates(rows)
+        mates = batch.mates(rows)
         for row in range(rows.stop - rows.start):
             others = sorted(set(range(len(batch.candidates))) - set(mates[row].tolist()))
             for column in triples.chosen[row].nonzero()[:, 0].tolist():
@@ -79,3 +107,9 @@ def compare(found: Tensor, expected: Tensor, *leaves: Tensor, rtol: float = 1e-9
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss, leaves) for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-12)
+
+
+def compare_kinds(terms: dict[str, Tensor], kinds: list[str]) -> None:
+    """The shares of easy, semi-hard and hard triples with those that were listed."""
+    for name in ("easy", "semi_hard", "hard"):
+        assert terms[name].item() == pytest.approx(kinds.count(name) / len(kinds), abs=1e-12)

@@ -245,7 +245,7 @@ def test_a_table_of_labels_and_a_file_of_values_may_move_but_not_change(
     assert config(run).values == str(values)
     values = tmp_path / "values.npy"
     (run / "done").unlink()
-    with pytest.raises(ValueError, match="the values are not those that the run was begun with"):
+    with pytest.raises(ValueError, match="the values differ from those at the start of the run"):
         pretrain(made("resume=true"))
     values = tmp_path / "moved.npy"
     table.write_text(table.read_text().replace("03.png,1", "03.png,0"))

@@ -428,7 +428,7 @@ def test_images_of_a_label_attract_each_other_where_labels_are_taken_as_ids(name
         built.weight.data.copy_(torch.eye(8)[4:6])
     # One view of four images at right angles: what is a positive can only be another image.
     z = torch.eye(8, dtype=torch.float64)[None, :4].clone()
-    targets = None if settings.twin_momentum is None else z.clone()
+    targets = None if settings.traits.twin_momentum is None else z.clone()
     built.update(z, ids, targets)
     z.requires_grad_()
     (gradient,) = torch.autograd.grad(built(z, ids, targets, 0).total, z)

@@ -1,7 +1,7 @@
-"""The engine: sums and nearest neighbours over all pairs of embeddings, in tiles, without the N×M matrix."""
+"""Sums and nearest neighbours over all pairs of embeddings, in tiles, without N×M matrices."""
 
 from manyviews.engine.nearest import top_k
-from manyviews.engine.rows import directions, normalize, squared_distance_rows, unit_distance
+from manyviews.engine.rows import directions, normalize, squared_distance_rows
 from manyviews.engine.softmax import log_sum_exp
 from manyviews.engine.tiles import sum_over_tiles
 
@@ -12,5 +12,4 @@ __all__ = [
     "squared_distance_rows",
     "sum_over_tiles",
     "top_k",
-    "unit_distance",
 ]

@@ -1,4 +1,4 @@
-"""Rows in eight bits, and bounds of their products that take a quarter of the time of products in float32.
+"""Rows in eight bits, and bounds of their products, in a quarter of the time of float32.
 
 That is so where the CPU has instructions for sums of products of eight-bit integers. Each row is rounded to multiples
 of its own scale, the 127th part of its largest number. With q̃ and x̃ the rounded rows, |q·x − q̃·x̃| ≤ |q| |x − x̃| +
@@ -24,21 +24,66 @@ CHECKED = 67
 """Columns of a product that is taken on trial; it has to be rounded up."""
 SLACK = 1.001
 """Keeps what is 127 in exact arithmetic from being rounded up to 128."""
+WIDER = 16
+"""A row gets at most one extra column for this many of its own."""
 
 
 class Narrow(NamedTuple):
-    """Rows as they are multiplied."""
+    """Rows in the number format of the products."""
 
     numbers: Tensor
     scales: Tensor
-    """What the numbers of each row are multiplied by."""
+    """Factor of each row's numbers."""
     lengths: Tensor
-    """On the left of the rows that were given, on the right of those that the numbers stand for."""
+    """Of the original rows on the left, of the rounded rows on the right."""
+
+
+class Frame(NamedTuple):
+    """Origins for queries and keys, which keep rounding errors as small as the rows' spread.
+
+    q·x = q·c + |q| ((u − o)·(x − c) + o·(x − c)), where u = q / |q|, c is the keys' mean and o that of the u. The first
+    term is a number for each query, and the last one a number for each key: it is stored in extra columns of the rows,
+    which rounds and bounds it with the others.
+    """
+
+    centre: Tensor
+    origin: Tensor
+    columns: int
+    """Number of extra columns."""
+    weight: float
+    """Each query's value in an extra column."""
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, centre: Tensor) -> "Frame":
+        """Fits a frame to a sample of the queries, at length 1, and one of the keys."""
+        origin, keys = queries.mean(0), keys - centre
+        weight = float((queries - origin).abs().amax(1).mean().clamp(min=1e-6))
+        # As many columns as leave the largest number of a key where it is.
+        needed = (keys @ origin).abs().max() / (weight * keys.abs().amax(1).mean())
+        columns = int(needed.nan_to_num(1).ceil().clamp(1, max(1, keys.shape[1] // WIDER)))
+        return cls(centre, origin, columns, weight)
+
+    @classmethod
+    def of_keys_alone(cls, centre: Tensor) -> "Frame":
+        """Frame for rows that are not rounded, whose margin is tiny for any origin."""
+        return cls(centre, torch.zeros_like(centre), 0, 0.0)
+
+    def queries(self, units: Tensor) -> Tensor:
+        """Maps queries of length 1 into the frame."""
+        return torch.cat([units - self.origin, units.new_full((len(units), self.columns), self.weight)], 1)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """Maps keys into the frame."""
+        centred = rows - self.centre
+        if not self.columns:
+            return centred
+        extra = (centred @ self.origin) / (self.columns * self.weight)
+        return torch.cat([centred, extra[:, None].expand(-1, self.columns)], 1)
 
 
 @cache
 def multiplies_integers() -> bool:
-    """Whether this CPU and this build of torch have products of eight-bit integers that are fast and exact."""
+    """Whether this CPU and build of torch have fast and exact products of eight-bit integers."""
     if not (has_instructions("avx512_vnni") and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
@@ -46,65 +91,59 @@ def multiplies_integers() -> bool:
     # Without those instructions sums of two products stop at what 16 bits hold.
     largest = torch.full((8, CHECKED), LARGEST, dtype=torch.int8)
     ones = torch.ones(8)
-    found = bounds(Narrow(_unsigned(largest.clone()), ones, ones), Narrow(_packed(largest, 8), ones, ones), ones)
-    return bool((found == torch.tensor(float(CHECKED * LARGEST**2)).bfloat16()).all())
+    sums = bounds(Narrow(_unsigned(largest.clone()), ones, ones), Narrow(_packed(largest, 8), ones, ones), ones)
+    return bool((sums == torch.tensor(float(CHECKED * LARGEST**2)).bfloat16()).all())
 
 
 def left(rows: Tensor, *, integers: bool) -> Narrow:
-    """Rows as they stand on the left of a bound: in eight bits, or as they are."""
+    """Prepares rows for the left side of `bounds`: in eight bits, or unchanged."""
     if not integers:
         return Narrow(rows, rows.new_ones(len(rows)), rows.norm(dim=1))
-    numbers, scales, rounded = _rounded(rows)
-    lengths, errors = rows.norm(dim=1), rounded.sub_(rows).norm(dim=1)
-    whole = _with_margin(numbers, scales, lengths, errors, first=True)
-    return Narrow(_unsigned(whole), scales, lengths)
+    rounded = _rounded(rows, first=True)
+    return rounded._replace(numbers=_unsigned(rounded.numbers))
 
 
 def right(rows: Tensor, width: int, height: int, *, integers: bool) -> Narrow:
-    """Rows as they stand on the right of a bound, with zero rows behind them, for so many rows on the left."""
+    """Prepares rows for the right side of `bounds`: padded to `width`, for `height` left rows."""
     rows = torch.nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
     if not integers:
         return Narrow(rows, rows.new_ones(width), rows.norm(dim=1))
-    numbers, scales, rounded = _rounded(rows)
-    lengths, errors = rounded.norm(dim=1), rounded.sub_(rows).norm(dim=1)
-    whole = _with_margin(numbers, scales, lengths, errors, first=False)
-    return Narrow(_packed(whole, height), scales, lengths)
+    rounded = _rounded(rows, first=False)
+    return rounded._replace(numbers=_packed(rounded.numbers, height))
 
 
 def bounds(queries: Narrow, keys: Narrow, buffer: Tensor) -> Tensor:
-    """What the product of each pair of rows is at most, in units of the left row's scale.
+    """Upper bound of the product of each pair of rows, in units of the left row's scale.
 
     In bfloat16, to the nearest number, where the rows are integers; else the product itself, in float32, in the buffer.
-    What float32 loses in scales, lengths and sums is not in it: a small part of the product of the lengths.
+    Rounding of scales, lengths and sums in float32 is not included: a small part of the product of the lengths.
     """
     if queries.numbers.dtype != torch.uint8:
         return torch.mm(queries.numbers, keys.numbers.T, out=buffer)
     zeros = torch.zeros(len(keys.scales), dtype=torch.int64)
-    found: Tensor = torch.ops.onednn.qlinear_pointwise(
+    upper: Tensor = torch.ops.onednn.qlinear_pointwise(
         queries.numbers, 1.0, OFFSET, keys.numbers, keys.scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
     )
-    return found
+    return upper
 
 
-def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers, their scales, and the rows that they stand for."""
+def _rounded(rows: Tensor, *, first: bool) -> Narrow:
+    """Rows in eight bits, followed by the columns whose products are the margin of the bound."""
     scales = (rows.abs().amax(1) / LARGEST).clamp_(min=torch.finfo(rows.dtype).tiny)
     numbers = (rows / scales[:, None]).round_()
-    return numbers, scales, numbers * scales[:, None]
-
-
-def _with_margin(numbers: Tensor, scales: Tensor, lengths: Tensor, errors: Tensor, *, first: bool) -> Tensor:
-    """The numbers in eight bits, and behind them the columns whose products are the margin."""
-    dim = numbers.shape[1]
+    rounded = numbers * scales[:, None]
+    lengths = (rows if first else rounded).norm(dim=1)
+    errors = rounded.sub_(rows).norm(dim=1)
     # A length is at most 127 √dim scales, and an error √dim / 2: the former is divided, the latter spread over columns.
-    share, columns = SLACK * math.sqrt(dim), math.ceil(dim / 250)
+    share, columns = SLACK * math.sqrt(rows.shape[1]), math.ceil(rows.shape[1] / 250)
     long = (lengths / (scales * share)).ceil_()[:, None].expand(-1, columns)
     short = (errors * share / (scales * columns)).ceil_()[:, None].expand(-1, columns)
-    return torch.cat([numbers, long, short] if first else [numbers, short, long], 1).to(torch.int8)
+    whole = torch.cat([numbers, long, short] if first else [numbers, short, long], 1).to(torch.int8)
+    return Narrow(whole, scales, lengths)
 
 
 def _unsigned(numbers: Tensor) -> Tensor:
-    """Integers with OFFSET added, in the memory of the given ones."""
+    """Adds OFFSET to the integers, in place."""
     return numbers.view(torch.uint8).bitwise_xor_(OFFSET)
 
 

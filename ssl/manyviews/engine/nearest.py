@@ -1,4 +1,4 @@
-"""The nearest keys of each query, exact, in tiles, with a rule for equal values."""
+"""Nearest keys of each query, exact, in tiles, with defined order of equal values."""
 
 import math
 
@@ -13,7 +13,7 @@ from manyviews.system import distributed
 
 COLUMNS = 1 << 16
 SCORES = 1 << 23
-"""Scores held at once: 32 MiB, about the third-level cache of a small machine."""
+"""Scores in memory at a time: 32 MiB, about the third-level cache of a small machine."""
 
 
 @torch.no_grad()
@@ -27,19 +27,23 @@ def top_k(
     cosine: bool = False,
     shared: bool = False,
 ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
-    """The k largest products of each query with the keys, largest first, and the keys' indices; no gradient.
+    """Finds the k largest products of each query with the keys, and their indices; no gradient.
 
-    Equal values are ordered by index, lower first. Keys that have the query's id are left out; where fewer than k
-    are left, the last values are −inf. Exact, in tiles, in float32 (float64 where the queries are).
+    Largest first; equal values by index, lower first. Keys of the query's id are left out; if fewer than k remain, the
+    last values are −inf. Exact, in tiles, in float32 (float64 if the queries are).
 
-    With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, where they are shorter): keys are
+    With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, if they are shorter): keys are
     normalised tile by tile, and never copied as a whole.
 
-    With `shared` all processes, which hold the same queries and keys, come together: each looks through its share of
-    the keys, and all get the whole answer. It is that of one process; the last bit of a value may differ.
+    With `shared` it is collective: all ranks have the same queries and keys, each searches its share of the keys, and
+    all get the whole result. It is that of a single process up to the last bit of a value.
 
     Raises:
         ValueError: if k is not between 1 and the number of keys, or ids are given on one side only.
+
+    >>> values, indices = top_k(torch.eye(2), torch.tensor([[1.0, 3.0], [2.0, 0.0], [0.0, 3.0]]), 2)
+    >>> values.tolist(), indices.tolist()
+    ([[2.0, 1.0], [3.0, 3.0]], [[1, 0], [0, 2]])
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
@@ -47,33 +51,32 @@ def top_k(
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
     with torch.autocast(queries.device.type, enabled=False):
         queries = normalize(queries) if cosine else at_least_float32(queries)
-        given = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
+        searched = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
         if shared and distributed.world_size() > 1:
-            return _of_all_processes(queries, given, k, query_ids)
-        return _of_this_process(queries, given, k, query_ids)
+            return _of_all_ranks(queries, searched, k, query_ids)
+        return _of_this_rank(queries, searched, k, query_ids)
 
 
-def _of_all_processes(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_all_ranks(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     own = distributed.share(len(keys.rows))
     keys = keys.part(own)
     few = min(k, len(keys.rows))
-    found, places = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    places = places.to(queries.device)
+    best = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     if few:
-        found, places = _of_this_process(queries, keys, few, query_ids)
+        best = _of_this_rank(queries, keys, few, query_ids)
     lengths = distributed.counts(few)
     values = queries.new_empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     for rows in slices(0, len(queries), max(1, SCORES // sum(lengths))):
-        pieces = (distributed.gather_without_gradient(part[rows].T, lengths) for part in (found, places + own.start))
+        pieces = (distributed.gather_without_gradient(part[rows].T, lengths) for part in (best[0], best[1] + own.start))
         gathered, origins = (piece.T for piece in pieces)
-        # Processes have consecutive keys, so what is of equal value stands in the order of the indices already.
+        # Ranks have consecutive keys, so equal values are in the order of their indices already.
         ordered = gathered.sort(dim=1, descending=True, stable=True)
         values[rows], indices[rows] = ordered.values[:, :k], origins.gather(1, ordered.indices[:, :k])
     return values, indices
 
 
-def _of_this_process(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_this_rank(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     if not candidates.pays(queries, keys.rows, k):
         return _of_all_products(queries, keys, k, query_ids)
     values, indices, proved = candidates.search(queries, keys, k, query_ids)
@@ -97,21 +100,21 @@ def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | No
                 scores /= tile.lengths
             if query_ids is not None and tile.ids is not None:
                 scores.masked_fill_(query_ids[rows, None] == tile.ids, -torch.inf)
-            found, places = _largest(scores, min(k, scores.shape[1]))
-            places = places + span.start
+            largest, positions = _largest(scores, min(k, scores.shape[1]))
+            positions = positions + span.start
             if best is not None:
-                # What was found before stands first: at equal values its index is the lower one.
-                found, places = torch.cat([best[0], found], 1), torch.cat([best[1], places], 1)
-                found, chosen = _largest(found, min(k, found.shape[1]))
-                places = places.gather(1, chosen)
-            best = found, places
+                # Results of the tiles before come first: of equal values theirs have the lower index.
+                largest, positions = torch.cat([best[0], largest], 1), torch.cat([best[1], positions], 1)
+                largest, chosen = _largest(largest, min(k, largest.shape[1]))
+                positions = positions.gather(1, chosen)
+            best = largest, positions
         assert best is not None
         values[rows], indices[rows] = best
     return values, indices
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, largest first, equal values by column."""
+    """Finds the k largest of each row and their columns, largest first, equal values by column."""
     count = scores.shape[1]
     if k == count:
         ordered = scores.sort(dim=1, descending=True, stable=True)
@@ -124,20 +127,20 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         offsets = torch.arange(0, spread * depth, spread, device=scores.device)
         rest = torch.arange(spread * depth, count, device=scores.device).expand(len(scores), -1)
         columns = torch.cat([(groups[:, :k, None] + offsets).flatten(1), rest], 1)
-        values, places = scores.gather(1, columns).topk(k + 1, dim=1)
-        indices = columns.gather(1, places)
+        values, chosen = scores.gather(1, columns).topk(k + 1, dim=1)
+        indices = columns.gather(1, chosen)
         cut = maxima[:, k] == maxima[:, k - 1]
     else:
         values, indices = scores.topk(k + 1, dim=1)
         cut = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    # topk leaves open how equal values are ordered, and which of them it keeps at the end.
+    # topk does not define the order of equal values, nor which of them it keeps at the end.
     tied = (values[:, 1:k] == values[:, : k - 1]).any(1)
     cut |= values[:, k] == values[:, k - 1]
     values, indices = values[:, :k], indices[:, :k]
     if tied.any():
-        found = indices[tied].sort(dim=1).values
-        ordered = scores[tied].gather(1, found).sort(dim=1, descending=True, stable=True)
-        values[tied], indices[tied] = ordered.values, found.gather(1, ordered.indices)
+        rising = indices[tied].sort(dim=1).values
+        ordered = scores[tied].gather(1, rising).sort(dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = ordered.values, rising.gather(1, ordered.indices)
     if cut.any():
         ordered = scores[cut].sort(dim=1, descending=True, stable=True)
         values[cut], indices[cut] = ordered.values[:, :k], ordered.indices[:, :k]

@@ -1,8 +1,4 @@
-"""All pairs of two sets of rows, in tiles that stay in a cache, with a mask only where ids may be equal.
-
-*Sorted by id*, equal ids lie beside each other: a tile needs a mask only where the ids of its rows and of its columns
-meet, whatever the ids stand for.
-"""
+"""All pairs of two sets of rows sorted by id, in tiles, masked only where ids may be equal."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,21 +13,21 @@ from manyviews.system import distributed
 from manyviews.system.cpu import has_instructions
 
 PIECES = 64
-"""Pieces of work that a sum over many keys is cut into, where there are as many."""
+"""Maximum number of pieces that a sum over many keys is cut into."""
 
 
 class Pairs:
-    """Sorted queries and keys whose ids are sorted by `key_order`, and their products, tile by tile."""
+    """Products of sorted queries with keys that `key_order` sorts, tile by tile."""
 
     def __init__(
         self, rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
     ) -> None:
         self.rows, self.keys, self.key_order = rows, keys, key_order
-        self.row_ids, self.key_ids = row_ids, key_ids
+        self.ids = None if row_ids is None or key_ids is None else (row_ids, key_ids)
         self.narrow_rows = rows.bfloat16() if as_bfloat16(rows, keys) else None
 
     def pieces(self) -> tuple[list[slice], list[slice]]:
-        """Queries and keys cut so that there are enough pieces for all cores; by their numbers alone."""
+        """Cuts queries and keys into enough pieces for all cores, by their numbers alone."""
         height, width = tile_shape(self.rows.device)
         a = list(slices(0, len(self.rows), height)) or [slice(0, 0)]
         if self.rows.device.type != "cpu":
@@ -40,15 +36,13 @@ class Pairs:
         return a, cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
 
     def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each tile of keys and its products with the queries, −inf where ids are equal, in one buffer used again."""
+        """Yields tiles of keys and products with them, −inf where ids are equal, in a reused buffer."""
         height, width = tile_shape(self.rows.device)
         buffer = self.rows.new_empty(height * width)
         narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
         # Few queries: longer tiles, of as many products.
         tiles = list(slices(columns.start, columns.stop, height * width // max(min(a.stop - a.start, height), 1)))
-        meetings = None
-        if self.row_ids is not None and self.key_ids is not None:
-            meetings = _meetings(self.row_ids, self.key_ids, tiles)
+        meetings = None if self.ids is None else _meetings(*self.ids, tiles)
         for index, b in enumerate(tiles):
             tile = self.keys[b] if self.key_order is None else self.keys[self.key_order[b]]
             if narrow is not None and self.narrow_rows is not None:
@@ -56,17 +50,17 @@ class Pairs:
                 scores = buffer[: scores.numel()].view_as(scores).copy_(scores)
             else:
                 scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
-            if meetings is not None and self.row_ids is not None and self.key_ids is not None:
-                _exclude(scores, a, b, meetings[index], self.row_ids, self.key_ids)
+            if meetings is not None and self.ids is not None:
+                _exclude(scores, a, b, meetings[index], *self.ids)
             yield b, tile, scores
 
 
 def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], None]) -> None:
-    """Calls `add(a, b, 2^(row · row))` for this process's part of all pairs of tiles, a = b or a before b.
+    """Calls `add(a, b, 2^(row · row))` for this rank's part of all pairs of tiles, a ≤ b.
 
-    The exponentials are zero where the ids are equal, and in a buffer that is used again. The chunks of rows meet as
-    the teams of a tournament do: in each round every chunk has one other, so that the pairs of a round, spread over
-    the cores, never write to the same rows; and each process plays its part of every round.
+    The exponentials are zero where the ids are equal, and in a reused buffer. Chunks of rows are paired as in a
+    round-robin tournament: in each round every chunk has one other, so the pairs of a round, spread over the cores,
+    never write to the same rows; each rank computes its part of every round.
     """
     height, width = tile_shape(rows.device)
     processes = distributed.world_size()
@@ -96,31 +90,31 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
     on_all_cores([partial(play, i, i) for i in range(own.start, own.stop)], rows.device)
     matches = distributed.share(count // 2)
     for turn in range(count - 1):
-        # The circle method: the last chunk stays, the others move on by one place from round to round.
-        places = [count - 1, *((turn + place) % (count - 1) for place in range(count - 1))]
-        games = [(places[place], places[count - 1 - place]) for place in range(matches.start, matches.stop)]
+        # The circle method: the last chunk stays, the others move on by one from round to round.
+        circle = [count - 1, *((turn + index) % (count - 1) for index in range(count - 1))]
+        games = [(circle[index], circle[count - 1 - index]) for index in range(matches.start, matches.stop)]
         on_all_cores([partial(play, i, j) for i, j in games], rows.device)
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile: a CPU core keeps its scores in its own cache; on a GPU launches cost more."""
+    """Rows and columns of a tile: fits in a CPU core's cache; larger on a GPU: fewer launches."""
     return (256, 1536) if device.type == "cpu" else (8192, 8192)
 
 
 def as_bfloat16(rows: Tensor, keys: Tensor) -> bool:
-    """Whether products are taken in bfloat16, which a CPU with instructions for it does twice as fast."""
+    """Whether products are taken in bfloat16, twice as fast on a CPU with instructions for it."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or keys.dtype != torch.bfloat16:
         return False
     return has_instructions("avx512_bf16", "amx_tile")
 
 
 def cut(count: int, pieces: int) -> list[slice]:
-    """Consecutive slices of `count` things, as many as `pieces`, alike to one thing."""
+    """Cuts a range into `pieces` consecutive slices whose lengths differ by at most 1."""
     return [distributed.share(count, piece, pieces) for piece in range(pieces)]
 
 
 def order_of(ids: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The order that sorts the ids (None where they are sorted) and the sorted ids."""
+    """Order that sorts the ids (None if they are sorted), and the sorted ids."""
     if bool((ids[1:] >= ids[:-1]).all()):
         return None, ids
     ids, order = ids.sort(stable=True)
@@ -128,7 +122,7 @@ def order_of(ids: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def take(rows: Tensor, order: Tensor | None) -> Tensor:
-    """The rows in an order that `order_of` found."""
+    """Reorders rows by an order from `order_of`."""
     return rows if order is None else rows[order]
 
 
@@ -136,9 +130,9 @@ def put(rows: Tensor, order: Tensor | None) -> Tensor:
     """The inverse of `take`."""
     if order is None:
         return rows
-    placed = torch.empty_like(rows)
-    placed[order] = rows
-    return placed
+    restored = torch.empty_like(rows)
+    restored[order] = rows
+    return restored
 
 
 def _length(part: slice) -> int:
@@ -147,7 +141,7 @@ def _length(part: slice) -> int:
 
 
 def _meetings(row_ids: Tensor, key_ids: Tensor, tiles: Sequence[slice]) -> list[list[int]]:
-    """For each tile of keys the first and last row whose id may be in it; all ids sorted."""
+    """First and last row whose id may be in each tile of keys; all ids sorted."""
     lowest, highest = key_ids[[b.start for b in tiles]], key_ids[[b.stop - 1 for b in tiles]]
     first = torch.searchsorted(row_ids, lowest)
     last = torch.searchsorted(row_ids, highest, right=True)

@@ -10,9 +10,13 @@ from torch.autograd.function import once_differentiable
 
 
 def normalize(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-    """Rows of length 1, in float32 (float64 stays float64).
+    """Scales rows to length 1, in float32 (float64 stays float64).
 
     Rows shorter than 1e-6 are divided by 1e-6: a zero row stays zero, and its gradient finite.
+
+    >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         unit: Tensor = _Normalize.apply(at_least_float32(embeddings))
@@ -20,39 +24,38 @@ def normalize(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
 
 
 def directions(rows: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows wide"]:
-    """Rows of length 1 whatever their length was, for measuring how they lie, in float32 (float64 stays float64).
+    """Scales rows of any length to length 1, in float32 (float64 stays float64).
 
-    A zero row has no direction: all of them get a common one of their own, in one more dimension, so that rows that
-    are all zero lie in one place and not far from each other, as products of 0 would have it.
+    A zero row has no direction: all of them get a common one, in an extra dimension, so that they coincide instead of
+    having products of 0.
+
+    >>> directions(torch.tensor([[0.0, 1e-30], [0.0, 0.0]]))
+    tensor([[0., 1., 0.],
+            [0., 0., 1.]])
     """
     rows = at_least_float32(rows)
-    # By the largest number first: squares of lengths that float32 holds may be beyond it.
+    # By the largest number first: squares of lengths may be beyond float32.
     largest = rows.abs().amax(-1, keepdim=True)
     zero = largest == 0
     return torch.cat([normalize(rows / largest.masked_fill(zero, 1)), zero.to(rows.dtype)], -1)
 
 
 def at_least_float32(rows: Tensor) -> Tensor:
-    """The rows in float32, or as they are in float64."""
+    """Converts rows to float32; float64 stays float64."""
     return rows if rows.dtype == torch.float64 else rows.float()
-
-
-def unit_distance(products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-    """Euclidean distances of unit rows from their products: √(2 − 2 s).
-
-    Never less than the root of the number format's epsilon, with a zero gradient there: that of a root would have no
-    bound where two rows coincide.
-    """
-    return (2 - 2 * products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
 
 
 def squared_distance_rows(
     rows: Float[Tensor, "rows dim"], others: Float[Tensor, "others dim"]
 ) -> tuple[Float[Tensor, "rows wide"], Float[Tensor, "others wide"]]:
-    """Two sets of longer rows whose products are the squared distances of the given ones: |a|² + |b|² − 2 a·b.
+    """Two sets of longer rows whose products are squared distances: |a|² + |b|² − 2 a·b.
 
-    Both sets are moved by the others' mean first, so that little is lost where their common part is large. Rounding
-    may leave products of equal rows slightly below 0.
+    Both sets are shifted by the others' mean first, which reduces rounding errors. Products of equal rows may still be
+    slightly below 0.
+
+    >>> left, right = squared_distance_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> left @ right.T
+    tensor([[25.,  1.]])
     """
     centre = others.detach().mean(0)
     rows, others = rows - centre, others - centre
@@ -67,7 +70,7 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 class _Normalize(torch.autograd.Function):
-    """Saves its result only, where autograd would save three tensors and allocate two more."""
+    """Saves only its result, where autograd would save three tensors and allocate two more."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""The log of sums of exponentials over all pairs of embeddings, exact, in tiles, with its own backward.
+"""Log-sum-exp over all pairs of embeddings, exact, in tiles, with its own backward.
 
-Five ideas carry it. *Sorted by id*, equal ids lie beside each other, so that a mask is needed only where the ids of
-a tile's rows and columns meet, whatever the ids stand for. *Powers of two*: with log₂e folded into the scale,
-exp(s/τ) is exp2 of the product itself, at a third of exp's price on CPU. *No shift*: the exponentials are summed as
-they are, and only where a sum leaves the safe range of the number format (for unit vectors never at a temperature of
-0.03 or above) is the work done again with a running maximum. *A core for a tile*: tiles are dealt out to the cores,
-by a rule that does not depend on their number, so that results do not either. *A process for its keys*: queries
-travel to the keys of all processes, partial sums are added, and gradients travel home; where the queries are the keys,
-the processes share out the pairs. All five lose nothing: the results are exact.
+*Sorted by id*, equal ids are adjacent: a mask is needed only where the ids of a tile's rows and columns meet. *Powers
+of two*: with log₂e folded into the scale, exp(s/τ) is exp2 of the product, at a third of exp's cost on CPU. *No shift*:
+exponentials are summed as they are; only if a sum leaves the safe range of the number format (for unit vectors never at
+a temperature of 0.03 or above) the work is repeated with a running maximum. *One core per tile*: tiles are distributed
+over the cores by a rule that does not depend on their number, so results do not either. *Keys stay on their rank*:
+queries travel to the keys of all ranks, partial sums are added, and gradients travel home; if the queries are the keys,
+the ranks share the pairs.
 """
 
 import math
@@ -37,30 +36,32 @@ def log_sum_exp(
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
 ) -> Float[Tensor, " queries"]:
-    """For each query, the log of the sum of exp(query · key / temperature) over the keys that have another id.
+    """Log of Σ exp(query · key / temperature) over the keys of another id, for each query.
 
-    The keys are those of all processes: each passes its own queries and its own keys, any number of them, and gets
-    the values of its own queries. All processes must call together.
+    Collective: each rank passes its own queries and its own keys, any number of them, and gets the values of its own
+    queries over the keys of all ranks; backward is collective too. Differentiable once, in queries and keys.
 
-    Without `keys` the queries are the keys: each product then serves a row and a column, at half the price. Without
-    ids every key counts. Where no key is left the value is −inf and its gradient zero. Memory grows with the number
-    of embeddings, never with the number of pairs.
+    Without `keys` the queries are the keys: each product then serves a row and a column, at half the cost. Without ids
+    every key counts. Where no key remains the value is −inf and its gradient zero. Memory grows with the number of
+    embeddings, never with the number of pairs.
 
-    Everything is computed in float32, also under autocast, or in float64 where the queries are; keys of a narrower
-    type are widened tile by tile, and the values are exact for the keys as they are. One exception: float32 queries
-    and bfloat16 keys are multiplied as bfloat16 on CPUs that do so, for nearly twice the speed, and summed in float32.
-    That moves the values of unit vectors by less than 2⁻⁸ / τ, and by some 1e-3 at 0.07 where many keys share the sum.
-    Differentiable once, in the queries and, where they ask for it, in the keys; in backward, too, all processes must
-    come together.
+    Computed in float32, also under autocast, or in float64 if the queries are; keys of a narrower type are widened tile
+    by tile. One exception: float32 queries and bfloat16 keys are multiplied as bfloat16 on CPUs with instructions for
+    it, at nearly twice the speed, and summed in float32. This moves the values of unit vectors by less than 2⁻⁸ / τ,
+    and by about 1e-3 at 0.07 where many keys share the sum.
 
     Raises:
         ValueError: if the temperature is not above 0, or ids are missing.
+
+    >>> queries, keys = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    >>> log_sum_exp(queries, keys, 1.0)
+    tensor([1.5514, 1.5514])
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be above 0; 0.05 to 0.5 is usual")
     if keys is None and query_ids is None:
         raise ValueError(
-            "query_ids are missing: without keys they say which pairs are left out, the own row among them"
+            "query_ids are missing: without keys they determine which pairs are left out, the own row among them"
         )
     if keys is not None and (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
@@ -78,7 +79,7 @@ def log_sum_exp(
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
-    """The queries are the keys: tile (a, b) is also tile (b, a), in forward and in backward.
+    """Queries that are the keys: tile (a, b) is also tile (b, a), in forward and in backward.
 
     With E = exp(z zᵀ / τ), its row sums S and u = g / S, the gradient of Σ gᵢ log Sᵢ in zᵢ is Σⱼ Eᵢⱼ (uᵢ + uⱼ) zⱼ / τ.
     """
@@ -125,9 +126,9 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 
 
 class _LogSumExp(torch.autograd.Function):
-    """One pass gives the log-sum-exp and the softmax-weighted mean of the keys, its gradient in the queries.
+    """Log-sum-exp and, in one pass, its gradient in the queries, a weighted mean of the keys.
 
-    A second pass, in backward, is needed only where the keys want their gradient too.
+    A second pass, in backward, is needed only if the keys require a gradient.
     """
 
     @staticmethod
@@ -147,17 +148,16 @@ class _LogSumExp(torch.autograd.Function):
         rows = take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
         pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
         for running_maximum in (False, True):
-            found = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
-            logarithms = found.sums.log2().add_(found.maximum).mul_(LN_2).squeeze(1)
+            maximum, sums, weighted = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
+            logarithms = sums.log2().add_(maximum).mul_(LN_2).squeeze(1)
             if _is_safe(logarithms):
                 break
         mean = None
-        if found.weighted is not None:
-            tiny = torch.finfo(rows.dtype).tiny
-            mean = distributed.scatter_sum(put(found.weighted, query_order), lengths)
-            mean /= _own(put(found.sums, query_order), lengths).clamp(min=tiny)
+        if weighted is not None:
+            mean = distributed.scatter_sum(put(weighted, query_order), lengths)
+            mean /= _own(put(sums, query_order), lengths).clamp(min=torch.finfo(rows.dtype).tiny)
         ctx.temperature, ctx.lengths = temperature, lengths
-        rest = (rows, keys, query_ids, key_ids, query_order, key_order, logarithms) if ctx.needs_input_grad[1] else ()
+        rest = (query_order, logarithms, rows, keys, query_ids, key_ids, key_order) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(mean, *rest)
         return _own(put(logarithms, query_order), lengths)
 
@@ -170,25 +170,28 @@ class _LogSumExp(torch.autograd.Function):
         if mean is not None:
             query_gradient = mean * (gradient / ctx.temperature).unsqueeze(1)
         if rest:
-            key_gradient = _key_gradient(distributed.gather_without_gradient(gradient, ctx.lengths), *rest)
+            query_order, logarithms, *of_pairs = rest
+            gradient = distributed.gather_without_gradient(gradient, ctx.lengths)
+            key_gradient = _key_gradient(take(gradient, query_order), logarithms, Pairs(*of_pairs))
         return query_gradient, key_gradient, None, None, None, None
 
 
 class _Sums(NamedTuple):
-    """Sums of powers of two over some keys: the true sums are 2^maximum times these."""
+    """Sums of powers of two over some keys, divided by 2^maximum."""
 
     maximum: Tensor
     sums: Tensor
     weighted: Tensor | None
-    """The keys, weighted by their powers and added."""
+    """Sums of the keys, weighted by their powers."""
 
 
 def _sum_over_keys(pairs: Pairs, running_maximum: bool, with_keys: bool) -> _Sums:
-    """The sums over the keys of all processes; `weighted` over this process's keys only, on the common scale."""
+    """Sums over the keys of all ranks; `weighted` over this rank's keys, on the common scale."""
     height, columns = pairs.pieces()
     works = [partial(_sum_over_piece, pairs, a, b, running_maximum, with_keys) for a in height for b in columns]
-    found = on_all_cores(works, pairs.rows.device)
-    joined = [_join(found[first : first + len(columns)]) for first in range(0, len(found), len(columns))]
+    sums_of_pieces = on_all_cores(works, pairs.rows.device)
+    width = len(columns)
+    joined = [_join(sums_of_pieces[first : first + width]) for first in range(0, len(sums_of_pieces), width)]
     maximum, sums = (torch.cat([getattr(part, name) for part in joined]) for name in ("maximum", "sums"))
     weighted = torch.cat([part.weighted for part in joined if part.weighted is not None]) if with_keys else None
     if running_maximum and distributed.world_size() > 1:
@@ -216,20 +219,15 @@ def _sum_over_piece(pairs: Pairs, a: slice, columns: slice, running_maximum: boo
             scores.sub_(highest)
         exponentials = scores.exp2_()
         sums += exponentials.sum(1, keepdim=True)
-        if weighted is not None:
-            _add_weighted(weighted, exponentials, tile)
+        if weighted is not None and as_bfloat16(weighted, tile):
+            weighted += torch.mm(exponentials.bfloat16(), tile)
+        elif weighted is not None:
+            weighted.addmm_(exponentials, tile.to(weighted.dtype))
     return _Sums(maximum, sums, weighted)
 
 
-def _add_weighted(weighted: Tensor, exponentials: Tensor, tile: Tensor) -> None:
-    if as_bfloat16(weighted, tile):
-        weighted += torch.mm(exponentials.bfloat16(), tile)
-    else:
-        weighted.addmm_(exponentials, tile.to(weighted.dtype))
-
-
 def _join(parts: Sequence[_Sums]) -> _Sums:
-    """The sums over several sets of keys."""
+    """Sums over several sets of keys."""
     maximum = torch.stack([part.maximum for part in parts]).amax(0)
     shrink = [torch.exp2(part.maximum - maximum) for part in parts]
     sums = torch.stack([part.sums * factor for part, factor in zip(parts, shrink, strict=True)]).sum(0)
@@ -241,29 +239,20 @@ def _join(parts: Sequence[_Sums]) -> _Sums:
     return _Sums(maximum, sums, weighted)
 
 
-def _key_gradient(
-    gradient: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    query_order: Tensor | None,
-    key_order: Tensor | None,
-    logarithms: Tensor,
-) -> Tensor:
+def _key_gradient(gradient: Tensor, logarithms: Tensor, pairs: Pairs) -> Tensor:
     """Softmaxᵀ · (gradient · queries) / τ, with the softmax recomputed tile by tile."""
+    rows, keys = pairs.rows, pairs.keys
     exponent = logarithms.mul(LOG2_E).masked_fill_(logarithms.isneginf(), 0).unsqueeze(1)
-    weighted_rows = rows * (take(gradient, query_order) * LN_2).unsqueeze(1)
-    found = rows.new_zeros(len(keys), rows.shape[1])
-    pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
+    weighted_rows = rows * (gradient * LN_2).unsqueeze(1)
+    key_gradient = rows.new_zeros(len(keys), rows.shape[1])
 
     def add(columns: slice) -> None:
         for a in slices(0, len(rows), tile_shape(rows.device)[0]):
             for b, _, scores in pairs.scores(a, columns):
-                found[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
+                key_gradient[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
 
     on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
-    return put(found, key_order).to(keys.dtype)
+    return put(key_gradient, pairs.key_order).to(keys.dtype)
 
 
 def _own(whole: Tensor, lengths: list[int]) -> Tensor:
@@ -272,6 +261,6 @@ def _own(whole: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _is_safe(logarithms: Tensor) -> bool:
-    """Whether exponentials of this sum neither overflowed nor lost digits to underflow: two thirds of the range."""
+    """Whether the sums are within two thirds of the range, without overflow or underflow."""
     limit = 0.66 * math.log(torch.finfo(logarithms.dtype).max)
     return bool((logarithms.detach().abs() < limit).all())

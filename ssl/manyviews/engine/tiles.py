@@ -1,8 +1,8 @@
-"""Sums over all pairs of anchors and candidates of what is not a softmax: tile by tile, differentiated on the way."""
+"""Sums over all pairs of anchors and candidates, tile by tile, differentiated on the way."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ Term = Callable[..., tuple[Tensor, Tensor]]
 """Called with a slice of the anchors, their products with all candidates, and the parameters; see `sum_over_tiles`."""
 
 NUMBERS = 1 << 18
-"""Products of a tile: 1 MiB, so that a tile and what is made of it stay in the cache of a core."""
+"""Products of a tile: 1 MiB, so that a tile and its intermediate results stay in the cache of a core."""
 FEW = 1 / 16
 """Share of a tile's pairs up to which adding the rows of each is faster than a product with all."""
 
@@ -24,29 +24,23 @@ FEW = 1 / 16
 def sum_over_tiles(
     anchors: Float[Tensor, "anchors dim"], candidates: Float[Tensor, "candidates dim"], term: Term, *parameters: Tensor
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
-    """The sum of a term over tiles of the products of anchors and candidates, which are never all held at once.
+    """Sums a term over tiles of the products of anchors and candidates, in little memory.
 
     Each call `term(rows, products, *parameters)` is for a slice of the anchors and all candidates: `products` are
-    anchors[rows] @ candidates.T. It returns a scalar, and figures in one dimension that carry no gradient and are
-    added up as well. What it does with the products it may do with any differentiable function: each tile is
-    differentiated as soon as it is computed, so that the memory is that of some tiles and of the gradient. Gradients
-    reach the anchors, the candidates and the parameters.
+    anchors[rows] @ candidates.T. It returns a scalar, and figures in one dimension without gradient, which are summed
+    too. It may be any differentiable function: each tile is differentiated as soon as it is computed, in the memory of
+    some tiles and of the gradient. Gradients reach the anchors, the candidates and the parameters.
 
-    On a CPU the term is called in several threads at once, so it must be a pure function. With no anchor it is called
-    once, with an empty tile, for the number of figures.
+    On a CPU the term is called in several threads at once, so it must be a pure function. Without any anchor it is
+    called once, with an empty tile, for the number of figures.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    >>> total, _ = sum_over_tiles(x, x, lambda rows, products: (products.sum(), products.new_zeros(1)))
+    >>> total.item(), torch.autograd.grad(total, x)[0].tolist()
+    (5.0, [[2.0, 4.0], [2.0, 4.0]])
     """
     total, figures = _Sum.apply(term, anchors, candidates, *parameters)
     return total, figures
-
-
-class _Part(NamedTuple):
-    """What some tiles come to."""
-
-    total: Tensor
-    figures: Tensor
-    candidates: Tensor | None
-    """The gradient in all candidates."""
-    parameters: list[Tensor]
 
 
 class _Sum(torch.autograd.Function):
@@ -63,14 +57,9 @@ class _Sum(torch.autograd.Function):
             for part in range(threads)
         ]
         parts = on_all_cores(works, anchors.device)
-        total = torch.stack([part.total for part in parts]).sum()
-        figures = torch.stack([part.figures for part in parts]).sum(0)
+        total, figures, *others = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
         if needed:
-            others = torch.stack([part.candidates for part in parts if part.candidates is not None]).sum(0)
-            owned = [
-                torch.stack(list(found)).sum(0) for found in zip(*(part.parameters for part in parts), strict=True)
-            ]
-            ctx.save_for_backward(gradient, others, *owned)
+            ctx.save_for_backward(gradient, *others)
         ctx.mark_non_differentiable(figures)
         return total, figures
 
@@ -88,27 +77,26 @@ def _part(
     candidates: Tensor,
     parameters: tuple[Tensor, ...],
     gradient: Tensor | None,
-) -> _Part:
-    """The sum over some tiles; the gradient in their anchors is written into its place."""
+) -> list[Tensor]:
+    """Total, figures and gradients of some tiles; adds the one in anchors to `gradient`."""
     leaves = [parameter.detach().requires_grad_(gradient is not None) for parameter in parameters]
-    others = torch.zeros_like(candidates) if gradient is not None else None
-    owned = [torch.zeros_like(parameter) for parameter in parameters]
+    others = [torch.zeros_like(tensor) for tensor in (candidates, *parameters)] if gradient is not None else []
     totals, figures = [], []
     for rows in tiles:
         products = (anchors[rows].detach() @ candidates.detach().T).requires_grad_(gradient is not None)
         with torch.set_grad_enabled(gradient is not None):
-            total, found = term(rows, products, *leaves)
+            total, terms = term(rows, products, *leaves)
         totals.append(total.detach())
-        figures.append(found.detach().to(anchors.dtype))
-        if gradient is None or others is None or not total.requires_grad:
+        figures.append(terms.detach().to(anchors.dtype))
+        if gradient is None or not total.requires_grad:
             continue
         weights, *moved = torch.autograd.grad(total, [products, *leaves], allow_unused=True)
         if weights is not None:
-            _add_products(weights, anchors[rows], candidates, gradient[rows], others)
-        for kept, new in zip(owned, moved, strict=True):
+            _add_products(weights, anchors[rows], candidates, gradient[rows], others[0])
+        for kept, new in zip(others[1:], moved, strict=True):
             if new is not None:
                 kept += new
-    return _Part(torch.stack(totals).sum(), torch.stack(figures).sum(0), others, owned)
+    return [torch.stack(totals).sum(), torch.stack(figures).sum(0), *others]
 
 
 def _add_products(weights: Tensor, anchors: Tensor, candidates: Tensor, left: Tensor, right: Tensor) -> None:

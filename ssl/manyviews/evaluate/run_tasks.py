@@ -172,7 +172,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         )
 
     # By default the embedding is searched by the distance that its objective trains.
-    by_euclidean = settings.metric is None and job.recipe.objective.distance == "euclidean"
+    by_euclidean = settings.metric is None and job.recipe.objective.traits.distance == "euclidean"
     return compare(
         kinds,
         *labels,
@@ -229,7 +229,7 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
     pretrained, recipe, settings, console = job.pretrained, job.recipe, job.settings, job.console
     assert pretrained.folder is not None
     own = settings.data is None or settings.data == recipe.data
-    if not own or not recipe.objective.follows_images:
+    if not own or not recipe.objective.traits.follows_images:
         return ()
     checkpoint, _ = newest_checkpoint(pretrained.folder / CHECKPOINTS, only=("objective",))
     images = leave_out(job.split.train, recipe.unseen)

@@ -114,7 +114,9 @@ def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, 
     """
     objective = recipe_of(pretrained).objective
     by_default = settings.layer is None
-    if settings.layer == BACKBONE or (by_default and not (objective.compares_embeddings or GROUPING & set(tasks))):
+    if settings.layer == BACKBONE or (
+        by_default and not (objective.traits.compares_embeddings or GROUPING & set(tasks))
+    ):
         return Layers((LEARNED,))
     try:
         pretrained.embedding()
@@ -124,7 +126,7 @@ def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, 
         return Layers((LEARNED,), missing=f"only the backbone is measured, and not the embedding: {problem}")
     if settings.layer == EMBEDDING:
         return Layers((EMBEDDED,))
-    if objective.compares_embeddings:
+    if objective.traits.compares_embeddings:
         return Layers(
             (EMBEDDED, LEARNED),
             f"Images are compared by the embedding, because objective={objective.name} trains it to be compared; "

@@ -88,7 +88,7 @@ def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> No
         f"the {cost.rows:,} rows of {dim:,} numbers that objective={settings.name} keeps on each process",
         f"lower {length}encoder.projector.dim, or start more processes",
     )
-    noise, together = settings.noise, settings.one_draw
+    noise, together = settings.traits.noise, settings.traits.one_draw
     _check(
         noise * (NUMBER * dim + ID * (1 if together else batch)),
         f"objective.negatives={noise:,} rows of {dim:,} numbers{'' if together else ' for each image'}",

@@ -1,4 +1,4 @@
-"""Linear metrics learned on features: the Euclidean distance after a linear map, chosen by name."""
+"""Linear metrics learned on features, chosen by name: the distance after a linear map."""
 
 from typing import Annotated
 

@@ -17,31 +17,33 @@ from manyviews.system.files import parse_json
 from manyviews.system.path_bytes import utf8_path
 from manyviews.system.versions import versions
 
+Features = Float[Tensor, "images dim"]
+ClassLabels = Int[Tensor, " images"]
 Report = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
+"""Called with the name of the method, the steps done, and the maximum number of steps."""
 FORMAT = "linear metric"
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMetric:
-    """The distance ‖W (x − y)‖ between features: Euclidean after `transform`."""
+    """Distance ‖W (x − y)‖ between features: Euclidean after `transform`."""
 
     weights: Float[Tensor, "rank dim"]
     """W, float32."""
     centre: Float[Tensor, " dim"]
-    """The mean of the features it was fitted on, float32: what is subtracted first changes no distance."""
+    """Mean of the features it was fitted on, float32; subtracting it changes no distance."""
     settings: Mapping[str, Any]
-    """What it was fitted with, its name among them."""
+    """Settings of the fit, with its name."""
     figures: Mapping[str, float | int]
-    """What the fit has to say: shrinkage, iterations, objective …"""
+    """Results of the fit: shrinkage, iterations, objective …"""
 
-    def transform(self, features: Float[Tensor, "images dim"]) -> Float[Tensor, "images rank"]:
-        """The features mapped, on their device: their Euclidean distances are the learned ones.
+    def transform(self, features: Features) -> Float[Tensor, "images rank"]:
+        """Maps features, on their device: Euclidean distances of the result are the learned ones.
 
         float32, or float64 where the features are.
 
         Raises:
-            ValueError: if the features are not as wide as those that the metric was fitted on.
+            ValueError: if the features have another number of dimensions than those that the metric was fitted on.
         """
         if features.shape[1] != self.weights.shape[1]:
             raise ValueError(
@@ -52,42 +54,42 @@ class LinearMetric:
         return (features - self.centre.to(features)) @ self.weights.to(features).T
 
     def save(self, file: Path) -> None:
-        """Writes one safetensors file, with the settings, the figures and the versions as JSON in its header."""
+        """Writes a safetensors file with settings, figures and versions as JSON in its header."""
         header = {"settings": dict(self.settings), "figures": dict(self.figures), "versions": versions()}
         tensors = {"weights": self.weights.cpu().contiguous(), "centre": self.centre.cpu().contiguous()}
         save_file(tensors, file, {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()})
 
     @staticmethod
     def load(file: Path) -> "LinearMetric":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             ValueError: if the file is not a linear metric.
         """
         try:
-            with utf8_path(file) as path, safe_open(path, "pt") as opened:
-                header = opened.metadata() or {}
+            with utf8_path(file) as path, safe_open(path, "pt") as content:
+                header = content.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{file} holds no linear metric, or not from this project; fit it anew")
-                weights, centre = (opened.get_tensor(key) for key in ("weights", "centre"))
+                weights, centre = (content.get_tensor(key) for key in ("weights", "centre"))
         except SafetensorError as problem:
             raise ValueError(f"{file} cannot be read as safetensors ({problem}); fit the metric anew") from problem
-        described = [parse_json(header.get(key, ""), f"the {key} of {file}") for key in ("settings", "figures")]
+        settings, figures = (parse_json(header.get(key, ""), f"the {key} of {file}") for key in ("settings", "figures"))
         if weights.ndim != 2 or centre.shape != weights.shape[1:] or not weights.is_floating_point():
             raise ValueError(f"{file} is damaged: {list(weights.shape)} weights around {list(centre.shape)}")
-        return LinearMetric(weights, centre, *described)
+        return LinearMetric(weights, centre, settings, figures)
 
 
 class Labelled(NamedTuple):
-    """The labelled features, centred."""
+    """Labelled features, centred."""
 
-    features: Float[Tensor, "images dim"]
+    features: Features
     """float64, with mean zero."""
-    labels: Int[Tensor, " images"]
+    labels: ClassLabels
     """From 0, without gaps."""
     centre: Float[Tensor, " dim"]
     names: Int[Tensor, " classes"]
-    """The labels as they were given."""
+    """Original label of each class."""
 
     @property
     def counts(self) -> Int[Tensor, " classes"]:
@@ -95,8 +97,8 @@ class Labelled(NamedTuple):
         return self.labels.bincount(minlength=len(self.names))
 
     @property
-    def residuals(self) -> Float[Tensor, "images dim"]:
-        """What remains of the features without the mean of their class."""
+    def residuals(self) -> Features:
+        """The features minus the mean of their class."""
         sums = self.features.new_zeros(len(self.names), self.features.shape[1])
         means = sums.index_add_(0, self.labels, self.features) / self.counts[:, None]
         return self.features - means[self.labels]
@@ -106,11 +108,11 @@ class Labelled(NamedTuple):
         return LinearMetric(weights.float(), self.centre.float(), settings.model_dump(mode="json"), figures)
 
 
-def labelled(features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]) -> Labelled:
-    """The features that have a label, in float64 and centred, with their classes numbered anew.
+def labelled(features: Features, labels: ClassLabels, *, classes: int = 1) -> Labelled:
+    """Selects the labelled features, in float64 and centred, with their classes renumbered.
 
     Raises:
-        ValueError: if fewer than two are labelled, or some are not finite.
+        ValueError: if fewer than two are labelled, some are not finite, or there are fewer than `classes` classes.
     """
     known = labels.to(features.device) >= 0
     chosen = features.detach()[known].double()
@@ -119,5 +121,9 @@ def labelled(features: Float[Tensor, "images dim"], labels: Int[Tensor, " images
     if not chosen.isfinite().all():
         raise ValueError("some features are not finite; extract them again in fp32, or train the backbone anew")
     names, numbers = labels.to(features.device)[known].unique(return_inverse=True)
+    if len(names) < classes:
+        raise ValueError(
+            f"all labelled images are of class {int(names[0])}: no images to push apart; give images of two classes"
+        )
     centre = chosen.mean(0)
     return Labelled(chosen - centre, numbers, centre, names)

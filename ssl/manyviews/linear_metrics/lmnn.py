@@ -1,4 +1,4 @@
-"""LMNN (Weinberger and Saul 2009): each image's neighbours of its class nearer, by a margin, than any other class."""
+"""LMNN (Weinberger and Saul 2009): a class nearer than other classes, by a margin."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -11,30 +11,34 @@ from torch import Tensor, nn
 from manyviews.config import Settings
 from manyviews.engine import squared_distance_rows, top_k
 from manyviews.engine.rows import slices
-from manyviews.linear_metrics.linear_metric import Labelled, LinearMetric, Report, labelled
+from manyviews.linear_metrics.linear_metric import ClassLabels, Features, Labelled, LinearMetric, Report, labelled
 from manyviews.linear_metrics.mahalanobis import inverse_root, shrunk_covariance
 
+Neighbours = Int[Tensor, "images neighbours"]
+Pairs = Int[Tensor, "2 pairs"]
+"""Images and, for each, one of another class that is, or may become, an impostor; sorted by image."""
+
 PAIRS = 1 << 13
-"""Pairs whose differences are held at once: a few MiB, which the cache holds."""
+"""Pairs whose differences are in memory at a time: a few MiB, which fit in the cache."""
 TILE = 512
-"""Images whose distances to all others are held at once."""
+"""Images whose distances to all others are in memory at a time."""
 STEPS = 10
-"""Steps after which the impostors are searched again, and gradients that L-BFGS remembers."""
+"""Steps between searches for impostors, and gradients that L-BFGS keeps."""
 PULLED = 3.0
-"""Mean squared distance of target neighbours at the start, in margins: about where a change of scale gains nothing."""
+"""Mean squared distance of target neighbours at the start, in margins: about where rescaling gains nothing."""
 RESERVE = 0.1
-"""Images so much further than an impostor may be are counted among the impostors, for they may become such."""
+"""Share of the squared distance by which images beyond an impostor's reach are included, as they may become one."""
 
 
 class LMNN(Settings):
-    """Neighbours of the same class are pulled, images of other classes pushed out of their neighbourhood."""
+    """Pulls neighbours of a class together, and pushes other classes out of their neighbourhood."""
 
     name: Literal["lmnn"] = "lmnn"
 
     neighbours: int = Field(3, ge=1, le=10_000)
     """Target neighbours of each image: the nearest of its class before anything is learned."""
     push: float = Field(0.5, gt=0, lt=1)
-    """The paper's μ: the weight of what pushes; what pulls has the rest."""
+    """The paper's μ: the weight of the pushing terms; the pulling terms have the rest."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """Dimensions of the transformed features; none: as many as before."""
     start: Literal["pca", "whitening"] = "pca"
@@ -45,26 +49,20 @@ class LMNN(Settings):
     """It ends when ten steps lower the loss by less than this share."""
 
     @torch.no_grad()
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
-    ) -> LinearMetric:
-        """The linear map L, [rank, dim], for which `lmnn_loss` is least, by descent from a start.
+    def fit(self, features: Features, labels: ClassLabels, *, report: Report | None = None) -> LinearMetric:
+        """Fits the linear map L, [rank, dim], that minimises `lmnn_loss`, by descent from a start.
 
         The paper's solver takes subgradient steps on M = LᵀL and projects them (appendix A); descent on L needs no
         projection and allows a rank. Without a rank the minimum is that of the convex problem in M, whatever the start,
-        and the Euclidean distance is the quickest; with a rank, whitening finds the directions between classes that a
-        large spread within them hides. The features are scaled first, so that their unit has no part in it. Images
-        labelled −1 are left out. An image has fewer target neighbours where its class has no more images; the only
-        image of a class pulls nothing and only pushes.
+        and the Euclidean distance is the fastest one; with a rank, whitening finds the directions between classes that
+        a large spread within them hides. Features are rescaled first, so their unit does not matter. Images labelled −1
+        are left out. An image has fewer target neighbours if its class has fewer images; the only image of a class
+        pulls nothing and only pushes.
 
         Raises:
             ValueError: if there is one class only, no class has two images, or the rank is above the dimensions.
         """
-        data = labelled(features, labels)
-        if len(data.names) < 2:
-            raise ValueError(
-                f"all labelled images are of class {int(data.names[0])}: nothing pushes; give images of two classes"
-            )
+        data = labelled(features, labels, classes=2)
         dim = features.shape[1]
         if self.rank is not None and self.rank > dim:
             raise ValueError(f"rank {self.rank} is above the {dim} dimensions of the features; leave it unset")
@@ -76,76 +74,37 @@ class LMNN(Settings):
         if pulled == 0:
             raise ValueError("all target neighbours coincide; give features that differ within a class")
         unit = float(pulled.sqrt())
-        found = descend(
-            directions,
-            (data.features / unit).to(dtype),
-            data.labels,
-            targets,
-            push=self.push,
-            iterations=self.iterations,
-            tolerance=self.tolerance,
-            report=report,
-        )
-        figures = {
-            "loss": found.values[-1],
-            "start": found.values[0],
-            "iterations": found.steps,
-            "active": found.active,
-        }
-        return data.metric(found.weights / unit, self, **figures)
+        inputs = (data.features / unit).to(dtype)
+        weights, values, steps, active = descend(directions, inputs, data.labels, targets, self, report=report)
+        return data.metric(weights / unit, self, loss=values[-1], start=values[0], iterations=steps, active=active)
 
     def _initial(self, data: Labelled) -> Float[Tensor, "rank dim"]:
         whitening = torch.eye(data.features.shape[1]).to(data.features)
         if self.start == "whitening":
-            whitening = inverse_root(shrunk_covariance(data.residuals, None).matrix)
+            whitening = inverse_root(shrunk_covariance(data.residuals, None)[0])
         mapped = data.features @ whitening
         components = torch.linalg.eigh(mapped.T @ mapped).eigenvectors
         chosen: Tensor = components[:, -(self.rank or components.shape[1]) :].T @ whitening
         return chosen
 
 
-class Impostors(NamedTuple):
-    """Pairs of an image and one of another class that is, or may become, an impostor; by image."""
-
-    images: Int[Tensor, " pairs"]
-    others: Int[Tensor, " pairs"]
-
-
-class Value(NamedTuple):
-    """The loss of a map, its gradient, and how many triplets have a part in it."""
-
-    loss: Float[Tensor, ""]
-    gradient: Float[Tensor, "rank dim"]
-    active: Int[Tensor, ""]
-
-
 def lmnn_loss(
-    weights: Float[Tensor, "rank dim"],
-    features: Float[Tensor, "images dim"],
-    targets: Int[Tensor, "images neighbours"],
-    impostors: Impostors,
-    push: float,
-) -> Value:
-    """(1 − μ) Σ_{j⇝i} d_ij + μ Σ_{j⇝i, l} [1 + d_ij − d_il]₊ with d = ‖L(x − y)‖², and its gradient.
+    weights: Float[Tensor, "rank dim"], features: Features, targets: Neighbours, impostors: Pairs, push: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rank dim"], Int[Tensor, ""]]:
+    """(1 − μ) Σ_{j⇝i} d_ij + μ Σ_{j⇝i, l} [1 + d_ij − d_il]₊ with d = ‖L(x − y)‖², its gradient, and active triplets.
 
-    l runs over the impostor pairs of i; with all pairs of unlike labels among them it is the paper's loss, and with all
-    that are nearer than 1 + max_j d_ij as well. float64 in the sums over images, and in the result.
-
-    Args:
-        weights: L.
-        features: x.
-        targets: the j of each i; −1: none.
-        impostors: pairs (i, l).
-        push: μ.
+    With L = `weights`, x = `features` and μ = `push`. l runs over the impostor pairs of i; with all pairs of unlike
+    labels among them it is the paper's loss, and with all that are nearer than 1 + max_j d_ij as well. float64 in the
+    sums over images, and in the result. Active is a triplet with a hinge above zero.
     """
     mapped = features @ weights.to(features).T
     pulled = _squared_distances(mapped, targets)
     reach = (1 + pulled).masked_fill_(targets < 0, -torch.inf)
     pushed = torch.zeros((), dtype=torch.float64, device=features.device)
     counts = torch.zeros_like(reach)
-    weight = torch.empty(len(impostors.images), dtype=features.dtype, device=features.device)
+    weight = torch.empty(impostors.shape[1], dtype=features.dtype, device=features.device)
     for part in slices(0, len(weight), PAIRS):
-        images, others = impostors.images[part], impostors.others[part]
+        images, others = impostors[:, part]
         distances = (mapped[images] - mapped[others]).square_().sum(1)
         hinges = (reach[images] - distances[:, None]).clamp_(min=0)
         pushed += hinges.sum(dtype=torch.float64)
@@ -156,139 +115,119 @@ def lmnn_loss(
     pull = ((1 - push) + push * counts).masked_fill_(targets < 0, 0)
     weight *= -push
     degrees = pull.sum(1).index_add_(0, targets.clamp(min=0).flatten(), pull.flatten())
-    degrees.index_add_(0, impostors.images, weight).index_add_(0, impostors.others, weight)
-    products = _weighted_sums(targets, pull, features) + _pair_sums(impostors, weight, features)
+    images, others = impostors
+    degrees.index_add_(0, images, weight).index_add_(0, others, weight)
+    offsets = torch.searchsorted(images, torch.arange(len(features), device=features.device))
+    products = F.embedding_bag(targets.clamp(min=0), features, per_sample_weights=pull, mode="sum")
+    products = products + F.embedding_bag(others, features, offsets, per_sample_weights=weight, mode="sum")
     scatter = (features.T @ (degrees[:, None] * features)).double()
     crossed = (features.T @ products).double()
     gradient = 2 * weights.double() @ (scatter - crossed - crossed.T)
     loss = (1 - push) * pulled[targets >= 0].sum(dtype=torch.float64) + push * pushed
-    return Value(loss, gradient, counts.sum(dtype=torch.float64).long())
+    return loss, gradient, counts.sum(dtype=torch.float64).long()
 
 
-def target_neighbours(data: Labelled, neighbours: int) -> Int[Tensor, "images neighbours"]:
-    """The nearest images of the same class by the Euclidean distance, nearest first; −1 where the class has no more.
+def target_neighbours(data: Labelled, neighbours: int) -> Neighbours:
+    """Finds the nearest images of the same class, nearest first; −1 where the class has no more.
 
     Raises:
         ValueError: if no class has two images.
     """
     most = min(neighbours, int(data.counts.max()) - 1)
     if most < 1:
-        raise ValueError("no class has two images, so that there are no neighbours to pull; give classes with several")
+        raise ValueError("no class has two images, hence no neighbours to pull; give classes with several images")
     targets = data.labels.new_full((len(data.labels), most), -1)
     members = torch.split(data.labels.argsort(stable=True), data.counts.tolist())
     for own in members:
         if len(own) > 1:
             left, right = squared_distance_rows(data.features[own], data.features[own])
             ids = torch.arange(len(own), device=own.device)
-            found = top_k(-left, right, min(most, len(own) - 1), query_ids=ids, key_ids=ids)[1]
-            targets[own, : found.shape[1]] = own[found]
+            nearest = top_k(-left, right, min(most, len(own) - 1), query_ids=ids, key_ids=ids)[1]
+            targets[own, : nearest.shape[1]] = own[nearest]
     return targets
 
 
 def find_impostors(
-    weights: Float[Tensor, "rank dim"],
-    features: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
-    targets: Int[Tensor, "images neighbours"],
-    reserve: float,
-) -> Impostors:
-    """All pairs of unlike labels nearer than 1 + max_j d_ij, times 1 + reserve; exact, in tiles."""
+    weights: Float[Tensor, "rank dim"], features: Features, labels: ClassLabels, targets: Neighbours, reserve: float
+) -> Pairs:
+    """Finds all pairs of unlike labels nearer than (1 + max_j d_ij) · (1 + reserve); exact."""
     mapped = features @ weights.to(features).T
     reach = (1 + reserve) * (1 + _squared_distances(mapped, targets)).masked_fill_(targets < 0, -torch.inf).amax(1)
     left, right = squared_distance_rows(mapped, mapped)
-    found = []
+    impostors = []
     for rows in slices(0, len(mapped), TILE):
         near = left[rows] @ right.T < reach[rows, None]
-        places = near.logical_and_(labels[rows, None] != labels).nonzero()
-        places[:, 0] += rows.start
-        found.append(places)
-    return Impostors(*torch.cat(found).T.contiguous())
+        pairs = near.logical_and_(labels[rows, None] != labels).nonzero()
+        pairs[:, 0] += rows.start
+        impostors.append(pairs)
+    return torch.cat(impostors).T.contiguous()
 
 
 class Descent(NamedTuple):
-    """Where `descend` ended."""
+    """Result of `descend`."""
 
     weights: Float[Tensor, "rank dim"]
     values: list[float]
-    """The loss, with all impostors counted, at the start and each time they were searched."""
+    """Loss with all impostors, at the start and after each search for them."""
     steps: int
     active: int
-    """Triplets that have a part in the last loss."""
+    """Active triplets of the last loss."""
 
 
 def descend(
     weights: Float[Tensor, "rank dim"],
-    features: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
-    targets: Int[Tensor, "images neighbours"],
+    features: Features,
+    labels: ClassLabels,
+    targets: Neighbours,
+    settings: LMNN,
     *,
-    push: float,
-    iterations: int,
-    tolerance: float,
     report: Report | None = None,
 ) -> Descent:
     """Lowers `lmnn_loss` from `weights` by L-BFGS; deterministic.
 
-    The impostors are searched exactly every few steps, and in between only those found and some reserve are looked at:
-    that is a lower bound of the loss. Where an image that nobody looked at has come too near, so that the loss has
-    risen, the steps are taken back and repeated with that image among the impostors. So the loss never rises.
+    Impostors are searched exactly every few steps; in between only those and some reserve are used, which gives a lower
+    bound of the loss. If an image outside them has come too near and the loss has risen, the steps are undone and
+    repeated with that image among the impostors. So the loss never rises.
     """
     values, steps, active = list[float](), 0, 0
     start, impostors = weights, find_impostors(weights, features, labels, targets, RESERVE)
-    place, optimiser = _optimiser(start)
+    point, optimiser = _optimiser(start)
     while True:
 
-        def closure(among: Impostors = impostors, at: nn.Parameter = place) -> float:
-            found = lmnn_loss(at.detach(), features, targets, among, push)
-            at.grad = found.gradient
-            return float(found.loss)
+        def closure(among: Pairs = impostors, at: nn.Parameter = point) -> float:
+            loss, at.grad, _ = lmnn_loss(at.detach(), features, targets, among, settings.push)
+            return float(loss)
 
         values = values or [closure()]
-        before, optimiser.param_groups[0]["max_iter"] = steps, min(STEPS, iterations - steps)
-        taken = optimiser.state[place].get("n_iter", 0)
+        before, optimiser.param_groups[0]["max_iter"] = steps, min(STEPS, settings.iterations - steps)
+        done = optimiser.state[point].get("n_iter", 0)
         optimiser.step(closure)
-        steps += optimiser.state[place]["n_iter"] - taken
+        steps += optimiser.state[point]["n_iter"] - done
         if report is not None:
-            report("LMNN", steps, iterations)
-        reached = place.detach().clone()
-        found = find_impostors(reached, features, labels, targets, RESERVE)
-        exact = lmnn_loss(reached, features, targets, found, push)
-        if steps > before and float(exact.loss) > values[-1]:
-            impostors = _together(impostors, found, len(features))
-            place, optimiser = _optimiser(start)
+            report("LMNN", steps, settings.iterations)
+        reached = point.detach().clone()
+        nearest = find_impostors(reached, features, labels, targets, RESERVE)
+        loss, _, triplets = lmnn_loss(reached, features, targets, nearest, settings.push)
+        if steps > before and float(loss) > values[-1]:
+            impostors = torch.cat([impostors, nearest], 1).unique(dim=1).contiguous()
+            point, optimiser = _optimiser(start)
         else:
-            start, impostors = reached, found
-            values.append(min(float(exact.loss), values[-1]))
-            active = int(exact.active)
-            if values[-2] - values[-1] <= tolerance * values[-2]:
+            start, impostors = reached, nearest
+            values.append(min(float(loss), values[-1]))
+            active = int(triplets)
+            if values[-2] - values[-1] <= settings.tolerance * values[-2]:
                 return Descent(start, values, steps, active)
-        if steps in (before, iterations):
+        if steps in (before, settings.iterations):
             return Descent(start, values, steps, active)
 
 
 def _optimiser(start: Tensor) -> tuple[nn.Parameter, torch.optim.LBFGS]:
-    """L-BFGS with a line search, without a bound of its own on how little is still gained."""
-    place = nn.Parameter(start.clone())
+    """L-BFGS with a line search, without its own thresholds for a minimum."""
+    point = nn.Parameter(start.clone())
     search: Any = {"history_size": STEPS, "line_search_fn": "strong_wolfe"}
-    return place, torch.optim.LBFGS([place], tolerance_grad=0, tolerance_change=0, **search)
+    return point, torch.optim.LBFGS([point], tolerance_grad=0, tolerance_change=0, **search)
 
 
-def _together(some: Impostors, more: Impostors, images: int) -> Impostors:
-    pairs = torch.cat([some.images * images + some.others, more.images * images + more.others]).unique()
-    return Impostors(pairs // images, pairs % images)
-
-
-def _squared_distances(
-    mapped: Float[Tensor, "images rank"], targets: Int[Tensor, "images neighbours"]
-) -> Float[Tensor, "images neighbours"]:
+def _squared_distances(mapped: Float[Tensor, "images rank"], targets: Neighbours) -> Float[Tensor, "images neighbours"]:
     columns = [(mapped - mapped[column]).square().sum(1) for column in targets.clamp(min=0).T]
     return torch.stack(columns, 1)
-
-
-def _weighted_sums(places: Tensor, weights: Tensor, features: Tensor) -> Tensor:
-    return F.embedding_bag(places.clamp(min=0), features, per_sample_weights=weights, mode="sum")
-
-
-def _pair_sums(impostors: Impostors, weights: Tensor, features: Tensor) -> Tensor:
-    offsets = torch.searchsorted(impostors.images, torch.arange(len(features), device=features.device))
-    return F.embedding_bag(impostors.others, features, offsets, per_sample_weights=weights, mode="sum")

@@ -1,14 +1,14 @@
-"""The Mahalanobis distance: directions in which the images of a class differ anyway count for little."""
+"""Mahalanobis distance: directions of large spread within classes have small weights."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.linear_metrics.linear_metric import LinearMetric, Report, labelled
+from manyviews.linear_metrics.linear_metric import ClassLabels, Features, LinearMetric, Report, labelled
 
 Shrinkage = Annotated[float, Field(ge=0, le=1)]
 
@@ -24,31 +24,27 @@ class Mahalanobis(Settings):
     """Share of a multiple of the identity in the covariance; none: chosen from the features (Ledoit and Wolf 2004)."""
 
     @torch.no_grad()
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
-    ) -> LinearMetric:
-        """d(x, y)² = (x − y)ᵀ Σ⁻¹ (x − y), with the shrunk covariance Σ of the labelled images.
+    def fit(self, features: Features, labels: ClassLabels, *, report: Report | None = None) -> LinearMetric:
+        """Fits d(x, y)² = (x − y)ᵀ Σ⁻¹ (x − y), with the shrunk covariance Σ of the labelled images.
 
         Images labelled −1 are left out.
 
+        >>> features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+        >>> Mahalanobis(covariance="total", shrinkage=0).fit(features, torch.tensor([0, 0, 1, 1])).weights
+        tensor([[1., 0.],
+                [0., 2.]])
+
         Raises:
-            ValueError: if the features do not vary, or their covariance is singular for want of shrinkage.
+            ValueError: if the features do not vary, or their covariance is singular without shrinkage.
         """
         data = labelled(features, labels)
         deviations = data.residuals if self.covariance == "within" else data.features
-        covariance = shrunk_covariance(deviations, self.shrinkage)
-        return data.metric(inverse_root(covariance.matrix), self, shrinkage=covariance.shrinkage)
+        covariance, shrinkage = shrunk_covariance(deviations, self.shrinkage)
+        return data.metric(inverse_root(covariance), self, shrinkage=shrinkage)
 
 
-class Covariance(NamedTuple):
-    """A covariance and how much of it is a multiple of the identity."""
-
-    matrix: Float[Tensor, "dim dim"]
-    shrinkage: float
-
-
-def shrunk_covariance(deviations: Float[Tensor, "images dim"], shrinkage: float | None) -> Covariance:
-    """(1 − s) S + s tr(S)/dim I, with S the mean of x xᵀ over deviations x from a mean.
+def shrunk_covariance(deviations: Features, shrinkage: float | None) -> tuple[Float[Tensor, "dim dim"], float]:
+    """(1 − s) S + s tr(S)/dim I and s, with S the mean of x xᵀ over deviations x from a mean.
 
     Without a shrinkage s, it is the one that Ledoit and Wolf (2004) estimate to have the least expected
     squared error: s = min(b², d²) / d², with d² = ‖S − tr(S)/dim I‖² and b² = Σ ‖x xᵀ − S‖² / images².
@@ -71,7 +67,7 @@ def shrunk_covariance(deviations: Float[Tensor, "images dim"], shrinkage: float 
         error = (float(deviations.square().sum(1).square().mean()) - squares) / images
         shrinkage = max(0.0, min(error, distance)) / distance if distance > 0 else 0.0
     identity = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
-    return Covariance((1 - shrinkage) * matrix + shrinkage * scale * identity, shrinkage)
+    return (1 - shrinkage) * matrix + shrinkage * scale * identity, shrinkage
 
 
 def inverse_root(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:

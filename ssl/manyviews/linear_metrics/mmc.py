@@ -1,25 +1,25 @@
-"""MMC (Xing, Ng, Jordan and Russell 2002): similar images near, dissimilar ones far on average; a convex problem."""
+"""MMC (Xing et al. 2002): similar images near, dissimilar ones far on average; convex."""
 
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.engine.rows import slices
-from manyviews.linear_metrics.linear_metric import Labelled, LinearMetric, Report, labelled
+from manyviews.linear_metrics.linear_metric import ClassLabels, Features, LinearMetric, Report, labelled
 from manyviews.linear_metrics.mahalanobis import Shrinkage, inverse_root, shrunk_covariance
 
 TILE = 512
 """Rows and columns of a tile of pairs: 1 MiB of distances."""
 FIRST = 1_000
-"""Images of the problem that is solved first, for a start from which few steps with all images are left."""
+"""Images of a first, smaller problem, whose solution is a start from which few steps with all images remain."""
 
 
 class MMC(Settings):
-    """Least squared distances within classes for the distances between classes that they leave."""
+    """Minimises squared distances within classes for given distances between classes."""
 
     name: Literal["mmc"] = "mmc"
 
@@ -37,28 +37,21 @@ class MMC(Settings):
     """It ends when the distances between classes are proved to be within this share of the largest possible."""
 
     @torch.no_grad()
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, report: Report | None = None
-    ) -> LinearMetric:
-        """The metric A ⪰ 0 with the least Σ_S ‖x − y‖²_A such that the mean of ‖x − y‖_A over D is 1 at least.
+    def fit(self, features: Features, labels: ClassLabels, *, report: Report | None = None) -> LinearMetric:
+        """Fits the metric A ⪰ 0 with the least Σ_S ‖x − y‖²_A such that the mean of ‖x − y‖_A over D is 1 at least.
 
         S are all pairs within a class, D all pairs of different classes (equation 3, with the mean for the sum, which
         only scales A). Images labelled −1 are left out. By homogeneity it is the A with the largest sum over D for a
-        given sum over S. In the coordinates where the scatter within classes is the identity that says: A has trace 1.
-        There the paper's projections are not needed, and `ascend` replaces its gradient steps, and its Newton steps on
-        the diagonal problem.
+        given sum over S, which in coordinates where the scatter within classes is the identity is the trace of A. There
+        `ascend` replaces the paper's projected gradient steps, and its Newton steps on the diagonal problem.
 
-        The paper's optimum is nearly of rank one where one difference between classes is much larger than all others:
-        good to tell two clusters apart, bad for nearest neighbours in many classes. Therefore the prior.
+        The paper's optimum is nearly of rank one if one difference between classes is much larger than all others: good
+        to separate two clusters, bad for nearest neighbours in many classes. Hence the prior.
 
         Raises:
-            ValueError: if there is one class only, or the scatter is singular for want of shrinkage.
+            ValueError: if there is one class only, or the scatter is singular without shrinkage.
         """
-        data = labelled(features, labels)
-        if len(data.names) < 2:
-            raise ValueError(
-                f"all labelled images are of class {int(data.names[0])}: there is no dissimilar pair; give two classes"
-            )
+        data = labelled(features, labels, classes=2)
         # The sum over the pairs of a class of squared differences is its size times the sum of squared residuals.
         residuals = data.residuals * data.counts[data.labels].double().sqrt()[:, None]
         covariance, shrinkage = shrunk_covariance(residuals, self.shrinkage)
@@ -72,55 +65,33 @@ class MMC(Settings):
         order = data.labels.argsort(stable=True)
         for images in sorted({min(images, self.most, len(order)) for images in (FIRST, len(order))}):
             chosen = order[torch.linspace(0, len(order) - 1, images).round().long().to(order.device)]
-            found = ascend(
-                inputs[chosen],
-                data.labels[chosen],
-                fixed,
-                free,
-                diagonal=self.diagonal,
-                iterations=self.iterations,
-                tolerance=self.tolerance,
-                report=report,
-            )
-            free = found.free
-        return self._scaled(data, root(fixed + free) @ whitening, found, shrinkage)
-
-    def _scaled(
-        self, data: Labelled, weights: Float[Tensor, "dim dim"], found: "Ascent", shrinkage: float
-    ) -> LinearMetric:
-        weights = weights / found.values[-1]
+            ascent = ascend(inputs[chosen], data.labels[chosen], fixed, free, self, report=report)
+            free = ascent.free
+        weights = root(fixed + free) @ whitening / ascent.values[-1]
         # Over pairs of a class, the mean of squared differences is twice that of squared residuals, by pairs.
         sizes = data.counts[data.labels].double()
         within = float(sizes @ (data.residuals @ weights.T).square().sum(1)) / float((sizes - 1).sum() / 2)
-        return data.metric(
-            weights,
-            self,
-            shrinkage=shrinkage,
-            iterations=len(found.values) - 1,
-            gap=found.gap,
-            within=within,
-        )
+        iterations = len(ascent.values) - 1
+        return data.metric(weights, self, shrinkage=shrinkage, iterations=iterations, gap=ascent.gap, within=within)
 
 
 class Ascent(NamedTuple):
-    """Where `ascend` ended."""
+    """Result of `ascend`."""
 
     free: Float[Tensor, "dim dim"]
     values: list[float]
-    """The mean distance between classes before the first step and after each."""
+    """Mean distance between classes before the first step and after each."""
     gap: float
-    """No metric's is larger than the last by more than this share."""
+    """Upper bound of the share by which any metric's mean distance exceeds the last one."""
 
 
 def ascend(
-    inputs: Float[Tensor, "images dim"],
-    labels: Int[Tensor, " images"],
+    inputs: Features,
+    labels: ClassLabels,
     fixed: Float[Tensor, "dim dim"],
     free: Float[Tensor, "dim dim"],
+    settings: MMC,
     *,
-    diagonal: bool,
-    iterations: int,
-    tolerance: float,
     report: Report | None = None,
 ) -> Ascent:
     """Maximises g(B) = mean of ‖z‖_(fixed + B) over differences z of images with unlike labels; B ⪰ 0 of free's trace.
@@ -131,17 +102,17 @@ def ascend(
     trace · λ_max(G) − ⟨G, B⟩ bounds what is missing to the maximum.
     """
     trace, values = float(free.trace()), list[float]()
-    for step in range(iterations + 1):
+    for step in range(settings.iterations + 1):
         total, scatter = between(inputs @ root(fixed + free).to(inputs), inputs, labels)
         gradient = scatter / 2
-        if diagonal:
+        if settings.diagonal:
             gradient = gradient.diagonal().diag()
         largest = float(torch.linalg.eigvalsh(gradient)[-1])
         gap = max(0.0, trace * largest - float((gradient * free).sum())) / total
         values.append(total)
         if report is not None:
-            report("MMC", step, iterations)
-        if gap <= tolerance or step == iterations:
+            report("MMC", step, settings.iterations)
+        if gap <= settings.tolerance or step == settings.iterations:
             break
         free = gradient @ free @ gradient
         free = free * (trace / free.trace())
@@ -149,13 +120,12 @@ def ascend(
 
 
 def between(
-    mapped: Float[Tensor, "images rank"], inputs: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]
+    mapped: Float[Tensor, "images rank"], inputs: Features, labels: ClassLabels
 ) -> tuple[float, Float[Tensor, "dim dim"]]:
     """Means over all pairs of images with unlike labels: of ‖m‖, and of z zᵀ / ‖m‖.
 
     m are the differences of `mapped` and z those of `inputs`. In tiles of pairs, each pair once, with two products of a
-    tile: Σ w z zᵀ = Zᵀ (diag(Σ w) − w) Z. Float64 in float64. Pairs that coincide count as very near, not as infinitely
-    attractive.
+    tile: Σ w z zᵀ = Zᵀ (diag(Σ w) − w) Z. Pairs that coincide count as very near, not with an infinite weight.
     """
     squares = mapped.square().sum(1)
     least = torch.finfo(mapped.dtype).eps * float(squares.mean())
@@ -167,7 +137,7 @@ def between(
             distances = distances.add_(squares[rows, None]).clamp_(min=least or 1.0).sqrt_()
             unlike = labels[rows, None] != labels[columns]
             weights = distances.reciprocal().mul_(unlike)
-            # A tile on the diagonal holds each of its pairs twice.
+            # A tile on the diagonal has each of its pairs twice.
             total += (distances.mul_(unlike)).sum() * (0.5 if rows == columns else 1.0)
             weighted[rows].addmm_(weights, inputs[columns])
             degrees[rows] += weights.sum(1)
@@ -180,7 +150,7 @@ def between(
 
 
 def root(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
-    """The symmetric root of a positive semi-definite matrix."""
+    """Symmetric root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    found: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return found
+    symmetric: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return symmetric

@@ -1,4 +1,4 @@
-"""The objectives, chosen by name: each contrasts views of one image with other images, and differs in which."""
+"""Objectives, chosen by name; they differ in what an image's views are contrasted with."""
 
 from typing import Annotated, get_args
 
@@ -13,10 +13,11 @@ from manyviews.objectives.margin_softmax import MarginSoftmax
 from manyviews.objectives.n_pair import NPair
 from manyviews.objectives.nnclr import NearestNeighbours
 from manyviews.objectives.noise_contrastive import NoiseContrastive
-from manyviews.objectives.objective import Loss, ObjectiveSettings, Population
+from manyviews.objectives.objective import Loss
 from manyviews.objectives.objective import Objective as ObjectiveModule
 from manyviews.objectives.queue import Queue
 from manyviews.objectives.ranking import Ranking
+from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.objectives.supervised import Supervised
 from manyviews.objectives.triplet import Triplet
 
@@ -40,7 +41,7 @@ Objective = Annotated[
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     settings.model_fields["name"].default: settings for settings in get_args(get_args(Objective)[0])
 }
-"""The settings of every objective by its name, which is all that the union holds."""
+"""Settings class of every objective of the union, by name."""
 
 __all__ = [
     "OBJECTIVES",

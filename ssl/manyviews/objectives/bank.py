@@ -1,7 +1,7 @@
-"""A memory bank with one row per image: instance discrimination by the exact softmax over all rows, or an estimate."""
+"""Memory bank with one row per image: instance discrimination, exact or estimated."""
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,32 +9,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, number_bytes, softmax_traffic
-from manyviews.objectives.learned_rows import RowSoftmax, row_softmax_cost
-from manyviews.objectives.noise import (
-    DENSE,
-    Noise,
-    log_mean_exp,
-    log_sum_over_noise,
-    noise_contrast,
-    normaliser_from_noise,
-)
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
-from manyviews.objectives.sharded_rows import Storage, check_ids, fetch, owned, unit_rows
+from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, row_softmax, softmax_traffic
+from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, owned, unit_rows
 from manyviews.system import distributed
 
 NORMALISER_DECAY = 0.9
@@ -43,14 +23,10 @@ NORMALISER_DECAY = 0.9
 class Bank(ObjectiveSettings):
     """Non-parametric instance discrimination (Wu et al. 2018), each image a class of its own.
 
-    The defaults are the paper's for ImageNet, but for the estimator: one pass over all rows gives the exact softmax
-    and its gradient, so that estimating it is an option and not a need. The negatives of each anchor are all other
-    rows (exact, parametric) or those drawn as noise (nce, infonce), on any number of processes, each of which holds
-    its share of the rows; they do not grow with gradient accumulation.
+    The defaults are the paper's for ImageNet, except for the estimator: one pass over all rows gives the exact softmax
+    and its gradient. The negatives of each anchor are all other rows (exact, parametric) or those drawn as noise (nce,
+    infonce), on any number of ranks, which share the rows; they do not grow with gradient accumulation.
     """
-
-    negatives_from: ClassVar[NegativesFrom] = "rows"
-    images_only: ClassVar[str | None] = "which has one row per image"
 
     name: Literal["bank"] = "bank"
     temperature: Temperature = 0.07
@@ -82,42 +58,34 @@ class Bank(ObjectiveSettings):
         return self
 
     @property
-    def bounds_information(self) -> bool:
-        """Of the scores with NCE too: by InfoNCE over the rows that were drawn."""
-        return True
-
-    @property
-    def noise(self) -> int:
-        """How many rows are drawn as noise in a step."""
-        return self.negatives if self.estimator in ("nce", "infonce") else 0
-
-    @property
-    def one_draw(self) -> bool:
-        """Whether all images have the same noise."""
-        return self.shared
-
-    @property
-    def follows_images(self) -> bool:
-        """Learned weights go their own way."""
-        return self.estimator != "parametric"
+    def traits(self) -> Traits:
+        """With NCE the scores bound information too, by InfoNCE over the rows that were drawn."""
+        return Traits(
+            negatives_from="rows",
+            images_only="which has one row per image",
+            bounds_information=True,
+            noise=self.negatives if self.estimator in ("nce", "infonce") else 0,
+            one_draw=self.shared,
+            follows_images=self.estimator != "parametric",
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against all rows, or against those drawn; a process holds the rows of its part of the images."""
+        """Cost of every anchor against all rows, or those drawn; rows are sharded over the ranks."""
         if self.estimator == "parametric":
-            return row_softmax_cost(sizes)
+            return row_softmax(sizes)
         images, _, batch, dim, _ = sizes
-        anchors, number = sizes.anchors, number_bytes(self.storage)
+        anchors, number = sizes.anchors, getattr(torch, self.storage).itemsize
         # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
         traffic = batch * (ID + number * dim) + batch * (ID + NUMBER * dim)
         if self.estimator == "exact":
             traffic, products = traffic + softmax_traffic(anchors, dim), 2 * anchors * images * dim
         else:
             traffic, products = traffic + self._noise_traffic(anchors, dim), self._noise_products(sizes)
-        negatives = self.noise or images - 1
+        negatives = self.traits.noise or images - 1
         return sizes.cost(negatives, traffic=traffic, products=products, rows=images, row_bytes=number * dim + STEP)
 
     def _noise_traffic(self, anchors: int, dim: int) -> int:
-        """Anchors and their ids go to the noise rows; maxima and sums, and the weighted rows, come home."""
+        """Bytes of anchors and ids to the noise rows, and of maxima, sums and weighted rows back."""
         there, home = anchors * (ID + NUMBER * dim), anchors * NUMBER * dim
         logarithm = there + anchors * 3 * NUMBER
         if self.estimator == "infonce":
@@ -131,7 +99,7 @@ class Bank(ObjectiveSettings):
         return loss + (averaged if self.normaliser == "ema" else 0)
 
     def _noise_products(self, sizes: Sizes) -> int:
-        """Scores of the noise rows and their weighted mean; with NCE the scores twice, first for their log-sum."""
+        """Products for scores (with NCE twice) and the weighted mean of the noise rows."""
         # With noise for each image, products with all rows may cost less time than gathering the few.
         dense = not self.shared and -(-sizes.images // sizes.processes) <= DENSE * self.negatives
         scores = sizes.anchors * (sizes.images if dense else self.negatives) * sizes.dim
@@ -140,17 +108,17 @@ class Bank(ObjectiveSettings):
         return scores * (3 if self.estimator == "nce" else 2)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of processes."""
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         if self.estimator == "parametric":
-            return RowSoftmax(self.temperature, dim=dim, population=population, seed=seed)
+            return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
         return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
 
 
 class BankObjective(Objective):
-    """The bank's state: unit rows, when each was last written, the steps so far, and log Z (NaN until it is known).
+    """Bank of unit rows, with the step of each row's last update, and log Z (NaN until known).
 
-    Each process holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and what was
-    seen travels to the rows it belongs to.
+    Each rank holds the rows of the ids in `distributed.share(num_images)`: anchors travel to all rows, and embeddings
+    to the rows that they update.
     """
 
     rows: Tensor
@@ -175,10 +143,10 @@ class BankObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors, the mean over views, against the rows as the last step left them.
+        """Loss of this rank's anchors, averaged over views, against the rows of the last step.
 
         Raises:
-            ValueError: if an id is not a row of the bank (checked on CPU; a GPU would have to wait for it).
+            ValueError: if an id is not a row of the bank (checked on CPU).
         """
         check_ids(ids, self.num_images)
         settings, views, lengths = self.settings, len(embeddings), distributed.counts(len(ids))
@@ -191,20 +159,12 @@ class BankObjective(Objective):
             losses = softmax_cross_entropy(anchors, positives, anchor_ids, self.rows, row_ids, settings.temperature)
             negatives, bounding = torch.full_like(positives, self.num_images - 1), losses
         else:
-            noise = Noise(
-                self.rows,
-                self.own.start,
-                self.num_images,
-                count=settings.negatives,
-                images=None if settings.shared else sum(lengths),
-                seed=self.seed,
-                step=step,
-            )
-            own_hits = noise.own_hits(ids, sum(lengths[: distributed.rank()])).repeat(views)
+            images = None if settings.shared else sum(lengths)
+            drawn = draw(self.num_images, settings.negatives, images, seed=self.seed, step=step)
+            noise = Noise(self.rows, self.own.start, self.num_images, drawn, lengths)
+            own_hits = noise.own_hits(ids).repeat(views)
             negatives = (settings.negatives - own_hits).to(positives.dtype)
-            losses, log_normaliser, others = self._estimated(
-                anchors, positives, anchor_ids, noise, own_hits, lengths, step
-            )
+            losses, log_normaliser, others = self._estimated(anchors, positives, anchor_ids, noise, own_hits, step)
             if log_normaliser is not None:
                 self._pending_log_normaliser = log_normaliser
                 terms["normaliser"] = log_normaliser.exp()
@@ -217,18 +177,18 @@ class BankObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Moves the rows of the images seen, by all processes, towards this step's embeddings; keeps the step's Z.
+        """Moves the rows of all ranks' images towards their embeddings; stores the step's Z.
 
-        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step). An image that
-        comes more than once, in views, in the batch or on several processes, is averaged first.
+        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views,
+        repetitions in the batch and ranks.
         """
         check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
         means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
-        places = distributed.gather_without_gradient(ids, lengths) - self.own.start
-        here = owned(self.rows, places)
-        seen, index = torch.unique(places[here], return_inverse=True)
-        # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
+        indices = distributed.gather_without_gradient(ids, lengths) - self.own.start
+        here = owned(self.rows, indices)
+        seen, index = torch.unique(indices[here], return_inverse=True)
+        # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
         sums = means.new_zeros(len(seen), means.shape[1]).index_put_((index,), means[here], accumulate=True)
         counts = means.new_zeros(len(seen)).index_put_((index,), means.new_ones(len(index)), accumulate=True)
         momentum = self.settings.momentum
@@ -241,27 +201,20 @@ class BankObjective(Objective):
             self._pending_log_normaliser = None
 
     def staleness(self) -> Float[Tensor, ""]:
-        """The mean number of steps since this process's rows were written: how far the bank is behind the encoder."""
+        """Mean number of steps since this rank's rows were written."""
         return self.steps - self.written.sum(dtype=torch.int64) / max(len(self.written), 1)
 
     def _estimated(
-        self,
-        anchors: Tensor,
-        positives: Tensor,
-        ids: Tensor,
-        noise: Noise,
-        own_hits: Tensor,
-        lengths: list[int],
-        step: int,
+        self, anchors: Tensor, positives: Tensor, ids: Tensor, noise: Noise, own_hits: Tensor, step: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The losses by noise rows; for NCE the step's log Z, equal on every process, and the log-sums over noise."""
+        """Losses by noise rows; for NCE also log Z, equal on all ranks, and log-sums over noise."""
         temperature, rule = self.settings.temperature, self.settings.normaliser
         if self.settings.estimator == "infonce":
-            others = log_sum_over_noise(anchors, ids, noise, temperature, lengths)
+            others = log_sum_over_noise(anchors, ids, noise, temperature)
             return cross_entropy(others, positives / temperature), None, None
         due = step % self.settings.normaliser_every == 0
         with torch.no_grad():
-            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature, lengths)
+            others = log_sum_over_noise(anchors.detach(), ids, noise, temperature)
             if not isinstance(rule, str):
                 log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
             elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
@@ -272,20 +225,51 @@ class BankObjective(Objective):
                 else:
                     logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
                 log_normaliser = self._averaged(logarithms)
-        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature, lengths)
+        losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature)
         return losses, log_normaliser, others
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
-        """The step's log Z from its anchors' estimates, over all processes and, by the rule, over steps.
+        """Averages the anchors' estimates of log Z over all ranks and, with `ema`, over steps.
 
-        The original takes the mean over the first batch's scores, positives among them, and keeps it for ever: right
-        only while the rows are random, before the first epoch is over. The moving average is the default: it follows
-        the rows, at the cost of one more product with the noise. A batch's estimate rests on its anchors times the
-        noise rows and is precise already, so it forgets with 0.9, and in the logarithm, which falls as fast as it
-        rises: Z grows and shrinks by orders of magnitude while the first rows replace the random ones.
+        The original keeps the mean over the first batch's scores, positives among them, for ever: right only while the
+        rows are random, before the end of the first epoch. The moving average follows the rows, at the cost of one more
+        product with the noise. An estimate is precise already, by its anchors times the noise rows: hence the decay of
+        0.9. It averages logarithms, which fall as fast as they rise: Z changes by orders of magnitude while the first
+        rows replace the random ones.
         """
         stored = self.log_normaliser
-        fresh = log_mean_exp(distributed.gather_without_gradient(logarithms)).to(stored.dtype)
+        logarithms = distributed.gather_without_gradient(logarithms)
+        fresh = (logarithms.logsumexp(0) - math.log(len(logarithms))).to(stored.dtype)
         if self.settings.normaliser != "ema":
             return fresh
         return torch.where(stored.isnan(), fresh, NORMALISER_DECAY * stored + (1 - NORMALISER_DECAY) * fresh)
+
+
+class ParametricObjective(LearnedRows):
+    """Parametric softmax over one learned row per image, with which the bank is compared.
+
+    P(i|f) = exp(wᵢ·f/τ) / Σⱼ exp(wⱼ·f/τ) (Wu et al. 2018, equation 1, with its temperature). The weights start as the
+    bank's rows do and are free in length.
+    """
+
+    def __init__(self, temperature: float, *, dim: int, population: Population, seed: int) -> None:
+        super().__init__(population, dim=dim, seed=seed)
+        self.temperature = temperature
+
+    @float32_island
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+        """Cross-entropy of this rank's anchors, each image its own class, averaged over views.
+
+        Raises:
+            ValueError: if an id is not one of the images (checked on CPU).
+        """
+        check_ids(ids, self.classes)
+        views, lengths = len(embeddings), distributed.counts(len(ids))
+        anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
+        own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
+        products = (anchors * own_weights).sum(1)
+        losses = softmax_cross_entropy(anchors, products, anchor_ids, self.weight, self.own_ids(), self.temperature)
+        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
+        similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
+        terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
+        return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))

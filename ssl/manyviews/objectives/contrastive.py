@@ -1,6 +1,6 @@
-"""Pairs: the contrastive loss of the Siamese network, which draws equal ids together and pushes others apart."""
+"""Contrastive loss of Siamese networks: equal ids are pulled together, others pushed apart."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -8,24 +8,15 @@ from torch import Tensor
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island
 from manyviews.objectives.mining import All, Sampling, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    float32_island,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 
 class Contrastive(ObjectiveSettings):
-    """The contrastive loss of pairs (Hadsell, Chopra and LeCun 2006), with pairs from the batches of all processes."""
-
-    compares_embeddings: ClassVar[bool] = True
+    """Contrastive loss of pairs (Hadsell, Chopra and LeCun 2006) in the batches of all ranks."""
 
     name: Literal["contrastive"] = "contrastive"
     margin: float = Field(1.0, gt=0, le=1e4)
@@ -45,41 +36,34 @@ class Contrastive(ObjectiveSettings):
         return self
 
     @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
-        return "cosine" if self.normalized else "euclidean"
+    def traits(self) -> Traits:
+        """On the unit sphere the cosine orders as the Euclidean distance does."""
+        return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
+        """Cost of every embedding against all of the batch."""
         # Pairs within the margin are counted before they are weighed.
         counted = self.average == "active" or self.sampling.name == "all"
-        return all_pairs(sizes, self.distance, passes=4 if counted else 3)
+        return all_pairs(sizes, self.traits.distance, passes=4 if counted else 3)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state: `seed` is of the pairs that are drawn."""
+        """Builds the objective; it has no state, and draws pairs by `seed`."""
         return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step))
 
 
 @float32_island
-def contrastive_loss(
-    embeddings: Embeddings,
-    ids: Ids,
-    settings: Contrastive,
-    *,
-    seed: int,
-    step: int,
-) -> Loss:
-    """The mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
+def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *, seed: int, step: int) -> Loss:
+    """Mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
 
     That is equation 4 of Hadsell et al. 2006 but for the two means: in their sum over all pairs the positives would
     weigh next to nothing, for there are as many times more negatives as there are other images. Not `squared`, it is
     d and [margin − d]₊.
 
-    The pairs are those that the sampled triples hold, each counted once: with all, each embedding of this process
-    with each other one of its id, and with each one of another id, on all processes; else each positive with the one
-    negative sampled for it. A positive without a negative is left out, and so is an anchor without a positive: pulled
-    alone everything would come together, pushed alone nothing would be learned. The mean over negative pairs is over
-    those within the margin, or over all; where there is no pair the loss and its gradient are zero.
+    The pairs are those of the sampled triples, each counted once: with `all`, each embedding of this rank with each
+    other one of its id, and with each one of another id, on all ranks; else each positive with the one negative sampled
+    for it. Positives without a negative and anchors without a positive are left out: pulled alone all embeddings would
+    collapse, pushed alone nothing would be learned. The mean over negative pairs is over those within the margin, or
+    over all; where there is no pair the loss and its gradient are zero.
     """
     batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
     weight = torch.ones_like(batch.positive_similarity)
@@ -89,15 +73,7 @@ def contrastive_loss(
 
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
-        if triples.negatives is None:
-            near = products.gather(1, triples.positives)
-            compared = triples.chosen.any(1)
-            hinges = hinge(products).scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
-            count = (batch.classes.negatives(rows) * compared).sum()
-        else:
-            near, far = products.gather(1, torch.cat([triples.positives, triples.negatives], 1)).tensor_split(2, 1)
-            hinges = hinge(far).where(triples.chosen, 0)
-            count = triples.chosen.sum()
+        near, hinges, count = triples.pairs(batch, rows, products, hinge)
         pulls = batch.squared_distances(near) / 2 if settings.squared else batch.distances(near)
         pushes = hinges.square() / 2 if settings.squared else hinges
         total = pulls.where(triples.chosen, 0).sum() + weight * pushes.sum()
@@ -106,7 +82,7 @@ def contrastive_loss(
         return total, torch.cat([counts, triples.figures, hard])
 
     if settings.average == "active" or settings.sampling.name == "all":
-        # What a negative pair weighs has to be known before the tiles are differentiated: they are counted first.
+        # The weight of a negative pair is needed before the tiles are differentiated: a first pass counts them.
         _, figures = sum_over_tiles(batch.anchors.detach(), batch.candidates.detach(), term)
         positives, active, count = distributed.total(figures[:3])
         weight = positives / (active if settings.average == "active" else count).clamp(min=1)

@@ -1,36 +1,36 @@
-"""What an objective costs on each process: the sizes it follows from, the record, and what the formulas share.
+"""Cost of an objective on each rank: its inputs, its record, and parts of the formulas.
 
-The formulas stand in `cost` of each objective's settings. Traffic is what a process receives in a step, forward,
-backward and update, as `distributed.traffic` counts it: of what all processes gather, or add up for one of them, a ring
-brings it all but its own W-th part. Left out is what does not grow: the agreements on how many images each process has,
-8 bytes from every other process, a dozen times at most.
+The formulas stand in `cost` of each objective's settings. Traffic is what a rank receives in a step, forward, backward
+and update, as `distributed.traffic` counts it: of what all ranks gather, or add up for one of them, a ring brings it
+all but its own W-th part. Left out is what does not grow: the exchanges of how many images each rank has, 8 bytes from
+every other rank, a dozen times at most.
 
-Throughout, anchors are the embeddings of a step that have a loss, over all processes: its views of its images.
+Throughout, anchors are the embeddings of a step that have a loss, over all ranks: its views of its images.
 """
 
 from typing import Literal, NamedTuple
 
-import torch
-
 from manyviews.system.plural import plural
+
+Distance = Literal["cosine", "euclidean"]
 
 NUMBER, ID, STEP = 4, 8, 4
 """Bytes of a float32, of an id, and of the step at which a row was written."""
 
 
 class Cost(NamedTuple):
-    """What a step of an objective costs each process, and what it gets for it."""
+    """What a step of an objective costs each rank, and the negatives that it provides."""
 
     negatives: int
-    """Embeddings that each anchor is contrasted with, in one step; where classes are the ids, at most."""
+    """Embeddings that each anchor is contrasted with in one step; an upper bound where classes are the ids."""
     rows: int
-    """Rows of a bank or slots of a queue that a process holds, the most that any of them does."""
+    """Rows of a bank or slots of a queue on a rank, at most."""
     memory: int
-    """Bytes that these take, with their ids or steps."""
+    """Bytes of these rows with their ids or steps."""
     traffic: int
-    """Bytes that a process receives from the others in a step."""
+    """Bytes that a rank receives from the others in a step."""
     products: int
-    """Multiplications, each with an addition, in a process's matrix products of a step."""
+    """Multiply-adds in a rank's matrix products of a step."""
 
     def __str__(self) -> str:
         """One line, as the log has it."""
@@ -46,13 +46,13 @@ class Sizes(NamedTuple):
     """What the cost of a step follows from, beside the objective's settings."""
 
     images: int
-    """How many there are to train on, N; for class weights, how many classes."""
+    """N, the images to train on; for class weights, the number of classes."""
     views: int
-    """Of each image in a step, V."""
+    """V, the views of each image in a step."""
     batch: int
-    """Images of a step over all processes, B."""
+    """B, the images of a step over all ranks."""
     dim: int
-    """Of the embeddings, D."""
+    """D, of the embeddings."""
     processes: int
     """W."""
 
@@ -62,22 +62,14 @@ class Sizes(NamedTuple):
         return self.views * self.batch
 
     def cost(self, negatives: int, *, traffic: int, products: int, rows: int = 0, row_bytes: int = 0) -> Cost:
-        """The cost of each process.
-
-        Args:
-            negatives: of each anchor.
-            traffic: bytes that all processes gather, or add up for one of them.
-            products: multiplications of all processes.
-            rows: that all processes keep.
-            row_bytes: of each of them.
-        """
+        """Cost of each rank from sums over all; `traffic` is what they gather, or add up for one."""
         kept = -(-rows // self.processes)
         received = traffic * (self.processes - 1) // self.processes
         return Cost(negatives, kept, kept * row_bytes, received, products // self.processes)
 
 
-def all_pairs(sizes: Sizes, distance: Literal["cosine", "euclidean"], *, passes: int = 3) -> Cost:
-    """Every embedding against all of the batch, each process for its own; the distances of labels are not counted.
+def all_pairs(sizes: Sizes, distance: Distance, *, passes: int = 3) -> Cost:
+    """Cost of every embedding against all of the batch, without the distances of labels.
 
     The products are those of a GPU: on a CPU the gradient of a few sampled pairs takes none, which leaves a third.
     """
@@ -87,24 +79,32 @@ def all_pairs(sizes: Sizes, distance: Literal["cosine", "euclidean"], *, passes:
     return sizes.cost(sizes.views * (sizes.batch - 1), traffic=gathered_traffic(sizes), products=products)
 
 
+def row_softmax(sizes: Sizes) -> Cost:
+    """Cost of a softmax over one learned row per image or class, and of each anchor's own row.
+
+    Not counted, as they are the optimizer's: the gradient of the rows and its averages.
+    """
+    images, _, batch, dim, _ = sizes
+    # The anchors' own rows come from where they are: ids there, rows back.
+    traffic = batch * (ID + NUMBER * dim) + softmax_traffic(sizes.anchors, dim)
+    # In backward the losses' gradients go to all rows, and those of the anchors' own rows home.
+    traffic += sizes.anchors * NUMBER + batch * NUMBER * dim
+    products = 4 * sizes.anchors * images * dim
+    return sizes.cost(images - 1, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
+
+
 def softmax_traffic(anchors: int, dim: int) -> int:
-    """Anchors and their ids go to all rows, the sums to all processes, and the weighted rows home."""
+    """Anchors and their ids go to all rows, the sums to all ranks, and the weighted rows home."""
     return anchors * (ID + NUMBER * dim + 2 * NUMBER + NUMBER * dim)
 
 
 def gathered_traffic(sizes: Sizes) -> int:
-    """Embeddings and the ids of images go to all, and the embeddings' gradients home."""
+    """Embeddings and the ids of images go to all ranks, and the embeddings' gradients home."""
     return sizes.batch * ID + sizes.anchors * 2 * NUMBER * sizes.dim
 
 
-def number_bytes(storage: str) -> int:
-    """Bytes of a number of a format, such as bfloat16."""
-    number: torch.dtype = getattr(torch, storage)
-    return number.itemsize
-
-
 def amount(count: int) -> str:
-    """Bytes as a person writes them: 7 bytes, 15.5 MB, 266 kB."""
+    """Bytes in the unit that suits them: 7 bytes, 15.5 MB, 266 kB."""
     if count < 1000:
         return f"{count} bytes"
     power = min((len(str(count)) - 1) // 3, 4)

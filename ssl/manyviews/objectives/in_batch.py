@@ -1,4 +1,4 @@
-"""In-batch contrast: every other image of the whole batch, over all processes, is a negative."""
+"""In-batch contrast: every other image of the whole batch, over all ranks, is a negative."""
 
 import math
 from typing import ClassVar, Literal
@@ -11,32 +11,23 @@ from torch import Tensor, nn
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-    information,
-)
+from manyviews.objectives.losses import average, cross_entropy, float32_island, information
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.system import distributed
 
 
 class InBatch(ObjectiveSettings):
-    """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three other ways to count negatives.
+    """NT-Xent, also called InfoNCE (Chen et al. 2020, SimCLR, equation 1), and three variants.
 
     With the bilinear score it is the loss of contrastive predictive coding (van den Oord et al. 2018, equations 3, 4).
-    The defaults are SimCLR's for ImageNet; for CIFAR-10 it takes a temperature of 0.5. The negatives per anchor grow
-    with the batch and the processes, and not with gradient accumulation.
+    The defaults are SimCLR's for ImageNet; its temperature for CIFAR-10 is 0.5. The negatives per anchor grow with the
+    batch and the ranks, and not with gradient accumulation.
     """
 
-    fewest_views: ClassVar[int] = 2
-    images_only: ClassVar[str | None] = "whose positives are views of one image only"
+    traits: ClassVar[Traits] = Traits(
+        fewest_views=2, images_only="whose positives are views of one image only", bounds_information=True
+    )
 
     name: Literal["in_batch"] = "in_batch"
     temperature: Temperature = 0.1
@@ -51,17 +42,13 @@ class InBatch(ObjectiveSettings):
     """Similarity of unit embeddings; or zᵀ W c of embeddings as they are, with a learned matrix W (CPC)."""
 
     @model_validator(mode="after")
-    def _has_a_least_score(self) -> "InBatch":
+    def _can_be_corrected(self) -> "InBatch":
         if self.score == "bilinear" and self.positive_probability:
             raise ValueError(
                 f"positive_probability {self.positive_probability} and score=bilinear exclude each other: the "
                 "corrected sum is kept above what the least possible score would give, and a bilinear score has none; "
                 "set score=cosine or positive_probability=0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_bounded_gradients(self) -> "InBatch":
         if self.decoupled and self.positive_probability:
             raise ValueError(
                 f"decoupled and positive_probability {self.positive_probability} exclude each other: the corrected sum "
@@ -70,13 +57,8 @@ class InBatch(ObjectiveSettings):
             )
         return self
 
-    @property
-    def bounds_information(self) -> bool:
-        """Of its scores InfoNCE says so, also where they are trained by another of its losses."""
-        return True
-
     def cost(self, sizes: Sizes) -> Cost:
-        """Every image of the batch against every other, each pair once: it keeps nothing.
+        """Cost of every image of the batch against every other, each pair once, with no memory.
 
         A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
         """
@@ -87,36 +69,27 @@ class InBatch(ObjectiveSettings):
             traffic = sums * (softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
             products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
         else:
-            # Ids tell how many negatives there are.
+            # Ids give the number of negatives.
             traffic = sums * symmetric_traffic(anchors, dim) + batch * ID
             products = sums * 2 * anchors**2 * dim
         return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state but for the matrix of a bilinear score, which begins as the identity."""
+        """Builds the objective; its only state is the matrix of a bilinear score, an identity."""
         return InBatchObjective(self, dim=dim)
 
 
 class InBatchObjective(Objective):
-    """The in-batch loss with its settings and, for a bilinear score, its matrix, the same on all processes."""
+    """In-batch loss with, for a bilinear score, its matrix, equal on all ranks."""
 
     def __init__(self, settings: InBatch, *, dim: int) -> None:
         super().__init__()
-        self.settings = settings
+        self.options = settings.model_dump(exclude={"name", "score"})
         self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
-        settings = self.settings
-        return nt_xent(
-            embeddings,
-            ids,
-            settings.temperature,
-            decoupled=settings.decoupled,
-            positive_probability=settings.positive_probability,
-            hardness=settings.hardness,
-            matrix=self.matrix,
-        )
+        """Loss of this rank's anchors against the embeddings of all ranks."""
+        return nt_xent(embeddings, ids, matrix=self.matrix, **self.options)
 
 
 @float32_island
@@ -130,24 +103,27 @@ def nt_xent(
     hardness: float = 0.0,
     matrix: Float[Tensor, "dim dim"] | None = None,
 ) -> Loss:
-    """The normalised-temperature cross-entropy of each embedding against the embeddings of the whole batch.
+    """Normalised-temperature cross-entropy of each embedding against the whole batch.
 
     An anchor's positives are the other views of its image; with more than two views the loss is the mean over them.
-    Its negatives are all embeddings of another id, on every process: an image that comes twice is neither.
-    The mean over anchors is the usual loss; SimCLR's own code returns twice that.
+    Its negatives are all embeddings of another id, on every rank: an image that comes twice is neither. The mean over
+    anchors is the usual loss; SimCLR's own code returns twice that.
 
-    What stands for the negatives in the denominator is Σ exp(s/τ); with `hardness` a weighted sum, with
-    `positive_probability` what `debiased` makes of it, with `decoupled` all of the denominator. An anchor without
-    negatives adds nothing. In each case the terms say what InfoNCE of the same scores, with `hardness` times
-    1 + hardness, bounds.
+    The negatives enter the denominator as Σ exp(s/τ): weighted with `hardness`, corrected by `debiased` with
+    `positive_probability`, without the positive beside them if `decoupled`. An anchor without negatives adds nothing.
+    In each case the terms have the information bound of InfoNCE of the same scores, times 1 + hardness.
 
     With a `matrix` W the scores are those of contrastive predictive coding, f(z, c) = exp(zᵀ W c) (van den Oord et al.
     2018, equation 3): each embedding is once the context c. Embeddings keep their length. W is the matrix divided by
     the dimension and the temperature: with the identity, and embeddings of unit variance in each dimension, scores
-    begin on the scale of cosines. The matrix learns whatever else there is to them.
+    start on the scale of cosines.
 
     Raises:
-        ValueError: if there is one view only.
+        ValueError: if there is only one view.
+
+    >>> z = torch.eye(3).expand(2, 3, 3)
+    >>> nt_xent(z, torch.arange(3), temperature=0.5).total
+    tensor(0.4327)
     """
     keys: Tensor | None = None  # the queries
     if matrix is None:
@@ -175,17 +151,20 @@ def nt_xent(
     else:
         losses = cross_entropy(negatives, logits)
     total = average(losses.mean(1).flatten())
-    cosines = positives if keys is None else _cosines(keys)[pairs]
-    terms = {"positive_similarity": cosines.detach().mean(), "negatives": counts.mean()}
+    cosines = positives.detach()
+    if keys is not None:
+        unit = normalize(keys.detach())
+        cosines = torch.einsum("vbd,wbd->vwb", unit, unit)[pairs]
+    terms = {"positive_similarity": cosines.mean(), "negatives": counts.mean()}
     terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
 
 
 def symmetric_traffic(anchors: int, dim: int) -> int:
-    """Bytes of a softmax over the batch, in which a pair's product serves two anchors.
+    """Bytes gathered by a softmax over the batch, in which a pair's product serves two anchors.
 
-    Forward, ids and embeddings go to all, and the sums to all. Backward, the sums' gradients go to all, and the
-    embeddings' home: the product is made again, and gives each of the two the other's row.
+    Forward, ids, embeddings and sums go to all ranks. Backward, the sums' gradients go to all, and the embeddings'
+    home.
     """
     return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
 
@@ -197,18 +176,14 @@ def debiased(
     positive_probability: float,
     temperature: float,
 ) -> Float[Tensor, "*pairs batch"]:
-    """The log of the sum over true negatives, from that over all and the positive (Chuang et al. 2020, equation 8).
+    """Log of the sum over true negatives (Chuang et al. 2020, equation 8).
 
-    Of N negatives a share τ⁺ are expected to be positives, each like the positive at hand: what is left is
-    (Σ − τ⁺ N e^p) / (1 − τ⁺), but no less than N e^(−1/τ), the least a sum over N can be. Where that bound holds, the
+    Of N negatives a share τ⁺ is expected to be positives, each like the positive at hand: what remains is
+    (Σ − τ⁺ N e^p) / (1 − τ⁺), at least N e^(−1/τ), the minimum of a sum over N. Where that bound is active, the
     gradient is zero, as in the authors' code; unlike theirs, nothing is exponentiated.
 
-    Args:
-        negatives: log Σ, for each pair of an anchor and a positive.
-        positives: the positives' logits, p.
-        counts: N, the negatives of each anchor.
-        positive_probability: τ⁺, in (0, 1).
-        temperature: τ.
+    `negatives` are log Σ for each pair of an anchor and a positive, `positives` the logits p of the positives, `counts`
+    N, `positive_probability` τ⁺, in (0, 1).
     """
     counts = counts.log()
     excess = positives + (counts + math.log(positive_probability)) - negatives
@@ -220,7 +195,7 @@ def debiased(
 
 
 def other_images(ids: Ids) -> Int[Tensor, " batch"]:
-    """For each image the number of images in the batches of all processes that have another id."""
+    """Number of images in the batches of all ranks that have another id than each image."""
     ordered = distributed.gather_without_gradient(ids).sort().values
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
     return len(ordered) - equal
@@ -229,26 +204,20 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
 def _negatives(
     queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
 ) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
-    """The log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of what stands for their sum.
+    """Log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of their new sum.
 
-    That is the same without hardness (β = 0), and with it N times their weighted mean. The weights e^(βs/τ) join the
-    terms e^(s/τ), and their own sum normalises them; the gradient goes through both, as in the authors' code.
+    Without hardness (β = 0) that is the same, else N times their weighted mean. The weights e^(βs/τ) multiply the terms
+    e^(s/τ) and are normalised by their own sum; the gradient passes through both, as in the authors' code.
     """
     views, batch, _ = queries.shape
     anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)
     others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
 
     def logarithms(temperature: float) -> Tensor:
-        found = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
-        return found.view(views, batch)
+        sums = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
+        return sums.view(views, batch)
 
     sums = logarithms(temperature / (1 + hardness))
     if not hardness:
         return sums, sums
     return sums, (sums - logarithms(temperature / hardness) + counts.log()).where(counts > 0, -torch.inf)
-
-
-@torch.no_grad()
-def _cosines(embeddings: Tensor) -> Float[Tensor, "views views batch"]:
-    unit = normalize(embeddings)
-    return torch.einsum("vbd,wbd->vwb", unit, unit)

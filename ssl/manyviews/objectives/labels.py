@@ -1,4 +1,4 @@
-"""Continuous labels: how far the images of a batch are from each other in what is known of them."""
+"""Continuous labels of all images, and their distances within a batch."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from manyviews.engine.rows import at_least_float32
 
 
 class Labels(nn.Module):
-    """The labels of all images, on every process, which images have equal ones, and their mean squared distance.
+    """Continuous labels of all images, on every rank, and their mean squared distance.
 
-    They follow from the recipe and the images, so that a checkpoint holds no more than their digest: a run goes on
-    with the labels it was begun with, or not at all.
+    They follow from the recipe and the images, so a checkpoint has only their digest: a run cannot be resumed with
+    other labels.
     """
 
     distinct: Tensor
@@ -35,12 +35,12 @@ class Labels(nn.Module):
     def between(
         self, first: Int[Tensor, " anchors"], second: Int[Tensor, " candidates"], dtype: torch.dtype
     ) -> Callable[[slice], tuple[Float[Tensor, "rows candidates"], Bool[Tensor, "rows candidates"]]]:
-        """A function of a slice of the first images: squared distances of their labels, and where these are equal.
+        """Function of a slice of the first images: squared label distances, mask of equal labels.
 
-        The distances of equal labels are 0, and those of an image from equal labels the same, without any rounding.
+        Equal labels have distance 0, and an image has the same distance from equal labels, without rounding.
         """
         kinds, others = self.kinds[first], self.kinds[second]
-        # Each label once: a product of matrices may round equal columns differently.
+        # Each label once: a matrix product may round equal columns differently.
         present, columns = others.unique(return_inverse=True)
         left, right = squared_distance_rows(self.distinct[kinds].to(dtype), self.distinct[present].to(dtype))
 
@@ -51,22 +51,22 @@ class Labels(nn.Module):
         return tile
 
     def get_extra_state(self) -> UInt8[Tensor, " bytes"]:
-        """The digest, which is what is saved."""
+        """The digest, which is saved in checkpoints."""
         return self._digest
 
     def set_extra_state(self, state: UInt8[Tensor, " bytes"]) -> None:
         """Compares a saved digest with that of the labels.
 
         Raises:
-            ValueError: if they are other labels.
+            ValueError: if the labels are not those of the checkpoint.
         """
         if not torch.equal(state.cpu(), self._digest):
             raise ValueError(
-                "the values are not those that the run was begun with (their file was changed), so that distances "
-                "would mean something else; start another run with output=…"
+                "the values differ from those at the start of the run (their file was changed), which changes all "
+                "distances; start another run with output=…"
             )
 
 
 def mean_squared_distance(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
-    """The mean squared distance of two rows, drawn with replacement: twice the sum of the variances."""
+    """Mean squared distance of two rows drawn with replacement: twice the sum of the variances."""
     return 2 * (rows - rows.mean(0)).square().sum(1).mean()

@@ -1,4 +1,4 @@
-"""The log-ratio loss for continuous labels (Kim et al. 2019): ratios of distances become those of the labels."""
+"""Log-ratio loss (Kim et al. 2019): ratios of distances become those of continuous labels."""
 
 from typing import ClassVar, Literal
 
@@ -10,31 +10,22 @@ from torch import Tensor
 from manyviews.engine import squared_distance_rows, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
-from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels, mean_squared_distance
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Use,
-    float32_island,
-)
+from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 
 Squared = Literal["both", "embeddings", "neither"]
 
 
 class LogRatio(ObjectiveSettings):
-    """Log-ratio loss (Kim et al. 2019) over all triplets of a batch, of embeddings that are not normalised.
+    """Log-ratio loss (Kim et al. 2019) over all triplets of a batch of unnormalised embeddings.
 
-    It takes the recipe's `values`, the continuous labels. No class, no positive and no margin is needed: an image's
-    distances to any two others are to be in the ratio of its label distances.
+    It needs the recipe's `values`, the continuous labels, but no class, positive or margin: the distances of an image
+    from any two others are to be in the ratio of its label distances.
     """
 
-    uses_values: ClassVar[Use | None] = "always"
-    compares_embeddings: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(uses_values="always", compares_embeddings=True, distance="euclidean")
 
     name: Literal["log_ratio"] = "log_ratio"
     squared: Squared = "both"
@@ -43,17 +34,12 @@ class LogRatio(ObjectiveSettings):
     epsilon: float = Field(1e-6, gt=0, le=1e4)
     """Added to each squared distance inside the logarithm, as a share of the mean squared distance."""
 
-    @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """That whose ratios are trained."""
-        return "euclidean"
-
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        """Cost of every embedding against all of the batch."""
+        return all_pairs(sizes, "euclidean")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with the label of each image.
+        """Builds the objective, with the label of each image.
 
         Raises:
             ValueError: if the population has no values.
@@ -67,55 +53,43 @@ class LogRatio(ObjectiveSettings):
 
 
 class LogRatioObjective(Objective):
-    """The settings at work on the labels of all images."""
+    """Log-ratio loss with the labels of all images."""
 
     def __init__(self, settings: LogRatio, values: Float[Tensor, "images numbers"]) -> None:
         super().__init__()
         self.settings, self.labels = settings, Labels(values)
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of the triplets whose anchors are this process's."""
-        settings = self.settings
-        return log_ratio(embeddings, ids, self.labels, squared=settings.squared, epsilon=settings.epsilon)
+        """Loss of the triplets whose anchors are this rank's."""
+        return log_ratio(embeddings, ids, self.labels, squared=self.settings.squared, epsilon=self.settings.epsilon)
 
 
 @float32_island
-def log_ratio(
-    embeddings: Embeddings,
-    ids: Ids,
-    labels: Labels,
-    *,
-    squared: Squared,
-    epsilon: float,
-) -> Loss:
-    """The mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
+def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squared, epsilon: float) -> Loss:
+    """Mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
 
     D is the squared Euclidean distance (Kim et al. 2019, equation 2). Every embedding of the batch is an anchor a, and
     i < j are all pairs of others whose labels differ from the anchor's. The authors take one anchor from each batch,
     its nearest neighbours by label among the others, and all pairs i < j.
 
-    An embedding of equal label, another view of the anchor's image among them, is neither i nor j: it has no ratio,
-    and with ε in its place the arbitrary log ε would outweigh all other terms. Its closeness follows from the others:
-    both embeddings are to have the same distances to all the rest.
+    An embedding of equal label, such as another view of the anchor's image, is neither i nor j: it has no ratio, and
+    with ε in its place the arbitrary log ε would outweigh all other terms. It is pulled near by the others: both
+    embeddings are to have the same distances from all the rest.
 
-    With uᵢ = log D(f_a, f_i) − log D(y_a, y_i) the sum over the pairs of M others is M Σ(uᵢ − ū)², so that it costs no
-    more than the distances. ε (`epsilon`) is a share of the mean squared distance, of this batch's embeddings and of
-    all labels, where the authors add 1e-6 as it is: so the loss depends neither on the length of embeddings nor on the
-    unit of labels, and ε stays above the rounding of distances. It is added to the squared distance in either case, so
-    that gradients stay finite where embeddings coincide.
+    With uᵢ = log D(f_a, f_i) − log D(y_a, y_i) the sum over the pairs of M others is M Σ(uᵢ − ū)², at the cost of the
+    distances. ε (`epsilon`) is a share of the mean squared distance of this batch's embeddings, and of all labels; the
+    authors add 1e-6 itself. Hence the loss depends neither on the length of embeddings nor on the unit of labels, and ε
+    stays above the rounding of distances. It is always added to the squared distance, which keeps gradients finite
+    where embeddings coincide.
 
-    Args:
-        embeddings: of this process's images.
-        ids: their numbers among all images.
-        labels: of all images.
-        squared: which D are squared; a distance that is not counts half, by its logarithm.
-        epsilon: ε.
+    `ids` are the images' numbers among all images, whose `labels` are given. A distance D that is not `squared` counts
+    half, by its logarithm.
     """
     gathered = gather_views(at_least_float32(embeddings), ids)
     own, dtype = gathered.own, gathered.rows.dtype
     left, right = squared_distance_rows(embeddings.flatten(0, 1), gathered.rows)
     between = labels.between(gathered.ids[own], gathered.ids, dtype)
-    # Never 0, or the logarithm would have no bound where all coincide.
+    # Never 0, or the logarithm would be unbounded where all coincide.
     least = torch.finfo(dtype).eps ** 2
     smallest = epsilon * mean_squared_distance(gathered.rows.detach()) + least
     smallest_label = epsilon * labels.scale.to(dtype) + least
@@ -134,13 +108,13 @@ def log_ratio(
         return (others * misfit).sum(), torch.stack([figure.detach().double() for figure in figures])
 
     total, (triplets, negatives, misfit, spread) = sum_over_tiles(left, right, term)
-    # Embeddings with equal distances throughout would leave a misfit of all that the labels differ by.
+    # Embeddings with equal distances throughout would have a misfit equal to the spread of the labels.
     explained = torch.where(spread > 0, 1 - misfit / spread, 0)
     terms = {"negatives": negatives / max(len(own), 1), "explained": explained}
     return Loss(share_of_mean(total, triplets), {name: figure.to(dtype) for name, figure in terms.items()})
 
 
 def _squares_about_the_mean(numbers: Tensor, counted: Tensor) -> Tensor:
-    """For each row Σ(u − ū)² over what is counted."""
+    """Σ(u − ū)² over the counted numbers of each row."""
     mean = numbers.where(counted, 0).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
     return (numbers - mean).where(counted, 0).square().sum(1)

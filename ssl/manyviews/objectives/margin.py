@@ -1,4 +1,4 @@
-"""The margin-based loss: positives nearer than a learned boundary, negatives farther, both by a margin."""
+"""Margin-based loss: positives nearer than a learned boundary, negatives farther."""
 
 from typing import ClassVar, Literal
 
@@ -9,27 +9,21 @@ from torch import Tensor, nn
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island
 from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    float32_island,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 
 class Margin(ObjectiveSettings):
-    """The margin-based loss with distance-weighted sampling (Wu et al. 2017, Sampling Matters).
+    """Margin-based loss with distance-weighted sampling (Wu et al. 2017, Sampling Matters).
 
     The defaults are the paper's. The boundary β between same and different is learned with the weights, by the same
-    optimiser: one for all, or one for each id, which with ids=images is each image.
+    optimizer: one for all, or one for each id, which with ids=images is each image.
     """
 
-    compares_embeddings: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(compares_embeddings=True)
 
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, ge=0, le=1e4)
@@ -44,16 +38,16 @@ class Margin(ObjectiveSettings):
     """Which pairs."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        """Cost of every embedding against all of the batch."""
+        return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with its boundaries; `seed` is of the pairs that are drawn."""
+        """Builds the objective, with its boundaries; pairs are drawn by `seed`."""
         return MarginObjective(self, population, seed)
 
 
 class MarginObjective(Objective):
-    """The margin-based loss with its boundaries, which are learned and equal on all processes."""
+    """Margin-based loss with its boundaries, which are learned and equal on all ranks."""
 
     def __init__(self, settings: Margin, population: Population, seed: int) -> None:
         super().__init__()
@@ -62,7 +56,7 @@ class MarginObjective(Objective):
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the embeddings of all processes."""
+        """Loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
         loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
@@ -70,59 +64,38 @@ class MarginObjective(Objective):
 
 @float32_island
 def margin_loss(
-    embeddings: Embeddings,
-    ids: Ids,
-    boundaries: Float[Tensor, " batch"],
-    settings: Margin,
-    *,
-    seed: int,
-    step: int,
+    embeddings: Embeddings, ids: Ids, boundaries: Float[Tensor, " batch"], settings: Margin, *, seed: int, step: int
 ) -> Loss:
-    """The sum of [α + d − β]₊ over positive and of [α − d + β]₊ over negative pairs, over the number of active pairs.
+    """Mean over active pairs of [α + d − β]₊ (positive pairs) and [α − d + β]₊ (negative pairs).
 
-    Wu et al. 2017, section 4.2: β is the anchor's boundary, d the distance of unit vectors, and active is a pair that
-    costs something. Unlike a triplet loss it compares distances with a boundary and not with each other, which is
-    isotonic regression: only the order of all distances counts. To the sum ν β is added for each positive pair, as in
-    the authors' code. With it a boundary rests where the active positive pairs outnumber the active negative ones by
-    ν for each pair that is compared, and without it where they are as many.
+    Wu et al. 2017, section 4.2: β is the boundary of the anchor's image, d the distance of unit vectors, and a pair
+    with a loss above zero is active. Unlike a triplet loss it compares distances with a boundary and not with each
+    other, which is isotonic regression: only the order of all distances counts. To the sum ν β is added for each
+    positive pair, as in the authors' code. With it a boundary rests where the active positive pairs outnumber the
+    active negative ones by ν for each pair that is compared, and without it where they are as many.
 
-    The pairs are those that the sampled triples hold: each positive with the negative sampled for it, or, with all,
-    each embedding of this process with each other one of its id, and with each one of another id, on all processes.
+    The pairs are those of the sampled triples: each positive with the negative sampled for it, or, with `all`,
+    each embedding of this rank with each other one of its id, and with each one of another id, on all ranks.
     Where no pair is active the loss and its gradient are zero, ν or not.
-
-    Args:
-        embeddings: of any length.
-        ids: equal for positives.
-        boundaries: β of each image.
-        settings: α, ν and the sampling.
-        seed: of what is drawn.
-        step: of what is drawn.
     """
     batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)
 
     def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
         beta = beta[rows, None]
-        if triples.negatives is None:
-            near = batch.distances(products.gather(1, triples.positives))
-            compared = triples.chosen.any(1)
-            pushes = (settings.margin + beta - batch.distances(products)).relu()
-            pushes = pushes.scatter(1, batch.classes.mates(rows), 0) * compared[:, None]
-            count = triples.chosen.sum() + (batch.classes.negatives(rows) * compared).sum()
-        else:
-            found = products.gather(1, torch.cat([triples.positives, triples.negatives], 1))
-            near, far = batch.distances(found).tensor_split(2, 1)
-            pushes = (settings.margin + beta - far).relu().where(triples.chosen, 0)
-            count = 2 * triples.chosen.sum()
-        pulls = (settings.margin + near - beta).relu().where(triples.chosen, 0)
+
+        def push(products: Tensor) -> Tensor:
+            return (settings.margin + beta - batch.distances(products)).relu()
+
+        near, pushes, negatives = triples.pairs(batch, rows, products, push)
+        pulls = (settings.margin + batch.distances(near) - beta).relu().where(triples.chosen, 0)
         total = pulls.sum() + pushes.sum()
         if settings.nu:
             total = total + settings.nu * (beta * triples.chosen).sum()
         active = (pulls.detach() > 0).sum() + (pushes.detach() > 0).sum()
-        counts = torch.stack([active, count]).to(products.dtype)
-        return total, torch.cat(
-            [counts, triples.figures, hardness(triples, batch, rows, products, pushes.detach() == 0)]
-        )
+        counts = torch.stack([active, triples.chosen.sum() + negatives]).to(products.dtype)
+        hard = hardness(triples, batch, rows, products, pushes.detach() == 0)
+        return total, torch.cat([counts, triples.figures, hard])
 
     wide = boundaries.to(batch.anchors.dtype).repeat(len(embeddings))
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term, wide)

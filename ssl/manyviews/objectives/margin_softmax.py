@@ -1,4 +1,4 @@
-"""A softmax over directions, in which the own class must win by an angular margin: SphereFace, CosFace, ArcFace."""
+"""Softmax with an angular margin for the own class: SphereFace, CosFace, ArcFace."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -10,21 +10,11 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.cost import Cost, Sizes
-from manyviews.objectives.learned_rows import LearnedRows, row_softmax_cost
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    average,
-    cross_entropy,
-    float32_island,
-)
-from manyviews.objectives.sharded_rows import check_ids, fetch
+from manyviews.objectives.cost import Cost, Sizes, row_softmax
+from manyviews.objectives.losses import average, cross_entropy, float32_island
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
 
 Preset = Literal["norm_face", "sphereface", "cosface", "arcface", "combined_1", "combined_2"]
@@ -36,22 +26,18 @@ PRESETS: dict[Preset, dict[str, float | bool | None]] = {
     "combined_1": {"m1": 1.0, "m2": 0.3, "m3": 0.2, "normalized": True, "annealing": None},
     "combined_2": {"m1": 0.9, "m2": 0.4, "m3": 0.15, "normalized": True, "annealing": None},
 }
-PROBABILITY = 0.9999
-"""Of an embedding that coincides with its class, by which the number of classes determines the scale."""
-FIRST_LAMBDA, LAST_LAMBDA = 1000.0, 5.0
 
 
 class MarginSoftmax(ObjectiveSettings):
-    """Softmax over one unit weight per class, the angle θ to the own one made harder (Deng et al. 2019, equation 4).
+    """Softmax over one unit weight per class, with a margin on the angle θ to the own class.
 
-    The own class' logit is s (cos(m1 θ + m2) − m3), that of any other s cos θ. This contains NormFace (Wang et al.
-    2017), SphereFace (Liu et al. 2017: m1), ArcFace (Deng et al. 2019: m2), CosFace (Wang et al. 2018: m3) and their
-    combinations. The classes are the ids: labels with `ids=labels`, or else each image is a class of its own. The
-    weights are spread over the processes.
+    The own class' logit is s (cos(m1 θ + m2) − m3), that of any other s cos θ (Deng et al. 2019, equation 4). This
+    contains NormFace (Wang et al. 2017), SphereFace (Liu et al. 2017: m1), ArcFace (Deng et al. 2019: m2), CosFace
+    (Wang et al. 2018: m3) and their combinations. Classes are the ids: labels with `ids=labels`, or else each image is
+    a class of its own. The weights are sharded over the ranks.
     """
 
-    negatives_from: ClassVar[NegativesFrom] = "rows"
-    compares_embeddings: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(negatives_from="rows", compares_embeddings=True)
 
     name: Literal["margin_softmax"] = "margin_softmax"
     preset: Preset = "arcface"
@@ -73,11 +59,11 @@ class MarginSoftmax(ObjectiveSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _begin_with_the_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        numbers = next((PRESETS[name] for name in PRESETS if name == given.get("preset", "arcface")), {})
-        return {**numbers, **given}
+    def _start_from_the_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        numbers = next((PRESETS[name] for name in PRESETS if name == values.get("preset", "arcface")), {})
+        return {**numbers, **values}
 
     @model_validator(mode="after")
     def _one_scale(self) -> "MarginSoftmax":
@@ -89,34 +75,25 @@ class MarginSoftmax(ObjectiveSettings):
         return self
 
     def cost(self, sizes: Sizes) -> Cost:
-        """The margin is a matter of the anchors' own weights, so it costs what the softmax without it does."""
-        return row_softmax_cost(sizes)
+        """Cost of the softmax without a margin, which is a matter of the anchors' own weights only."""
+        return row_softmax(sizes)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit weights drawn from `seed`: the same on any number of processes.
-
-        Raises:
-            ValueError: if there are fewer than two classes.
-        """
+        """Builds the objective, with random unit weights by `seed`, equal on any number of ranks."""
         return MarginSoftmaxObjective(self, dim=dim, population=population, seed=seed)
 
 
 class MarginSoftmaxObjective(LearnedRows):
-    """The weights of the classes, free in length and used at length 1."""
+    """Softmax with a margin and its class weights, free in length and used at length 1."""
 
     def __init__(self, settings: MarginSoftmax, *, dim: int, population: Population, seed: int) -> None:
-        if population.size < 2:
-            raise ValueError(
-                f"a softmax tells classes apart, and there is {population.size} only: give labels of at least 2 "
-                "classes, or set ids=images"
-            )
         super().__init__(population, dim=dim, seed=seed)
         self.settings = settings
         self.scale = least_scale(self.classes) if settings.scale is None else settings.scale
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The cross-entropy of this process's anchors, the mean over views, over the classes of all processes.
+        """Cross-entropy of this rank's anchors, averaged over views, over the classes of all ranks.
 
         Raises:
             ValueError: if an id is not one of the classes (checked on CPU).
@@ -148,22 +125,22 @@ class MarginSoftmaxObjective(LearnedRows):
 
 
 def angles_between(rows: Float[Tensor, "rows dim"], others: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
-    """The angle of each unit row with the other at its place, in [0, π], by Kahan's 2 atan2(|a − b|, |a + b|).
+    """Angle of each two unit rows, in [0, π], by Kahan's 2 atan2(|a − b|, |a + b|).
 
-    Exact to rounding for every angle, and its gradient has no length beyond 1: that of the arc cosine, 1 / sin θ, has
-    no bound near 0 and π, and vanishes where its argument is clamped. Where the rows coincide or oppose each other,
-    where there is no one direction to turn to, the gradient is zero. The angle with a zero row is π / 2.
+    Exact to rounding for every angle, with a gradient of length 1 at most: that of the arc cosine, 1 / sin θ, is
+    unbounded near 0 and π, and vanishes where its argument is clamped. The gradient is zero where the rows coincide or
+    oppose each other. The angle with a zero row is π / 2.
     """
-    apart, together = torch.linalg.vector_norm(rows - others, dim=1), torch.linalg.vector_norm(rows + others, dim=1)
-    return 2 * torch.atan2(apart, together)
+    difference, total = torch.linalg.vector_norm(rows - others, dim=1), torch.linalg.vector_norm(rows + others, dim=1)
+    return 2 * torch.atan2(difference, total)
 
 
 def margin_cosine(angles: Float[Tensor, "*anchors"], m1: float, m2: float, m3: float) -> Float[Tensor, "*anchors"]:
-    """ψ(m1 θ + m2) − m3, where ψ is the cosine up to π and goes on falling beyond, as a cosine turned over at each π.
+    """ψ(m1 θ + m2) − m3, with ψ the cosine up to π, and turned over at each π to keep falling.
 
     ψ(φ) = (−1)ᵏ cos φ − 2k for φ in [kπ, (k + 1)π] (Liu et al. 2017, section 3.2, for φ = m θ): it falls everywhere and
-    has a continuous derivative. For m2 the ArcFace paper says nothing of θ > π − m2, where the cosine rises again; its
-    authors' code goes on with cos θ − m2 sin m2 there, which jumps.
+    has a continuous derivative. For m2 the ArcFace paper leaves open θ > π − m2, where the cosine rises again; its
+    authors' code continues with cos θ − m2 sin m2 there, which jumps.
     """
     turned = m1 * angles + m2
     folds = (turned.detach() / math.pi).floor()
@@ -172,18 +149,24 @@ def margin_cosine(angles: Float[Tensor, "*anchors"], m1: float, m2: float, m3: f
 
 
 def annealed(step: int, rate: float) -> float:
-    """λ, the weight of the plain cosine beside the margin's 1: it falls from 1,000 as 1 / (1 + rate · step) to 5.
+    """λ, the weight of the plain cosine: falls from 1,000 as 1 / (1 + rate · step) to 5.
 
-    In Liu et al. 2017 the target is ‖x‖ (λ cos θ + ψ(θ)) / (1 + λ); the numbers are those of the authors' code, where
-    the rate is 0.12.
+    The target of Liu et al. 2017 is ‖x‖ (λ cos θ + ψ(θ)) / (1 + λ); the numbers, and a rate of 0.12, are those of the
+    authors' code.
+
+    >>> annealed(0, 0.12), annealed(100_000, 0.12)
+    (1000.0, 5.0)
     """
-    return max(LAST_LAMBDA, FIRST_LAMBDA / (1 + rate * step))
+    return max(5.0, 1000.0 / (1 + rate * step))
 
 
-def least_scale(classes: int, probability: float = PROBABILITY) -> float:
-    """The least s at which an embedding that coincides with its class may have this probability.
+def least_scale(classes: int, probability: float = 0.9999) -> float:
+    """Smallest s at which an embedding that coincides with its class can have this probability.
 
-    s ≥ (C − 1)/C · ln((C − 1) P / (1 − P)) (Wang et al. 2018, CosFace, section 3.3): the classes are then as far apart
-    as C directions can be, a simplex of cosines −1 / (C − 1).
+    s ≥ (C − 1)/C · ln((C − 1) P / (1 − P)) (Wang et al. 2018, CosFace, section 3.3), for classes as far apart as C
+    directions can be, a simplex of cosines −1 / (C − 1).
+
+    >>> round(least_scale(10), 2)
+    10.27
     """
     return (classes - 1) / classes * math.log((classes - 1) * probability / (1 - probability))

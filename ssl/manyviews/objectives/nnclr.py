@@ -1,4 +1,4 @@
-"""Nearest-neighbour contrast: an image's positive is what lies nearest to it among the images of the last steps."""
+"""Nearest-neighbour contrast: positives are nearest neighbours in the last steps' images."""
 
 import itertools
 from typing import ClassVar, Literal
@@ -10,70 +10,59 @@ from torch import Tensor
 
 from manyviews.engine import normalize, top_k
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
-from manyviews.objectives.fifo_buffer import Ring
 from manyviews.objectives.in_batch import other_images
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
+from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import Ring
 from manyviews.system import distributed
 
 
 class NearestNeighbours(ObjectiveSettings):
-    """NNCLR (Dwibedi et al. 2021): neighbours in a support set are contrasted with the predictions of other views.
+    """NNCLR (Dwibedi et al. 2021): neighbours in a support set against predictions of views.
 
-    It wants an encoder with a predictor, `encoder.predictor.layers=2`, and works less well without.
+    It needs a predictor to work well: `encoder.predictor.layers=2`.
     """
 
-    fewest_views: ClassVar[int] = 2
-    images_only: ClassVar[str | None] = "whose positives are what lies nearest, whatever its label"
+    traits: ClassVar[Traits] = Traits(
+        fewest_views=2,
+        images_only="whose positives are what lies nearest, whatever its label",
+        # A neighbour follows from its view and the support set, so the information of its view is bounded.
+        bounds_information=True,
+    )
 
     name: Literal["nearest_neighbours"] = "nearest_neighbours"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
     size: int = Field(65_536, gt=0, le=2**31)
-    """Projections in the support set, over all processes; by default as many as lightly keeps. More of them have nearer
+    """Projections in the support set, over all ranks; by default as many as lightly keeps. More of them have nearer
     neighbours, but as many as there are images, or more, have each image itself."""
 
-    @property
-    def bounds_information(self) -> bool:
-        """A neighbour follows from its view and the support set, and knows no more of the other view than its view."""
-        return True
-
     def cost(self, sizes: Sizes) -> Cost:
-        """Every image's neighbour in the support set, which is spread over the processes, against the batch."""
+        """Cost of every image's neighbour in the sharded support set against the batch."""
         _, views, batch, dim, processes = sizes
         queries, pairs = sizes.anchors, views * (views - 1)
-        # All rows are asked for the nearest; every process names its own, and the nearest of all comes home with its
+        # Queries go to all rows, every rank's best similarity to all ranks, and the nearest row of all home with its
         # id.
         traffic = queries * (2 * NUMBER * dim + processes * NUMBER + ID)
         # Neighbours go to the predictions of all, for each pair of views, and in backward the losses' gradients.
         traffic += pairs * batch * (ID + NUMBER * dim + 3 * NUMBER)
-        # Ids tell how many negatives there are; projections and ids go into the support set.
+        # Ids give the number of negatives; projections and ids go into the support set.
         traffic += batch * (ID + ID + NUMBER * dim)
         products = queries * self.size * dim + pairs * 3 * batch**2 * dim
         return sizes.cost(batch - 1, traffic=traffic, products=products, rows=self.size, row_bytes=NUMBER * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective with an empty support set."""
+        """Builds the objective with an empty support set."""
         return NearestNeighboursObjective(self, dim=dim, seed=seed)
 
 
 class NearestNeighboursObjective(Objective):
-    """The support set, one projection of each image of the last steps, and the loss against it.
+    """Loss against a support set with one projection of each image of the last steps.
 
-    A support set that reaches back a whole epoch holds each image itself, which is then likely its own neighbour: the
-    loss becomes NT-Xent with a positive of the last epoch. The paper leaves the image in, for it seldom is there, and
-    so is it here. The term `own_neighbours` says how often it is its own neighbour.
+    A support set of a whole epoch contains each image itself, which is then likely its own neighbour: the loss becomes
+    NT-Xent with a positive of the last epoch. As in the paper, the image is not excluded. The term `own_neighbours` is
+    the share of images that are their own neighbours.
     """
 
     def __init__(self, settings: NearestNeighbours, *, dim: int, seed: int) -> None:
@@ -83,10 +72,9 @@ class NearestNeighboursObjective(Objective):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's neighbours against the predictions of all processes, over all pairs of views.
+        """Loss of this rank's neighbours against all ranks' predictions, over all pairs of views.
 
-        `embeddings` are the predictions, `targets` the projections; without a predictor there are no targets, and the
-        embeddings are both.
+        `embeddings` are the predictions, `targets` the projections; without targets the embeddings are both.
 
         Raises:
             ValueError: if there is one view only.
@@ -106,51 +94,51 @@ class NearestNeighboursObjective(Objective):
             positives = (near * predicted).sum(1)
             losses.append(softmax_cross_entropy(near, positives, ids, predicted, ids, self.settings.temperature))
             similarities.append(positives.detach().mean())
-        negatives, found = other_images(ids).to(predictions.dtype), torch.stack(losses).mean(0)
+        negatives, mean_losses = other_images(ids).to(predictions.dtype), torch.stack(losses).mean(0)
         terms = {
             "positive_similarity": torch.stack(similarities).mean(),
             "negatives": negatives.mean(),
             "own_neighbours": (neighbour_ids == ids.repeat(views)).to(predictions.dtype).mean(),
             "filled": self.ring.filled.to(predictions.dtype),
         }
-        return Loss(average(found), terms | information(found, 1 + negatives))
+        return Loss(average(mean_losses), terms | information(mean_losses, 1 + negatives))
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Puts view 0's projections of all processes into the support set; the other views never enter it."""
+        """Enqueues view 0's projections of all ranks; the other views never enter the support set."""
         self.ring.enqueue(_projections(embeddings, targets)[0], ids)
 
     @torch.no_grad()
     def neighbours(
         self, projections: Float[Tensor, "queries dim"], ids: Int[Tensor, " queries"]
     ) -> tuple[Float[Tensor, "queries dim"], Int[Tensor, " queries"]]:
-        """The nearest rows of the support set over all processes, with their ids; no gradient.
+        """Finds the nearest rows of the support set over all ranks, with their ids; no gradient.
 
-        Only what has been put in is searched, where the authors begin with random rows: until something has been,
-        which is in the first step, the projections themselves are returned. Of equally near rows it is the one in the
-        first slot.
+        Only slots that have been written are searched, where the authors start with random rows; in the first step,
+        when there are none, the projections themselves are returned. Of equally near rows the first slot wins.
         """
         lengths = distributed.counts(len(projections))
         queries = distributed.gather_without_gradient(projections, lengths)
-        written = int(self.ring.occupied().sum())
-        places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        # Slots fill from the first on.
+        written = int((self.ring.filled - self.ring.own.start).clamp(0, len(self.ring.rows)))
+        slots = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         similarities = torch.full_like(queries[:, 0], -torch.inf)
         if written:
             values, indices = top_k(queries, self.ring.rows[:written], 1)
-            similarities, places = values[:, 0], indices[:, 0]
+            similarities, slots = values[:, 0], indices[:, 0]
         winners = distributed.gather_without_gradient(similarities.unsqueeze(0)).argmax(0)
         won = (winners == distributed.rank()) & similarities.isfinite()
-        # Each query is answered by one process, and by the others with zeros.
-        rows, row_ids = torch.zeros_like(queries), torch.zeros_like(places)
-        rows[won] = self.ring.rows[places[won]].to(rows.dtype)
-        row_ids[won] = self.ring.ids[places[won]]
+        # One rank answers each query, and the others add zeros.
+        rows, row_ids = torch.zeros_like(queries), torch.zeros_like(slots)
+        rows[won] = self.ring.rows[slots[won]].to(rows.dtype)
+        row_ids[won] = self.ring.ids[slots[won]]
         filled = self.ring.filled > 0
-        found = distributed.scatter_sum(rows, lengths).where(filled, projections)
-        return found, distributed.scatter_sum(row_ids, lengths).where(filled, ids)
+        neighbours = distributed.scatter_sum(rows, lengths).where(filled, projections)
+        return neighbours, distributed.scatter_sum(row_ids, lengths).where(filled, ids)
 
     def shards(self) -> dict[str, int]:
-        """The support set is spread over the processes."""
-        return {f"ring.{name}": length for name, length in self.ring.shards().items()}
+        """The support set."""
+        return {"ring.rows": self.ring.size, "ring.ids": self.ring.size}
 
 
 def _projections(embeddings: Tensor, targets: Tensor | None) -> Tensor:

@@ -1,16 +1,15 @@
-"""An anchor's own row against rows drawn at random, which lie on all processes: NCE, and the softmax over the few."""
+"""An anchor's own row against random rows of all ranks: NCE, and the softmax over them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from manyviews.engine.rows import slices
-from manyviews.objectives.objective import with_gradient
+from manyviews.objectives.losses import softplus, with_gradient
 from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
@@ -18,45 +17,62 @@ from manyviews.system.keyed_random import torch_generator
 Weigh = Callable[[Tensor], Tensor]
 
 NUMBERS = 1 << 22
-"""Numbers held at once: 16 MiB of scores, or of rows where each image has its own."""
+"""Numbers in memory at a time: 16 MiB of scores, or of rows where each image has its own."""
 DENSE = 64
-"""Rows for each that is drawn for an image, up to which products with all rows cost less than gathering the few."""
+"""Rows for each one drawn for an image, up to which products with all rows cost less than gathering the drawn ones."""
+
+
+def draw(total: int, count: int, images: int | None, *, seed: int, step: int) -> Int[Tensor, "*images count"]:
+    """Draws rows uniformly with replacement, from seed and step alone (Wu et al. 2018, 3.2).
+
+    One draw of `count` for all images if `images` is None, else one for each.
+    """
+    shape = (count,) if images is None else (images, count)
+    return torch.randint(total, shape, generator=torch_generator(seed, step))
 
 
 class Noise:
-    """The noise of one step: the same draw on every process, of rows that each process owns a part of.
+    """Sharded noise rows of a step; a draw of an anchor's own row does not count for it.
 
-    Uniform over all `total` rows with replacement (Wu et al. 2018, section 3.2): one draw of `count` for the whole
-    batch, or one for each image. A draw depends on the seed, the step and the image's place in the whole batch, not on
-    the number of processes. What falls on the anchor's own row is no noise for it, and counts for nothing.
+    Args:
+        rows: of this rank.
+        start: number of the first of them.
+        total: rows of all ranks.
+        ids: numbers of the rows drawn, equal on all ranks: [count] for all images, or [images of all ranks, count].
+        lengths: images of each rank.
     """
 
-    def __init__(
-        self, rows: Tensor, start: int, total: int, *, count: int, images: int | None, seed: int, step: int
-    ) -> None:
-        shape = (count,) if images is None else (images, count)
-        self.rows, self.start, self.total, self.count = rows, start, total, count
-        self.ids = torch.randint(total, shape, generator=torch_generator(seed, step)).to(rows.device)
-        """What was drawn, [count] for all images, or [images of all processes, count]."""
+    def __init__(self, rows: Tensor, start: int, total: int, ids: Tensor, lengths: list[int]) -> None:
+        self.rows, self.start, self.total, self.lengths = rows, start, total, lengths
+        self.ids, self.count = ids.to(rows.device), ids.shape[-1]
 
-    def own_hits(self, ids: Int[Tensor, " batch"], first: int) -> Int[Tensor, " batch"]:
-        """For each image of this process, the draws that are its own row; `first` is its place in the whole batch."""
-        drawn = self.ids if self.ids.ndim == 1 else self.ids[first : first + len(ids)]
+    def own_hits(self, ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Number of draws that are the own row of each image of this rank."""
+        drawn = self.ids if self.ids.ndim == 1 else self.ids.split(self.lengths)[distributed.rank()]
         return (drawn == ids[:, None]).sum(1)
 
-    def scores(self, anchors: Tensor, ids: Tensor, images: Tensor) -> Iterator[tuple[slice, Tensor, Weigh]]:
-        """Products with this process's part of the noise, some anchors at a time; −inf is no noise.
+    def gather(self, anchors: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """All ranks' anchors, [views · batch], their ids, their images' indices, and the lengths."""
+        views = len(anchors) // max(self.lengths[distributed.rank()], 1)
+        lengths = [views * length for length in self.lengths]
+        indices = torch.arange(sum(self.lengths), device=ids.device).split(self.lengths)
+        anchors = distributed.gather_without_gradient(anchors, lengths)
+        ids = distributed.gather_without_gradient(ids, lengths)
+        return anchors, ids, torch.cat([own.repeat(views) for own in indices]), lengths
 
-        `images` are the anchors' places in the whole batch. With them comes what turns weights of these products into
-        the weighted sums of the rows.
+    def scores(self, anchors: Tensor, ids: Tensor, images: Tensor) -> Iterator[tuple[slice, Tensor, Weigh]]:
+        """Yields products with this rank's noise, some anchors at a time; −inf is no noise.
+
+        Each comes with a function from weights of these products to weighted sums of the rows. `images` are the
+        indices of the anchors' images in the whole batch.
         """
         if self.ids.ndim == 1:
-            places = self.ids - self.start
-            places = places[owned(self.rows, places)]
-            common = self.rows[places].to(anchors.dtype)
-            for span in _spans(len(anchors), len(places)):
+            drawn = self.ids - self.start
+            drawn = drawn[owned(self.rows, drawn)]
+            common = self.rows[drawn].to(anchors.dtype)
+            for span in _spans(len(anchors), len(drawn)):
                 scores = anchors[span] @ common.T
-                yield span, self._masked(scores, places, ids[span]), partial(_sum_common, common)
+                yield span, self._masked(scores, drawn, ids[span]), partial(torch.matmul, other=common)
         elif 0 < len(self.rows) <= DENSE * self.count:
             rows = self.rows.to(anchors.dtype)
             for span in _spans(len(anchors), len(rows)):
@@ -71,17 +87,17 @@ class Noise:
                 scores = torch.einsum("ad,amd->am", anchors[span], gathered).masked_fill_(~own, -torch.inf)
                 yield span, self._masked(scores, drawn, ids[span]), partial(_sum_gathered, gathered)
 
-    def _masked(self, scores: Tensor, places: Tensor, ids: Tensor) -> Tensor:
-        return scores.masked_fill_(places + self.start == ids[:, None], -torch.inf)
+    def _masked(self, scores: Tensor, drawn: Tensor, ids: Tensor) -> Tensor:
+        return scores.masked_fill_(drawn + self.start == ids[:, None], -torch.inf)
 
-    def _compact(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each anchor's draws those that are rows of this process, moved to the front of as few columns as hold."""
-        own = owned(self.rows, places)
+    def _compact(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves each anchor's draws of this rank's rows to the front of as few columns as possible."""
+        own = owned(self.rows, drawn)
         if bool(own.all()):
-            return places, own
+            return drawn, own
         order = own.byte().argsort(dim=1, descending=True, stable=True)[:, : int(own.sum(1).max())]
         own = own.gather(1, order)
-        return places.gather(1, order).masked_fill(~own, 0), own
+        return drawn.gather(1, order).masked_fill(~own, 0), own
 
 
 def noise_contrast(
@@ -91,32 +107,59 @@ def noise_contrast(
     noise: Noise,
     log_normaliser: Float[Tensor, ""],
     temperature: float,
-    lengths: Sequence[int],
 ) -> Float[Tensor, " anchors"]:
-    """Is this the anchor's row or noise? (Wu et al. 2018, equations 4 to 7), with P = exp(s/τ) / Z and noise 1/n.
+    """NCE with P = exp(s/τ) / Z against noise of 1/n (Wu et al. 2018, equations 4 to 7).
 
     With u = s/τ − log Z − log(m/n) the loss is softplus(−u₀) + Σₖ softplus(uₖ), summed over the m noise rows: the
-    authors' code without its exponentials and without its 1e-7. Anchors are [views · batch], and `lengths` the images
-    of each process. Noise that is the anchor's own row adds nothing (the authors' code counts it).
+    authors' code without its exponentials and without its 1e-7. Anchors are [views · batch]. Noise that is the anchor's
+    own row adds nothing (the authors' code counts it).
     """
     offset = log_normaliser + math.log(noise.count / noise.total)
-    terms, gradient = _noise_term(anchors, ids, noise, temperature, offset, list(lengths))
-    return F.softplus(offset - positives / temperature, threshold=40) + with_gradient(anchors, terms, gradient)
+    with torch.no_grad():
+        # The noise rows need no gradient, so one pass gives both losses and gradient.
+        everyone, all_ids, images, lengths = noise.gather(anchors, ids)
+        losses, gradient = everyone.new_empty(len(everyone)), torch.empty_like(everyone)
+        for span, scores, weigh in noise.scores(everyone, all_ids, images):
+            logits = scores.div_(temperature).sub_(offset)
+            losses[span] = softplus(logits).sum(1)
+            gradient[span] = weigh(logits.sigmoid_().div_(temperature))
+        gradient, losses = (distributed.scatter_sum(part, lengths) for part in (gradient, losses))
+    return softplus(offset - positives / temperature) + with_gradient(anchors, losses, gradient)
 
 
 def log_sum_over_noise(
-    anchors: Float[Tensor, "anchors dim"],
-    ids: Int[Tensor, " anchors"],
-    noise: Noise,
-    temperature: float,
-    lengths: Sequence[int],
+    anchors: Float[Tensor, "anchors dim"], ids: Int[Tensor, " anchors"], noise: Noise, temperature: float
 ) -> Float[Tensor, " anchors"]:
-    """For each anchor, the log of the sum of exp(anchor · row / temperature) over its noise rows; −inf without any.
+    """Log of Σ exp(anchor · row / temperature) over each anchor's noise rows; −inf without any.
 
-    Anchors are [views · batch], and `lengths` the images of each process. Differentiable in the anchors.
+    Anchors are [views · batch]. Differentiable in the anchors: the gradient is the softmax-weighted mean of the rows
+    over the temperature.
     """
-    result, gradient = _log_sum(anchors, ids, noise, temperature, list(lengths))
-    return result if gradient is None else with_gradient(anchors, result, gradient)
+    with torch.no_grad():
+        everyone, all_ids, images, lengths = noise.gather(anchors, ids)
+        sums = everyone.new_zeros(len(everyone), 1)
+        maximum = sums.clone()
+        weighted = torch.zeros_like(everyone) if anchors.requires_grad else None
+        for span, scores, weigh in noise.scores(everyone, all_ids, images):
+            if not scores.shape[1]:
+                maximum[span] = torch.finfo(scores.dtype).min
+                continue
+            logits = scores.div_(temperature)
+            # Finite also where there is no noise, so that e^(−inf − maximum) is 0 and not NaN.
+            maximum[span] = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+            exponentials = logits.sub_(maximum[span]).exp_()
+            sums[span] = exponentials.sum(1, keepdim=True)
+            if weighted is not None:
+                weighted[span] = weigh(exponentials)
+        highest = distributed.maximum(maximum)
+        shrink = torch.exp(maximum - highest)
+        sums = distributed.scatter_sum(sums * shrink, lengths)
+        logarithms = sums.log().add_(highest.split(lengths)[distributed.rank()]).squeeze(1)
+        if weighted is None:
+            return logarithms
+        weighted = distributed.scatter_sum(weighted * shrink, lengths)
+        weighted = weighted.div_((sums * temperature).clamp(min=torch.finfo(sums.dtype).tiny))
+    return with_gradient(anchors, logarithms, weighted)
 
 
 def normaliser_from_noise(
@@ -126,89 +169,22 @@ def normaliser_from_noise(
     noise: Noise,
     temperature: float,
 ) -> Float[Tensor, " anchors"]:
-    """For each anchor an unbiased estimate of Z, as logarithm: its own row once, the other rows by the noise.
+    """Log of an unbiased estimate of Z for each anchor: its own row, and the others by noise.
 
-    `others` are the log-sums over the noise. The authors' code takes the mean of positive and noise scores alike, in
+    `others` are the log-sums over the noise. The authors' code takes the mean of positive and noise scores together, in
     which a trained positive, e^(1/τ) times the rest, counts n/m times too much.
     """
     kept = (noise.count - own_hits).clamp(min=1)
     return torch.logaddexp(others + torch.log((noise.total - 1) / kept), positives / temperature)
 
 
-def log_mean_exp(logarithms: Float[Tensor, " count"]) -> Float[Tensor, ""]:
-    """The logarithm of the mean of the numbers whose logarithms are given."""
-    return logarithms.logsumexp(0) - math.log(len(logarithms))
-
-
-@torch.no_grad()
-def _noise_term(
-    anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, offset: Tensor, lengths: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Σₖ softplus(uₖ) for each anchor and its gradient; the rows need none, so one pass gives both."""
-    world = _World(anchors, ids, lengths)
-    losses = world.anchors.new_empty(len(world.anchors))
-    gradient = torch.empty_like(world.anchors)
-    for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
-        logits = scores.div_(temperature).sub_(offset)
-        losses[span] = F.softplus(logits, threshold=40).sum(1)
-        gradient[span] = weigh(logits.sigmoid_().div_(temperature))
-    gradient = distributed.scatter_sum(gradient, world.lengths)
-    return distributed.scatter_sum(losses, world.lengths), gradient
-
-
-@torch.no_grad()
-def _log_sum(
-    anchors: Tensor, ids: Tensor, noise: Noise, temperature: float, lengths: list[int]
-) -> tuple[Tensor, Tensor | None]:
-    """The logarithm and, if it is wanted, its gradient: the softmax-weighted mean of the rows over the temperature."""
-    world = _World(anchors, ids, lengths)
-    sums = world.anchors.new_zeros(len(world.anchors), 1)
-    maximum = sums.clone()
-    weighted = torch.zeros_like(world.anchors) if anchors.requires_grad else None
-    for span, scores, weigh in noise.scores(world.anchors, world.ids, world.images):
-        if not scores.shape[1]:
-            maximum[span] = torch.finfo(scores.dtype).min
-            continue
-        logits = scores.div_(temperature)
-        # Finite also where there is no noise, so that e^(−inf − maximum) is 0 and not NaN.
-        maximum[span] = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-        exponentials = logits.sub_(maximum[span]).exp_()
-        sums[span] = exponentials.sum(1, keepdim=True)
-        if weighted is not None:
-            weighted[span] = weigh(exponentials)
-    highest = distributed.maximum(maximum)
-    shrink = torch.exp(maximum - highest)
-    sums = distributed.scatter_sum(sums * shrink, world.lengths)
-    if weighted is not None:
-        weighted = distributed.scatter_sum(weighted * shrink, world.lengths)
-        weighted = weighted.div_((sums * temperature).clamp(min=torch.finfo(sums.dtype).tiny))
-    highest_own: Tensor = highest.split(world.lengths)[distributed.rank()]
-    return sums.log().add_(highest_own).squeeze(1), weighted
-
-
-class _World:
-    """The anchors of all processes, with their ids and their images' places in the whole batch."""
-
-    def __init__(self, anchors: Tensor, ids: Tensor, lengths: list[int]) -> None:
-        views = len(anchors) // max(lengths[distributed.rank()], 1)
-        self.lengths = [views * length for length in lengths]
-        self.anchors = distributed.gather_without_gradient(anchors, self.lengths)
-        self.ids = distributed.gather_without_gradient(ids, self.lengths)
-        places = torch.arange(sum(lengths), device=ids.device).split(lengths)
-        self.images = torch.cat([place.repeat(views) for place in places])
-
-
 def _spans(anchors: int, numbers: int) -> Iterator[slice]:
-    """Anchors in parts, of which each holds `numbers` numbers."""
+    """Slices of anchors, for `numbers` numbers of each."""
     return slices(0, anchors, max(NUMBERS // max(numbers, 1), 1))
 
 
-def _sum_common(rows: Tensor, weights: Tensor) -> Tensor:
-    return weights @ rows
-
-
 def _sum_dense(rows: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:
-    # What is no noise has no weight, wherever it points.
+    # Draws that are no noise have no weight, whatever their index.
     return weights.new_zeros(len(weights), len(rows)).scatter_add_(1, drawn, weights) @ rows
 
 

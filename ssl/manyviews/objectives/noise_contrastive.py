@@ -1,10 +1,10 @@
-"""Learned rows, each told from rows drawn as noise: noise-contrastive estimation, and word2vec's negative sampling."""
+"""Learned rows against noise: noise-contrastive estimation, word2vec's negative sampling."""
 
 import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -15,39 +15,25 @@ from torch.nn import functional as F
 from manyviews.engine import normalize, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
-from manyviews.objectives.gathered import share_of_mean
-from manyviews.objectives.learned_rows import LearnedRows
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    cross_entropy,
-    float32_island,
-)
-from manyviews.objectives.sharded_rows import check_ids, fetch
+from manyviews.objectives.losses import average, cross_entropy, float32_island, share_of_mean, softplus
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
 
 
 class NoiseContrastive(ObjectiveSettings):
-    """Is this row the anchor's, or noise? (Gutmann and Hyvärinen 2010; Mikolov et al. 2013), with one row per id.
+    """NCE (Gutmann and Hyvärinen 2010; Mikolov et al. 2013) with one learned row per id.
 
-    With the correction it is noise-contrastive estimation, in which scores go to log P(id | anchor) + log Z. Noise may
-    then be the anchor's own id: without it scores would go to the odds. Without the correction it is word2vec's
-    negative sampling, in which scores go to the log of the odds over the expected noise: for rare ids, with noise as
-    frequent as they are, that is the pointwise mutual information less log k.
+    With the correction it is noise-contrastive estimation: scores converge to log P(id | anchor) + log Z. Noise may
+    then be the anchor's own id: without it scores would converge to the odds. Without the correction it is word2vec's
+    negative sampling: scores converge to the log of the odds over the expected noise, which for rare ids, with noise as
+    frequent as they are, is the pointwise mutual information minus log k.
 
-    The ids are images or, with `ids=labels`, classes. The rows are learned by the optimiser, where those of `bank`
-    follow the embeddings, and are spread over the processes.
+    Ids are images or, with `ids=labels`, classes. The rows are learned by the optimizer, where those of `bank` follow
+    the embeddings, and are sharded over the ranks.
     """
-
-    negatives_from: ClassVar[NegativesFrom] = "rows"
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: Temperature = 0.1
@@ -58,7 +44,7 @@ class NoiseContrastive(ObjectiveSettings):
     """Rows drawn as noise, k: with replacement. Null: 1,024 with the correction, which evens them out, and 5 without
     (as word2vec), where each weighs as much as the anchor's own row."""
     shared: bool | None = None
-    """One draw of k for all anchors, of all processes, instead of one for each anchor. Null: shared with the
+    """One draw of k for all anchors, of all ranks, instead of one for each anchor. Null: shared with the
     correction, for which it is far cheaper and equal on average, and not without (word2vec: k for each pair)."""
     power: float = Field(0.75, ge=0, le=100)
     """An id is drawn by its number of images to this power; 0: all alike (word2vec: 0.75)."""
@@ -69,66 +55,51 @@ class NoiseContrastive(ObjectiveSettings):
     """The denominator Z, one for all anchors: learned, from the number of ids on, or a number (correction)."""
 
     @property
-    def noise(self) -> int:
-        """How many rows are drawn as noise."""
-        return self.negatives or (1024 if self.correction else 5)
-
-    @property
-    def one_draw(self) -> bool:
-        """Whether all anchors have the same noise."""
-        return self.correction if self.shared is None else self.shared
-
-    @property
-    def bounds_information(self) -> bool:
-        """By InfoNCE over the own row and the noise."""
-        return True
+    def traits(self) -> Traits:
+        """Information is bounded by InfoNCE over the own row and the noise."""
+        return Traits(
+            negatives_from="rows",
+            noise=self.negatives or (1024 if self.correction else 5),
+            one_draw=self.correction if self.shared is None else self.shared,
+            bounds_information=True,
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against the noise; its rows are taken to be all different and evenly spread.
-
-        One draw for all goes to all processes; with one for each anchor a process gets those of its own anchors.
-        """
+        """Cost of every anchor against the noise, assumed distinct and evenly spread over the ranks."""
         images, _, batch, dim, processes = sizes
-        # Ids go to the anchors' own rows, and these back; then the noise rows come. In backward come the gradients.
+        noise = self.traits.noise
+        # Ids go to the anchors' own rows, and these back. Then come the noise rows: of one draw all of them, else those
+        # of the rank's own anchors. In backward come the gradients.
         traffic = batch * (ID + 2 * NUMBER * dim)
-        if self.one_draw:
-            drawn = min(self.noise, images)
+        if self.traits.one_draw:
+            drawn = min(noise, images)
             traffic += 2 * processes * -(-drawn // processes) * NUMBER * dim
         else:
-            # The products are with the noise of all anchors of a process.
-            drawn = min(self.noise * -(-sizes.anchors // processes), images)
+            # The products are with the noise of all anchors of a rank.
+            drawn = min(noise * -(-sizes.anchors // processes), images)
             traffic += processes * drawn * (ID + 2 * NUMBER * dim)
         products = 3 * sizes.anchors * drawn * dim
-        return sizes.cost(self.noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
+        return sizes.cost(noise, traffic=traffic, products=products, rows=images, row_bytes=NUMBER * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with random unit rows drawn from `seed`: the same on any number of processes.
-
-        Raises:
-            ValueError: if there are fewer than two ids.
-        """
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         return NoiseContrastiveObjective(self, dim=dim, population=population, seed=seed)
 
 
 class NoiseContrastiveObjective(LearnedRows):
-    """The rows, and log Z where it is learned."""
+    """Noise-contrastive loss with its rows, and log Z where it is learned."""
 
     frequencies: Tensor
 
     def __init__(self, settings: NoiseContrastive, *, dim: int, population: Population, seed: int) -> None:
-        if population.size < 2:
-            raise ValueError(
-                f"noise is other ids, and there is {population.size} only: give labels of at least 2 classes, or set "
-                "ids=images"
-            )
         super().__init__(population, dim=dim, seed=seed)
         self.settings, self.seed = settings, seed
-        # Known from the images, so no part of a checkpoint.
-        self.register_buffer("frequencies", population.frequencies, persistent=False)
-        frequencies = population.frequencies.cpu().double()
+        # Follows from the images, so no part of a checkpoint.
+        self.register_buffer("frequencies", population.ids.bincount(), persistent=False)
+        frequencies = self.frequencies.cpu().double()
         weights = frequencies**settings.power
         self._cumulative = weights.cumsum(0)
-        # How far the noise is from what it is noise of, Σ p log(p / q): InfoNCE bounds what is known beyond the noise.
+        # KL divergence of the ids' frequencies from the noise, Σ p log(p / q): InfoNCE bounds information beyond it.
         shares = frequencies / frequencies.sum()
         self._divergence = float(torch.xlogy(shares, shares * self._cumulative[-1] / weights).sum())
         if settings.correction and settings.normaliser == "learned":
@@ -136,7 +107,7 @@ class NoiseContrastiveObjective(LearnedRows):
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against their own rows and the step's noise, the mean over views.
+        """Loss of this rank's anchors against own rows and the step's noise, averaged over views.
 
         Raises:
             ValueError: if an id has no row (checked on CPU).
@@ -162,50 +133,48 @@ class NoiseContrastiveObjective(LearnedRows):
         )
         total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
         anchor_count = torch.tensor(len(anchors), device=ids.device)
-        own = F.softplus(-own_logits, threshold=40)
+        own = softplus(-own_logits)
         terms = {
             "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
             "negatives": figures[0] / anchor_count.clamp(min=1),
         }
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
-        # So little noise of so unlike ids bounds nothing.
-        if self._divergence < math.log1p(settings.noise):
+        # Too few noise rows, too unlike the ids, give no bound.
+        if self._divergence < math.log1p(settings.traits.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(average(own) + share_of_mean(total, anchor_count), terms)
 
     def _noise(
         self, batch: list[int], views: int, step: int, like: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[slice], Tensor]]:
-        """The step's noise: ids, their rows with gradient, and how often each is noise for some of the anchors.
+        """Noise ids of the step, their rows with gradient, and how often anchors drew each.
 
-        Noise of its own for each anchor depends on the place of its image in the whole batch, and on its view.
+        If each anchor has its own noise, it depends on the index of its image in the whole batch, and on its view.
         """
-        count, key = self.settings.noise, {"seed": self.seed, "step": step}
-        if self.settings.one_draw:
+        count, key = self.settings.traits.noise, {"seed": self.seed, "step": step}
+        if self.settings.traits.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
             times = number.to(like)
             return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
         whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
         own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
-        drawn, places = (found.to(like.device) for found in own.unique(return_inverse=True))
+        drawn, indices = (part.to(like.device) for part in own.unique(return_inverse=True))
         fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
 
         def times_of(rows: slice) -> Tensor:
-            ones = like.new_ones(1, 1).expand_as(places[rows])
-            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, places[rows], ones)
+            ones = like.new_ones(1, 1).expand_as(indices[rows])
+            return like.new_zeros(len(ones), len(drawn)).scatter_add_(1, indices[rows], ones)
 
         return drawn, fetched, times_of
 
     def _shared_rows(self, drawn: Tensor) -> Tensor:
-        """The rows of ids in rising order, from the processes that own them and with gradient to them."""
-        shares = [
-            distributed.share(self.classes, rank, distributed.world_size()) for rank in range(distributed.world_size())
-        ]
-        edges = torch.searchsorted(drawn, torch.tensor([0, *(share.stop for share in shares)])).tolist()
-        rank = distributed.rank()
-        places = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
-        return distributed.gather(self.weight[places], [last - first for first, last in itertools.pairwise(edges)])
+        """Rows of ids in rising order, gathered from the ranks that own them, with gradient."""
+        rank, world_size = distributed.rank(), distributed.world_size()
+        stops = [distributed.share(self.classes, other, world_size).stop for other in range(world_size)]
+        edges = torch.searchsorted(drawn, torch.tensor([0, *stops])).tolist()
+        own = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
+        return distributed.gather(self.weight[own], [last - first for first, last in itertools.pairwise(edges)])
 
     def _log_normaliser(self, like: Tensor) -> Tensor:
         rule = self.settings.normaliser
@@ -214,19 +183,16 @@ class NoiseContrastiveObjective(LearnedRows):
         return self.log_normaliser if isinstance(rule, str) else like.new_tensor(math.log(rule))
 
     def _offsets(self, ids: Tensor, like: Tensor) -> Tensor:
-        """log(k · P(noise is this id)) of each id; 0 without the correction."""
+        """log(k · P(noise is this id)); 0 without the correction."""
         settings = self.settings
         if not settings.correction:
             return like.new_zeros(len(ids))
-        expected = math.log(settings.noise) - math.log(float(self._cumulative[-1]))
+        expected = math.log(settings.traits.noise) - math.log(float(self._cumulative[-1]))
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
-    """Ids drawn with replacement from the sums of their weights up to each; from the seed and the step alone.
-
-    On the CPU, so that they are the same on every device.
-    """
+    """Draws ids by cumulated weights, from seed and step alone; on the CPU for all devices."""
     numbers = torch.rand(count, generator=torch_generator(seed, step), dtype=torch.float64)
     return torch.searchsorted(cumulative, numbers * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
@@ -243,11 +209,11 @@ def noise_term(
     own_logits: Float[Tensor, " all"],
     temperature: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
-    """Σ −log σ(−s) over anchors and noise, with s = product / τ − log Z − offset; and three figures.
+    """Σ −log σ(−s) with s = product / τ − log Z − offset, and three sums over the anchors.
 
-    Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id where `ids`, those of
-    all anchors, are given. The figures are sums over the anchors: the noise rows N − 1 that counted, log N less the
-    InfoNCE loss of the same scores, with `own_logits` those of the anchors' own rows, and log N.
+    Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id if `ids`, those of all
+    anchors, are given. The sums are of the noise rows N − 1 that counted, of log N minus the InfoNCE loss of the same
+    scores, with `own_logits` those of the anchors' own rows, and of log N.
     """
     logits = products / temperature - (log_normaliser + offsets)
     weights = times(rows).expand_as(products)
@@ -258,4 +224,4 @@ def noise_term(
         losses = cross_entropy((logits + weights.log()).logsumexp(1), own_logits[rows])
         highest = counts.log1p()
         figures = torch.stack([counts.sum(), (highest - losses).sum(), highest.sum()])
-    return (weights * F.softplus(logits, threshold=40)).sum(), figures
+    return (weights * softplus(logits)).sum(), figures

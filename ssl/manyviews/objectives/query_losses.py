@@ -1,7 +1,7 @@
-"""Losses of ranked items: one number for each query, from the scores of its items and how relevant they are.
+"""Ranking losses: one number for each query, from scores and relevances of its items.
 
-Every function takes scores and relevances, [queries, items], and returns a loss for each query. Where all items of a
-query are equally relevant there is nothing to rank: the number is finite then, but says nothing.
+Every function takes scores and relevances, [queries, items], and returns a loss for each query. If all items of a query
+are equally relevant, there is nothing to rank: the loss is finite then, but meaningless.
 """
 
 from typing import Literal
@@ -11,52 +11,44 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from manyviews.objectives.objective import with_gradient
+from manyviews.objectives.losses import softplus, with_gradient
 
 Pairwise = Literal["rank_net", "hinge"]
 
+Items = Float[Tensor, "queries items"]
+Queries = Float[Tensor, " queries"]
 NUMBERS = 1 << 20
-"""Pairs of items that are held at once, over the queries of a tile."""
+"""Pairs of items in memory at a time, over the queries of a tile."""
 
 
-def squared_error(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The mean over items of (score − relevance)²: regression (Cossock and Zhang 2006)."""
+def squared_error(scores: Items, relevances: Items) -> Queries:
+    """Mean over items of (score − relevance)²: regression (Cossock and Zhang 2006)."""
     return (scores - relevances).square().mean(1)
 
 
-def cross_entropy(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The mean over items of the cross-entropy of sigmoid(score), with the relevance as a probability."""
+def cross_entropy(scores: Items, relevances: Items) -> Queries:
+    """Mean over items of the cross-entropy of sigmoid(score) with the relevance as probability."""
     return F.binary_cross_entropy_with_logits(scores, relevances, reduction="none").mean(1)
 
 
-def rank_net(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The mean over pairs of items, i more relevant than j, of log(1 + exp(sⱼ − sᵢ)) (Burges et al. 2005, section 3).
+def rank_net(scores: Items, relevances: Items) -> Queries:
+    """Mean over pairs, i more relevant than j, of log(1 + exp(sⱼ − sᵢ)) (Burges et al. 2005).
 
     The paper sums over pairs; the mean keeps the gradient's size whatever the number of items.
     """
     return _over_ordered_pairs(scores, relevances, "rank_net")
 
 
-def hinge(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The mean over pairs of items, i more relevant than j, of max(0, 1 − (sᵢ − sⱼ)).
+def hinge(scores: Items, relevances: Items) -> Queries:
+    """Mean over pairs of items, i more relevant than j, of max(0, 1 − (sᵢ − sⱼ)).
 
     That is the loss of the ranking support vector machine (Herbrich et al. 2000; Joachims 2002), for any relevances.
     """
     return _over_ordered_pairs(scores, relevances, "hinge")
 
 
-def binary_hinge(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """What `hinge` is for relevances of 0 and 1, by sorting: n log n for n items, and no pair is ever laid out.
+def binary_hinge(scores: Items, relevances: Items) -> Queries:
+    """`hinge` for relevances of 0 and 1, by sorting: n log n for n items.
 
     A pair has a loss where sⱼ > sᵢ − 1. With the number of such j for each i, and of such i for each j, the sum over
     pairs is a weighted sum of scores.
@@ -74,70 +66,60 @@ def binary_hinge(
     return sums / pairs.clamp(min=1)
 
 
-def list_net(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The cross-entropy of the softmax of scores under the softmax of relevances (Cao et al. 2007, section 4.3).
+def list_net(scores: Items, relevances: Items) -> Queries:
+    """Cross-entropy of the softmax of scores and that of relevances (Cao et al. 2007, 4.3).
 
     They are the probabilities that an item comes first, if orders are drawn by the scores and by the relevances.
     """
     return -(relevances.softmax(1) * scores.log_softmax(1)).sum(1)
 
 
-def list_mle(
-    scores: Float[Tensor, "queries items"], relevances: Float[Tensor, "queries items"]
-) -> Float[Tensor, " queries"]:
-    """The negative log-likelihood of the order of relevances, if orders are drawn by scores (Xia et al. 2008).
+def list_mle(scores: Items, relevances: Items) -> Queries:
+    """Negative log-likelihood of the order of relevances under the scores (Xia et al. 2008).
 
     Each item has the term log Σ exp(sⱼ) − sᵢ over all j that are no more relevant than i, itself and ties among them:
     Breslow's rule for ties, which is the paper's equation where there are none. The least relevant items have no term,
-    as the last one has none there. It is the mean over the terms, which the paper sums, so that the gradient keeps its
-    size whatever the number of items. With one relevant item it is the softmax's cross-entropy.
+    as the last one has none there. The paper sums the terms; their mean keeps the gradient's size whatever the number
+    of items. With one relevant item it is the softmax's cross-entropy.
     """
     order = relevances.argsort(dim=1, descending=True, stable=True)
     scores, relevances = scores.gather(1, order), relevances.gather(1, order)
-    places = torch.arange(scores.shape[1], device=scores.device)
+    ranks = torch.arange(scores.shape[1], device=scores.device)
     begins = torch.ones_like(relevances, dtype=torch.bool)
     begins[:, 1:] = relevances[:, 1:] != relevances[:, :-1]
-    first_of_ties = torch.where(begins, places, 0).cummax(1).values
+    first_of_ties = torch.where(begins, ranks, 0).cummax(1).values
     tails = scores.flip(1).logcumsumexp(1).flip(1).gather(1, first_of_ties)
     counted = relevances > relevances[:, -1:]
     return (tails - scores).where(counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def _over_ordered_pairs(scores: Tensor, relevances: Tensor, form: Pairwise) -> Tensor:
-    """A loss of the difference of each pair, by some items at a time against all that come after them.
+def _over_ordered_pairs(scores: Items, relevances: Items, form: Pairwise) -> Queries:
+    """Mean loss of the score differences of all pairs, some items at a time against the rest.
 
-    The gradient is found on the way: autograd would keep all pairs.
+    The gradient is computed on the way: autograd would keep all pairs.
     """
     order = relevances.argsort(dim=1, descending=True, stable=True)
-    scores = scores.gather(1, order)
-    losses, gradient = _ordered_pairs(scores, relevances.gather(1, order), form)
-    return with_gradient(scores, losses, gradient)
-
-
-@torch.no_grad()
-def _ordered_pairs(scores: Tensor, relevances: Tensor, form: Pairwise) -> tuple[Tensor, Tensor]:
-    queries, items = scores.shape
-    gradient, sums, counts = torch.zeros_like(scores), scores.new_zeros(queries), scores.new_zeros(queries)
-    better = (relevances > relevances[:, -1:]).sum(1)
-    # The one number that must be waited for on a GPU: with few relevant items nearly all pairs are ties.
-    most = int(better.max()) if queries else 0
-    height = max(1, NUMBERS // max(queries * items, 1))
-    for first in range(0, most, height):
-        part, rest = slice(first, min(first + height, most)), slice(first + 1, items)
-        ordered = relevances[:, part, None] > relevances[:, None, rest]
-        shortfall = scores[:, None, rest] - scores[:, part, None]
-        if form == "hinge":
-            losses = (1 + shortfall).clamp(min=0)
-            slopes = (losses > 0).to(scores.dtype)
-        else:
-            # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-            losses, slopes = F.softplus(shortfall, threshold=40), shortfall.sigmoid()
-        slopes = slopes.where(ordered, 0)
-        sums += losses.where(ordered, 0).sum((1, 2))
-        counts += ordered.sum((1, 2))
-        gradient[:, part] -= slopes.sum(2)
-        gradient[:, rest] += slopes.sum(1)
-    counts = counts.clamp(min=1)
-    return sums / counts, gradient / counts[:, None]
+    scores, relevances = scores.gather(1, order), relevances.gather(1, order)
+    with torch.no_grad():
+        queries, items = scores.shape
+        gradient, sums, counts = torch.zeros_like(scores), scores.new_zeros(queries), scores.new_zeros(queries)
+        better = (relevances > relevances[:, -1:]).sum(1)
+        # The one number that a GPU has to wait for: with few relevant items nearly all pairs are ties.
+        most = int(better.max()) if queries else 0
+        height = max(1, NUMBERS // max(queries * items, 1))
+        for first in range(0, most, height):
+            part, rest = slice(first, min(first + height, most)), slice(first + 1, items)
+            ordered = relevances[:, part, None] > relevances[:, None, rest]
+            shortfall = scores[:, None, rest] - scores[:, part, None]
+            if form == "hinge":
+                losses = (1 + shortfall).clamp(min=0)
+                slopes = (losses > 0).to(scores.dtype)
+            else:
+                losses, slopes = softplus(shortfall), shortfall.sigmoid()
+            slopes = slopes.where(ordered, 0)
+            sums += losses.where(ordered, 0).sum((1, 2))
+            counts += ordered.sum((1, 2))
+            gradient[:, part] -= slopes.sum(2)
+            gradient[:, rest] += slopes.sum(1)
+        counts = counts.clamp(min=1)
+    return with_gradient(scores, sums / counts, gradient / counts[:, None])

@@ -1,6 +1,6 @@
-"""A queue of negatives: the momentum twin's embeddings of the images of the last steps."""
+"""Queue of negatives: the momentum twin's embeddings of the images of the last steps."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,39 +9,23 @@ from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.cost import ID, Cost, Sizes, number_bytes, softmax_traffic
-from manyviews.objectives.fifo_buffer import Ring
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    NegativesFrom,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    average,
-    float32_island,
-    information,
-    softmax_cross_entropy,
-)
-from manyviews.objectives.sharded_rows import Storage
+from manyviews.objectives.cost import ID, Cost, Sizes, softmax_traffic
+from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
+from manyviews.objectives.sharded_rows import Ring, Storage
 from manyviews.system import distributed
 
 
 class Queue(ObjectiveSettings):
     """MoCo (He et al. 2020, algorithm 1) with the second version's defaults (Chen et al. 2020).
 
-    The negatives of each anchor are the keys in the queue, on any number of processes, each of which holds its share
-    of them; with `per_process` they grow with the processes. They do not grow with gradient accumulation.
+    The negatives of each anchor are the keys in the queue, which is sharded over the ranks; with `per_process` they
+    grow with the ranks. They do not grow with gradient accumulation.
 
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
     """
-
-    fewest_views: ClassVar[int] = 2
-    most_views: ClassVar[int | None] = 2
-    negatives_from: ClassVar[NegativesFrom] = "queue"
 
     name: Literal["queue"] = "queue"
     temperature: Temperature = 0.2
@@ -49,7 +33,7 @@ class Queue(ObjectiveSettings):
     size: int = Field(65_536, gt=0, le=2**31)
     """Keys in the queue, which are the negatives of each anchor."""
     per_process: bool = False
-    """Take the size for each process: with W processes the queue holds W times as many keys."""
+    """Take the size for each process: with W processes the queue has W times as many keys."""
     storage: Storage = "float32"
     """Number format of the keys; the 16-bit formats halve the memory. Arithmetic is float32 all the same."""
     momentum: float = Field(0.999, ge=0, le=1)
@@ -57,59 +41,52 @@ class Queue(ObjectiveSettings):
     symmetric: bool = False
     """Contrast view 1 with the twin's view 0 too, and take the mean."""
     shuffle: bool = True
-    """On several processes, the twin sees the images in other company than the encoder, for batch norm's sake."""
+    """With several processes, shuffle the images over them for the twin, so that its batch norms get other batches."""
 
     @property
-    def twin_momentum(self) -> float | None:
-        """The momentum of the twin that makes the keys."""
-        return self.momentum
-
-    @property
-    def bounds_information(self) -> bool:
-        """It is InfoNCE."""
-        return True
-
-    @property
-    def splits_views(self) -> bool:
+    def traits(self) -> Traits:
         """Without symmetry the encoder needs view 0 only, and the twin view 1."""
-        return not self.symmetric
-
-    @property
-    def shuffles(self) -> bool:
-        """Whether the twin's batch is shuffled between processes."""
-        return self.shuffle
+        return Traits(
+            negatives_from="queue",
+            fewest_views=2,
+            most_views=2,
+            twin_momentum=self.momentum,
+            bounds_information=True,
+            splits_views=not self.symmetric,
+            shuffles=self.shuffle,
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every anchor against every key of the queue, which is spread over the processes."""
+        """Cost of every anchor against every key of the queue, which is sharded over the ranks."""
         _, views, batch, dim, processes = sizes
-        anchors = (1 if self.splits_views else views) * batch
-        size, number = self.size * (processes if self.per_process else 1), number_bytes(self.storage)
+        anchors = (views if self.symmetric else 1) * batch
+        size, number = self.size * (processes if self.per_process else 1), getattr(torch, self.storage).itemsize
         # Of what a step enqueues, keys and ids go to all.
         traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
         products = 2 * anchors * size * dim
         return sizes.cost(size, traffic=traffic, products=products, rows=size, row_bytes=number * dim + ID)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with a queue of random unit rows drawn from `seed`: the same on any number of processes."""
+        """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         return QueueObjective(self, dim=dim, population=population, seed=seed)
 
 
 class QueueObjective(Objective):
-    """The queue with its settings; whether keys of equal ids are positives follows from the images' ids."""
+    """Loss against a queue; keys of equal ids are positives if several images share an id."""
 
     def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
         super().__init__()
-        self.settings, self.supervised = settings, population.grouped
+        self.settings, self.supervised = settings, population.size < len(population.ids)
         size = settings.size * (distributed.world_size() if settings.per_process else 1)
         self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
 
     def shards(self) -> dict[str, int]:
         """The queue's rows and ids."""
-        return {f"queue.{name}": length for name, length in self.queue.shards().items()}
+        return {"queue.rows": self.queue.size, "queue.ids": self.queue.size}
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's anchors against the queue as the last step left it.
+        """Loss of this rank's anchors against the queue as the last step left it.
 
         With symmetry `embeddings` and `targets` are both views of the encoder and of the twin, and each view is
         contrasted with the other; without, they are view 0 of the encoder and view 1 of the twin.
@@ -140,10 +117,10 @@ class QueueObjective(Objective):
 
     @torch.no_grad()
     def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
-        """Enqueues one key per image of all processes: the twin's view 1.
+        """Enqueues one key per image of all ranks: the twin's view 1.
 
-        The symmetric loss enqueues no more than that: MoCo's notebook for CIFAR-10 enqueues both views, which halves
-        the number of images the queue reaches back to.
+        So does the symmetric loss: MoCo's notebook for CIFAR-10 enqueues both views, which halves the number of images
+        in the queue.
         """
         self.queue.enqueue(self._checked(embeddings, targets)[-1], ids)
 
@@ -169,11 +146,11 @@ def supervised_queue_softmax(
     rows: Float[Tensor, "slots dim"],
     temperature: float,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """For each query the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
+    """Mean over positives of −log(e^(s/τ) / Σ e^(s/τ)), and the mean of their products s.
 
-    Its positives are its own key and the keys of its id in the queue; the sum goes over its own key and the whole queue
-    (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and
-    `counts` what `key_sums` gives for them, `rows` this process's part of the queue.
+    Positives are the query's own key and the keys of its id in the queue; the sum is over its own key and the whole
+    queue (Khosla et al. 2020, equation 2). `positives` are the products of the queries with their own keys, `sums` and
+    `counts` come from `key_sums`, `rows` are this rank's part of the queue.
     """
     products = (positives + (queries * sums).sum(1)) / (1 + counts)
     candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature), positives / temperature)
@@ -182,17 +159,17 @@ def supervised_queue_softmax(
 
 @torch.no_grad()
 def key_sums(queue: Ring, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, " batch"]]:
-    """For each id the sum of the keys in the queue, on all processes, that have it, and their number; collective.
+    """Sum and number of the keys in the queue, on all ranks, that have each id; collective.
 
-    Similarities with all keys of an id add up to that with their sum, so that none is compared by itself.
+    Similarities with all keys of an id add up to that with their sum, so keys need not be compared one by one.
     """
     lengths = distributed.counts(len(ids))
-    wanted, places = distributed.gather_without_gradient(ids, lengths).unique(return_inverse=True)
-    index = torch.searchsorted(wanted, queue.ids).clamp(max=len(wanted) - 1)
-    here = wanted[index] == queue.ids
+    distinct, positions = distributed.gather_without_gradient(ids, lengths).unique(return_inverse=True)
+    index = torch.searchsorted(distinct, queue.ids).clamp(max=len(distinct) - 1)
+    here = distinct[index] == queue.ids
     rows = at_least_float32(queue.rows[here])
     counted = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-    # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
-    found = counted.new_zeros(len(wanted), counted.shape[1]).index_put_((index[here],), counted, accumulate=True)
-    found = distributed.scatter_sum(found[places], lengths)
-    return found[:, :-1], found[:, -1]
+    # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
+    sums = counted.new_zeros(len(distinct), counted.shape[1]).index_put_((index[here],), counted, accumulate=True)
+    sums = distributed.scatter_sum(sums[positions], lengths)
+    return sums[:, :-1], sums[:, -1]

@@ -1,4 +1,4 @@
-"""Learning to rank: each embedding asks for all others, and those of its id, or of near labels, are to come first."""
+"""Learning to rank: for each embedding, others of its id or of near labels come first."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -9,39 +9,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.engine import normalize, sum_over_tiles
+from manyviews.objectives import query_losses
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
-from manyviews.objectives.gathered import gather_views, share_of_mean
 from manyviews.objectives.labels import Labels
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Temperature,
-    Use,
-    float32_island,
-)
-from manyviews.objectives.query_losses import (
-    binary_hinge,
-    cross_entropy,
-    hinge,
-    list_mle,
-    list_net,
-    rank_net,
-    squared_error,
-)
+from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 
 RankingLoss = Literal["squared_error", "cross_entropy", "rank_net", "hinge", "list_net", "list_mle"]
-LOSSES: dict[RankingLoss, Callable[[Tensor, Tensor], Tensor]] = {
-    "squared_error": squared_error,
-    "cross_entropy": cross_entropy,
-    "rank_net": rank_net,
-    "hinge": hinge,
-    "list_net": list_net,
-    "list_mle": list_mle,
-}
 
 
 class Ranking(ObjectiveSettings):
@@ -51,8 +26,7 @@ class Ranking(ObjectiveSettings):
     it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
     """
 
-    uses_values: ClassVar[Use | None] = "if given"
-    compares_embeddings: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(uses_values="if given", compares_embeddings=True)
 
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"
@@ -65,29 +39,29 @@ class Ranking(ObjectiveSettings):
     """Divides the relevances before their softmax: how much more the best items count than the next (list_net)."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        """Cost of every embedding against all of the batch."""
+        return all_pairs(sizes, "cosine")
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective, with the label of each image where the population has values."""
+        """Builds the objective, with the label of each image if the population has values."""
         return RankingObjective(self, population.values)
 
 
 class RankingObjective(Objective):
-    """The labels of all images, if any; and for the cross-entropy the learned cosine of even odds, 1 at first."""
+    """Ranking loss with all images' labels, if any, and the cross-entropy's learned threshold."""
 
     def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None) -> None:
         super().__init__()
         self.settings = settings
         self.labels = None if values is None else Labels(values)
-        # Few items are relevant: at 1 nearly all are rightly told to be unlikely (Zhai et al. 2023, section 3.2).
+        # Few items are relevant: at 1 nearly all are predicted to be irrelevant (Zhai et al. 2023, section 3.2).
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
     @float32_island
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
-        """The loss of this process's queries: the mean over those with items of different relevance.
+        """Loss of this rank's queries, averaged over those with items of different relevance.
 
-        An item is every embedding of the batch, on all processes, but the query itself.
+        Items are all embeddings of the batch, on all ranks, but the query itself.
         """
         gathered = gather_views(normalize(embeddings), ids)
         queries = normalize(embeddings).flatten(0, 1)
@@ -113,27 +87,27 @@ class RankingObjective(Objective):
         return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
 
     def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of each query, from the cosines of its items and their relevances."""
-        settings, loss = self.settings, LOSSES[self.settings.loss]
-        if settings.loss == "squared_error":
+        """Loss function of the cosines and relevances of queries' items."""
+        settings = self.settings
+        name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
+        loss: Callable[[Tensor, Tensor], Tensor] = getattr(query_losses, name)
+        if name == "squared_error":
             return loss
-        if settings.loss == "hinge" and self.labels is None:
-            loss = binary_hinge
-        if settings.loss == "list_net":
+        if name == "list_net":
             return lambda cosines, relevances: loss(
                 cosines / settings.temperature, relevances / settings.label_temperature
             )
         return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
 
     def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-        """How relevant all embeddings of the batch are to some of this process's queries."""
+        """Relevance of all embeddings of the batch to a slice of this rank's queries."""
         if self.labels is None:
             return lambda tile: (ids[own[tile], None] == ids).to(dtype)
         between = self.labels.between(ids[own], ids, dtype)
         return lambda tile: 1 / (1 + between(tile)[0].sqrt())
 
 
-def _without(places: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
-    """Each row without one of its columns."""
+def _without(dropped: Int[Tensor, " rows"], matrix: Float[Tensor, "rows all"]) -> Float[Tensor, "rows others"]:
+    """Drops one column of each row."""
     columns = torch.arange(max(matrix.shape[1] - 1, 0), device=matrix.device)
-    return matrix.gather(1, columns + (columns >= places[:, None]))
+    return matrix.gather(1, columns + (columns >= dropped[:, None]))

@@ -1,24 +1,93 @@
-"""Rows that are spread over the processes: how they begin, and how a process comes by those of another."""
+"""Rows that are sharded over the ranks: initial values, remote access, and modules."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from manyviews.engine import normalize
+from manyviews.objectives.objective import Objective
+from manyviews.objectives.settings import Population
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
 
 Storage = Literal["float32", "float16", "bfloat16"]
 BLOCK = 1 << 14
-"""Rows drawn from one generator: a process draws the blocks that its rows lie in, and no others."""
+"""Rows drawn from one generator: a rank draws only the blocks that its rows lie in."""
+
+
+class Ring(nn.Module):
+    """First-in-first-out memory of the last `size` embeddings over all ranks, with their ids.
+
+    Slot s is the same slot on any number of ranks: each owns consecutive ones, and the batch of all ranks is written in
+    rank order, so that the content does not depend on their number. Slots that have not been written yet have random
+    unit rows of id −1, which no image has.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, dim: int, *, seed: int, storage: Storage = "float32") -> None:
+        super().__init__()
+        self.size, self.own = size, distributed.share(size)
+        self.register_buffer("rows", unit_rows(self.own, dim, seed=seed, storage=storage))
+        self.register_buffer("ids", torch.full((len(self.rows),), -1))
+        self.register_buffer("pointer", torch.tensor(0))
+        self.register_buffer("filled", torch.tensor(0))
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Float[Tensor, "batch dim"], ids: Int[Tensor, " batch"]) -> None:
+        """Overwrites the oldest slots with the normalized embeddings of all ranks."""
+        lengths = distributed.counts(len(ids))
+        keys = distributed.gather_without_gradient(normalize(embeddings).to(self.rows.dtype), lengths)
+        key_ids = distributed.gather_without_gradient(ids, lengths)
+        # Of a batch larger than the ring the last keys remain, where one after the other would have left them.
+        skipped = max(len(keys) - self.size, 0)
+        slots = (self.pointer + torch.arange(skipped, len(keys), device=keys.device)) % self.size - self.own.start
+        here = owned(self.rows, slots)
+        self.rows.index_copy_(0, slots[here], keys[skipped:][here])
+        self.ids.index_copy_(0, slots[here], key_ids[skipped:][here])
+        self.pointer.add_(len(keys)).remainder_(self.size)
+        self.filled.add_(len(keys)).clamp_(max=self.size)
+
+
+class LearnedRows(Objective):
+    """Objective with one learned row per id, in `weight`, sharded over the ranks by id.
+
+    Rows start as random unit rows and are moved by the optimizer; their gradient on each rank is the sum over the
+    losses of all ranks.
+
+    Raises:
+        ValueError: if there are fewer than two ids.
+    """
+
+    def __init__(self, population: Population, *, dim: int, seed: int) -> None:
+        super().__init__()
+        if population.size < 2:
+            raise ValueError(
+                f"one row for each id needs at least 2 ids, and there is {population.size}: give labels of at least 2 "
+                "classes, or set ids=images"
+            )
+        self.classes = population.size
+        self.own = distributed.share(self.classes)
+        self.weight = nn.Parameter(unit_rows(self.own, dim, seed=seed))
+
+    def shards(self) -> dict[str, int]:
+        """The rows."""
+        return {"weight": self.classes}
+
+    def own_ids(self) -> Int[Tensor, " rows"]:
+        """Ids whose rows this rank holds."""
+        return torch.arange(self.own.start, self.own.stop, device=self.weight.device)
 
 
 def unit_rows(rows: slice, dim: int, *, seed: int, storage: Storage = "float32") -> Float[Tensor, "rows dim"]:
-    """Random rows of length 1, of which row i depends on the seed and i alone: the same for any number of processes."""
+    """Draws random rows of length 1; row i depends on the seed and i alone."""
     dtype: torch.dtype = getattr(torch, storage)
     result = torch.empty(rows.stop - rows.start, dim, dtype=dtype)
     for block in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
@@ -29,7 +98,7 @@ def unit_rows(rows: slice, dim: int, *, seed: int, storage: Storage = "float32")
 
 
 def check_ids(ids: Int[Tensor, " batch"], count: int) -> None:
-    """Refuses ids that have no row; on CPU only, as a GPU would have to wait for it.
+    """Checks that each id has a row; on CPU only, as a GPU would have to synchronize.
 
     Raises:
         ValueError: naming the ids and the bound.
@@ -44,38 +113,38 @@ def check_ids(ids: Int[Tensor, " batch"], count: int) -> None:
 def fetch(
     rows: Float[Tensor, "rows dim"], start: int, ids: Int[Tensor, " batch"], lengths: Sequence[int]
 ) -> Float[Tensor, "batch dim"]:
-    """The rows of this process's ids, from the processes that own them; gradients travel back to the owners.
+    """Fetches the rows of this rank's ids from their ranks, with gradients to these.
 
-    `rows` are those from id `start` on; `lengths` says how many ids each process asks for. All processes must call
-    together, and come together again in backward where the rows want a gradient.
+    `rows` are those from id `start` on; `lengths` are the numbers of ids that the ranks ask for. Collective, and
+    collective again in backward if the rows require a gradient.
     """
     if distributed.world_size() == 1:
         return rows[ids - start]
-    found: Tensor = _Fetch.apply(rows, distributed.gather_without_gradient(ids, lengths) - start, list(lengths))
-    return found
+    fetched: Tensor = _Fetch.apply(rows, distributed.gather_without_gradient(ids, lengths) - start, list(lengths))
+    return fetched
 
 
-def owned(rows: Tensor, places: Int[Tensor, "..."]) -> Tensor:
-    """Which places, counted from this process's first row, are rows of this process."""
-    return (places >= 0) & (places < len(rows))
+def owned(rows: Tensor, indices: Int[Tensor, "..."]) -> Tensor:
+    """Mask of the indices, counted from this rank's first row, that are rows of this rank."""
+    return (indices >= 0) & (indices < len(rows))
 
 
 class _Fetch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, lengths: list[int]) -> Tensor:
-        own = owned(rows, places)
-        # Each row comes from one process and zeros from the others: the sum is the row, bit for bit.
-        found = rows.new_zeros(len(places), rows.shape[1])
-        found[own] = rows[places[own]]
-        ctx.save_for_backward(places[own], own)
+    def forward(ctx: Any, rows: Tensor, indices: Tensor, lengths: list[int]) -> Tensor:
+        own = owned(rows, indices)
+        # Each row comes from one rank and zeros from the others: the sum is the row, bit for bit.
+        fetched = rows.new_zeros(len(indices), rows.shape[1])
+        fetched[own] = rows[indices[own]]
+        ctx.save_for_backward(indices[own], own)
         ctx.shape, ctx.lengths = rows.shape, lengths
-        return distributed.scatter_sum(found, lengths)
+        return distributed.scatter_sum(fetched, lengths)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        places, own = ctx.saved_tensors
-        arrived = distributed.gather_without_gradient(gradients[0], ctx.lengths)
-        # index_put_ adds repeated places in a fixed order on every device; index_add_ on a GPU would not.
-        home = arrived.new_zeros(ctx.shape).index_put_((places,), arrived[own], accumulate=True)
-        return home, None, None
+        indices, own = ctx.saved_tensors
+        gathered = distributed.gather_without_gradient(gradients[0], ctx.lengths)
+        # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
+        gradient = gathered.new_zeros(ctx.shape).index_put_((indices,), gathered[own], accumulate=True)
+        return gradient, None, None

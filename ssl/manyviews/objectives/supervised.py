@@ -1,4 +1,4 @@
-"""Supervised contrast: all embeddings of one id, whatever the id stands for, are each other's positives."""
+"""Supervised contrast: all embeddings of one id are each other's positives."""
 
 from typing import ClassVar, Literal
 
@@ -9,63 +9,52 @@ from torch import Tensor
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.in_batch import symmetric_traffic
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    Temperature,
-    float32_island,
-    information,
-)
+from manyviews.objectives.losses import float32_island, information, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.system import distributed
 
 
 class Supervised(ObjectiveSettings):
-    """SupCon (Khosla et al. 2020, equation 2, L_out); `ids=labels` makes the positives those of one class.
+    """SupCon (Khosla et al. 2020, equation 2, L_out); `ids=labels` makes classes the positives.
 
     With images as ids and two views it is NT-Xent.
     """
 
-    compares_embeddings: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(compares_embeddings=True, bounds_information=True)
 
     name: Literal["supervised"] = "supervised"
     temperature: Temperature = 0.1
     """Divides the similarities; smaller: harder negatives count more."""
 
-    @property
-    def bounds_information(self) -> bool:
-        """For two images of an id, in batches that are drawn at random."""
-        return True
-
     def cost(self, sizes: Sizes) -> Cost:
-        """As of the loss in the batch; with the sums of classes, one row for each id of a process, that travel too."""
+        """Cost of the in-batch loss, and of gathering sums of classes, one row per id and rank."""
         _, views, batch, dim, _ = sizes
         traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
         return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state, so the arguments change nothing."""
+        """Builds the objective; it has no state, so the arguments change nothing."""
         return Stateless(lambda z, ids, _: supervised_contrast(z, ids, self.temperature))
 
 
 @float32_island
 def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) -> Loss:
-    """For each anchor the mean over its positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
+    """Mean over positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
 
-    An anchor's positives are all other embeddings of its id, on every process; the sum goes over all embeddings but
-    the anchor itself, positives among them. Anchors without a positive are left out of the mean over anchors: the
-    authors' code divides by zero there (a later version by one, which counts them with a loss of zero), and it
-    multiplies the loss by τ / 0.07.
+    An anchor's positives are all other embeddings of its id, on every rank; the sum is over all embeddings but the
+    anchor itself. Anchors without a positive are left out of the mean over anchors: the authors' code divides by zero
+    there (a later version by one, which counts them with a loss of zero), and it multiplies the loss by τ / 0.07.
 
-    Each positive with all candidates is InfoNCE of two images of an id, for what is drawn at random may be of the same
-    id too: the terms hold its bound, which P positives keep below log N − log P.
+    Each positive with all candidates is InfoNCE of two images of an id, as random draws may be of the same id too: the
+    terms have its bound, which P positives keep below log N − log P.
 
-    A positive is never compared one by one: the similarities with all of a class add up to that with its sum, so that
-    memory and traffic stay linear, one row for each id of each process.
+    The similarities with all embeddings of a class add up to that with their sum: memory and traffic are linear, one
+    row for each id of each rank.
+
+    >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
+    >>> supervised_contrast(z, torch.tensor([0, 0, 1]), temperature=0.5).total
+    tensor(0.3485)
     """
     views, batch, _ = embeddings.shape
     embeddings = normalize(embeddings)
@@ -80,7 +69,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     similarities = (embeddings * (sums - embeddings)).sum(2) / positives.clamp(min=1)
     contrasted = (positives > 0).expand_as(similarities)
     losses = (candidates - similarities / temperature).where(contrasted, 0)
-    total = losses.sum() * distributed.world_size() / distributed.total(contrasted.sum()).clamp(min=1)
+    total = share_of_mean(losses.sum(), contrasted.sum())
     terms = {
         "positive_similarity": similarities.detach().where(contrasted, 0).sum() / contrasted.sum().clamp(min=1),
         "negatives": (sum(rows) - members).to(anchors.dtype).mean(),
@@ -95,14 +84,14 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
 
 
 def class_sums(embeddings: Embeddings, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
-    """For each id the sum of all embeddings that have it, on all processes and with gradient, and their number."""
-    own, places = ids.unique(return_inverse=True)
-    local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, places, embeddings.sum(0))
-    counts = torch.bincount(places, minlength=len(own)) * len(embeddings)
+    """Sum, with gradient, and number of all ranks' embeddings that have each id; collective."""
+    own, index = ids.unique(return_inverse=True)
+    local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, index, embeddings.sum(0))
+    counts = torch.bincount(index, minlength=len(own)) * len(embeddings)
     lengths = distributed.counts(len(own))
     classes, positions = distributed.gather_without_gradient(own, lengths).unique(return_inverse=True)
     sums = embeddings.new_zeros(len(classes), embeddings.shape[2])
     sums = sums.index_add(0, positions, distributed.gather(local, lengths))
     members = torch.zeros_like(classes).index_add(0, positions, distributed.gather_without_gradient(counts, lengths))
-    wanted = torch.searchsorted(classes, ids)
-    return sums[wanted], members[wanted]
+    index = torch.searchsorted(classes, ids)
+    return sums[index], members[index]

@@ -1,6 +1,6 @@
-"""Triplets: an anchor nearer to its positive than to a negative, by a margin."""
+"""Triplet loss: an anchor is to be nearer to its positive than to a negative, by a margin."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,33 +10,23 @@ from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
+from manyviews.objectives.losses import float32_island, softplus, with_gradient
 from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
-from manyviews.objectives.objective import (
-    Embeddings,
-    Ids,
-    Loss,
-    Objective,
-    ObjectiveSettings,
-    Population,
-    Stateless,
-    float32_island,
-    with_gradient,
-)
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 FEW = 32
-"""Positives of a row up to which a pass over the row for each is faster than searching among them."""
+"""Positives of a row up to which a pass over the row for each is faster than a search among them."""
 
 
 class Triplet(ObjectiveSettings):
-    """The triplet loss (Schroff et al. 2015, FaceNet), with negatives mined in the batches of all processes.
+    """Triplet loss (Schroff et al. 2015, FaceNet), with negatives from all ranks' batches.
 
     The defaults are FaceNet's: squared distances on the unit sphere, a margin of 0.2, semi-hard negatives for all
     positives. Batch-hard (Hermans et al. 2017) is sampling.name=hardest with squared=false, and soft=true for its soft
     margin.
     """
-
-    compares_embeddings: ClassVar[bool] = True
 
     name: Literal["triplet"] = "triplet"
     margin: float = Field(0.2, ge=0, le=1e4)
@@ -58,31 +48,31 @@ class Triplet(ObjectiveSettings):
         return self
 
     @property
-    def distance(self) -> Literal["cosine", "euclidean"]:
-        """On the unit sphere the cosine, which orders as the Euclidean distance does."""
-        return "cosine" if self.normalized else "euclidean"
+    def traits(self) -> Traits:
+        """On the unit sphere the cosine orders as the Euclidean distance does."""
+        return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Every embedding against all of the batch."""
-        return all_pairs(sizes, self.distance)
+        """Cost of every embedding against all of the batch."""
+        return all_pairs(sizes, self.traits.distance)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """The objective; it has no state: `seed` is of the triplets that are drawn."""
+        """Builds the objective; it has no state, and draws triplets by `seed`."""
         return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step))
 
 
 @float32_island
 def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int) -> Loss:
-    """The mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² in place of d where `squared`.
+    """Mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² instead of d if `squared`.
 
-    Anchors are all embeddings of this process, positives the other embeddings of the anchor's id and negatives those
-    of other ids, on all processes. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017
-    find best), or over all that were sampled (FaceNet's equation 3 is their sum); with a soft margin all are above.
-    Where there is none the loss and its gradient are zero.
+    Anchors are all embeddings of this rank, positives the other embeddings of the anchor's id and negatives those of
+    other ids, on all ranks. The mean is over the triplets whose loss is above zero (as Hermans et al. 2017 recommend),
+    or over all that were sampled (FaceNet's equation 3 is their sum); with a soft margin all are above. Without any
+    triplet the loss and its gradient are zero.
 
-    All triplets are counted without being listed: for each positive the negatives within its margin, by a pass over
-    the row, or by a search among the row's sorted positives where they are many. A soft margin, which every triplet
-    exceeds, always takes the passes.
+    With `all` the triplets are summed without being listed: for each positive the negatives within its margin, by a
+    pass over the row, or by a search among the row's sorted positives where they are many. A soft margin, which every
+    triplet exceeds, always takes the passes.
     """
     batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
     read = batch.squared_distances if settings.squared else batch.distances
@@ -91,9 +81,7 @@ def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: i
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)
         if triples.negatives is None:
-            total, active = all_triplets(
-                read(products), triples.positives, triples.chosen, batch.classes.mates(rows), margin
-            )
+            total, active = all_triplets(read(products), triples.positives, triples.chosen, batch.mates(rows), margin)
             counts = hardness(triples, batch, rows, products, torch.zeros_like(products, dtype=torch.bool))
             # Not listed one by one, the easy triples are those that are neither active nor hard.
             counts[2] = counts[0] - active.maximum(counts[1])
@@ -120,14 +108,10 @@ def all_triplets(
     mates: Int[Tensor, "rows members"],
     margin: float | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The sum of [d(a, p) − d(a, n) + margin]₊ over a row's positives and all its negatives, and how many are above 0.
+    """Sum of [d(a, p) − d(a, n) + margin]₊ over all triplets of some rows, and number above 0.
 
-    Args:
-        distances: of the anchors from all candidates.
-        positives: the places of each row's positives.
-        there: which of them there are.
-        mates: the places that are no negatives.
-        margin: None is a soft one.
+    `distances` are those of the anchors from all candidates, `positives` the indices of each row's positives with their
+    mask `there`, `mates` the indices that are no negatives. A margin of None is the soft one.
     """
     with torch.no_grad():
         # A positive at −∞ and a negative at ∞ are in no triplet that costs anything.
@@ -144,12 +128,11 @@ def all_triplets(
 
 
 def _excess(difference: Tensor, margin: float | None) -> Tensor:
-    # PyTorch's own threshold of 20 is 2e-9 off, which float64 sees.
-    return F.softplus(difference, threshold=40) if margin is None else (difference + margin).relu()
+    return softplus(difference) if margin is None else (difference + margin).relu()
 
 
 def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, number of active triplets, and the derivatives in the positives and in the negatives."""
+    """Sum, number of active triplets, and derivatives in the positives and in the negatives."""
     totals, counts = torch.zeros_like(own), torch.zeros_like(own)
     own_weights, weights = torch.zeros_like(own), torch.zeros_like(others)
     for column in range(own.shape[1]):
@@ -163,19 +146,19 @@ def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tenso
 
 
 def _by_search(limits: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, and the derivatives in the positives, which are counts of negatives, and in the negatives.
+    """Sum, and derivatives in the positives (counts of negatives) and in the negatives.
 
-    A negative at d is in an active triplet with each positive whose limit, its distance and the margin, is above d.
-    With the limits sorted these are all from a place on that a search finds: their number and, by cumulated sums from
-    the end, the sum of their limits give all that the negative costs at once.
+    A negative at d is in an active triplet with each positive whose limit, its distance plus the margin, is above d.
+    A search in the sorted limits finds the first of them: their number and, by cumulated sums from the end, the sum of
+    their limits give the loss of all triplets of the negative at once.
     """
     ordered, order = limits.sort(1)
     count = ordered.shape[1]
-    places = torch.searchsorted(ordered, others, right=True)
-    # From each place to the end; none from the last place. Limits of −∞ stand first and are above nothing.
+    firsts = torch.searchsorted(ordered, others, right=True)
+    # From each index to the end; 0 past the end. Limits of −∞ come first and are above nothing.
     sums = F.pad(ordered.flip(1).cumsum(1).flip(1), (0, 1))
-    weights = (count - places).to(others.dtype)
-    total = (sums.gather(1, places) - weights * others.where(places < count, 0)).sum()
-    found = torch.zeros_like(sums).scatter_add_(1, places, torch.ones_like(others))
-    own_weights = torch.zeros_like(limits).scatter_(1, order, found.cumsum(1)[:, :-1])
+    weights = (count - firsts).to(others.dtype)
+    total = (sums.gather(1, firsts) - weights * others.where(firsts < count, 0)).sum()
+    counts = torch.zeros_like(sums).scatter_add_(1, firsts, torch.ones_like(others))
+    own_weights = torch.zeros_like(limits).scatter_(1, order, counts.cumsum(1)[:, :-1])
     return total, own_weights, weights.neg_()

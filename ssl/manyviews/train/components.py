@@ -61,7 +61,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
             f"use train.chunk={smallest} or more, or an encoder without batch norm"
         )
     split, several = recipe.encoder.batch_norm_splits > 1, accelerator.num_processes > 1
-    shuffled = several and not split and recipe.objective.shuffles and has_batch_norm(encoder)
+    shuffled = several and not split and recipe.objective.traits.shuffles and has_batch_norm(encoder)
     # A batch norm that is split or shuffled is to see a part of the batch only: synchronising it would undo that.
     if several and not split and not shuffled and accelerator.device.type == "cuda":
         encoder = synchronised(encoder)
@@ -73,7 +73,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
     check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
-    twin = MomentumTwin(encoder) if recipe.objective.twin_momentum is not None else None
+    twin = MomentumTwin(encoder) if recipe.objective.traits.twin_momentum is not None else None
     optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
     forward, optimiser = wrap(accelerator, torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
     if names is not None:
@@ -130,9 +130,9 @@ def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition |
         raise ValueError(
             f"ids=labels takes negatives from other classes, and all {len(ids):,} images are of one class; {instead}"
         )
-    views = 1 if recipe.objective.splits_views else recipe.views.num_views
-    found = composition(order, ids, views=views, paired=recipe.objective.pairs_off)
-    if recipe.objective.negatives_from != "batch":
+    views = 1 if recipe.objective.traits.splits_views else recipe.views.num_views
+    found = composition(order, ids, views=views, paired=recipe.objective.traits.pairs_off)
+    if recipe.objective.traits.negatives_from != "batch":
         return found
     size, per_class = recipe.train.batch_size, recipe.train.images_per_class
     asked = f"train.batch_size={size}" + (f" and train.images_per_class={per_class}" if per_class else "")
@@ -159,9 +159,9 @@ def negatives_of(recipe: Recipe, images: Images, found: Composition | None, most
         found: what the batches hold.
         most: the objective's number where each image is a class of its own.
     """
-    if found is None or recipe.objective.negatives_from == "rows":
+    if found is None or recipe.objective.traits.negatives_from == "rows":
         return most
-    if recipe.objective.negatives_from == "queue":
+    if recipe.objective.traits.negatives_from == "queue":
         # What stands in the queue are images of all classes, by their shares.
         shares = label_names(images).bincount().double() / len(images)
         return round(most * (1 - shares.square().sum().item()))

@@ -141,8 +141,8 @@ def train_step(
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     objective.update(result.embeddings, result.ids, result.targets)
-    if twin is not None and recipe.objective.twin_momentum is not None:
-        twin.update(encoder, recipe.objective.twin_momentum)
+    if twin is not None and recipe.objective.traits.twin_momentum is not None:
+        twin.update(encoder, recipe.objective.traits.twin_momentum)
     return result
 
 

@@ -135,7 +135,9 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
     )
-    silent = "" if recipe.objective.bounds_information else "; it bounds no information, so the metrics hold none"
+    silent = (
+        "" if recipe.objective.traits.bounds_information else "; it bounds no information, so the metrics hold none"
+    )
     console.say(f"objective  {recipe.objective.name}{silent}")
     ids = len(train) if components.names is None else int(components.names.max()) + 1
     sizes = Sizes(ids, recipe.views.num_views, recipe.train.batch_size, components.encoder.dim, processes)

@@ -29,7 +29,7 @@ def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> t
     embedded = encode(components, queries_of(components, views), step, chunk)
     targets = None
     if components.twin is not None:
-        keys = views[1:] if components.recipe.objective.splits_views else views
+        keys = views[1:] if components.recipe.objective.traits.splits_views else views
         targets = _full(_encode_by_twin(components, keys, step, chunk))
     elif len(components.encoder.predictor):
         targets = embedded.projections.detach()
@@ -38,7 +38,7 @@ def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> t
 
 def queries_of(components: Components, views: Tensor) -> Tensor:
     """The views that pass the encoder, and not its twin."""
-    return views[:1] if components.recipe.objective.splits_views else views
+    return views[:1] if components.recipe.objective.traits.splits_views else views
 
 
 def encode(components: Components, queries: Tensor, step: int, chunk: int) -> Embedded:

@@ -1,6 +1,6 @@
-"""Which pairs and triplets of a batch are compared: an anchor's positives, and the negatives sampled for each."""
+"""Selection of the pairs and triplets of a batch: positives, and negatives sampled for each."""
 
-from manyviews.objectives.mining.batch import Batch, Classes, batch_of
+from manyviews.objectives.mining.batch import Batch, batch_of
 from manyviews.objectives.mining.hardness import hardness, shares
 from manyviews.objectives.mining.sampling import (
     All,
@@ -11,7 +11,6 @@ from manyviews.objectives.mining.sampling import (
     Random,
     Sampling,
     SemiHard,
-    Triples,
     choose,
     refuse_off_sphere,
 )
@@ -19,7 +18,6 @@ from manyviews.objectives.mining.sampling import (
 __all__ = [
     "All",
     "Batch",
-    "Classes",
     "DistanceWeighted",
     "Easiest",
     "Hard",
@@ -27,7 +25,6 @@ __all__ = [
     "Random",
     "Sampling",
     "SemiHard",
-    "Triples",
     "batch_of",
     "choose",
     "hardness",

@@ -1,4 +1,4 @@
-"""The embeddings of all processes as anchors and candidates: who is whose positive, who is whose negative, how far."""
+"""Anchors and candidates of a batch over all ranks: positives, negatives and distances."""
 
 from typing import NamedTuple
 
@@ -6,143 +6,106 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manyviews.engine import normalize, squared_distance_rows, unit_distance
-from manyviews.objectives.gathered import gather_views, share_of_mean
-from manyviews.objectives.objective import average
+from manyviews.engine import normalize, squared_distance_rows
+from manyviews.objectives.losses import average, gather_views, share_of_mean
+from manyviews.objectives.objective import Embeddings, Ids
 
 
-class Classes(NamedTuple):
-    """Which embeddings have which id, for the anchors of this process among the embeddings of all.
+class Batch(NamedTuple):
+    """Input of a loss of pairs: this rank's anchors, and the embeddings of all ranks.
 
-    An anchor's positives are the other embeddings with its id, its negatives those with another one. Both are listed
-    by arithmetic on the sorted ids, so that no table of all pairs is needed.
+    An anchor's positives are the other candidates with its id, its negatives those with another one. Both are listed by
+    arithmetic on the sorted ids, without a table of all pairs.
     """
 
+    anchors: Float[Tensor, "anchors width"]
+    candidates: Float[Tensor, "all width"]
+    normalized: bool
+    """Whether the products are cosines of unit rows; else they are squared distances."""
+    dim: int
+    """Of the embeddings."""
+    key: tuple[int, int]
+    """Seed and step: random draws depend on them and on indices in the whole batch."""
+    positive_similarity: Float[Tensor, ""]
+    """This rank's part of the mean cosine of the anchors and all their positives."""
     order: Int[Tensor, " all"]
-    """The places of all embeddings, those with the same id side by side."""
-    places: Int[Tensor, " anchors"]
-    """The place of each anchor among all."""
+    """Indices of the candidates, sorted by id."""
+    indices: Int[Tensor, " anchors"]
+    """Index of each anchor among the candidates."""
     seats: Int[Tensor, " anchors"]
-    """Where the anchor stands in `order`."""
+    """Position of each anchor in `order`."""
     starts: Int[Tensor, " anchors"]
-    """Where its id begins in `order`."""
+    """Position in `order` at which its id begins."""
     members: Int[Tensor, " anchors"]
-    """How many embeddings have its id, itself among them."""
+    """Number of candidates with its id, itself among them."""
     largest: int
-    """The members of the id that has most."""
+    """Maximum of `members`."""
 
     def mates(self, rows: slice) -> Int[Tensor, "rows members"]:
-        """The places of the embeddings with the anchors' ids, themselves among them; some repeated for equal width."""
+        """Indices of the embeddings with the anchors' ids, repeated for equal width."""
         columns = torch.arange(max(self.largest, 1), device=self.order.device)
         seats = self.starts[rows, None] + columns.minimum(self.members[rows, None] - 1)
         return self.order[seats]
 
     def positives(self, rows: slice) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
-        """The places of the anchors' positives, and which of them there are: rows with fewer are filled up."""
+        """Indices of the anchors' positives, and a mask of them: rows with fewer are padded."""
         columns = torch.arange(self.largest - 1 if self.largest else 0, device=self.order.device)
         seats = self.starts[rows, None] + columns
         seats = seats + (seats >= self.seats[rows, None])
         return self.order[seats.clamp(max=len(self.order) - 1)], columns < self.members[rows, None] - 1
 
     def negatives(self, rows: slice) -> Int[Tensor, " rows"]:
-        """How many negatives the anchors have."""
+        """Number of negatives of each anchor."""
         return len(self.order) - self.members[rows]
 
     def negative_at(self, rows: slice, shares: Float[Tensor, "rows positives"]) -> Int[Tensor, "rows positives"]:
-        """The places of the negatives that stand at these shares, in [0, 1), of the list of an anchor's negatives."""
+        """Indices of the negatives at these shares, in [0, 1), of each anchor's list of them."""
         count = self.negatives(rows)[:, None]
         # In float64: float32 has fewer numbers than a large batch has negatives.
         numbers = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
         seats = numbers + (numbers >= self.starts[rows, None]) * self.members[rows, None]
         return self.order[seats.clamp(max=len(self.order) - 1)]
 
-
-class Batch(NamedTuple):
-    """What a loss of pairs looks at: anchors, candidates, and how their products are read."""
-
-    anchors: Float[Tensor, "anchors width"]
-    candidates: Float[Tensor, "all width"]
-    classes: Classes
-    normalized: bool
-    """Whether the products are cosines of unit rows; else they are squared distances."""
-    dim: int
-    """Of the embeddings."""
-    key: tuple[int, int]
-    """Seed and step: with the places in the whole batch they decide what is drawn."""
-    positive_similarity: Float[Tensor, ""]
-    """This process's part of the mean cosine of the anchors and all their positives."""
-
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """Squared Euclidean distances, from products."""
+        """Squared Euclidean distances from products."""
         return 2 - 2 * products if self.normalized else products.clamp(min=0)
 
     def distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """Euclidean distances, from products; with a zero gradient where two rows coincide, where a root has none."""
-        if self.normalized:
-            return unit_distance(products)
-        return products.clamp(min=torch.finfo(products.dtype).eps).sqrt()
+        """Euclidean distances from products; with a zero gradient where rows coincide."""
+        return self.squared_distances(products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
 
     def nearness(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        """A number that grows as the distance falls, without gradient."""
+        """A number that falls as the distance grows, without gradient."""
         return products.detach() if self.normalized else -products.detach()
 
     def terms(self) -> dict[str, Tensor]:
-        """The figures that every loss of pairs reports: the mean cosine of positives, and negatives of each anchor."""
-        negatives = self.classes.negatives(slice(None)).to(self.anchors.dtype)
+        """Terms of every loss of pairs: the mean cosine of positives, and the number of negatives."""
+        negatives = self.negatives(slice(None)).to(self.anchors.dtype)
         return {"positive_similarity": self.positive_similarity, "negatives": average(negatives)}
 
 
-def batch_of(
-    embeddings: Float[Tensor, "views batch dim"],
-    ids: Int[Tensor, " batch"],
-    *,
-    normalized: bool,
-    seed: int,
-    step: int,
-) -> Batch:
-    """This process's embeddings as anchors, and those of all processes as candidates; collective.
+def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, step: int) -> Batch:
+    """Makes anchors of this rank's embeddings, and candidates of those of all ranks; collective.
 
-    Args:
-        embeddings: of any length.
-        ids: equal for positives.
-        normalized: compare points on the unit sphere; else the embeddings as they are.
-        seed: of what is drawn.
-        step: of what is drawn.
+    Compares points on the unit sphere if `normalized`, else the embeddings as they are.
     """
     unit = normalize(embeddings)
     used = unit if normalized else embeddings.to(unit.dtype)
-    gathered = gather_views(used, ids)
-    classes = classes_of(gathered.ids, gathered.own)
-    anchors, candidates = used.flatten(0, 1), gathered.rows
-    if not normalized:
-        anchors, candidates = squared_distance_rows(anchors, candidates)
-    return Batch(
-        anchors,
-        candidates,
-        classes,
-        normalized,
-        embeddings.shape[2],
-        (seed, step),
-        _mean_cosine(unit.detach().flatten(0, 1), normalize(gathered.rows.detach()), gathered.ids, classes),
-    )
-
-
-def classes_of(ids: Int[Tensor, " all"], own: Int[Tensor, " anchors"]) -> Classes:
-    """The classes of some ids, for the anchors at the places `own`."""
+    candidates, ids, own = gather_views(used, ids)
     ordered, order = ids.sort(stable=True)
     seats = torch.empty_like(order)
     seats[order] = torch.arange(len(order), device=order.device)
-    wanted = ids[own]
-    starts = torch.searchsorted(ordered, wanted)
-    members = torch.searchsorted(ordered, wanted, right=True) - starts
+    starts = torch.searchsorted(ordered, ids[own])
+    members = torch.searchsorted(ordered, ids[own], right=True) - starts
     # The width of the lists has to be known on the host; it is the same for all tiles.
     largest = int(members.max()) if len(members) else 0
-    return Classes(order, own, seats[own], starts, members, largest)
-
-
-def _mean_cosine(anchors: Tensor, rows: Tensor, ids: Tensor, classes: Classes) -> Tensor:
-    """By the sums of each class: similarities with all of a class add up to that with its sum."""
-    values, numbers = ids.unique(return_inverse=True)
-    sums = rows.new_zeros(len(values), rows.shape[1]).index_add(0, numbers, rows)
-    total = (anchors * (sums[numbers[classes.places]] - anchors)).sum()
-    return share_of_mean(total, (classes.members - 1).sum())
+    # Cosines with all of a class add up to that with its sum.
+    anchors, rows = unit.detach().flatten(0, 1), normalize(candidates.detach())
+    classes, index = ids.unique(return_inverse=True)
+    sums = rows.new_zeros(len(classes), rows.shape[1]).index_add(0, index, rows)
+    similarity = share_of_mean((anchors * (sums[index[own]] - anchors)).sum(), (members - 1).sum())
+    anchors = used.flatten(0, 1)
+    if not normalized:
+        anchors, candidates = squared_distance_rows(anchors, candidates)
+    by_id = (order, own, seats[own], starts, members, largest)
+    return Batch(anchors, candidates, normalized, embeddings.shape[2], (seed, step), similarity, *by_id)

@@ -1,4 +1,4 @@
-"""How hard the triples of a batch are: the shares of easy, semi-hard and hard ones, and what sampling did without."""
+"""Difficulty of the triples of a batch: shares of easy, semi-hard and hard ones."""
 
 import math
 
@@ -14,18 +14,14 @@ from manyviews.objectives.mining.sampling import DistanceWeighted, Sampling, Sem
 def hardness(
     triples: Triples, batch: Batch, rows: slice, products: Float[Tensor, "rows all"], idle: Bool[Tensor, "rows second"]
 ) -> Float[Tensor, "3"]:
-    """How many triples some anchors have, how many of them are hard, and how many easy; the others are semi-hard.
+    """Counts all, hard and easy triples of some anchors; the others are semi-hard.
 
-    As Schroff et al. 2015, section 3.2, name them: a negative is semi-hard that is farther than the positive, but
-    within the margin, so that the triple still costs something. A nearer one is hard, and so is, as in
-    pytorch-metric-learning, one at the same distance; a farther one that costs nothing is easy.
+    As Schroff et al. 2015, section 3.2, define them: a semi-hard negative is farther than the positive, but within the
+    margin, so that the triple still has a loss. A nearer one is hard, and so is, as in pytorch-metric-learning, one at
+    the same distance; a farther one without a loss is easy.
 
-    Args:
-        triples: what `choose` gave.
-        batch: their batch.
-        rows: their anchors.
-        products: of these anchors with all candidates.
-        idle: which negatives cost nothing: one for each positive, or, where all are compared, one for each candidate.
+    `products` are those of the anchors `rows` with all candidates. `idle` are the negatives without a loss: one for
+    each positive, or, where all are compared, one for each candidate.
     """
     nearness = batch.nearness(products)
     own = nearness.gather(1, triples.positives)
@@ -33,19 +29,19 @@ def hardness(
         hard = nearness.gather(1, triples.negatives) >= own
         counts = [triples.chosen.sum(), (hard & triples.chosen).sum(), (~hard & idle & triples.chosen).sum()]
         return torch.stack(counts).to(products.dtype)
-    mates, positives = batch.classes.mates(rows), triples.chosen.sum(1)
+    mates, positives = batch.mates(rows), triples.chosen.sum(1)
     # For each negative, how many positives are no nearer than it.
     limits = own.masked_fill(~triples.chosen, math.inf).sort(1).values
     harder = torch.searchsorted(limits, nearness, right=True).scatter_(1, mates, 0)
     easy = (positives[:, None] - harder).where(idle, 0).scatter_(1, mates, 0)
-    count = (positives * batch.classes.negatives(rows)).sum()
+    count = (positives * batch.negatives(rows)).sum()
     return torch.stack([count, harder.sum(), easy.sum()]).to(products.dtype)
 
 
 def shares(sampling: Sampling, figures: Float[Tensor, "6"]) -> dict[str, Tensor]:
-    """The terms that mining adds to a loss, from the sums of `Triples.figures` and of `hardness` over the whole batch.
+    """Terms that mining adds to a loss, from sums of `Triples.figures` and of `hardness`.
 
-    `easy`, `semi_hard` and `hard` are shares of the triples that are compared, the others of the positive pairs.
+    `easy`, `semi_hard` and `hard` are shares of the compared triples, the others of the positive pairs.
     """
     pairs, without, fallback, count, hard, easy = figures
     pairs, triples = pairs.clamp(min=1), count.clamp(min=1)

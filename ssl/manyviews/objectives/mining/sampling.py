@@ -1,6 +1,7 @@
-"""The ways to sample, chosen by name, and the triples of anchor, positive and negative that they give."""
+"""Samplers, chosen by name, of triples of anchor, positive and negative."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -11,19 +12,20 @@ from torch.nn import functional as F
 
 from manyviews.config import Settings
 from manyviews.objectives.mining.batch import Batch
-from manyviews.objectives.mining.distance_weighted import draw
 from manyviews.system.keyed_random import uniform
 
 FEW = 32
 """Positives of a row up to which a pass over the row for each is faster than sorting the row once."""
 POSITIVES, NEGATIVES = 0, 1
 """Two streams of random numbers."""
+EXCLUDED = 1e30
+"""Subtracted from the log-weights of non-candidates: their weights are exactly 0."""
 
 Which = Literal["all", "random", "easy", "hard"]
 
 
 class Sampler(Settings):
-    """What all ways to sample have in common."""
+    """What all samplers have in common."""
 
     positives: Which = "all"
     """Of each anchor: all, one at random, the nearest (easy) or the farthest (hard)."""
@@ -108,52 +110,103 @@ Sampling = Annotated[All | Random | Easiest | SemiHard | Hard | Hardest | Distan
 
 
 class Triples(NamedTuple):
-    """The places of the positives and negatives that some anchors are compared with."""
+    """Indices of the positives and negatives of some anchors."""
 
     positives: Int[Tensor, "rows positives"]
     negatives: Int[Tensor, "rows positives"] | None
     """One for each positive; None: all."""
     chosen: Bool[Tensor, "rows positives"]
-    """Which of them there are: not every anchor has as many positives, and not each of these a negative."""
+    """Mask of the triples that exist: anchors may have fewer positives, and positives no negative."""
     figures: Float[Tensor, "3"]
-    """Positive pairs; those without a negative; those whose negative is no candidate of the sampling (a fallback)."""
+    """Numbers of positive pairs, of those without a negative, and of those whose negative is a fallback."""
+
+    def pairs(
+        self, batch: Batch, rows: slice, products: Float[Tensor, "rows all"], push: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "rows positives"], Float[Tensor, "rows negatives"], Int[Tensor, ""]]:
+        """Products of positive pairs, `push` of those of negative pairs, number of negative pairs.
+
+        Each pair of the triples counts once; pairs that are not in the triples are pushed by 0.
+        """
+        if self.negatives is None:
+            compared = self.chosen.any(1)
+            pushes = push(products).scatter(1, batch.mates(rows), 0) * compared[:, None]
+            return products.gather(1, self.positives), pushes, (batch.negatives(rows) * compared).sum()
+        near, far = products.gather(1, torch.cat([self.positives, self.negatives], 1)).tensor_split(2, 1)
+        return near, push(far).where(self.chosen, 0), self.chosen.sum()
 
 
+@torch.no_grad()
 def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor, "rows all"]) -> Triples:
-    """The triples of some anchors, from their products with all candidates: a pure function, without gradient.
+    """Samples the triples of some anchors from their products with all candidates; no gradient.
 
-    What is random depends on the seed, the step and the places of anchor and positive in the whole batch alone.
+    Random draws depend only on the seed, the step and the indices of anchor and positive in the whole batch.
     """
-    with torch.no_grad():
-        classes, nearness = batch.classes, batch.nearness(products)
-        positives, there = _positives(sampling.positives, batch, rows, nearness)
-        some = classes.negatives(rows)[:, None] > 0
-        found, drawn = some.expand_as(there), torch.zeros_like(there)
-        negatives: Tensor | None = None
-        if positives.numel():
-            negatives, found, drawn = _negatives(sampling, batch, rows, nearness, positives, found, drawn)
-        chosen = there & found
-        figures = [there.sum(), (there & ~found).sum(), (chosen & drawn).sum()]
-        return Triples(positives, negatives, chosen, torch.stack(figures).to(products.dtype))
+    nearness = batch.nearness(products)
+    positives, there = _positives(sampling.positives, batch, rows, nearness)
+    negatives, available, fallback = _negatives(sampling, batch, rows, nearness, positives)
+    chosen = there & available
+    figures = [there.sum(), (there & ~available).sum(), (chosen & fallback).sum()]
+    return Triples(positives, negatives, chosen, torch.stack(figures).to(products.dtype))
 
 
 def refuse_off_sphere(sampling: Sampling, normalized: bool) -> None:
-    """Raises ValueError for distance-weighted sampling of points that are not on the unit sphere."""
+    """Raises ValueError for distance-weighted sampling of points off the unit sphere."""
     if isinstance(sampling, DistanceWeighted) and not normalized:
         raise ValueError(
-            "sampling=distance_weighted knows how distances are spread on the unit sphere only; set normalized=true, "
-            "or use another sampling"
+            "sampling=distance_weighted needs the density of distances on the unit sphere; set normalized=true, or use "
+            "another sampling"
         )
 
 
+def log_weights(cosines: Float[Tensor, "*pairs"], dim: int, cutoff: float) -> Float[Tensor, "*pairs"]:
+    """Log of min(λ, 1 / q(d)), up to a constant, from cosines (Wu et al. 2017, section 4.1).
+
+    q(d) ∝ d^(n−2) (1 − d²/4)^((n−3)/2) is the density of the distance of two points that are uniform on the sphere in n
+    dimensions. λ is given as a distance, as in the authors' code: pairs nearer than `cutoff` weigh as those at it. With
+    d² = 2 − 2s the factors are powers of 1 − s and of 1 + s. Where the second one is singular, in two dimensions at
+    opposite points, these count as a little less far apart.
+    """
+    least = torch.finfo(cosines.dtype).eps
+    cosines = cosines.clamp(least - 1, 1 - cutoff**2 / 2)
+    near, far = (1 - cosines).log_(), (1 + cosines).log_()
+    return near.mul_(1 - dim / 2).add_(far, alpha=(3 - dim) / 2)
+
+
+def draw(
+    sampling: DistanceWeighted,
+    cosines: Float[Tensor, "rows all"],
+    mates: Int[Tensor, "rows members"],
+    shares: Float[Tensor, "rows positives"],
+    dim: int,
+) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
+    """Draws indices for each row by its weights, with a mask: false if a row has no candidate.
+
+    Candidates are all but the row's `mates`, nearer than `farthest`. The weights are divided by the largest of the
+    row's candidates: by the largest of all rows, as in the authors' code, a row whose candidates are far would have
+    only zeros. A draw is the index at which the cumulated weights first exceed a uniform share of their sum.
+    """
+    bound = -math.inf if sampling.farthest is None else 1 - sampling.farthest**2 / 2
+    # In floating point: comparisons and masks take many times as long on a CPU.
+    candidates = (cosines - bound).relu_().sign_().scatter_(1, mates, 0)
+    weights = log_weights(cosines, dim, sampling.cutoff).mul_(candidates).add_(candidates - 1, alpha=EXCLUDED)
+    highest = weights.amax(1, keepdim=True)
+    weights.sub_(highest).exp_()
+    cumulated = weights.cumsum(1)
+    sums = cumulated[:, -1:]
+    targets = (shares.to(sums.dtype) * sums).minimum(torch.nextafter(sums, torch.zeros_like(sums)))
+    drawn = torch.searchsorted(cumulated, targets, right=True).clamp(max=cosines.shape[1] - 1)
+    # A device that adds in parallel may cumulate a little of what has no weight: that is no candidate either.
+    return drawn, (weights.gather(1, drawn) > 0) & (highest > -EXCLUDED / 2)
+
+
 def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tuple[Tensor, Tensor]:
-    classes = batch.classes
-    positives, there = classes.positives(rows)
+    """Indices of the positives, and a mask of those that exist."""
+    positives, there = batch.positives(rows)
     if which == "all" or not positives.numel():
         return positives, there
     if which == "random":
-        shares = uniform(classes.places[rows, None], *batch.key, POSITIVES)
-        count = classes.members[rows, None] - 1
+        shares = uniform(batch.indices[rows, None], *batch.key, POSITIVES)
+        count = batch.members[rows, None] - 1
         column = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
     else:
         sign = 1 if which == "easy" else -1
@@ -162,57 +215,51 @@ def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tup
 
 
 def _negatives(
-    sampling: Sampling,
-    batch: Batch,
-    rows: slice,
-    nearness: Tensor,
-    positives: Tensor,
-    found: Tensor,
-    drawn: Tensor,
+    sampling: Sampling, batch: Batch, rows: slice, nearness: Tensor, positives: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """A negative for each positive, whether there is one, and whether it is a fallback for want of candidates."""
-    classes = batch.classes
+    """Index of a negative for each positive (None: all), masks of existing ones and fallbacks."""
+    available = (batch.negatives(rows)[:, None] > 0).expand_as(positives)
+    none = torch.zeros_like(positives, dtype=torch.bool)
+    if isinstance(sampling, All) or not positives.numel():
+        return None, available, none
+    mates = batch.mates(rows)
     match sampling:
-        case All():
-            return None, found, drawn
         case Easiest():
-            return _easiest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
+            return _easiest(nearness, mates).expand_as(positives), available, none
         case Hardest():
-            return _hardest(nearness, classes.mates(rows)).expand_as(positives), found, drawn
+            return _hardest(nearness, mates).expand_as(positives), available, none
         case Hard():
-            nearest = _hardest(nearness, classes.mates(rows)).expand_as(positives)
-            return nearest, found & (nearness.gather(1, nearest) > nearness.gather(1, positives)), drawn
+            nearest = _hardest(nearness, mates).expand_as(positives)
+            return nearest, available & (nearness.gather(1, nearest) > nearness.gather(1, positives)), none
         case SemiHard():
-            mates, own = classes.mates(rows), nearness.gather(1, positives)
-            others = nearness.scatter(1, mates, -math.inf)
+            own, others = nearness.gather(1, positives), nearness.scatter(1, mates, -math.inf)
             negatives = _next_farther(others, own)
             value = others.gather(1, negatives)
             farther = (value < own) & (value > -math.inf)
             if sampling.fallback is None:
-                return negatives, farther, drawn
+                return negatives, farther, none
             fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
-            return negatives.where(farther, fallback), found, ~farther
-    shares = uniform(classes.places[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
-    anywhere = classes.negative_at(rows, shares)
-    if isinstance(sampling, Random):
-        return anywhere, found, drawn
-    mates = classes.mates(rows)
-    places, candidates = draw(nearness, mates, shares, batch.dim, sampling.cutoff, sampling.farthest)
-    return places.where(candidates, anywhere), found, ~candidates
+            return negatives.where(farther, fallback), available, ~farther
+    shares = uniform(batch.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
+    anywhere = batch.negative_at(rows, shares)
+    if not isinstance(sampling, DistanceWeighted):
+        return anywhere, available, none
+    drawn, candidates = draw(sampling, nearness, mates, shares, batch.dim)
+    return drawn.where(candidates, anywhere), available, ~candidates
 
 
 def _easiest(nearness: Tensor, mates: Tensor) -> Tensor:
-    """The place of each row's farthest negative, as a column."""
+    """Index of each row's farthest negative, as a column."""
     return nearness.scatter(1, mates, math.inf).argmin(1, keepdim=True)
 
 
 def _hardest(nearness: Tensor, mates: Tensor) -> Tensor:
-    """The place of each row's nearest negative, as a column."""
+    """Index of each row's nearest negative, as a column."""
     return nearness.scatter(1, mates, -math.inf).argmax(1, keepdim=True)
 
 
 def _next_farther(others: Tensor, own: Tensor) -> Tensor:
-    """For each of a row's own numbers the place of the largest of the others that is below it, where there is one."""
+    """Index of the largest of the others below each of a row's own numbers, if there is one."""
     if own.shape[1] <= FEW:
         # A threshold in place of a mask: a mask takes thirty times as long on a CPU.
         gaps = (F.threshold(own[:, [column]] - others, 0, math.inf) for column in range(own.shape[1]))

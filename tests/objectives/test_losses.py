@@ -2,7 +2,7 @@
 
 import torch
 
-from manyviews.objectives.gathered import gather_views, share_of_mean
+from manyviews.objectives.losses import gather_views, share_of_mean
 
 
 def test_one_process_has_its_own_views_in_their_order() -> None:

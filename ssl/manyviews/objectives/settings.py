@@ -1,0 +1,93 @@
+"""What the settings of all objectives have in common."""
+
+import warnings
+from abc import abstractmethod
+from typing import Annotated, Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from manyviews.config import Settings
+from manyviews.objectives.cost import Cost, Distance, Sizes
+from manyviews.objectives.objective import Objective
+
+
+class Population(NamedTuple):
+    """All training images, as far as an objective may use them before the first step."""
+
+    ids: Int[Tensor, " images"]
+    """Id of each image: its own number, or that of its class; from 0, without gaps."""
+    values: Float[Tensor, "images numbers"] | None = None
+    """Continuous labels of each image, where the recipe has them."""
+
+    @property
+    def size(self) -> int:
+        """Number of distinct ids."""
+        return int(self.ids.max()) + 1
+
+
+class Traits(NamedTuple):
+    """What the rest of the package needs to know of an objective, beside its loss and its cost."""
+
+    negatives_from: Literal["batch", "queue", "rows"] = "batch"
+    """Source of an anchor's negatives: the embeddings of the batch, a queue of the last batches, or one row per id."""
+    pairs_off: bool = False
+    """Whether embeddings of an id are paired off, with only the second ones of other pairs as negatives."""
+    fewest_views: int = 1
+    """Minimum number of views of each image."""
+    most_views: int | None = None
+    """Maximum number of views of each image; None: unbounded."""
+    images_only: str | None = None
+    """Why `ids=labels` is not supported, as a clause about the objective; None: ids may be classes."""
+    uses_values: Literal["always", "if given"] | None = None
+    """Whether it takes the recipe's `values`, the continuous labels of images."""
+    compares_embeddings: bool = False
+    """Whether embeddings are trained to be compared with each other. Then they, and not the backbone's features, are
+    used for retrieval, clustering and verification."""
+    distance: Distance = "cosine"
+    """Distance by which embeddings are compared: the cosine, or the Euclidean distance of unnormalized embeddings."""
+    noise: int = 0
+    """Rows drawn as noise in a step, for all anchors or for each; 0: none."""
+    one_draw: bool = True
+    """Whether all anchors share one draw of noise."""
+    follows_images: bool = False
+    """Whether its state has `rows`, one per image, that follow the projector's embeddings."""
+    twin_momentum: float | None = None
+    """Share of its old weights that a momentum twin keeps at each step; None: there is no twin."""
+    bounds_information: bool = False
+    """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+    splits_views: bool = False
+    """Whether the encoder gets view 0 only and the twin view 1 only, instead of both views each."""
+    shuffles: bool = False
+    """Whether images are shuffled over the ranks for the twin, so that its batch norms get other batches."""
+
+
+class ObjectiveSettings(Settings):
+    """Base class of objectives' settings: builds the objective, and describes it."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the package needs to know; a class variable, or a property of the settings."""
+        return Traits()
+
+    @abstractmethod
+    def build(self, *, dim: int, population: Population, seed: int) -> Objective:
+        """Builds the objective for embeddings of `dim` dimensions; it is random by `seed` alone."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost:
+        """Cost of a step on each rank."""
+
+
+def _warn_if_tiny(temperature: float) -> float:
+    if temperature < 0.01:
+        warnings.warn(
+            f"temperature {temperature} is below 0.01: only the hardest negative of each anchor will count; "
+            "0.05 to 0.5 is usual",
+            stacklevel=2,
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(gt=0, le=1e4), AfterValidator(_warn_if_tiny)]
