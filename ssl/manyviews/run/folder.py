@@ -242,14 +242,14 @@ def check_content(folder: Path, *, resume: bool) -> None:
 
 def _check_shared(folder: Path) -> None:
     """Every process leaves a token of this start, and the first one must find all of them."""
-    start = distributed.all_gather_strings(secrets.token_hex(8))[0]
+    start = distributed.all_gather_object(secrets.token_hex(8))[0]
     own = folder / f"{START}{start}-{distributed.rank()}"
     try:
         with raise_on_all_ranks():
             make_folder(folder, folder)
             open_new(own).close()
         there = [(folder / f"{START}{start}-{number}").exists() for number in range(distributed.world_size())]
-        seen = json.loads(distributed.all_gather_strings(json.dumps(there))[0])
+        seen = distributed.all_gather_object(there)[0]
     finally:
         remove(own)
     absent = [str(number) for number, found in enumerate(seen) if not found]

@@ -5,7 +5,7 @@ Tensors that travel may have another first axis on every process, empty ones inc
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _meters: list["Traffic"] = []
+T = TypeVar("T")
 FORESEEN = (OSError, ValueError, KeyError, SafetensorError)
 """What a damaged checkpoint, a full disk or a wrong setting raises; anything else is a fault of the program."""
 
@@ -156,23 +157,12 @@ def from_first_rank(value: float) -> float:
     return float(number.item())
 
 
-def all_gather_strings(text: str) -> list[str]:
-    """What each process says, in rank order."""
-    # surrogatepass: it may be the name of a file, which need not be valid UTF-8.
-    return [
-        content.decode("utf-8", "surrogatepass") for content in all_gather_bytes(text.encode("utf-8", "surrogatepass"))
-    ]
-
-
-def all_gather_bytes(content: bytes) -> list[bytes]:
-    """The bytes that each process has, in rank order."""
-    if world_size() == 1:
-        return [content]
-    letters = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    letters = letters.to(_device())
-    lengths = counts(len(letters))
-    pieces = gather_without_gradient(letters, lengths).cpu().split(lengths)
-    return [piece.numpy().tobytes() for piece in pieces]
+def all_gather_object(value: T) -> list[T]:
+    """All-gathers a picklable value; returns one per rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
@@ -190,7 +180,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         problem = raised
     kind = "" if problem is None else "foreseen" if isinstance(problem, FORESEEN) else "fault"
     words = "" if problem is None else str(problem) or type(problem).__name__
-    problems = [text.split("\n", 1) for text in all_gather_strings(f"{kind}\n{words}")]
+    problems = all_gather_object((kind, words))
     # A fault anywhere is a fault everywhere: where damage is passed over, all pass over it or none does.
     for worst, error in (("fault", RuntimeError), ("foreseen", OSError)):
         if problem is not None and kind == worst:

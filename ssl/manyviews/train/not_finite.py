@@ -1,6 +1,5 @@
 """Steps that are skipped because a number is not finite: they leave no trace, and are told of in a report."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -142,8 +141,7 @@ class Skips:
 
 def in_words(found: Skipped) -> str:
     """What was not finite on any process; the same on all of them, collective."""
-    own = json.dumps([found.terms, found.gradients, found.weights])
-    seen = zip(*(json.loads(text) for text in distributed.all_gather_strings(own)), strict=True)
+    seen = zip(*distributed.all_gather_object((found.terms, found.gradients, found.weights)), strict=True)
     # Each name once, whichever process it comes from.
     terms, gradients, weights = (list(dict.fromkeys(chain.from_iterable(part))) for part in seen)
     said = [f"the loss ({', '.join(terms)})"] if terms else []
@@ -169,7 +167,7 @@ def _write_report(folder: Path, found: Skipped, in_a_row: int, names: Sequence[s
             for number, views, embeddings in images[:MOST_NAMED]
         ],
     }
-    processes = [json.loads(text) for text in distributed.all_gather_strings(json.dumps(own))]
+    processes = distributed.all_gather_object(own)
     content = {"step": found.step, "epoch": found.epoch, "skipped_in_a_row": in_a_row, "processes": processes}
     written = False
     if distributed.rank() == 0:

@@ -1,6 +1,5 @@
 """Before a run begins: its recipe, images, memory and disk are verified by two real steps and a checkpoint of them."""
 
-import json
 import os
 import resource
 import shutil
@@ -10,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -63,9 +62,8 @@ def check(recipe: Recipe) -> None:
     for name, found in rows.items():
         table.add_row(name, found)
     console.rich.print(table)
-    everywhere = [json.loads(text) for text in distributed.all_gather_strings(json.dumps(problems))]
-    if any(everywhere):
-        raise ValueError("\n".join(dict.fromkeys(line for lines in everywhere for line in lines)))
+    if everywhere := dict.fromkeys(chain.from_iterable(distributed.all_gather_object(problems))):
+        raise ValueError("\n".join(everywhere))
 
 
 def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
@@ -197,7 +195,7 @@ def _folder_beside(folder: Path) -> Iterator[Path]:
         if distributed.rank() == 0:
             existing = next(place for place in folder.absolute().parents if place.is_dir())
             place = tempfile.mkdtemp(prefix=".check-", dir=existing)
-    made = Path(distributed.all_gather_strings(place)[0])
+    made = Path(distributed.all_gather_object(place)[0])
     try:
         yield made
         distributed.barrier()

@@ -69,8 +69,8 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
 
 def _listed(place: Path) -> list[str]:
     """The folders, newest first, as the first process sees them: a shared file system may show others less."""
-    known = map(_known_by, reversed(steps(place, replaced=True)))
-    return distributed.all_gather_strings("\n".join(filter(None, known)))[0].splitlines()
+    known = list(filter(None, map(_known_by, reversed(steps(place, replaced=True)))))
+    return distributed.all_gather_object(known)[0]
 
 
 def _known_by(folder: Path) -> str:

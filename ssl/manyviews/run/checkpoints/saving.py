@@ -1,6 +1,5 @@
 """Writing a checkpoint beside training: the copy is taken in a step, and a thread waits for the disk."""
 
-import json
 import math
 import shutil
 import threading
@@ -192,8 +191,8 @@ class Saver:
     def _manifest(self, own: Mapping[str, File]) -> Manifest:
         """The manifest of the files that all processes have written; collective."""
         files: dict[str, File] = {}
-        for text in distributed.all_gather_strings(json.dumps({name: file.model_dump() for name, file in own.items()})):
-            files |= {name: File(**values) for name, values in json.loads(text).items()}
+        for written in distributed.all_gather_object(dict(own)):
+            files |= written
         return Manifest(
             step=self._saved.step,
             processes=distributed.world_size(),
@@ -262,10 +261,9 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
     Raises:
         ValueError: naming what is not finite, on all processes.
     """
-    told = [text for text in distributed.all_gather_strings(", ".join(not_finite(named)[:3])) if text]
-    if told:
+    if names := next(filter(None, distributed.all_gather_object(not_finite(named)[:3])), None):
         raise ValueError(
-            f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "
+            f"after step {step:,} the weights are no longer finite ({', '.join(names)}), and they are not saved; "
             f"{way_on(place)} with a lower rate or in fp32"
         )
 
