@@ -78,7 +78,13 @@ def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     quiet = Console(quiet=True)
     run = open_run(setup._replace(components=tried), place, quiet) if first else None
     try:
-        step = train(tried, split.train, order, found, Session(run, Saver(place / CHECKPOINTS, keep=1), quiet, Stop()))
+        step = train(
+            tried,
+            split.train,
+            order,
+            found,
+            Session(run, Saver(place / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop()),
+        )
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem

@@ -26,7 +26,7 @@ from manyviews.train.cached_gradients import cached_gradient, finite_views, num_
 from manyviews.train.components import Components
 from manyviews.train.not_finite import Guard, Skipped
 from manyviews.train.recorder import Recorder
-from manyviews.train.session import Session, end, open_on_first_rank, open_session
+from manyviews.train.session import Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
 from manyviews.train.step import StepResult, average_gradients, buffers_of, embed, restore_buffers
 from manyviews.views import MEAN, STD
@@ -60,11 +60,12 @@ def _run(
     setup = make_setup(recipe, accelerator, folder, console)
     components, images, order, found = setup.components, setup.split.train, setup.order, setup.found
     compile_encoder(components, images, order, found.step if found else 0)
-    run = open_on_first_rank(partial(open_run, setup, folder, console, header, lock_again))
-    describe(setup, folder, console)
-    saver = Saver(folder / CHECKPOINTS, keep=recipe.train.keep, keep_best=recipe.train.keep_best)
-    with open_session(run, saver, console) as session:
+    settings = recipe.train
+    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
+    with open_session(partial(open_run, setup, folder, console, header, lock_again), saver, console) as session:
+        describe(setup, folder, console)
         step = train(components, images, order, found, session)
+    run = session.run
     place, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
     with raise_on_all_ranks():
         if run is not None and session.stop.signal is None:
@@ -104,7 +105,7 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
             progress = budget.progress(step)
             recorder.log(step, progress, result)
     recorder.save(step)
-    session.finish_saver()
+    session.saver.finish()
     return step
 
 

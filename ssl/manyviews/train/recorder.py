@@ -85,7 +85,7 @@ class Recorder:
     def save_if_due(self, step: int, *, best: bool) -> None:
         """Goes on with the checkpoint that is being written, and saves every `train.save_minutes` and what is best."""
         saver = self._session.saver
-        self._session.poll_saver()
+        saver.poll()
         # After the first step: before it, an optimiser keeps nothing yet.
         if step == self._begun + 1:
             lacking = saver.room_warning(state_of(self._components, self._images, step, {}))

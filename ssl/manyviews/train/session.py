@@ -41,28 +41,14 @@ class Session(NamedTuple):
         check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.place)
         self.saver.begin(checkpoint, before=self.run.sync if self.run is not None else None)
 
-    def poll_saver(self) -> None:
-        """Goes on with the checkpoint that is being written, and passes on what there is to say of it."""
-        for news in self.saver.poll():
-            self.console.warn(news)
 
-    def finish_saver(self) -> None:
-        """Waits for the last checkpoint; raises OSError if it could not be written."""
-        for news in self.saver.finish():
-            self.console.warn(news)
-
-
-def open_on_first_rank(open_run: Callable[[], Run]) -> Run | None:
-    """Opens the folder of a run on the first process; collective."""
+@contextmanager
+def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) -> Iterator[Session]:
+    """Opens the run folder on rank 0 and handles signals; an error abandons the save and closes the folder."""
     # No process may look at the folder after the first one has begun to write to it.
     distributed.barrier()
     with raise_on_all_ranks():
-        return open_run() if distributed.rank() == 0 else None
-
-
-@contextmanager
-def open_session(run: Run | None, saver: Saver, console: Console) -> Iterator[Session]:
-    """Hears signals while the steps are taken; an error gives up what is being saved and closes the folder."""
+        run = open_run() if distributed.rank() == 0 else None
     try:
         with Stop() as stop:
             yield Session(run, saver, console, stop)

@@ -3,6 +3,7 @@
 import math
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -34,20 +35,24 @@ class Saver:
     process, leaves the older checkpoints whole; a save that fails leaves nothing behind, and the run goes on.
     """
 
-    def __init__(self, place: Path, *, keep: int = 2, keep_best: bool = True) -> None:
-        """Prepares to write `place/step-…`.
+    def __init__(
+        self,
+        place: Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = True,
+        warn: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        """Saves to `place/step-…`, the same folder on all ranks; keeps the `keep` newest and the best checkpoint.
 
-        Args:
-            place: the folder of checkpoints, the same one for all processes.
-            keep: how many of the newest stay.
-            keep_best: whether the one with the highest score stays too.
+        `warn` is called when a save fails, and when one succeeds again.
 
         Raises:
             ValueError: if `keep` is below 1.
         """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must stay, or nothing could be resumed")
-        self.place, self.keep, self.keep_best = place, keep, keep_best
+        self.place, self.keep, self.keep_best, self._warn = place, keep, keep_best, warn
         self.problem: Exception | None = None
         """Why the last save failed; None if it did not."""
         self.failures = 0
@@ -57,7 +62,6 @@ class Saver:
         self._work: Future[dict[str, File] | None] | None = None
         """What a thread is doing: first it writes this process's files, then the first process's publishes them all."""
         self._room = 0
-        self._news: list[str] = []
 
     @property
     def under_way(self) -> bool:
@@ -83,11 +87,10 @@ class Saver:
                 tensors, texts = copied(checkpoint)
             self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
 
-    def poll(self) -> list[str]:
-        """Goes on with what is being written if all processes can, without waiting; news that a person should hear."""
+    def poll(self) -> None:
+        """Goes on with what is being written if all processes can, without waiting."""
         if self._work is not None and not distributed.any_over_ranks(not self._work.done()):
             self._go_on(self._work)
-        return self._take_news()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -95,8 +98,8 @@ class Saver:
             wait([self._work])
             self._go_on(self._work)
 
-    def finish(self) -> list[str]:
-        """Waits, and raises if the last save failed: at the end of a run there is no other try; else the last news.
+    def finish(self) -> None:
+        """Waits, and raises if the last save failed: at the end of a run there is no other try.
 
         Raises:
             OSError: saying why, and what stays.
@@ -108,7 +111,6 @@ class Saver:
         if self.problem is not None:
             words = f"{self._failure()}; {self._what_stays()}; once it can be, resume=true goes on from there"
             raise OSError(words) from self.problem
-        return self._take_news()
 
     def abandon(self) -> None:
         """Gives up what is being written, on this process alone: the others may not answer any more."""
@@ -167,10 +169,9 @@ class Saver:
                 self._work = _in_a_thread(partial(self._publish, manifest))
                 return
             if self.failures:
-                news = (
+                self._warn(
                     f"the checkpoint of step {self._saved.step:,} is written, after {self.failures} that could not be"
                 )
-                self._news.append(news)
             self.problem, self.failures = None, 0
 
     @contextmanager
@@ -185,8 +186,9 @@ class Saver:
                 raise
             self.problem, self.failures = problem, self.failures + 1
             if self.failures == 1:
-                news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
-                self._news.append(news)
+                self._warn(
+                    f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
+                )
 
     def _manifest(self, own: Mapping[str, File]) -> Manifest:
         """The manifest of the files that all processes have written; collective."""
@@ -205,10 +207,6 @@ class Saver:
         if distributed.rank() == 0:
             publish(self._aside, self._target, manifest)
             rotate(self._target, keep=self.keep, keep_best=self.keep_best)
-
-    def _take_news(self) -> list[str]:
-        news, self._news = self._news, []
-        return news
 
     def _failure(self) -> str:
         try:

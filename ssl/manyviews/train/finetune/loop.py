@@ -42,7 +42,7 @@ from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.state import FinetuneState
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
 from manyviews.train.not_finite import Guard, Skips
-from manyviews.train.session import Session, end, open_on_first_rank, open_session, wrap
+from manyviews.train.session import Session, end, open_session, wrap
 
 
 def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
@@ -81,19 +81,21 @@ def _run(
     found = resumable(folder, task, console) if settings.resume else None
     probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
     model = first_model(task, accelerator.device, probe)
-    run = open_on_first_rank(partial(open_run, folder, task, header, found, console, lock_again))
-    describe(task, model, probe, accelerator, folder, console)
-    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
-    try:
-        with open_session(run, saver, console) as session:
+    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
+    opening = partial(open_run, folder, task, header, found, console, lock_again)
+    with open_session(opening, saver, console) as session:
+        describe(task, model, probe, accelerator, folder, console)
+        try:
             best, outcome = train(model, task, probe, accelerator, found, session)
+        except Exception:
+            if session.run is not None:
+                session.run.close()
+                remove_unbegun(folder)
+            raise
+    run = session.run
+    try:
         if session.stop.signal is None:
             measure(best, task, probe, outcome, run, console, header)
-    except Exception:
-        if run is not None:
-            run.close()
-            remove_unbegun(folder)
-        raise
     finally:
         if run is not None:
             run.close()
@@ -207,14 +209,14 @@ def train(
             if int(done * settings.checks) > checked:
                 checked = int(done * settings.checks)
                 check()
-            session.poll_saver()
+            saver.poll()
             if not saver.under_way and budget.save_is_due(settings.save_minutes):
                 with budget.saving():
                     save()
     if session.stop.signal is None and state.tested < step:
         check()
     save()
-    session.finish_saver()
+    saver.finish()
     # Not the model itself, which Accelerate has given the precision of the training.
     average.module.load_state_dict(state.best)
     outcome: dict[str, Any] = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
