@@ -1,5 +1,6 @@
 """Every key of a tree of settings, as `--help` lists them, and the nearest one to a key that does not exist."""
 
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,6 +57,24 @@ def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
                 about = (members[names[0]].__doc__ or "").strip().partition("\n")[0] if len(names) == 1 else ""
                 need = Need(key, tuple(names), about)
                 yield from (entry._replace(needs=(need, *entry.needs)) for entry in entries)
+
+
+def help_text(usage: str, about: str, model: type[Settings]) -> str:
+    """Lists every key with its type, default and description."""
+    lines = [f"usage: {usage}", "", *textwrap.wrap(about, 110), ""]
+    above: tuple[Need, ...] = ()
+    for entry in keys(model):
+        for depth, need in enumerate(entry.needs):
+            if need not in above[: depth + 1]:
+                choice = f"with {need.field}={' | '.join(need.names)}: {need.about}".rstrip(": ")
+                lines += textwrap.wrap(
+                    choice, 110, initial_indent="  " * (depth + 1), subsequent_indent="  " * (depth + 2)
+                )
+        above = entry.needs
+        indent = "  " * (len(above) + 1)
+        lines.append(f"{indent}{entry.key:<28} {entry.kind}, default {entry.default}")
+        lines += textwrap.wrap(entry.doc, 100, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+    return "\n".join(lines)
 
 
 def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> str:

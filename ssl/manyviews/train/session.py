@@ -65,7 +65,7 @@ def end(session: Session, accelerator: Accelerator, step: int) -> None:
     """Ends the processes' work together; after a signal it says where the run stopped, and raises SystemExit."""
     accelerator.end_training()
     if session.stop.signal is not None:
-        session.console.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
+        session.console.say(f"stopped at step {step:,}, saved; re-run the same command with resume=true to continue")
         raise SystemExit(128 + session.stop.signal)
 
 
