@@ -1,8 +1,7 @@
 """Optimisers by name, with the right tensors left out of weight decay, and the schedule as a pure function."""
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +9,6 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from manyviews.config import Settings
-from manyviews.config.vocabulary import SCHEDULE
 
 REFERENCE_BATCH = 256
 """The batch that a scaled rate is stated for (Goyal et al. 2017)."""
@@ -23,10 +21,6 @@ WEIGHT_DECAYS: dict[str, float] = {"adamw": 0.05, "sgd": 5e-4, "lars": 1e-6}
 
 class OptimSettings(Settings):
     """What moves the weights, and how fast over the run."""
-
-    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("scheduler", "lr_scheduler", "lr_schedule", "schedule", "min_lr", "gamma", "step_size"), SCHEDULE
-    )
 
     name: Name = "adamw"
     """adamw; sgd with momentum; lars (You et al. 2017) for very large batches."""

@@ -16,19 +16,10 @@ from manyviews.system.names import did_you_mean
 from manyviews.views import ViewsSettings
 
 QUICKSTART = "quickstart"
-ACCUMULATION = (
-    "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
-    "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
-)
 
 
 class TrainSettings(Settings):
     """How long, how much at once, and how often something is written."""
-
-    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("accumulate", "accumulation", "accumulation_steps", "gradient_accumulation", "gradient_accumulation_steps"),
-        ACCUMULATION,
-    )
 
     epochs: float = Field(100, gt=0, le=1_000_000)
     """Passes over the images; a part of one is allowed."""
@@ -80,9 +71,6 @@ class Recipe(Settings):
     """One run, from images to backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
-    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
-    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = vocabulary.VALUES
 
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""

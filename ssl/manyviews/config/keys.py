@@ -1,4 +1,4 @@
-"""Every key of a tree of settings, as `--help` lists them, and the nearest one to a key that does not exist."""
+"""Lists the keys of settings, for `--help`, and suggests one for a key that does not exist."""
 
 import textwrap
 import types
@@ -8,37 +8,33 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
+from manyviews.config import vocabulary
 from manyviews.config.settings import Settings, choice_at, members_of
 from manyviews.system.names import closest
 
 
 class Need(NamedTuple):
-    """A choice between components that a key depends on."""
+    """The components of a field that have a key, such as objective=queue or bank."""
 
     field: str
-    """The dotted key of the field, such as objective."""
     names: tuple[str, ...]
-    """The components that have the key, any of which will do."""
     about: str
-    """The first line of the component's docstring; of several, of none."""
+    """The first line of the component's docstring; empty for several."""
 
 
 class Key(NamedTuple):
-    """One key of the command line, as `--help` shows it."""
+    """One key of a command line."""
 
     key: str
     kind: str
     default: str
     doc: str
     needs: tuple[Need, ...] = ()
-    """The components to which the key belongs, the outermost first."""
+    """The components that the key depends on, outermost first."""
 
 
 def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
-    """Every key of the tree with its type and bounds, default and one line, in the order of the fields.
-
-    Components of one field that have the same keys, with the same defaults, share one entry for each.
-    """
+    """Yields every key in the order of the fields; components that share a key and its default share one entry."""
     for name, field in model.model_fields.items():
         key, members = f"{prefix}{name}", members_of(field.annotation)
         if not members:
@@ -78,12 +74,9 @@ def help_text(usage: str, about: str, model: type[Settings]) -> str:
 
 
 def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> str:
-    """The nearest key that exists, or the component that it belongs to, as the end of a sentence.
+    """Ends an error message about an unknown dotted key: the nearest key, or the component it belongs to.
 
-    Args:
-        model: the root of the settings.
-        key: the dotted key that does not exist.
-        tree: the settings that were given, which say which components are chosen.
+    `tree` holds the settings so far, by which components are chosen.
     """
     entries = list(keys(model))
     usable = list(dict.fromkeys(entry.key for entry in entries if not _missing(model, tree, entry)))
@@ -92,7 +85,7 @@ def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> 
     if any(name.startswith(f"{key}.") for name in usable):
         return f"; did you mean {key}=… ?"
     parent, _, last = key.rpartition(".")
-    synonyms = model.synonyms.get(last.lower(), ())
+    synonyms = vocabulary.KEYS.get(last.lower(), ())
     for end in (last, *synonyms):
         if near := _ending(usable, end, parent):
             return f"; did you mean {' or '.join(near[:3])}?"
@@ -111,29 +104,19 @@ def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> 
     return f"; did you mean {close[0]}?" if close else "; --help lists every key"
 
 
-def hint_for(model: type[Settings], path: Sequence[str]) -> str:
-    """What the settings at a dotted path say of a key that they do not have."""
-    models = [model]
-    for part in path[:-1]:
-        fields = [above.model_fields[part] for above in models if part in above.model_fields]
-        models = [settings for field in fields for settings in members_of(field.annotation).values()]
-    hints = [settings.hints[path[-1]] for settings in models if path[-1] in settings.hints]
-    return f": {hints[0]}" if hints else ""
-
-
 def kind(field: FieldInfo) -> str:
-    """The type of a field with its bounds, as `--help` and messages show it."""
+    """The type of a field with its bounds, for help and error messages."""
     return _type_name(field.annotation) + _bounds(field.metadata)
 
 
 def _missing(model: type[Settings], tree: Mapping[str, Any], entry: Key) -> tuple[Need, ...]:
-    """The choices that an entry needs and that are not made."""
+    """The choices that an entry depends on and that `tree` does not make."""
     made = [_chosen(model, tree, need.field) in need.names for need in entry.needs]
     return entry.needs[made.index(False) :] if False in made else ()
 
 
 def _chosen(model: type[Settings], tree: Mapping[str, Any], path: str) -> str | None:
-    """The name of the component at a dotted path, which is given or the default."""
+    """The name of the chosen component at a dotted path."""
     name = None
     for part in path.split("."):
         if part not in model.model_fields:
@@ -147,7 +130,7 @@ def _chosen(model: type[Settings], tree: Mapping[str, Any], path: str) -> str | 
 
 
 def _belongs(model: type[Settings], tree: Mapping[str, Any], entries: Sequence[Key]) -> str:
-    """The fewest choices that would bring one of these keys, as a person types them."""
+    """The fewest choices that make one of the keys valid, as a user types them."""
     missing = [_missing(model, tree, entry) for entry in entries]
     fewest = min(map(len, missing), default=0)
     names: dict[str, dict[str, None]] = {}
@@ -162,7 +145,7 @@ def _ends(key: str, end: str) -> bool:
 
 
 def _ending(known: Sequence[str], end: str, parent: str) -> list[str]:
-    """Keys that end so, in the same component if it has one."""
+    """Keys with this end, in the same component if it has one."""
     ending = [end if name == f"{end}.name" else name for name in known if _ends(name, end)]
     return [name for name in ending if parent and name.startswith(f"{parent}.")] or ending
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from manyviews.config import Settings, vocabulary
+from manyviews.config import Settings
 from manyviews.data import Data, shorthand
 from manyviews.views import ViewsSettings
 
@@ -39,8 +39,6 @@ class FinetuneSettings(Settings):
     """One classifier, from backbone and labels to its score."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
-    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
 
     data: Data | None = None
     """The labelled images: a folder with one sub-folder per class, or with a table (data.labels=labels.csv); null: the
