@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 import sys
 
 from manyviews.system.files import spelled
@@ -9,13 +10,13 @@ from manyviews.system.files import spelled
 ERRORS = "manyviews_spelled"
 """The name of our codecs error handler."""
 
-_PAIRS = """
+_REPLACED = """
 × x   → ->   ← <-   ⇝ ~>   … ...   ± +-   ≤ <=   ≥ >=   ≠ !=   ‖ ||   ² ^2   ³ ^3   ½ 1/2   ∝ ~   · *   • *   ◌ o
 α alpha   β beta   γ gamma   ε epsilon   θ theta   λ lambda   μ mu   µ mu   ν nu   π pi   σ sigma   τ tau   φ phi
 ψ psi   Σ sum   Δ delta   ✓ yes   ✗ no   “ "   ” "   ‘ '   ’ '
-""".split()
+"""
 INSTEAD = {
-    **dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True)),
+    **dict(re.findall(r"(\S+) (\S+)", _REPLACED)),
     "√": "sqrt ",
     **dict.fromkeys("–—−─━╌╍┄┅═╴╶╸╺", "-"),
     **dict.fromkeys("│┃┆┇║╎╏", "|"),
