@@ -1,4 +1,4 @@
-"""A file that grows at its end and outlives a full disk, and another program that removes it."""
+"""An append-only file that survives a full disk and its removal by another program."""
 
 import os
 import threading
@@ -9,23 +9,21 @@ from manyviews.system.plural import plural
 from manyviews.system.writing import aside_of, make_folder, open_there, remove, rename
 
 MOST_KEPT = 1 << 26
-"""Bytes that are kept in memory where a disk is full: days of metrics."""
+"""Bytes kept in memory while the disk is full: days of metrics."""
 PIECE = 1 << 20
 
 
 class Growing:
-    """A file that grows at its end, of which a full disk tears no line: what it does not take waits in memory.
+    """An append-only file; what a full disk does not take waits in memory, and no line is torn.
 
-    Where another program removes, renames or replaces it, its content is still behind the open descriptor, and is
-    written to its path again.
+    Where another program removes, renames or replaces it, its content is copied from the open descriptor to its path.
     """
 
     def __init__(self, path: Path, root: Path | None = None) -> None:
-        """Opens the file, which is made where it does not exist, in a root that it must stay in."""
         self.path, self._root = path, path.parent if root is None else root
         self.failing = False
         self.lost = 0
-        """Bytes that are missing: those that were cut off by another program and, once closed, those not written."""
+        """Missing bytes: cut off by another program or, once closed, not written."""
         self._descriptor = open_there(path, self._root, append=True)
         self._size = os.fstat(self._descriptor).st_size
         self._kept = bytearray()
@@ -34,16 +32,16 @@ class Growing:
         self._lock = threading.Lock()
 
     def write(self, content: bytes) -> None:
-        """Keeps a whole line or record; beyond what memory is meant for, it is dropped."""
+        """Buffers a whole line or record; drops it beyond `MOST_KEPT`."""
         with self._lock:
             if len(self._kept) < MOST_KEPT:
                 self._kept += content
 
     def flush(self) -> str:
-        """Writes what is kept; returns what another program has done to the file, in words, or nothing.
+        """Writes the buffer; returns a warning if another program has changed the file, else an empty string.
 
         Raises:
-            OSError: where the disk takes less; the rest is kept.
+            OSError: if the disk does not take all; the rest stays in the buffer.
         """
         with self._lock:
             if self._descriptor < 0:
@@ -59,14 +57,14 @@ class Growing:
             return news
 
     def sync(self) -> str:
-        """Returns once everything is on the disk, with what `flush` returns; raises OSError where it cannot be."""
+        """Flushes and fsyncs; returns and raises as `flush` does."""
         news = self.flush()
         if self._descriptor >= 0:
             os.fsync(self._descriptor)
         return news
 
     def close(self) -> None:
-        """Closes the file, if it is open; `lost` then counts what it did not take."""
+        """Closes the file; `lost` then counts the unwritten bytes."""
         with self._lock:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
@@ -74,7 +72,6 @@ class Growing:
                 self.lost += len(self._kept)
 
     def _restore(self) -> str:
-        """Writes the file anew where it is not at its path any more."""
         own = os.fstat(self._descriptor)
         if own.st_size < self._size:
             self.lost += self._size - own.st_size
@@ -98,7 +95,7 @@ class Growing:
             raise
         os.close(self._descriptor)
         self._descriptor = new
-        # A file system that shows an open file under two identities would have it written anew each time.
+        # A file system with two identities for an open file would have it rewritten each time.
         self._watched = _is_at(self.path, os.fstat(new))
         return f"{shown(self.path)} was removed, renamed or replaced by another program: it is written anew"
 

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +18,14 @@ LONGEST_SHOWN = 1000
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 """How a text in UTF-16 begins."""
 BEHIND_A_LINK = "is a symbolic link, or lies behind one"
+IRREGULAR = "is no regular file"
 
 # A pipe would be waited for without O_NONBLOCK; a regular file does not care.
-_READING = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+FLAGS = _NO_LINK | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | FLAGS
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | FLAGS
+BY_DESCRIPTOR = {os.open, os.mkdir, os.unlink, os.rename, os.stat} <= os.supports_dir_fd
 
 
 def shown(text: object) -> str:
@@ -58,6 +61,13 @@ class RefusedFileError(ValueError):
         self.reason = reason
 
 
+class LinkError(OSError):
+    """A link, or no regular file, where something is to be opened without following links."""
+
+    def __init__(self, path: Path, reason: str = BEHIND_A_LINK) -> None:
+        super().__init__(f"{shown(path)} {reason}: nothing is written there; remove it")
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file to be read, through links too; a pipe is not waited for and a device is not touched.
 
@@ -66,7 +76,7 @@ def open_regular(path: Path) -> io.BufferedReader:
         OSError: if there is none, or it may not be read.
     """
     _check_regular(path.stat(), path)
-    return _opened(path, path, 0, None)
+    return _opened(path, path, _READING & ~_NO_LINK, None)
 
 
 def open_beneath(root: Path, name: str) -> io.BufferedReader:
@@ -80,24 +90,16 @@ def open_beneath(root: Path, name: str) -> io.BufferedReader:
         RefusedFileError: if a part of the name is a symbolic link or `..`, or it is no regular file.
         OSError: if there is none, or it may not be read.
     """
-    path, parts = root / name, name.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or PurePosixPath(name).is_absolute():
+    path = root / name
+    if not {"", ".", ".."}.isdisjoint(name.split("/")) or PurePosixPath(name).is_absolute():
         raise RefusedFileError(path, "leads out of its folder")
-    if os.open not in os.supports_dir_fd:
-        for depth in range(1, len(parts) + 1):
-            if root.joinpath(*parts[:depth]).is_symlink():
-                raise RefusedFileError(path, BEHIND_A_LINK)
-        return open_regular(path)
-    folder = os.open(root, _FOLDER)
     try:
-        for part in parts[:-1]:
-            below = _without_links(part, _FOLDER, folder, path)
-            os.close(folder)
-            folder = below
-        _check_regular(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False), path)
-        return _opened(parts[-1], path, _NO_LINK, folder)
-    finally:
-        os.close(folder)
+        with folder_beneath(path.parent, root) as folder:
+            last = name_at(path, folder)
+            _check_regular(os.stat(last, dir_fd=folder, follow_symlinks=False), path)
+            return _opened(last, path, _READING, folder)
+    except LinkError as problem:
+        raise RefusedFileError(path, BEHIND_A_LINK) from problem
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -193,17 +195,71 @@ def check_links(folder: Path) -> None:
                 )
 
 
-def _without_links(part: str, flags: int, folder: int, path: Path) -> int:
+@contextmanager
+def folder_beneath(path: Path, root: Path | None, *, make: bool = False) -> Iterator[int | None]:
+    """Opens a folder without following a link below the root, which by default is the folder itself.
+
+    Yields its descriptor, or None on systems that have none for folders. `make` creates the missing folders.
+
+    Raises:
+        LinkError: if a link is on the way.
+        OSError: if it cannot be opened.
+    """
+    root = path if root is None else root
+    parts = path.relative_to(root).parts
+    if ".." in parts:
+        raise LinkError(path, "leads out of its folder")
+    if not BY_DESCRIPTOR:
+        for depth in range(1, len(parts) + 1):
+            below = root.joinpath(*parts[:depth])
+            if below.is_symlink():
+                raise LinkError(below)
+            if make:
+                below.mkdir(exist_ok=True)
+        yield None
+        return
+    folder = os.open(root, _FOLDER & ~getattr(os, "O_NOFOLLOW", 0))
     try:
-        return os.open(part, flags | _NO_LINK, dir_fd=folder)
+        for depth, part in enumerate(parts, 1):
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=folder)
+            below = open_at(root.joinpath(*parts[:depth]), folder, _FOLDER)
+            os.close(folder)
+            folder = below
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def name_at(path: Path, folder: int | None) -> str:
+    """The path that functions of `os` take beside the descriptor of its folder."""
+    return str(path) if folder is None else path.name
+
+
+def open_at(path: Path, folder: int | None, flags: int) -> int:
+    """Opens a regular file or a folder that is no link; raises LinkError otherwise."""
+    name = name_at(path, folder)
+    if not BY_DESCRIPTOR and path.is_symlink():
+        raise LinkError(path)
+    try:
+        descriptor = os.open(name, flags, 0o666, dir_fd=folder)
     except OSError as problem:
-        if stat.S_ISLNK(os.stat(part, dir_fd=folder, follow_symlinks=False).st_mode):
-            raise RefusedFileError(path, BEHIND_A_LINK) from problem
-        raise
+        # With O_EXCL, whatever has the name is in the way.
+        with suppress(FileNotFoundError):
+            kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            if not flags & os.O_EXCL and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise LinkError(path, BEHIND_A_LINK if stat.S_ISLNK(kind) else IRREGULAR) from problem
+        # With the whole path, not the name alone.
+        raise type(problem)(problem.errno, problem.strerror, str(path)) from None
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISDIR(mode):
+        os.close(descriptor)
+        raise LinkError(path, IRREGULAR)
+    return descriptor
 
 
-def _opened(place: str | Path, path: Path, flags: int, folder: int | None) -> io.BufferedReader:
-    descriptor = os.open(place, _READING | flags, dir_fd=folder)
+def _opened(name: str | Path, path: Path, flags: int, folder: int | None) -> io.BufferedReader:
+    descriptor = os.open(name, flags, dir_fd=folder)
     try:
         # Again: another may have taken its place since.
         _check_regular(os.fstat(descriptor), path)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.folder_lock import no_empty_folders_left
 from manyviews.system.launch import Stop, start
 from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
@@ -50,7 +51,7 @@ def check(recipe: Recipe) -> None:
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
-    with _untouched(folder):
+    with no_empty_folders_left(folder):
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
             return
@@ -179,18 +180,6 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
         if now - began > LONGEST_TIMED:
             break
     return statistics.median(times)
-
-
-@contextmanager
-def _untouched(folder: Path) -> Iterator[None]:
-    """Removes the folders on the way to this one that did not exist before, if they are empty."""
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        yield
-    finally:
-        for place in absent if distributed.rank() == 0 else ():
-            with suppress(OSError):
-                place.rmdir()
 
 
 @contextmanager

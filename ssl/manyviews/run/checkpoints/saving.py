@@ -61,7 +61,7 @@ class Saver:
         """What is being written, or was last, without its tensors."""
         self._work: Future[dict[str, File] | None] | None = None
         """What a thread is doing: first it writes this process's files, then the first process's publishes them all."""
-        self._room = 0
+        self._room, self._finishing = 0, False
 
     @property
     def under_way(self) -> bool:
@@ -105,7 +105,9 @@ class Saver:
             OSError: saying why, and what stays.
             ValueError: if a shard has not the rows that are this process's part.
         """
+        self._finishing = True
         self.wait()
+        self._finishing = False
         if isinstance(self.problem, ValueError):
             raise self.problem
         if self.problem is not None:
@@ -185,7 +187,7 @@ class Saver:
             if not isinstance(problem, FORESEEN):
                 raise
             self.problem, self.failures = problem, self.failures + 1
-            if self.failures == 1:
+            if self.failures == 1 and not self._finishing:
                 self._warn(
                     f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
                 )
@@ -273,7 +275,7 @@ def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pa
         ValueError: if `keep` is below 1, or a shard has not the rows that are this process's part.
         OSError: if a process cannot write, for want of space, say; on all processes.
     """
-    saver = Saver(place, keep=keep)
+    saver = Saver(place, keep=keep, warn=lambda text: None)
     saver.begin(checkpoint)
     saver.finish()
     return place / folder_name(checkpoint.step)
