@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from manyviews.system.console import Console
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget, MetricAverager
-from manyviews.train.components import synchronised
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
 from manyviews.train.finetune.folder import (
     check_unchanged,
@@ -118,7 +118,7 @@ def train(
     """
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
-        model = synchronised(model)
+        model = convert_sync_batchnorm(model)
     views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
