@@ -1,4 +1,4 @@
-"""What stands around the steps of pretraining and of fine-tuning: folder, checkpoints, console and stop signal."""
+"""Run folder, checkpoints, console and stop signal around the steps of pretraining and fine-tuning."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,24 +17,24 @@ from manyviews.system.launch import Stop
 
 
 class Session(NamedTuple):
-    """One start of a run, from its first step to its end or to a signal."""
+    """One start of a run, to its end or to a signal."""
 
     run: Run | None
-    """The folder, on the first process."""
+    """On rank 0."""
     saver: Saver
     console: Console
     stop: Stop
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of metrics, on the first process."""
+        """Writes a line of metrics, on rank 0."""
         if self.run is not None:
             self.run.log(step, values)
 
     def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Begins to write a checkpoint, which is done beside the next steps.
+        """Starts to write a checkpoint in the background.
 
         Raises:
-            ValueError: if the weights, by default all its parts, are not finite.
+            ValueError: if the `weights`, by default all its parts, are not finite.
         """
         parts = checkpoint.parts.items()
         tensors = {f"{part}.{key}": value for part, state in parts for key, value in state.items()}
@@ -45,7 +45,7 @@ class Session(NamedTuple):
 @contextmanager
 def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) -> Iterator[Session]:
     """Opens the run folder on rank 0 and handles signals; an error abandons the save and closes the folder."""
-    # No process may look at the folder after the first one has begun to write to it.
+    # No rank may read the folder once rank 0 has begun to write.
     distributed.barrier()
     with raise_on_all_ranks():
         run = open_run() if distributed.rank() == 0 else None
@@ -53,7 +53,7 @@ def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) ->
         with Stop() as stop:
             yield Session(run, saver, console, stop)
     except BaseException as problem:
-        # What ends the run at once, such as a second Ctrl-C, does not wait for the disk.
+        # A second Ctrl-C, which is no Exception, does not wait for the disk.
         if isinstance(problem, Exception):
             saver.abandon()
         if run is not None:
@@ -62,7 +62,7 @@ def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) ->
 
 
 def end(session: Session, accelerator: Accelerator, step: int) -> None:
-    """Ends the processes' work together; after a signal it says where the run stopped, and raises SystemExit."""
+    """Ends the session on all ranks; after a signal it prints where the run stopped and raises SystemExit."""
     accelerator.end_training()
     if session.stop.signal is not None:
         session.console.say(f"stopped at step {step:,}, saved; re-run the same command with resume=true to continue")
@@ -70,9 +70,9 @@ def end(session: Session, accelerator: Accelerator, step: int) -> None:
 
 
 def wrap(accelerator: Accelerator, model: Any, optimiser: Any) -> tuple[nn.Module, Any]:
-    """The model and the optimiser as Accelerate wraps them."""
+    """Wraps model and optimiser by Accelerate."""
     with warnings.catch_warnings():
-        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
+        # torch 2.14 renamed it; Accelerate passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped: tuple[nn.Module, Any] = accelerator.prepare(model, optimiser)
         return wrapped
