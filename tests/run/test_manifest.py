@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, save_checkpoint
-from manyviews.run.checkpoints.manifest import FILE, MAX_BYTES, _seal
+from manyviews.run.checkpoints.checkpoint import FILE, MAX_BYTES, _seal
 from manyviews.system.files import sha256
 
 ROWS = "objective-00001-of-00001.safetensors"

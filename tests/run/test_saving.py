@@ -23,8 +23,7 @@ from manyviews.run.checkpoints import (
     way_on,
     writing,
 )
-from manyviews.run.checkpoints.checkpoint import OVERHEAD
-from manyviews.run.checkpoints.manifest import read_manifest
+from manyviews.run.checkpoints.checkpoint import OVERHEAD, read_manifest
 
 
 def checkpoint(step: int, *, score: float | None = None, size: int = 1000) -> Checkpoint:

@@ -24,7 +24,7 @@ from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints.manifest import File, read_manifest
+from manyviews.run.checkpoints.checkpoint import File, read_manifest
 from manyviews.system import memory
 from manyviews.system.console import Console
 from manyviews.system.files import sha256

@@ -28,7 +28,7 @@ from manyviews.evaluators import lettering
 from manyviews.evaluators.confusion import as_pixels, confusion_picture, mistakes_picture
 from manyviews.recipe import Recipe
 from manyviews.report import plots
-from manyviews.run.checkpoints.manifest import Manifest, read_manifest
+from manyviews.run.checkpoints.checkpoint import Manifest, read_manifest
 from manyviews.system import terminal
 from manyviews.system.arrays import read_tensors
 from manyviews.system.console import Console

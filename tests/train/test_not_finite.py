@@ -177,7 +177,7 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
     assert not list(tmp_path.iterdir())
     with pytest.raises(
         ValueError,
-        match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to go on.* a lower rate$",
+        match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to resume.* a lower rate$",
     ):
         many(skips)
     report = json.loads((tmp_path / "not_finite.json").read_text())

@@ -17,7 +17,7 @@ from manyviews import cli
 from manyviews.config import load
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, save_checkpoint, writing
-from manyviews.run.checkpoints.manifest import read_manifest
+from manyviews.run.checkpoints.checkpoint import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console

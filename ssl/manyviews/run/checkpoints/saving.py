@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside training: the copy is taken in a step, and a thread waits for the disk."""
+"""Writes checkpoints in the background: the copy is made in a step, a thread waits for the disk."""
 
 import math
 import shutil
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyviews.run.checkpoints.checkpoint import Checkpoint, room_needed
-from manyviews.run.checkpoints.manifest import File, Manifest, folder_name
+from manyviews.run.checkpoints.checkpoint import Checkpoint, File, Manifest, folder_name, room_needed
 from manyviews.run.checkpoints.reading import steps, way_on
 from manyviews.run.checkpoints.writing import copied, publish, rotate, scores, tidy, write
 from manyviews.system import distributed
@@ -23,16 +22,25 @@ from manyviews.system.distributed import FORESEEN, raise_on_all_ranks
 from manyviews.system.writing import make_folder, remove
 
 PATIENCE = 5.0
-"""Seconds that a run which an error ends still gives the thread that writes."""
+"""Seconds that a failing run waits for the thread that writes."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, while it goes on; all processes call each method together.
+    """Writes the checkpoints of a run in the background, one at a time; all methods are collective.
 
-    `begin` copies what a process holds to the CPU, and a thread writes, syncs and hashes it. In each step `poll` agrees
-    whether all processes have written; then the first one writes the manifest, syncs, and renames the folder into its
-    place. Only after that older ones go: all but the newest and the best. A cut or a failure at any moment, on any
-    process, leaves the older checkpoints whole; a save that fails leaves nothing behind, and the run goes on.
+    `begin` copies a rank's part to the CPU, and a thread writes, syncs and hashes it. `poll`, called in each step, lets
+    rank 0 write the manifest and rename the folder once all ranks have written. Only then are older checkpoints
+    removed, all but the newest and the best. A crash at any moment leaves the older checkpoints intact; a failed save
+    leaves nothing behind, and the run continues.
+
+    Args:
+        place: the folder of checkpoints, the same for all ranks.
+        keep: number of newest checkpoints that stay.
+        keep_best: whether the one with the highest score stays too.
+        warn: called when a save fails, and when one succeeds again.
+
+    Raises:
+        ValueError: if `keep` is below 1.
     """
 
     def __init__(
@@ -43,24 +51,17 @@ class Saver:
         keep_best: bool = True,
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
-        """Saves to `place/step-…`, the same folder on all ranks; keeps the `keep` newest and the best checkpoint.
-
-        `warn` is called when a save fails, and when one succeeds again.
-
-        Raises:
-            ValueError: if `keep` is below 1.
-        """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must stay, or nothing could be resumed")
         self.place, self.keep, self.keep_best, self._warn = place, keep, keep_best, warn
         self.problem: Exception | None = None
-        """Why the last save failed; None if it did not."""
+        """Why the last save failed; None if it succeeded."""
         self.failures = 0
-        """How many saves have failed since one did not."""
+        """Failed saves since the last successful one."""
         self._saved = Checkpoint(0, {}, {}, {})
-        """What is being written, or was last, without its tensors."""
+        """The last checkpoint, without its tensors."""
         self._work: Future[dict[str, File] | None] | None = None
-        """What a thread is doing: first it writes this process's files, then the first process's publishes them all."""
+        """The thread's work: first writing this rank's files, then on rank 0 publishing all of them."""
         self._room, self._finishing = 0, False
 
     @property
@@ -69,11 +70,9 @@ class Saver:
         return self._work is not None
 
     def begin(self, checkpoint: Checkpoint, *, before: Callable[[], object] | None = None) -> None:
-        """Copies a checkpoint and begins to write it, once the one that is being written is done.
+        """Waits for the previous checkpoint, copies this one and starts to write it.
 
-        Args:
-            checkpoint: what is written; it may change as soon as this returns.
-            before: what the first process must have done before the checkpoint counts, such as syncing the metrics.
+        Rank 0 calls `before` ahead of publishing it, to sync the metrics.
         """
         self.wait()
         self._saved, self._room = checkpoint._replace(parts={}, optimiser={}), room_needed(checkpoint, keep=0)
@@ -88,22 +87,22 @@ class Saver:
             self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
 
     def poll(self) -> None:
-        """Goes on with what is being written if all processes can, without waiting."""
+        """Publishes the checkpoint if all ranks have written it; does not wait."""
         if self._work is not None and not distributed.any_over_ranks(not self._work.done()):
             self._go_on(self._work)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Waits until nothing is being written."""
         while self._work is not None:
             wait([self._work])
             self._go_on(self._work)
 
     def finish(self) -> None:
-        """Waits, and raises if the last save failed: at the end of a run there is no other try.
+        """Waits for the last checkpoint of a run.
 
         Raises:
-            OSError: saying why, and what stays.
-            ValueError: if a shard has not the rows that are this process's part.
+            OSError: if it could not be written, naming the reason and what stays.
+            ValueError: if a shard does not have the rows of this rank's share.
         """
         self._finishing = True
         self.wait()
@@ -111,45 +110,40 @@ class Saver:
         if isinstance(self.problem, ValueError):
             raise self.problem
         if self.problem is not None:
-            words = f"{self._failure()}; {self._what_stays()}; once it can be, resume=true goes on from there"
-            raise OSError(words) from self.problem
+            raise OSError(
+                f"{self._failure()}; {self._what_stays()}; solve this, and re-run with resume=true to continue"
+            ) from self.problem
 
     def abandon(self) -> None:
-        """Gives up what is being written, on this process alone: the others may not answer any more."""
+        """Gives up the checkpoint that is being written; not collective, as other ranks may not respond."""
         if self._work is not None:
             wait([self._work], PATIENCE)
             self._work = None
             self._clear()
 
     def improves(self, score: float, step: int) -> bool:
-        """Whether the best of the checkpoints up to a step, as their manifests tell, has a lower score than this."""
+        """Whether `score` is higher than that of all checkpoints up to a step."""
         self.wait()
-        found = scores(self.place, upto=folder_name(step)) if distributed.rank() == 0 else {}
-        highest = distributed.from_first_rank(max(found.values(), default=-math.inf))
+        scored = scores(self.place, upto=folder_name(step)) if distributed.rank() == 0 else {}
+        highest = distributed.from_first_rank(max(scored.values(), default=-math.inf))
         return self.keep_best and score > highest
 
     def room_warning(self, checkpoint: Checkpoint) -> str | None:
-        """What to say, on the first process, if the disk has too little room for all that will be there; else None.
-
-        It waits for what is being written, as files come and go until then.
-
-        Args:
-            checkpoint: one as the run writes it, taken after a step.
-        """
+        """A warning on rank 0 if the disk has too little room for all checkpoints like this one; else None."""
         self.wait()
         if distributed.rank() > 0:
             return None
         needed = room_needed(checkpoint, keep=self.keep + self.keep_best)
         try:
-            there = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
+            used = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
             free = shutil.disk_usage(self.place.parent).free
-        except OSError:  # another program has removed them; the run says so, and a warning is not worth its end
+        except OSError:  # another program has removed them, of which `Run` warns
             return None
-        if there + free >= needed:
+        if used + free >= needed:
             return None
         return (
             f"the checkpoints that stay, and one that is being written, will take {_megabytes(needed)}, and there are "
-            f"{_megabytes(there + free)} in {self.place.parent}: make room, or keep fewer"
+            f"{_megabytes(used + free)} in {self.place.parent}: make room, or keep fewer"
         )
 
     @property
@@ -161,7 +155,7 @@ class Saver:
         return self._target.with_name(f".{self._target.name}.partial")
 
     def _go_on(self, work: "Future[dict[str, File] | None]") -> None:
-        """Publishes what all processes have written, or ends the save; their threads are done."""
+        """Starts publishing, or ends the save, once the threads of all ranks are done."""
         self._work = None
         with self._failing():
             with raise_on_all_ranks():
@@ -178,7 +172,7 @@ class Saver:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Notes a failure of the save, such as a full disk, and tells of the first; raises a fault of the program."""
+        """Records a failure of the save, such as a full disk, and warns of the first; re-raises program errors."""
         try:
             yield
         except BaseException as problem:
@@ -193,7 +187,6 @@ class Saver:
                 )
 
     def _manifest(self, own: Mapping[str, File]) -> Manifest:
-        """The manifest of the files that all processes have written; collective."""
         files: dict[str, File] = {}
         for written in distributed.all_gather_object(dict(own)):
             files |= written
@@ -219,8 +212,8 @@ class Saver:
         return f"the checkpoint of step {self._saved.step:,} could not be written: {self.problem}{room}"
 
     def _what_stays(self) -> str:
-        there = steps(self.place)
-        return f"{there[-1].name} stays" if there else "there is none before it"
+        earlier = steps(self.place)
+        return f"{earlier[-1].name} stays" if earlier else "there is none before it"
 
     def _clear(self) -> None:
         if distributed.rank() == 0:
@@ -229,7 +222,7 @@ class Saver:
 
 
 def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Does some work beside training; the work and what it holds go when it ends."""
+    """Runs work in a daemon thread; what it holds is freed when it ends."""
 
     def run(work: Callable[[], Any]) -> None:
         try:
@@ -238,28 +231,23 @@ def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
             done.set_exception(problem)
 
     done: Future[Any] = Future()
-    # No executor: it would wait for a disk that hangs when an error ends the run.
+    # An executor would wait for a hanging disk when an error ends the run.
     threading.Thread(target=run, args=(work,), name="checkpoint", daemon=True).start()
     return done
 
 
 def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
-    """The names of tensors of which a number is not finite, with one answer from the device for all of them."""
+    """The names of the tensors with non-finite numbers; one synchronisation with the device."""
     floating = {key: value.detach() for key, value in named.items() if value is not None and value.is_floating_point()}
     finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
     return [key for key, sound in zip(floating, finite, strict=True) if not sound]
 
 
 def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
-    """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
-
-    Args:
-        named: the weights, and what else must be finite, by name.
-        step: the updates that led to them.
-        place: the folder of checkpoints, for the advice.
+    """Refuses to save non-finite weights after `step` updates; collective.
 
     Raises:
-        ValueError: naming what is not finite, on all processes.
+        ValueError: on all ranks, naming what is not finite and the newest checkpoint in `place`.
     """
     if names := next(filter(None, distributed.all_gather_object(not_finite(named)[:3])), None):
         raise ValueError(
@@ -269,11 +257,11 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
 
 
 def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Writes `place/step-…`, all processes together, and returns when it is done; a `Saver` writes beside training.
+    """Writes a checkpoint and waits for it; returns its folder; collective.
 
     Raises:
-        ValueError: if `keep` is below 1, or a shard has not the rows that are this process's part.
-        OSError: if a process cannot write, for want of space, say; on all processes.
+        ValueError: if `keep` is below 1, or a shard does not have the rows of this rank's share.
+        OSError: on all ranks, if one cannot write.
     """
     saver = Saver(place, keep=keep, warn=lambda text: None)
     saver.begin(checkpoint)
