@@ -24,11 +24,11 @@ from manyviews.features.extract import ExtractSettings
 from manyviews.features.extract import extract as extract_features
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CONFIG
-from manyviews.system import distributed, terminal
+from manyviews.system import console, distributed
 from manyviews.system.disk import in_words
 from manyviews.system.files import spelled
+from manyviews.system.hardware import ran_out
 from manyviews.system.launch import Interrupted, Stop, in_a_line, lost_process
-from manyviews.system.memory import ran_out
 from manyviews.system.names import did_you_mean
 from manyviews.train.finetune import FinetuneSettings
 from manyviews.train.finetune import finetune as finetune_model
@@ -61,7 +61,7 @@ class Command(NamedTuple):
     def __call__(self, args: Sequence[str]) -> int:
         """Runs the command; prints what went wrong in a sentence."""
         if HELP & set(args):
-            terminal.write(help_text(self.usage, self.about, self.settings) + "\n")
+            console.write(help_text(self.usage, self.about, self.settings) + "\n")
             return 0
         try:
             with Stop(at_once=True):
@@ -195,7 +195,7 @@ def _completion(args: Sequence[str]) -> None:
     choices = {name: [f"{entry.key}=" for entry in keys(command.settings)] for name, command in COMMANDS.items()}
     choices["pretrain"] = [*recipes.names(), CHECK, *choices["pretrain"]]
     choices["completion"] = [*SHELLS]
-    terminal.write(completion_script(" ".join(args), choices))
+    console.write(completion_script(" ".join(args), choices))
 
 
 def completion_script(shell: str, commands: Mapping[str, Sequence[str]]) -> str:
@@ -226,7 +226,7 @@ def completion_script(shell: str, commands: Mapping[str, Sequence[str]]) -> str:
 
 def _print_error(text: str) -> None:
     sys.stdout.flush()
-    terminal.write(text, error=True)
+    console.write(text, error=True)
 
 
 pretrain = Command(
@@ -284,7 +284,7 @@ def main() -> int:
         return COMMANDS[name](args)
     usage = f"usage: manyviews {{{','.join(COMMANDS)}}} …; each has --help\n"
     if name in HELP:
-        terminal.write(usage)
+        console.write(usage)
         return 0
     _print_error(f"error: {name} is no command{did_you_mean(name, COMMANDS)}\n{usage}")
     return WRONG_USE

@@ -23,10 +23,9 @@ from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import pretrain, step
-from manyviews.train.cached_gradients import num_chunks
 from manyviews.train.components import Components, batches, build, cautions, label_names
 from manyviews.train.pretrain import compile_encoder, gradient, train_step
-from manyviews.train.step import StepResult
+from manyviews.train.step import StepResult, num_chunks
 from processes import launched
 
 SMALL = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.system import distributed
-from manyviews.system.cpu import has_instructions
+from manyviews.system.hardware import has_instructions
 
 PIECES = 64
 """Pieces of work that a sum over many keys is cut into, where there are as many."""

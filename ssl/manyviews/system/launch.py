@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from manyviews.system import distributed
-from manyviews.system.cpu import cores, has_instructions
 from manyviews.system.disk import in_words
 from manyviews.system.files import shown
+from manyviews.system.hardware import cores, has_instructions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))

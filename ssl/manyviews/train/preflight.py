@@ -25,8 +25,8 @@ from manyviews.system import distributed
 from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import no_empty_folders_left
+from manyviews.system.hardware import device, gigabytes, ran_out
 from manyviews.system.launch import Stop, start
-from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
 from manyviews.train.pretrain import compile_encoder, train, train_step
 from manyviews.train.recorder import state_of

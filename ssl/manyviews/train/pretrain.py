@@ -22,13 +22,21 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
-from manyviews.train.cached_gradients import cached_gradient, finite_views, num_chunks
 from manyviews.train.components import Components
 from manyviews.train.not_finite import Guard, Skipped
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import StepResult, average_gradients, buffers_of, embed, restore_buffers
+from manyviews.train.step import (
+    StepResult,
+    average_gradients,
+    buffers_of,
+    cached_gradient,
+    embed,
+    finite_views,
+    num_chunks,
+    restore_buffers,
+)
 from manyviews.views import MEAN, STD
 
 
