@@ -23,7 +23,7 @@ from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
 from manyviews.train.components import Components
-from manyviews.train.not_finite import Guard, Skipped
+from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
@@ -123,7 +123,7 @@ def train_step(
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
-) -> StepResult | Skipped:
+) -> StepResult | SkippedStep:
     """One update of the weights and, after it, of what the objective remembers.
 
     Where the loss or a gradient is not finite on any process, all of them skip the step, and it leaves no trace: not in

@@ -20,7 +20,7 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import Components
-from manyviews.train.not_finite import Skipped, Skips
+from manyviews.train.not_finite import SkippedStep, SkippedSteps
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 from manyviews.views import plain
@@ -51,7 +51,9 @@ class Recorder:
         self._begun = found.step if found else 0
         self._averager = MetricAverager(metadata.get("losses"))
         skipped = int(metadata.get("skipped") or 0)
-        self._skips = Skips(session.saver.place.parent, images.names, session.console.warn, cure=CURE, total=skipped)
+        self._skips = SkippedSteps(
+            session.saver.place.parent, images.names, session.console.warn, cure=CURE, total=skipped
+        )
         self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
         self._last = self._begun, budget.seconds()
         """The step of the last line of metrics, and the seconds until then."""
@@ -112,13 +114,13 @@ class Recorder:
             run.unreadable(listed(unreadable))
         self._session.save(checkpoint, weights)
 
-    def log(self, step: int, progress: float, result: StepResult | Skipped) -> None:
+    def log(self, step: int, progress: float, result: StepResult | SkippedStep) -> None:
         """Adds a step, and writes a line of metrics every `train.log_every` steps.
 
         Raises:
             ValueError: after too many skipped steps in a row.
         """
-        self._skips.count(result if isinstance(result, Skipped) else None)
+        self._skips.count(result if isinstance(result, SkippedStep) else None)
         if isinstance(result, StepResult):
             self._averager.add(result.loss)
         if not len(self._averager) or not (step == 1 or step % self._settings.log_every == 0 or progress >= 1):

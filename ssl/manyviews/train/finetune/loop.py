@@ -1,4 +1,4 @@
-"""The loop of fine-tuning, to be read and to be copied: labelled images → views → mixing → logits → gradient."""
+"""The fine-tuning loop: labelled images → views → mixing → logits → gradient."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +29,7 @@ from manyviews.system.launch import start
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
 from manyviews.train.finetune.folder import (
+    FinetuneState,
     check_unchanged,
     describe,
     folder_of,
@@ -39,35 +40,34 @@ from manyviews.train.finetune.folder import (
 )
 from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.train.finetune.state import FinetuneState
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
-from manyviews.train.not_finite import Guard, Skips
+from manyviews.train.not_finite import Guard, SkippedSteps
 from manyviews.train.session import Session, end, open_session, wrap
 
 
-def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
-    """Trains a classifier from a run or a timm model; writes its folder and returns it.
+def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Path:
+    """Trains a classifier from a run folder or a timm model; returns the folder that it writes.
 
-    On Ctrl-C, SIGTERM or SIGUSR1 it saves, then raises SystemExit.
+    Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit.
 
     Raises:
-        ValueError: for what is wrong with the model, the settings, the labels or the folder, before anything is
-            written; and for losses that are not finite, step after step.
+        ValueError: if model, settings, labels or folder are invalid, before anything is written; after too many
+            non-finite losses in a row.
     """
     accelerator = start(None, settings.precision, settings.threads)
     console = Console(quiet=not accelerator.is_main_process)
-    folder = folder_of(given, settings)
+    folder = folder_of(source, settings)
     prepare(folder, resume=settings.resume)
     if (folder / DONE).exists():
         check_unchanged(folder, settings)
         console.say(f"{folder} is finished: nothing is left to do")
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=settings.resume), console.warn) as lock_again:
-        return _run(given, settings, accelerator, folder, console, header, lock_again)
+        return _run(source, settings, accelerator, folder, console, header, lock_again)
 
 
 def _run(
-    given: str,
+    source: str,
     settings: FinetuneSettings,
     accelerator: Accelerator,
     folder: Path,
@@ -75,8 +75,7 @@ def _run(
     header: str,
     lock_again: Callable[[], None],
 ) -> Path:
-    """Fine-tuning in a folder that no other program writes to."""
-    opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
+    opened = open_model(source, pretrained=settings.pretrained, size=settings.views.size)
     task = task_of(settings, opened, accelerator.num_processes, console)
     found = resumable(folder, task, console) if settings.resume else None
     probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
@@ -112,9 +111,9 @@ def train(
     found: Checkpoint | None,
     session: Session,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its record.
+    """Trains to the end of the budget or to a signal; returns the model with the best weights, and its record.
 
-    Where it begins as the linear probe, that is measured too, and stays the best until another is better.
+    A model that starts as the linear probe is measured first, and kept unless a later one is better.
     """
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
@@ -131,10 +130,10 @@ def train(
     optimiser: Any = create_optimiser(
         model, rate=settings.rate, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
     )
-    # A share of a short run would be a step or two, too few for adamw's averages to settle (Ma and Yarats 2021).
+    # A share of a short run is a step or two, too few for adamw's moments (Ma and Yarats 2021).
     slowest = max(settings.warmup_steps if settings.mode == "linear_then_full" else 0, 0.5)
-    # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began. A copy
-    # from before Accelerate gives the model the precision of the training.
+    # What is measured and kept; its decay grows from 0, to forget the initial weights in a short run. Copied before
+    # Accelerate gives the model the precision of training.
     average = Average(model, decay=settings.ema, use_warmup=True)
     forward, optimiser = wrap(accelerator, model, optimiser)
     state = FinetuneState(task, model, average.module, optimiser, probe)
@@ -146,7 +145,7 @@ def train(
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=metadata.get("seconds", 0.0))
     losses = MetricAverager({"loss": metadata.get("losses", [])})
-    skips = Skips(
+    skips = SkippedSteps(
         saver.place.parent,
         task.images.names,
         session.console.warn,
@@ -177,7 +176,7 @@ def train(
     train_mode(model)
     with session.console.bar():
         for images, ids, epoch in loader:
-            # At least one step is taken, however small the budget.
+            # At least one step.
             if (step and budget.progress(step) >= 1) or session.stop.agreed():
                 break
             set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
@@ -217,7 +216,7 @@ def train(
         check()
     save()
     saver.finish()
-    # Not the model itself, which Accelerate has given the precision of the training.
+    # Not the model itself, which has the precision of training.
     average.module.load_state_dict(state.best)
     outcome: dict[str, Any] = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
     outcome |= {"best_accuracy": state.best_accuracy, "epoch": step / order.steps_per_epoch}
@@ -225,18 +224,18 @@ def train(
 
 
 class Average(ModelEmaV3):
-    """timm's moving average of a model's state, in which a tensor that several layers share moves once a step."""
+    """timm's moving average of a model's state, which updates tensors that layers share once a step."""
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """One step towards the model."""
+        """Updates the average."""
         follow(self.module, model, decay)
 
 
 @contextmanager
 def draws_of(seed: int, step: int) -> Iterator[None]:
-    """Keys what draws from global generators, timm's mixing and dropout, so that a resumed step draws alike."""
+    """Seeds the global generators of timm's mixing and dropout by the step, for an exact resume."""
     before = np.random.get_state()
-    # Mixing must be the same on all processes; dropout must not.
+    # Mixing must be the same on all ranks; dropout must not.
     np.random.seed(keyed_random.hashed(seed, step) % 2**32)
     torch.manual_seed(keyed_random.hashed(seed, step, distributed.rank()) >> 1)
     try:
