@@ -280,7 +280,7 @@ def test_no_measurement_and_no_picture_ends_the_training(
     reason = "OutOfMemoryError: no room for 2 GiB on the device"
     assert said.count(f"warning: kNN could not be measured now, training goes on: {reason}") == 2
     assert said.count(f"warning: there is no picture of the views: {reason}") == 1
-    assert f"the embeddings could not be looked at, training goes on: {reason}" in said
+    assert f"the embeddings could not be examined, training continues: {reason}" in said
     assert not any("knn" in line for line in read_metrics(found))
     weights = "backbone/model.safetensors"
     assert (found / weights).read_bytes() == (straight / weights).read_bytes()

@@ -1,4 +1,4 @@
-"""Whether a run may go on from its folder: the same settings, the same images; and what is written of a change."""
+"""Checks that a checkpoint matches recipe, images and world size before resuming; records changed settings."""
 
 import json
 import os
@@ -24,15 +24,16 @@ from manyviews.system.plural import plural
 from manyviews.system.writing import write_atomic
 from manyviews.train.budget import share_spent
 
-FREE_IN_TRAINING = (
-    *("workers", "threads", "log_every", "monitor", "save_minutes", "keep", "keep_best", "keep_views", "preview"),
-)
 OF_A_START = {"resume", "elastic", "extend"}
-"""Settings that are about one start and not about the run."""
-FREE = {"output", "data.max_bad", *OF_A_START, *(f"train.{key}" for key in FREE_IN_TRAINING)}
-"""Settings that may change when a run goes on."""
+"""Settings of one start and not of the run."""
+FREE = {
+    *("output", "data.max_bad", "train.workers", "train.threads", "train.log_every", "train.monitor", "train.preview"),
+    *("train.save_minutes", "train.keep", "train.keep_best", "train.keep_views", *OF_A_START),
+}
+"""Settings that may change when a run is resumed."""
 SCHEDULE = {"train.epochs", "train.minutes"}
-"""Settings that may change where extend=true asks for it: every rate depends on them."""
+"""Settings that may change with extend=true: all learning rates depend on them."""
+EXTEND = "add extend=true to go on with the new schedule, or start another with output=…"
 OTHER_IMAGES = "ids would mean other images: put them back, or start another run with output=…"
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Counted = Annotated[int, Field(ge=0, lt=10**9)]
@@ -49,20 +50,16 @@ METADATA = {
     "channels": Annotated[int, Field(ge=1, le=64)] | None,
     "scaler": dict[str, Measured | int] | None,
 }
-"""What a run goes on by, of the metadata of its checkpoint; some may be missing, as in those of older versions."""
+"""Checkpoint metadata that resuming needs, with their types; older versions lack some."""
 LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
-"""Settings that may change as long as what lies there is the same."""
+"""Settings that may change if the content of the files is the same."""
 
 
 def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, console: Console) -> Checkpoint | None:
-    """The newest checkpoint of a run, if what it was made with is what goes on now; None: there is none yet.
-
-    All processes call it together and get the same step, each with its own part of what is spread over them: on
-    another number of processes than it was written by, where `recipe.elastic` allows that, the parts are shared out
-    anew, with the same content.
+    """The newest checkpoint of a run, if there is one; collective, each rank gets its own shards.
 
     Raises:
-        ValueError: if a setting that matters, the images or the number of processes are not those of the checkpoint.
+        ValueError: if settings, images or (without `recipe.elastic`) world size differ from those of the checkpoint.
     """
     found, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
@@ -76,7 +73,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
     if found is None:
         return None
     metadata = check_metadata(found, METADATA)
-    # The file may have been edited, or belong to another run.
+    # config.yaml may have been edited, or belong to another run.
     check_settings(metadata["recipe"], now, FREE | SCHEDULE | moved(metadata["recipe"], now))
     check_images(found, images)
     check_processes(found, processes, elastic=recipe.elastic, console=console)
@@ -84,7 +81,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
 
 
 def check_images(found: Checkpoint, images: Images) -> None:
-    """Refuses other images than those of a checkpoint."""
+    """Raises ValueError for other images than those of a checkpoint."""
     if check_metadata(found, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files, labels or how they are read have changed); "
@@ -93,7 +90,7 @@ def check_images(found: Checkpoint, images: Images) -> None:
 
 
 def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
-    """Refuses another number of processes than a checkpoint was written by, unless `elastic` asks for it."""
+    """Raises ValueError for another world size than that of a checkpoint, unless `elastic`."""
     before = found.metadata["processes"]
     if before == processes:
         return
@@ -107,11 +104,7 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console
 
 
 def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metadata of a checkpoint, if each of those that are needed is of its type, with its bounds.
-
-    Raises:
-        ValueError: naming one that is not; another program, or a much older one, has written the checkpoint then.
-    """
+    """Validates the types and bounds of a checkpoint's metadata, and returns it; raises ValueError."""
     for key, kind in kinds.items():
         try:
             TypeAdapter(kind).validate_python(found.metadata.get(key), strict=True)
@@ -125,10 +118,9 @@ def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, 
 
 
 def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
-    """Refuses a checkpoint whose objective has another number of rows than `lengths` (`Objective.shards`) says.
+    """Raises ValueError if the objective's sharded tensors have other lengths than in the checkpoint.
 
-    Rows can be shared out anew, but neither made up nor left out: a queue with per_process=true is as long as there are
-    processes.
+    The length of a queue with per_process=true depends on the world size.
     """
     writers = found.metadata["processes"]
     for name, length in lengths.items():
@@ -143,12 +135,12 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
 
 
 def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> str | None:
-    """What to say of a schedule that is not the one of the checkpoint; None where it is.
+    """Compares the schedule with that of the checkpoint; returns a message if it is extended.
 
-    A run whose schedule had come to its end, but that is not marked as finished, is extended without being asked to.
+    A run at the end of its schedule that is not marked as finished is extended without extend=true.
 
     Raises:
-        ValueError: naming the difference, unless extend=true asks for it; if nothing is left to do in the new budget.
+        ValueError: if the schedule differs without extend=true, or the new budget is spent already.
     """
     before, now = found.metadata["recipe"], recipe.model_dump(mode="json")
     changed = differences(before, now, FREE | LOCATIONS)
@@ -170,21 +162,19 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
     )
 
 
-def record_settings(folder: Path, recipe: Recipe, step: int) -> str | None:
-    """Writes into config.yaml the recipe that is resumed at a step, with what has changed, which it returns if any."""
+def record_settings(folder: Path, recipe: Recipe, checkpoint: Checkpoint | None, console: Console) -> None:
+    """Writes changed settings of a resumed run to config.yaml, on rank 0, with a comment line and a message."""
     file = folder / CONFIG
     before = load(Recipe, file)
     changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"), OF_A_START)
-    if not changed:
-        return None
+    if distributed.rank() or not changed:
+        return
+    step = checkpoint.step if checkpoint else 0
     lines = list(takewhile(lambda line: line.startswith("#"), read_text(file, MEBIBYTE).splitlines()))
     lines.append(f"# from step {step:,} on ({time.strftime('%Y-%m-%d')}): {_in_words(changed)}")
     kept = recipe.model_copy(update={"resume": before.resume, "elastic": before.elastic, "extend": False})
     write_atomic(file, ["\n".join([*lines, dump_yaml(kept)]).encode()])
-    return _in_words(changed)
-
-
-EXTEND = "add extend=true to go on with the new schedule, or start another with output=…"
+    console.say(f"changed    {_in_words(changed)}; {file} says so")
 
 
 def check_settings(
@@ -193,11 +183,7 @@ def check_settings(
     free: Collection[str],
     way_out: str = "start another with output=…",
 ) -> None:
-    """Refuses to resume with other settings, as JSON values, than before, but for the dotted keys in `free`.
-
-    Raises:
-        ValueError: naming each difference, and as the `way_out` what to do instead.
-    """
+    """Raises ValueError if settings (as JSON values) differ beyond the keys in `free`, naming each and the way out."""
     if changed := differences(before, now, free):
         raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")
 
@@ -205,14 +191,14 @@ def check_settings(
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """The settings that are not equal, by their dotted keys, as they were and as they are; without those in `free`."""
+    """Old and new values of changed settings by dotted key, without those in `free`."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in keys}
 
 
 def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """The keys of `LOCATIONS` under which there is a location in both trees, so that its content tells."""
+    """The keys of `LOCATIONS` that hold a location in both trees."""
     sources = [tree.get("values") for tree in (before, now)]
     files = all(isinstance(source, str) and os.path.isabs(source) for source in sources)
     return LOCATIONS if files else LOCATIONS - {"values"}
@@ -223,7 +209,7 @@ def _in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _as_given(value: Any) -> str:
-    """A value as it is written in a recipe; what would move a terminal's cursor is spelled out."""
+    """A value as in a recipe, without control characters."""
     return json.dumps(value).strip('"')
 
 

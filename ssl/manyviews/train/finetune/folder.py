@@ -16,11 +16,11 @@ from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
+from manyviews.train import resume
 from manyviews.train.finetune.classifier import Probe
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task, outputs
 from manyviews.train.not_finite import REPORT
-from manyviews.train.resume import Counted, Measured, Seconds, check_metadata, check_processes, check_settings
 
 
 def _with_strength(probe: list[float | None]) -> list[float | None]:
@@ -29,31 +29,18 @@ def _with_strength(probe: list[float | None]) -> list[float | None]:
     return probe
 
 
-FREE = {
-    "output",
-    "resume",
-    "elastic",
-    "data.path",
-    "data.test",
-    "data.labels",
-    "data.max_bad",
-    "workers",
-    "threads",
-    "log_every",
-    "save_minutes",
-    "keep",
-}
+FREE = {key.removeprefix("train.") for key in resume.FREE | resume.LOCATIONS}
 """Settings that may change when a run is resumed; the images themselves are compared."""
-Probed = Annotated[list[Measured | None], Field(min_length=2, max_length=2), AfterValidator(_with_strength)]
+Probed = Annotated[list[resume.Measured | None], Field(min_length=2, max_length=2), AfterValidator(_with_strength)]
 """Regularisation and held-out accuracy of the linear probe."""
 METADATA = {
-    "step": Counted,
-    "seconds": Seconds,
-    "tested": Counted,
-    "best_step": Counted,
+    "step": resume.Counted,
+    "seconds": resume.Seconds,
+    "tested": resume.Counted,
+    "best_step": resume.Counted,
     "losses": list[float],
-    "best_accuracy": Measured | None,
-    "skipped": Counted | None,
+    "best_accuracy": resume.Measured | None,
+    "skipped": resume.Counted | None,
 }
 """Checkpoint metadata that resuming needs, with their types."""
 
@@ -68,7 +55,7 @@ def check_unchanged(folder: Path, settings: FinetuneSettings) -> None:
     """Raises ValueError if the folder was started with other settings, naming each."""
     if (folder / CONFIG).exists():
         before = load(FinetuneSettings, folder / CONFIG)
-        check_settings(before.model_dump(mode="json"), settings.model_dump(mode="json"), FREE)
+        resume.check_settings(before.model_dump(mode="json"), settings.model_dump(mode="json"), FREE)
 
 
 def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
@@ -79,12 +66,12 @@ def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
     check_unchanged(folder, task.settings)
     if found is None:
         return None
-    check_metadata(found, METADATA | ({"probe": Probed} if task.probes else {}))
+    resume.check_metadata(found, METADATA | ({"probe": Probed} if task.probes else {}))
     if ("probe" in found.parts) != task.probes:
         raise ValueError(
             f"the checkpoint of step {found.step:,} is not one that fine-tuning writes; start another with output=…"
         )
-    check_processes(found, distributed.world_size(), elastic=task.settings.elastic, console=console)
+    resume.check_processes(found, distributed.world_size(), elastic=task.settings.elastic, console=console)
     changed = [key for key, value in task.origin.items() if found.metadata.get(key) != value]
     if changed:
         raise ValueError(

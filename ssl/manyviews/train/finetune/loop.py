@@ -1,6 +1,6 @@
 """The fine-tuning loop: labelled images → views → mixing → logits → gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,43 +63,30 @@ def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Pa
         console.say(f"{folder} is finished: nothing is left to do")
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=settings.resume), console.warn) as lock_again:
-        return _run(source, settings, accelerator, folder, console, header, lock_again)
-
-
-def _run(
-    source: str,
-    settings: FinetuneSettings,
-    accelerator: Accelerator,
-    folder: Path,
-    console: Console,
-    header: str,
-    lock_again: Callable[[], None],
-) -> Path:
-    opened = open_model(source, pretrained=settings.pretrained, size=settings.views.size)
-    task = task_of(settings, opened, accelerator.num_processes, console)
-    found = resumable(folder, task, console) if settings.resume else None
-    probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
-    model = first_model(task, accelerator.device, probe)
-    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
-    opening = partial(open_run, folder, task, header, found, console, lock_again)
-    with open_session(opening, saver, console) as session:
-        describe(task, model, probe, accelerator, folder, console)
+        opened = open_model(source, pretrained=settings.pretrained, size=settings.views.size)
+        task = task_of(settings, opened, accelerator.num_processes, console)
+        found = resumable(folder, task, console) if settings.resume else None
+        probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
+        model = first_model(task, accelerator.device, probe)
+        saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
+        opening = partial(open_run, folder, task, header, found, console, lock_again)
+        with open_session(opening, saver, console) as session:
+            describe(task, model, probe, accelerator, folder, console)
+            try:
+                best, outcome = train(model, task, probe, accelerator, found, session)
+            except Exception:
+                if session.run is not None:
+                    session.run.close()
+                    remove_unbegun(folder)
+                raise
         try:
-            best, outcome = train(model, task, probe, accelerator, found, session)
-        except Exception:
+            if session.stop.signal is None:
+                measure(best, task, probe, outcome, session.run, console, header)
+        finally:
             if session.run is not None:
                 session.run.close()
-                remove_unbegun(folder)
-            raise
-    run = session.run
-    try:
-        if session.stop.signal is None:
-            measure(best, task, probe, outcome, run, console, header)
-    finally:
-        if run is not None:
-            run.close()
-    distributed.barrier()
-    end(session, accelerator, outcome["step"])
+        distributed.barrier()
+        end(session, accelerator, outcome["step"])
     return folder
 
 
