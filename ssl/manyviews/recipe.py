@@ -1,4 +1,4 @@
-"""The whole typed tree: every component's settings, composed; and the recipes that `configs/` holds."""
+"""The settings of a whole run, and the recipes in `configs/`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ QUICKSTART = "quickstart"
 
 
 class TrainSettings(Settings):
-    """How long, how much at once, and how often something is written."""
+    """Budget, batch, device and logging of training."""
 
     epochs: float = Field(100, gt=0, le=1_000_000)
     """Passes over the images; a part of one is allowed."""
@@ -63,7 +63,7 @@ class TrainSettings(Settings):
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
     def steps(self, steps_per_epoch: int) -> int:
-        """The steps of a run whose budget is in epochs."""
+        """The number of steps of `epochs`."""
         return max(1, round(self.epochs * steps_per_epoch))
 
 
@@ -104,25 +104,15 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="after")
-    def _extended_is_resumed(self) -> "Recipe":
+    def _settings_go_together(self) -> "Recipe":
         if self.extend and not self.resume:
-            raise ValueError("extend=true goes on with a run that was begun: add resume=true, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _positives_of_the_same_label(self) -> "Recipe":
-        reason = self.objective.images_only
+            raise ValueError("extend=true continues a run: add resume=true, or leave it out")
+        name, reason, use = self.objective.name, self.objective.images_only, self.objective.uses_values
         if self.ids == "labels" and reason is not None:
             raise ValueError(
-                f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
-                "label use objective=supervised (in the batch) or objective=queue (in the last batches too), or set "
-                "ids=images"
+                f"ids=labels does not go with objective={name}, {reason}; for positives of the same label use "
+                "objective=supervised (in the batch) or objective=queue (in the last batches too), or set ids=images"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _values_and_what_compares_them(self) -> "Recipe":
-        name, use = self.objective.name, self.objective.uses_values
         if use == "always" and self.values is None:
             raise ValueError(
                 f"objective={name} compares distances with those of continuous labels, and there are none; set "
@@ -136,7 +126,7 @@ class Recipe(Settings):
             )
         if self.values is not None and self.ids == "labels":
             raise ValueError(
-                f"values={self.values} belong to images, and with ids=labels the objective knows classes alone; use "
+                f"values={self.values} belong to images, and with ids=labels the objective gets classes alone; use "
                 "ids=images, and values=labels to have classes among the values"
             )
         return self
@@ -161,35 +151,35 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
-        fewest, most, given = self.objective.fewest_views, self.objective.most_views, self.views.num_views
+        fewest, most, number = self.objective.fewest_views, self.objective.most_views, self.views.num_views
         if self.objective.negatives_from == "batch" and self.ids == "images" and self.values is None:
-            # In the batch an image without a label is alone but for its own views.
+            # In the batch, an image has no positives but its own views.
             fewest = max(fewest, 2)
-        if given < fewest or (most is not None and given > most):
+        if number < fewest or (most is not None and number > most):
             bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
             raise ValueError(
-                f"views.num_views={given}, but objective={self.objective.name} contrasts {bound} of each image; "
+                f"views.num_views={number}, but objective={self.objective.name} contrasts {bound} of each image; "
                 f"set views.num_views={fewest}"
             )
         return self
 
 
 def folder() -> Path:
-    """Where the recipes lie: beside the package in a wheel, at the root in a checkout."""
+    """The folder of recipes: in the package in a wheel, at the root in a checkout."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def names() -> list[str]:
-    """The names of the recipes, in order."""
+    """The names of the recipes, sorted."""
     return sorted(file.stem for file in folder().glob("*.yaml"))
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe, given by its name in `configs/` or by its path.
+    """The file of a recipe by its name or path; raises ValueError with all recipes and the most similar one.
 
-    Raises:
-        ValueError: naming the recipes that exist and the nearest one.
+    >>> find("simclr").name
+    'simclr.yaml'
     """
     named = folder() / f"{recipe}.yaml"
     if named.is_file():

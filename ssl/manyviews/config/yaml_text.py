@@ -29,7 +29,7 @@ def parse(text: str) -> Any:
             for text that is no YAML, too long or too deep.
     """
     try:
-        kinds = [_checked(event) for event in _events(text)]
+        kinds = [type(event) for event in _checked_events(text)]
         if yaml.ScalarEvent in kinds and kinds[kinds.index(yaml.DocumentStartEvent) + 1] is yaml.ScalarEvent:
             return text.strip()
         return restored(_with_string_keys(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))))
@@ -55,8 +55,8 @@ def refuse_interpolation(value: str) -> None:
         )
 
 
-def _events(text: str) -> Iterator[yaml.Event]:
-    """Parses without building anything; raises ValueError where there is too much."""
+def _checked_events(text: str) -> Iterator[yaml.Event]:
+    """Parses without building anything; raises ValueError for what a recipe must not have."""
     depth = count = 0
     # Not the C parser, which not every PyYAML has.
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -66,11 +66,11 @@ def _events(text: str) -> Iterator[yaml.Event]:
             raise ValueError(f"{_line(event)}it is nested more than {DEEPEST} deep")
         if count > MOST_VALUES:
             raise ValueError(f"{_line(event)}it has more than {MOST_VALUES:,} keys and values")
+        _check(event)
         yield event
 
 
-def _checked(event: yaml.Event) -> type[yaml.Event]:
-    """Returns the type of an event; raises ValueError for one that a recipe must not have."""
+def _check(event: yaml.Event) -> None:
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
         raise ValueError(f"{_line(event)}anchors and aliases (& and *) are not read; write the values out")
     if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
@@ -86,7 +86,6 @@ def _checked(event: yaml.Event) -> type[yaml.Event]:
                 f"{int(event.value)} for the number, or '{event.value}' in quotes for a name"
             )
         refuse_interpolation(event.value)
-    return type(event)
 
 
 def _line(event: yaml.Event) -> str:

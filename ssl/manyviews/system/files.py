@@ -1,4 +1,4 @@
-"""Reading what a stranger may have made: regular files alone, up to a size, and not along a link put there."""
+"""Reads untrusted files: regular files only, bounded in size, without following links below a folder."""
 
 import hashlib
 import io
@@ -12,15 +12,15 @@ from typing import Any
 
 MEBIBYTE = 1 << 20
 LARGEST_JSON = 16 * MEBIBYTE
-"""Bytes of a JSON file; in memory it takes some thirty times as much."""
+"""Bytes of a JSON file, which takes thirty times as much memory."""
 LONGEST_LINE = MEBIBYTE
 LONGEST_SHOWN = 1000
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-"""How a text in UTF-16 begins."""
+"""Byte order marks."""
 BEHIND_A_LINK = "is a symbolic link, or lies behind one"
 IRREGULAR = "is no regular file"
 
-# A pipe would be waited for without O_NONBLOCK; a regular file does not care.
+# O_NONBLOCK: a pipe would block; a regular file does not care.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 FLAGS = _NO_LINK | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | FLAGS
@@ -29,18 +29,13 @@ BY_DESCRIPTOR = {os.open, os.mkdir, os.unlink, os.rename, os.stat} <= os.support
 
 
 def shown(text: object) -> str:
-    """A name or a value as one line of a message: line breaks, terminal escapes and what is no text are spelled out."""
+    """Formats a name or value as one line of a message, without control characters."""
     line = spelled(str(text))
     return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}…"
 
 
 def spelled(text: str, *, ascii_only: bool = False) -> str:
-    r"""A text with every letter that cannot be shown written as Python does, and each byte that is no UTF-8 as \xe9.
-
-    Args:
-        text: which may be a file's name, whose bytes need not be UTF-8.
-        ascii_only: spell out every letter beyond ASCII.
-    """
+    r"""Escapes unprintable letters as Python does, raw bytes as \xe9; with `ascii_only` all non-ASCII."""
     if text.isascii() if ascii_only else text.isprintable():
         return text
     return "".join(_letter(letter, ascii_only) for letter in text)
@@ -49,12 +44,12 @@ def spelled(text: str, *, ascii_only: bool = False) -> str:
 def _letter(letter: str, ascii_only: bool) -> str:
     if letter.isprintable() and (letter.isascii() or not ascii_only):
         return letter
-    # surrogateescape, by which a byte of a name becomes a letter (PEP 383).
+    # surrogateescape (PEP 383).
     return f"\\x{ord(letter) - 0xDC00:02x}" if "\udc80" <= letter <= "\udcff" else ascii(letter)[1:-1]
 
 
 class RefusedFileError(ValueError):
-    """What is no regular file, or lies behind a link that is not followed; `reason` says which."""
+    """Raised for what is no regular file, or behind a link, with the `reason`."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{shown(path)} {reason}")
@@ -62,33 +57,29 @@ class RefusedFileError(ValueError):
 
 
 class LinkError(OSError):
-    """A link, or no regular file, where something is to be opened without following links."""
+    """Raised for a link, or what is no regular file, in a path to be written."""
 
     def __init__(self, path: Path, reason: str = BEHIND_A_LINK) -> None:
         super().__init__(f"{shown(path)} {reason}: nothing is written there; remove it")
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a regular file to be read, through links too; a pipe is not waited for and a device is not touched.
+    """Opens a regular file for reading, following links.
 
     Raises:
-        RefusedFileError: if it is anything else: a folder, a pipe, a socket or a device.
-        OSError: if there is none, or it may not be read.
+        RefusedFileError: if it is a folder, a pipe, a socket or a device.
+        OSError: if it cannot be read.
     """
     _check_regular(path.stat(), path)
     return _opened(path, path, _READING & ~_NO_LINK, None)
 
 
 def open_beneath(root: Path, name: str) -> io.BufferedReader:
-    """Opens a regular file below a folder, to be read; no part of its name may be a link, whatever has been put there.
-
-    Args:
-        root: the folder, which may be a link itself.
-        name: with `/` between its parts.
+    """Opens a regular file below a folder for reading, without following links below it.
 
     Raises:
         RefusedFileError: if a part of the name is a symbolic link or `..`, or it is no regular file.
-        OSError: if there is none, or it may not be read.
+        OSError: if it cannot be read.
     """
     path = root / name
     if not {"", ".", ".."}.isdisjoint(name.split("/")) or PurePosixPath(name).is_absolute():
@@ -103,7 +94,7 @@ def open_beneath(root: Path, name: str) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """What a regular file holds, if that is at most so many bytes; raises ValueError or OSError otherwise."""
+    """Reads a regular file of at most `most` bytes; raises ValueError or OSError otherwise."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -112,13 +103,13 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a regular file, in hexadecimal; raises ValueError or OSError where it cannot be read."""
+    """The SHA-256 of a regular file, in hexadecimal; raises ValueError or OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a regular file in UTF-8, if it has at most so many bytes; raises ValueError or OSError otherwise."""
+    """Reads a regular file of at most `most` bytes as UTF-8; raises ValueError or OSError otherwise."""
     content = read_bytes(path, most)
     if content[:2] in UTF16:
         raise ValueError(f"{shown(path)} is text in UTF-16; save it as UTF-8")
@@ -129,39 +120,32 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        ValueError: if it is larger than `most` bytes, no JSON, nested too deep, or anything else than an object.
-        OSError: if there is none, or it may not be read.
-    """
+    """Reads the object of a JSON file of at most `most` bytes; raises ValueError or OSError otherwise."""
     return parse_json(read_text(path, most), shown(path))
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """The object that a JSON text holds; raises ValueError with what the text is called where it holds none."""
+    """Parses a JSON object; raises ValueError with the name of the text otherwise."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except RecursionError as problem:
         raise ValueError(f"{name} is damaged: it is nested too deep") from problem
     except ValueError as problem:
         raise ValueError(f"{name} is damaged: {shown(problem)}") from problem
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} is damaged: it holds a {type(found).__name__} and no object")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is damaged: it holds a {type(value).__name__} and no object")
+    return value
 
 
 @contextmanager
 def open_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[Iterator[str]]:
-    """The lines of a regular file with their ends, of any kind, while it is open.
-
-    Bytes that are no UTF-8 become surrogates, as in the names of files, and a byte order mark is left out.
+    """Opens a regular file and yields its lines with their ends; bytes that are not UTF-8 become surrogates.
 
     Raises:
-        ValueError: if it is no regular file, or in UTF-16; while iterating, for a line of more letters than `longest`.
-        OSError: if there is none, or it may not be read.
+        ValueError: if it is no regular file, or in UTF-16; while iterating, for a line longer than `longest`.
+        OSError: if it cannot be read.
     """
-    # newline="": the ends stay as they are, which a CSV reader wants.
+    # newline="": a CSV reader needs the original ends.
     with open_regular(path) as file:
         if file.read(2) in UTF16:
             raise ValueError(f"{shown(path)} is text in UTF-16; save it as “CSV UTF-8”")
@@ -180,15 +164,11 @@ def _lines(text: io.TextIOWrapper, path: Path, longest: int) -> Iterator[str]:
 
 
 def check_links(folder: Path) -> None:
-    """Checks that nothing in a folder leads out of it, so that reading and writing there stay there.
-
-    Raises:
-        ValueError: naming a symbolic link that leads out of the folder, or to nothing.
-    """
+    """Raises ValueError for a symbolic link out of a folder, or a broken one."""
     root = folder.resolve()
-    for place, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root):
         for name in (*folders, *files):
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(root)):
                 raise ValueError(
                     f"{shown(path)} is a symbolic link out of {shown(folder)}; put what it leads to in its place"
@@ -261,7 +241,7 @@ def open_at(path: Path, folder: int | None, flags: int) -> int:
 def _opened(name: str | Path, path: Path, flags: int, folder: int | None) -> io.BufferedReader:
     descriptor = os.open(name, flags, dir_fd=folder)
     try:
-        # Again: another may have taken its place since.
+        # Again: it may have been replaced.
         _check_regular(os.fstat(descriptor), path)
         return os.fdopen(descriptor, "rb")
     except BaseException:

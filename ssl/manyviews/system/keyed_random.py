@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of what they are for: the same after a resume and on any number of ranks."""
+"""Counter-based random numbers (SplitMix64) and seeds, keyed by integers: stateless, for exact resumes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ WORD = (1 << 64) - 1
 
 
 def uniform(places: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape"]:
-    """Numbers in [0, 1), float32, one for each place: each is a function of its place and the key alone."""
+    """Uniform float32 numbers in [0, 1), each a function of its place and the key alone."""
     return _fraction(_mix(_starts(places, key) + _signed(INCREMENT)))
 
 
 def uniform_sequences(
     places: Int64[Tensor, " places"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
 ) -> Float[Tensor, "members keys places"]:
-    """Numbers in [0, 1): of the sequence that each key and place begin, the members of these numbers from 0 on.
+    """Uniform numbers in [0, 1): the given members (from 0) of the sequence of each key and place.
 
-    Equal keys give equal numbers on every device, and neither torch's nor NumPy's global generators are read or moved.
+    They are equal on all devices, and no global generator is used.
     """
     starts = torch.stack([_starts(places, key) for key in keys])
     steps = (members + 1) * _signed(INCREMENT)
@@ -33,7 +33,7 @@ def uniform_sequences(
 
 
 def hashed(*words: int) -> int:
-    """A 64-bit hash of some whole numbers."""
+    """A 64-bit hash of integers."""
     key = 0
     for word in words:
         key = (key + word + INCREMENT) & WORD
@@ -43,18 +43,18 @@ def hashed(*words: int) -> int:
 
 
 def seed_of(text: str, size: int = 8) -> int:
-    """A seed of so many bytes by a hash of a text."""
+    """A seed of `size` bytes from the hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
 
 
 def torch_generator(*key: int) -> torch.Generator:
-    """A generator on the CPU, seeded by a key."""
-    # Four bytes: of a seed's 64 bits torch's generator on the CPU reads the lower 32 only.
+    """A CPU generator of torch, seeded by a key."""
+    # Four bytes: torch's CPU generator uses the lower 32 bits of a seed.
     return torch.Generator().manual_seed(seed_of(repr(key), 4))
 
 
 def numpy_generator(stream: str, *key: int) -> np.random.Generator:
-    """NumPy's generator seeded by a key; its stream keeps it apart from others with equal keys."""
+    """A generator of NumPy, seeded by the name of its stream and a key."""
     return np.random.default_rng([int.from_bytes(stream.encode(), "big"), *key])
 
 
@@ -70,15 +70,15 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _fraction(bits: Tensor) -> Tensor:
-    """The upper 24 bits as a number in [0, 1): float32 holds it exactly, and 1 is never reached."""
+    """The upper 24 bits as a float32 in [0, 1), exactly."""
     return _shift_right(bits, 64 - 24).to(torch.float32) * 2.0**-24
 
 
 def _signed(word: int) -> int:
-    """The 64 bits as the whole number that torch's int64 has for them."""
+    """Reinterprets 64 bits as torch's int64."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def _shift_right(state: Tensor, shift: int) -> Tensor:
-    # torch has no unsigned 64-bit arithmetic: its shift copies the sign bit, so the copies are masked away.
+    # torch shifts int64 arithmetically: the copies of the sign bit are masked.
     return (state >> shift) & ((1 << (64 - shift)) - 1)

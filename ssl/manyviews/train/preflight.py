@@ -1,4 +1,4 @@
-"""Before a run begins: its recipe, images, memory and disk are verified by two real steps and a checkpoint of them."""
+"""Checks recipe, images, memory and disk before a run, by two steps and a checkpoint."""
 
 import os
 import resource
@@ -36,18 +36,16 @@ from manyviews.views import MEAN, STD
 
 STEPS = 2
 MOST_TIMED, LONGEST_TIMED = 20, 5.0
-"""Steps that are timed after those, and the seconds after which no further one is."""
+"""Bounds of the timing after those steps, in steps and seconds."""
 MOST_MEMORY = 0.95
-"""Share of the memory beyond which a machine would swap, or end the run."""
+"""Share of memory beyond which a machine would swap or kill the run."""
 
 
 def check(recipe: Recipe) -> None:
-    """Does what a run would do, from the images to the exported backbone, in two steps and in a folder that goes again.
-
-    All processes call it together; the first one prints a table of what was verified. The output stays as it was.
+    """Rehearses a run in a temporary folder, from the images to the exported backbone; prints a table; collective.
 
     Raises:
-        ValueError: with a line for each thing that would go wrong.
+        ValueError: with a line for each problem.
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
@@ -57,18 +55,18 @@ def check(recipe: Recipe) -> None:
             return
         setup = make_setup(recipe, accelerator, folder, console)
         describe(setup, folder, console)
-        with _folder_beside(folder) as place:
-            rows, problems = _tried(setup, place)
+        with _folder_beside(folder) as temporary:
+            rows, problems = _rehearse(setup, temporary)
     table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
-    for name, found in rows.items():
-        table.add_row(name, found)
+    for row in rows.items():
+        table.add_row(*row)
     console.rich.print(table)
     if everywhere := dict.fromkeys(chain.from_iterable(distributed.all_gather_object(problems))):
         raise ValueError("\n".join(everywhere))
 
 
-def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
-    """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
+def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
+    """Takes two steps in a temporary folder; returns the rows of the table, and the problems."""
     split, order, components, found = setup.split, setup.order, setup.components, setup.found
     settings, first = components.recipe.train, distributed.rank() == 0
     begun = found.step if found else 0
@@ -120,11 +118,11 @@ def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
             f"{place.parent}; make room, lower train.keep, or name another output"
         )
 
-    used, there = memory()
+    used, available = memory()
     several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())) if not torch.cuda.is_available() else 1
     each = f" for each of {several} processes" if several > 1 else ""
-    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(there)}"
-    if used * several > MOST_MEMORY * there:
+    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(available)}"
+    if used * several > MOST_MEMORY * available:
         problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
 
     seconds = _seconds_of_a_step(setup, step)
@@ -139,7 +137,7 @@ def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
-    """In what the newest checkpoint in a folder differs from what it should be, in words; collective."""
+    """Compares the newest checkpoint in a folder with the original; returns a message if they differ; collective."""
     found, damaged = newest_checkpoint(place)
     if found is None:
         return damaged or [f"no checkpoint is in {place}, though one was written"]
@@ -150,14 +148,14 @@ def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
         f"{part}.{key}"
         for part, read, state in pairs
         for key in state
-        # What is not spread over the processes the first one has written, with its own statistics of batch norms.
+        # Rank 0 has written what is not sharded, with its own batch statistics.
         if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(read, state, key)
     ]
     return [f"what was read back of the checkpoint is not what was written: {', '.join(other[:5])}"] if other else []
 
 
 def memory() -> tuple[int, int]:
-    """Bytes that this process has had at most, on the GPU if there is one, and bytes that are there."""
+    """Peak and available bytes of memory, on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved(), device()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -165,7 +163,7 @@ def memory() -> tuple[int, int]:
 
 
 def _seconds_of_a_step(setup: Setup, step: int) -> float:
-    """The median of some more steps, with the wait for their images; the same on all processes."""
+    """Median seconds of further steps, with their images; identical on all ranks."""
     components, device = setup.components, setup.components.accelerator.device
     rank, size, workers = distributed.rank(), distributed.world_size(), components.recipe.train.workers
     loader = Loader(setup.split.train, setup.order, rank=rank, size=size, workers=workers, start=step)
@@ -184,7 +182,7 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
 
 @contextmanager
 def _folder_beside(folder: Path) -> Iterator[Path]:
-    """A new folder in the file system of this one, for all processes together; it goes again with all it holds."""
+    """Creates a temporary folder for all ranks, in the file system of `folder`."""
     place = ""
     with raise_on_all_ranks():
         if distributed.rank() == 0:
@@ -203,6 +201,6 @@ def _same(read: Mapping[str, object], state: Mapping[str, object], key: str) -> 
     one, two = read.get(key), state[key]
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return one == two
-    # As bytes: NaN equals itself.
+    # As bytes, where NaN equals NaN.
     left, right = (value.detach().cpu().contiguous().flatten().view(torch.uint8) for value in (one, two))
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(left, right)

@@ -21,6 +21,7 @@ from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import Components
 from manyviews.train.not_finite import SkippedStep, SkippedSteps
+from manyviews.train.resume import SCHEDULE, differences
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 from manyviews.views import plain
@@ -62,8 +63,8 @@ class Recorder:
         self._measured = max(int(budget.progress(self._begun) * recipe.train.monitor) - self._cut_off, 0)
         self._best: tuple[int, float | None] = self._begun, metadata.get("score")
         """Step and accuracy of the best measurement."""
-        now, before = recipe.model_dump(mode="json"), metadata.get("recipe")
-        self._extended = before is not None and _budget_of(before) != _budget_of(now)
+        changed = differences(metadata["recipe"], recipe.model_dump(mode="json")) if "recipe" in metadata else {}
+        self._extended = bool(SCHEDULE & changed.keys())
 
     def monitor(self, step: int, progress: float) -> bool:
         """Measures kNN on held-out labels when due; returns whether it is the best so far."""
@@ -216,7 +217,3 @@ def monitored_ids(labels: Tensor | None, recipe: Recipe, console: Console) -> Te
         )
         return None
     return chosen
-
-
-def _budget_of(recipe: dict[str, Any]) -> list[Any]:
-    return [recipe["train"].get(key) for key in ("epochs", "minutes")]

@@ -124,28 +124,22 @@ def _first_passes(
     buffers = buffers_of(components.encoder)
     embeddings, targets, kept = [], [], []
     for chunk, batch in enumerate(batches):
-        embedded, target, queries = _first_pass(components, components.views(*batch, epoch), step, chunk)
-        embeddings.append(embedded)
+        views = components.views(*batch, epoch)
+        # Without gradient a compiled encoder would be compiled again, to a graph that may draw other dropout.
+        grad = torch.set_grad_enabled(components.recipe.train.compile)
+        with grad, components.accelerator.no_sync(components.forward):
+            embedded, target = embed(components, views, step, chunk)
+        embeddings.append(embedded.detach())
         targets += [target] if target is not None else []
-        kept += [queries] if queries is not None else []
+        if components.recipe.train.keep_views:
+            queries = queries_of(components, views)
+            # A slice would keep the twin's views in memory too.
+            kept.append(queries.clone() if len(queries) < len(views) else queries)
+        # The memory of the chunk and its graph is freed before the next one.
+        del views, embedded
     # The second pass updates the running statistics.
     restore_buffers(buffers)
     return torch.cat(embeddings, 1), torch.cat(targets, 1) if targets else None, kept
-
-
-def _first_pass(
-    components: Components, views: Tensor, step: int, chunk: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    # Without gradient a compiled encoder would be compiled again, to a graph that may draw other dropout. Autograd's
-    # memory of the chunk is freed with it: no more than in the second pass.
-    with torch.set_grad_enabled(components.recipe.train.compile), components.accelerator.no_sync(components.forward):
-        embeddings, targets = embed(components, views, step, chunk)
-    queries = None
-    if components.recipe.train.keep_views:
-        queries = queries_of(components, views)
-        # A slice would keep the twin's views in memory too.
-        queries = queries.clone() if len(queries) < len(views) else queries
-    return embeddings.detach(), targets, queries
 
 
 def average_gradients(objective: nn.Module, sharded: set[str]) -> None:

@@ -9,23 +9,11 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers, create_optimizer_v2
 from torch import Tensor, nn
 
-from manyviews.encoder.backbone import create_backbone
 from manyviews.evaluators.linear import NEAR, UNCHOSEN, standard
 from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
-from manyviews.features.backbone import PretrainedBackbone
 
 STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Regularisations of the linear probe, strongest first."""
-
-
-def backbone_of(opened: PretrainedBackbone, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
-    """Builds the backbone with its pretrained weights, or from scratch with random ones by the seed."""
-    torch.manual_seed(seed)
-    # Not `opened.backbone()`: a run may have trained with split batch norms, or another drop_path.
-    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=drop_path)
-    if not scratch:
-        model.load_state_dict(dict(opened.weights))
-    return model
 
 
 def set_classes(model: nn.Module, classes: int) -> None:

@@ -10,6 +10,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from manyviews.data import Images, Split, select
+from manyviews.encoder.backbone import create_backbone
 from manyviews.evaluators.fractions import draw
 from manyviews.evaluators.splits import hold_out
 from manyviews.features.backbone import PretrainedBackbone
@@ -17,7 +18,7 @@ from manyviews.features.encoding import extract
 from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.system import distributed
 from manyviews.system.console import Console
-from manyviews.train.finetune.classifier import Probe, backbone_of, fit_probe, freeze, set_classes, set_head
+from manyviews.train.finetune.classifier import Probe, fit_probe, freeze, set_classes, set_head
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.views import MEAN, STD
 
@@ -163,10 +164,14 @@ def outputs(
 
 
 def _backbone(task: Task, device: torch.device) -> nn.Module:
-    settings = task.settings
-    return backbone_of(task.opened, scratch=settings.scratch, seed=settings.seed, drop_path=settings.drop_path).to(
-        device
-    )
+    """Builds the backbone with its pretrained weights, or from scratch with random ones by the seed."""
+    settings, opened = task.settings, task.opened
+    torch.manual_seed(settings.seed)
+    # Not `opened.backbone()`: a run may have trained with split batch norms, or another drop_path.
+    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=settings.drop_path)
+    if not settings.scratch:
+        model.load_state_dict(dict(opened.weights))
+    return model.to(device)
 
 
 def model_input(
