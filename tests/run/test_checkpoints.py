@@ -23,7 +23,6 @@ from manyviews.run.checkpoints import (
     folder_name,
     newest_checkpoint,
     optimiser_shards,
-    save_checkpoint,
     saving,
     writing,
 )
@@ -32,6 +31,7 @@ from manyviews.system import distributed
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.train.resume import check_lengths
 from processes import start
+from small_run import save_checkpoint
 
 ROWS, DIM = 11, 3
 STAGES = ["save_file", "sync", "sha256"]

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, save_checkpoint
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
 from manyviews.run.checkpoints.checkpoint import FILE, MAX_BYTES, _seal
 from manyviews.system.files import sha256
+from small_run import save_checkpoint
 
 ROWS = "objective-00001-of-00001.safetensors"
 
@@ -122,7 +123,7 @@ def test_a_manifest_that_no_run_writes_is_refused_before_anything_else_is_opened
         ("null", "not of the form"),
         ("[1]", "not of the form"),
         ("\x00\xff", "not of the form"),
-        (" " * (MAX_BYTES + 1), "and at most"),
+        (" " * (MAX_BYTES + 1), "has more than"),
     ],
 )
 @pytest.mark.parametrize("name", [FILE, "optimiser.json"])

@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: they leave no trace, on any process, and are told of."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -223,7 +224,12 @@ def work(folder: str) -> None:
         changed = differing(before, state(built))
         said = describe(skipped)
         kinds += [type(skipped).__name__, type(step(built, 2)).__name__]
-        found[name] = {"kinds": kinds, "changed": changed, "said": said, "own": skipped.terms}
+        found[name] = {
+            "kinds": kinds,
+            "changed": changed,
+            "said": said,
+            "own": [key for key, value in skipped.loss.items() if not math.isfinite(value)],
+        }
         try:
             skips = SkippedSteps(Path(folder), ["x"] * 30, lambda text: None, cure="a lower rate")
             for _ in range(MOST_IN_A_ROW):

@@ -16,7 +16,7 @@ from torch import Tensor
 from manyviews import cli
 from manyviews.config import load
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, save_checkpoint, writing
+from manyviews.run.checkpoints import Checkpoint, writing
 from manyviews.run.checkpoints.checkpoint import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
@@ -29,6 +29,7 @@ from manyviews.train.recorder import Recorder, state_of
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup, restore
 from processes import free_port, launched, start, world
+from small_run import save_checkpoint
 from stopped_runs import content, differing, newest, tensors
 
 STEPS, STOPPED = 6, 4

@@ -12,8 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manyviews.config import vocabulary
-from manyviews.config.keys import kind, suggestion_for
-from manyviews.config.settings import Settings, choice_at, field_at, leaves_of, members_of
+from manyviews.config.settings import Settings, choice_at, field_at, kind, leaves_of, members_of, suggestion_for
 from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from manyviews.system.files import read_text, shown
 from manyviews.system.names import did_you_mean
@@ -65,20 +64,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{shown(file)} is no recipe: {problem}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe holds `key: value`, one on each line")
-    _refuse_dots(file, tree)
     return tree
-
-
-def _refuse_dots(file: Path, tree: Mapping[str, Any]) -> None:
-    for key, value in tree.items():
-        if "." in key:
-            outer, _, inner = key.partition(".")
-            raise ValueError(
-                f"{shown(file)}: the key {shown(key)} has a dot, as on a command line; in a recipe it is nested, "
-                f"{shown(outer)}: {{{shown(inner)}: …}}"
-            )
-        if isinstance(value, dict):
-            _refuse_dots(file, value)
 
 
 def _parse_args(model: type[Settings], args: Sequence[str]) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Expands bare values of components to dictionaries."""
     expanded: dict[str, Any] = {}
     for key, value in tree.items():
-        members = choice_at(model, key).members
+        members, _ = choice_at(model, key)
         if members and isinstance(value, str | int | float) and not isinstance(value, bool):
             shorthand = model.shorthands.get(key)
             expanded[key] = shorthand(str(value)) if shorthand else {"name": value}

@@ -106,5 +106,11 @@ def _with_string_keys(tree: Any) -> Any:
         named = {str(key): _with_string_keys(value) for key, value in tree.items()}
         if len(named) < len(tree):
             raise ValueError(f"a key stands twice among {shown(', '.join(named))}")
+        if dotted := next((key for key in named if "." in key), None):
+            outer, _, inner = dotted.partition(".")
+            raise ValueError(
+                f"the key {shown(dotted)} has a dot, as on a command line; in a recipe it is nested, "
+                f"{shown(outer)}: {{{shown(inner)}: …}}"
+            )
         return named
     return [_with_string_keys(value) for value in tree] if isinstance(tree, list) else tree

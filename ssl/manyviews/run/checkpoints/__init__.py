@@ -14,7 +14,7 @@ from manyviews.run.checkpoints.checkpoint import (
     sync,
 )
 from manyviews.run.checkpoints.reading import newest_checkpoint, way_on
-from manyviews.run.checkpoints.saving import Saver, check_finite, not_finite, save_checkpoint
+from manyviews.run.checkpoints.saving import Saver, check_finite, not_finite
 
 __all__ = [
     "Checkpoint",
@@ -26,7 +26,6 @@ __all__ = [
     "optimiser_shards",
     "restore_optimiser",
     "room_needed",
-    "save_checkpoint",
     "sync",
     "way_on",
 ]

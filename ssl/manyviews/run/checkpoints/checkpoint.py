@@ -220,9 +220,7 @@ def read_model(file: Path, model: type[M]) -> M:
         OSError: if it cannot be read.
         ValueError: if it is no regular file, larger than any that is written, or of another form.
     """
-    size = _regular_size(file)
-    if size > MAX_BYTES:
-        raise ValueError(f"{file.name} has {size:,} bytes, and at most {MAX_BYTES:,} are read")
+    _regular_size(file)
     try:
         return model.model_validate_json(read_bytes(file, MAX_BYTES))
     except ValidationError as problem:

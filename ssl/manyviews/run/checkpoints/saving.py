@@ -256,18 +256,5 @@ def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
         )
 
 
-def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Writes a checkpoint and waits for it; returns its folder; collective.
-
-    Raises:
-        ValueError: if `keep` is below 1, or a shard does not have the rows of this rank's share.
-        OSError: on all ranks, if one cannot write.
-    """
-    saver = Saver(place, keep=keep, warn=lambda text: None)
-    saver.begin(checkpoint)
-    saver.finish()
-    return place / folder_name(checkpoint.step)
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"

@@ -18,7 +18,7 @@ from manyviews.system.files import shown
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_json
 from manyviews.train.finetune.classifier import Probe
-from manyviews.train.finetune.task import Task, outputs, probe_logits
+from manyviews.train.finetune.task import Task, backbone_of, outputs
 
 RESULT = "result.json"
 MISTAKES = 24
@@ -46,7 +46,7 @@ def measure(
         logits = outputs(model, task, test, ids)
         if probe is not None:
             device = next(model.parameters()).device
-            probed = logits if is_probe else probe_logits(probe, task, device, test, ids)
+            probed = logits if is_probe else probe.logits(outputs(backbone_of(task, device), task, test, ids))
     if run is None:
         return
     export(

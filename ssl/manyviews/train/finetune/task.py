@@ -97,7 +97,7 @@ def fitted_probe(task: Task, device: torch.device, console: Console) -> Probe | 
     """Fits the linear probe to the features before fine-tuning, if the task has one; collective."""
     if not task.probes:
         return None
-    model = _backbone(task, device)
+    model = backbone_of(task, device)
     probed, _ = draw(task.labels, min(1.0, MOST_PROBED / len(task.labels)), seed=task.settings.seed, number=1)
     with console.bar():
         report = partial(console.report, "encoding")
@@ -113,20 +113,13 @@ def fitted_probe(task: Task, device: torch.device, console: Console) -> Probe | 
         )
 
 
-def probe_logits(
-    probe: Probe, task: Task, device: torch.device, images: Images, ids: Int[Tensor, " chosen"]
-) -> Float[Tensor, "chosen classes"]:
-    """Logits of the linear probe for images; collective."""
-    return probe.logits(outputs(_backbone(task, device), task, images, ids))
-
-
 def first_model(task: Task, device: torch.device, probe: Probe | None) -> nn.Module:
     """Builds the initial classifier of a mode: weights, head and frozen layers.
 
     Raises:
         ValueError: if the backbone cannot have such a head, or has fewer blocks than are to be trained.
     """
-    settings, model = task.settings, _backbone(task, device)
+    settings, model = task.settings, backbone_of(task, device)
     set_classes(model, len(task.images.classes))
     model = model.to(device).to(memory_format=torch.channels_last)
     if settings.mode == "linear_then_full":
@@ -163,7 +156,7 @@ def outputs(
     return extract(model, images, prepare=prepare, device=device, ids=ids, workers=workers)
 
 
-def _backbone(task: Task, device: torch.device) -> nn.Module:
+def backbone_of(task: Task, device: torch.device) -> nn.Module:
     """Builds the backbone with its pretrained weights, or from scratch with random ones by the seed."""
     settings, opened = task.settings, task.opened
     torch.manual_seed(settings.seed)
