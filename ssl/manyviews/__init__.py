@@ -1,4 +1,4 @@
-"""Self-supervised contrastive pretraining: from a folder of images to a backbone whose features are worth using."""
+"""Self-supervised contrastive pretraining: from a folder of images to a backbone."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`manyviews.Features`, when it is first asked for: it imports much that the rest does not need."""
+    """Imports `manyviews.Features` on first use: it has many imports."""
     if name == "Features":
         from manyviews.features.transformer import Features
 

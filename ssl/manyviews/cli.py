@@ -126,7 +126,7 @@ def is_setting(word: str, model: type[Settings]) -> bool:
 
 
 def own_data(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The `data` settings of a run, if the arguments change a part of them, as data.test=FOLDER does; else nothing."""
+    """The `data` settings of a run, if arguments change a part of them (data.test=FOLDER)."""
     given = {word.partition("=")[0].strip().lstrip("-") for word in words}
     config = folder.expanduser() / CONFIG
     if {"data", "data.name"} & given or not any(key.startswith("data.") for key in given) or not config.is_file():
@@ -135,7 +135,7 @@ def own_data(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def first_of(words: Sequence[str], model: type[Settings], what: str) -> str:
-    """Returns the first argument; raises ValueError where it is a setting or missing, saying `what` comes first."""
+    """Returns the first argument; raises ValueError with `what` for a setting or none."""
     if words and not is_setting(words[0], model):
         return words[0]
     folder = words and Path(words[0]).expanduser().exists()
@@ -201,14 +201,10 @@ def _completion(args: Sequence[str]) -> None:
 def completion_script(shell: str, commands: Mapping[str, Sequence[str]]) -> str:
     """The completion script of `manyviews` for a shell.
 
-    The script is static: it lists every argument, and completing one does not start Python.
-
-    Args:
-        shell: one of `SHELLS`.
-        commands: each subcommand with its possible arguments; a key ends in `=`.
+    The script is static: it lists every argument of each subcommand, and completing one does not start Python.
 
     Raises:
-        ValueError: for another shell.
+        ValueError: for a shell that is not in `SHELLS`.
     """
     if shell not in SHELLS:
         raise ValueError(f"{shell or 'no shell'} is none of {', '.join(SHELLS)}")
@@ -268,23 +264,18 @@ completion = Command(
     Settings,
     _completion,
 )
-COMMANDS = {
-    "pretrain": pretrain,
-    "evaluate": evaluate,
-    "extract": extract,
-    "finetune": finetune,
-    "completion": completion,
-}
+COMMANDS = {"pretrain": pretrain, "evaluate": evaluate, "extract": extract, "finetune": finetune}
 
 
 def main() -> int:
     """`manyviews COMMAND …`: the console command, and `python -m manyviews`."""
+    commands = {**COMMANDS, "completion": completion}
     name, *args = sys.argv[1:] or ["--help"]
-    if name in COMMANDS:
-        return COMMANDS[name](args)
-    usage = f"usage: manyviews {{{','.join(COMMANDS)}}} …; each has --help\n"
+    if name in commands:
+        return commands[name](args)
+    usage = f"usage: manyviews {{{','.join(commands)}}} …; each has --help\n"
     if name in HELP:
         console.write(usage)
         return 0
-    _print_error(f"error: {name} is no command{did_you_mean(name, COMMANDS)}\n{usage}")
+    _print_error(f"error: {name} is no command{did_you_mean(name, commands)}\n{usage}")
     return WRONG_USE

@@ -49,15 +49,10 @@ class OptimSettings(Settings):
         return rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scale]
 
     def build(self, module: nn.Module, objective: nn.Module | None = None, *, batch_size: int) -> torch.optim.Optimizer:
-        """Builds the optimiser of a module's trainable parameters, for `set_rate`.
+        """Builds the optimiser of a module's trainable parameters, for a global batch size.
 
         Parameters of an objective, one row per image over all ranks, are the last group: without weight decay, which
         would change rows of absent images, and without LARS' adaptation, whose norm would be that of local rows.
-
-        Args:
-            module: its parameters that require a gradient are trained.
-            objective: may have parameters of its own.
-            batch_size: images per step over all ranks.
 
         Raises:
             ValueError: if nothing is trainable.
@@ -67,13 +62,12 @@ class OptimSettings(Settings):
             raise ValueError("no parameter of the module requires a gradient: there is nothing to train")
         rate = self.peak_rate(batch_size)
         decay = WEIGHT_DECAYS[self.name] if self.weight_decay is None else self.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": decay, "peak_rate": rate},
-            {"params": spared, "weight_decay": 0.0, "peak_rate": rate},
-        ]
         owned = list(objective.parameters()) if objective is not None else []
-        groups.append({"params": owned, "weight_decay": 0.0, "peak_rate": rate})
-        groups = [group for group in groups if group["params"]]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "weight_decay": weight_decay, "peak_rate": rate}
+            for parameters, weight_decay in ((decayed, decay), (spared, 0.0), (owned, 0.0))
+            if parameters
+        ]
         if self.name == "adamw":
             # One kernel for all tensors: on the CPU more than twice as fast as a loop.
             fused = all(

@@ -176,7 +176,7 @@ def names() -> list[str]:
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe by its name or path; raises ValueError with all recipes and the most similar one.
+    """The file of a recipe by its name or path; raises ValueError with the similar names.
 
     >>> find("simclr").name
     'simclr.yaml'

@@ -1,4 +1,4 @@
-"""Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
+"""Typed settings from defaults, one YAML file and `key=value` arguments."""
 
 from manyviews.config.reading import dump_yaml, load, validate
 from manyviews.config.settings import Key, Settings, as_list, field_at, help_text, keys

@@ -1,4 +1,4 @@
-"""Loads settings from defaults, one YAML file and `key=value` arguments, with readable errors."""
+"""Loads settings from defaults, a YAML file and `key=value` arguments."""
 
 import re
 import types
@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Settings)
 def load(
     model: type[S], file: Path | None = None, args: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
 ) -> S:
-    """Merges defaults, `base`, one YAML file and `key=value` arguments, later over earlier, and validates them.
+    """Merges defaults, `base`, a YAML file and `key=value` arguments, and validates them.
 
     A layer that changes a component's `name` drops the earlier settings of that component: the temperature of one
     objective is not that of another. Interpolations such as `${oc.env:HOME}` are refused.
@@ -237,7 +237,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
 
 
 def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
-    """The dotted key of an error as a user types it, without pydantic's parts for unions and plain types."""
+    """The dotted key of an error as a user types it, without pydantic's parts for unions."""
     path: list[str] = []
     here: Mapping[str | None, type[Settings]] = {None: model}
     skip = False

@@ -1,4 +1,4 @@
-"""The base class of settings, lookups in their annotations, their keys for `--help`, and suggestions."""
+"""The base class of settings, lookups in their annotations, keys and suggestions."""
 
 import textwrap
 import types
@@ -68,7 +68,7 @@ def choice_at(model: type[Settings], key: str) -> tuple[dict[str | None, type[Se
 
 
 def leaves_of(annotation: Any) -> set[Any]:
-    """The plain types within an annotation: `tuple[float, float] | None` holds float and NoneType."""
+    """The plain types in an annotation: float and NoneType of `tuple[float, float] | None`."""
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(annotation)}
@@ -96,7 +96,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
-    """Yields every key in the order of the fields; components that share a key and its default share one entry."""
+    """Yields every key once, in the order of the fields; components share equal keys."""
     for name, field in model.model_fields.items():
         key, members = f"{prefix}{name}", members_of(field.annotation)
         if not members:
@@ -136,7 +136,7 @@ def help_text(usage: str, about: str, model: type[Settings]) -> str:
 
 
 def suggestion_for(model: type[Settings], key: str, tree: Mapping[str, Any]) -> str:
-    """Ends an error message about an unknown dotted key: the nearest key, or the component it belongs to.
+    """Ends an error message about an unknown key: the nearest key, or its component.
 
     `tree` holds the settings so far, by which components are chosen.
     """
@@ -178,7 +178,6 @@ def _missing(model: type[Settings], tree: Mapping[str, Any], entry: Key) -> tupl
 
 
 def _chosen(model: type[Settings], tree: Mapping[str, Any], path: str) -> str | None:
-    """The name of the chosen component at a dotted path."""
     name = None
     for part in path.split("."):
         if part not in model.model_fields:
@@ -207,7 +206,6 @@ def _ends(key: str, end: str) -> bool:
 
 
 def _ending(known: Sequence[str], end: str, parent: str) -> list[str]:
-    """Keys with this end, in the same component if it has one."""
     ending = [end if name == f"{end}.name" else name for name in known if _ends(name, end)]
     return [name for name in ending if parent and name.startswith(f"{parent}.")] or ending
 

@@ -1,4 +1,4 @@
-"""A safe subset of YAML: keys, values and lists; no tags, anchors or interpolations, and bounded in size."""
+"""A safe subset of YAML, bounded in size, without tags, anchors and interpolations."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Curves of a run for TensorBoard: one event file for each start, in the order of the starts."""
+"""Curves of a run for TensorBoard: one event file for each start, in order."""
 
 import os
 import re
@@ -19,7 +19,7 @@ STARTED = re.compile(r"events\.out\.tfevents\.(\d{1,10})\.(?:(\d{9})\.)?")
 
 
 class Curves:
-    """Appends events to a new file in `folder`; drops earlier points after the resumed `step`, with 0 all of them."""
+    """Appends events to a new file; drops earlier points after the resumed `step`."""
 
     def __init__(self, folder: Path, root: Path, step: int, warn: Callable[[str], object]) -> None:
         if not step:

@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics and curves, written so that a full disk or a crash loses nothing."""
+"""The run folder: configuration, metrics and curves, safe from full disks and crashes."""
 
 import io
 import json
@@ -82,7 +82,7 @@ class Run:
         self._small = {file.name: file.read_bytes() for file in small if file.stat().st_size <= MOST_KEPT}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl and one point to each TensorBoard curve; NaN is written as null."""
+        """Appends a line to metrics.jsonl (NaN as null) and a point to each TensorBoard curve."""
         values = {key: float(value) for key, value in values.items()}
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._metrics.write((json.dumps({"step": step, **line}) + "\n").encode())
@@ -139,7 +139,7 @@ class Run:
         self._curves.file.close()
 
     def finish(self, exported: Path, needed: Sequence[Path] = ()) -> None:
-        """Closes the files, syncs the `exported` folder and writes `done`, the last file of a complete run.
+        """Closes the files, syncs the `exported` folder and writes `done`.
 
         Raises:
             OSError: if a file of the run, or one of `needed`, is missing or incomplete; `done` is not written then.
@@ -186,7 +186,7 @@ def prepare(folder: Path, *, resume: bool) -> None:
 
 
 def check_content(folder: Path, *, resume: bool) -> None:
-    """Checks that a folder is writable and new, empty, or with `resume` that of a run without links out of it.
+    """Checks that a folder is writable and new, empty, or with `resume` that of a run.
 
     Raises:
         ValueError: if it is not.
@@ -210,7 +210,6 @@ def check_content(folder: Path, *, resume: bool) -> None:
 
 
 def _check_shared(folder: Path) -> None:
-    """Checks that rank 0 sees a file of each rank."""
     start = distributed.all_gather_object(secrets.token_hex(8))[0]
     own = folder / f"{START}{start}-{distributed.rank()}"
     try:
@@ -248,7 +247,7 @@ def read_unreadable(folder: Path) -> list[tuple[str, str]]:
 
 
 def _kept_lines(metrics: Path, step: int, rubbish: list[int]) -> Iterator[bytes]:
-    """Yields the lines of metrics up to a step; adds the numbers of lines without metrics to `rubbish`.
+    """Yields the lines of metrics up to a step; adds other line numbers to `rubbish`.
 
     An incomplete last line, as an interrupted write leaves it, is dropped silently.
     """

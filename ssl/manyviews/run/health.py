@@ -67,7 +67,7 @@ def glimpse(
 
 
 def spread(embeddings: Float[Tensor, "images dim"]) -> float:
-    """Standard deviation of unit embeddings per dimension, times √dim: 1 if uniform, 0 if collapsed or all zero.
+    """Standard deviation of unit embeddings, times √dim: 1 if uniform, 0 if collapsed.
 
     The root mean square over the dimensions, invariant to rotations: its square is 1 − the mean cosine similarity of
     all pairs. (Chen & He 2021, SimSiam, section 4.1, take the mean over the dimensions.)
@@ -77,10 +77,10 @@ def spread(embeddings: Float[Tensor, "images dim"]) -> float:
 
 
 def effective_rank(embeddings: Float[Tensor, "images dim"]) -> float:
-    """Exponential of the entropy of the normalised singular values: RankMe (Garrido et al. 2023, equations 1 and 2).
+    """Exponential of the entropy of the normalised singular values: RankMe.
 
-    The embeddings are not centred. At most the number of images or dimensions; 0 if all are zero, NaN if one is not
-    finite.
+    Garrido et al. 2023, equations 1 and 2, who do not centre the embeddings either. At most the number of images or
+    dimensions; 0 if all are zero, NaN if one is not finite.
     """
     rows = embeddings.double().cpu()
     if not bool(rows.isfinite().all()):
@@ -102,7 +102,7 @@ def figures(seen: EmbeddingSample) -> dict[str, float]:
 
 
 def similarities(seen: EmbeddingSample) -> dict[str, Float[Tensor, " pairs"]]:
-    """Cosine similarities of positive pairs (equal ids, without an embedding and itself) and negative pairs, if any."""
+    """Cosine similarities of positive pairs (equal ids, distinct embeddings) and negatives."""
     rows, ids = seen.embeddings[:PAIRED], seen.ids[:PAIRED]
     others = rows if seen.others is None else seen.others[:PAIRED]
     products, equal = directions(rows) @ directions(others).T, ids[:, None] == ids

@@ -17,7 +17,7 @@ NPY = b"\x93NUMPY"
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Maps the tensors of a safetensors file; raises ValueError if it is damaged, OSError if unreadable."""
+    """Maps the tensors of a safetensors file; raises ValueError or OSError."""
     with open_regular(file) as content:
         header = int.from_bytes(content.read(8), "little")
     if header > LARGEST_HEADER:

@@ -36,7 +36,7 @@ INSTEAD = {
 
 
 def prepare() -> None:
-    """Lets standard output and error write every character; those outside their encoding are replaced."""
+    """Lets standard output and error replace characters outside their encoding."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != ERRORS:
             stream.reconfigure(errors=ERRORS)
@@ -56,7 +56,6 @@ def write(text: str, *, error: bool = False) -> None:
 
 
 def _instead(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A codecs error handler."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]
@@ -68,7 +67,7 @@ codecs.register_error(ERRORS, _instead)
 
 
 class Console:
-    """Console output: lines, warnings and progress bars; silent with `quiet`, as on all ranks but the first."""
+    """Lines, warnings and progress bars; silent with `quiet`, as on all ranks but 0."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         prepare()
@@ -120,7 +119,7 @@ class Console:
 
 
 class _Cleaning(RenderHook):
-    """Escapes control characters in all output; rich drops only some of those in cells of tables."""
+    """Escapes control characters in all output; rich drops only some of them."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Clean(renderable) for renderable in renderables]

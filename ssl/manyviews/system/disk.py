@@ -38,14 +38,14 @@ def in_words(problem: OSError) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError if an output folder cannot be written to or created; leaves nothing behind."""
+    """Raises ValueError if an output folder cannot be written to or created."""
     existing = nearest_existing(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output={_short(str(folder))}: {shown(existing)} may not be written to; name another folder")
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The nearest existing folder on a path; raises ValueError if a file is in the way or the name is too long."""
+    """The nearest existing folder on a path; raises ValueError if there can be none."""
     output = f"output={_short(str(folder))}"
     if any(len(os.fsencode(part)) > LONGEST_PART for part in folder.parts):
         raise ValueError(f"{output} has too long a name: a part of a path has at most {LONGEST_PART} bytes")

@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def share(count: int, rank_: int | None = None, size_: int | None = None) -> slice:
-    """The consecutive part of `count` items of a rank, by default this one; sizes differ by at most one."""
+    """The consecutive share of `count` items of a rank, by default this one."""
     number, processes = rank() if rank_ is None else rank_, world_size() if size_ is None else size_
     return slice(number * count // processes, (number + 1) * count // processes)
 
@@ -83,7 +83,7 @@ def gather_without_gradient(local: Tensor, lengths: Sequence[int] | None = None)
 
 @torch.no_grad()
 def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums over ranks and keeps this rank's slice, without gradient; `whole` has `lengths[r]` rows for rank r."""
+    """Sums over ranks; returns this rank's slice, the `lengths[r]` rows of rank r."""
     if world_size() == 1:
         return whole.detach()
     longest = max(lengths)
@@ -102,7 +102,7 @@ def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
-    """Sends `outgoing[r]` rows of `local` to rank r; returns the `incoming[r]` rows of each, without gradient."""
+    """Sends `outgoing[r]` rows of `local` to rank r; returns `incoming[r]` rows from each."""
     local = local.detach()
     if world_size() == 1:
         return local
@@ -224,7 +224,7 @@ def _all_reduce(value: Tensor, operation: str) -> Tensor:
 
 
 def _note(tensor: Tensor, rounds: int) -> None:
-    """A ring sends each rank all but one part of the tensor per round; an all-reduce has two rounds."""
+    """Counts the bytes of a ring: all but one part per round; an all-reduce has two rounds."""
     for meter in _meters:
         meter.received += rounds * tensor.numel() * tensor.element_size() * (world_size() - 1) // world_size()
 

@@ -1,4 +1,4 @@
-"""Reads untrusted files: regular files only, bounded in size, without following links below a folder."""
+"""Reads untrusted files: regular, bounded in size, not behind links below a folder."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def shown(text: object) -> str:
 
 
 def spelled(text: str, *, ascii_only: bool = False) -> str:
-    r"""Escapes unprintable letters as Python does, raw bytes as \xe9; with `ascii_only` all non-ASCII."""
+    r"""Escapes unprintable letters, raw bytes as \xe9; with `ascii_only` all non-ASCII."""
     if text.isascii() if ascii_only else text.isprintable():
         return text
     return "".join(_letter(letter, ascii_only) for letter in text)
@@ -109,7 +109,7 @@ def sha256(path: Path) -> str:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Reads a regular file of at most `most` bytes as UTF-8; raises ValueError or OSError otherwise."""
+    """Reads a regular file of at most `most` bytes as UTF-8; raises ValueError or OSError."""
     content = read_bytes(path, most)
     if content[:2] in UTF16:
         raise ValueError(f"{shown(path)} is text in UTF-16; save it as UTF-8")
@@ -120,7 +120,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
-    """Reads the object of a JSON file of at most `most` bytes; raises ValueError or OSError otherwise."""
+    """Reads a JSON object from at most `most` bytes; raises ValueError or OSError."""
     return parse_json(read_text(path, most), shown(path))
 
 
@@ -139,7 +139,7 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
 
 @contextmanager
 def open_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[Iterator[str]]:
-    """Opens a regular file and yields its lines with their ends; bytes that are not UTF-8 become surrogates.
+    """Opens a regular file; yields its lines with their ends, raw bytes as surrogates.
 
     Raises:
         ValueError: if it is no regular file, or in UTF-16; while iterating, for a line longer than `longest`.
@@ -177,7 +177,7 @@ def check_links(folder: Path) -> None:
 
 @contextmanager
 def folder_beneath(path: Path, root: Path | None, *, make: bool = False) -> Iterator[int | None]:
-    """Opens a folder without following a link below the root, which by default is the folder itself.
+    """Opens a folder without following links below the root, by default the folder itself.
 
     Yields its descriptor, or None on systems that have none for folders. `make` creates the missing folders.
 

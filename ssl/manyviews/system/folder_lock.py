@@ -1,4 +1,4 @@
-"""Locks an output folder against a second writer; the operating system drops the lock with its process."""
+"""Locks an output folder against a second writer."""
 
 import errno
 import json
@@ -27,19 +27,15 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def folder_lock(
     folder: Path, check: Callable[[], object], warn: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
-    """Locks a folder against other writers while the context is open; creates it if necessary; collective.
+    """Locks a folder against other writers; creates it if necessary; collective.
 
     Rank 0 locks FOLDER/.lock (flock; on Windows msvcrt) and writes its host and process id there. The kernel releases
     the lock when the process ends: a file that was left behind is no lock. On Linux this also works between machines
     over NFS (the server holds the lock and drops it with the client's lease), except on mounts with nolock or
     local_lock=flock or all. A new folder in which nothing was written is removed again.
 
+    `check` is called on rank 0 under the lock and may raise; `warn` is called where the file system has no locks.
     Yields a function for rank 0 to call after another program has removed the folder: it locks the new one.
-
-    Args:
-        folder: what is locked.
-        check: called on rank 0 under the lock, before anything is written; raises to refuse the folder.
-        warn: called where the file system has no locks.
 
     Raises:
         ValueError: if another program holds the lock, naming it; what `check` raises; an OSError on the other ranks.
@@ -65,7 +61,7 @@ def folder_lock(
 
 @contextmanager
 def no_empty_folders_left(folder: Path) -> Iterator[None]:
-    """Removes the folders on a path, on rank 0 at the end, that are empty and did not exist before."""
+    """Removes, at the end on rank 0, new folders on a path that are empty."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 
 
 def has_instructions(*names: str) -> bool:
-    """Whether the CPU has one of the instruction sets, by their names in `torch.cpu.get_capabilities`."""
+    """Whether the CPU has one of the instruction sets (`torch.cpu.get_capabilities`)."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return any(bool(capabilities().get(name)) for name in names)

@@ -1,4 +1,4 @@
-"""Counter-based random numbers (SplitMix64) and seeds, keyed by integers: stateless, for exact resumes."""
+"""Counter-based random numbers (SplitMix64) and seeds: stateless, for exact resumes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def uniform(places: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape
 def uniform_sequences(
     places: Int64[Tensor, " places"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
 ) -> Float[Tensor, "members keys places"]:
-    """Uniform numbers in [0, 1): the given members (from 0) of the sequence of each key and place.
+    """Uniform numbers in [0, 1): members (from 0) of the sequence of each key and place.
 
     They are equal on all devices, and no global generator is used.
     """

@@ -40,11 +40,8 @@ def start(
 ) -> Accelerator:
     """Starts Accelerate with a precision and, on the CPU, a number of threads.
 
-    Args:
-        batch_size: global batch size; None if batches are not split over ranks.
-        precision: of the accelerator; auto: bf16 where it is fast.
-        threads: of each process on the CPU; None: all cores.
-        trains: whether Accelerate's settings for training alone are checked.
+    `batch_size` is global, or None if batches are not split over ranks; precision "auto" is bf16 where it is fast.
+    Accelerate's settings for training are only checked if the command `trains`.
 
     Raises:
         ValueError: if the launched processes do not see each other, Accelerate has unsupported settings (sharding,
@@ -107,7 +104,6 @@ def bf16_pays(on_cpu: bool) -> bool:
 
 
 def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None:
-    """Raises ValueError for unsupported settings of Accelerate in the environment."""
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on", "y", "t"):
             raise ValueError(
@@ -148,7 +144,7 @@ def _processes_launched() -> int | None:
 
 @contextmanager
 def _mortal() -> Iterator[None]:
-    """Restores the default signal handlers, as no handler of Python runs while a process waits for others."""
+    """Restores default signal handlers: Python's do not run while a process waits."""
     if _processes_launched() in (None, 1):
         yield
         return

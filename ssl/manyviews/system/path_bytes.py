@@ -1,4 +1,4 @@
-"""Paths that are not UTF-8: their bytes in JSON and YAML, and such paths for libraries that need UTF-8."""
+"""Paths that are not UTF-8, in JSON and YAML and for libraries that need UTF-8."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def is_raw(text: str) -> bool:
 
 
 def storable(tree: T) -> T:
-    """Replaces raw bytes in a tree of plain values, for YAML and JSON; `restored` is the inverse."""
+    """Replaces raw bytes in plain values, for YAML and JSON; `restored` is the inverse."""
     return _with_letters(tree, RAW_BYTES)
 
 
@@ -31,7 +31,7 @@ def restored(tree: T) -> T:
 
 @contextmanager
 def utf8_path(file: Path) -> Iterator[Path]:
-    """A UTF-8 path of a file or folder: its own, or that of a descriptor; raises OSError if it cannot be read."""
+    """A UTF-8 path of a file or folder, perhaps of its descriptor; raises OSError."""
     try:
         os.fspath(file).encode()
     except UnicodeEncodeError:

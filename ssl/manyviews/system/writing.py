@@ -1,4 +1,4 @@
-"""Writes, renames and removes files in untrusted folders without following links out of them.
+"""Writes, renames and removes files in untrusted folders without following links.
 
 Each function takes a path and the root that it must stay in, by default the folder of the path. The root itself may be
 a link; below it each folder is opened relative to the descriptor of its parent (`files.folder_beneath`).
@@ -36,7 +36,7 @@ def open_new(file: Path, root: Path | None = None) -> BinaryIO:
 
 
 def open_there(file: Path, root: Path | None = None, *, append: bool = False) -> int:
-    """Opens an existing file for reading and writing; with `append` at its end, creating it if necessary.
+    """Opens an existing file to read and write; with `append` at its end, creating it.
 
     Returns the descriptor.
 
@@ -115,7 +115,7 @@ def replacing(file: Path, root: Path | None = None, *, synced: bool = True) -> I
 
 @contextmanager
 def folder_path(path: Path, root: Path) -> Iterator[Path]:
-    """A path for libraries that create files in a folder; where there is /proc, through the folder's descriptor.
+    """A path of a folder for libraries, through its descriptor where there is /proc.
 
     Raises:
         OSError: if the folder does not exist or lies behind a link.

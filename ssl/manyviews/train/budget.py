@@ -16,7 +16,7 @@ def share_spent(step: int | float, seconds: float, *, steps: int, minutes: float
 
 
 class Budget:
-    """The spent part of a run's steps or minutes, identical on all ranks; `spent`: seconds before a resume."""
+    """Spent steps or minutes of a run, identical on all ranks; `spent`: seconds before."""
 
     def __init__(self, *, steps: int, minutes: float | None, spent: float = 0.0) -> None:
         self._steps, self._minutes = steps, minutes

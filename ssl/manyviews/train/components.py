@@ -1,4 +1,4 @@
-"""Builds the training components of a recipe for a set of images, and warns of risky combinations."""
+"""Builds the training components of a recipe and warns of risky combinations."""
 
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition |
 
 
 def negatives_of(recipe: Recipe, images: Images, counts: Composition | None, most: int) -> int:
-    """Mean negatives per anchor in a step, from the `counts` of `check_classes`; `most`: with every image a class."""
+    """Mean negatives per anchor, from `check_classes`; `most` with every image a class."""
     if counts is None or recipe.objective.negatives_from == "rows":
         return most
     if recipe.objective.negatives_from == "queue":
@@ -154,7 +154,7 @@ def negatives_of(recipe: Recipe, images: Images, counts: Composition | None, mos
 
 
 def label_names(images: Images) -> Int64[Tensor, " images"]:
-    """An id for each label, numbered without gaps; an image without a label has an id of its own.
+    """An id for each label, without gaps; an image without a label has its own.
 
     Raises:
         ValueError: if no image has a label.
@@ -177,7 +177,7 @@ def labels_of(images: Images) -> Int64[Tensor, " images"]:
 
 
 def smallest_part(encoder: Encoder) -> int:
-    """The smallest batch for the encoder in training: 2 images for each part of a batch norm, or 1 without."""
+    """The smallest training batch: 2 images for each part of a batch norm, or 1 without."""
     return 2 * encoder.batch_norm_splits if has_batch_norm(encoder) else 1
 
 

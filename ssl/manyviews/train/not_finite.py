@@ -96,7 +96,7 @@ class Guard:
 
 
 class SkippedSteps:
-    """Counts skipped steps, warns of the first, tenth, hundredth … and ends a run with too many in a row.
+    """Counts skipped steps, warns of the 1st, 10th, 100th …; too many in a row end a run.
 
     Args:
         folder: the run folder, for the report.

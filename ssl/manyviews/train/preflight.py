@@ -42,7 +42,7 @@ MOST_MEMORY = 0.95
 
 
 def check(recipe: Recipe) -> None:
-    """Rehearses a run in a temporary folder, from the images to the exported backbone; prints a table; collective.
+    """Rehearses a run in a temporary folder and prints a table; collective.
 
     Raises:
         ValueError: with a line for each problem.
@@ -76,14 +76,9 @@ def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     tried = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(place)}))
     quiet = Console(quiet=True)
     run = open_run(setup._replace(components=tried), place, quiet) if first else None
+    session = Session(run, Saver(place / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
     try:
-        step = train(
-            tried,
-            split.train,
-            order,
-            found,
-            Session(run, Saver(place / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop()),
-        )
+        step = train(tried, split.train, order, found, session)
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
@@ -137,7 +132,7 @@ def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
-    """Compares the newest checkpoint in a folder with the original; returns a message if they differ; collective."""
+    """Compares the newest checkpoint with the original; returns the differences; collective."""
     found, damaged = newest_checkpoint(place)
     if found is None:
         return damaged or [f"no checkpoint is in {place}, though one was written"]

@@ -1,4 +1,4 @@
-"""The pretraining loop: images → views → embeddings → loss → gradient → update, for any objective."""
+"""The pretraining loop: images → views → embeddings → loss → gradient → update."""
 
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
 
 
 def train(components: Components, images: Images, order: Order, found: Checkpoint | None, session: Session) -> int:
-    """Trains from the checkpoint to the end of the budget or to a signal; returns the number of steps."""
+    """Trains to the end of the budget or a signal; returns the number of steps."""
     settings, device = components.recipe.train, components.accelerator.device
     step, spent = (found.step, float(found.metadata["seconds"])) if found else (0, 0.0)
     steps = settings.steps(order.steps_per_epoch)
@@ -150,7 +150,7 @@ def gradient(
     epoch: int,
     step: int,
 ) -> StepResult:
-    """Accumulates the gradient of the whole batch in the parameters; arguments as of `train_step`."""
+    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
     named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
     if chunks > 1:
         loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
@@ -165,7 +165,7 @@ def gradient(
 
 
 def compile_encoder(components: Components, images: Images, order: Order, step: int) -> None:
-    """With train.compile=true, compiles the encoder by the gradient of its next batch; collective.
+    """With train.compile=true, compiles the encoder by the next batch; collective.
 
     Raises:
         ValueError: if it cannot be compiled; earlier than in a run, whose folder would exist by then.

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint matches recipe, images and world size before resuming; records changed settings."""
+"""Checks that a checkpoint matches recipe, images and world size before resuming."""
 
 import json
 import os
@@ -56,7 +56,7 @@ LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
 
 
 def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, console: Console) -> Checkpoint | None:
-    """The newest checkpoint of a run, if there is one; collective, each rank gets its own shards.
+    """The newest checkpoint of a run, if any, with this rank's shards; collective.
 
     Raises:
         ValueError: if settings, images or (without `recipe.elastic`) world size differ from those of the checkpoint.
@@ -104,7 +104,7 @@ def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console
 
 
 def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Validates the types and bounds of a checkpoint's metadata, and returns it; raises ValueError."""
+    """Validates and returns a checkpoint's metadata; raises ValueError."""
     for key, kind in kinds.items():
         try:
             TypeAdapter(kind).validate_python(found.metadata.get(key), strict=True)
@@ -118,7 +118,7 @@ def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, 
 
 
 def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
-    """Raises ValueError if the objective's sharded tensors have other lengths than in the checkpoint.
+    """Raises ValueError if the objective's shards have other lengths than the checkpoint's.
 
     The length of a queue with per_process=true depends on the world size.
     """
@@ -163,7 +163,7 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
 
 
 def record_settings(folder: Path, recipe: Recipe, checkpoint: Checkpoint | None, console: Console) -> None:
-    """Writes changed settings of a resumed run to config.yaml, on rank 0, with a comment line and a message."""
+    """Writes changed settings of a resumed run to config.yaml, on rank 0, with a message."""
     file = folder / CONFIG
     before = load(Recipe, file)
     changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"), OF_A_START)
@@ -183,7 +183,7 @@ def check_settings(
     free: Collection[str],
     way_out: str = "start another with output=…",
 ) -> None:
-    """Raises ValueError if settings (as JSON values) differ beyond the keys in `free`, naming each and the way out."""
+    """Raises ValueError if settings differ beyond `free` keys, with the way out."""
     if changed := differences(before, now, free):
         raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")
 
@@ -209,7 +209,6 @@ def _in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _as_given(value: Any) -> str:
-    """A value as in a recipe, without control characters."""
     return json.dumps(value).strip('"')
 
 

@@ -1,4 +1,4 @@
-"""Run folder, checkpoints, console and stop signal around the steps of pretraining and fine-tuning."""
+"""Run folder, checkpoints, console and signals of pretraining and fine-tuning."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ class Session(NamedTuple):
 
 @contextmanager
 def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) -> Iterator[Session]:
-    """Opens the run folder on rank 0 and handles signals; an error abandons the save and closes the folder."""
+    """Opens the run folder on rank 0 and handles signals; closes it after an error."""
     # No rank may read the folder once rank 0 has begun to write.
     distributed.barrier()
     with raise_on_all_ranks():
@@ -62,7 +62,7 @@ def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) ->
 
 
 def end(session: Session, accelerator: Accelerator, step: int) -> None:
-    """Ends the session on all ranks; after a signal it prints where the run stopped and raises SystemExit."""
+    """Ends the session on all ranks; after a signal raises SystemExit, with a message."""
     accelerator.end_training()
     if session.stop.signal is not None:
         session.console.say(f"stopped at step {step:,}, saved; re-run the same command with resume=true to continue")

@@ -1,4 +1,4 @@
-"""Sets up a run: images, batch sampler, components, the checkpoint to resume from, the run folder."""
+"""Sets up a run: images, batch sampler, components, checkpoint, run folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +89,7 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
 
 
 def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: Console) -> Setup:
-    """Reads the images, builds the components and, with `resume`, loads the newest checkpoint; collective.
+    """Reads the images, builds the components and loads the newest checkpoint; collective.
 
     Raises:
         ValueError: if recipe, images or checkpoint are invalid; nothing is written.
@@ -227,7 +227,7 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
 def open_run(
     setup: Setup, folder: Path, console: Console, header: str = "", lock_again: Callable[[], None] = lambda: None
 ) -> Run:
-    """Opens the run folder; writes configuration, inventory, unreadable files and the picture of the views."""
+    """Opens the run folder; writes configuration, inventory and picture of the views."""
     split, components, found = setup.split, setup.components, setup.found
     make_folder(folder, folder)
     if (folder / DONE).exists():

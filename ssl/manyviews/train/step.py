@@ -1,4 +1,4 @@
-"""Parts of an update: forward passes, the gradient in chunks, gradients of the objective, buffers."""
+"""Parts of an update: forward passes, gradient in chunks, objective's gradients, buffers."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
 
 
 def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Embeddings and targets: the twin's projections, or those that the encoder's predictor is fed."""
+    """Embeddings and targets: projections of the twin, or the inputs of the predictor."""
     embedded = encode(components, queries_of(components, views), step, chunk)
     targets = None
     if components.twin is not None:
@@ -43,7 +43,7 @@ def queries_of(components: Components, views: Tensor) -> Tensor:
 
 
 def encode(components: Components, queries: Tensor, step: int, chunk: int) -> Embedded:
-    """Passes views through the encoder; dropout is seeded by step, rank and chunk, for an exact resume."""
+    """Passes views through the encoder; dropout is seeded by step, rank and chunk."""
     key = f"{components.recipe.seed} {step} {distributed.rank()} {chunk}"
     torch.manual_seed(seed_of(key) >> 1)
     embedded: Embedded = components.forward(queries)
@@ -120,7 +120,7 @@ def finite_views(components: Components, images: Tensor, ids: Tensor, epoch: int
 def _first_passes(
     components: Components, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Embeddings and targets of all chunks, and with `train.keep_views` the encoder's views of each."""
+    """Embeddings and targets of all chunks, and with `train.keep_views` the views of each."""
     buffers = buffers_of(components.encoder)
     embeddings, targets, kept = [], [], []
     for chunk, batch in enumerate(batches):
@@ -143,7 +143,7 @@ def _first_passes(
 
 
 def average_gradients(objective: nn.Module, sharded: set[str]) -> None:
-    """Averages the gradients of an objective's parameters over the ranks, as DDP does the encoder's; collective.
+    """Averages the gradients of an objective's parameters over the ranks; collective.
 
     Replicated parameters get the mean. `sharded` ones hold the sum over ranks of gradients of local means: it is
     divided by the world size.

@@ -98,7 +98,7 @@ def restore_optimiser(optimiser: Any, kept: Mapping[str, Any]) -> None:
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """The tensors by part and name; those of the optimiser as "3.exp_avg" in the part "optimiser"."""
+    """The tensors by part and name; "3.exp_avg" and the like in the part "optimiser"."""
     states = checkpoint.optimiser["state"].items()
     kept = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
     tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
@@ -106,7 +106,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def room_needed(checkpoint: Checkpoint, *, keep: int) -> int:
-    """Bytes on the disk, over all ranks, for `keep` checkpoints and the one that is being written.
+    """Bytes on the disk, over all ranks, for `keep` checkpoints and one being written.
 
     The checkpoint must be of after a step: before it an optimiser has no state.
     """
@@ -130,7 +130,7 @@ def sync(path: Path) -> None:
 
 
 def few(value: Any) -> Any:
-    """Refuses a huge collection before its items are validated: their errors would fill the memory."""
+    """Refuses a huge collection before its items are validated: errors take memory."""
     if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"{len(value):,} entries, and at most {MAX_ENTRIES:,} are read")
     return value

@@ -41,7 +41,7 @@ class OptimiserRest(BaseModel):
 
 
 def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """Reads the newest valid checkpoint in `place`; returns it and a message for each damaged one.
+    """Reads the newest valid checkpoint; returns it and a message for each damaged one.
 
     Collective: all ranks return the same step, each with its own shards, whatever the world size of the writers, which
     is added to the metadata as `processes`. Each rank verifies some files; damage on one makes all take the
@@ -63,7 +63,7 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
 
 
 def _listed(place: Path) -> list[tuple[str, int]]:
-    """The checkpoints, newest first, as rank 0 sees them: a shared file system may show other ranks fewer."""
+    """The checkpoints, newest first, as rank 0 sees them in a shared file system."""
     identities = list(filter(None, map(_identity, reversed(steps(place, replaced=True)))))
     return distributed.all_gather_object(identities)[0]
 
@@ -77,7 +77,7 @@ def _identity(folder: Path) -> tuple[str, int] | None:
 
 
 def steps(place: Path, *, replaced: bool = False) -> list[Path]:
-    """The folders of checkpoints, oldest first; with `replaced` also those of an interrupted replacement."""
+    """The folders of checkpoints, oldest first; with `replaced` also replaced ones."""
     pattern = re.compile(r"step-\d{9}(\.replaced)?" if replaced else r"step-\d{9}")
     # A replaced one is older than its replacement.
     return sorted(
@@ -87,7 +87,7 @@ def steps(place: Path, *, replaced: bool = False) -> list[Path]:
 
 
 def way_on(place: Path) -> str:
-    """Advice after non-finite numbers: the newest checkpoint to resume from; reads manifests only."""
+    """Advice after non-finite numbers: the newest checkpoint, by its manifest."""
     for folder in reversed(steps(place)):
         with suppress(*FORESEEN):
             read_manifest(folder)
@@ -128,7 +128,6 @@ def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Che
 
 
 def _optimiser(rest: OptimiserRest, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Joins the two files of an optimiser."""
     state: dict[str, dict[str, Any]] = {index: dict(values) for index, values in rest.state.items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
@@ -170,7 +169,6 @@ def _own_rows(folder: Path, part: str, key: str, length: int, writers: int) -> T
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Turns any error of a reader into a ValueError."""
     try:
         yield
     except Exception as problem:

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the background: the copy is made in a step, a thread waits for the disk."""
+"""Writes checkpoints in the background: copies in a step, writes in a thread."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ PATIENCE = 5.0
 
 
 class Saver:
-    """Writes the checkpoints of a run in the background, one at a time; all methods are collective.
+    """Writes checkpoints in the background, one at a time; all methods are collective.
 
     `begin` copies a rank's part to the CPU, and a thread writes, syncs and hashes it. `poll`, called in each step, lets
     rank 0 write the manifest and rename the folder once all ranks have written. Only then are older checkpoints
@@ -115,7 +115,7 @@ class Saver:
             ) from self.problem
 
     def abandon(self) -> None:
-        """Gives up the checkpoint that is being written; not collective, as other ranks may not respond."""
+        """Gives up the checkpoint being written; not collective, for ranks that do not respond."""
         if self._work is not None:
             wait([self._work], PATIENCE)
             self._work = None
@@ -129,7 +129,7 @@ class Saver:
         return self.keep_best and score > highest
 
     def room_warning(self, checkpoint: Checkpoint) -> str | None:
-        """A warning on rank 0 if the disk has too little room for all checkpoints like this one; else None."""
+        """A warning, on rank 0, if the disk has too little room for such checkpoints."""
         self.wait()
         if distributed.rank() > 0:
             return None
@@ -172,7 +172,7 @@ class Saver:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Records a failure of the save, such as a full disk, and warns of the first; re-raises program errors."""
+        """Records a failed save and warns of the first; re-raises program errors."""
         try:
             yield
         except BaseException as problem:

@@ -1,4 +1,4 @@
-"""A classifier from a backbone: its head, trainable layers and layer-wise learning rates, by timm."""
+"""A classifier from a backbone: head, trainable layers and layer-wise learning rates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,10 +46,10 @@ def fit_probe(
     classes: int,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Probe:
-    """Fits logistic regression, with the regularisation that is best on the held-out features, or `UNCHOSEN`.
+    """Fits logistic regression, with the best regularisation on the held-out features.
 
-    Of equally good regularisations the strongest is chosen. If many images and classes make each fit slow, they are
-    fitted in turn, the strongest first, each from the previous solution, until two in a row do not improve.
+    Without held-out images it is `UNCHOSEN`. Of equally good ones the strongest is chosen. If many images and classes
+    make each fit slow, they are fitted in turn, the strongest first, until two in a row do not improve.
     """
     strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,), dtype=torch.float64)
     scaled = standard(features)
@@ -80,7 +80,7 @@ def fit_probe(
 
 
 def set_head(model: nn.Module, probe: Probe) -> None:
-    """Sets the head to a linear probe: a random one would first distort the features (Kumar et al. 2022).
+    """Sets the head to a linear probe, which distorts features less (Kumar et al. 2022).
 
     Raises:
         ValueError: if the head is not one linear layer on these features.
@@ -98,7 +98,7 @@ def set_head(model: nn.Module, probe: Probe) -> None:
 
 
 def freeze(model: nn.Module, blocks: int) -> None:
-    """Freezes all but the head and the last `blocks` of timm's layers; raises ValueError if there are fewer."""
+    """Freezes all but the head and the last `blocks` layers; raises ValueError for too many."""
     layers = _layers(model)
     head = max(layers.values())
     if not 0 <= blocks <= head:
@@ -119,7 +119,7 @@ def train_mode(model: nn.Module) -> None:
 def create_optimiser(
     model: nn.Module, *, rate: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW with layer-wise learning rates, with the `peak_rate` of each group for `optim.set_rate`."""
+    """AdamW with layer-wise learning rates, and a `peak_rate` for `optim.set_rate`."""
     optimiser = create_optimizer_v2(
         model, "adamw", lr=rate, weight_decay=weight_decay, layer_decay=layer_decay, fused=True
     )
@@ -129,7 +129,6 @@ def create_optimiser(
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
-    """The layer index of each parameter, from the stem to the head."""
     matcher: Any = getattr(model, "group_matcher", None)
     layers: dict[str, int] = (
         auto_group_layers(model) if matcher is None else group_parameters(model, matcher(coarse=False), reverse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from accelerate import Accelerator
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from manyviews.config import dump_yaml, load
@@ -22,16 +22,12 @@ from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task, outputs
 from manyviews.train.not_finite import REPORT
 
-
-def _with_strength(probe: list[float | None]) -> list[float | None]:
-    if probe[0] is None:
-        raise ValueError("its strength is missing")
-    return probe
-
-
 FREE = {key.removeprefix("train.") for key in resume.FREE | resume.LOCATIONS}
 """Settings that may change when a run is resumed; the images themselves are compared."""
-Probed = Annotated[list[resume.Measured | None], Field(min_length=2, max_length=2), AfterValidator(_with_strength)]
+Probed = Annotated[
+    tuple[resume.Measured, resume.Measured | None],
+    BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair),
+]
 """Regularisation and held-out accuracy of the linear probe."""
 METADATA = {
     "step": resume.Counted,
@@ -59,7 +55,7 @@ def check_unchanged(folder: Path, settings: FinetuneSettings) -> None:
 
 
 def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
-    """The newest checkpoint, if there is one; raises ValueError for other settings, images or weights."""
+    """The newest checkpoint, if any; raises ValueError for other settings or images."""
     found, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
         console.warn(line)
@@ -104,7 +100,7 @@ def open_run(
 
 
 def remove_unbegun(folder: Path) -> None:
-    """Removes the files of a start that failed before its first step, to allow the same command again."""
+    """Removes the files of a start that failed before its first step."""
     if (folder / REPORT).exists() or any((folder / CHECKPOINTS).glob("*")):
         return
     if any(line["step"] for line in read_metrics(folder)):
@@ -151,7 +147,7 @@ def describe(
 
 
 class FinetuneState:
-    """The state of fine-tuning: model, average of its weights, the best average so far, optimiser."""
+    """The state of fine-tuning: model, average of its weights, best average, optimiser."""
 
     def __init__(self, task: Task, model: nn.Module, average: nn.Module, optimiser: Any, probe: Probe | None) -> None:
         self._task, self._model, self._average, self._optimiser, self._probe = task, model, average, optimiser, probe

@@ -44,6 +44,8 @@ from manyviews.train.finetune.task import Task, first_model, fitted_probe, model
 from manyviews.train.not_finite import Guard, SkippedSteps
 from manyviews.train.session import Session, end, open_session, wrap
 
+CURE = "a lower rate or precision=fp32"
+
 
 def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Path:
     """Trains a classifier from a run folder or a timm model; returns the folder that it writes.
@@ -98,7 +100,7 @@ def train(
     found: Checkpoint | None,
     session: Session,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains to the end of the budget or to a signal; returns the model with the best weights, and its record.
+    """Trains to the end of the budget or a signal; returns the best model and its record.
 
     A model that starts as the linear probe is measured first, and kept unless a later one is better.
     """
@@ -132,13 +134,8 @@ def train(
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=metadata.get("seconds", 0.0))
     losses = MetricAverager({"loss": metadata.get("losses", [])})
-    skips = SkippedSteps(
-        saver.place.parent,
-        task.images.names,
-        session.console.warn,
-        cure="a lower rate or precision=fp32",
-        total=int(metadata.get("skipped") or 0),
-    )
+    total = int(metadata.get("skipped") or 0)
+    skips = SkippedSteps(saver.place.parent, task.images.names, session.console.warn, cure=CURE, total=total)
 
     def save() -> None:
         known = {"seconds": budget.seconds(), "losses": losses.steps().get("loss", []), "skipped": skips.total}
@@ -149,14 +146,8 @@ def train(
         if accuracy is not None:
             session.log(step, {"held_out": accuracy})
 
-    loader = Loader(
-        task.images,
-        order,
-        rank=distributed.rank(),
-        size=distributed.world_size(),
-        workers=settings.workers,
-        start=step,
-    )
+    rank, size = distributed.rank(), distributed.world_size()
+    loader = Loader(task.images, order, rank=rank, size=size, workers=settings.workers, start=step)
     labels, checked = task.labels.to(device), int(budget.progress(step) * settings.checks)
     if not step and settings.mode == "linear_then_full":
         check()
@@ -211,7 +202,7 @@ def train(
 
 
 class Average(ModelEmaV3):
-    """timm's moving average of a model's state, which updates tensors that layers share once a step."""
+    """timm's moving average of a model's state; updates shared tensors once a step."""
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Updates the average."""

@@ -1,4 +1,4 @@
-"""Result of a fine-tuning: test accuracy, the classifier in timm's format, pictures and result.json."""
+"""Result of a fine-tuning: test accuracy, exported classifier, pictures, result.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ def measure(
     console: Console,
     header: str = "",
 ) -> None:
-    """Measures the classifier and the linear probe on the test images and writes the results; collective."""
+    """Measures classifier and linear probe on the test images; writes results; collective."""
     settings, opened, classes, test = task.settings, task.opened, task.images.classes, task.split.test
     is_probe = settings.mode == "linear_then_full" and not outcome["best_step"]
     labels = test.labels if test is not None and test.labels is not None else torch.empty(0, dtype=torch.int64)
@@ -93,12 +93,9 @@ def measure(
 
 
 def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool) -> list[str]:
-    """Warnings about a classifier that is not better than the linear probe.
+    """Warnings about a classifier, by its result.json, that is not better than the linear probe.
 
-    Args:
-        record: the content of result.json.
-        is_probe: whether the classifier is the probe itself, from before the first step.
-        begins_as_probe: whether fine-tuning started from the probe.
+    `is_probe`: the classifier is the probe itself; `begins_as_probe`: fine-tuning started from it.
     """
     probe, held_out, warnings = record.get("probe"), record["best_accuracy"], []
     if probe is None:
@@ -126,7 +123,7 @@ def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool)
 def _with_accuracy(
     record: dict[str, Any], logits: Float[Tensor, "tested classes"], labels: Int[Tensor, " tested"], classes: int
 ) -> tuple[dict[str, Any], str]:
-    """Adds the accuracy on the test images to the record; returns it with a line for the console."""
+    """Adds the test accuracy to the record; returns it with a line for the console."""
     predictions = logits.argmax(1)
     right, total = int((predictions == labels).sum()), len(labels)
     low, high = wilson(right, total)
@@ -153,7 +150,6 @@ def _draw(
     run: Run,
     console: Console,
 ) -> None:
-    """Draws the pictures; warns of one that cannot be drawn."""
     assert test.labels is not None
     labels, predictions = test.labels[ids], logits.argmax(1)
     try:

@@ -1,4 +1,4 @@
-"""What fine-tuning is told: how much of the backbone moves, how fast, from how many labels, and for how long."""
+"""Settings of fine-tuning: trained layers, learning rates, labels and budget."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -114,7 +114,7 @@ class FinetuneSettings(Settings):
 
     @property
     def mixing(self) -> float:
-        """The parameter of the mixing: none for a probe, whose confident logits would be unlearned first."""
+        """The parameter of mixup; by default 0 for a probe, whose logits are confident."""
         return (0.0 if self.mode == "linear_then_full" else 0.2) if self.mixup is None else self.mixup
 
     @model_validator(mode="after")

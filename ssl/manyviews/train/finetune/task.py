@@ -157,7 +157,7 @@ def outputs(
 
 
 def backbone_of(task: Task, device: torch.device) -> nn.Module:
-    """Builds the backbone with its pretrained weights, or from scratch with random ones by the seed."""
+    """Builds the backbone with its pretrained weights, or random ones by the seed."""
     settings, opened = task.settings, task.opened
     torch.manual_seed(settings.seed)
     # Not `opened.backbone()`: a run may have trained with split batch norms, or another drop_path.
@@ -177,7 +177,6 @@ def model_input(
 
 
 def _hold_out(labels: Tensor, chosen: Tensor, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """Splits the chosen images into those to train on and those to hold out."""
     if settings.held_out == 0:
         return chosen, chosen[:0]
     among = torch.full_like(labels, -1)
