@@ -112,34 +112,34 @@ def header(command: str) -> str:
     return f"# {spelled(command)}\n# commit {commit}; {versions}; {python}\n"
 
 
-def is_setting(word: str, model: type[Settings]) -> bool:
+def is_setting(arg: str, model: type[Settings]) -> bool:
     """Whether an argument is `key=value`, and not a path or a model's name with a `=` in it.
 
     A key of the settings always is one (./seed=1 names the folder). Anything else is a path if that exists, or if no
     key can look like it: runs/lr=0.1.
     """
-    key, equals, _ = word.partition("=")
+    key, equals, _ = arg.partition("=")
     key = key.strip().lstrip("-")
     if not equals or not KEY.fullmatch(key):
         return False
-    return field_at(model, key.split(".")) is not None or not Path(word).expanduser().exists()
+    return field_at(model, key.split(".")) is not None or not Path(arg).expanduser().exists()
 
 
-def own_data(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+def own_data(folder: Path, args: Sequence[str]) -> dict[str, Any]:
     """The `data` settings of a run, if arguments change a part of them (data.test=FOLDER)."""
-    given = {word.partition("=")[0].strip().lstrip("-") for word in words}
+    changed = {arg.partition("=")[0].strip().lstrip("-") for arg in args}
     config = folder.expanduser() / CONFIG
-    if {"data", "data.name"} & given or not any(key.startswith("data.") for key in given) or not config.is_file():
+    if {"data", "data.name"} & changed or not any(key.startswith("data.") for key in changed) or not config.is_file():
         return {}
     return {"data": load(Recipe, config).data.model_dump(mode="json")}
 
 
-def first_of(words: Sequence[str], model: type[Settings], what: str) -> str:
+def first_of(args: Sequence[str], model: type[Settings], what: str) -> str:
     """Returns the first argument; raises ValueError with `what` for a setting or none."""
-    if words and not is_setting(words[0], model):
-        return words[0]
-    folder = words and Path(words[0]).expanduser().exists()
-    raise ValueError(f"{what}" + (f"; ./{words[0]} names the folder and not the setting" if folder else ""))
+    if args and not is_setting(args[0], model):
+        return args[0]
+    folder = args and Path(args[0]).expanduser().exists()
+    raise ValueError(f"{what}" + (f"; ./{args[0]} names the folder and not the setting" if folder else ""))
 
 
 def _pretrain(args: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ class TrainSettings(Settings):
     epochs: float = Field(100, gt=0, le=1_000_000)
     """Passes over the images; a part of one is allowed."""
     minutes: float | None = Field(None, gt=0, le=10_000_000)
-    """Wall-clock minutes of training, in place of epochs; the schedule then follows the clock."""
+    """Wall-clock minutes of training, instead of epochs; the schedule then follows the clock."""
     batch_size: int = Field(256, ge=2, le=1_048_576)
     """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
     whatever the chunks and the processes."""
@@ -58,7 +58,7 @@ class TrainSettings(Settings):
     keep: int = Field(2, ge=1, le=100_000)
     """Checkpoints that stay; the older ones go after a new one is safe."""
     keep_best: bool = True
-    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy that `monitor` has found."""
+    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy of `monitor`."""
     preview: int = Field(8, ge=0, le=256)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 

@@ -115,7 +115,7 @@ def test_saves_that_fail_are_told_of_once_and_end_nothing(tmp_path: Path, monkey
         for step in (2, 3, 4):
             saver.begin(checkpoint(step, size=10**5))
             until_written(saver)
-            assert there(saver.place) == names(1)
+            assert there(saver.folder) == names(1)
     assert len(news) == 1
     assert "the checkpoint of step 2 could not be written: [Errno 28] No space left on device" in news[0]
     assert "it takes 0.9 MB, and 0.8 MB are missing" in news[0]
@@ -124,7 +124,7 @@ def test_saves_that_fail_are_told_of_once_and_end_nothing(tmp_path: Path, monkey
     saver.begin(checkpoint(5))
     until_written(saver)
     assert news[1:] == ["the checkpoint of step 5 is written, after 3 that could not be"]
-    assert there(saver.place) == names(5)
+    assert there(saver.folder) == names(5)
 
 
 def test_a_failure_between_two_steps_is_warned_of_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_checkpoints_that_another_program_removes_are_warned_of_and_the_next_one
     shutil.rmtree(tmp_path / "run")
     assert saver.room_warning(checkpoint(2)) is None
     saved(saver, checkpoint(2))
-    assert there(saver.place) == names(2)
+    assert there(saver.folder) == names(2)
 
 
 def test_a_checkpoint_counts_only_when_all_of_it_is_on_the_disk(

@@ -144,7 +144,7 @@ def test_one_process_goes_on_with_what_two_began(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     subprocess.run(["cp", "-r", str(folder / name / "stopped"), str(tmp_path / "run")], check=True)
-    with pytest.raises(ValueError, match=r"step 4 was written by 2 processes and this is a start of 1.*elastic=true"):
+    with pytest.raises(ValueError, match=r"step 4 was written by 2 processes, and this is a start of 1.*elastic=true"):
         pretrain(recipe(tmp_path / "run", "resume=true", *OBJECTIVES[name]))
     pretrain(recipe(tmp_path / "run", "resume=true", "elastic=true", *OBJECTIVES[name]))
     assert "begun on 2 processes, goes on with 1" in capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: p
     found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, {"processes": 4})
     check_processes(found, 4, elastic=False, console=Console())
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match=r"step 3 was written by 4 processes and this is a start of 2.*elastic=true"):
+    with pytest.raises(ValueError, match=r"step 3 was written by 4 processes, and this is a start of 2.*elastic=true"):
         check_processes(found, 2, elastic=False, console=Console())
     check_processes(found, 2, elastic=True, console=Console())
     assert "begun on 4 processes, goes on with 2" in capsys.readouterr().out

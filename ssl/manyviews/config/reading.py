@@ -164,7 +164,7 @@ def _merge(
 
 
 def _named(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Adds the default name to components without one; refuses booleans in place of numbers."""
+    """Adds the default name to components without one; refuses booleans for numbers."""
     named = dict(tree)
     for key, value in tree.items():
         field, (members, default) = model.model_fields.get(key), choice_at(model, key)

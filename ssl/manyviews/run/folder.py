@@ -28,7 +28,7 @@ from manyviews.system.writing import make_folder, open_new, remove, write_atomic
 
 CONFIG, METRICS, CHECKPOINTS, DONE = "config.yaml", "metrics.jsonl", "checkpoints", "done"
 CLASSIFIER = "classifier"
-"""The export of fine-tuning, in place of a backbone."""
+"""The export of fine-tuning, instead of a backbone."""
 FOLDERS = ("backbone", CHECKPOINTS, CLASSIFIER, "tensorboard")
 UNREADABLE, INVENTORY = "unreadable.txt", "images.jsonl"
 VIEWS = "views"

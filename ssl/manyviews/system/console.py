@@ -32,7 +32,7 @@ INSTEAD = {
     **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╯╰┏┓┗┛┣┫┳┻╋╔╗╚╝╠╣╦╩╬┡┩╇╈╉╊╞╡╪", "+"),
     **dict.fromkeys("█▉▊▋▌▍▎▏", "#"),
 }
-"""ASCII in place of a character of our own messages; any other character is escaped."""
+"""ASCII for a character of our own messages; any other character is escaped."""
 
 
 def prepare() -> None:

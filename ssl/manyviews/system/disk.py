@@ -30,11 +30,11 @@ WORDS = {
 
 def in_words(problem: OSError) -> str:
     """Describes a system error with its file and a way out."""
-    words = WORDS.get(problem.errno or 0)
-    if words is None or problem.filename is None:
+    message = WORDS.get(problem.errno or 0)
+    if message is None or problem.filename is None:
         return shown(problem)
     name = os.fsdecode(problem.filename) if isinstance(problem.filename, bytes | str) else str(problem.filename)
-    return f"{_short(name)} {words}"
+    return f"{_short(name)} {message}"
 
 
 def check_writable(folder: Path) -> None:

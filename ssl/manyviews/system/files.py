@@ -191,11 +191,11 @@ def folder_beneath(path: Path, root: Path | None, *, make: bool = False) -> Iter
         raise LinkError(path, "leads out of its folder")
     if not BY_DESCRIPTOR:
         for depth in range(1, len(parts) + 1):
-            below = root.joinpath(*parts[:depth])
-            if below.is_symlink():
-                raise LinkError(below)
+            part_path = root.joinpath(*parts[:depth])
+            if part_path.is_symlink():
+                raise LinkError(part_path)
             if make:
-                below.mkdir(exist_ok=True)
+                part_path.mkdir(exist_ok=True)
         yield None
         return
     folder = os.open(root, _FOLDER & ~getattr(os, "O_NOFOLLOW", 0))

@@ -15,28 +15,28 @@ SHIFTS = (30, 27, 31)
 WORD = (1 << 64) - 1
 
 
-def uniform(places: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape"]:
-    """Uniform float32 numbers in [0, 1), each a function of its place and the key alone."""
-    return _fraction(_mix(_starts(places, key) + _signed(INCREMENT)))
+def uniform(indices: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape"]:
+    """Uniform float32 numbers in [0, 1), each a function of its index and the key alone."""
+    return _fraction(_mix(_starts(indices, key) + _signed(INCREMENT)))
 
 
 def uniform_sequences(
-    places: Int64[Tensor, " places"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
-) -> Float[Tensor, "members keys places"]:
-    """Uniform numbers in [0, 1): members (from 0) of the sequence of each key and place.
+    indices: Int64[Tensor, " indices"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
+) -> Float[Tensor, "members keys indices"]:
+    """Uniform numbers in [0, 1): members (from 0) of the sequence of each key and index.
 
     They are equal on all devices, and no global generator is used.
     """
-    starts = torch.stack([_starts(places, key) for key in keys])
+    starts = torch.stack([_starts(indices, key) for key in keys])
     steps = (members + 1) * _signed(INCREMENT)
     return _fraction(_mix(starts + steps[:, None, None]))
 
 
-def hashed(*words: int) -> int:
+def hashed(*numbers: int) -> int:
     """A 64-bit hash of integers."""
     key = 0
-    for word in words:
-        key = (key + word + INCREMENT) & WORD
+    for number in numbers:
+        key = (key + number + INCREMENT) & WORD
         for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
             key = ((key ^ (key >> shift)) * multiplier) & WORD
     return key
@@ -58,8 +58,8 @@ def numpy_generator(stream: str, *key: int) -> np.random.Generator:
     return np.random.default_rng([int.from_bytes(stream.encode(), "big"), *key])
 
 
-def _starts(places: Tensor, key: Sequence[int]) -> Tensor:
-    return _mix(places + _signed(hashed(*key)))
+def _starts(indices: Tensor, key: Sequence[int]) -> Tensor:
+    return _mix(indices + _signed(hashed(*key)))
 
 
 def _mix(state: Tensor) -> Tensor:

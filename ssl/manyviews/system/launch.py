@@ -125,7 +125,7 @@ def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None
                 "which add no negatives: each part of the batch would be contrasted with itself alone; leave them out, "
                 "and set train.batch_size to the whole batch and train.chunk to what fits in memory"
             )
-        raise ValueError(f"accelerate was told of {steps} gradient accumulation steps, {why}")
+        raise ValueError(f"accelerate was launched with {steps} gradient accumulation steps, {why}")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         instead = "; pretraining compiles its encoder by train.compile=true" if with_negatives else ""

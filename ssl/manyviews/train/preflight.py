@@ -65,20 +65,20 @@ def check(recipe: Recipe) -> None:
         raise ValueError("\n".join(everywhere))
 
 
-def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
+def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Takes two steps in a temporary folder; returns the rows of the table, and the problems."""
-    split, order, components, found = setup.split, setup.order, setup.components, setup.found
+    split, order, components, resumed = setup.split, setup.order, setup.components, setup.checkpoint
     settings, first = components.recipe.train, distributed.rank() == 0
-    begun = found.step if found else 0
-    compile_encoder(components, split.train, order, begun)
-    budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
+    first_step = resumed.step if resumed else 0
+    compile_encoder(components, split.train, order, first_step)
+    budget = {"epochs": (first_step + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
-    tried = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(place)}))
+    short_run = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(folder)}))
     quiet = Console(quiet=True)
-    run = open_run(setup._replace(components=tried), place, quiet) if first else None
-    session = Session(run, Saver(place / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
+    run = open_run(setup._replace(components=short_run), folder, quiet) if first else None
+    session = Session(run, Saver(folder / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
     try:
-        step = train(tried, split.train, order, found, session)
+        step = train(short_run, split.train, order, resumed, session)
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
@@ -88,29 +88,29 @@ def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
             run.close()
     if first:
         pixels, channels = components.views.window.size, split.train.channels
-        export(components.encoder.backbone, place / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
-    checkpoint = state_of(tried, split.train, step, {})
+        export(components.encoder.backbone, folder / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
+    checkpoint = state_of(short_run, split.train, step, {})
     rows, problems = {"recipe": f"{components.recipe.objective.name} with {components.recipe.encoder.name}"}, []
 
     unreadable = f", {len(split.unreadable):,} unreadable and left out" if split.unreadable else ", all readable"
     held_out = f" and {len(split.test):,} held out" if split.test is not None else ""
     rows["images"] = f"{len(split.train):,} to learn from{held_out}{unreadable}"
 
-    skipped = [line["skipped"] for line in read_metrics(place) if "skipped" in line][-1:] if first else [0]
+    skipped = [line["skipped"] for line in read_metrics(folder) if "skipped" in line][-1:] if first else [0]
     if skipped != [0]:
         problems.append(f"of {STEPS} steps, some were skipped, for the loss or its gradient was not finite")
-    rows["steps"] = f"{STEPS}, from step {begun:,} on"
+    rows["steps"] = f"{STEPS}, from step {first_step:,} on"
 
-    problems += differences(checkpoint, place / CHECKPOINTS)
+    problems += differences(checkpoint, folder / CHECKPOINTS)
     rows["checkpoint"] = "written, read back, the same to the last bit" if not problems else "not as it should be"
 
     kept = settings.keep + settings.keep_best
-    needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(place).free
+    needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(folder).free
     rows["disk"] = f"{gigabytes(needed)} for {kept + 1} checkpoints, of {gigabytes(free)} that are free"
     if needed > free:
         problems.append(
             f"{gigabytes(needed)} are needed for {kept + 1} checkpoints, and {gigabytes(free)} are free in "
-            f"{place.parent}; make room, lower train.keep, or name another output"
+            f"{folder.parent}; make room, lower train.keep, or name another output"
         )
 
     used, available = memory()
@@ -124,29 +124,29 @@ def _rehearse(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
     if settings.minutes:
         expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
     else:
-        left = max(1, round(settings.epochs * order.steps_per_epoch)) - begun
+        left = max(1, round(settings.epochs * order.steps_per_epoch)) - first_step
         expected = f"about {duration(left * seconds)} for {plural(left, 'step')}"
     pace = order.batch_size / seconds
     rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {pace:,.0f} images/s)"
     return rows, problems
 
 
-def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
+def differences(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Compares the newest checkpoint with the original; returns the differences; collective."""
-    found, damaged = newest_checkpoint(place)
-    if found is None:
-        return damaged or [f"no checkpoint is in {place}, though one was written"]
-    pairs = [(part, found.parts.get(part, {}), state) for part, state in checkpoint.parts.items()]
+    read, damaged = newest_checkpoint(folder)
+    if read is None:
+        return damaged or [f"no checkpoint is in {folder}, though one was written"]
+    pairs = [(part, read.parts.get(part, {}), state) for part, state in checkpoint.parts.items()]
     for index, state in checkpoint.optimiser["state"].items():
-        pairs.append((f"optimiser.{index}", found.optimiser["state"].get(index, {}), state))
-    other = [
+        pairs.append((f"optimiser.{index}", read.optimiser["state"].get(index, {}), state))
+    differing = [
         f"{part}.{key}"
-        for part, read, state in pairs
+        for part, other, state in pairs
         for key in state
         # Rank 0 has written what is not sharded, with its own batch statistics.
-        if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(read, state, key)
+        if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(other, state, key)
     ]
-    return [f"what was read back of the checkpoint is not what was written: {', '.join(other[:5])}"] if other else []
+    return [f"the checkpoint read back is not what was written: {', '.join(differing[:5])}"] if differing else []
 
 
 def memory() -> tuple[int, int]:
@@ -178,12 +178,12 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
 @contextmanager
 def _folder_beside(folder: Path) -> Iterator[Path]:
     """Creates a temporary folder for all ranks, in the file system of `folder`."""
-    place = ""
+    path = ""
     with raise_on_all_ranks():
         if distributed.rank() == 0:
-            existing = next(place for place in folder.absolute().parents if place.is_dir())
-            place = tempfile.mkdtemp(prefix=".check-", dir=existing)
-    made = Path(distributed.all_gather_object(place)[0])
+            existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+            path = tempfile.mkdtemp(prefix=".check-", dir=existing)
+    made = Path(distributed.all_gather_object(path)[0])
     try:
         yield made
         distributed.barrier()

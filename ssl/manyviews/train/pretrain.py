@@ -54,13 +54,13 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
         setup = make_setup(recipe, accelerator, folder, console)
-        components, images, order, found = setup.components, setup.split.train, setup.order, setup.found
-        compile_encoder(components, images, order, found.step if found else 0)
+        components, images, order, checkpoint = setup.components, setup.split.train, setup.order, setup.checkpoint
+        compile_encoder(components, images, order, checkpoint.step if checkpoint else 0)
         settings = recipe.train
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
         with open_session(partial(open_run, setup, folder, console, header, lock_again), saver, console) as session:
             describe(setup, folder, console)
-            step = train(components, images, order, found, session)
+            step = train(components, images, order, checkpoint, session)
         run = session.run
         exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
         with raise_on_all_ranks():
@@ -75,13 +75,13 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
     return folder
 
 
-def train(components: Components, images: Images, order: Order, found: Checkpoint | None, session: Session) -> int:
+def train(components: Components, images: Images, order: Order, checkpoint: Checkpoint | None, session: Session) -> int:
     """Trains to the end of the budget or a signal; returns the number of steps."""
     settings, device = components.recipe.train, components.accelerator.device
-    step, spent = (found.step, float(found.metadata["seconds"])) if found else (0, 0.0)
+    step, spent = (checkpoint.step, float(checkpoint.metadata["seconds"])) if checkpoint else (0, 0.0)
     steps = settings.steps(order.steps_per_epoch)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
-    recorder = Recorder(components, images, order, budget, session, found)
+    recorder = Recorder(components, images, order, budget, session, checkpoint)
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.world_size(), workers=settings.workers, start=step
     )

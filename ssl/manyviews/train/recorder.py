@@ -43,16 +43,16 @@ class Recorder:
         order: Order,
         budget: Budget,
         session: Session,
-        found: Checkpoint | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
-        recipe, metadata = components.recipe, found.metadata if found else {}
+        recipe, metadata = components.recipe, checkpoint.metadata if checkpoint else {}
         self._components, self._images, self._order = components, images, order
         self._settings, self._budget, self._session = recipe.train, budget, session
-        self._begun = found.step if found else 0
+        self._begun = checkpoint.step if checkpoint else 0
         self._averager = MetricAverager(metadata.get("losses"))
         skipped = int(metadata.get("skipped") or 0)
         self._skips = SkippedSteps(
-            session.saver.place.parent, images.names, session.console.warn, cure=CURE, total=skipped
+            session.saver.folder.parent, images.names, session.console.warn, cure=CURE, total=skipped
         )
         self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
         self._last = self._begun, budget.seconds()

@@ -61,70 +61,70 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
     Raises:
         ValueError: if settings, images or (without `recipe.elastic`) world size differ from those of the checkpoint.
     """
-    found, damaged = newest_checkpoint(folder / CHECKPOINTS)
+    checkpoint, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
         console.warn(line)
     now = recipe.model_dump(mode="json")
     if (folder / CONFIG).exists():
         before = load(Recipe, folder / CONFIG).model_dump(mode="json")
         check_settings(before, now, FREE | SCHEDULE | moved(before, now))
-        if found is None and not recipe.extend:
+        if checkpoint is None and not recipe.extend:
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
-    if found is None:
+    if checkpoint is None:
         return None
-    metadata = check_metadata(found, METADATA)
+    metadata = check_metadata(checkpoint, METADATA)
     # config.yaml may have been edited, or belong to another run.
     check_settings(metadata["recipe"], now, FREE | SCHEDULE | moved(metadata["recipe"], now))
-    check_images(found, images)
-    check_processes(found, processes, elastic=recipe.elastic, console=console)
-    return found
+    check_images(checkpoint, images)
+    check_processes(checkpoint, processes, elastic=recipe.elastic, console=console)
+    return checkpoint
 
 
-def check_images(found: Checkpoint, images: Images) -> None:
+def check_images(checkpoint: Checkpoint, images: Images) -> None:
     """Raises ValueError for other images than those of a checkpoint."""
-    if check_metadata(found, {"images": str})["images"] != images.fingerprint:
+    if check_metadata(checkpoint, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
             "the images are not those that the run was begun with (files, labels or how they are read have changed); "
             f"{OTHER_IMAGES}"
         )
 
 
-def check_processes(found: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
+def check_processes(checkpoint: Checkpoint, processes: int, *, elastic: bool, console: Console) -> None:
     """Raises ValueError for another world size than that of a checkpoint, unless `elastic`."""
-    before = found.metadata["processes"]
+    before = checkpoint.metadata["processes"]
     if before == processes:
         return
     if not elastic:
         raise ValueError(
-            f"the checkpoint of step {found.step:,} was written by {plural(before, 'process', 'processes')} and this "
-            f"is a start of {processes}, which would go on otherwise; start {before}, or add elastic=true to go on "
-            "from the same sample with the same global batch, but not bit for bit"
+            f"the checkpoint of step {checkpoint.step:,} was written by {plural(before, 'process', 'processes')}, and "
+            f"this is a start of {processes}, which would differ; start {before}, or add elastic=true to resume from "
+            "the same sample with the same global batch, but not bit for bit"
         )
     console.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
 
 
-def check_metadata(found: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_metadata(checkpoint: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
     """Validates and returns a checkpoint's metadata; raises ValueError."""
     for key, kind in kinds.items():
         try:
-            TypeAdapter(kind).validate_python(found.metadata.get(key), strict=True)
+            TypeAdapter(kind).validate_python(checkpoint.metadata.get(key), strict=True)
         except ValidationError as problem:
             first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
             raise ValueError(
-                f"the checkpoint of step {found.step:,} does not say its {key} as it should "
+                f"the checkpoint of step {checkpoint.step:,} does not say its {key} as it should "
                 f"({first['msg'].removeprefix('Input ')}); start another run with output=…"
             ) from None
-    return found.metadata
+    return checkpoint.metadata
 
 
-def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
+def check_lengths(checkpoint: Checkpoint, lengths: Mapping[str, int]) -> None:
     """Raises ValueError if the objective's shards have other lengths than the checkpoint's.
 
     The length of a queue with per_process=true depends on the world size.
     """
-    writers = found.metadata["processes"]
+    writers = checkpoint.metadata["processes"]
     for name, length in lengths.items():
-        before = found.shards.get(f"objective.{name}", length)
+        before = checkpoint.shards.get(f"objective.{name}", length)
         if before != length:
             raise ValueError(
                 f"objective.{name} has {before:,} rows in the checkpoint, which {writers} processes wrote, and has "
@@ -134,7 +134,7 @@ def check_lengths(found: Checkpoint, lengths: Mapping[str, int]) -> None:
             )
 
 
-def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> str | None:
+def check_schedule(checkpoint: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> str | None:
     """Compares the schedule with that of the checkpoint; returns a message if it is extended.
 
     A run at the end of its schedule that is not marked as finished is extended without extend=true.
@@ -142,12 +142,12 @@ def check_schedule(found: Checkpoint, recipe: Recipe, steps_per_epoch: int) -> s
     Raises:
         ValueError: if the schedule differs without extend=true, or the new budget is spent already.
     """
-    before, now = found.metadata["recipe"], recipe.model_dump(mode="json")
+    before, now = checkpoint.metadata["recipe"], recipe.model_dump(mode="json")
     changed = differences(before, now, FREE | LOCATIONS)
     if not SCHEDULE & changed.keys():
         return None
     old, new = validate(TrainSettings, before["train"]), recipe.train
-    step, seconds = found.step, found.metadata["seconds"]
+    step, seconds = checkpoint.step, checkpoint.metadata["seconds"]
     progress = [partial(share_spent, steps=one.steps(steps_per_epoch), minutes=one.minutes) for one in (old, new)]
     if not recipe.extend and progress[0](step, seconds) < 1:
         check_settings(before, now, FREE | LOCATIONS, EXTEND)

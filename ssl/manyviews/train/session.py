@@ -38,7 +38,7 @@ class Session(NamedTuple):
         """
         parts = checkpoint.parts.items()
         tensors = {f"{part}.{key}": value for part, state in parts for key, value in state.items()}
-        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.place)
+        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.folder)
         self.saver.begin(checkpoint, before=self.run.sync if self.run is not None else None)
 
 

@@ -45,7 +45,7 @@ class Setup(NamedTuple):
     split: Split
     order: Order
     components: Components
-    found: Checkpoint | None
+    checkpoint: Checkpoint | None
     """The checkpoint to resume from, loaded already."""
     extended: str | None = None
     """A message about an extended schedule."""
@@ -72,10 +72,10 @@ def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
 
 def _began_with(folder: Path, split: Split, now: Inventory, console: Console) -> dict[str, str] | None:
     """The files at the start of a run, if some are lost since; else None."""
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     with raise_on_all_ranks():
         file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
-        if found is None or not file.is_file() or found.metadata.get("images") == split.train.fingerprint:
+        if checkpoint is None or not file.is_file() or checkpoint.metadata.get("images") == split.train.fingerprint:
             return None
         before = read_inventory(file)
         changed = changes(before, now)
@@ -97,20 +97,20 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     split = read_images(recipe, folder, console)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = resume.resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
-    begun_on = found.metadata["processes"] if found else None
-    order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    processes = accelerator.num_processes
+    checkpoint = resume.resumable(recipe, folder, split.train, processes, console) if recipe.resume else None
+    order = batches(recipe, split.train, processes, checkpoint.metadata["processes"] if checkpoint else None)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
-    extended = resume.check_schedule(found, recipe, order.steps_per_epoch) if found else None
+    extended = resume.check_schedule(checkpoint, recipe, order.steps_per_epoch) if checkpoint else None
     components = build(recipe, accelerator, split.train)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
-    if found is not None:
-        if found.metadata.get("held_out", components.held_out) != components.held_out:
+    if checkpoint is not None:
+        if checkpoint.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
-        restore(components, found)
-    return Setup(split, order, components, found, extended, contrasts)
+        restore(components, checkpoint)
+    return Setup(split, order, components, checkpoint, extended, contrasts)
 
 
 def describe(setup: Setup, folder: Path, console: Console) -> None:
@@ -163,20 +163,20 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
         )
 
 
-def restore(components: Components, found: Checkpoint) -> None:
+def restore(components: Components, checkpoint: Checkpoint) -> None:
     """Loads a checkpoint into the components; raises ValueError if it is of other ones."""
-    resume.check_lengths(found, components.objective.shards())
+    resume.check_lengths(checkpoint, components.objective.shards())
     try:
-        components.encoder.load_state_dict(dict(found.parts["encoder"]))
-        components.objective.load_state_dict(dict(found.parts["objective"]))
+        components.encoder.load_state_dict(dict(checkpoint.parts["encoder"]))
+        components.objective.load_state_dict(dict(checkpoint.parts["objective"]))
         if components.twin is not None:
-            components.twin.load_state_dict(dict(found.parts["twin"]))
-        restore_optimiser(components.optimiser, found.optimiser)
+            components.twin.load_state_dict(dict(checkpoint.parts["twin"]))
+        restore_optimiser(components.optimiser, checkpoint.optimiser)
         if components.accelerator.scaler is not None:
-            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
+            components.accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
     except (KeyError, RuntimeError) as problem:
         raise ValueError(
-            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
+            f"the checkpoint of step {checkpoint.step:,} is of other parts than the recipe's: {problem}"
         ) from None
 
 
@@ -206,8 +206,8 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
             resume.check_settings(before, now, resume.FREE | resume.LOCATIONS, resume.EXTEND)
         return False
     # Reads only the metadata.
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
-    if found is not None:
+    checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    if checkpoint is not None:
         try:
             split = read_images(recipe, folder, console)
         except (ValueError, OSError) as problem:
@@ -215,11 +215,11 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
                 raise
             console.warn(f"the images cannot be compared with those of the run: {problem}")
         else:
-            resume.check_images(found, split.train)
+            resume.check_images(checkpoint, split.train)
     if changed and record:
         with folder_lock(folder, lambda: None, console.warn):
             views = load(Recipe, folder / CONFIG).views
-            resume.record_settings(folder, recipe.model_copy(update={"views": views}), found, console)
+            resume.record_settings(folder, recipe.model_copy(update={"views": views}), checkpoint, console)
     console.say(f"{folder} is finished: nothing is left to do")
     return True
 
@@ -228,28 +228,28 @@ def open_run(
     setup: Setup, folder: Path, console: Console, header: str = "", lock_again: Callable[[], None] = lambda: None
 ) -> Run:
     """Opens the run folder; writes configuration, inventory and picture of the views."""
-    split, components, found = setup.split, setup.components, setup.found
+    split, components, checkpoint = setup.split, setup.components, setup.checkpoint
     make_folder(folder, folder)
     if (folder / DONE).exists():
         # A finished run that is extended is not finished from here on, even if it is interrupted.
         remove(folder / DONE)
         sync(folder)
     if (folder / CONFIG).exists():
-        resume.record_settings(folder, components.recipe, found, console)
+        resume.record_settings(folder, components.recipe, checkpoint, console)
     else:
         write_atomic(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
     if split.inventory is not None and not (folder / INVENTORY).exists():
         write_inventory(folder / INVENTORY, split.inventory)
-    if found is None:
+    if checkpoint is None:
         remove(folder / UNREADABLE)
     known = {name for name, _ in read_unreadable(folder)}
     if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
         console.warn(f"{plural(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
-    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
+    run = Run(folder, step=checkpoint.step if checkpoint else 0, warn=console.warn, lock_again=lock_again)
     if new:
         run.unreadable(listed(new))
-    if found is not None:
-        console.say(f"resumed at step {found.step:,}")
+    if checkpoint is not None:
+        console.say(f"resumed at step {checkpoint.step:,}")
         return run
     run.text("config", dump_yaml(components.recipe))
     count = min(components.recipe.train.preview, len(split.train))

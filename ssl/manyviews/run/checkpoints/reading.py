@@ -40,7 +40,7 @@ class OptimiserRest(BaseModel):
     param_groups: Annotated[list[dict[str, JsonValue]], BeforeValidator(few)]
 
 
-def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(parent: Path, *, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
     """Reads the newest valid checkpoint; returns it and a message for each damaged one.
 
     Collective: all ranks return the same step, each with its own shards, whatever the world size of the writers, which
@@ -50,10 +50,10 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
     skipped: list[str] = []
     tried: set[tuple[str, int]] = set()
     # A run that is still writing may have replaced all of them meanwhile.
-    while untried := [identity for identity in _listed(place) if identity not in tried]:
+    while untried := [identity for identity in _listed(parent) if identity not in tried]:
         for identity in untried:
             tried.add(identity)
-            folder = place / identity[0]
+            folder = parent / identity[0]
             try:
                 return _read(folder, only), skipped
             except FORESEEN as problem:
@@ -62,9 +62,9 @@ def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tu
     return None, skipped
 
 
-def _listed(place: Path) -> list[tuple[str, int]]:
+def _listed(parent: Path) -> list[tuple[str, int]]:
     """The checkpoints, newest first, as rank 0 sees them in a shared file system."""
-    identities = list(filter(None, map(_identity, reversed(steps(place, replaced=True)))))
+    identities = list(filter(None, map(_identity, reversed(steps(parent, replaced=True)))))
     return distributed.all_gather_object(identities)[0]
 
 
@@ -76,19 +76,19 @@ def _identity(folder: Path) -> tuple[str, int] | None:
         return None
 
 
-def steps(place: Path, *, replaced: bool = False) -> list[Path]:
+def steps(parent: Path, *, replaced: bool = False) -> list[Path]:
     """The folders of checkpoints, oldest first; with `replaced` also replaced ones."""
     pattern = re.compile(r"step-\d{9}(\.replaced)?" if replaced else r"step-\d{9}")
     # A replaced one is older than its replacement.
     return sorted(
-        (folder for folder in place.glob("step-*") if pattern.fullmatch(folder.name)),
+        (folder for folder in parent.glob("step-*") if pattern.fullmatch(folder.name)),
         key=lambda folder: (folder.stem, not folder.suffix),
     )
 
 
-def way_on(place: Path) -> str:
+def way_on(parent: Path) -> str:
     """Advice after non-finite numbers: the newest checkpoint, by its manifest."""
-    for folder in reversed(steps(place)):
+    for folder in reversed(steps(parent)):
         with suppress(*FORESEEN):
             read_manifest(folder)
             return f"the newest checkpoint, {folder.name}, is sound: continue from it with resume=true, or start anew"

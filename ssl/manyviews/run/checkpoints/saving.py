@@ -34,7 +34,7 @@ class Saver:
     leaves nothing behind, and the run continues.
 
     Args:
-        place: the folder of checkpoints, the same for all ranks.
+        folder: the folder of checkpoints, the same for all ranks.
         keep: number of newest checkpoints that stay.
         keep_best: whether the one with the highest score stays too.
         warn: called when a save fails, and when one succeeds again.
@@ -45,7 +45,7 @@ class Saver:
 
     def __init__(
         self,
-        place: Path,
+        folder: Path,
         *,
         keep: int = 2,
         keep_best: bool = True,
@@ -53,7 +53,7 @@ class Saver:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must stay, or nothing could be resumed")
-        self.place, self.keep, self.keep_best, self._warn = place, keep, keep_best, warn
+        self.folder, self.keep, self.keep_best, self._warn = folder, keep, keep_best, warn
         self.problem: Exception | None = None
         """Why the last save failed; None if it succeeded."""
         self.failures = 0
@@ -79,9 +79,9 @@ class Saver:
         with self._failing():
             with raise_on_all_ranks():
                 if distributed.rank() == 0:
-                    make_folder(self.place, self.place.parent)
-                    tidy(self.place)
-                    make_folder(self._aside, self.place.parent, new=True)
+                    make_folder(self.folder, self.folder.parent)
+                    tidy(self.folder)
+                    make_folder(self._aside, self.folder.parent, new=True)
             with raise_on_all_ranks():
                 tensors, texts = copied(checkpoint)
             self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
@@ -124,7 +124,7 @@ class Saver:
     def improves(self, score: float, step: int) -> bool:
         """Whether `score` is higher than that of all checkpoints up to a step."""
         self.wait()
-        scored = scores(self.place, upto=folder_name(step)) if distributed.rank() == 0 else {}
+        scored = scores(self.folder, upto=folder_name(step)) if distributed.rank() == 0 else {}
         highest = distributed.from_first_rank(max(scored.values(), default=-math.inf))
         return self.keep_best and score > highest
 
@@ -135,20 +135,20 @@ class Saver:
             return None
         needed = room_needed(checkpoint, keep=self.keep + self.keep_best)
         try:
-            used = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
-            free = shutil.disk_usage(self.place.parent).free
+            used = sum(file.lstat().st_size for folder in steps(self.folder) for file in folder.glob("*"))
+            free = shutil.disk_usage(self.folder.parent).free
         except OSError:  # another program has removed them, of which `Run` warns
             return None
         if used + free >= needed:
             return None
         return (
             f"the checkpoints that stay, and one that is being written, will take {_megabytes(needed)}, and there are "
-            f"{_megabytes(used + free)} in {self.place.parent}: make room, or keep fewer"
+            f"{_megabytes(used + free)} in {self.folder.parent}: make room, or keep fewer"
         )
 
     @property
     def _target(self) -> Path:
-        return self.place / folder_name(self._saved.step)
+        return self.folder / folder_name(self._saved.step)
 
     @property
     def _aside(self) -> Path:
@@ -205,20 +205,20 @@ class Saver:
 
     def _failure(self) -> str:
         try:
-            lacking = self._room - shutil.disk_usage(self.place).free
+            lacking = self._room - shutil.disk_usage(self.folder).free
         except OSError:
             lacking = 0
         room = f" (it takes {_megabytes(self._room)}, and {_megabytes(lacking)} are missing)" if lacking > 0 else ""
         return f"the checkpoint of step {self._saved.step:,} could not be written: {self.problem}{room}"
 
     def _what_stays(self) -> str:
-        earlier = steps(self.place)
+        earlier = steps(self.folder)
         return f"{earlier[-1].name} stays" if earlier else "there is none before it"
 
     def _clear(self) -> None:
         if distributed.rank() == 0:
             with suppress(OSError):
-                remove(self._aside, self.place.parent)
+                remove(self._aside, self.folder.parent)
 
 
 def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
@@ -243,16 +243,16 @@ def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
     return [key for key, sound in zip(floating, finite, strict=True) if not sound]
 
 
-def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
+def check_finite(named: Mapping[str, Tensor], step: int, folder: Path) -> None:
     """Refuses to save non-finite weights after `step` updates; collective.
 
     Raises:
-        ValueError: on all ranks, naming what is not finite and the newest checkpoint in `place`.
+        ValueError: on all ranks, naming what is not finite and the newest checkpoint in `folder`.
     """
     if names := next(filter(None, distributed.all_gather_object(not_finite(named)[:3])), None):
         raise ValueError(
             f"after step {step:,} the weights are no longer finite ({', '.join(names)}), and they are not saved; "
-            f"{way_on(place)} with a lower rate or in fp32"
+            f"{way_on(folder)} with a lower rate or in fp32"
         )
 
 

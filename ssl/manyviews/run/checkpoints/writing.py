@@ -109,10 +109,10 @@ def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
                 remove(folder, root_of(folder))
 
 
-def scores(place: Path, *, upto: str) -> dict[Path, float]:
+def scores(parent: Path, *, upto: str) -> dict[Path, float]:
     """Scores of the readable checkpoints up to a folder's name, oldest first."""
     scored: dict[Path, float] = {}
-    for folder in steps(place):
+    for folder in steps(parent):
         try:
             score = read_manifest(folder).metadata.get("score") if folder.name <= upto else None
         except FORESEEN:
@@ -122,11 +122,11 @@ def scores(place: Path, *, upto: str) -> dict[Path, float]:
     return scored
 
 
-def tidy(place: Path) -> None:
+def tidy(parent: Path) -> None:
     """Removes what an interrupted save has left."""
-    for folder in place.glob(".step-*.partial*"):
+    for folder in parent.glob(".step-*.partial*"):
         remove(folder, root_of(folder))
-    for folder in place.glob("step-*.replaced"):
+    for folder in parent.glob("step-*.replaced"):
         original = folder.with_suffix("")
         if original.exists():
             remove(folder, root_of(folder))

@@ -56,45 +56,45 @@ def check_unchanged(folder: Path, settings: FinetuneSettings) -> None:
 
 def resumable(folder: Path, task: Task, console: Console) -> Checkpoint | None:
     """The newest checkpoint, if any; raises ValueError for other settings or images."""
-    found, damaged = newest_checkpoint(folder / CHECKPOINTS)
+    checkpoint, damaged = newest_checkpoint(folder / CHECKPOINTS)
     for line in damaged:
         console.warn(line)
     check_unchanged(folder, task.settings)
-    if found is None:
+    if checkpoint is None:
         return None
-    resume.check_metadata(found, METADATA | ({"probe": Probed} if task.probes else {}))
-    if ("probe" in found.parts) != task.probes:
+    resume.check_metadata(checkpoint, METADATA | ({"probe": Probed} if task.probes else {}))
+    if ("probe" in checkpoint.parts) != task.probes:
         raise ValueError(
-            f"the checkpoint of step {found.step:,} is not one that fine-tuning writes; start another with output=…"
+            f"the checkpoint of step {checkpoint.step:,} is not one of fine-tuning; start another with output=…"
         )
-    resume.check_processes(found, distributed.world_size(), elastic=task.settings.elastic, console=console)
-    changed = [key for key, value in task.origin.items() if found.metadata.get(key) != value]
+    resume.check_processes(checkpoint, distributed.world_size(), elastic=task.settings.elastic, console=console)
+    changed = [key for key, value in task.origin.items() if checkpoint.metadata.get(key) != value]
     if changed:
         raise ValueError(
             f"other {' and '.join(changed)} than the run was started with; start another with output=…, or resume with "
             "the same model, images and number of processes"
         )
-    return found
+    return checkpoint
 
 
-def probe_of(found: Checkpoint) -> Probe | None:
+def probe_of(checkpoint: Checkpoint) -> Probe | None:
     """The linear probe in a checkpoint; None if it was not fitted."""
-    if "probe" not in found.parts:
+    if "probe" not in checkpoint.parts:
         return None
-    strength, held_out = found.metadata["probe"]
-    return Probe(found.parts["probe"]["weights"], found.parts["probe"]["biases"], strength, held_out)
+    strength, held_out = checkpoint.metadata["probe"]
+    return Probe(checkpoint.parts["probe"]["weights"], checkpoint.parts["probe"]["biases"], strength, held_out)
 
 
 def open_run(
-    folder: Path, task: Task, header: str, found: Checkpoint | None, console: Console, lock_again: Callable[[], None]
+    folder: Path, task: Task, header: str, resumed: Checkpoint | None, console: Console, lock_again: Callable[[], None]
 ) -> Run:
     """Opens the run folder, writing its configuration, at the step of the checkpoint."""
     # This folder marks a fine-tuning from its start.
     make_folder(folder / CLASSIFIER, folder)
     if not (folder / CONFIG).exists():
         write_atomic(folder / CONFIG, [(header + dump_yaml(task.settings)).encode()])
-    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
-    if found is None:
+    run = Run(folder, step=resumed.step if resumed else 0, warn=console.warn, lock_again=lock_again)
+    if resumed is None:
         run.text("config", dump_yaml(task.settings))
     return run
 

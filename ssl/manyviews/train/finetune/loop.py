@@ -67,15 +67,15 @@ def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Pa
     with folder_lock(folder, partial(check_content, folder, resume=settings.resume), console.warn) as lock_again:
         opened = open_model(source, pretrained=settings.pretrained, size=settings.views.size)
         task = task_of(settings, opened, accelerator.num_processes, console)
-        found = resumable(folder, task, console) if settings.resume else None
-        probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
+        checkpoint = resumable(folder, task, console) if settings.resume else None
+        probe = probe_of(checkpoint) if checkpoint else fitted_probe(task, accelerator.device, console)
         model = first_model(task, accelerator.device, probe)
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
-        opening = partial(open_run, folder, task, header, found, console, lock_again)
+        opening = partial(open_run, folder, task, header, checkpoint, console, lock_again)
         with open_session(opening, saver, console) as session:
             describe(task, model, probe, accelerator, folder, console)
             try:
-                best, outcome = train(model, task, probe, accelerator, found, session)
+                best, outcome = train(model, task, probe, accelerator, checkpoint, session)
             except Exception:
                 if session.run is not None:
                     session.run.close()
@@ -97,7 +97,7 @@ def train(
     task: Task,
     probe: Probe | None,
     accelerator: Accelerator,
-    found: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     session: Session,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains to the end of the budget or a signal; returns the best model and its record.
@@ -126,16 +126,16 @@ def train(
     average = Average(model, decay=settings.ema, use_warmup=True)
     forward, optimiser = wrap(accelerator, model, optimiser)
     state = FinetuneState(task, model, average.module, optimiser, probe)
-    if found is not None:
-        state.restore(found)
+    if checkpoint is not None:
+        state.restore(checkpoint)
 
-    step, metadata = (found.step, found.metadata) if found else (0, {})
+    step, metadata = (checkpoint.step, checkpoint.metadata) if checkpoint else (0, {})
     order = Order(len(task.images), task.batch_size, settings.seed)
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=metadata.get("seconds", 0.0))
     losses = MetricAverager({"loss": metadata.get("losses", [])})
     total = int(metadata.get("skipped") or 0)
-    skips = SkippedSteps(saver.place.parent, task.images.names, session.console.warn, cure=CURE, total=total)
+    skips = SkippedSteps(saver.folder.parent, task.images.names, session.console.warn, cure=CURE, total=total)
 
     def save() -> None:
         known = {"seconds": budget.seconds(), "losses": losses.steps().get("loss", []), "skipped": skips.total}

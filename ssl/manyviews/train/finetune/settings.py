@@ -55,7 +55,7 @@ class FinetuneSettings(Settings):
     pretrained: bool | None = None
     """For a timm name: true for its published weights (downloaded), false for random ones."""
     scratch: bool = False
-    """The baseline: random weights in place of the learned ones, everything else alike."""
+    """The baseline: random weights instead of the pretrained ones, all else equal."""
     mode: Mode = "linear_then_full"
     """What moves. full: everything, under a random head; linear_then_full: everything, under a head that starts as the
     linear probe (Kumar et al. 2022); last_blocks: the head and the last blocks."""
@@ -70,7 +70,7 @@ class FinetuneSettings(Settings):
     min_steps: int = Field(300, ge=0, le=100_000_000)
     """Fewest steps of a run in epochs: with few labels an epoch is a step or two."""
     minutes: float | None = Field(None, gt=0, le=10_000_000)
-    """Wall-clock minutes, in place of epochs; the schedule then follows the clock."""
+    """Wall-clock minutes, instead of epochs; the schedule then follows the clock."""
     batch_size: int = Field(128, ge=2, le=1_048_576)
     """Images per step over all processes together; no more than there are to train on."""
     rate: float = Field(2e-3, gt=0, le=1e30)
