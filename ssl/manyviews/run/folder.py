@@ -43,13 +43,9 @@ MOST_NAMED = 5
 class Run:
     """The run folder as rank 0 writes it: configuration, metrics and TensorBoard events.
 
-    A full disk does not end a run: lines are buffered, with one warning, until there is room.
-
-    Args:
-        folder: the run folder.
-        step: that of the resumed checkpoint, after which metrics and curves are dropped; 0: a new run.
-        warn: called when something cannot be written.
-        lock_again: called after the folder had to be created again, because another program has removed it.
+    A full disk does not end a run: lines are buffered, with one warning, until there is room. Metrics and curves after
+    `step`, that of the resumed checkpoint, are dropped; 0 is a new run. `lock_again` is called after the folder had to
+    be created again, because another program has removed it.
     """
 
     def __init__(

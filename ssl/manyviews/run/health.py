@@ -30,8 +30,7 @@ FAR = 2.0
 LEARNED = 0.1
 """Share of its ceiling that information must have reached before a loss of half of it is divergence."""
 WARM_UP = 0.1
-"""Share of the run without warnings, as untrained embeddings resemble collapsed ones; and the window in which
-information must rise."""
+"""Share of the run without warnings (untrained embeddings resemble collapsed ones), and of a flat information."""
 PATIENCE = 5
 """Lines of metrics in a row with the same sign before a warning."""
 

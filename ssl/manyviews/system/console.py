@@ -137,7 +137,11 @@ class _Clean:
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds: 45 s, 3 min 05 s, 2 h 10 min."""
+    """Formats seconds as s, min or h.
+
+    >>> duration(185)
+    '3 min 05 s'
+    """
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

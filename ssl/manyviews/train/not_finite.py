@@ -98,12 +98,8 @@ class Guard:
 class SkippedSteps:
     """Counts skipped steps, warns of the 1st, 10th, 100th …; too many in a row end a run.
 
-    Args:
-        folder: the run folder, for the report.
-        names: the names of all images, by id.
-        warn: called with a warning.
-        cure: what the error message advises to try.
-        total: steps that were skipped before a resume.
+    The report in the run folder has the `names` of images by id; the error message advises to try the `cure`. `total`
+    counts the steps before a resume.
     """
 
     def __init__(

@@ -31,13 +31,8 @@ class Saver:
     `begin` copies a rank's part to the CPU, and a thread writes, syncs and hashes it. `poll`, called in each step, lets
     rank 0 write the manifest and rename the folder once all ranks have written. Only then are older checkpoints
     removed, all but the newest and the best. A crash at any moment leaves the older checkpoints intact; a failed save
-    leaves nothing behind, and the run continues.
-
-    Args:
-        folder: the folder of checkpoints, the same for all ranks.
-        keep: number of newest checkpoints that stay.
-        keep_best: whether the one with the highest score stays too.
-        warn: called when a save fails, and when one succeeds again.
+    leaves nothing behind, and the run continues. `folder` holds the `keep` newest checkpoints and, with `keep_best`,
+    the one with the highest score; `warn` is called when a save fails, and when one succeeds again.
 
     Raises:
         ValueError: if `keep` is below 1.
