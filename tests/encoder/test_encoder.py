@@ -315,10 +315,7 @@ def test_too_few_samples_for_the_parts_are_refused():
 # Export
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_plain_timm_loads_the_export_strictly_and_gives_equal_features(tmp_path, monkeypatch, own):
-    if own:
-        monkeypatch.delattr(timm.models._hub, "save_config_for_hf")
+def test_plain_timm_loads_the_export_strictly_and_gives_equal_features(tmp_path):
     stock = [("resnet18", 4, 32), ("vit_tiny_patch16_224", 1, 32), ("mobilenetv3_small_050", 3, 32)]
     small = [("light_resnet", 1, 28), ("resnet18_small", 3, 32)]
     threads = torch.get_num_threads()

@@ -15,7 +15,6 @@ from typing import Annotated, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import timm
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity
@@ -222,11 +221,7 @@ def export(
 
 
 def _write_config(model: nn.Module, file: Path, more: dict[str, Any]) -> None:
-    """Writes timm's description of a model; without its private function, what `timm.create_model` needs of it."""
-    write = getattr(getattr(timm.models, "_hub", None), "save_config_for_hf", None)
-    if write is not None:
-        write(model, str(file), more)
-        return
+    """Writes the description that `timm.create_model` reads; timm's own function for it differs between versions."""
     described = cast("dict[str, Any]", model.pretrained_cfg)
     channels, *side = described["input_size"]
     arguments = {"in_chans": channels, "num_classes": model.num_classes}

@@ -1,7 +1,6 @@
 """Features of images, computed once by a backbone that has learned something, and kept as files."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from manyviews.system.console import Console
 from manyviews.system.disk import check_writable
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import start
+from manyviews.system.versions import versions
 from manyviews.system.writing import make_folder, replacing
 
 LABELS = "labels.npy"
@@ -153,7 +153,7 @@ def _publish(
         "decoded": {"size": split.train.size, "interpolation": "bicubic", "background": background_of(data)},
         "classes": list(split.train.classes),
         "unreadable": unreadable,
-        "versions": {name: version(name) for name in ("manyviews", "torch", "timm")},
+        "versions": versions(),
         "columns": ["split", "id", "name"],
     }
     store.finish(output, list(dict.fromkeys(files)), manifest, entries(parts))

@@ -50,7 +50,10 @@ def start(
     _end_with_the_launcher()
     _check_settings_of_accelerate(with_negatives=batch_size is not None, trains=trains)
     launched = _processes_launched()
-    on_cpu = not torch.accelerator.is_available()
+    # `accelerate launch --cpu` sets it.
+    on_cpu = _is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if not on_cpu:
+        _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if precision == "auto":
         precision = "bf16" if bf16_pays(on_cpu) else "fp32"
     # Accelerate's state is global and refuses another precision, even for another run.
@@ -105,7 +108,7 @@ def bf16_pays(on_cpu: bool) -> bool:
 
 def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None:
     for variable, name in SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on", "y", "t"):
+        if _is_set(variable):
             raise ValueError(
                 f"{name} ({variable}={os.environ[variable]}) shards the weights, which the momentum twin and the "
                 f"export need whole; {PLAIN}"
@@ -130,6 +133,20 @@ def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None
     if backend.lower() != "no":
         instead = "; pretraining compiles its encoder by train.compile=true" if with_negatives else ""
         raise ValueError(f"ACCELERATE_DYNAMO_BACKEND={backend} is not used; leave --dynamo_backend out{instead}")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on", "y", "t")
+
+
+def _check_gpus(processes: int) -> None:
+    """Raises ValueError for more processes than GPUs, earlier and plainer than NCCL."""
+    gpus = torch.accelerator.device_count()
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes on this machine and {gpus} GPU{'' if gpus == 1 else 's'}: each process needs a GPU "
+            f"of its own; start {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        )
 
 
 def _processes_launched() -> int | None:
