@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-# Imported for what it does: after it `timm.create_model` knows the small-image backbones.
+# Registers the small-image backbones for `timm.create_model`.
 from manyviews.encoder import small_models as small_models
 
 if TYPE_CHECKING:

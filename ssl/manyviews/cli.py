@@ -237,7 +237,7 @@ pretrain = Command(
 evaluate = Command(
     "evaluate.py RUN [RUN …] [key=value …]",
     "RUN is a run folder; what is measured is also kept in RUN/evaluation.json, beside what was measured before. "
-    "Several are compared: seeds of one method are taken together, and methods have their differences from the first "
+    "Several are compared: seeds of one method are grouped, and methods have their differences from the first "
     "with intervals.",
     EvaluateSettings,
     _evaluate,

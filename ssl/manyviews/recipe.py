@@ -75,14 +75,14 @@ class Recipe(Settings):
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the run folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the run folder, bit for bit."""
     elastic: bool = False
-    """Let a run go on with another number of processes than its checkpoint was written by: from the same sample and
-    with the same global batch, but not bit for bit. The rows of a bank or queue are shared out anew; a queue with
+    """Resume a run on another number of processes than its checkpoint was written by: from the same sample and
+    with the same global batch, but not bit for bit. The rows of a bank or queue are redistributed; a queue with
     per_process=true, whose length would change, is refused."""
     extend: bool = False
-    """With resume=true, go on with another train.epochs or train.minutes than the run was begun with, if it is finished
-    too: from there on the schedule is that of the new budget."""
+    """With resume=true, continue with another train.epochs or train.minutes than before, even if the run is finished:
+    from there on the schedule is that of the new budget."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Weights, order, views and noise all follow from it."""
     data: Data = Sample()

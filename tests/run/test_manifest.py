@@ -197,7 +197,7 @@ def test_an_optimiser_of_other_parameters_is_refused_in_words(folder: Path) -> N
     tensors = load_file(folder / "optimiser.safetensors")
     save_file(tensors | {"5.momentum": torch.ones(1)}, folder / "optimiser.safetensors")
     known(folder, "optimiser.safetensors")
-    passed_over(folder, "optimiser.json knows nothing of the tensor '5.momentum'")
+    passed_over(folder, "optimiser.json has no entry for the tensor '5.momentum'")
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(2, 2))], momentum=0.9)
     for index, shape, words in ((-1, (2, 2), "number -1"), (1, (2, 2), "number 1"), (0, (3, 2), r"shape \(3, 2\)")):
         kept = {"state": {index: {"momentum_buffer": torch.zeros(shape)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}

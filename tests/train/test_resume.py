@@ -147,7 +147,7 @@ def test_one_process_goes_on_with_what_two_began(
     with pytest.raises(ValueError, match=r"step 4 was written by 2 processes, and this is a start of 1.*elastic=true"):
         pretrain(recipe(tmp_path / "run", "resume=true", *OBJECTIVES[name]))
     pretrain(recipe(tmp_path / "run", "resume=true", "elastic=true", *OBJECTIVES[name]))
-    assert "begun on 2 processes, goes on with 1" in capsys.readouterr().out
+    assert "started on 2 processes, resumed on 1" in capsys.readouterr().out
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_whose_metadata_is_not_that_of_a_run_is_refused_in_words(
     metadata: dict[str, Any], key: str
 ) -> None:
     found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, metadata)
-    with pytest.raises(ValueError, match=f"step 3 does not say its {key} as it should"):
+    with pytest.raises(ValueError, match=f"step 3 has no valid {key}"):
         check_metadata(found, {"seconds": float})
 
 
@@ -325,7 +325,7 @@ def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: p
     with pytest.raises(ValueError, match=r"step 3 was written by 4 processes, and this is a start of 2.*elastic=true"):
         check_processes(found, 2, elastic=False, console=Console())
     check_processes(found, 2, elastic=True, console=Console())
-    assert "begun on 4 processes, goes on with 2" in capsys.readouterr().out
+    assert "started on 4 processes, resumed on 2" in capsys.readouterr().out
 
 
 def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Path) -> None:

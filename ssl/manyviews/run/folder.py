@@ -159,7 +159,9 @@ class Run:
             for name in gone:
                 make_folder(self.folder, self.folder)
                 write_atomic(self.folder / name, [self._small[name]])
-                self._warn(f"{shown(self.folder / name)} was removed or renamed by another program: it is written anew")
+                self._warn(
+                    f"{shown(self.folder / name)} was removed or renamed by another program: it is written again"
+                )
             if gone:
                 self._lock_again()
         if lost := self._curves.lost():
@@ -195,7 +197,7 @@ def check_content(folder: Path, *, resume: bool) -> None:
     if state == "other files":
         raise ValueError(f"output={folder} holds {state}; a run needs a folder of its own: name another with output=…")
     if not resume:
-        raise ValueError(f"output={folder} holds {state}; add resume=true to go on with it, or output=… for a new one")
+        raise ValueError(f"output={folder} holds {state}; add resume=true to continue it, or output=… for a new one")
     check_links(folder)
     for name in FOLDERS:
         if (folder / name).is_symlink():

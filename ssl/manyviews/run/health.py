@@ -165,7 +165,7 @@ def _collapsed(values: Mapping[str, float]) -> str | None:
         return None
     if values.get("effective_rank") == 0:
         return (
-            "the embeddings are all zero, so that nothing is learned from them any more; try a lower optim.rate, a "
+            "the embeddings are all zero, and nothing is learned from them any more; try a lower optim.rate, a "
             "longer optim.warmup or optim.clip=1"
         )
     return (
@@ -215,7 +215,7 @@ def _at_chance(values: Mapping[str, float]) -> str | None:
             "the embeddings have collapsed"
         )
     return (
-        f"the loss sits at log N: it shows {information:.3f} of at most {ceiling:.2f} nats, so that a positive is "
-        "hardly told from the other candidates; see in views.png whether two views of an image still have something "
-        "in common, then try another optim.rate or a lower objective.temperature"
+        f"the loss sits at log N: it shows {information:.3f} of at most {ceiling:.2f} nats: a positive is "
+        "hardly distinguished from the other candidates; see in views.png whether two views of an image still have "
+        "something in common, then try another optim.rate or a lower objective.temperature"
     )

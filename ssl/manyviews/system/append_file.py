@@ -104,7 +104,7 @@ class AppendFile:
         self._descriptor = new
         # A file system with two identities for an open file would have it rewritten each time.
         self._watched = _is_at(self.path, os.fstat(new))
-        self._warn(f"{shown(self.path)} was removed, renamed or replaced by another program: it is written anew")
+        self._warn(f"{shown(self.path)} was removed, renamed or replaced by another program: it is written again")
 
 
 def _is_at(path: Path, own: os.stat_result) -> bool:

@@ -152,7 +152,7 @@ def _write_report(folder: Path, skipped: SkippedStep, in_a_row: int, names: Sequ
     )
     own = {
         "process": distributed.rank(),
-        # JSON knows no NaN.
+        # JSON has no NaN.
         "loss": {name: value if math.isfinite(value) else str(value) for name, value in skipped.loss.items()},
         "gradients": _some(skipped.gradients),
         "weights": _some(skipped.weights),

@@ -173,7 +173,7 @@ class Recorder:
         except Exception as problem:
             if lost_process(problem):
                 raise
-            self._session.console.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
+            self._session.console.warn(f"kNN could not be measured now, training continues: {in_a_line(problem)}")
             return math.nan
 
 
@@ -213,7 +213,7 @@ def monitored_ids(labels: Tensor | None, recipe: Recipe, console: Console) -> Te
     if most < FEWEST_OF_A_CLASS:
         console.warn(
             f"kNN monitoring is left out: it holds out a tenth of each class, which takes {FEWEST_OF_A_CLASS} labelled "
-            f"images of one, and among {len(chosen):,} no class has more than {most}; training goes on without it"
+            f"images of one, and among {len(chosen):,} no class has more than {most}; training continues without it"
         )
         return None
     return chosen

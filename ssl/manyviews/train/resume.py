@@ -33,7 +33,7 @@ FREE = {
 """Settings that may change when a run is resumed."""
 SCHEDULE = {"train.epochs", "train.minutes"}
 """Settings that may change with extend=true: all learning rates depend on them."""
-EXTEND = "add extend=true to go on with the new schedule, or start another with output=…"
+EXTEND = "add extend=true to continue with the new schedule, or start another with output=…"
 OTHER_IMAGES = "ids would mean other images: put them back, or start another run with output=…"
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
 Counted = Annotated[int, Field(ge=0, lt=10**9)]
@@ -100,7 +100,7 @@ def check_processes(checkpoint: Checkpoint, processes: int, *, elastic: bool, co
             f"this is a start of {processes}, which would differ; start {before}, or add elastic=true to resume from "
             "the same sample with the same global batch, but not bit for bit"
         )
-    console.warn(f"begun on {plural(before, 'process', 'processes')}, goes on with {processes}: the same global batch")
+    console.warn(f"started on {plural(before, 'process', 'processes')}, resumed on {processes}: the same global batch")
 
 
 def check_metadata(checkpoint: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,7 +111,7 @@ def check_metadata(checkpoint: Checkpoint, kinds: Mapping[str, Any]) -> Mapping[
         except ValidationError as problem:
             first = problem.errors(include_url=False, include_input=False, include_context=False)[0]
             raise ValueError(
-                f"the checkpoint of step {checkpoint.step:,} does not say its {key} as it should "
+                f"the checkpoint of step {checkpoint.step:,} has no valid {key} "
                 f"({first['msg'].removeprefix('Input ')}); start another run with output=…"
             ) from None
     return checkpoint.metadata
@@ -129,7 +129,7 @@ def check_lengths(checkpoint: Checkpoint, lengths: Mapping[str, int]) -> None:
             raise ValueError(
                 f"objective.{name} has {before:,} rows in the checkpoint, which {writers} processes wrote, and has "
                 f"{length:,} on the {distributed.world_size()} of now: a queue with objective.per_process=true grows "
-                f"with them and cannot be shared out anew; go on with {writers} processes, or start another run with "
+                f"with them and cannot be redistributed; resume on {writers} processes, or start another run with "
                 "output=…"
             )
 
@@ -185,7 +185,7 @@ def check_settings(
 ) -> None:
     """Raises ValueError if settings differ beyond `free` keys, with the way out."""
     if changed := differences(before, now, free):
-        raise ValueError(f"a run goes on as it was begun, but {_in_words(changed)}; {way_out}")
+        raise ValueError(f"a run is resumed with its own settings, but {_in_words(changed)}; {way_out}")
 
 
 def differences(

@@ -91,8 +91,8 @@ def way_on(parent: Path) -> str:
     for folder in reversed(steps(parent)):
         with suppress(*FORESEEN):
             read_manifest(folder)
-            return f"the newest checkpoint, {folder.name}, is sound: continue from it with resume=true, or start anew"
-    return "there is no checkpoint to resume from: start anew, with another output=…,"
+            return f"the newest checkpoint, {folder.name}, is sound: continue from it with resume=true, or start again"
+    return "there is no checkpoint to resume from: start again, with another output=…,"
 
 
 def _read(folder: Path, only: Collection[str] | None) -> Checkpoint:
@@ -132,7 +132,7 @@ def _optimiser(rest: OptimiserRest, tensors: dict[str, Tensor]) -> dict[str, Any
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         if index not in state:
-            raise ValueError(f"{OPTIMISER} knows nothing of the tensor {name[:80]!r}")
+            raise ValueError(f"{OPTIMISER} has no entry for the tensor {name[:80]!r}")
         state[index][key] = tensor
     # JSON has no tuples; only the indices of parameters are a list in an optimiser.
     groups = [

@@ -178,7 +178,7 @@ class Saver:
             self.problem, self.failures = problem, self.failures + 1
             if self.failures == 1 and not self._finishing:
                 self._warn(
-                    f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
+                    f"{self._failure()}; training continues, {self._what_stays()}, and the next save is tried in time"
                 )
 
     def _manifest(self, own: Mapping[str, File]) -> Manifest:

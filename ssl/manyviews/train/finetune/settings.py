@@ -46,9 +46,9 @@ class FinetuneSettings(Settings):
     output: str | None = None
     """The folder that is written; by default runs/ and the run's name with -finetuned, or -scratch."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the output folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the output folder, bit for bit."""
     elastic: bool = False
-    """Let it go on with another number of processes than the checkpoint was written by, where they give the same batch:
+    """Resume on another number of processes than the checkpoint was written by, where they give the same batch:
     from the same sample, but not bit for bit."""
     seed: int = Field(0, ge=0, lt=2**31)
     """The choice of labelled images, the head, order, views and mixing all follow from it."""
