@@ -10,9 +10,17 @@ from manyviews import recipe
 from manyviews.config import dump_yaml, load
 from manyviews.encoder.encoder import Encoder
 from manyviews.encoder.timm_format import export
-from manyviews.run.checkpoints import Checkpoint, save_checkpoint
+from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
 from manyviews.run.folder import CONFIG
 from manyviews.views import MEAN, STD
+
+
+def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Writes a checkpoint, waits for it, and returns its folder."""
+    saver = Saver(place, keep=keep, warn=lambda text: None)
+    saver.begin(checkpoint)
+    saver.finish()
+    return place / folder_name(checkpoint.step)
 
 
 def small_run(folder: Path, *words: str, channels: int = 1, size: int = 28) -> Encoder:

@@ -104,7 +104,7 @@ def test_a_part_of_the_runs_own_data_is_changed_alone(model: type, tmp_path: Pat
     data = load(model, None, changed, base=own_data(tmp_path, changed)).data
     assert (data.path, data.size, data.test) == (str(tmp_path / "images"), 24, str(tmp_path))
     assert own_data(tmp_path, ["data=sample", "data.test=x"]) == own_data(tmp_path, ["workers=1"]) == {}
-    with pytest.raises(ValueError, match=r"data\.test is a part of data, and which data is not said: write data=… too"):
+    with pytest.raises(ValueError, match=r"data\.test is a part of data, but no data is chosen: write data=… too"):
         load(model, None, changed)
 
 

@@ -108,7 +108,7 @@ def test_a_signal_while_images_are_read_is_one_sentence(
     assert cli.pretrain(["quickstart", f"output={tmp_path / 'run'}"]) == 128 + number
     said = capsys.readouterr().err
     assert said.startswith(f"stopped by {name}")
-    assert said.endswith("resume=true go on from there\n")
+    assert said.endswith("re-run the same command with resume=true to continue\n")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

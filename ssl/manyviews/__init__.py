@@ -1,8 +1,8 @@
-"""Self-supervised contrastive pretraining: from a folder of images to a backbone whose features are worth using."""
+"""Self-supervised contrastive pretraining: from a folder of images to a backbone."""
 
 from typing import TYPE_CHECKING, Any
 
-# Imported for what it does: after it `timm.create_model` knows the small-image backbones.
+# Registers the small-image backbones for `timm.create_model`.
 from manyviews.encoder import small_models as small_models
 
 if TYPE_CHECKING:
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`manyviews.Features`, when it is first asked for: it imports much that the rest does not need."""
+    """Imports `manyviews.Features` on first use: it has many imports."""
     if name == "Features":
         from manyviews.features.transformer import Features
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m manyviews pretrain …`, as the console command `manyviews` has it."""
+"""The command line as a module: `python -m manyviews pretrain …`."""
 
 import sys
 

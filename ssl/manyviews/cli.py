@@ -1,22 +1,21 @@
-"""The command lines behind `scripts/`: words are parsed, work is called, errors are said in one sentence."""
+"""Command lines: parse arguments, call the work, report an error in one sentence."""
 
-import difflib
+import argparse
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import shtab
 
 from manyviews import recipe as recipes
-from manyviews.config import Need, Settings, field_at, keys, load
-from manyviews.config.completion import SHELLS
-from manyviews.config.completion import completion as complete
+from manyviews.config import Settings, field_at, help_text, keys, load
 from manyviews.evaluate import EvaluateSettings, check_measured
 from manyviews.evaluate import evaluate as evaluate_run
 from manyviews.evaluate.compare_runs import compare_runs
@@ -24,11 +23,12 @@ from manyviews.features.extract import ExtractSettings
 from manyviews.features.extract import extract as extract_features
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CONFIG
-from manyviews.system import distributed, terminal
+from manyviews.system import console, distributed
 from manyviews.system.disk import in_words
 from manyviews.system.files import spelled
+from manyviews.system.hardware import ran_out
 from manyviews.system.launch import Interrupted, Stop, in_a_line, lost_process
-from manyviews.system.memory import ran_out
+from manyviews.system.names import did_you_mean
 from manyviews.system.versions import versions
 from manyviews.train.finetune import FinetuneSettings
 from manyviews.train.finetune import finetune as finetune_model
@@ -43,101 +43,65 @@ LOST_PROCESS = 3
 KEY = re.compile(r"[A-Za-z_][\w.]*|")
 """What a key of a setting may look like; a word that begins with = has lost its key."""
 MODEL = "a run folder or a timm model comes first, for example runs/quickstart or resnet18"
-AGAIN, RESUME = "the same words go on from there", "the same words with resume=true go on from there"
+AGAIN = "re-run the same command to continue"
+RESUME = "re-run the same command with resume=true to continue"
+SHELLS = ("bash", "zsh", "fish")
 
 
-def pretrain(words: Sequence[str]) -> int:
-    """`pretrain.py [RECIPE] [--check] [key=value …]`."""
-    usage = "pretrain.py [RECIPE] [--check] [key=value …]"
-    about = (
-        f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}. --check "
-        "verifies recipe, images, memory and disk by two steps and a checkpoint, tells how long the run will take, and "
-        "leaves nothing behind."
-    )
-    checks, words = CHECK in words, [word for word in words if word != CHECK]
+class Command(NamedTuple):
+    """A subcommand; calling it with the arguments returns the exit status."""
 
-    def run() -> None:
-        given = list(words) if words and not is_setting(words[0], Recipe) else ["", *words]
-        name, rest = given[0] or recipes.QUICKSTART, given[1:]
-        file = recipes.find(name)
-        recipe = load(Recipe, file, rest)
-        if recipe.output is None:
-            rest.append(f"output=runs/{file.stem}")
-        begun = Path(str(load(Recipe, file, rest).output)).expanduser() / CONFIG
-        # resume=true and a folder are enough: what it was begun with stands there.
-        if recipe.resume and not given[0] and begun.is_file():
-            file = begun
-        if checks:
-            check_recipe(load(Recipe, file, rest))
-            return
-        run_recipe(load(Recipe, file, rest), header=header(f"pretrain.py {shlex.join([name, *rest])}"))
+    usage: str
+    about: str
+    settings: type[Settings]
+    run: Callable[[Sequence[str]], object]
+    resume: str = AGAIN
+    """How to continue after a signal."""
 
-    return _answer(usage, about, Recipe, words, run, goes_on=RESUME)
-
-
-def evaluate(words: Sequence[str]) -> int:
-    """`evaluate.py RUN [RUN …] [key=value …]`."""
-    usage = "evaluate.py RUN [RUN …] [key=value …]"
-    about = (
-        "RUN is a run folder; what is measured is also kept in RUN/evaluation.json, beside what was measured before. "
-        "Several are compared: seeds of one method are taken together, and methods have their differences from the "
-        "first with intervals."
-    )
-
-    def run() -> None:
-        first_of(words, EvaluateSettings, "a run folder comes first, for example runs/quickstart")
-        given = list(takewhile(lambda word: not is_setting(word, EvaluateSettings), words))
-        folder, *others = [Path(word).expanduser() for word in given]
-        rest = words[len(given) :]
-        settings = load(EvaluateSettings, None, rest, base=own_data(folder, rest))
-        if others:
-            compare_runs([folder, *others], settings)
-        elif settings.comparison is not None:
-            raise ValueError(f"comparison={settings.comparison} is for several runs, and there is one; name another")
-        else:
-            check_measured(evaluate_run(folder, settings), settings)
-
-    return _answer(usage, about, EvaluateSettings, words, run, goes_on=AGAIN)
-
-
-def extract(words: Sequence[str]) -> int:
-    """`extract.py RUN|TIMM data=… output=… [key=value …]`."""
-    usage = "extract.py RUN|TIMM data=/some/folder output=/some/features [key=value …]"
-    about = (
-        "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false) or "
-        "local-dir:FOLDER. Writes LAYER.npy for each layer (backbone.npy), labels.npy where there are labels, and "
-        "manifest.json with the name of each row's image. The same words go on where they were interrupted."
-    )
-
-    def run() -> None:
-        given = first_of(words, ExtractSettings, MODEL)
-        extract_features(given, load(ExtractSettings, None, words[1:], base=own_data(Path(given), words[1:])))
-
-    return _answer(usage, about, ExtractSettings, words, run, goes_on=AGAIN)
-
-
-def finetune(words: Sequence[str]) -> int:
-    """`finetune.py RUN|TIMM [data=…] [key=value …]`."""
-    usage = "finetune.py RUN|TIMM data=/some/folder [key=value …]"
-    about = (
-        "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false). Writes a "
-        "classifier in timm's format, result.json, confusion.png and mistakes.png to runs/NAME-finetuned."
-    )
-
-    def run() -> None:
-        given, rest = first_of(words, FinetuneSettings, MODEL), words[1:]
-        settings = load(FinetuneSettings, None, rest, base=own_data(Path(given), rest))
-        begun = finetuned_folder(given, settings) / CONFIG
-        # resume=true is enough: what it was begun with stands in the folder.
-        if settings.resume and begun.is_file():
-            settings = load(FinetuneSettings, begun, rest)
-        finetune_model(given, settings, header=header(f"finetune.py {shlex.join(words)}"))
-
-    return _answer(usage, about, FinetuneSettings, words, run, goes_on=RESUME)
+    def __call__(self, args: Sequence[str]) -> int:
+        """Runs the command; prints what went wrong in a sentence."""
+        if HELP & set(args):
+            console.write(help_text(self.usage, self.about, self.settings) + "\n")
+            return 0
+        try:
+            with Stop(at_once=True):
+                self.run(args)
+        except Interrupted as stop:
+            if int(os.environ.get("RANK", "0")) == 0:
+                _print_error(f"stopped by {stop.signal.name}: what had been saved stays; {self.resume}\n")
+            return 128 + stop.signal
+        except (ValueError, OSError, RuntimeError, MemoryError) as problem:
+            if isinstance(problem, OSError):
+                text = in_words(problem)
+            elif isinstance(problem, ValueError):
+                text = str(problem)
+            elif ran_out(problem):
+                text = (
+                    f"there is too little memory ({in_a_line(problem)}); use a smaller batch_size or size, a part of "
+                    "the batch at a time (train.chunk), or a smaller model"
+                )
+            elif "can't start new thread" in str(problem):
+                text = (
+                    "the system starts no more threads (ulimit -u, or the container's limit of processes); raise the "
+                    "limit, or use fewer workers and threads"
+                )
+            elif lost_process(problem):
+                reason = str(problem).strip().partition("\n")[0]
+                _print_error(
+                    f"error: rank {distributed.rank()} exits because another rank has died or does not respond "
+                    f"({reason}); what had been saved stays; {self.resume}\n"
+                )
+                # Threads of the process group may wait for the lost rank: a regular exit could hang.
+                os._exit(LOST_PROCESS)
+            else:
+                raise
+            _print_error("".join(f"error: {line}\n" for line in text.splitlines()))
+            return WRONG_USE
+        return 0
 
 
 def header(command: str) -> str:
-    """Comment lines that say how a run came to be: the command, the commit, the machine and the versions."""
+    """Comment lines with the provenance of a run: command, commit, versions and machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -148,142 +112,170 @@ def header(command: str) -> str:
     return f"# {spelled(command)}\n# commit {commit}; {packages}; {python}\n"
 
 
-def help_text(usage: str, about: str, model: type[Settings]) -> str:
-    """Every key with its type, default and one line."""
-    lines = [f"usage: {usage}", "", *textwrap.wrap(about, 110), ""]
-    above: tuple[Need, ...] = ()
-    for entry in keys(model):
-        for depth, need in enumerate(entry.needs):
-            if need not in above[: depth + 1]:
-                choice = f"with {need.field}={' | '.join(need.names)}: {need.about}".rstrip(": ")
-                lines += textwrap.wrap(
-                    choice, 110, initial_indent="  " * (depth + 1), subsequent_indent="  " * (depth + 2)
-                )
-        above = entry.needs
-        indent = "  " * (len(above) + 1)
-        lines.append(f"{indent}{entry.key:<28} {entry.kind}, default {entry.default}")
-        lines += textwrap.wrap(entry.doc, 100, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
-    return "\n".join(lines)
+def is_setting(arg: str, model: type[Settings]) -> bool:
+    """Whether an argument is `key=value`, and not a path or a model's name with a `=` in it.
 
-
-def is_setting(word: str, model: type[Settings]) -> bool:
-    """Whether a word of a command line is `key=value`, and not a path or a model's name that has a `=` in it.
-
-    A key of the model always is a setting: ./seed=1 names a folder of that name. Of other words a path that exists is a
-    path, and so is what no key can look like: runs/lr=0.1.
+    A key of the settings always is one (./seed=1 names the folder). Anything else is a path if that exists, or if no
+    key can look like it: runs/lr=0.1.
     """
-    key, equals, _ = word.partition("=")
+    key, equals, _ = arg.partition("=")
     key = key.strip().lstrip("-")
     if not equals or not KEY.fullmatch(key):
         return False
-    return field_at(model, key.split(".")) is not None or not Path(word).expanduser().exists()
+    return field_at(model, key.split(".")) is not None or not Path(arg).expanduser().exists()
 
 
-def own_data(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The images of a run, where words change a part of them, as data.test=FOLDER does; nothing otherwise."""
-    given = {word.partition("=")[0].strip().lstrip("-") for word in words}
+def own_data(folder: Path, args: Sequence[str]) -> dict[str, Any]:
+    """The `data` settings of a run, if arguments change a part of them (data.test=FOLDER)."""
+    changed = {arg.partition("=")[0].strip().lstrip("-") for arg in args}
     config = folder.expanduser() / CONFIG
-    if {"data", "data.name"} & given or not any(key.startswith("data.") for key in given) or not config.is_file():
+    if {"data", "data.name"} & changed or not any(key.startswith("data.") for key in changed) or not config.is_file():
         return {}
     return {"data": load(Recipe, config).data.model_dump(mode="json")}
 
 
-def first_of(words: Sequence[str], model: type[Settings], what: str) -> str:
-    """The first word, where it is no setting.
+def first_of(args: Sequence[str], model: type[Settings], what: str) -> str:
+    """Returns the first argument; raises ValueError with `what` for a setting or none."""
+    if args and not is_setting(args[0], model):
+        return args[0]
+    folder = args and Path(args[0]).expanduser().exists()
+    raise ValueError(f"{what}" + (f"; ./{args[0]} names the folder and not the setting" if folder else ""))
+
+
+def _pretrain(args: Sequence[str]) -> None:
+    check, args = CHECK in args, [arg for arg in args if arg != CHECK]
+    named = bool(args) and not is_setting(args[0], Recipe)
+    name, overrides = args[0] if named else "", list(args[named:])
+    file = recipes.find(name or recipes.QUICKSTART)
+    recipe = load(Recipe, file, overrides)
+    if recipe.output is None:
+        overrides.append(f"output=runs/{file.stem}")
+        recipe = load(Recipe, file, overrides)
+    config = Path(str(recipe.output)).expanduser() / CONFIG
+    # resume=true and a folder are enough: the folder has the settings of the first start.
+    if recipe.resume and not name and config.is_file():
+        recipe = load(Recipe, config, overrides)
+    if check:
+        check_recipe(recipe)
+    else:
+        command = shlex.join([name or recipes.QUICKSTART, *overrides])
+        run_recipe(recipe, header=header(f"pretrain.py {command}"))
+
+
+def _evaluate(args: Sequence[str]) -> None:
+    first_of(args, EvaluateSettings, "a run folder comes first, for example runs/quickstart")
+    runs = list(takewhile(lambda arg: not is_setting(arg, EvaluateSettings), args))
+    folder, *others = [Path(run).expanduser() for run in runs]
+    overrides = args[len(runs) :]
+    settings = load(EvaluateSettings, None, overrides, base=own_data(folder, overrides))
+    if others:
+        compare_runs([folder, *others], settings)
+    elif settings.comparison is not None:
+        raise ValueError(f"comparison={settings.comparison} is for several runs, and there is one; name another")
+    else:
+        check_measured(evaluate_run(folder, settings), settings)
+
+
+def _extract(args: Sequence[str]) -> None:
+    model, overrides = first_of(args, ExtractSettings, MODEL), args[1:]
+    extract_features(model, load(ExtractSettings, None, overrides, base=own_data(Path(model), overrides)))
+
+
+def _finetune(args: Sequence[str]) -> None:
+    model, overrides = first_of(args, FinetuneSettings, MODEL), args[1:]
+    settings = load(FinetuneSettings, None, overrides, base=own_data(Path(model), overrides))
+    config = finetuned_folder(model, settings) / CONFIG
+    # resume=true is enough: the folder has the settings of the first start.
+    if settings.resume and config.is_file():
+        settings = load(FinetuneSettings, config, overrides)
+    finetune_model(model, settings, header=header(f"finetune.py {shlex.join(args)}"))
+
+
+def _completion(args: Sequence[str]) -> None:
+    choices = {name: [f"{entry.key}=" for entry in keys(command.settings)] for name, command in COMMANDS.items()}
+    choices["pretrain"] = [*recipes.names(), CHECK, *choices["pretrain"]]
+    choices["completion"] = [*SHELLS]
+    console.write(completion_script(" ".join(args), choices))
+
+
+def completion_script(shell: str, commands: Mapping[str, Sequence[str]]) -> str:
+    """The completion script of `manyviews` for a shell.
+
+    The script is static: it lists every argument of each subcommand, and completing one does not start Python.
 
     Raises:
-        ValueError: saying what comes first.
+        ValueError: for a shell that is not in `SHELLS`.
     """
-    if words and not is_setting(words[0], model):
-        return words[0]
-    folder = words and Path(words[0]).expanduser().exists()
-    raise ValueError(f"{what}" + (f"; ./{words[0]} names the folder and not the setting" if folder else ""))
+    if shell not in SHELLS:
+        raise ValueError(f"{shell or 'no shell'} is none of {', '.join(SHELLS)}")
+    parser = argparse.ArgumentParser("manyviews", add_help=False)
+    subparsers = parser.add_subparsers()
+    for name, choices in commands.items():
+        subparser = subparsers.add_parser(name, add_help=False, help=name)
+        argument = subparser.add_argument("args", nargs=argparse.REMAINDER, choices=choices)
+        if shell == "zsh":  # which would put a space between a key and its value
+            vars(argument)["complete"] = {"zsh": f"{{compadd -S '' -- {' '.join(choices)}}}"}
+    script: str = shtab.complete(parser, shell)
+    # As bash would.
+    return script.replace("complete -o bashdefault", "complete -o nospace -o bashdefault")
 
 
-def _answer(
-    usage: str, about: str, model: type[Settings], words: Sequence[str], run: Callable[[], object], *, goes_on: str
-) -> int:
-    """Runs a command and says in a sentence what went wrong; `goes_on` tells how to go on after a signal."""
-    if HELP & set(words):
-        terminal.write(help_text(usage, about, model) + "\n")
-        return 0
-    try:
-        with Stop(at_once=True):
-            run()
-    except (ValueError, OSError) as problem:
-        text = in_words(problem) if isinstance(problem, OSError) else str(problem)
-        _say("".join(f"error: {line}\n" for line in text.splitlines()))
-        return WRONG_USE
-    except Interrupted as asked:
-        if int(os.environ.get("RANK", "0")) == 0:
-            _say(f"stopped by {asked.signal.name}: what had been saved stays, and {goes_on}\n")
-        return 128 + asked.signal
-    except (RuntimeError, MemoryError) as problem:
-        if ran_out(problem):
-            _say(
-                f"error: there is too little memory ({in_a_line(problem)}); use a smaller batch_size or size, a part "
-                "of the batch at a time (train.chunk), or a smaller model\n"
-            )
-            return WRONG_USE
-        if "can't start new thread" in str(problem):
-            _say(
-                "error: the system starts no more threads (ulimit -u, or the container's limit of processes); raise "
-                "the limit, or use fewer workers and threads\n"
-            )
-            return WRONG_USE
-        if not lost_process(problem):
-            raise
-        reason = str(problem).strip().partition("\n")[0]
-        _say(
-            f"error: process {distributed.rank()} ends, for another process has died or does not answer ({reason}); "
-            f"what had been saved stays, and {goes_on}\n"
-        )
-        # Not by the way of others: the threads of a process group may wait for the one that is lost.
-        os._exit(LOST_PROCESS)
-    return 0
-
-
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     sys.stdout.flush()
-    terminal.write(text, error=True)
+    console.write(text, error=True)
 
 
+pretrain = Command(
+    "pretrain.py [RECIPE] [--check] [key=value …]",
+    f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}. --check "
+    "verifies recipe, images, memory and disk by two steps and a checkpoint, tells how long the run will take, and "
+    "leaves nothing behind.",
+    Recipe,
+    _pretrain,
+    RESUME,
+)
+evaluate = Command(
+    "evaluate.py RUN [RUN …] [key=value …]",
+    "RUN is a run folder; what is measured is also kept in RUN/evaluation.json, beside what was measured before. "
+    "Several are compared: seeds of one method are grouped, and methods have their differences from the first "
+    "with intervals.",
+    EvaluateSettings,
+    _evaluate,
+)
+extract = Command(
+    "extract.py RUN|TIMM data=/some/folder output=/some/features [key=value …]",
+    "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false) or "
+    "local-dir:FOLDER. Writes LAYER.npy for each layer (backbone.npy), labels.npy where there are labels, and "
+    "manifest.json with the name of each row's image. The same command continues where it was interrupted.",
+    ExtractSettings,
+    _extract,
+)
+finetune = Command(
+    "finetune.py RUN|TIMM data=/some/folder [key=value …]",
+    "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false). Writes a "
+    "classifier in timm's format, result.json, confusion.png and mistakes.png to runs/NAME-finetuned.",
+    FinetuneSettings,
+    _finetune,
+    RESUME,
+)
+completion = Command(
+    f"manyviews completion {'|'.join(SHELLS)}",
+    'Prints a script that completes commands, recipes and keys; for example eval "$(manyviews completion bash)".',
+    Settings,
+    _completion,
+)
 COMMANDS = {"pretrain": pretrain, "evaluate": evaluate, "extract": extract, "finetune": finetune}
-
-
-def completion(words: Sequence[str]) -> int:
-    """`manyviews completion bash|zsh|fish`: a script that completes commands, recipes and keys."""
-    if HELP & set(words):
-        terminal.write(
-            f'usage: manyviews completion {"|".join(SHELLS)}; for example eval "$(manyviews completion bash)"\n'
-        )
-        return 0
-    models: dict[str, type[Settings]] = {
-        "pretrain": Recipe,
-        "evaluate": EvaluateSettings,
-        "extract": ExtractSettings,
-        "finetune": FinetuneSettings,
-    }
-    choices = {name: [f"{entry.key}=" for entry in keys(model)] for name, model in models.items()}
-    choices["pretrain"] = [*recipes.names(), CHECK, *choices["pretrain"]]
-    try:
-        terminal.write(complete(" ".join(words), "manyviews", {**choices, "completion": SHELLS}))
-    except ValueError as problem:
-        _say(f"error: {problem}\n")
-        return WRONG_USE
-    return 0
 
 
 def main() -> int:
     """`manyviews COMMAND …`: the console command, and `python -m manyviews`."""
     commands = {**COMMANDS, "completion": completion}
-    name, *words = sys.argv[1:] or ["--help"]
+    name, *args = sys.argv[1:] or ["--help"]
     if name in commands:
-        return commands[name](words)
-    nearest = difflib.get_close_matches(name, commands, 1)
+        return commands[name](args)
     usage = f"usage: manyviews {{{','.join(commands)}}} …; each has --help\n"
     if name in HELP:
-        terminal.write(usage)
+        console.write(usage)
         return 0
-    _say(f"error: {name} is no command{f'; did you mean {nearest[0]}?' if nearest else ''}\n{usage}")
+    _print_error(f"error: {name} is no command{did_you_mean(name, commands)}\n{usage}")
     return WRONG_USE

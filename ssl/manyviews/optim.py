@@ -1,8 +1,7 @@
-"""Optimisers by name, with the right tensors left out of weight decay, and the schedule as a pure function."""
+"""Optimisers, parameter groups for weight decay, and the learning-rate schedule."""
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -10,10 +9,9 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from manyviews.config import Settings
-from manyviews.config.vocabulary import SCHEDULE
 
 REFERENCE_BATCH = 256
-"""The batch that a scaled rate is stated for (Goyal et al. 2017)."""
+"""The batch size of an unscaled rate (Goyal et al. 2017)."""
 
 Name = Literal["adamw", "sgd", "lars"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -22,11 +20,7 @@ WEIGHT_DECAYS: dict[str, float] = {"adamw": 0.05, "sgd": 5e-4, "lars": 1e-6}
 
 
 class OptimSettings(Settings):
-    """What moves the weights, and how fast over the run."""
-
-    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("scheduler", "lr_scheduler", "lr_schedule", "schedule", "min_lr", "gamma", "step_size"), SCHEDULE
-    )
+    """Optimizer and learning-rate schedule."""
 
     name: Name = "adamw"
     """adamw; sgd with momentum; lars (You et al. 2017) for very large batches."""
@@ -48,23 +42,17 @@ class OptimSettings(Settings):
     """Largest norm of the whole gradient; none by default."""
 
     def peak_rate(self, batch_size: int) -> float:
-        """The highest rate of the run, for a global batch: accumulation and all processes included."""
+        """The peak learning rate for a global batch size."""
         rate = RATES[self.name] if self.rate is None else self.rate
         ratio = batch_size / REFERENCE_BATCH
         scale = self.scale or ("none" if self.name == "adamw" else "linear")
         return rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scale]
 
     def build(self, module: nn.Module, objective: nn.Module | None = None, *, batch_size: int) -> torch.optim.Optimizer:
-        """The optimiser of a module's trainable parameters at its peak rate, which `set_rate` then follows.
+        """Builds the optimiser of a module's trainable parameters, for a global batch size.
 
-        Parameters that an objective owns, one row per image over all processes, are the last group: without weight
-        decay, which would pull at rows whose image did not come, and without LARS' adaptation, whose norm would be
-        that of this process's rows.
-
-        Args:
-            module: whose parameters move; one that does not require a gradient stays.
-            objective: what else has parameters, most have none.
-            batch_size: images per step over all processes.
+        Parameters of an objective, one row per image over all ranks, are the last group: without weight decay, which
+        would change rows of absent images, and without LARS' adaptation, whose norm would be that of local rows.
 
         Raises:
             ValueError: if nothing is trainable.
@@ -74,15 +62,14 @@ class OptimSettings(Settings):
             raise ValueError("no parameter of the module requires a gradient: there is nothing to train")
         rate = self.peak_rate(batch_size)
         decay = WEIGHT_DECAYS[self.name] if self.weight_decay is None else self.weight_decay
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": decay, "peak_rate": rate},
-            {"params": spared, "weight_decay": 0.0, "peak_rate": rate},
-        ]
         owned = list(objective.parameters()) if objective is not None else []
-        groups.append({"params": owned, "weight_decay": 0.0, "peak_rate": rate})
-        groups = [group for group in groups if group["params"]]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "weight_decay": weight_decay, "peak_rate": rate}
+            for parameters, weight_decay in ((decayed, decay), (spared, 0.0), (owned, 0.0))
+            if parameters
+        ]
         if self.name == "adamw":
-            # One kernel for all tensors where there is one: on the CPU more than twice as fast as a loop.
+            # One kernel for all tensors: on the CPU more than twice as fast as a loop.
             fused = all(
                 parameter.device.type in {"cpu", "cuda", "mps", "xpu"} for parameter in [*decayed, *spared, *owned]
             )
@@ -90,16 +77,16 @@ class OptimSettings(Settings):
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=rate, momentum=self.momentum)
         for group in groups:
-            # timm's LARS adapts where there is weight decay, unless told: a decay of 0 would turn it off.
+            # timm's LARS would not adapt with a weight decay of 0.
             group["always_adapt"] = group["params"] is decayed
         return Lars(groups, lr=rate, momentum=self.momentum, trust_coeff=self.trust)
 
 
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable parameters of a module that decay, and those that do not.
+    """Splits the trainable parameters of a module into those with and without weight decay.
 
-    Spared are vectors and scalars (norms, biases), and what a submodule itself exempts by timm's `no_weight_decay()`
-    (position embeddings, class tokens).
+    Without are vectors and scalars (norms, biases), and those in timm's `no_weight_decay()` of a submodule (position
+    embeddings, class tokens).
     """
     exempt: set[str] = set()
     for prefix, child in module.named_modules():
@@ -115,11 +102,12 @@ def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
 
 
 def cosine(progress: float, warmup: float = 0.0) -> float:
-    """The share of the peak rate: rises linearly over the warm-up, then falls along half a cosine (SGDR, 2017) to 0.
+    """The share of the peak rate: a linear warm-up, then half a cosine to 0 (SGDR, 2017).
 
-    Args:
-        progress: how much of the run is done, by steps or by the clock; beyond [0, 1] it counts as the nearer end.
-        warmup: the share of the run that is warm-up.
+    `progress`, the share of the run that is done, is clamped to [0, 1]; `warmup` is the share of the warm-up.
+
+    >>> [cosine(progress, warmup=0.5) for progress in (0.25, 0.5, 1.0)]
+    [0.5, 1.0, 0.0]
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
@@ -130,6 +118,6 @@ def cosine(progress: float, warmup: float = 0.0) -> float:
 
 
 def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's rate to a share of its peak; also through an optimiser that Accelerate wraps."""
+    """Sets the rate of every group to a share of its peak."""
     for group in optimiser.param_groups:
         group["lr"] = group["peak_rate"] * factor

@@ -1,4 +1,4 @@
-"""The whole typed tree: every component's settings, composed; and the recipes that `configs/` holds."""
+"""The settings of a whole run, and the recipes in `configs/`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,24 +16,15 @@ from manyviews.system.names import did_you_mean
 from manyviews.views import ViewsSettings
 
 QUICKSTART = "quickstart"
-ACCUMULATION = (
-    "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
-    "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
-)
 
 
 class TrainSettings(Settings):
-    """How long, how much at once, and how often something is written."""
-
-    hints: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("accumulate", "accumulation", "accumulation_steps", "gradient_accumulation", "gradient_accumulation_steps"),
-        ACCUMULATION,
-    )
+    """Budget, batch, device and logging of training."""
 
     epochs: float = Field(100, gt=0, le=1_000_000)
     """Passes over the images; a part of one is allowed."""
     minutes: float | None = Field(None, gt=0, le=10_000_000)
-    """Wall-clock minutes of training, in place of epochs; the schedule then follows the clock."""
+    """Wall-clock minutes of training, instead of epochs; the schedule then follows the clock."""
     batch_size: int = Field(256, ge=2, le=1_048_576)
     """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
     whatever the chunks and the processes."""
@@ -67,12 +58,12 @@ class TrainSettings(Settings):
     keep: int = Field(2, ge=1, le=100_000)
     """Checkpoints that stay; the older ones go after a new one is safe."""
     keep_best: bool = True
-    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy that `monitor` has found."""
+    """Save, and keep beside the newest ones, the checkpoint with the highest kNN accuracy of `monitor`."""
     preview: int = Field(8, ge=0, le=256)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
     def steps(self, steps_per_epoch: int) -> int:
-        """The steps of a run whose budget is in epochs."""
+        """The number of steps of `epochs`."""
         return max(1, round(self.epochs * steps_per_epoch))
 
 
@@ -80,21 +71,18 @@ class Recipe(Settings):
     """One run, from images to backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
-    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
-    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    value_synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = vocabulary.VALUES
 
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the run folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the run folder, bit for bit."""
     elastic: bool = False
-    """Let a run go on with another number of processes than its checkpoint was written by: from the same sample and
-    with the same global batch, but not bit for bit. The rows of a bank or queue are shared out anew; a queue with
+    """Resume a run on another number of processes than its checkpoint was written by: from the same sample and
+    with the same global batch, but not bit for bit. The rows of a bank or queue are redistributed; a queue with
     per_process=true, whose length would change, is refused."""
     extend: bool = False
-    """With resume=true, go on with another train.epochs or train.minutes than the run was begun with, if it is finished
-    too: from there on the schedule is that of the new budget."""
+    """With resume=true, continue with another train.epochs or train.minutes than before, even if the run is finished:
+    from there on the schedule is that of the new budget."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Weights, order, views and noise all follow from it."""
     data: Data = Sample()
@@ -116,25 +104,15 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="after")
-    def _extended_is_resumed(self) -> "Recipe":
+    def _settings_go_together(self) -> "Recipe":
         if self.extend and not self.resume:
-            raise ValueError("extend=true goes on with a run that was begun: add resume=true, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _positives_of_the_same_label(self) -> "Recipe":
-        reason = self.objective.traits.images_only
+            raise ValueError("extend=true continues a run: add resume=true, or leave it out")
+        name, reason, use = self.objective.name, self.objective.traits.images_only, self.objective.traits.uses_values
         if self.ids == "labels" and reason is not None:
             raise ValueError(
-                f"ids=labels does not go with objective={self.objective.name}, {reason}; for positives of the same "
-                "label use objective=supervised (in the batch) or objective=queue (in the last batches too), or set "
-                "ids=images"
+                f"ids=labels does not go with objective={name}, {reason}; for positives of the same label use "
+                "objective=supervised (in the batch) or objective=queue (in the last batches too), or set ids=images"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _values_and_what_compares_them(self) -> "Recipe":
-        name, use = self.objective.name, self.objective.traits.uses_values
         if use == "always" and self.values is None:
             raise ValueError(
                 f"objective={name} compares distances with those of continuous labels, and there are none; set "
@@ -148,7 +126,7 @@ class Recipe(Settings):
             )
         if self.values is not None and self.ids == "labels":
             raise ValueError(
-                f"values={self.values} belong to images, and with ids=labels the objective knows classes alone; use "
+                f"values={self.values} belong to images, and with ids=labels the objective gets classes alone; use "
                 "ids=images, and values=labels to have classes among the values"
             )
         return self
@@ -173,35 +151,39 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
-        fewest, most, given = self.objective.traits.fewest_views, self.objective.traits.most_views, self.views.num_views
+        fewest, most, number = (
+            self.objective.traits.fewest_views,
+            self.objective.traits.most_views,
+            self.views.num_views,
+        )
         if self.objective.traits.negatives_from == "batch" and self.ids == "images" and self.values is None:
-            # In the batch an image without a label is alone but for its own views.
+            # In the batch, an image has no positives but its own views.
             fewest = max(fewest, 2)
-        if given < fewest or (most is not None and given > most):
+        if number < fewest or (most is not None and number > most):
             bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
             raise ValueError(
-                f"views.num_views={given}, but objective={self.objective.name} contrasts {bound} of each image; "
+                f"views.num_views={number}, but objective={self.objective.name} contrasts {bound} of each image; "
                 f"set views.num_views={fewest}"
             )
         return self
 
 
 def folder() -> Path:
-    """Where the recipes lie: beside the package in a wheel, at the root in a checkout."""
+    """The folder of recipes: in the package in a wheel, at the root in a checkout."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def names() -> list[str]:
-    """The names of the recipes, in order."""
+    """The names of the recipes, sorted."""
     return sorted(file.stem for file in folder().glob("*.yaml"))
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe, given by its name in `configs/` or by its path.
+    """The file of a recipe by its name or path; raises ValueError with the similar names.
 
-    Raises:
-        ValueError: naming the recipes that exist and the nearest one.
+    >>> find("simclr").name
+    'simclr.yaml'
     """
     named = folder() / f"{recipe}.yaml"
     if named.is_file():

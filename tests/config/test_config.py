@@ -1,12 +1,12 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
 
-from manyviews.config import Settings, dump_yaml, keys, load, yaml_text
+from manyviews.config import Settings, dump_yaml, keys, load, vocabulary, yaml_text
 
 
 class Small(Settings):
@@ -30,8 +30,6 @@ class Large(Settings):
 class Inner(Settings):
     """A single component."""
 
-    hints: ClassVar[dict[str, str]] = {"speed": "nothing moves here; use inner.rate"}
-
     rate: float = Field(1e-3, gt=0, le=1)
     title: str = "plain"
     sure: bool = False
@@ -42,13 +40,17 @@ class Inner(Settings):
 class Tree(Settings):
     """The whole."""
 
-    synonyms: ClassVar[dict[str, tuple[str, ...]]] = {"lr": ("rate",), "n": ("part.rows",), "kind": ("part",)}
-    value_synonyms: ClassVar[dict[str, dict[str, str]]] = {"part": {"x_l": "XL is part=large"}}
-
     part: Annotated[Small | Large, Field(discriminator="name")] = Small()
     inner: Inner = Inner()
     seed: int = 0
     output: str | None = None
+
+
+@pytest.fixture(autouse=True)
+def vocabulary_of_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "HINTS", {"inner.speed": "nothing moves here; use inner.rate"})
+    monkeypatch.setattr(vocabulary, "KEYS", {"lr": ("rate",), "n": ("part.rows",), "kind": ("part",)})
+    monkeypatch.setattr(vocabulary, "VALUES", {"part": {"x_l": "XL is part=large"}})
 
 
 def yaml(tmp_path: Path, text: str) -> Path:

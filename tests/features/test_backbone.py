@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from manyviews.features import run_weights
 from manyviews.features.backbone import open_model, open_run
-from manyviews.run.checkpoints import Checkpoint, save_checkpoint
-from small_run import small_run
+from manyviews.run.checkpoints import Checkpoint
+from small_run import save_checkpoint, small_run
 
 
 @pytest.fixture(scope="module")

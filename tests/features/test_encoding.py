@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from manyviews.features.encoding import extract, raw_pixels
-from manyviews.system.distributed import all_gather_strings, any_over_ranks
+from manyviews.system.distributed import all_gather_object, any_over_ranks
 from processes import start
 
 
@@ -134,7 +134,7 @@ def _fails_on_one(rank: int, world: int, folder: str) -> None:
         extract(OnOne(), Grid(), prepare=prepare, batch_size=2, stopped=stopped)
     assert len(asked) == 4
     # The processes are still of one mind.
-    assert all_gather_strings(str(rank)) == ["0", "1"]
+    assert all_gather_object(rank) == [0, 1]
     torch.distributed.destroy_process_group()
 
 

@@ -164,7 +164,7 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_had_not_been(
     extract(run, settings(*words(folder, tmp_path / "whole")))
     counted = interrupted_after(3, monkeypatch)
     assert cli.extract([str(run), *words(folder, tmp_path / "cut")]) == 130
-    assert "stopped by SIGINT: what had been saved stays, and the same words go on" in capsys.readouterr().err
+    assert "stopped by SIGINT: what had been saved stays; re-run the same command" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "manifest.json").exists()
     assert cli.extract([str(run), *words(folder, tmp_path / "cut")]) == 0
     assert "24 of 43 images are there already" in capsys.readouterr().out

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, save_checkpoint
-from manyviews.run.checkpoints.manifest import FILE, MAX_BYTES, _seal
+from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser
+from manyviews.run.checkpoints.checkpoint import FILE, MAX_BYTES, _seal
 from manyviews.system.files import sha256
+from small_run import save_checkpoint
 
 ROWS = "objective-00001-of-00001.safetensors"
 
@@ -122,7 +123,7 @@ def test_a_manifest_that_no_run_writes_is_refused_before_anything_else_is_opened
         ("null", "not of the form"),
         ("[1]", "not of the form"),
         ("\x00\xff", "not of the form"),
-        (" " * (MAX_BYTES + 1), "and at most"),
+        (" " * (MAX_BYTES + 1), "has more than"),
     ],
 )
 @pytest.mark.parametrize("name", [FILE, "optimiser.json"])
@@ -196,7 +197,7 @@ def test_an_optimiser_of_other_parameters_is_refused_in_words(folder: Path) -> N
     tensors = load_file(folder / "optimiser.safetensors")
     save_file(tensors | {"5.momentum": torch.ones(1)}, folder / "optimiser.safetensors")
     known(folder, "optimiser.safetensors")
-    passed_over(folder, "optimiser.json knows nothing of the tensor '5.momentum'")
+    passed_over(folder, "optimiser.json has no entry for the tensor '5.momentum'")
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(2, 2))], momentum=0.9)
     for index, shape, words in ((-1, (2, 2), "number -1"), (1, (2, 2), "number 1"), (0, (3, 2), r"shape \(3, 2\)")):
         kept = {"state": {index: {"momentum_buffer": torch.zeros(shape)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}

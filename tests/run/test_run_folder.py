@@ -128,7 +128,7 @@ def test_lines_that_are_no_metrics_are_dropped_on_resuming_and_named(tmp_path: P
     told: list[str] = []
     Run(tmp_path, step=2, warn=told.append).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    assert told == [f"{tmp_path}/metrics.jsonl: removed lines 2, 3, 4, 5, 6 and 4 more, for want of metrics"]
+    assert told == [f"{tmp_path}/metrics.jsonl: removed lines 2, 3, 4, 5, 6 and 4 more, which held no metrics"]
 
 
 def test_a_last_line_that_was_cut_off_is_dropped_without_a_word(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from manyviews import cli
 from manyviews.features import backbone
 from manyviews.run import folder as run
-from manyviews.system import writing
+from manyviews.system import files
 from manyviews.system.writing import (
     folder_path,
     make_folder,
@@ -80,7 +80,7 @@ def test_nothing_is_done_behind_a_link(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(writing, "BY_DESCRIPTOR", by_descriptor)
+    monkeypatch.setattr(files, "BY_DESCRIPTOR", by_descriptor)
     root, before = tmp_path / "root", seen(outside)
     (root / "deep").mkdir(parents=True)
     (root / "inside").write_text("inside")

@@ -24,8 +24,8 @@ from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints.manifest import File, read_manifest
-from manyviews.system import memory
+from manyviews.run.checkpoints.checkpoint import File, read_manifest
+from manyviews.system import hardware
 from manyviews.system.console import Console
 from manyviews.system.files import sha256
 from manyviews.system.launch import start
@@ -103,7 +103,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(
     message: str, words: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = 4 if "picture" in message else 1 if "negatives" in message else 8
-    monkeypatch.setattr(memory, "device", lambda: there * 10**9)
+    monkeypatch.setattr(hardware, "device", lambda: there * 10**9)
     if "steps" in message:
         monkeypatch.setattr(limits, "MOST_STEPS", 1000)
     size = ["objective.size=1000000000"] if "keeps" in message else []

@@ -28,10 +28,9 @@ from manyviews.evaluators import lettering
 from manyviews.evaluators.confusion import as_pixels, confusion_picture, mistakes_picture
 from manyviews.recipe import Recipe
 from manyviews.report import plots
-from manyviews.run.checkpoints.manifest import Manifest, read_manifest
-from manyviews.system import terminal
+from manyviews.run.checkpoints.checkpoint import Manifest, read_manifest
 from manyviews.system.arrays import read_tensors
-from manyviews.system.console import Console
+from manyviews.system.console import INSTEAD, Console
 from manyviews.system.files import shown, spelled
 from manyviews.system.path_bytes import restored, storable
 
@@ -117,14 +116,14 @@ def test_what_rich_itself_tells_a_terminal_stays(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_letter_of_our_own_messages_can_be_written_in_ascii() -> None:
-    package = Path(terminal.__file__).parents[1]
-    for letter, instead in terminal.INSTEAD.items():
+    package = Path(cli.__file__).parent
+    for letter, instead in INSTEAD.items():
         assert not letter.isascii()
         assert instead.isascii()
     code = "".join(file.read_text("utf-8") for file in package.rglob("*.py"))
     for word in ("→", "×", "λ", "–", "…", "±", "≥", "≤", "√", "·"):
         assert word in code
-        assert word in terminal.INSTEAD
+        assert word in INSTEAD
 
 
 # Records

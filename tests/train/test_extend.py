@@ -130,7 +130,7 @@ def test_another_budget_is_refused_before_the_first_checkpoint_too(
 
 
 def test_extend_is_for_a_run_that_goes_on(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(ValueError, match="extend=true goes on with a run that was begun: add resume=true"):
+    with pytest.raises(ValueError, match="extend=true continues a run: add resume=true"):
         recipe(tmp_path / "run", data, "extend=true")
 
 
@@ -175,7 +175,7 @@ def test_an_extension_that_is_cut_off_before_its_first_step_is_not_finished(
 ) -> None:
     run = pretrain(recipe(tmp_path / "run", data))
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "note", lambda *arguments: 1 / 0)
+        patch.setattr(setup.resume, "record_settings", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe(run, data, "resume=true", "extend=true", epochs=4))
     assert not (run / "done").exists()

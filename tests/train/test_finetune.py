@@ -29,8 +29,8 @@ from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
 from manyviews.system.launch import start
 from manyviews.train.finetune import FinetuneSettings, classifier, finetune, loop
+from manyviews.train.finetune import folder as folder_module
 from manyviews.train.finetune import result as results
-from manyviews.train.finetune import state as states
 from manyviews.train.finetune.classifier import (
     Probe,
     create_optimiser,
@@ -332,7 +332,7 @@ def test_a_run_does_not_go_on_with_other_settings_or_weights(
     shutil.copytree(run, other)
     weights = load_file(other / "backbone" / "model.safetensors")
     save_file({key: value + 1 for key, value in weights.items()}, other / "backbone" / "model.safetensors")
-    with pytest.raises(ValueError, match="other weights than the run was begun with"):
+    with pytest.raises(ValueError, match="other weights than the run was started with"):
         finetune(str(other), settings(tmp_path / "run", "resume=true"))
 
 
@@ -827,7 +827,7 @@ def test_with_a_budget_in_minutes_the_last_weights_are_looked_at_too(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr(states, "accuracy_of", lambda model, task: looked.append(len(looked)) or 0.5)
+    monkeypatch.setattr(folder_module, "accuracy_of", lambda model, task: looked.append(len(looked)) or 0.5)
     # The budget ends between two steps, and no share of it is reached at the end of one.
     words = [f"data={images}", "data.size=20", "data.channels=1", "views.size=20", "pretrained=false", *SHORT]
     words = [word for word in words if not word.startswith(("epochs", "min_steps", "checks"))]

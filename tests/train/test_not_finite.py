@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: they leave no trace, on any process, and are told of."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from manyviews.system import distributed
 from manyviews.train.components import Components
-from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, Skipped, Skips, in_words
+from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, SkippedStep, SkippedSteps, describe
 from manyviews.train.pretrain import train_step
 from manyviews.train.step import StepResult
 from processes import launched
@@ -100,7 +101,7 @@ def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name].nan_to_num(7), two[name].nan_to_num(7))]
 
 
-def step(built: Components, number: int) -> StepResult | Skipped:
+def step(built: Components, number: int) -> StepResult | SkippedStep:
     """A step on twelve images, with image 3 among them."""
     ids = torch.tensor(sorted({3, *((7 * number + 5 * place) % 30 for place in range(11))}))
     return train_step(built, *own(ids), 0, number)
@@ -114,7 +115,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(name: str, spoil: str) -> None:
         assert isinstance(step(built, 0), StepResult)
     before = state(spoiled)
     with SPOILS[spoil](spoiled):
-        assert isinstance(step(spoiled, 1), Skipped)
+        assert isinstance(step(spoiled, 1), SkippedStep)
     assert differing(before, state(spoiled)) == []
     assert all(parameter.grad is None for parameter in spoiled.encoder.parameters())
     for built in (left_out, spoiled):
@@ -128,8 +129,8 @@ def test_what_was_not_finite_is_said() -> None:
     for name, spoil in SPOILS.items():
         with spoil(built):
             found = step(built, 4)
-        assert isinstance(found, Skipped)
-        said[name] = in_words(found)
+        assert isinstance(found, SkippedStep)
+        said[name] = describe(found)
         assert found.weights == ()
         healthy = {image: (view, embedding) for image, view, embedding in zip(*found[-3:], strict=True)}
         assert healthy.keys() >= {3}
@@ -146,28 +147,28 @@ def test_weights_that_are_not_finite_are_named() -> None:
     built = components(*NORMED)
     built.encoder.projector[0].weight.data[0, 0] = torch.nan
     found = step(built, 0)
-    assert isinstance(found, Skipped)
+    assert isinstance(found, SkippedStep)
     assert found.weights == ("encoder.projector.0.weight",)
-    assert "the weights of encoder.projector.0.weight are not finite" in f"{in_words(found)} not finite"
+    assert "the weights of encoder.projector.0.weight are not finite" in f"{describe(found)} not finite"
 
 
-def unhealthy(**changes: Any) -> Skipped:
+def unhealthy(**changes: Any) -> SkippedStep:
     count = 2 * MOST_NAMED
     alright = tuple(number != 100 for number in range(count))
     given = {"loss": {"loss": float("nan"), "ceiling": 2.5}, "gradients": ("a",) * 99, "weights": ()}
     given |= {"ids": tuple(range(count)), "views": (True,) * count, "embeddings": alright}
-    return Skipped(41, 3, **(given | changes))
+    return SkippedStep(41, 3, **(given | changes))
 
 
 def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_report(tmp_path: Path) -> None:
     said: list[str] = []
     names = [f"image {number}" for number in range(2 * MOST_NAMED)]
 
-    def many(skips: Skips) -> None:
+    def many(skips: SkippedSteps) -> None:
         for _ in range(MOST_IN_A_ROW):
             skips.count(unhealthy())
 
-    skips = Skips(tmp_path, names, said.append, cure="a lower rate")
+    skips = SkippedSteps(tmp_path, names, said.append, cure="a lower rate")
     for _ in range(101):
         skips.count(unhealthy())
         skips.count(None)
@@ -177,7 +178,7 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
     assert not list(tmp_path.iterdir())
     with pytest.raises(
         ValueError,
-        match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to go on.* a lower rate$",
+        match=rf"{MOST_IN_A_ROW} steps in a row .*step 42.*not_finite\.json.*no checkpoint to resume.* a lower rate$",
     ):
         many(skips)
     report = json.loads((tmp_path / "not_finite.json").read_text())
@@ -193,7 +194,7 @@ def test_skipped_steps_are_told_of_and_too_many_in_a_row_end_the_run_with_a_repo
         "embeddings_finite": False,
     }
     with pytest.raises(ValueError, match="could not be written"):
-        many(Skips(tmp_path / "not" / "there", names, said.append, cure="a lower rate", total=200))
+        many(SkippedSteps(tmp_path / "not" / "there", names, said.append, cure="a lower rate", total=200))
 
 
 def test_a_scale_of_fp16_that_is_too_high_falls_until_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +204,7 @@ def test_a_scale_of_fp16_that_is_too_high_falls_until_steps_are_taken(monkeypatc
     monkeypatch.setattr(built.accelerator, "unscale_gradients", lambda wrapped: scaler.unscale_(wrapped.optimizer))
     weight = next(built.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * torch.inf if scaler.get_scale() > 2.0**13 else gradient)
-    assert [type(step(built, number)) for number in range(4)] == [Skipped, Skipped, Skipped, StepResult]
+    assert [type(step(built, number)) for number in range(4)] == [SkippedStep, SkippedStep, SkippedStep, StepResult]
     assert scaler.get_scale() == 2.0**13
 
 
@@ -219,13 +220,18 @@ def work(folder: str) -> None:
         before = state(built)
         with spoil(built) if distributed.rank() == 1 else nullcontext():
             skipped = step(built, 1)
-        assert isinstance(skipped, Skipped)
+        assert isinstance(skipped, SkippedStep)
         changed = differing(before, state(built))
-        said = in_words(skipped)
+        said = describe(skipped)
         kinds += [type(skipped).__name__, type(step(built, 2)).__name__]
-        found[name] = {"kinds": kinds, "changed": changed, "said": said, "own": skipped.terms}
+        found[name] = {
+            "kinds": kinds,
+            "changed": changed,
+            "said": said,
+            "own": [key for key, value in skipped.loss.items() if not math.isfinite(value)],
+        }
         try:
-            skips = Skips(Path(folder), ["x"] * 30, lambda text: None, cure="a lower rate")
+            skips = SkippedSteps(Path(folder), ["x"] * 30, lambda text: None, cure="a lower rate")
             for _ in range(MOST_IN_A_ROW):
                 skips.count(skipped)
         except ValueError as problem:
@@ -238,7 +244,7 @@ def test_what_is_not_finite_on_one_process_is_skipped_by_all_and_the_report_name
     launched(work, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for name, found in first.items():
-        assert found["kinds"] == second[name]["kinds"] == ["StepResult", "Skipped", "StepResult"]
+        assert found["kinds"] == second[name]["kinds"] == ["StepResult", "SkippedStep", "StepResult"]
         assert found["changed"] == second[name]["changed"] == []
         assert found["said"] == second[name]["said"]
         assert found["problem"] == second[name]["problem"]

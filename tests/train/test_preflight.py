@@ -13,9 +13,10 @@ from torch import Tensor
 
 from manyviews import cli, recipe
 from manyviews.objectives.in_batch import InBatchObjective
-from manyviews.run.checkpoints import Checkpoint, save_checkpoint
+from manyviews.run.checkpoints import Checkpoint
 from manyviews.train import preflight, pretrain, recorder
 from processes import launched
+from small_run import save_checkpoint
 
 SMALL = [
     "train.batch_size=16",

@@ -278,9 +278,9 @@ def test_no_measurement_and_no_picture_ends_the_training(
     said = " ".join(capsys.readouterr().out.split())
     assert (found / "done").is_file()
     reason = "OutOfMemoryError: no room for 2 GiB on the device"
-    assert said.count(f"warning: kNN could not be measured now, training goes on: {reason}") == 2
+    assert said.count(f"warning: kNN could not be measured now, training continues: {reason}") == 2
     assert said.count(f"warning: there is no picture of the views: {reason}") == 1
-    assert f"the embeddings could not be looked at, training goes on: {reason}" in said
+    assert f"the embeddings could not be examined, training continues: {reason}" in said
     assert not any("knn" in line for line in read_metrics(found))
     weights = "backbone/model.safetensors"
     assert (found / weights).read_bytes() == (straight / weights).read_bytes()
@@ -294,7 +294,7 @@ def test_monitoring_without_five_images_of_a_class_is_left_out_with_one_sentence
     assert recorder.monitored_ids(labels[:99], made, Console()) is None
     assert capsys.readouterr().out == ""
     assert recorder.monitored_ids(labels, made, Console()) is None
-    assert "among 400 no class has more than 4; training goes on without it" in capsys.readouterr().out
+    assert "among 400 no class has more than 4; training continues without it" in capsys.readouterr().out
     chosen = recorder.monitored_ids(torch.cat([labels, torch.tensor([7, -1])]), made, Console())
     assert chosen is not None
     assert chosen.tolist() == list(range(401))

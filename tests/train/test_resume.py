@@ -16,8 +16,8 @@ from torch import Tensor
 from manyviews import cli
 from manyviews.config import load
 from manyviews.recipe import Recipe
-from manyviews.run.checkpoints import Checkpoint, save_checkpoint, writing
-from manyviews.run.checkpoints.manifest import read_manifest
+from manyviews.run.checkpoints import Checkpoint, writing
+from manyviews.run.checkpoints.checkpoint import read_manifest
 from manyviews.run.folder import read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console
@@ -29,6 +29,7 @@ from manyviews.train.recorder import Recorder, state_of
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup, restore
 from processes import free_port, launched, start, world
+from small_run import save_checkpoint
 from stopped_runs import content, differing, newest, tensors
 
 STEPS, STOPPED = 6, 4
@@ -143,10 +144,10 @@ def test_one_process_goes_on_with_what_two_began(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     subprocess.run(["cp", "-r", str(folder / name / "stopped"), str(tmp_path / "run")], check=True)
-    with pytest.raises(ValueError, match=r"step 4 was written by 2 processes and this is a start of 1.*elastic=true"):
+    with pytest.raises(ValueError, match=r"step 4 was written by 2 processes, and this is a start of 1.*elastic=true"):
         pretrain(recipe(tmp_path / "run", "resume=true", *OBJECTIVES[name]))
     pretrain(recipe(tmp_path / "run", "resume=true", "elastic=true", *OBJECTIVES[name]))
-    assert "begun on 2 processes, goes on with 1" in capsys.readouterr().out
+    assert "started on 2 processes, resumed on 1" in capsys.readouterr().out
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
@@ -313,7 +314,7 @@ def test_a_checkpoint_whose_metadata_is_not_that_of_a_run_is_refused_in_words(
     metadata: dict[str, Any], key: str
 ) -> None:
     found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, metadata)
-    with pytest.raises(ValueError, match=f"step 3 does not say its {key} as it should"):
+    with pytest.raises(ValueError, match=f"step 3 has no valid {key}"):
         check_metadata(found, {"seconds": float})
 
 
@@ -321,10 +322,10 @@ def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: p
     found = Checkpoint(3, {}, {"state": {}, "param_groups": []}, {"processes": 4})
     check_processes(found, 4, elastic=False, console=Console())
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match=r"step 3 was written by 4 processes and this is a start of 2.*elastic=true"):
+    with pytest.raises(ValueError, match=r"step 3 was written by 4 processes, and this is a start of 2.*elastic=true"):
         check_processes(found, 2, elastic=False, console=Console())
     check_processes(found, 2, elastic=True, console=Console())
-    assert "begun on 4 processes, goes on with 2" in capsys.readouterr().out
+    assert "started on 4 processes, resumed on 2" in capsys.readouterr().out
 
 
 def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Path) -> None:

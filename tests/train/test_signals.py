@@ -178,7 +178,7 @@ def test_a_signal_ends_every_stage_soon_with_a_sentence(
         work.send(number)
         assert work.left() == [128 + number], work.said()
         assert len(re.findall(r"^stopped", work.said(), re.MULTILINE)) == 1, work.said()
-        assert "go on from there" in work.said()
+        assert " to continue" in work.said()
         assert "Traceback" not in work.said()
     assert not (tmp_path / "output" / "done").exists()
 
@@ -208,7 +208,7 @@ def test_a_process_that_dies_ends_the_other_with_a_sentence(
     with started(tmp_path, stage, *given, count=2) as work:
         work.send(signal.SIGKILL, 1)
         assert work.left() == [cli.LOST_PROCESS, -signal.SIGKILL], work.said()
-        assert work.said().count("another process has died or does not answer") == 1
+        assert work.said().count("another rank has died or does not respond") == 1
         assert "Traceback" not in work.said()
 
 

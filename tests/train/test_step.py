@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -23,10 +23,9 @@ from manyviews.recipe import Recipe
 from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import pretrain, step
-from manyviews.train.cached_gradients import num_chunks
-from manyviews.train.components import Components, batches, build, cautions, label_names, synchronised
+from manyviews.train.components import Components, batches, build, cautions, label_names
 from manyviews.train.pretrain import compile_encoder, gradient, train_step
-from manyviews.train.step import StepResult
+from manyviews.train.step import StepResult, num_chunks
 from processes import launched
 
 SMALL = [
@@ -600,6 +599,6 @@ def test_synchronised_batch_norms_keep_the_activation_inside_them() -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.BatchNorm2d(4))
     images = torch.randn(8, 1, 6, 6)
     expected = module.eval()(images)
-    converted = synchronised(module)
+    converted = convert_sync_batchnorm(module)
     assert [type(child).__name__ for child in converted[1:]] == ["SyncBatchNormAct", "SyncBatchNorm"]
     assert torch.equal(converted.eval()(images), expected)

@@ -27,7 +27,7 @@ from manyviews.features import store
 from manyviews.linear_metrics import LinearMetric
 from manyviews.recipe import Recipe
 from manyviews.report.history import read_history, warnings_of
-from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
+from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint
 from manyviews.system.arrays import mapped_array, read_tensors
 from manyviews.system.files import read_json
 
@@ -261,7 +261,10 @@ def _checkpoints(place: Path) -> list[Kind]:
     optimiser.step()
     parts = {"encoder": module.state_dict(), "objective": {"rows": torch.zeros(4, 3)}}
     metadata = {"seconds": 1.0, "images": "0" * 64, "channels": 3}
-    made = save_checkpoint(whole, Checkpoint(7, parts, optimiser.state_dict(), metadata, {"objective.rows": 4}), keep=1)
+    saver = Saver(whole, keep=1)
+    saver.begin(Checkpoint(7, parts, optimiser.state_dict(), metadata, {"objective.rows": 4}))
+    saver.finish()
+    (made,) = whole.iterdir()
 
     def reader(name: str) -> Callable[[Path, bytes], None]:
         def read(folder: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from manyviews.features import backbone
 from manyviews.features.extract import ExtractSettings, extract
 from manyviews.recipe import Recipe
 from manyviews.run import folder as run
-from manyviews.system import memory
+from manyviews.system import hardware
 from manyviews.system.console import Console
 from manyviews.system.launch import start
 from manyviews.train.pretrain import pretrain
@@ -187,14 +187,14 @@ def _unbounded(images: Path) -> Callable[[Path, bytes], None]:
                 if need.field != "data":
                     words[need.field] = f"{need.field}={draw.choice(need.names)}"
             words[entry.key] = f"{entry.key}={value}"
-        device, memory.device = memory.device, lambda: ROOM
+        device, hardware.device = hardware.device, lambda: ROOM
         try:
             recipe = load(Recipe, None, list(words.values()))
             accelerator = start(recipe.train.batch_size, "fp32", 1)
             components = make_setup(recipe, accelerator, folder / "run", Console(quiet=True)).components
             assert sum(value.nbytes for value in components.objective.state_dict().values()) <= ROOM
         finally:
-            memory.device = device
+            hardware.device = device
 
     return read
 

@@ -1,7 +1,6 @@
-"""Typed settings, read from defaults, one YAML file and `key=value` words; knows nothing of machine learning."""
+"""Typed settings from defaults, one YAML file and `key=value` arguments."""
 
-from manyviews.config.keys import Key, Need, keys
 from manyviews.config.reading import dump_yaml, load, validate
-from manyviews.config.settings import Settings, as_list, field_at
+from manyviews.config.settings import Key, Settings, as_list, field_at, help_text, keys
 
-__all__ = ["Key", "Need", "Settings", "as_list", "dump_yaml", "field_at", "keys", "load", "validate"]
+__all__ = ["Key", "Settings", "as_list", "dump_yaml", "field_at", "help_text", "keys", "load", "validate"]

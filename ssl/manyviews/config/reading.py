@@ -1,4 +1,4 @@
-"""Settings from defaults, one YAML file and `key=value` words, with what is wrong said in words."""
+"""Loads settings from defaults, a YAML file and `key=value` arguments."""
 
 import re
 import types
@@ -12,8 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manyviews.config import vocabulary
-from manyviews.config.keys import hint_for, kind, suggestion_for
-from manyviews.config.settings import Settings, choice_at, field_at, leaves_of, members_of
+from manyviews.config.settings import Settings, choice_at, field_at, kind, leaves_of, members_of, suggestion_for
 from manyviews.config.yaml_text import MAX_YAML_BYTES, dump, parse, refuse_interpolation
 from manyviews.system.files import read_text, shown
 from manyviews.system.names import did_you_mean
@@ -22,36 +21,40 @@ S = TypeVar("S", bound=Settings)
 
 
 def load(
-    model: type[S], file: Path | None = None, words: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
+    model: type[S], file: Path | None = None, args: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
 ) -> S:
-    """Settings from a model's defaults, `base`, one YAML file and `key=value` words, the later over the earlier.
+    """Merges defaults, `base`, a YAML file and `key=value` arguments, and validates them.
 
-    A layer that changes a component's `name` drops what earlier layers said of that component: the temperature of one
-    objective is not the temperature of another. Interpolations such as `${oc.env:HOME}` are refused.
+    A layer that changes a component's `name` drops the earlier settings of that component: the temperature of one
+    objective is not that of another. Interpolations such as `${oc.env:HOME}` are refused.
 
     Raises:
         ValueError: naming the key, the value, the bound, and the nearest key that exists.
+
+    >>> from manyviews.optim import OptimSettings
+    >>> load(OptimSettings, None, ["rate=0.1", "name=sgd"]).peak_rate(batch_size=512)
+    0.2
     """
     tree: dict[str, Any] = dict(base or {})
     if file is not None:
         tree = _merge(model, tree, _expand(model, _read_yaml(file)))
-    tree = _merge(model, tree, _parse_words(model, words))
+    tree = _merge(model, tree, _parse_args(model, args))
     return validate(model, tree)
 
 
 def validate(model: type[S], tree: Mapping[str, Any]) -> S:
-    """Settings from a nested dictionary; raises ValueError in words, as `load` does."""
+    """Validates a nested dictionary; raises ValueError as `load` does."""
     named = _named(model, tree)
     try:
         return model.model_validate(named)
     except ValidationError as problem:
-        # A union of plain types has an error for each of them.
+        # A union of plain types has one error per member.
         lines = {".".join(_path(model, error)): _explain(model, tree, error) for error in problem.errors()}
         raise ValueError("\n".join(lines.values())) from None
 
 
 def dump_yaml(settings: Settings) -> str:
-    """The whole tree as YAML text that `load` reads back to an equal tree."""
+    """All settings as YAML text that `load` reads back to equal ones."""
     return dump(settings.model_dump(mode="json"))
 
 
@@ -63,35 +66,21 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         tree = parse(text)
     except ValueError as problem:
         raise ValueError(f"{shown(file)} is no recipe: {problem}") from None
-    if isinstance(tree, dict):
-        _refuse_dots(file, tree)
     if not isinstance(tree, dict):
         raise ValueError(f"{shown(file)} holds a {type(tree).__name__}; a recipe holds `key: value`, one on each line")
     return tree
 
 
-def _refuse_dots(file: Path, tree: Mapping[str, Any]) -> None:
-    for key, value in tree.items():
-        if "." in key:
-            outer, _, inner = key.partition(".")
-            raise ValueError(
-                f"{shown(file)}: the key {shown(key)} has a dot, as on a command line; in a recipe it is nested, "
-                f"{shown(outer)}: {{{shown(inner)}: …}}"
-            )
-        if isinstance(value, dict):
-            _refuse_dots(file, value)
-
-
-def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
+def _parse_args(model: type[Settings], args: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     seen: set[str] = set()
-    for word in words:
-        key, equals, text = word.partition("=")
+    for arg in args:
+        key, equals, text = arg.partition("=")
         key = key.strip().lstrip("-")
         if not equals or not key:
-            raise ValueError(f"{word!r} is not of the form key=value{suggestion_for(model, word, tree)}")
+            raise ValueError(f"{arg!r} is not of the form key=value{suggestion_for(model, arg, tree)}")
         if text == "":
-            raise ValueError(f"{key} has no value{_nothing(field_at(model, key.split('.')), key)}")
+            raise ValueError(f"{key} has no value; {_none(field_at(model, key.split('.')), key)}")
         if key in seen:
             raise ValueError(f"{key} is given twice; keep one of them")
         seen.add(key)
@@ -106,7 +95,7 @@ def _parse_words(model: type[Settings], words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(field: FieldInfo | None, key: str, text: str) -> Any:
-    """The text itself where a text is expected (a folder called 010 stays 010), else what YAML makes of it."""
+    """Parses a value as YAML, unless its field takes text: a folder called 010 stays 010."""
     leaves = leaves_of(field.annotation) if field else set()
     if text == "null" and types.NoneType in leaves:
         return None
@@ -125,11 +114,10 @@ def _is_list(annotation: Any) -> bool:
     return typing.get_origin(annotation) is tuple or any(map(_is_list, typing.get_args(annotation)))
 
 
-def _nothing(field: FieldInfo | None, key: str) -> str:
-    """How a person writes that a field has no value, as the end of a sentence."""
+def _none(field: FieldInfo | None, key: str) -> str:
     if field is None or types.NoneType in leaves_of(field.annotation):
-        return f"; write {key}=null for none"
-    return f"; write {key}=[] for none" if _is_list(field.annotation) else f"; it must be {kind(field)}"
+        return f"write {key}=null for none"
+    return f"write {key}=[] for none" if _is_list(field.annotation) else f"it must be {kind(field)}"
 
 
 def _scalars(tree: Any) -> Iterator[Any]:
@@ -143,17 +131,17 @@ def _scalars(tree: Any) -> Iterator[Any]:
 
 
 def _expand(model: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Bare values where a component is expected, written out."""
+    """Expands bare values of components to dictionaries."""
     expanded: dict[str, Any] = {}
     for key, value in tree.items():
-        members = choice_at(model, key).members
+        members, _ = choice_at(model, key)
         if members and isinstance(value, str | int | float) and not isinstance(value, bool):
             shorthand = model.shorthands.get(key)
             expanded[key] = shorthand(str(value)) if shorthand else {"name": value}
         elif members and isinstance(value, dict):
-            # A word may speak of a part of a component that another layer names: whichever has the part will do.
-            partly = (settings for settings in members.values() if value.keys() <= settings.model_fields.keys())
-            settings = members.get(value.get("name"), next(partly, next(iter(members.values()))))
+            # Another layer may name the component: any that has these keys will do.
+            fitting = (settings for settings in members.values() if value.keys() <= settings.model_fields.keys())
+            settings = members.get(value.get("name"), next(fitting, next(iter(members.values()))))
             expanded[key] = _expand(settings, value)
         else:
             expanded[key] = value
@@ -180,7 +168,7 @@ def _merge(
 
 
 def _named(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The tree with the default's name where a component is described but not named; refuses booleans for numbers."""
+    """Adds the default name to components without one; refuses booleans for numbers."""
     named = dict(tree)
     for key, value in tree.items():
         field, (members, default) = model.model_fields.get(key), choice_at(model, key)
@@ -204,7 +192,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
     match error["type"]:
         case "extra_forbidden":
             # Of a whole branch that does not exist, its first key says more: trian.epochs is like train.epochs.
-            while not (hint := hint_for(model, path)) and isinstance(value, dict) and value:
+            while not (hint := vocabulary.HINTS.get(".".join(path))) and isinstance(value, dict) and value:
                 path.append(str(next(iter(value))))
                 value = value[path[-1]]
             key = ".".join(path)
@@ -216,19 +204,18 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
             for depth in range(1, len(path)):
                 above = field_at(model, path[:depth])
                 if above is not None and path[depth] in members_of(above.annotation):
-                    place = ".".join(path[:depth])
-                    made = f"{place}.name={path[depth]}"
-                    return f"there is no key {key}: {path[depth]} is a kind; write {made}, and its keys beside the name"
-            return f"there is no key {key}{hint or suggestion_for(model, key, tree)}"
+                    name = f"{'.'.join(path[:depth])}.name={path[depth]}"
+                    return f"there is no key {key}: {path[depth]} is a kind; write {name}, and its keys beside the name"
+            return f"there is no key {key}{f': {hint}' if hint else suggestion_for(model, key, tree)}"
         case "missing":
             return f"{key} is required: write {key}=…"
         case "union_tag_invalid" if error["ctx"]["tag"] == "None":
             part = next(iter(value.keys() - {"name"}), "name")
-            return f"{key}.{part} is a part of {key}, and which {key} is not said: write {key}=… too"
+            return f"{key}.{part} is a part of {key}, but no {key} is chosen: write {key}=… too"
         case "union_tag_invalid":
             choices = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
             return f"{key}.name={error['ctx']['tag']} is none of {', '.join(choices)}" + _nearest(
-                str(error["ctx"]["tag"]), choices, model.value_synonyms.get(key, {})
+                str(error["ctx"]["tag"]), choices, vocabulary.VALUES.get(key, {})
             )
         case "string_type" if isinstance(value, bool | int | float):
             return f"{key} is a text, but YAML reads {value!r} there; quote it: {key}: '…'"
@@ -246,7 +233,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
         case "literal_error":
             choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
             return f"{key}={value}: it must be one of {', '.join(choices)}" + _nearest(
-                str(value), choices, model.value_synonyms.get(key, {})
+                str(value), choices, vocabulary.VALUES.get(key, {})
             )
         case _:
             message = error["msg"].removeprefix("Input ").replace("should", "must")
@@ -254,7 +241,7 @@ def _explain(model: type[Settings], tree: Mapping[str, Any], error: ErrorDetails
 
 
 def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
-    """The dotted key of an error, as a person types it, without what pydantic adds of unions and plain types."""
+    """The dotted key of an error as a user types it, without pydantic's parts for unions."""
     path: list[str] = []
     here: Mapping[str | None, type[Settings]] = {None: model}
     skip = False
@@ -274,7 +261,7 @@ def _path(model: type[Settings], error: ErrorDetails) -> list[str]:
 
 
 def _nearest(name: str, choices: Sequence[str], synonyms: Mapping[str, str]) -> str:
-    """What a refused choice is called here, or the nearest one, as the end of a sentence."""
+    """Ends an error message about an unknown choice: its name here, or the nearest one."""
     plain = vocabulary.plain(name)
     if answer := synonyms.get(plain) or {key.replace("_", ""): text for key, text in synonyms.items()}.get(plain):
         return f"; {answer}"

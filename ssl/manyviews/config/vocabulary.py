@@ -1,10 +1,10 @@
-"""What other libraries and papers call keys, objectives and recipes of ours."""
+"""Names in other libraries and papers for our keys, objectives and recipes."""
 
 from collections.abc import Mapping
 
 
 def _by_name(*groups: tuple[str, str]) -> dict[str, str]:
-    """The text of each name, of groups of names with spaces between them."""
+    """One entry for each name in groups of names separated by spaces."""
     return {name: text for names, text in groups for name in names.split()}
 
 
@@ -62,7 +62,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     )
     for name in names.split()
 }
-"""A name in use elsewhere, in lower case, and the ends of the keys that mean the same here, the likeliest first."""
+"""A name in use elsewhere, in lower case: the ends of the keys that mean the same here, the likeliest first."""
 
 _SIMCLR = "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"
 _PAIRS = "the pairs' contrastive loss is objective=contrastive, as in recipes siamese and siamese_instances"
@@ -113,7 +113,7 @@ OBJECTIVES: Mapping[str, str] = _by_name(
     ("listmle list_mle", _RANKING.format("ListMLE", "list_mle")),
     ("ranknet rank_net", _RANKING.format("RankNet", "rank_net")),
 )
-"""A method's name, in lower case with underscores, and the objective that it is here."""
+"""The name of a method, in lower case with underscores: its objective here."""
 
 _HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
 SAMPLINGS: Mapping[str, str] = _by_name(
@@ -121,7 +121,7 @@ SAMPLINGS: Mapping[str, str] = _by_name(
     ("batch_all none no", "all pairs or triplets are objective.sampling=all"),
     ("distance dwm weighted", "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
 )
-"""What others call a way to choose pairs or triplets."""
+"""Names of ways to mine pairs or triplets."""
 
 PRESETS: Mapping[str, str] = _by_name(
     ("lmcl am_softmax amsoftmax", "LMCL (AM-Softmax) is objective.preset=cosface"),
@@ -129,14 +129,14 @@ PRESETS: Mapping[str, str] = _by_name(
     ("aam aam_softmax arc", "AAM-Softmax is objective.preset=arcface"),
     ("normalized_softmax nsoftmax", "the softmax of unit vectors is objective.preset=norm_face"),
 )
-"""What others call a margin of a softmax over classes."""
+"""Names of softmax losses with a margin."""
 
 OPTIMIZERS: Mapping[str, str] = _by_name(
     ("adam nadam radam", "Adam is optim=adamw with optim.weight_decay=0"),
     ("sgdm momentum nesterov", "SGD with momentum is optim=sgd, with optim.momentum"),
     ("lamb", "for very large batches there is optim=lars"),
 )
-"""What others call an optimizer."""
+"""Names of optimizers."""
 
 VALUES: Mapping[str, Mapping[str, str]] = {
     "objective": OBJECTIVES,
@@ -144,11 +144,11 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "objective.preset": PRESETS,
     "optim.name": OPTIMIZERS,
 }
-"""By the key, what others call its values."""
+"""By key, names of its values elsewhere."""
 
 
 def plain(name: str) -> str:
-    """A name as the tables have it: in lower case, with underscores, without the word loss at its end."""
+    """Normalises a name: lower case, underscores, no "loss" at its end."""
     return name.strip().lower().replace("-", "_").replace(" ", "_").removesuffix("loss").rstrip("_")
 
 
@@ -171,19 +171,26 @@ RECIPES: Mapping[str, str] = _by_name(
     ("lmcl am_softmax", "cosface"),
     ("a_softmax asoftmax", "sphereface"),
 )
-"""A method's name, in lower case with underscores, and the recipe that trains by it."""
+"""The name of a method, in lower case with underscores: the recipe that trains with it."""
 
-
-SCHEDULE = "the rate rises over the share optim.warmup of the run and falls along a cosine; there is no other schedule"
+_SCHEDULE = "the rate rises over the share optim.warmup of the run and falls along a cosine; there is no other schedule"
 _PROCESSES = (
     "the launcher starts the processes: accelerate launch --multi_gpu --num_processes N scripts/pretrain.py, or "
     "torchrun --nproc-per-node N"
 )
+_ACCUMULATION = (
+    "gradient accumulation adds no negatives: each part of the batch would be contrasted with itself alone; "
+    "train.batch_size is the whole batch, and train.chunk=… trains it with the memory of a part"
+)
 HINTS: Mapping[str, str] = _by_name(
     ("gpus devices num_gpus n_gpu nproc num_processes world_size nodes strategy", _PROCESSES),
     ("device cuda cpu", "the device is the best one that there is; CUDA_VISIBLE_DEVICES= hides the GPUs"),
-    ("scheduler lr_scheduler lr_schedule schedule", SCHEDULE),
+    ("scheduler lr_scheduler lr_schedule schedule", _SCHEDULE),
+    ("optim.scheduler optim.lr_scheduler optim.lr_schedule optim.schedule", _SCHEDULE),
+    ("optim.min_lr optim.gamma optim.step_size", _SCHEDULE),
+    ("train.accumulate train.accumulation train.accumulation_steps", _ACCUMULATION),
+    ("train.gradient_accumulation train.gradient_accumulation_steps", _ACCUMULATION),
     ("_base_ base defaults", "a recipe stands alone: begin with the other one and add key=value, or copy its file"),
     ("config cfg recipe", "a recipe comes first and has no key: pretrain.py simclr key=value"),
 )
-"""A key that no setting here has, and what is done instead."""
+"""The dotted key of a setting that does not exist here, and what to use instead."""

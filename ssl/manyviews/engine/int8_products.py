@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manyviews.system.cpu import has_instructions
+from manyviews.system.hardware import has_instructions
 
 LARGEST = 127
 OFFSET = 128

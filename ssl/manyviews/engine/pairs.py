@@ -10,7 +10,7 @@ from torch import Tensor
 from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.system import distributed
-from manyviews.system.cpu import has_instructions
+from manyviews.system.hardware import has_instructions
 
 PIECES = 64
 """Maximum number of pieces that a sum over many keys is cut into."""

@@ -4,7 +4,7 @@ from manyviews.encoder.backbone import weight_count
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.objectives.cost import ID, NUMBER, Sizes
 from manyviews.recipe import Recipe, TrainSettings
-from manyviews.system import memory
+from manyviews.system import hardware
 from manyviews.system.files import shown
 
 MOST_STEPS = 10**9 - 1
@@ -97,9 +97,9 @@ def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> No
 
 
 def _check(needed: int, what: str, cure: str) -> None:
-    there = memory.device()
+    there = hardware.device()
     if needed > there:
         raise ValueError(
-            f"{what} take at least {memory.gigabytes(needed)}, and there are {memory.gigabytes(there)} of memory; "
+            f"{what} take at least {hardware.gigabytes(needed)}, and there are {hardware.gigabytes(there)} of memory; "
             f"{cure}"
         )

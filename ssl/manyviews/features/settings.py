@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from manyviews.config import Settings, vocabulary
+from manyviews.config import Settings
 from manyviews.data import Data, Split, shorthand
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import Precision
@@ -17,8 +17,6 @@ class EncodeSettings(Settings):
     """What all have in common that encode images by a backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
-    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
 
     data: Data | None = None
     """The images; null: the run's own, or for a timm model the bundled sample."""

@@ -1,1 +1,1 @@
-"""What the operating system and the other processes offer: ranks, signals, files, memory, the terminal."""
+"""Operating system and processes: ranks, signals, files, hardware, console."""

@@ -1,7 +1,8 @@
-"""A file that grows at its end and outlives a full disk, and another program that removes it."""
+"""An append-only file that survives a full disk and its removal by another program."""
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from manyviews.system.files import shown
@@ -9,24 +10,22 @@ from manyviews.system.plural import plural
 from manyviews.system.writing import aside_of, make_folder, open_there, remove, rename
 
 MOST_KEPT = 1 << 26
-"""Bytes that are kept in memory where a disk is full: days of metrics."""
+"""Bytes kept in memory while the disk is full: days of metrics."""
 PIECE = 1 << 20
 
 
-class Growing:
-    """A file that grows at its end, of which a full disk tears no line: what it does not take waits in memory.
+class AppendFile:
+    """An append-only file; what a full disk does not take waits in memory, and no line is torn.
 
-    Where another program removes, renames or replaces it, its content is still behind the open descriptor, and is
-    written to its path again.
+    Where another program removes, renames or replaces it, its content is copied from the open descriptor to its path.
     """
 
-    def __init__(self, path: Path, root: Path | None = None) -> None:
-        """Opens the file, which is made where it does not exist, in a root that it must stay in."""
-        self.path, self._root = path, path.parent if root is None else root
-        self.failing = False
+    def __init__(self, path: Path, root: Path, warn: Callable[[str], object]) -> None:
+        self.path, self._root, self._warn = path, root, warn
         self.lost = 0
-        """Bytes that are missing: those that were cut off by another program and, once closed, those not written."""
-        self._descriptor = open_there(path, self._root, append=True)
+        """Missing bytes: cut off by another program or, once closed, not written."""
+        self._failing = False
+        self._descriptor = open_there(path, root, append=True)
         self._size = os.fstat(self._descriptor).st_size
         self._kept = bytearray()
         self._watched = True
@@ -34,55 +33,60 @@ class Growing:
         self._lock = threading.Lock()
 
     def write(self, content: bytes) -> None:
-        """Keeps a whole line or record; beyond what memory is meant for, it is dropped."""
+        """Appends a whole line or record; while the disk is full it is buffered, up to `MOST_KEPT`."""
         with self._lock:
             if len(self._kept) < MOST_KEPT:
                 self._kept += content
+        self.flush()
 
-    def flush(self) -> str:
-        """Writes what is kept; returns what another program has done to the file, in words, or nothing.
+    def flush(self) -> None:
+        """Writes the buffer as far as the disk takes it; warns when that begins to fail."""
+        failing = self._failing
+        try:
+            self._flush()
+        except OSError as problem:
+            if not failing:
+                self._warn(f"{self.path} cannot be written ({problem}): its lines are kept until they can be")
 
-        Raises:
-            OSError: where the disk takes less; the rest is kept.
-        """
+    def sync(self) -> None:
+        """Returns once everything is on the disk; raises OSError where it cannot be."""
+        self._flush()
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file; warns of bytes that could not be written."""
+        self.flush()
         with self._lock:
             if self._descriptor < 0:
-                return ""
-            self.failing = bool(self._kept)
+                return
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._kept:
+                self.lost += len(self._kept)
+                self._warn(f"{plural(len(self._kept), 'byte')} are missing at the end of {self.path}")
+
+    def _flush(self) -> None:
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            self._failing = True
             while self._kept:
                 written = os.write(self._descriptor, self._kept)
                 self._size += written
                 del self._kept[:written]
-            self.failing = True
-            news = self._restore()
-            self.failing = False
-            return news
+            self._restore()
+            self._failing = False
 
-    def sync(self) -> str:
-        """Returns once everything is on the disk, with what `flush` returns; raises OSError where it cannot be."""
-        news = self.flush()
-        if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-        return news
-
-    def close(self) -> None:
-        """Closes the file, if it is open; `lost` then counts what it did not take."""
-        with self._lock:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
-                self.lost += len(self._kept)
-
-    def _restore(self) -> str:
-        """Writes the file anew where it is not at its path any more."""
+    def _restore(self) -> None:
         own = os.fstat(self._descriptor)
         if own.st_size < self._size:
             self.lost += self._size - own.st_size
-            news = f"{plural(self._size - own.st_size, 'byte')} of {shown(self.path)} were cut off by another program"
-            self._size = own.st_size
-            return news
+            cut, self._size = self._size - own.st_size, own.st_size
+            self._warn(f"{plural(cut, 'byte')} of {shown(self.path)} were cut off by another program")
+            return
         if not self._watched or _is_at(self.path, own):
-            return ""
+            return
         make_folder(self.path.parent, self._root)
         aside = aside_of(self.path)
         new = open_there(aside, self._root, append=True)
@@ -98,9 +102,9 @@ class Growing:
             raise
         os.close(self._descriptor)
         self._descriptor = new
-        # A file system that shows an open file under two identities would have it written anew each time.
+        # A file system with two identities for an open file would have it rewritten each time.
         self._watched = _is_at(self.path, os.fstat(new))
-        return f"{shown(self.path)} was removed, renamed or replaced by another program: it is written anew"
+        self._warn(f"{shown(self.path)} was removed, renamed or replaced by another program: it is written again")
 
 
 def _is_at(path: Path, own: os.stat_result) -> bool:

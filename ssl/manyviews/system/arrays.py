@@ -1,4 +1,4 @@
-"""Tensors and arrays from files that a stranger may have made: no pickle is ever opened, no size is believed."""
+"""Reads tensors and arrays from untrusted files, without pickle."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,12 @@ from manyviews.system.files import MEBIBYTE, open_regular, shown
 from manyviews.system.path_bytes import utf8_path
 
 LARGEST_HEADER = 8 * MEBIBYTE
-"""Bytes of a safetensors header: that of a model of a hundred thousand tensors."""
+"""Bytes of a safetensors header, for a hundred thousand tensors."""
 NPY = b"\x93NUMPY"
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory.
-
-    Raises:
-        ValueError: if it is no such file, or damaged.
-        OSError: if there is none, or it may not be read.
-    """
+    """Maps the tensors of a safetensors file; raises ValueError or OSError."""
     with open_regular(file) as content:
         header = int.from_bytes(content.read(8), "little")
     if header > LARGEST_HEADER:
@@ -35,11 +30,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def mapped_array(file: Path, mode: Literal["r", "c"] = "r") -> np.memmap[Any, np.dtype[Any]]:
-    """The real numbers of a .npy file, mapped into memory; mode "c" lets the copy in memory be changed.
+    """Maps a .npy file of real numbers; mode "c" is copy-on-write.
 
     Raises:
-        ValueError: if it is no such file, holds anything else than real numbers, or is shorter than it says.
-        OSError: if there is none, or it may not be read.
+        ValueError: if it is damaged, or has no real numbers.
+        OSError: if it cannot be read.
     """
     with open_regular(file) as content:
         start = content.read(len(NPY))

@@ -1,5 +1,9 @@
-"""What a person sees while it runs: a bar on a terminal, a line now and then anywhere else."""
+"""Console output: text for any encoding without control characters, and progress bars."""
 
+import codecs
+import io
+import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +13,64 @@ from rich.console import ConsoleOptions, ConsoleRenderable, RenderableType, Rend
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.segment import Segment
 
-from manyviews.system import terminal
+from manyviews.system.files import spelled
 
 SECONDS_BETWEEN_LINES = 10.0
+ERRORS = "manyviews_spelled"
+"""The name of our codecs error handler."""
+
+_REPLACED = """
+× x   → ->   ← <-   ⇝ ~>   … ...   ± +-   ≤ <=   ≥ >=   ≠ !=   ‖ ||   ² ^2   ³ ^3   ½ 1/2   ∝ ~   · *   • *   ◌ o
+α alpha   β beta   γ gamma   ε epsilon   θ theta   λ lambda   μ mu   µ mu   ν nu   π pi   σ sigma   τ tau   φ phi
+ψ psi   Σ sum   Δ delta   ✓ yes   ✗ no   “ "   ” "   ‘ '   ’ '
+"""
+INSTEAD = {
+    **dict(re.findall(r"(\S+) (\S+)", _REPLACED)),
+    "√": "sqrt ",
+    **dict.fromkeys("–—−─━╌╍┄┅═╴╶╸╺", "-"),
+    **dict.fromkeys("│┃┆┇║╎╏", "|"),
+    **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╯╰┏┓┗┛┣┫┳┻╋╔╗╚╝╠╣╦╩╬┡┩╇╈╉╊╞╡╪", "+"),
+    **dict.fromkeys("█▉▊▋▌▍▎▏", "#"),
+}
+"""ASCII for a character of our own messages; any other character is escaped."""
+
+
+def prepare() -> None:
+    """Lets standard output and error replace characters outside their encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != ERRORS:
+            stream.reconfigure(errors=ERRORS)
+
+
+def clean(text: str) -> str:
+    """Escapes all control characters but line breaks and tabs."""
+    return "\n".join("\t".join(map(spelled, line.split("\t"))) for line in text.split("\n"))
+
+
+def write(text: str, *, error: bool = False) -> None:
+    """Writes and flushes text to standard output or error, without control characters."""
+    prepare()
+    stream = sys.stderr if error else sys.stdout
+    stream.write(clean(text))
+    stream.flush()
+
+
+def _instead(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    text = "".join(INSTEAD.get(letter) or spelled(letter, ascii_only=True) for letter in letters)
+    return text, error.end
+
+
+codecs.register_error(ERRORS, _instead)
 
 
 class Console:
-    """Console output: lines, warnings and progress bars; silent with `quiet`, as on all ranks but the first."""
+    """Lines, warnings and progress bars; silent with `quiet`, as on all ranks but 0."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        terminal.prepare()
+        prepare()
         self.rich = rich.console.Console(quiet=quiet, highlight=False)
         self.rich.push_render_hook(_Cleaning())
         self._bars: Progress | None = None
@@ -26,16 +78,16 @@ class Console:
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
-        self.rich.print(terminal.clean(text), markup=False, soft_wrap=True)
+        """Prints a line."""
+        self.rich.print(clean(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One line that should not be overlooked."""
-        self.rich.print(f"warning: {terminal.clean(text)}", style="yellow", markup=False, soft_wrap=True)
+        """Prints a warning."""
+        self.rich.print(f"warning: {clean(text)}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self) -> Iterator[None]:
-        """Shows what `update` and `report` say as bars while the context is open, if this is a terminal."""
+        """On a terminal, shows `update` and `report` as bars while the context is open."""
         if not self.rich.is_terminal or self.rich.quiet:
             yield
             return
@@ -51,41 +103,45 @@ class Console:
                 self._bars, self._tasks = None, {}
 
     def update(self, what: str, progress: float, status: str = "") -> None:
-        """Moves a bar to `progress` in [0, 1]; without a terminal, prints a line when some time has passed."""
-        status = terminal.clean(status)
+        """Moves a bar to `progress` in [0, 1]; without a terminal, prints a line every few seconds."""
+        status = clean(status)
         if self._bars is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(terminal.clean(what), total=1.0, status=status)
+                self._tasks[what] = self._bars.add_task(clean(what), total=1.0, status=status)
             self._bars.update(self._tasks[what], completed=progress, status=status)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(f"{what} {100 * progress:3.0f}%  {status}")
 
     def report(self, what: str, done: int, total: int) -> None:
-        """How far a long reading has come."""
+        """Shows the progress of reading `total` items."""
         self.update(what, done / max(total, 1), f"{done:,} of {total:,}")
 
 
 class _Cleaning(RenderHook):
-    """Cleans all that is printed: cells of tables hold names of runs, and of their controls rich drops only some."""
+    """Escapes control characters in all output; rich drops only some of them."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Clean(renderable) for renderable in renderables]
 
 
 class _Clean:
-    """Something that rich prints, without control characters but those that rich itself puts there."""
+    """A renderable without control characters but rich's own."""
 
     def __init__(self, printed: RenderableType) -> None:
         self.printed = printed
 
     def __rich_console__(self, console: rich.console.Console, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self.printed, options):
-            yield segment if segment.control else Segment(terminal.clean(segment.text), segment.style)
+            yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person writes them: 45 s, 3 min 05 s, 2 h 10 min."""
+    """Formats seconds as s, min or h.
+
+    >>> duration(185)
+    '3 min 05 s'
+    """
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""What the system says of files, in words with a way out, and whether a folder can be written to at all."""
+"""System errors as messages with a way out, and a check that a folder can be written to."""
 
 import errno
 import os
@@ -25,35 +25,27 @@ WORDS = {
     errno.ESTALE: "is gone: the network file system has lost it",
     errno.EMFILE: "cannot be opened: too many files are open; raise the limit (ulimit -n), or use fewer workers",
 }
-"""What is wrong with a file, by the number of the error."""
+"""Messages by errno."""
 
 
 def in_words(problem: OSError) -> str:
-    """An error of the system as a sentence on its file, with what to do; its own text where there is no other."""
-    words = WORDS.get(problem.errno or 0)
-    if words is None or problem.filename is None:
+    """Describes a system error with its file and a way out."""
+    message = WORDS.get(problem.errno or 0)
+    if message is None or problem.filename is None:
         return shown(problem)
     name = os.fsdecode(problem.filename) if isinstance(problem.filename, bytes | str) else str(problem.filename)
-    return f"{_short(name)} {words}"
+    return f"{_short(name)} {message}"
 
 
 def check_writable(folder: Path) -> None:
-    """Checks that an output folder can be written to, or made, before any work is done for it; leaves nothing behind.
-
-    Raises:
-        ValueError: if not, with the reason.
-    """
+    """Raises ValueError if an output folder cannot be written to or created."""
     existing = nearest_existing(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output={_short(str(folder))}: {shown(existing)} may not be written to; name another folder")
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The output folder itself where it exists, else the nearest one above it that does.
-
-    Raises:
-        ValueError: if a file is in its way, or no folder can have its name.
-    """
+    """The nearest existing folder on a path; raises ValueError if there can be none."""
     output = f"output={_short(str(folder))}"
     if any(len(os.fsencode(part)) > LONGEST_PART for part in folder.parts):
         raise ValueError(f"{output} has too long a name: a part of a path has at most {LONGEST_PART} bytes")

@@ -1,35 +1,35 @@
-"""The world of processes: every function works alike with and without an initialised `torch.distributed`.
+"""Collectives that work with and without an initialised `torch.distributed`.
 
-Tensors that travel may have another first axis on every process, empty ones included.
+The first axis of gathered tensors may differ between ranks, and be empty.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-# Their names since torch 2.14, where the older ones warn.
+# The names since torch 2.14, where the older ones warn.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _meters: list["Traffic"] = []
+T = TypeVar("T")
 FORESEEN = (OSError, ValueError, KeyError, SafetensorError)
-"""What a damaged checkpoint, a full disk or a wrong setting raises; anything else is a fault of the program."""
+"""Errors of damaged checkpoints, full disks and wrong settings; any other is an error of the program."""
 
 
 class Traffic:
-    """What the other processes have sent to this one."""
+    """Bytes that other ranks have sent to this one in ring collectives."""
 
     received = 0
-    """Bytes, as a ring carries them."""
 
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Counts the bytes that reach this process while it is open."""
+    """Counts the bytes that this rank receives while the context is open."""
     meter = Traffic()
     _meters.append(meter)
     try:
@@ -39,35 +39,34 @@ def traffic() -> Iterator[Traffic]:
 
 
 def rank() -> int:
-    """This process's number among all processes; 0 when there is only one."""
+    """The rank of this process; 0 without `torch.distributed`."""
     return dist.get_rank() if _initialised() else 0
 
 
 def world_size() -> int:
-    """The number of processes; 1 without `torch.distributed`."""
+    """The world size; 1 without `torch.distributed`."""
     return dist.get_world_size() if _initialised() else 1
 
 
 def share(count: int, rank_: int | None = None, size_: int | None = None) -> slice:
-    """The part of `count` things that belongs to a process (this one): consecutive, and alike to one thing."""
+    """The consecutive share of `count` items of a rank, by default this one."""
     number, processes = rank() if rank_ is None else rank_, world_size() if size_ is None else size_
     return slice(number * count // processes, (number + 1) * count // processes)
 
 
 def counts(count: int) -> list[int]:
-    """What each process passed as `count`, in rank order."""
+    """All-gathers an integer; returns one per rank."""
     if world_size() == 1:
         return [count]
-    found: list[int] = _all_gather(torch.tensor([count], device=_device())).tolist()
-    return found
+    gathered: list[int] = _all_gather(torch.tensor([count], device=_device())).tolist()
+    return gathered
 
 
 def gather(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-    """The tensors of all processes, concatenated in rank order along the first axis, with gradient.
+    """Concatenates the tensors of all ranks along the first axis, with gradient.
 
-    In backward the gradients that all processes have for one process's slice are summed and sent home. With a loss
-    that is the mean over the local anchors, the mean over processes that DDP takes is then the gradient one process
-    would have with the whole batch. `lengths` are those of all processes, where they are known already.
+    Backward sums the gradients of all ranks for each rank's slice. With a loss that is the mean over local anchors,
+    DDP's mean over ranks is then the gradient of the whole batch. `lengths`: of all ranks, if known.
     """
     if world_size() == 1:
         return local
@@ -77,25 +76,22 @@ def gather(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
 
 @torch.no_grad()
 def gather_without_gradient(local: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-    """The tensors of all processes, concatenated in rank order along the first axis; no gradient."""
+    """Concatenates the tensors of all ranks along the first axis, without gradient."""
     local = local.detach()
     return local if world_size() == 1 else _gather(local, lengths or counts(len(local)))
 
 
 @torch.no_grad()
 def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The sum over processes of what all have for all, of which each keeps its own slice; no gradient.
-
-    The inverse way of `gather`: `whole` holds `lengths[r]` rows for process r.
-    """
+    """Sums over ranks; returns this rank's slice, the `lengths[r]` rows of rank r."""
     if world_size() == 1:
         return whole.detach()
     longest = max(lengths)
     pieces = whole.detach()
     if len(set(lengths)) > 1:
         pieces = whole.new_zeros(world_size(), longest, *whole.shape[1:])
-        for place, piece in zip(pieces, whole.split(list(lengths)), strict=True):
-            place[: len(piece)] = piece
+        for padded, piece in zip(pieces, whole.split(list(lengths)), strict=True):
+            padded[: len(piece)] = piece
         pieces = pieces.flatten(0, 1)
     own = pieces.new_empty(longest, *pieces.shape[1:])
     if longest:
@@ -106,10 +102,7 @@ def scatter_sum(whole: Tensor, lengths: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
-    """What the other processes sent to this one, in rank order; no gradient.
-
-    `local` holds `outgoing[r]` rows for process r, and `incoming[r]` rows arrive from it.
-    """
+    """Sends `outgoing[r]` rows of `local` to rank r; returns `incoming[r]` rows from each."""
     local = local.detach()
     if world_size() == 1:
         return local
@@ -122,23 +115,23 @@ def exchange(local: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) ->
 
 @torch.no_grad()
 def total(value: Tensor) -> Tensor:
-    """The sum over processes, elementwise; no gradient."""
+    """Sum over ranks, elementwise, without gradient."""
     return _all_reduce(value, "SUM")
 
 
 @torch.no_grad()
 def maximum(value: Tensor) -> Tensor:
-    """The maximum over processes, elementwise; no gradient."""
+    """Maximum over ranks, elementwise, without gradient."""
     return _all_reduce(value, "MAX")
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over processes, elementwise; no gradient."""
+    """Mean over ranks, elementwise, without gradient."""
     return total(value) / world_size()
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """An agreement: true on every process as soon as it is true on one."""
+    """Logical OR over ranks."""
     if world_size() == 1:
         return flag
     votes = torch.tensor(int(flag), device=_device())
@@ -147,41 +140,30 @@ def any_over_ranks(flag: bool) -> bool:
 
 
 def from_first_rank(value: float) -> float:
-    """The first process's number, on every process."""
+    """Broadcasts a number from rank 0."""
     if world_size() == 1:
         return value
-    # Gloo and NCCL both carry float64; a device without it (MPS) runs no more than one process.
+    # Gloo and NCCL support float64; MPS, which does not, has one process.
     number = torch.tensor(value, dtype=torch.float64, device=_device())
     dist.broadcast(number, src=0)
     return float(number.item())
 
 
-def all_gather_strings(text: str) -> list[str]:
-    """What each process says, in rank order."""
-    # surrogatepass: it may be the name of a file, which need not be valid UTF-8.
-    return [
-        content.decode("utf-8", "surrogatepass") for content in all_gather_bytes(text.encode("utf-8", "surrogatepass"))
-    ]
-
-
-def all_gather_bytes(content: bytes) -> list[bytes]:
-    """The bytes that each process has, in rank order."""
-    if world_size() == 1:
-        return [content]
-    letters = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    letters = letters.to(_device())
-    lengths = counts(len(letters))
-    pieces = gather_without_gradient(letters, lengths).cpu().split(lengths)
-    return [piece.numpy().tobytes() for piece in pieces]
+def all_gather_object(value: T) -> list[T]:
+    """All-gathers a picklable value; returns one per rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A stretch of work that succeeds on all processes or raises on all: none goes on to wait for one that failed.
+    """If the body raises on any rank, raises on every rank; none waits for one that failed.
 
     Raises:
-        OSError: naming the process and its problem, on those that had none themselves.
-        RuntimeError: likewise, where the problem is a fault of the program.
+        OSError: on the other ranks, naming rank and problem.
+        RuntimeError: likewise, for an error of the program.
     """
     problem: Exception | None = None
     try:
@@ -189,9 +171,9 @@ def raise_on_all_ranks() -> Iterator[None]:
     except Exception as raised:
         problem = raised
     kind = "" if problem is None else "foreseen" if isinstance(problem, FORESEEN) else "fault"
-    words = "" if problem is None else str(problem) or type(problem).__name__
-    problems = [text.split("\n", 1) for text in all_gather_strings(f"{kind}\n{words}")]
-    # A fault anywhere is a fault everywhere: where damage is passed over, all pass over it or none does.
+    text = "" if problem is None else str(problem) or type(problem).__name__
+    problems = all_gather_object((kind, text))
+    # A program error takes precedence: all ranks must pass over a damaged file, or none.
     for worst, error in (("fault", RuntimeError), ("foreseen", OSError)):
         if problem is not None and kind == worst:
             raise problem
@@ -201,7 +183,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Returns once every process has come here."""
+    """Waits for all ranks."""
     any_over_ranks(False)
 
 
@@ -242,13 +224,13 @@ def _all_reduce(value: Tensor, operation: str) -> Tensor:
 
 
 def _note(tensor: Tensor, rounds: int) -> None:
-    """A ring sends each process all but one part of the whole in a round; a sum for all takes two rounds."""
+    """Counts the bytes of a ring: all but one part per round; an all-reduce has two rounds."""
     for meter in _meters:
         meter.received += rounds * tensor.numel() * tensor.element_size() * (world_size() - 1) // world_size()
 
 
 def _device() -> torch.device:
-    """Where the process group can reduce: gloo on the CPU, NCCL on the GPU only."""
+    """The device of the process group: CPU for gloo, GPU for NCCL."""
     return torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
 
 

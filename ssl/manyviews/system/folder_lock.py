@@ -1,4 +1,4 @@
-"""One writer for each output folder: a lock that the operating system drops with the process that holds it."""
+"""Locks an output folder against a second writer."""
 
 import errno
 import json
@@ -18,60 +18,62 @@ from manyviews.system.files import read_json, shown
 from manyviews.system.writing import open_there, remove
 
 LOCK = ".lock"
-"""The file in the folder that is locked; it stays, empty, when the lock is released."""
+"""The file that is locked; it stays, empty, when the lock is released."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a file system answers that has no locks."""
+"""Errors of file systems without locks."""
 
 
 @contextmanager
 def folder_lock(
     folder: Path, check: Callable[[], object], warn: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
-    """Locks a folder against other programs that would write there, while the context is open; collective.
+    """Locks a folder against other writers; creates it if necessary; collective.
 
-    The first process locks FOLDER/.lock (flock; on Windows msvcrt) and writes into it who it is. The kernel releases
-    the lock when the process ends, however it ends, so that a file that was left behind is no lock. On Linux this holds
-    between machines over NFS as well, where flock is a lock of the server's that ends with the client's lease; but not
-    where a mount keeps locks to itself (nolock, local_lock=flock or all): there only starts on one machine are seen.
+    Rank 0 locks FOLDER/.lock (flock; on Windows msvcrt) and writes its host and process id there. The kernel releases
+    the lock when the process ends: a file that was left behind is no lock. On Linux this also works between machines
+    over NFS (the server holds the lock and drops it with the client's lease), except on mounts with nolock or
+    local_lock=flock or all. A new folder in which nothing was written is removed again.
 
-    A folder that did not exist, and in which nothing was written meanwhile, is removed again. What the context gives
-    is called, on the first process, once the folder had to be made anew: it locks the new one.
-
-    Args:
-        folder: is made where it does not exist.
-        check: called under the lock, on the first process, before anything is written; raises to refuse the folder.
-        warn: receives one line where the file system has no locks.
+    `check` is called on rank 0 under the lock and may raise; `warn` is called where the file system has no locks.
+    Yields a function for rank 0 to call after another program has removed the folder: it locks the new one.
 
     Raises:
-        ValueError: if another program holds the lock, naming it; what `check` raises; on the other processes an
-            OSError.
+        ValueError: if another program holds the lock, naming it; what `check` raises; an OSError on the other ranks.
         OSError: if the folder cannot be written to.
     """
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     file, lock = folder / LOCK, FileLock(folder / LOCK, thread_local=False)
-    was_there, accepted = file.exists(), False
-    try:
-        with raise_on_all_ranks():
-            if distributed.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                _acquire(lock, folder, warn)
-                check()
-                accepted = True
-                _sign(file)
-        yield partial(_again, lock, folder, warn)
-    finally:
-        if distributed.rank() == 0:
+    existed, accepted = file.exists(), False
+    with no_empty_folders_left(folder):
+        try:
+            with raise_on_all_ranks():
+                if distributed.rank() == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _acquire(lock, folder, warn)
+                    check()
+                    accepted = True
+                    _sign(file)
+            yield partial(_lock_again, lock, folder, warn)
+        finally:
             if lock.is_locked:
                 used = accepted and any(entry.name != LOCK for entry in folder.glob("*"))
-                _release(lock, file, keep=was_there or used)
-            for path in absent:
-                with suppress(OSError):
-                    path.rmdir()
+                _release(lock, file, keep=existed or used)
+
+
+@contextmanager
+def no_empty_folders_left(folder: Path) -> Iterator[None]:
+    """Removes, at the end on rank 0, new folders on a path that are empty."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in absent if distributed.rank() == 0 else ():
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _acquire(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> None:
     try:
-        # No link and no pipe.
+        # Refuses a link or a pipe.
         os.close(open_there(folder / LOCK, append=True))
         lock.acquire(timeout=0)
     except Timeout:
@@ -85,7 +87,7 @@ def _acquire(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> Non
         warn(f"{shown(folder)} is on a file system without locks: a second start with this folder is not noticed")
 
 
-def _again(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> None:
+def _lock_again(lock: FileLock, folder: Path, warn: Callable[[str], object]) -> None:
     lock.release()
     _acquire(lock, folder, warn)
     _sign(folder / LOCK)
@@ -99,7 +101,6 @@ def _sign(file: Path) -> None:
 
 
 def _release(lock: FileLock, file: Path, *, keep: bool) -> None:
-    """Releases the lock; its file goes, while it is still locked, if it is not kept."""
     with suppress(OSError):
         if keep:
             with os.fdopen(open_there(file), "r+b") as writing:
@@ -110,9 +111,8 @@ def _release(lock: FileLock, file: Path, *, keep: bool) -> None:
 
 
 def _holder(file: Path) -> str:
-    """Who holds the lock, as far as its file says so."""
     try:
-        found = read_json(file)
-        return f"process {found['pid']} on {shown(found['host'])}, since {shown(found['since'])}"
+        holder = read_json(file)
+        return f"process {holder['pid']} on {shown(holder['host'])}, since {shown(holder['since'])}"
     except (OSError, ValueError, KeyError):
         return "another process"

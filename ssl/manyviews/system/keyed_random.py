@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of what they are for: the same after a resume and on any number of ranks."""
+"""Counter-based random numbers (SplitMix64) and seeds: stateless, for exact resumes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,51 +15,51 @@ SHIFTS = (30, 27, 31)
 WORD = (1 << 64) - 1
 
 
-def uniform(places: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape"]:
-    """Numbers in [0, 1), float32, one for each place: each is a function of its place and the key alone."""
-    return _fraction(_mix(_starts(places, key) + _signed(INCREMENT)))
+def uniform(indices: Int64[Tensor, "*shape"], *key: int) -> Float[Tensor, "*shape"]:
+    """Uniform float32 numbers in [0, 1), each a function of its index and the key alone."""
+    return _fraction(_mix(_starts(indices, key) + _signed(INCREMENT)))
 
 
 def uniform_sequences(
-    places: Int64[Tensor, " places"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
-) -> Float[Tensor, "members keys places"]:
-    """Numbers in [0, 1): of the sequence that each key and place begin, the members of these numbers from 0 on.
+    indices: Int64[Tensor, " indices"], keys: Sequence[Sequence[int]], members: Int64[Tensor, " members"]
+) -> Float[Tensor, "members keys indices"]:
+    """Uniform numbers in [0, 1): members (from 0) of the sequence of each key and index.
 
-    Equal keys give equal numbers on every device, and neither torch's nor NumPy's global generators are read or moved.
+    They are equal on all devices, and no global generator is used.
     """
-    starts = torch.stack([_starts(places, key) for key in keys])
+    starts = torch.stack([_starts(indices, key) for key in keys])
     steps = (members + 1) * _signed(INCREMENT)
     return _fraction(_mix(starts + steps[:, None, None]))
 
 
-def hashed(*words: int) -> int:
-    """A 64-bit hash of some whole numbers."""
+def hashed(*numbers: int) -> int:
+    """A 64-bit hash of integers."""
     key = 0
-    for word in words:
-        key = (key + word + INCREMENT) & WORD
+    for number in numbers:
+        key = (key + number + INCREMENT) & WORD
         for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
             key = ((key ^ (key >> shift)) * multiplier) & WORD
     return key
 
 
 def seed_of(text: str, size: int = 8) -> int:
-    """A seed of so many bytes by a hash of a text."""
+    """A seed of `size` bytes from the hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
 
 
 def torch_generator(*key: int) -> torch.Generator:
-    """A generator on the CPU, seeded by a key."""
-    # Four bytes: of a seed's 64 bits torch's generator on the CPU reads the lower 32 only.
+    """A CPU generator of torch, seeded by a key."""
+    # Four bytes: torch's CPU generator uses the lower 32 bits of a seed.
     return torch.Generator().manual_seed(seed_of(repr(key), 4))
 
 
 def numpy_generator(stream: str, *key: int) -> np.random.Generator:
-    """NumPy's generator seeded by a key; its stream keeps it apart from others with equal keys."""
+    """A generator of NumPy, seeded by the name of its stream and a key."""
     return np.random.default_rng([int.from_bytes(stream.encode(), "big"), *key])
 
 
-def _starts(places: Tensor, key: Sequence[int]) -> Tensor:
-    return _mix(places + _signed(hashed(*key)))
+def _starts(indices: Tensor, key: Sequence[int]) -> Tensor:
+    return _mix(indices + _signed(hashed(*key)))
 
 
 def _mix(state: Tensor) -> Tensor:
@@ -70,15 +70,15 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _fraction(bits: Tensor) -> Tensor:
-    """The upper 24 bits as a number in [0, 1): float32 holds it exactly, and 1 is never reached."""
+    """The upper 24 bits as a float32 in [0, 1), exactly."""
     return _shift_right(bits, 64 - 24).to(torch.float32) * 2.0**-24
 
 
 def _signed(word: int) -> int:
-    """The 64 bits as the whole number that torch's int64 has for them."""
+    """Reinterprets 64 bits as torch's int64."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def _shift_right(state: Tensor, shift: int) -> Tensor:
-    # torch has no unsigned 64-bit arithmetic: its shift copies the sign bit, so the copies are masked away.
+    # torch shifts int64 arithmetically: the copies of the sign bit are masked.
     return (state >> shift) & ((1 << (64 - shift)) - 1)

@@ -1,4 +1,4 @@
-"""Bytes of paths that are no UTF-8, as records in UTF-8 can hold them, and such paths, as any library takes them."""
+"""Paths that are not UTF-8, in JSON and YAML and for libraries that need UTF-8."""
 
 import os
 from collections.abc import Iterator
@@ -9,33 +9,29 @@ from typing import TypeVar
 T = TypeVar("T")
 
 RAW_BYTES = {0xDC00 + byte: 0x10FC00 + byte for byte in range(0x80, 0x100)}
-"""For each such byte, which Python holds as a lone surrogate (PEP 383), a letter of the private plane 16."""
+"""For each surrogate of a raw byte (PEP 383), a letter of the private plane 16."""
 _READ = {written: surrogate for surrogate, written in RAW_BYTES.items()}
 NOT_UTF8 = "the table is not in UTF-8 (Latin-1, perhaps): save it as “CSV UTF-8”"
 
 
 def is_raw(text: str) -> bool:
-    """Whether a text holds such bytes."""
+    """Whether a text has surrogates of raw bytes."""
     return any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def storable(tree: T) -> T:
-    """A tree of plain values with no text in it that YAML or JSON would refuse; `restored` gives it back."""
+    """Replaces raw bytes in plain values, for YAML and JSON; `restored` is the inverse."""
     return _with_letters(tree, RAW_BYTES)
 
 
 def restored(tree: T) -> T:
-    """What `storable` was given."""
+    """The inverse of `storable`."""
     return _with_letters(tree, _READ)
 
 
 @contextmanager
 def utf8_path(file: Path) -> Iterator[Path]:
-    """A path to a file or folder, for libraries that take none but UTF-8: its own or, while open, a descriptor's.
-
-    Raises:
-        OSError: if it may not be read.
-    """
+    """A UTF-8 path of a file or folder, perhaps of its descriptor; raises OSError."""
     try:
         os.fspath(file).encode()
     except UnicodeEncodeError:

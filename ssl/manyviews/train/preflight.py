@@ -1,6 +1,5 @@
-"""Before a run begins: its recipe, images, memory and disk are verified by two real steps and a checkpoint of them."""
+"""Checks recipe, images, memory and disk before a run, by two steps and a checkpoint."""
 
-import json
 import os
 import resource
 import shutil
@@ -9,8 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.folder_lock import no_empty_folders_left
+from manyviews.system.hardware import device, gigabytes, ran_out
 from manyviews.system.launch import Stop, start
-from manyviews.system.memory import device, gigabytes, ran_out
 from manyviews.system.plural import plural
 from manyviews.train.pretrain import compile_encoder, train, train_step
 from manyviews.train.recorder import state_of
@@ -36,51 +36,49 @@ from manyviews.views import MEAN, STD
 
 STEPS = 2
 MOST_TIMED, LONGEST_TIMED = 20, 5.0
-"""Steps that are timed after those, and the seconds after which no further one is."""
+"""Bounds of the timing after those steps, in steps and seconds."""
 MOST_MEMORY = 0.95
-"""Share of the memory beyond which a machine would swap, or end the run."""
+"""Share of memory beyond which a machine would swap or kill the run."""
 
 
 def check(recipe: Recipe) -> None:
-    """Does what a run would do, from the images to the exported backbone, in two steps and in a folder that goes again.
-
-    All processes call it together; the first one prints a table of what was verified. The output stays as it was.
+    """Rehearses a run in a temporary folder and prints a table; collective.
 
     Raises:
-        ValueError: with a line for each thing that would go wrong.
+        ValueError: with a line for each problem.
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
-    with _untouched(folder):
+    with no_empty_folders_left(folder):
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
             return
         setup = make_setup(recipe, accelerator, folder, console)
         describe(setup, folder, console)
-        with _folder_beside(folder) as place:
-            rows, problems = _tried(setup, place)
+        with _folder_beside(folder) as temporary:
+            rows, problems = _rehearse(setup, temporary)
     table = Table("verified", "", title="rehearsed; nothing of it stays", title_justify="left")
-    for name, found in rows.items():
-        table.add_row(name, found)
+    for row in rows.items():
+        table.add_row(*row)
     console.rich.print(table)
-    everywhere = [json.loads(text) for text in distributed.all_gather_strings(json.dumps(problems))]
-    if any(everywhere):
-        raise ValueError("\n".join(dict.fromkeys(line for lines in everywhere for line in lines)))
+    if everywhere := dict.fromkeys(chain.from_iterable(distributed.all_gather_object(problems))):
+        raise ValueError("\n".join(everywhere))
 
 
-def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
-    """What two steps in a folder of their own have shown, by name; and what would go wrong in a run."""
-    split, order, components, found = setup.split, setup.order, setup.components, setup.found
+def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Takes two steps in a temporary folder; returns the rows of the table, and the problems."""
+    split, order, components, resumed = setup.split, setup.order, setup.components, setup.checkpoint
     settings, first = components.recipe.train, distributed.rank() == 0
-    begun = found.step if found else 0
-    compile_encoder(components, split.train, order, begun)
-    budget = {"epochs": (begun + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
+    first_step = resumed.step if resumed else 0
+    compile_encoder(components, split.train, order, first_step)
+    budget = {"epochs": (first_step + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
-    tried = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(place)}))
+    short_run = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(folder)}))
     quiet = Console(quiet=True)
-    run = open_run(setup._replace(components=tried), place, quiet) if first else None
+    run = open_run(setup._replace(components=short_run), folder, quiet) if first else None
+    session = Session(run, Saver(folder / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
     try:
-        step = train(tried, split.train, order, found, Session(run, Saver(place / CHECKPOINTS, keep=1), quiet, Stop()))
+        step = train(short_run, split.train, order, resumed, session)
     except (RuntimeError, MemoryError) as problem:
         if ran_out(problem):
             raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
@@ -90,69 +88,69 @@ def _tried(setup: Setup, place: Path) -> tuple[dict[str, str], list[str]]:
             run.close()
     if first:
         pixels, channels = components.views.window.size, split.train.channels
-        export(components.encoder.backbone, place / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
-    checkpoint = state_of(tried, split.train, step, {})
+        export(components.encoder.backbone, folder / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
+    checkpoint = state_of(short_run, split.train, step, {})
     rows, problems = {"recipe": f"{components.recipe.objective.name} with {components.recipe.encoder.name}"}, []
 
     unreadable = f", {len(split.unreadable):,} unreadable and left out" if split.unreadable else ", all readable"
     held_out = f" and {len(split.test):,} held out" if split.test is not None else ""
     rows["images"] = f"{len(split.train):,} to learn from{held_out}{unreadable}"
 
-    skipped = [line["skipped"] for line in read_metrics(place) if "skipped" in line][-1:] if first else [0]
+    skipped = [line["skipped"] for line in read_metrics(folder) if "skipped" in line][-1:] if first else [0]
     if skipped != [0]:
         problems.append(f"of {STEPS} steps, some were skipped, for the loss or its gradient was not finite")
-    rows["steps"] = f"{STEPS}, from step {begun:,} on"
+    rows["steps"] = f"{STEPS}, from step {first_step:,} on"
 
-    problems += differences(checkpoint, place / CHECKPOINTS)
+    problems += differences(checkpoint, folder / CHECKPOINTS)
     rows["checkpoint"] = "written, read back, the same to the last bit" if not problems else "not as it should be"
 
     kept = settings.keep + settings.keep_best
-    needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(place).free
+    needed, free = room_needed(checkpoint, keep=kept), shutil.disk_usage(folder).free
     rows["disk"] = f"{gigabytes(needed)} for {kept + 1} checkpoints, of {gigabytes(free)} that are free"
     if needed > free:
         problems.append(
             f"{gigabytes(needed)} are needed for {kept + 1} checkpoints, and {gigabytes(free)} are free in "
-            f"{place.parent}; make room, lower train.keep, or name another output"
+            f"{folder.parent}; make room, lower train.keep, or name another output"
         )
 
-    used, there = memory()
+    used, available = memory()
     several = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())) if not torch.cuda.is_available() else 1
     each = f" for each of {several} processes" if several > 1 else ""
-    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(there)}"
-    if used * several > MOST_MEMORY * there:
+    rows["memory"] = f"{gigabytes(used)}{each}, of {gigabytes(available)}"
+    if used * several > MOST_MEMORY * available:
         problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
 
     seconds = _seconds_of_a_step(setup, step)
     if settings.minutes:
         expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
     else:
-        left = max(1, round(settings.epochs * order.steps_per_epoch)) - begun
+        left = max(1, round(settings.epochs * order.steps_per_epoch)) - first_step
         expected = f"about {duration(left * seconds)} for {plural(left, 'step')}"
     pace = order.batch_size / seconds
     rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {pace:,.0f} images/s)"
     return rows, problems
 
 
-def differences(checkpoint: Checkpoint, place: Path) -> list[str]:
-    """In what the newest checkpoint in a folder differs from what it should be, in words; collective."""
-    found, damaged = newest_checkpoint(place)
-    if found is None:
-        return damaged or [f"no checkpoint is in {place}, though one was written"]
-    pairs = [(part, found.parts.get(part, {}), state) for part, state in checkpoint.parts.items()]
+def differences(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Compares the newest checkpoint with the original; returns the differences; collective."""
+    read, damaged = newest_checkpoint(folder)
+    if read is None:
+        return damaged or [f"no checkpoint is in {folder}, though one was written"]
+    pairs = [(part, read.parts.get(part, {}), state) for part, state in checkpoint.parts.items()]
     for index, state in checkpoint.optimiser["state"].items():
-        pairs.append((f"optimiser.{index}", found.optimiser["state"].get(index, {}), state))
-    other = [
+        pairs.append((f"optimiser.{index}", read.optimiser["state"].get(index, {}), state))
+    differing = [
         f"{part}.{key}"
-        for part, read, state in pairs
+        for part, other, state in pairs
         for key in state
-        # What is not spread over the processes the first one has written, with its own statistics of batch norms.
-        if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(read, state, key)
+        # Rank 0 has written what is not sharded, with its own batch statistics.
+        if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(other, state, key)
     ]
-    return [f"what was read back of the checkpoint is not what was written: {', '.join(other[:5])}"] if other else []
+    return [f"the checkpoint read back is not what was written: {', '.join(differing[:5])}"] if differing else []
 
 
 def memory() -> tuple[int, int]:
-    """Bytes that this process has had at most, on the GPU if there is one, and bytes that are there."""
+    """Peak and available bytes of memory, on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved(), device()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -160,7 +158,7 @@ def memory() -> tuple[int, int]:
 
 
 def _seconds_of_a_step(setup: Setup, step: int) -> float:
-    """The median of some more steps, with the wait for their images; the same on all processes."""
+    """Median seconds of further steps, with their images; identical on all ranks."""
     components, device = setup.components, setup.components.accelerator.device
     rank, size, workers = distributed.rank(), distributed.world_size(), components.recipe.train.workers
     loader = Loader(setup.split.train, setup.order, rank=rank, size=size, workers=workers, start=step)
@@ -178,26 +176,14 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
 
 
 @contextmanager
-def _untouched(folder: Path) -> Iterator[None]:
-    """Removes the folders on the way to this one that did not exist before, if they are empty."""
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        yield
-    finally:
-        for place in absent if distributed.rank() == 0 else ():
-            with suppress(OSError):
-                place.rmdir()
-
-
-@contextmanager
 def _folder_beside(folder: Path) -> Iterator[Path]:
-    """A new folder in the file system of this one, for all processes together; it goes again with all it holds."""
-    place = ""
+    """Creates a temporary folder for all ranks, in the file system of `folder`."""
+    path = ""
     with raise_on_all_ranks():
         if distributed.rank() == 0:
-            existing = next(place for place in folder.absolute().parents if place.is_dir())
-            place = tempfile.mkdtemp(prefix=".check-", dir=existing)
-    made = Path(distributed.all_gather_strings(place)[0])
+            existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+            path = tempfile.mkdtemp(prefix=".check-", dir=existing)
+    made = Path(distributed.all_gather_object(path)[0])
     try:
         yield made
         distributed.barrier()
@@ -210,6 +196,6 @@ def _same(read: Mapping[str, object], state: Mapping[str, object], key: str) -> 
     one, two = read.get(key), state[key]
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return one == two
-    # As bytes: NaN equals itself.
+    # As bytes, where NaN equals NaN.
     left, right = (value.detach().cpu().contiguous().flatten().view(torch.uint8) for value in (one, two))
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(left, right)

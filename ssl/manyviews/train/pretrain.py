@@ -1,10 +1,8 @@
-"""The loop: images → views → embeddings → loss → gradient → update. It does not know which method it runs."""
+"""The pretraining loop: images → views → embeddings → loss → gradient → update."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
@@ -22,68 +20,68 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
-from manyviews.train.cached_gradients import cached_gradient, finite_views, num_chunks
 from manyviews.train.components import Components
-from manyviews.train.not_finite import Guard, Skipped
+from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
-from manyviews.train.session import Session, end, open_on_first_rank, open_session
+from manyviews.train.session import Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import StepResult, average_gradients, buffers_of, embed, restore_buffers
+from manyviews.train.step import (
+    StepResult,
+    average_gradients,
+    buffers_of,
+    cached_gradient,
+    embed,
+    finite_views,
+    num_chunks,
+    restore_buffers,
+)
 from manyviews.views import MEAN, STD
 
 
 def pretrain(recipe: Recipe, *, header: str = "") -> Path:
-    """Runs a recipe and returns its run folder; on Ctrl-C, SIGTERM or SIGUSR1 it saves, then raises SystemExit.
+    """Runs a recipe and returns its run folder.
+
+    Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit. `header` is written to config.yaml, as comment lines.
 
     Raises:
-        ValueError: for what is wrong with the recipe, the images or the launch, before anything is written.
+        ValueError: if recipe, images or launch are invalid, before anything is written.
     """
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(recipe)
     prepare(folder, resume=recipe.resume)
-    if not finished(recipe, folder, console):
-        with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
-            _run(recipe, accelerator, folder, console, header, lock_again)
+    if finished(recipe, folder, console):
+        return folder
+    with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
+        setup = make_setup(recipe, accelerator, folder, console)
+        components, images, order, checkpoint = setup.components, setup.split.train, setup.order, setup.checkpoint
+        compile_encoder(components, images, order, checkpoint.step if checkpoint else 0)
+        settings = recipe.train
+        saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
+        with open_session(partial(open_run, setup, folder, console, header, lock_again), saver, console) as session:
+            describe(setup, folder, console)
+            step = train(components, images, order, checkpoint, session)
+        run = session.run
+        exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
+        with raise_on_all_ranks():
+            if run is not None and session.stop.signal is None:
+                backbone, channels = components.encoder.backbone, images.channels
+                export(backbone, exported, channels=channels, size=size, mean=MEAN, std=STD, background=background)
+                run.finish(exported, [folder / CHECKPOINTS / folder_name(step)])
+                console.say(f"finished: the backbone is in {exported}")
+            elif run is not None:
+                run.close()
+        end(session, accelerator, step)
     return folder
 
 
-def _run(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    folder: Path,
-    console: Console,
-    header: str,
-    lock_again: Callable[[], None],
-) -> None:
-    """A run from what is read before the first step to `done`, in a folder that no other program writes to."""
-    setup = make_setup(recipe, accelerator, folder, console)
-    components, images, order, found = setup.components, setup.split.train, setup.order, setup.found
-    compile_encoder(components, images, order, found.step if found else 0)
-    run = open_on_first_rank(partial(open_run, setup, folder, console, header, lock_again))
-    describe(setup, folder, console)
-    saver = Saver(folder / CHECKPOINTS, keep=recipe.train.keep, keep_best=recipe.train.keep_best)
-    with open_session(run, saver, console) as session:
-        step = train(components, images, order, found, session)
-    place, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
-    with raise_on_all_ranks():
-        if run is not None and session.stop.signal is None:
-            backbone, channels = components.encoder.backbone, images.channels
-            export(backbone, place, channels=channels, size=size, mean=MEAN, std=STD, background=background)
-            run.finish(place, [folder / CHECKPOINTS / folder_name(step)])
-            console.say(f"finished: the backbone is in {place}")
-        elif run is not None:
-            run.close()
-    end(session, accelerator, step)
-
-
-def train(components: Components, images: Images, order: Order, found: Checkpoint | None, session: Session) -> int:
-    """Steps from where the checkpoint ends to the end of the budget or to a signal; returns the steps taken in all."""
+def train(components: Components, images: Images, order: Order, checkpoint: Checkpoint | None, session: Session) -> int:
+    """Trains to the end of the budget or a signal; returns the number of steps."""
     settings, device = components.recipe.train, components.accelerator.device
-    step, spent = (found.step, float(found.metadata["seconds"])) if found else (0, 0.0)
+    step, spent = (checkpoint.step, float(checkpoint.metadata["seconds"])) if checkpoint else (0, 0.0)
     steps = settings.steps(order.steps_per_epoch)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
-    recorder = Recorder(components, images, order, budget, session, found)
+    recorder = Recorder(components, images, order, budget, session, checkpoint)
     loader = Loader(
         images, order, rank=distributed.rank(), size=distributed.world_size(), workers=settings.workers, start=step
     )
@@ -94,9 +92,8 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
             recorder.save_if_due(step, best=recorder.monitor(step, progress))
             if progress >= 1 or session.stop.agreed():
                 break
-            # The middle of the step: at its beginning a warm-up's first rate is zero, and the step would be wasted.
+            # The rate of the middle of the step: at its beginning the first rate of a warm-up is zero.
             set_rate(components.optimiser, cosine(budget.progress(step + 0.5), components.recipe.optim.warmup))
-            # Images → views → embeddings → loss → gradient → update; skipped where a number is not finite.
             result = train_step(
                 components, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
             )
@@ -104,7 +101,7 @@ def train(components: Components, images: Images, order: Order, found: Checkpoin
             progress = budget.progress(step)
             recorder.log(step, progress, result)
     recorder.save(step)
-    session.finish_saver()
+    session.saver.finish()
     return step
 
 
@@ -114,22 +111,22 @@ def train_step(
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
-) -> StepResult | Skipped:
-    """One update of the weights and, after it, of what the objective remembers.
+) -> StepResult | SkippedStep:
+    """Updates the weights, then the state of the objective and the twin.
 
-    Where the loss or a gradient is not finite on any process, all of them skip the step, and it leaves no trace: not in
-    the weights, nor in the optimiser, the objective's memory, the twin, or the statistics of batch norms.
+    If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
+    and the statistics of batch norms stay as they were.
 
     Args:
-        components: the parts.
-        images: this process's share of the batch.
+        components: the training components.
+        images: this rank's share of the batch.
         ids: the indices of the images.
-        epoch: the pass over the images; with the ids it determines the views.
-        step: the number of updates before this one; it determines the noise.
+        epoch: seeds the views, with the ids.
+        step: the number of earlier updates; seeds the dropout.
     """
     encoder, twin, objective = components.encoder, components.twin, components.objective
     accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
-    # An objective's passes move nothing: only its updates do.
+    # The objective has no buffers to restore: only its updates change it.
     guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
     result = gradient(components, images, ids, epoch, step)
     norm = guard.gradient_norm(result.loss.total)
@@ -153,7 +150,7 @@ def gradient(
     epoch: int,
     step: int,
 ) -> StepResult:
-    """The first half of `train_step`, with its arguments: leaves the gradient of the whole batch in the parameters."""
+    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
     named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
     if chunks > 1:
         loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
@@ -162,16 +159,16 @@ def gradient(
         embeddings, targets = embed(components, views, step)
         loss = components.objective(embeddings, named, targets, step)
         components.accelerator.backward(loss.total)
-    # The encoder's are means over the processes already, by DDP.
+    # DDP has averaged the encoder's.
     average_gradients(components.objective, sharded={*components.objective.shards()})
     return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
 def compile_encoder(components: Components, images: Images, order: Order, step: int) -> None:
-    """Compiles an encoder that is to be compiled, by the gradient of its next batch, which leaves no trace; collective.
+    """With train.compile=true, compiles the encoder by the next batch; collective.
 
     Raises:
-        ValueError: if that cannot be done here; in a run it would be noticed after its folder was made.
+        ValueError: if it cannot be compiled; earlier than in a run, whose folder would exist by then.
     """
     if not components.recipe.train.compile:
         return
@@ -182,7 +179,7 @@ def compile_encoder(components: Components, images: Images, order: Order, step: 
     try:
         gradient(components, images.read(ids).to(device), ids.to(device), epoch, step)
     except (RuntimeError, OSError, ImportError) as problem:
-        # The compiler's own errors are RuntimeErrors of a private module.
+        # The compiler's errors are RuntimeErrors of a private module.
         kinds = [kind.__module__ for kind in type(problem).__mro__]
         if isinstance(problem, RuntimeError) and not any(kind.startswith("torch._dynamo") for kind in kinds):
             raise

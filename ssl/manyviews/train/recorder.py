@@ -1,4 +1,4 @@
-"""What is written of pretraining beside its steps: lines of metrics, kNN accuracies and checkpoints."""
+"""Records pretraining: metrics, health of the embeddings, kNN monitoring and checkpoints."""
 
 import math
 from collections.abc import Mapping
@@ -20,20 +20,21 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import Components
-from manyviews.train.not_finite import Skipped, Skips
+from manyviews.train.not_finite import SkippedStep, SkippedSteps
+from manyviews.train.resume import SCHEDULE, differences
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 from manyviews.views import plain
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
 FEWEST_OF_A_CLASS = 5
-"""Images of a class from which a tenth, rounded, is one that can be held out."""
+"""Images of a class of which a tenth, rounded, is one."""
 LINES_PER_HISTOGRAM = 10
 CURE = "a lower optim.rate or train.precision=fp32"
 
 
 class Recorder:
-    """Measures, saves and logs pretraining where each is due; all processes call each method together."""
+    """Measures, saves and logs pretraining when due; all methods are collective."""
 
     def __init__(
         self,
@@ -42,30 +43,31 @@ class Recorder:
         order: Order,
         budget: Budget,
         session: Session,
-        found: Checkpoint | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
-        """Begins at step 0, or where the checkpoint that was `found` ends."""
-        recipe, metadata = components.recipe, found.metadata if found else {}
+        recipe, metadata = components.recipe, checkpoint.metadata if checkpoint else {}
         self._components, self._images, self._order = components, images, order
         self._settings, self._budget, self._session = recipe.train, budget, session
-        self._begun = found.step if found else 0
+        self._begun = checkpoint.step if checkpoint else 0
         self._averager = MetricAverager(metadata.get("losses"))
         skipped = int(metadata.get("skipped") or 0)
-        self._skips = Skips(session.saver.place.parent, images.names, session.console.warn, cure=CURE, total=skipped)
+        self._skips = SkippedSteps(
+            session.saver.folder.parent, images.names, session.console.warn, cure=CURE, total=skipped
+        )
         self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
         self._last = self._begun, budget.seconds()
-        """The step of the last line of metrics, and the seconds until then."""
+        """Step and seconds of the last line of metrics."""
         self._monitored = monitored_ids(images.labels, recipe, session.console)
         self._cut_off = bool(metadata.get("cut_off", False))
-        """Whether a signal has cut a measurement off: it is made up for."""
+        """Whether a signal has interrupted a measurement, which is repeated then."""
         self._measured = max(int(budget.progress(self._begun) * recipe.train.monitor) - self._cut_off, 0)
         self._best: tuple[int, float | None] = self._begun, metadata.get("score")
-        """The step of the best measurement, and its accuracy."""
-        now, before = recipe.model_dump(mode="json"), metadata.get("recipe")
-        self._extended = before is not None and _budget_of(before) != _budget_of(now)
+        """Step and accuracy of the best measurement."""
+        changed = differences(metadata["recipe"], recipe.model_dump(mode="json")) if "recipe" in metadata else {}
+        self._extended = bool(SCHEDULE & changed.keys())
 
     def monitor(self, step: int, progress: float) -> bool:
-        """Measures kNN on held-out labels of the training images, where it is due; whether it is the best so far."""
+        """Measures kNN on held-out labels when due; returns whether it is the best so far."""
         due = int(progress * self._settings.monitor)
         if self._monitored is None or due <= self._measured:
             return False
@@ -83,42 +85,42 @@ class Recorder:
         return best
 
     def save_if_due(self, step: int, *, best: bool) -> None:
-        """Goes on with the checkpoint that is being written, and saves every `train.save_minutes` and what is best."""
+        """Saves every `train.save_minutes` and after the best measurement; polls the saver."""
         saver = self._session.saver
-        self._session.poll_saver()
-        # After the first step: before it, an optimiser keeps nothing yet.
+        saver.poll()
+        # After the first step: before it an optimiser has no state.
         if step == self._begun + 1:
             lacking = saver.room_warning(state_of(self._components, self._images, step, {}))
             if lacking:
                 self._session.console.warn(lacking)
         late = not saver.under_way and self._budget.save_is_due(self._settings.save_minutes)
-        # An extended run is saved at once: from here on its checkpoints say what it goes on with.
+        # An extended run is saved at once, with its new schedule.
         if late or best or (self._extended and step == self._begun):
             with self._budget.saving():
                 self.save(step)
 
     def save(self, step: int) -> None:
-        """Begins to write a checkpoint, which is done beside the next steps."""
+        """Starts to write a checkpoint in the background."""
         components, run = self._components, self._session.run
         known: dict[str, Any] = {"seconds": self._budget.seconds(), "skipped": self._skips.total}
         known |= {"cut_off": self._cut_off, "losses": self._averager.steps()}
         known["score"] = self._best[1] if self._best[0] == step else None
         checkpoint = state_of(components, self._images, step, known)
         weights = {f"objective.{name}": value.detach() for name, value in components.objective.named_parameters()}
-        # Of an objective's buffers, one that is not known yet may be NaN.
+        # A buffer of the objective may be NaN until it is known.
         for part in checkpoint.parts.keys() - {"objective"}:
             weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
         if run is not None and (unreadable := newly_unreadable(self._images)):
             run.unreadable(listed(unreadable))
         self._session.save(checkpoint, weights)
 
-    def log(self, step: int, progress: float, result: StepResult | Skipped) -> None:
-        """Adds a step, and writes a line of metrics every `train.log_every` steps.
+    def log(self, step: int, progress: float, result: StepResult | SkippedStep) -> None:
+        """Adds a step; writes a line of metrics every `train.log_every` steps.
 
         Raises:
             ValueError: after too many skipped steps in a row.
         """
-        self._skips.count(result if isinstance(result, Skipped) else None)
+        self._skips.count(result if isinstance(result, SkippedStep) else None)
         if isinstance(result, StepResult):
             self._averager.add(result.loss)
         if not len(self._averager) or not (step == 1 or step % self._settings.log_every == 0 or progress >= 1):
@@ -137,7 +139,7 @@ class Recorder:
         console.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {speed}  {left} left")
 
     def _health(self, step: int, result: StepResult) -> dict[str, float]:
-        """The figures of the embeddings' health, on the process that writes them, as far as they can be had."""
+        """Health metrics of the embeddings, on rank 0; empty with a warning if they fail."""
         sample, run = glimpse(result.embeddings, result.ids, result.targets), self._session.run
         if run is None:
             return {}
@@ -147,19 +149,20 @@ class Recorder:
                     run.histogram(f"similarity/{name}", values, step)
             return figures(sample)
         except Exception as problem:
-            said = f"the embeddings could not be looked at, training goes on: {in_a_line(problem)}"
-            self._session.console.warn(f"step {step:,}: {said}")
+            self._session.console.warn(
+                f"step {step:,}: the embeddings could not be examined, training continues: {in_a_line(problem)}"
+            )
             return {}
 
     def _accuracy(self, chosen: Tensor) -> float | None:
-        """The kNN accuracy on held-out labels; None where a signal cut it off, NaN where it could not be measured."""
+        """The kNN accuracy on held-out labels; None if interrupted by a signal, NaN if it failed."""
         images, recipe, stop = self._images, self._components.recipe, self._session.stop
         assert images.labels is not None
         assert recipe.views.size is not None
         device, backbone = self._components.accelerator.device, self._components.encoder.backbone
         prepare = partial(plain, size=recipe.views.size)
         if distributed.world_size() > 1:
-            # Each process has statistics of its own, and those of the first one are saved and exported.
+            # Batch statistics differ between ranks; those of rank 0 are saved and exported.
             distribute_bn(backbone, distributed.world_size(), reduce=False)
         try:
             features = extract(backbone, images, prepare=prepare, device=device, ids=chosen, stopped=stop.agreed)
@@ -170,12 +173,12 @@ class Recorder:
         except Exception as problem:
             if lost_process(problem):
                 raise
-            self._session.console.warn(f"kNN could not be measured now, training goes on: {in_a_line(problem)}")
+            self._session.console.warn(f"kNN could not be measured now, training continues: {in_a_line(problem)}")
             return math.nan
 
 
 def state_of(components: Components, images: Images, step: int, known: Mapping[str, Any]) -> Checkpoint:
-    """Everything that a run needs to go on, with the metadata that is `known` of it; nothing is copied."""
+    """The checkpoint of a step, with the metadata in `known`; copies nothing."""
     lengths = components.objective.shards()
     parts = {"encoder": components.encoder.state_dict(), "objective": components.objective.state_dict()}
     if components.twin is not None:
@@ -192,14 +195,14 @@ def state_of(components: Components, images: Images, step: int, known: Mapping[s
 
 
 def pace(order: Order, before: tuple[int, float], now: tuple[int, float]) -> dict[str, float]:
-    """How fast the images went by between two lines of metrics, each known by its step and its seconds of training."""
+    """Speed between two lines of metrics, each given as its step and seconds of training."""
     (step, seconds), images = now, order.images(now[0]) - order.images(before[0])
     speed = images / max(seconds - before[1], 1e-9)
     return {"images_per_second": speed, "epoch": step / order.steps_per_epoch, "seconds": seconds}
 
 
 def monitored_ids(labels: Tensor | None, recipe: Recipe, console: Console) -> Tensor | None:
-    """The ids of the images that kNN monitoring looks at; None where it cannot, or is not wanted."""
+    """The ids of the images for kNN monitoring; None if it is off or impossible."""
     if labels is None or not recipe.train.monitor:
         return None
     labelled = (labels >= 0).nonzero().flatten()
@@ -210,11 +213,7 @@ def monitored_ids(labels: Tensor | None, recipe: Recipe, console: Console) -> Te
     if most < FEWEST_OF_A_CLASS:
         console.warn(
             f"kNN monitoring is left out: it holds out a tenth of each class, which takes {FEWEST_OF_A_CLASS} labelled "
-            f"images of one, and among {len(chosen):,} no class has more than {most}; training goes on without it"
+            f"images of one, and among {len(chosen):,} no class has more than {most}; training continues without it"
         )
         return None
     return chosen
-
-
-def _budget_of(recipe: dict[str, Any]) -> list[Any]:
-    return [recipe["train"].get(key) for key in ("epochs", "minutes")]

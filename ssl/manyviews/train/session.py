@@ -1,4 +1,4 @@
-"""What stands around the steps of pretraining and of fine-tuning: folder, checkpoints, console and stop signal."""
+"""Run folder, checkpoints, console and signals of pretraining and fine-tuning."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,57 +17,43 @@ from manyviews.system.launch import Stop
 
 
 class Session(NamedTuple):
-    """One start of a run, from its first step to its end or to a signal."""
+    """One start of a run, to its end or to a signal."""
 
     run: Run | None
-    """The folder, on the first process."""
+    """On rank 0."""
     saver: Saver
     console: Console
     stop: Stop
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of metrics, on the first process."""
+        """Writes a line of metrics, on rank 0."""
         if self.run is not None:
             self.run.log(step, values)
 
     def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Begins to write a checkpoint, which is done beside the next steps.
+        """Starts to write a checkpoint in the background.
 
         Raises:
-            ValueError: if the weights, by default all its parts, are not finite.
+            ValueError: if the `weights`, by default all its parts, are not finite.
         """
         parts = checkpoint.parts.items()
         tensors = {f"{part}.{key}": value for part, state in parts for key, value in state.items()}
-        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.place)
+        check_finite(tensors if weights is None else weights, checkpoint.step, self.saver.folder)
         self.saver.begin(checkpoint, before=self.run.sync if self.run is not None else None)
-
-    def poll_saver(self) -> None:
-        """Goes on with the checkpoint that is being written, and passes on what there is to say of it."""
-        for news in self.saver.poll():
-            self.console.warn(news)
-
-    def finish_saver(self) -> None:
-        """Waits for the last checkpoint; raises OSError if it could not be written."""
-        for news in self.saver.finish():
-            self.console.warn(news)
-
-
-def open_on_first_rank(open_run: Callable[[], Run]) -> Run | None:
-    """Opens the folder of a run on the first process; collective."""
-    # No process may look at the folder after the first one has begun to write to it.
-    distributed.barrier()
-    with raise_on_all_ranks():
-        return open_run() if distributed.rank() == 0 else None
 
 
 @contextmanager
-def open_session(run: Run | None, saver: Saver, console: Console) -> Iterator[Session]:
-    """Hears signals while the steps are taken; an error gives up what is being saved and closes the folder."""
+def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) -> Iterator[Session]:
+    """Opens the run folder on rank 0 and handles signals; closes it after an error."""
+    # No rank may read the folder once rank 0 has begun to write.
+    distributed.barrier()
+    with raise_on_all_ranks():
+        run = open_run() if distributed.rank() == 0 else None
     try:
         with Stop() as stop:
             yield Session(run, saver, console, stop)
     except BaseException as problem:
-        # What ends the run at once, such as a second Ctrl-C, does not wait for the disk.
+        # A second Ctrl-C, which is no Exception, does not wait for the disk.
         if isinstance(problem, Exception):
             saver.abandon()
         if run is not None:
@@ -76,17 +62,17 @@ def open_session(run: Run | None, saver: Saver, console: Console) -> Iterator[Se
 
 
 def end(session: Session, accelerator: Accelerator, step: int) -> None:
-    """Ends the processes' work together; after a signal it says where the run stopped, and raises SystemExit."""
+    """Ends the session on all ranks; after a signal raises SystemExit, with a message."""
     accelerator.end_training()
     if session.stop.signal is not None:
-        session.console.say(f"stopped at step {step:,}, saved; the same words with resume=true go on from there")
+        session.console.say(f"stopped at step {step:,}, saved; re-run the same command with resume=true to continue")
         raise SystemExit(128 + session.stop.signal)
 
 
 def wrap(accelerator: Accelerator, model: Any, optimiser: Any) -> tuple[nn.Module, Any]:
-    """The model and the optimiser as Accelerate wraps them."""
+    """Wraps model and optimiser by Accelerate."""
     with warnings.catch_warnings():
-        # torch 2.14 has another name for it, which Accelerate does not pass on yet.
+        # torch 2.14 renamed it; Accelerate passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped: tuple[nn.Module, Any] = accelerator.prepare(model, optimiser)
         return wrapped

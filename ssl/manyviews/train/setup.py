@@ -1,4 +1,4 @@
-"""What stands before the first step: images, batches, the parts, and the checkpoint that is gone on from."""
+"""Sets up a run: images, batch sampler, components, checkpoint, run folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,26 +40,26 @@ from manyviews.train.components import Components, batches, build, cautions, che
 
 
 class Setup(NamedTuple):
-    """All that a run needs to take its next step."""
+    """Everything a run needs for its next step."""
 
     split: Split
     order: Order
     components: Components
-    found: Checkpoint | None
-    """What it goes on from, in the machine already."""
+    checkpoint: Checkpoint | None
+    """The checkpoint to resume from, loaded already."""
     extended: str | None = None
-    """What to say of a schedule that is not the one it was begun with."""
+    """A message about an extended schedule."""
     contrasts: Composition | None = None
-    """What the batches hold where classes are the ids."""
+    """Positives and negatives of the batches, with ids=labels."""
 
 
 def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
-    """The images of a recipe, without the classes that are left out; those of a run that goes on under their old ids.
+    """Reads the images of a recipe, without the `unseen` classes; a resumed run keeps its ids.
 
-    Some of these may be lost, as far as the run has seen it or `data.max_bad` allows: their ids stay.
+    Images of a resumed run may be lost, if the run has noted that or `data.max_bad` allows it.
 
     Raises:
-        ValueError: for what is wrong with the images; naming files that were added to those of the run, or replaced.
+        ValueError: if the images are invalid; names the files that were added or replaced since the start.
     """
     options: dict[str, Any] = {"workers": recipe.train.workers, "report": console.report}
     with console.bar():
@@ -71,11 +71,11 @@ def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
 
 
 def _began_with(folder: Path, split: Split, now: Inventory, console: Console) -> dict[str, str] | None:
-    """The files that a run began with, if some of them are lost since; None if none is, or it is not known."""
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    """The files at the start of a run, if some are lost since; else None."""
+    checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
     with raise_on_all_ranks():
         file, seen = folder / INVENTORY, {name for name, _ in read_unreadable(folder)}
-        if found is None or not file.is_file() or found.metadata.get("images") == split.train.fingerprint:
+        if checkpoint is None or not file.is_file() or checkpoint.metadata.get("images") == split.train.fingerprint:
             return None
         before = read_inventory(file)
         changed = changes(before, now)
@@ -89,32 +89,32 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
 
 
 def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: Console) -> Setup:
-    """Reads the images, builds the parts and, with `resume`, restores the newest checkpoint in the folder; collective.
+    """Reads the images, builds the components and loads the newest checkpoint; collective.
 
     Raises:
-        ValueError: for what is wrong with the recipe, the images or the checkpoint; nothing is written.
+        ValueError: if recipe, images or checkpoint are invalid; nothing is written.
     """
     split = read_images(recipe, folder, console)
     views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
     recipe = recipe.model_copy(update={"views": views})
-    found = resume.resumable(recipe, folder, split.train, accelerator.num_processes, console) if recipe.resume else None
-    begun_on = found.metadata["processes"] if found else None
-    order = batches(recipe, split.train, accelerator.num_processes, begun_on)
+    processes = accelerator.num_processes
+    checkpoint = resume.resumable(recipe, folder, split.train, processes, console) if recipe.resume else None
+    order = batches(recipe, split.train, processes, checkpoint.metadata["processes"] if checkpoint else None)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
-    extended = resume.check_schedule(found, recipe, order.steps_per_epoch) if found else None
+    extended = resume.check_schedule(checkpoint, recipe, order.steps_per_epoch) if checkpoint else None
     components = build(recipe, accelerator, split.train)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
-    if found is not None:
-        if found.metadata.get("held_out", components.held_out) != components.held_out:
+    if checkpoint is not None:
+        if checkpoint.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
-        restore(components, found)
-    return Setup(split, order, components, found, extended, contrasts)
+        restore(components, checkpoint)
+    return Setup(split, order, components, checkpoint, extended, contrasts)
 
 
 def describe(setup: Setup, folder: Path, console: Console) -> None:
-    """Says what will run, so that a mistake is seen before hours have gone by."""
+    """Prints what will run."""
     split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
     recipe, accelerator, train = components.recipe, components.accelerator, split.train
     processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
@@ -165,24 +165,20 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
         )
 
 
-def restore(components: Components, found: Checkpoint) -> None:
-    """Gives the components the state of a checkpoint.
-
-    Raises:
-        ValueError: if it is of other parts.
-    """
-    resume.check_lengths(found, components.objective.shards())
+def restore(components: Components, checkpoint: Checkpoint) -> None:
+    """Loads a checkpoint into the components; raises ValueError if it is of other ones."""
+    resume.check_lengths(checkpoint, components.objective.shards())
     try:
-        components.encoder.load_state_dict(dict(found.parts["encoder"]))
-        components.objective.load_state_dict(dict(found.parts["objective"]))
+        components.encoder.load_state_dict(dict(checkpoint.parts["encoder"]))
+        components.objective.load_state_dict(dict(checkpoint.parts["objective"]))
         if components.twin is not None:
-            components.twin.load_state_dict(dict(found.parts["twin"]))
-        restore_optimiser(components.optimiser, found.optimiser)
+            components.twin.load_state_dict(dict(checkpoint.parts["twin"]))
+        restore_optimiser(components.optimiser, checkpoint.optimiser)
         if components.accelerator.scaler is not None:
-            components.accelerator.scaler.load_state_dict(found.metadata["scaler"])
+            components.accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
     except (KeyError, RuntimeError) as problem:
         raise ValueError(
-            f"the checkpoint of step {found.step:,} is of other parts than the recipe's: {problem}"
+            f"the checkpoint of step {checkpoint.step:,} is of other parts than the recipe's: {problem}"
         ) from None
 
 
@@ -192,23 +188,18 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = True) -> bool:
-    """Whether a run is finished and nothing is left to do, which is said then; collective.
+    """Whether a run is finished, with a message; collective.
 
-    Args:
-        recipe: what it is asked to go on with.
-        folder: the run folder.
-        console: says it.
-        record: whether settings that are free to change, such as the path of the same images, are written down.
+    With `record`, changed settings that are free, such as the path of the same images, are written to config.yaml.
 
     Raises:
-        ValueError: if it was finished with other settings or other images, naming the difference; with a new schedule
-            only where it is not to be extended.
+        ValueError: if it was finished with other settings or images, or with another schedule without extend=true.
     """
     done = (folder / DONE).exists() and (folder / CONFIG).exists()
     if not distributed.from_first_rank(float(done)):
         return False
     before, now = load(Recipe, folder / CONFIG).model_dump(mode="json"), recipe.model_dump(mode="json")
-    # What the views leave open follows from the images.
+    # Open settings of the views follow from the images.
     now["views"] = {key: before["views"].get(key) if value is None else value for key, value in now["views"].items()}
     resume.check_settings(before, now, resume.FREE | resume.SCHEDULE | resume.moved(before, now))
     changed = resume.differences(before, now, resume.OF_A_START)
@@ -216,9 +207,9 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
         if not recipe.extend:
             resume.check_settings(before, now, resume.FREE | resume.LOCATIONS, resume.EXTEND)
         return False
-    # Of a finished run only the metadata are looked at.
-    found, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
-    if found is not None:
+    # Reads only the metadata.
+    checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=())
+    if checkpoint is not None:
         try:
             split = read_images(recipe, folder, console)
         except (ValueError, OSError) as problem:
@@ -226,46 +217,41 @@ def finished(recipe: Recipe, folder: Path, console: Console, *, record: bool = T
                 raise
             console.warn(f"the images cannot be compared with those of the run: {problem}")
         else:
-            resume.check_images(found, split.train)
+            resume.check_images(checkpoint, split.train)
     if changed and record:
         with folder_lock(folder, lambda: None, console.warn):
-            note(recipe.model_copy(update={"views": load(Recipe, folder / CONFIG).views}), folder, found, console)
+            views = load(Recipe, folder / CONFIG).views
+            resume.record_settings(folder, recipe.model_copy(update={"views": views}), checkpoint, console)
     console.say(f"{folder} is finished: nothing is left to do")
     return True
-
-
-def note(recipe: Recipe, folder: Path, found: Checkpoint | None, console: Console) -> None:
-    """Writes down with which settings a run goes on, on the first process, and says what has changed."""
-    if distributed.rank() == 0 and (changed := resume.record_settings(folder, recipe, found.step if found else 0)):
-        console.say(f"changed    {changed}; {folder / CONFIG} says so")
 
 
 def open_run(
     setup: Setup, folder: Path, console: Console, header: str = "", lock_again: Callable[[], None] = lambda: None
 ) -> Run:
-    """Opens the folder: writes its configuration, the list of what could not be read, and the picture of the views."""
-    split, components, found = setup.split, setup.components, setup.found
+    """Opens the run folder; writes configuration, inventory and picture of the views."""
+    split, components, checkpoint = setup.split, setup.components, setup.checkpoint
     make_folder(folder, folder)
     if (folder / DONE).exists():
-        # A finished run that is extended: from here on it is not finished, whenever a cut comes.
+        # A finished run that is extended is not finished from here on, even if it is interrupted.
         remove(folder / DONE)
         sync(folder)
     if (folder / CONFIG).exists():
-        note(components.recipe, folder, found, console)
+        resume.record_settings(folder, components.recipe, checkpoint, console)
     else:
         write_atomic(folder / CONFIG, [(header + dump_yaml(components.recipe)).encode()])
     if split.inventory is not None and not (folder / INVENTORY).exists():
         write_inventory(folder / INVENTORY, split.inventory)
-    if found is None:
+    if checkpoint is None:
         remove(folder / UNREADABLE)
     known = {name for name, _ in read_unreadable(folder)}
     if new := [(name, reason) for name, reason in split.unreadable if shown(name) not in known]:
         console.warn(f"{plural(len(new), 'file')} left out, for they could not be read: {folder / UNREADABLE}")
-    run = Run(folder, step=found.step if found else 0, warn=console.warn, lock_again=lock_again)
+    run = Run(folder, step=checkpoint.step if checkpoint else 0, warn=console.warn, lock_again=lock_again)
     if new:
         run.unreadable(listed(new))
-    if found is not None:
-        console.say(f"resumed at step {found.step:,}")
+    if checkpoint is not None:
+        console.say(f"resumed at step {checkpoint.step:,}")
         return run
     run.text("config", dump_yaml(components.recipe))
     count = min(components.recipe.train.preview, len(split.train))

@@ -1,6 +1,5 @@
 """Images that are decoded when they are read, and the threads that read many at once."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -128,8 +127,8 @@ def newly_unreadable(images: Images) -> list[tuple[str, str]]:
         return []
     own = {name: reason for name, reason in images.failed.items() if name not in images.reported}
     found: dict[str, str] = {}
-    for text in distributed.all_gather_strings(json.dumps(own)):
-        found |= json.loads(text)
+    for failures in distributed.all_gather_object(own):
+        found |= failures
     new = sorted((name, reason) for name, reason in found.items() if name not in images.reported)
     images.reported.update(name for name, _ in new)
     return new

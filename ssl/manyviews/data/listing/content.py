@@ -1,6 +1,5 @@
 """What images hold, by digests that all processes have; each file is read by one of them."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,8 +86,8 @@ def file_digests(folder: Path, names: Sequence[str], workers: int, report: Repor
 def shared(failures: dict[int, str]) -> dict[int, str]:
     """The files that any process cannot read, with the first one's reason, in order; collective."""
     found: dict[int, str] = {}
-    for text in distributed.all_gather_strings(json.dumps(failures)):
-        found = {int(number): reason for number, reason in json.loads(text).items()} | found
+    for own in distributed.all_gather_object(failures):
+        found = own | found
     return dict(sorted(found.items()))
 
 
@@ -97,7 +96,7 @@ def refuse_differences(folder: str, does: str, mark: str) -> None:
 
     Ids would mean other images there. The mark is that of what this process sees.
     """
-    everywhere = distributed.all_gather_strings(mark)
+    everywhere = distributed.all_gather_object(mark)
     others = [str(number) for number, other in enumerate(everywhere) if other != everywhere[0]]
     if others:
         raise ValueError(
@@ -107,4 +106,4 @@ def refuse_differences(folder: str, does: str, mark: str) -> None:
 
 
 def _from_all(own: Digests) -> list[bytes]:
-    return distributed.all_gather_bytes(own.tobytes())
+    return distributed.all_gather_object(own.tobytes())

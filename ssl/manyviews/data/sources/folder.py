@@ -19,7 +19,7 @@ from manyviews.data.listing.discover import Discovery, ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
 from manyviews.system.distributed import raise_on_all_ranks
-from manyviews.system.memory import host
+from manyviews.system.hardware import host
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]

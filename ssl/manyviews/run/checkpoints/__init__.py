@@ -1,15 +1,20 @@
-"""Checkpoints: everything a run needs to go on, whole or not there at all, with each process's own part of it.
+"""Checkpoints: everything a run needs to resume, written atomically; no file can hold code.
 
-What is equal on all processes is written by the first one, `encoder.safetensors` and the like. What is spread over
-them, such as the rows of a memory bank, each writes itself, `objective-00001-of-00004.safetensors`: at a billion rows
-no process could hold it all. Reading shares it out anew: every process reads its own part from the files that hold it,
-so that a run goes on with any number of processes, with the same content, bit for bit. No file can hold code.
+Rank 0 writes what is replicated (`encoder.safetensors`); each rank writes its shard of the rest, such as the rows of a
+memory bank (`objective-00001-of-00004.safetensors`). When reading, each rank reads its own share from the files that
+hold it: a run resumes on any number of ranks, bit for bit.
 """
 
-from manyviews.run.checkpoints.checkpoint import Checkpoint, optimiser_shards, restore_optimiser, room_needed, sync
-from manyviews.run.checkpoints.manifest import folder_name
+from manyviews.run.checkpoints.checkpoint import (
+    Checkpoint,
+    folder_name,
+    optimiser_shards,
+    restore_optimiser,
+    room_needed,
+    sync,
+)
 from manyviews.run.checkpoints.reading import newest_checkpoint, way_on
-from manyviews.run.checkpoints.saving import Saver, check_finite, not_finite, save_checkpoint
+from manyviews.run.checkpoints.saving import Saver, check_finite, not_finite
 
 __all__ = [
     "Checkpoint",
@@ -21,7 +26,6 @@ __all__ = [
     "optimiser_shards",
     "restore_optimiser",
     "room_needed",
-    "save_checkpoint",
     "sync",
     "way_on",
 ]

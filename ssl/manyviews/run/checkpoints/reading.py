@@ -1,4 +1,4 @@
-"""Reading a checkpoint: the newest one that is whole, of which each process gets its own part."""
+"""Reads the newest valid checkpoint; each rank gets its own shard."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manyviews.run.checkpoints.checkpoint import Checkpoint
-from manyviews.run.checkpoints.manifest import (
+from manyviews.run.checkpoints.checkpoint import (
     OPTIMISER,
     STRICT,
     WHOLE,
+    Checkpoint,
     Manifest,
     few,
     part_of,
@@ -31,83 +31,72 @@ from manyviews.system.path_bytes import utf8_path
 
 
 class OptimiserRest(BaseModel):
-    """What an optimiser's state dictionary holds beside tensors."""
+    """An optimiser's state dictionary without its tensors."""
 
     model_config = STRICT
 
     state: Annotated[dict[str, dict[str, JsonValue]], BeforeValidator(few)]
-    """By the number of the parameter."""
+    """By index of the parameter."""
     param_groups: Annotated[list[dict[str, JsonValue]], BeforeValidator(few)]
 
 
-def newest_checkpoint(place: Path, *, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line in words about each newer one that is not.
+def newest_checkpoint(parent: Path, *, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """Reads the newest valid checkpoint; returns it and a message for each damaged one.
 
-    All processes call it together and get the same step: each verifies a part of the files, and one that finds damage
-    turns all of them to the next older checkpoint. Of what is spread over processes each gets its own part, whatever
-    number of processes wrote it; a process alone gets the whole. Among the metadata is `processes`, how many wrote it.
-    Nothing of a folder is believed before it is verified, and no file is opened but those that a run itself writes.
-
-    Args:
-        place: the folder of checkpoints.
-        only: the parts to verify and to read ("encoder", "optimiser", …), the others being left out; by default all.
+    Collective: all ranks return the same step, each with its own shards, whatever the world size of the writers, which
+    is added to the metadata as `processes`. Each rank verifies some files; damage on one makes all take the
+    next older checkpoint. `only` names the parts to verify and to read ("encoder", "optimiser", …); by default all.
     """
     skipped: list[str] = []
-    tried: set[str] = set()
-    # A run that goes on beside may have put newer ones in the place of all that were there.
-    while found := [one for one in _listed(place) if one not in tried]:
-        for one in found:
-            tried.add(one)
-            name = one.partition(" ")[0]
+    tried: set[tuple[str, int]] = set()
+    # A run that is still writing may have replaced all of them meanwhile.
+    while untried := [identity for identity in _listed(parent) if identity not in tried]:
+        for identity in untried:
+            tried.add(identity)
+            folder = parent / identity[0]
             try:
-                return _read(place / name, only), skipped
+                return _read(folder, only), skipped
             except FORESEEN as problem:
-                if _known_by(place / name) == one:
-                    skipped.append(f"{name} is damaged and was passed over: {problem}")
+                if _identity(folder) == identity:
+                    skipped.append(f"{folder.name} is damaged and was passed over: {problem}")
     return None, skipped
 
 
-def _listed(place: Path) -> list[str]:
-    """The folders, newest first, as the first process sees them: a shared file system may show others less."""
-    known = map(_known_by, reversed(steps(place, replaced=True)))
-    return distributed.all_gather_strings("\n".join(filter(None, known)))[0].splitlines()
+def _listed(parent: Path) -> list[tuple[str, int]]:
+    """The checkpoints, newest first, as rank 0 sees them in a shared file system."""
+    identities = list(filter(None, map(_identity, reversed(steps(parent, replaced=True)))))
+    return distributed.all_gather_object(identities)[0]
 
 
-def _known_by(folder: Path) -> str:
-    """Its name, and what tells it from another one that takes its place; nothing if it is gone."""
+def _identity(folder: Path) -> tuple[str, int] | None:
+    """Name and inode; None if the folder is gone."""
     try:
-        return f"{folder.name} {folder.stat().st_ino}"
+        return folder.name, folder.stat().st_ino
     except OSError:
-        return ""
+        return None
 
 
-def steps(place: Path, *, replaced: bool = False) -> list[Path]:
-    """The folders of checkpoints, oldest first; with those that a cut while they were replaced has left."""
+def steps(parent: Path, *, replaced: bool = False) -> list[Path]:
+    """The folders of checkpoints, oldest first; with `replaced` also replaced ones."""
     pattern = re.compile(r"step-\d{9}(\.replaced)?" if replaced else r"step-\d{9}")
-    # What is replaced is older than what replaces it.
+    # A replaced one is older than its replacement.
     return sorted(
-        (folder for folder in place.glob("step-*") if pattern.fullmatch(folder.name)),
+        (folder for folder in parent.glob("step-*") if pattern.fullmatch(folder.name)),
         key=lambda folder: (folder.stem, not folder.suffix),
     )
 
 
-def way_on(place: Path) -> str:
-    """How to go on after numbers were not finite, as the start of an advice: from a checkpoint, if there is one.
-
-    Only what the manifests say is read: a sentence is not worth hashing every file.
-
-    Args:
-        place: the folder of checkpoints.
-    """
-    for folder in reversed(steps(place)):
+def way_on(parent: Path) -> str:
+    """Advice after non-finite numbers: the newest checkpoint, by its manifest."""
+    for folder in reversed(steps(parent)):
         with suppress(*FORESEEN):
             read_manifest(folder)
-            return f"the newest checkpoint, {folder.name}, is sound: go on from it with resume=true, or start anew"
-    return "there is no checkpoint to go on from: start anew, with another output=…,"
+            return f"the newest checkpoint, {folder.name}, is sound: continue from it with resume=true, or start again"
+    return "there is no checkpoint to resume from: start again, with another output=…,"
 
 
 def _read(folder: Path, only: Collection[str] | None) -> Checkpoint:
-    """This process's part of a checkpoint; a problem that one process has is raised on all."""
+    """Verifies and reads this rank's part; an error on one rank is raised on all."""
     with raise_on_all_ranks():
         manifest = read_manifest(folder)
         chosen = {name: file for name, file in manifest.files.items() if only is None or part_of(name) in only}
@@ -121,7 +110,7 @@ def _read(folder: Path, only: Collection[str] | None) -> Checkpoint:
 
 
 def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Checkpoint:
-    """A checkpoint of files that are verified; their content may still be anything."""
+    """Reads verified files, whose content is still untrusted."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name in chosen:
         if WHOLE.fullmatch(name):
@@ -139,14 +128,13 @@ def _assembled(folder: Path, manifest: Manifest, chosen: Collection[str]) -> Che
 
 
 def _optimiser(rest: OptimiserRest, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A state dictionary from the two files of an optimiser."""
     state: dict[str, dict[str, Any]] = {index: dict(values) for index, values in rest.state.items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         if index not in state:
-            raise ValueError(f"{OPTIMISER} knows nothing of the tensor {name[:80]!r}")
+            raise ValueError(f"{OPTIMISER} has no entry for the tensor {name[:80]!r}")
         state[index][key] = tensor
-    # JSON has no tuples; the indices of parameters are the only list that an optimiser keeps.
+    # JSON has no tuples; only the indices of parameters are a list in an optimiser.
     groups = [
         {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
         for group in rest.param_groups
@@ -155,10 +143,10 @@ def _optimiser(rest: OptimiserRest, tensors: dict[str, Tensor]) -> dict[str, Any
 
 
 def _own_rows(folder: Path, part: str, key: str, length: int, writers: int) -> Tensor:
-    """This process's part of a tensor, from the files of those processes that wrote it."""
+    """Reads this rank's rows of a tensor from the shards that hold them."""
     own = distributed.share(length)
-    # A row r is in the share of the last process n with n · length < (r + 1) · writers. A process without rows reads
-    # an empty piece, which says how wide they are.
+    # Row r is in the share of the last writer n with n · length < (r + 1) · writers. A rank without rows reads an empty
+    # piece, for its dtype and width.
     numbers = range(1)
     if own.start < own.stop:
         numbers = range(((own.start + 1) * writers - 1) // length, (own.stop * writers - 1) // length + 1)
@@ -169,9 +157,9 @@ def _own_rows(folder: Path, part: str, key: str, length: int, writers: int) -> T
         name = shard_file(part, number, writers)
         with _damage(name), utf8_path(folder / name) as path, safe_open(path, "pt") as file:
             rows = file.get_slice(key)
-            there = rows.get_shape()[0]
-            if there != written.stop - written.start:
-                raise ValueError(f"{there:,} rows, not the {written.stop - written.start:,} of its share of {key}")
+            count, expected = rows.get_shape()[0], written.stop - written.start
+            if count != expected:
+                raise ValueError(f"{count:,} rows, not the {expected:,} of its share of {key}")
             first, last = (start - written.start, stop - written.start) if start < stop else (0, 0)
             pieces.append(rows[first:last])
     if len({(piece.dtype, piece.shape[1:]) for piece in pieces}) > 1:
@@ -181,7 +169,6 @@ def _own_rows(folder: Path, part: str, key: str, length: int, writers: int) -> T
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Whatever a reader of files raises over bytes that a stranger may have written, it is damage."""
     try:
         yield
     except Exception as problem:

@@ -1,9 +1,9 @@
-"""Writing a checkpoint beside training: the copy is taken in a step, and a thread waits for the disk."""
+"""Writes checkpoints in the background: copies in a step, writes in a thread."""
 
-import json
 import math
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyviews.run.checkpoints.checkpoint import Checkpoint, room_needed
-from manyviews.run.checkpoints.manifest import File, Manifest, folder_name
+from manyviews.run.checkpoints.checkpoint import Checkpoint, File, Manifest, folder_name, room_needed
 from manyviews.run.checkpoints.reading import steps, way_on
 from manyviews.run.checkpoints.writing import copied, publish, rotate, scores, tidy, write
 from manyviews.system import distributed
@@ -23,42 +22,42 @@ from manyviews.system.distributed import FORESEEN, raise_on_all_ranks
 from manyviews.system.writing import make_folder, remove
 
 PATIENCE = 5.0
-"""Seconds that a run which an error ends still gives the thread that writes."""
+"""Seconds that a failing run waits for the thread that writes."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, while it goes on; all processes call each method together.
+    """Writes checkpoints in the background, one at a time; all methods are collective.
 
-    `begin` copies what a process holds to the CPU, and a thread writes, syncs and hashes it. In each step `poll` agrees
-    whether all processes have written; then the first one writes the manifest, syncs, and renames the folder into its
-    place. Only after that older ones go: all but the newest and the best. A cut or a failure at any moment, on any
-    process, leaves the older checkpoints whole; a save that fails leaves nothing behind, and the run goes on.
+    `begin` copies a rank's part to the CPU, and a thread writes, syncs and hashes it. `poll`, called in each step, lets
+    rank 0 write the manifest and rename the folder once all ranks have written. Only then are older checkpoints
+    removed, all but the newest and the best. A crash at any moment leaves the older checkpoints intact; a failed save
+    leaves nothing behind, and the run continues. `folder` holds the `keep` newest checkpoints and, with `keep_best`,
+    the one with the highest score; `warn` is called when a save fails, and when one succeeds again.
+
+    Raises:
+        ValueError: if `keep` is below 1.
     """
 
-    def __init__(self, place: Path, *, keep: int = 2, keep_best: bool = True) -> None:
-        """Prepares to write `place/step-…`.
-
-        Args:
-            place: the folder of checkpoints, the same one for all processes.
-            keep: how many of the newest stay.
-            keep_best: whether the one with the highest score stays too.
-
-        Raises:
-            ValueError: if `keep` is below 1.
-        """
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = True,
+        warn: Callable[[str], object] = warnings.warn,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must stay, or nothing could be resumed")
-        self.place, self.keep, self.keep_best = place, keep, keep_best
+        self.folder, self.keep, self.keep_best, self._warn = folder, keep, keep_best, warn
         self.problem: Exception | None = None
-        """Why the last save failed; None if it did not."""
+        """Why the last save failed; None if it succeeded."""
         self.failures = 0
-        """How many saves have failed since one did not."""
+        """Failed saves since the last successful one."""
         self._saved = Checkpoint(0, {}, {}, {})
-        """What is being written, or was last, without its tensors."""
+        """The last checkpoint, without its tensors."""
         self._work: Future[dict[str, File] | None] | None = None
-        """What a thread is doing: first it writes this process's files, then the first process's publishes them all."""
-        self._room = 0
-        self._news: list[str] = []
+        """The thread's work: first writing this rank's files, then on rank 0 publishing all of them."""
+        self._room, self._finishing = 0, False
 
     @property
     def under_way(self) -> bool:
@@ -66,99 +65,92 @@ class Saver:
         return self._work is not None
 
     def begin(self, checkpoint: Checkpoint, *, before: Callable[[], object] | None = None) -> None:
-        """Copies a checkpoint and begins to write it, once the one that is being written is done.
+        """Waits for the previous checkpoint, copies this one and starts to write it.
 
-        Args:
-            checkpoint: what is written; it may change as soon as this returns.
-            before: what the first process must have done before the checkpoint counts, such as syncing the metrics.
+        Rank 0 calls `before` ahead of publishing it, to sync the metrics.
         """
         self.wait()
         self._saved, self._room = checkpoint._replace(parts={}, optimiser={}), room_needed(checkpoint, keep=0)
         with self._failing():
             with raise_on_all_ranks():
                 if distributed.rank() == 0:
-                    make_folder(self.place, self.place.parent)
-                    tidy(self.place)
-                    make_folder(self._aside, self.place.parent, new=True)
+                    make_folder(self.folder, self.folder.parent)
+                    tidy(self.folder)
+                    make_folder(self._aside, self.folder.parent, new=True)
             with raise_on_all_ranks():
                 tensors, texts = copied(checkpoint)
             self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
 
-    def poll(self) -> list[str]:
-        """Goes on with what is being written if all processes can, without waiting; news that a person should hear."""
+    def poll(self) -> None:
+        """Publishes the checkpoint if all ranks have written it; does not wait."""
         if self._work is not None and not distributed.any_over_ranks(not self._work.done()):
             self._go_on(self._work)
-        return self._take_news()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Waits until nothing is being written."""
         while self._work is not None:
             wait([self._work])
             self._go_on(self._work)
 
-    def finish(self) -> list[str]:
-        """Waits, and raises if the last save failed: at the end of a run there is no other try; else the last news.
+    def finish(self) -> None:
+        """Waits for the last checkpoint of a run.
 
         Raises:
-            OSError: saying why, and what stays.
-            ValueError: if a shard has not the rows that are this process's part.
+            OSError: if it could not be written, naming the reason and what stays.
+            ValueError: if a shard does not have the rows of this rank's share.
         """
+        self._finishing = True
         self.wait()
+        self._finishing = False
         if isinstance(self.problem, ValueError):
             raise self.problem
         if self.problem is not None:
-            words = f"{self._failure()}; {self._what_stays()}; once it can be, resume=true goes on from there"
-            raise OSError(words) from self.problem
-        return self._take_news()
+            raise OSError(
+                f"{self._failure()}; {self._what_stays()}; solve this, and re-run with resume=true to continue"
+            ) from self.problem
 
     def abandon(self) -> None:
-        """Gives up what is being written, on this process alone: the others may not answer any more."""
+        """Gives up the checkpoint being written; not collective, for ranks that do not respond."""
         if self._work is not None:
             wait([self._work], PATIENCE)
             self._work = None
             self._clear()
 
     def improves(self, score: float, step: int) -> bool:
-        """Whether the best of the checkpoints up to a step, as their manifests tell, has a lower score than this."""
+        """Whether `score` is higher than that of all checkpoints up to a step."""
         self.wait()
-        found = scores(self.place, upto=folder_name(step)) if distributed.rank() == 0 else {}
-        highest = distributed.from_first_rank(max(found.values(), default=-math.inf))
+        scored = scores(self.folder, upto=folder_name(step)) if distributed.rank() == 0 else {}
+        highest = distributed.from_first_rank(max(scored.values(), default=-math.inf))
         return self.keep_best and score > highest
 
     def room_warning(self, checkpoint: Checkpoint) -> str | None:
-        """What to say, on the first process, if the disk has too little room for all that will be there; else None.
-
-        It waits for what is being written, as files come and go until then.
-
-        Args:
-            checkpoint: one as the run writes it, taken after a step.
-        """
+        """A warning, on rank 0, if the disk has too little room for such checkpoints."""
         self.wait()
         if distributed.rank() > 0:
             return None
         needed = room_needed(checkpoint, keep=self.keep + self.keep_best)
         try:
-            there = sum(file.lstat().st_size for folder in steps(self.place) for file in folder.glob("*"))
-            free = shutil.disk_usage(self.place.parent).free
-        except OSError:  # another program has removed them; the run says so, and a warning is not worth its end
+            used = sum(file.lstat().st_size for folder in steps(self.folder) for file in folder.glob("*"))
+            free = shutil.disk_usage(self.folder.parent).free
+        except OSError:  # another program has removed them, of which `Run` warns
             return None
-        if there + free >= needed:
+        if used + free >= needed:
             return None
         return (
             f"the checkpoints that stay, and one that is being written, will take {_megabytes(needed)}, and there are "
-            f"{_megabytes(there + free)} in {self.place.parent}: make room, or keep fewer"
+            f"{_megabytes(used + free)} in {self.folder.parent}: make room, or keep fewer"
         )
 
     @property
     def _target(self) -> Path:
-        return self.place / folder_name(self._saved.step)
+        return self.folder / folder_name(self._saved.step)
 
     @property
     def _aside(self) -> Path:
         return self._target.with_name(f".{self._target.name}.partial")
 
     def _go_on(self, work: "Future[dict[str, File] | None]") -> None:
-        """Publishes what all processes have written, or ends the save; their threads are done."""
+        """Starts publishing, or ends the save, once the threads of all ranks are done."""
         self._work = None
         with self._failing():
             with raise_on_all_ranks():
@@ -168,15 +160,14 @@ class Saver:
                 self._work = _in_a_thread(partial(self._publish, manifest))
                 return
             if self.failures:
-                news = (
+                self._warn(
                     f"the checkpoint of step {self._saved.step:,} is written, after {self.failures} that could not be"
                 )
-                self._news.append(news)
             self.problem, self.failures = None, 0
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Notes a failure of the save, such as a full disk, and tells of the first; raises a fault of the program."""
+        """Records a failed save and warns of the first; re-raises program errors."""
         try:
             yield
         except BaseException as problem:
@@ -185,15 +176,15 @@ class Saver:
             if not isinstance(problem, FORESEEN):
                 raise
             self.problem, self.failures = problem, self.failures + 1
-            if self.failures == 1:
-                news = f"{self._failure()}; training goes on, {self._what_stays()}, and the next one is tried in time"
-                self._news.append(news)
+            if self.failures == 1 and not self._finishing:
+                self._warn(
+                    f"{self._failure()}; training continues, {self._what_stays()}, and the next save is tried in time"
+                )
 
     def _manifest(self, own: Mapping[str, File]) -> Manifest:
-        """The manifest of the files that all processes have written; collective."""
         files: dict[str, File] = {}
-        for text in distributed.all_gather_strings(json.dumps({name: file.model_dump() for name, file in own.items()})):
-            files |= {name: File(**values) for name, values in json.loads(text).items()}
+        for written in distributed.all_gather_object(dict(own)):
+            files |= written
         return Manifest(
             step=self._saved.step,
             processes=distributed.world_size(),
@@ -207,30 +198,26 @@ class Saver:
             publish(self._aside, self._target, manifest)
             rotate(self._target, keep=self.keep, keep_best=self.keep_best)
 
-    def _take_news(self) -> list[str]:
-        news, self._news = self._news, []
-        return news
-
     def _failure(self) -> str:
         try:
-            lacking = self._room - shutil.disk_usage(self.place).free
+            lacking = self._room - shutil.disk_usage(self.folder).free
         except OSError:
             lacking = 0
         room = f" (it takes {_megabytes(self._room)}, and {_megabytes(lacking)} are missing)" if lacking > 0 else ""
         return f"the checkpoint of step {self._saved.step:,} could not be written: {self.problem}{room}"
 
     def _what_stays(self) -> str:
-        there = steps(self.place)
-        return f"{there[-1].name} stays" if there else "there is none before it"
+        earlier = steps(self.folder)
+        return f"{earlier[-1].name} stays" if earlier else "there is none before it"
 
     def _clear(self) -> None:
         if distributed.rank() == 0:
             with suppress(OSError):
-                remove(self._aside, self.place.parent)
+                remove(self._aside, self.folder.parent)
 
 
 def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Does some work beside training; the work and what it holds go when it ends."""
+    """Runs work in a daemon thread; what it holds is freed when it ends."""
 
     def run(work: Callable[[], Any]) -> None:
         try:
@@ -239,13 +226,13 @@ def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
             done.set_exception(problem)
 
     done: Future[Any] = Future()
-    # No executor: it would wait for a disk that hangs when an error ends the run.
+    # An executor would wait for a hanging disk when an error ends the run.
     threading.Thread(target=run, args=(work,), name="checkpoint", daemon=True).start()
     return done
 
 
 def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
-    """The names of tensors of which a number is not finite, with one answer from the device for all of them."""
+    """The names of the tensors with non-finite numbers; one synchronisation with the device."""
     floating = {key: value.detach() for key, value in named.items() if value is not None and value.is_floating_point()}
     flags = [value.isfinite().all() for value in floating.values()]
     # A state may lie on the CPU in part: a scheduler's, or what is remembered of the images.
@@ -254,36 +241,17 @@ def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
     return [key for key, sound in zip(floating, finite, strict=True) if not sound]
 
 
-def check_finite(named: Mapping[str, Tensor], step: int, place: Path) -> None:
-    """Refuses weights of which a number is not finite, so that none is written over a sound checkpoint; collective.
-
-    Args:
-        named: the weights, and what else must be finite, by name.
-        step: the updates that led to them.
-        place: the folder of checkpoints, for the advice.
+def check_finite(named: Mapping[str, Tensor], step: int, folder: Path) -> None:
+    """Refuses to save non-finite weights after `step` updates; collective.
 
     Raises:
-        ValueError: naming what is not finite, on all processes.
+        ValueError: on all ranks, naming what is not finite and the newest checkpoint in `folder`.
     """
-    told = [text for text in distributed.all_gather_strings(", ".join(not_finite(named)[:3])) if text]
-    if told:
+    if names := next(filter(None, distributed.all_gather_object(not_finite(named)[:3])), None):
         raise ValueError(
-            f"after step {step:,} the weights are no longer finite ({told[0]}), and they are not saved; "
-            f"{way_on(place)} with a lower rate or in fp32"
+            f"after step {step:,} the weights are no longer finite ({', '.join(names)}), and they are not saved; "
+            f"{way_on(folder)} with a lower rate or in fp32"
         )
-
-
-def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Writes `place/step-…`, all processes together, and returns when it is done; a `Saver` writes beside training.
-
-    Raises:
-        ValueError: if `keep` is below 1, or a shard has not the rows that are this process's part.
-        OSError: if a process cannot write, for want of space, say; on all processes.
-    """
-    saver = Saver(place, keep=keep)
-    saver.begin(checkpoint)
-    saver.finish()
-    return place / folder_name(checkpoint.step)
 
 
 def _megabytes(count: int) -> str:

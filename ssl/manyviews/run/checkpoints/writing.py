@@ -1,4 +1,4 @@
-"""The files and folders of a checkpoint on the disk: written, put into place, and removed."""
+"""Writes, publishes and removes the files and folders of checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyviews.run.checkpoints.checkpoint import Checkpoint, sync, tensors_of
-from manyviews.run.checkpoints.manifest import FILE, OPTIMISER, File, Manifest, read_manifest, shard_file
+from manyviews.run.checkpoints.checkpoint import (
+    FILE,
+    OPTIMISER,
+    Checkpoint,
+    File,
+    Manifest,
+    read_manifest,
+    shard_file,
+    sync,
+    tensors_of,
+)
 from manyviews.run.checkpoints.reading import steps
 from manyviews.system import distributed
 from manyviews.system.distributed import FORESEEN
@@ -19,7 +28,7 @@ from manyviews.system.writing import open_new, remove, rename, replacing
 
 
 def copied(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """The files that this process writes: copies of tensors, and texts."""
+    """Copies what this rank writes: tensors and texts, by file."""
     first, missing = distributed.rank() == 0, set(checkpoint.shards)
     files: dict[str, dict[str, Tensor]] = {}
     for part, state in tensors_of(checkpoint).items():
@@ -54,7 +63,7 @@ def write(
     texts: dict[str, str],
     before: Callable[[], object] | None,
 ) -> dict[str, File]:
-    """Writes and syncs the files of this process; what they are known by."""
+    """Writes and syncs the files of this rank; returns their sizes and hashes."""
     root = root_of(aside)
     for name, text in texts.items():
         with open_new(aside / name, root) as file:
@@ -71,13 +80,13 @@ def write(
 
 
 def publish(aside: Path, target: Path, manifest: Manifest) -> None:
-    """Makes a checkpoint of the files that all processes have written aside."""
+    """Writes the manifest of the files in the temporary folder and renames it."""
     root = root_of(aside)
     with open_new(aside / FILE, root) as file:
         file.write(manifest.text().encode())
     sync(aside / FILE)
     sync(aside)
-    # The same step may have been saved before, and be the only checkpoint: it stays readable until the new one is.
+    # An older save of the same step stays readable until this one is: it may be the only checkpoint.
     replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
         rename(target, replaced, root)
@@ -88,36 +97,36 @@ def publish(aside: Path, target: Path, manifest: Manifest) -> None:
 
 
 def rotate(newest: Path, *, keep: int, keep_best: bool) -> None:
-    """Removes the checkpoints beside the newest one, but for so many before it and the best."""
-    there = steps(newest.parent)
-    # Those of later steps were passed over, for damage, when the run went on from an older one: they go too.
-    stay = [folder for folder in there if folder <= newest][-keep:]
-    if keep_best and (found := scores(newest.parent, upto=newest.name)):
-        stay.append(max(found, key=lambda folder: found[folder]))
-    for folder in there:
-        if folder not in stay:
+    """Removes all checkpoints but the last `keep` up to the newest, and the best."""
+    folders = steps(newest.parent)
+    # Later ones are damaged: the run has resumed from an older one.
+    kept = [folder for folder in folders if folder <= newest][-keep:]
+    if keep_best and (scored := scores(newest.parent, upto=newest.name)):
+        kept.append(max(scored, key=lambda folder: scored[folder]))
+    for folder in folders:
+        if folder not in kept:
             with suppress(OSError):
                 remove(folder, root_of(folder))
 
 
-def scores(place: Path, *, upto: str) -> dict[Path, float]:
-    """The scores of the checkpoints that have one, oldest first, up to a folder's name; none of what is damaged."""
-    found: dict[Path, float] = {}
-    for folder in steps(place):
+def scores(parent: Path, *, upto: str) -> dict[Path, float]:
+    """Scores of the readable checkpoints up to a folder's name, oldest first."""
+    scored: dict[Path, float] = {}
+    for folder in steps(parent):
         try:
             score = read_manifest(folder).metadata.get("score") if folder.name <= upto else None
         except FORESEEN:
             continue
         if isinstance(score, float):
-            found[folder] = score
-    return found
+            scored[folder] = score
+    return scored
 
 
-def tidy(place: Path) -> None:
-    """Removes what a run that was cut off while it saved has left."""
-    for folder in place.glob(".step-*.partial*"):
+def tidy(parent: Path) -> None:
+    """Removes what an interrupted save has left."""
+    for folder in parent.glob(".step-*.partial*"):
         remove(folder, root_of(folder))
-    for folder in place.glob("step-*.replaced"):
+    for folder in parent.glob("step-*.replaced"):
         original = folder.with_suffix("")
         if original.exists():
             remove(folder, root_of(folder))
@@ -126,10 +135,9 @@ def tidy(place: Path) -> None:
 
 
 def root_of(folder: Path) -> Path:
-    """What a checkpoint's folder must stay in, the run's: RUN/checkpoints may be a stranger's link."""
+    """The run folder, which writing must not leave: RUN/checkpoints may be a link."""
     return folder.parent.parent
 
 
 def _copy(value: Tensor) -> Tensor:
-    """On the CPU and contiguous, in memory of its own."""
     return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())

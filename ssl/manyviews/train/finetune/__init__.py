@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier from a backbone that has learned without labels; the loop is short, to be copied."""
+"""Fine-tuning: trains a classifier from a pretrained backbone."""
 
 from manyviews.train.finetune.folder import folder_of
 from manyviews.train.finetune.loop import finetune

@@ -1,4 +1,4 @@
-"""A classifier from a backbone: its head, which of its layers move, and how fast each of them does, by timm."""
+"""A classifier from a backbone: head, trainable layers and layer-wise learning rates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,33 +9,15 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers, create_optimizer_v2
 from torch import Tensor, nn
 
-from manyviews.encoder.backbone import create_backbone
-from manyviews.evaluators.linear import NEAR, standard
+from manyviews.evaluators.linear import NEAR, UNCHOSEN, standard
 from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
-from manyviews.features.backbone import PretrainedBackbone
 
 STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Regularisations of the linear probe, strongest first."""
-UNCHOSEN = 0.1
-"""The one that is taken where no image is held out to choose by."""
-
-
-def backbone_of(opened: PretrainedBackbone, *, scratch: bool, seed: int, drop_path: float) -> nn.Module:
-    """The opened backbone with its weights, or with random ones that follow from the seed."""
-    torch.manual_seed(seed)
-    # Anew, and not `opened.backbone()`: a run may have trained with batch norms in parts, and with other options.
-    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=drop_path)
-    if not scratch:
-        model.load_state_dict(dict(opened.weights))
-    return model
 
 
 def set_classes(model: nn.Module, classes: int) -> None:
-    """Gives a backbone a random head.
-
-    Raises:
-        ValueError: if timm does not know how.
-    """
+    """Adds a random head; raises ValueError if the model has no reset_classifier."""
     reset: Any = getattr(model, "reset_classifier", None)
     if reset is None:
         raise ValueError(f"{type(model).__name__} has no reset_classifier, by which timm gives a head; use another")
@@ -43,17 +25,16 @@ def set_classes(model: nn.Module, classes: int) -> None:
 
 
 class Probe(NamedTuple):
-    """A linear classifier on a backbone's features as it gives them, not standardised."""
+    """A linear classifier on a backbone's features, which are not standardised."""
 
     weights: Float[Tensor, "classes width"]
     biases: Float[Tensor, " classes"]
     regularisation: float
-    """The strength it was fitted with."""
     held_out: float | None
-    """Its accuracy on the held-out images; None without any."""
+    """Accuracy on the held-out images; None without any."""
 
     def logits(self, features: Float[Tensor, "images width"]) -> Float[Tensor, "images classes"]:
-        """The logits of the classes for each row of features."""
+        """Logits of features."""
         return features @ self.weights.T + self.biases
 
 
@@ -65,19 +46,10 @@ def fit_probe(
     classes: int,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Probe:
-    """Fits logistic regression to features, with the regularisation that is best for the held-out ones.
+    """Fits logistic regression, with the best regularisation on the held-out features.
 
-    Of strengths that are equally good the strongest is chosen. Where many images and classes make each fit slow, they
-    are fitted one after the other, the strongest first, each from the solution of the one before, until two in a row
-    have not been better than the best.
-
-    Args:
-        features: of the images that are trained on.
-        labels: their classes.
-        held_out: features of the images that choose the strength; None: `UNCHOSEN` is used.
-        held_out_labels: their classes.
-        classes: number of classes.
-        report: is called with the number of strengths fitted, and of all.
+    Without held-out images it is `UNCHOSEN`. Of equally good ones the strongest is chosen. If many images and classes
+    make each fit slow, they are fitted in turn, the strongest first, until two in a row do not improve.
     """
     strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,), dtype=torch.float64)
     scaled = standard(features)
@@ -102,24 +74,23 @@ def fit_probe(
     assert best is not None
     right, strength, weights, biases = best
     accuracy = right.item() / len(held_out_labels) if tests is not None else None
-    # The standardisation goes into the layer.
+    # The standardisation is folded into the layer.
     weights = weights * scaled.scale
     return Probe(weights, biases - weights @ scaled.mean, strength, accuracy)
 
 
 def set_head(model: nn.Module, probe: Probe) -> None:
-    """Makes the head a linear probe.
-
-    Fine-tuning under a random head first distorts the features that it was begun for (Kumar et al. 2022).
+    """Sets the head to a linear probe, which distorts features less (Kumar et al. 2022).
 
     Raises:
         ValueError: if the head is not one linear layer on these features.
     """
-    head, width = _head(model), probe.weights.shape[1]
+    get_classifier: Any = model.get_classifier
+    head, width = get_classifier(), probe.weights.shape[1]
     if not isinstance(head, nn.Linear) or head.in_features != width:
         raise ValueError(
-            f"the head of {type(model).__name__} is not one linear layer on its {width} features, which a "
-            "linear probe could take the place of; use mode=full"
+            f"the head of {type(model).__name__} is not one linear layer on its {width} features, which a linear "
+            "probe could replace; use mode=full"
         )
     with torch.no_grad():
         head.weight.copy_(probe.weights)
@@ -127,11 +98,7 @@ def set_head(model: nn.Module, probe: Probe) -> None:
 
 
 def freeze(model: nn.Module, blocks: int) -> None:
-    """Leaves only the head and the last blocks (timm's layers, norms with them) to be trained.
-
-    Raises:
-        ValueError: if the model has fewer layers.
-    """
+    """Freezes all but the head and the last `blocks` layers; raises ValueError for too many."""
     layers = _layers(model)
     head = max(layers.values())
     if not 0 <= blocks <= head:
@@ -141,7 +108,7 @@ def freeze(model: nn.Module, blocks: int) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode for what is trained; what is frozen is used as it was learned, its running statistics with it."""
+    """Sets trainable modules to training mode, frozen ones to evaluation mode."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -152,7 +119,7 @@ def train_mode(model: nn.Module) -> None:
 def create_optimiser(
     model: nn.Module, *, rate: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW with layer-wise rates, whose groups have the `peak_rate` that `optim.set_rate` follows."""
+    """AdamW with layer-wise learning rates, and a `peak_rate` for `optim.set_rate`."""
     optimiser = create_optimizer_v2(
         model, "adamw", lr=rate, weight_decay=weight_decay, layer_decay=layer_decay, fused=True
     )
@@ -161,16 +128,9 @@ def create_optimiser(
     return optimiser
 
 
-def _head(model: nn.Module) -> Any:
-    # Both typed as tensors by torch, whose modules may hold anything.
-    find: Any = model.get_classifier
-    return find()
-
-
 def _layers(model: nn.Module) -> dict[str, int]:
-    """The number of each parameter's layer, from the stem on; the head's is the last."""
     matcher: Any = getattr(model, "group_matcher", None)
-    found: dict[str, int] = (
+    layers: dict[str, int] = (
         auto_group_layers(model) if matcher is None else group_parameters(model, matcher(coarse=False), reverse=True)
     )
-    return found
+    return layers

@@ -1,6 +1,6 @@
-"""The loop of fine-tuning, to be read and to be copied: labelled images → views → mixing → logits → gradient."""
+"""The fine-tuning loop: labelled images → views → mixing → logits → gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ from manyviews.system.console import Console
 from manyviews.system.folder_lock import folder_lock
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget, MetricAverager
-from manyviews.train.components import synchronised
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
 from manyviews.train.finetune.folder import (
+    FinetuneState,
     check_unchanged,
     describe,
     folder_of,
@@ -39,66 +40,55 @@ from manyviews.train.finetune.folder import (
 )
 from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.train.finetune.state import FinetuneState
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
-from manyviews.train.not_finite import Guard, Skips
-from manyviews.train.session import Session, end, open_on_first_rank, open_session, wrap
+from manyviews.train.not_finite import Guard, SkippedSteps
+from manyviews.train.session import Session, end, open_session, wrap
+
+CURE = "a lower rate or precision=fp32"
 
 
-def finetune(given: str, settings: FinetuneSettings, *, header: str = "") -> Path:
-    """Trains a classifier from a run or a timm model; writes its folder and returns it.
+def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Path:
+    """Trains a classifier from a run folder or a timm model; returns the folder that it writes.
 
-    On Ctrl-C, SIGTERM or SIGUSR1 it saves, then raises SystemExit.
+    Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit.
 
     Raises:
-        ValueError: for what is wrong with the model, the settings, the labels or the folder, before anything is
-            written; and for losses that are not finite, step after step.
+        ValueError: if model, settings, labels or folder are invalid, before anything is written; after too many
+            non-finite losses in a row.
     """
     accelerator = start(None, settings.precision, settings.threads)
     console = Console(quiet=not accelerator.is_main_process)
-    folder = folder_of(given, settings)
+    folder = folder_of(source, settings)
     prepare(folder, resume=settings.resume)
     if (folder / DONE).exists():
         check_unchanged(folder, settings)
         console.say(f"{folder} is finished: nothing is left to do")
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=settings.resume), console.warn) as lock_again:
-        return _run(given, settings, accelerator, folder, console, header, lock_again)
-
-
-def _run(
-    given: str,
-    settings: FinetuneSettings,
-    accelerator: Accelerator,
-    folder: Path,
-    console: Console,
-    header: str,
-    lock_again: Callable[[], None],
-) -> Path:
-    """Fine-tuning in a folder that no other program writes to."""
-    opened = open_model(given, pretrained=settings.pretrained, size=settings.views.size)
-    task = task_of(settings, opened, accelerator.num_processes, console)
-    found = resumable(folder, task, console) if settings.resume else None
-    probe = probe_of(found) if found else fitted_probe(task, accelerator.device, console)
-    model = first_model(task, accelerator.device, probe)
-    run = open_on_first_rank(partial(open_run, folder, task, header, found, console, lock_again))
-    describe(task, model, probe, accelerator, folder, console)
-    saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False)
-    try:
-        with open_session(run, saver, console) as session:
-            best, outcome = train(model, task, probe, accelerator, found, session)
-        if session.stop.signal is None:
-            measure(best, task, probe, outcome, run, console, header)
-    except Exception:
-        if run is not None:
-            run.close()
-            remove_unbegun(folder)
-        raise
-    finally:
-        if run is not None:
-            run.close()
-    distributed.barrier()
-    end(session, accelerator, outcome["step"])
+        opened = open_model(source, pretrained=settings.pretrained, size=settings.views.size)
+        task = task_of(settings, opened, accelerator.num_processes, console)
+        checkpoint = resumable(folder, task, console) if settings.resume else None
+        probe = probe_of(checkpoint) if checkpoint else fitted_probe(task, accelerator.device, console)
+        model = first_model(task, accelerator.device, probe)
+        saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
+        opening = partial(open_run, folder, task, header, checkpoint, console, lock_again)
+        with open_session(opening, saver, console) as session:
+            describe(task, model, probe, accelerator, folder, console)
+            try:
+                best, outcome = train(model, task, probe, accelerator, checkpoint, session)
+            except Exception:
+                if session.run is not None:
+                    session.run.close()
+                    remove_unbegun(folder)
+                raise
+        try:
+            if session.stop.signal is None:
+                measure(best, task, probe, outcome, session.run, console, header)
+        finally:
+            if session.run is not None:
+                session.run.close()
+        distributed.barrier()
+        end(session, accelerator, outcome["step"])
     return folder
 
 
@@ -107,16 +97,16 @@ def train(
     task: Task,
     probe: Probe | None,
     accelerator: Accelerator,
-    found: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     session: Session,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Steps to the end of the budget or to a signal; returns the model with the best weights so far, and its record.
+    """Trains to the end of the budget or a signal; returns the best model and its record.
 
-    Where it begins as the linear probe, that is measured too, and stays the best until another is better.
+    A model that starts as the linear probe is measured first, and kept unless a later one is better.
     """
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
-        model = synchronised(model)
+        model = convert_sync_batchnorm(model)
     views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
@@ -129,28 +119,23 @@ def train(
     optimiser: Any = create_optimiser(
         model, rate=settings.rate, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
     )
-    # A share of a short run would be a step or two, too few for adamw's averages to settle (Ma and Yarats 2021).
+    # A share of a short run is a step or two, too few for adamw's moments (Ma and Yarats 2021).
     slowest = max(settings.warmup_steps if settings.mode == "linear_then_full" else 0, 0.5)
-    # What is measured and kept; its decay grows from 0, so that a short run is not averaged with where it began. A copy
-    # from before Accelerate gives the model the precision of the training.
+    # What is measured and kept; its decay grows from 0, to forget the initial weights in a short run. Copied before
+    # Accelerate gives the model the precision of training.
     average = Average(model, decay=settings.ema, use_warmup=True)
     forward, optimiser = wrap(accelerator, model, optimiser)
     state = FinetuneState(task, model, average.module, optimiser, probe)
-    if found is not None:
-        state.restore(found)
+    if checkpoint is not None:
+        state.restore(checkpoint)
 
-    step, metadata = (found.step, found.metadata) if found else (0, {})
+    step, metadata = (checkpoint.step, checkpoint.metadata) if checkpoint else (0, {})
     order = Order(len(task.images), task.batch_size, settings.seed)
     steps = max(round(settings.epochs * order.steps_per_epoch), settings.min_steps, 1)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=metadata.get("seconds", 0.0))
     losses = MetricAverager({"loss": metadata.get("losses", [])})
-    skips = Skips(
-        saver.place.parent,
-        task.images.names,
-        session.console.warn,
-        cure="a lower rate or precision=fp32",
-        total=int(metadata.get("skipped") or 0),
-    )
+    total = int(metadata.get("skipped") or 0)
+    skips = SkippedSteps(saver.folder.parent, task.images.names, session.console.warn, cure=CURE, total=total)
 
     def save() -> None:
         known = {"seconds": budget.seconds(), "losses": losses.steps().get("loss", []), "skipped": skips.total}
@@ -161,21 +146,15 @@ def train(
         if accuracy is not None:
             session.log(step, {"held_out": accuracy})
 
-    loader = Loader(
-        task.images,
-        order,
-        rank=distributed.rank(),
-        size=distributed.world_size(),
-        workers=settings.workers,
-        start=step,
-    )
+    rank, size = distributed.rank(), distributed.world_size()
+    loader = Loader(task.images, order, rank=rank, size=size, workers=settings.workers, start=step)
     labels, checked = task.labels.to(device), int(budget.progress(step) * settings.checks)
     if not step and settings.mode == "linear_then_full":
         check()
     train_mode(model)
     with session.console.bar():
         for images, ids, epoch in loader:
-            # At least one step is taken, however small the budget.
+            # At least one step.
             if (step and budget.progress(step) >= 1) or session.stop.agreed():
                 break
             set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
@@ -207,15 +186,15 @@ def train(
             if int(done * settings.checks) > checked:
                 checked = int(done * settings.checks)
                 check()
-            session.poll_saver()
+            saver.poll()
             if not saver.under_way and budget.save_is_due(settings.save_minutes):
                 with budget.saving():
                     save()
     if session.stop.signal is None and state.tested < step:
         check()
     save()
-    session.finish_saver()
-    # Not the model itself, which Accelerate has given the precision of the training.
+    saver.finish()
+    # Not the model itself, which has the precision of training.
     average.module.load_state_dict(state.best)
     outcome: dict[str, Any] = {"step": step, "seconds": budget.seconds(), "best_step": state.best_step}
     outcome |= {"best_accuracy": state.best_accuracy, "epoch": step / order.steps_per_epoch}
@@ -223,18 +202,18 @@ def train(
 
 
 class Average(ModelEmaV3):
-    """timm's moving average of a model's state, in which a tensor that several layers share moves once a step."""
+    """timm's moving average of a model's state; updates shared tensors once a step."""
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """One step towards the model."""
+        """Updates the average."""
         follow(self.module, model, decay)
 
 
 @contextmanager
 def draws_of(seed: int, step: int) -> Iterator[None]:
-    """Keys what draws from global generators, timm's mixing and dropout, so that a resumed step draws alike."""
+    """Seeds the global generators of timm's mixing and dropout by the step, for an exact resume."""
     before = np.random.get_state()
-    # Mixing must be the same on all processes; dropout must not.
+    # Mixing must be the same on all ranks; dropout must not.
     np.random.seed(keyed_random.hashed(seed, step) % 2**32)
     torch.manual_seed(keyed_random.hashed(seed, step, distributed.rank()) >> 1)
     try:

@@ -1,4 +1,4 @@
-"""What came of fine-tuning: the one look at the test images, the classifier in timm's format, pictures and a record."""
+"""Result of a fine-tuning: test accuracy, exported classifier, pictures, result.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,13 +18,13 @@ from manyviews.system.files import shown
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_json
 from manyviews.train.finetune.classifier import Probe
-from manyviews.train.finetune.task import Task, outputs, probe_logits
+from manyviews.train.finetune.task import Task, backbone_of, outputs
 
 RESULT = "result.json"
 MISTAKES = 24
-"""Most that are shown."""
+"""Images in the picture of mistakes."""
 MOST_SQUARED = 500
-"""Classes up to which the confusion matrix is written and drawn; beyond, only its fields that are not 0 are listed."""
+"""Classes up to which the confusion matrix is written and drawn; beyond, its non-zero entries are listed."""
 
 
 def measure(
@@ -36,10 +36,7 @@ def measure(
     console: Console,
     header: str = "",
 ) -> None:
-    """Measures the classifier and the linear probe on the test images and writes what is to stay.
-
-    Collective; the first process writes.
-    """
+    """Measures classifier and linear probe on the test images; writes results; collective."""
     settings, opened, classes, test = task.settings, task.opened, task.images.classes, task.split.test
     is_probe = settings.mode == "linear_then_full" and not outcome["best_step"]
     labels = test.labels if test is not None and test.labels is not None else torch.empty(0, dtype=torch.int64)
@@ -49,7 +46,7 @@ def measure(
         logits = outputs(model, task, test, ids)
         if probe is not None:
             device = next(model.parameters()).device
-            probed = logits if is_probe else probe_logits(probe, task, device, test, ids)
+            probed = logits if is_probe else probe.logits(outputs(backbone_of(task, device), task, test, ids))
     if run is None:
         return
     export(
@@ -69,26 +66,26 @@ def measure(
     record |= {"weights": dict(opened.origin), "classes": list(classes)}
     if probe is not None:
         record["probe"] = {"regularisation": probe.regularisation, "held_out_accuracy": probe.held_out}
-    said = ["there are no labelled test images: nothing was measured on them"]
+    lines = ["there are no labelled test images: nothing was measured on them"]
     if logits is not None:
-        record, line = _measured(record, logits, labels[ids], len(classes))
-        said = [line]
+        record, line = _with_accuracy(record, logits, labels[ids], len(classes))
+        lines = [line]
     if probed is not None:
         right = int((probed.argmax(1) == labels[ids]).sum())
         record["probe"]["accuracy"] = right / len(ids)
-        said.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
+        lines.append(f"probe      {100 * right / len(ids):.1f} % of them right, on the features before fine-tuning")
     record["remarks"] = remarks(record, is_probe=is_probe, begins_as_probe=settings.mode == "linear_then_full")
     if outcome["best_accuracy"] is not None:
         epoch, accuracy = outcome["best_epoch"], 100 * outcome["best_accuracy"]
         line = f"the best epoch, {epoch:.3g}, was chosen by {held_out:,} held-out images: {accuracy:.1f} % right"
         if probe is not None and probe.held_out is not None:
             line += f"; the probe {100 * probe.held_out:.1f} %"
-        said.append(line)
+        lines.append(line)
     write_json(run.folder / RESULT, record)
     if test is not None and logits is not None:
         _draw(logits, test, ids, classes, record["step"], run, console)
     run.finish(run.folder / CLASSIFIER)
-    for line in said:
+    for line in lines:
         console.say(line)
     for line in record["remarks"]:
         console.warn(line)
@@ -96,40 +93,37 @@ def measure(
 
 
 def remarks(record: Mapping[str, Any], *, is_probe: bool, begins_as_probe: bool) -> list[str]:
-    """Sentences on a classifier that is not better than the linear probe on the features before fine-tuning.
+    """Warnings about a classifier, by its result.json, that is not better than the linear probe.
 
-    Args:
-        record: what is in result.json.
-        is_probe: whether the classifier is the probe itself, as it was before the first step.
-        begins_as_probe: whether fine-tuning began from the probe.
+    `is_probe`: the classifier is the probe itself; `begins_as_probe`: fine-tuning started from it.
     """
-    probe, held_out, found = record.get("probe"), record["best_accuracy"], []
+    probe, held_out, warnings = record.get("probe"), record["best_accuracy"], []
     if probe is None:
         return []
     if is_probe:
-        found.append(
+        warnings.append(
             "fine-tuning is nowhere better than the linear probe on the held-out images: the classifier is the probe, "
             "with the weights from before the first step"
         )
     elif held_out is not None and probe["held_out_accuracy"] is not None and held_out <= probe["held_out_accuracy"]:
         advice = "" if begins_as_probe else "; mode=linear_then_full begins from it"
-        found.append(
+        warnings.append(
             f"the classifier is not better than the linear probe on the held-out images ({100 * held_out:.1f} % and "
             f"{100 * probe['held_out_accuracy']:.1f} %){advice}"
         )
     accuracy, probed = record.get("accuracy"), probe.get("accuracy")
     if accuracy is not None and probed is not None and accuracy < probed:
-        found.append(
+        warnings.append(
             f"the classifier is worse than the linear probe on the test images ({100 * accuracy:.1f} % and "
             f"{100 * probed:.1f} %)"
         )
-    return found
+    return warnings
 
 
-def _measured(
+def _with_accuracy(
     record: dict[str, Any], logits: Float[Tensor, "tested classes"], labels: Int[Tensor, " tested"], classes: int
 ) -> tuple[dict[str, Any], str]:
-    """The record with the figures of the test images, and the same in words."""
+    """Adds the test accuracy to the record; returns it with a line for the console."""
     predictions = logits.argmax(1)
     right, total = int((predictions == labels).sum()), len(labels)
     low, high = wilson(right, total)
@@ -142,9 +136,9 @@ def _measured(
     else:
         pairs, counts = torch.stack([labels, predictions], 1).unique(dim=0, return_counts=True)
         record["confusion_pairs"] = torch.cat([pairs, counts[:, None]], 1).tolist()
-    said = f"test       {100 * right / total:.1f} % of {plural(total, 'image')} right"
-    said = f"{said} (95 %: {100 * low:.1f} to {100 * high:.1f})"
-    return record, said + (f", {100 * balanced:.1f} % as the mean over the classes" if balanced is not None else "")
+    line = f"test       {100 * right / total:.1f} % of {plural(total, 'image')} right"
+    line += f" (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    return record, line + (f", {100 * balanced:.1f} % as the mean over the classes" if balanced is not None else "")
 
 
 def _draw(
@@ -156,16 +150,15 @@ def _draw(
     run: Run,
     console: Console,
 ) -> None:
-    """Draws the pictures; one that cannot be drawn takes nothing from the result."""
     assert test.labels is not None
     labels, predictions = test.labels[ids], logits.argmax(1)
     try:
         if len(classes) <= MOST_SQUARED:
             picture = confusion_picture(confusion(labels, predictions, len(classes)), classes)
             run.picture("confusion", picture, step)
-        places, sure = worst(logits, labels, MISTAKES)
-        numbers = zip(labels[places].tolist(), predictions[places].tolist(), sure.tolist(), strict=True)
-        captions = [(classes[true], f"→ {classes[taken]}, {100 * sure:.0f} %") for true, taken, sure in numbers]
-        run.picture("mistakes", mistakes_picture(test.read(ids[places]), captions), step)
+        rows, scores = worst(logits, labels, MISTAKES)
+        mistakes = zip(labels[rows].tolist(), predictions[rows].tolist(), scores.tolist(), strict=True)
+        captions = [(classes[true], f"→ {classes[wrong]}, {100 * score:.0f} %") for true, wrong, score in mistakes]
+        run.picture("mistakes", mistakes_picture(test.read(ids[rows]), captions), step)
     except Exception as problem:
         console.warn(f"a picture could not be drawn ({type(problem).__name__}: {shown(problem)}); {RESULT} is complete")

@@ -1,11 +1,11 @@
-"""What fine-tuning is told: how much of the backbone moves, how fast, from how many labels, and for how long."""
+"""Settings of fine-tuning: trained layers, learning rates, labels and budget."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from manyviews.config import Settings, vocabulary
+from manyviews.config import Settings
 from manyviews.data import Data, shorthand
 from manyviews.views import ViewsSettings
 
@@ -39,8 +39,6 @@ class FinetuneSettings(Settings):
     """One classifier, from backbone and labels to its score."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
-    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
-    hints: ClassVar[Mapping[str, str]] = vocabulary.HINTS
 
     data: Data | None = None
     """The labelled images: a folder with one sub-folder per class, or with a table (data.labels=labels.csv); null: the
@@ -48,16 +46,16 @@ class FinetuneSettings(Settings):
     output: str | None = None
     """The folder that is written; by default runs/ and the run's name with -finetuned, or -scratch."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the output folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the output folder, bit for bit."""
     elastic: bool = False
-    """Let it go on with another number of processes than the checkpoint was written by, where they give the same batch:
+    """Resume on another number of processes than the checkpoint was written by, where they give the same batch:
     from the same sample, but not bit for bit."""
     seed: int = Field(0, ge=0, lt=2**31)
     """The choice of labelled images, the head, order, views and mixing all follow from it."""
     pretrained: bool | None = None
     """For a timm name: true for its published weights (downloaded), false for random ones."""
     scratch: bool = False
-    """The baseline: random weights in place of the learned ones, everything else alike."""
+    """The baseline: random weights instead of the pretrained ones, all else equal."""
     mode: Mode = "linear_then_full"
     """What moves. full: everything, under a random head; linear_then_full: everything, under a head that starts as the
     linear probe (Kumar et al. 2022); last_blocks: the head and the last blocks."""
@@ -72,7 +70,7 @@ class FinetuneSettings(Settings):
     min_steps: int = Field(300, ge=0, le=100_000_000)
     """Fewest steps of a run in epochs: with few labels an epoch is a step or two."""
     minutes: float | None = Field(None, gt=0, le=10_000_000)
-    """Wall-clock minutes, in place of epochs; the schedule then follows the clock."""
+    """Wall-clock minutes, instead of epochs; the schedule then follows the clock."""
     batch_size: int = Field(128, ge=2, le=1_048_576)
     """Images per step over all processes together; no more than there are to train on."""
     rate: float = Field(2e-3, gt=0, le=1e30)
@@ -116,7 +114,7 @@ class FinetuneSettings(Settings):
 
     @property
     def mixing(self) -> float:
-        """The parameter of the mixing: none for a probe, whose confident logits would be unlearned first."""
+        """The parameter of mixup; by default 0 for a probe, whose logits are confident."""
         return (0.0 if self.mode == "linear_then_full" else 0.2) if self.mixup is None else self.mixup
 
     @model_validator(mode="after")

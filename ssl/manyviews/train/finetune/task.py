@@ -1,4 +1,4 @@
-"""What there is to learn from, to choose by and to be measured on, and the classifier that begins."""
+"""The backbone, images and initial classifier of a fine-tuning."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from manyviews.data import Images, Split, select
+from manyviews.encoder.backbone import create_backbone
 from manyviews.evaluators.fractions import draw
 from manyviews.evaluators.splits import hold_out
 from manyviews.features.backbone import PretrainedBackbone
@@ -17,56 +18,56 @@ from manyviews.features.encoding import extract
 from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.system import distributed
 from manyviews.system.console import Console
-from manyviews.train.finetune.classifier import Probe, backbone_of, fit_probe, freeze, set_classes, set_head
+from manyviews.train.finetune.classifier import Probe, fit_probe, freeze, set_classes, set_head
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.views import MEAN, STD
 
 MOST_PROBED = 10_000
-"""Images that the head is fitted to before the first step; with more the probe would take longer than it saves."""
+"""Images that the linear probe is fitted to; more would take longer than they save."""
 
 
 class Task(NamedTuple):
-    """One backbone, its labelled images, and what is to be done with them."""
+    """Settings, backbone and labelled images of a fine-tuning."""
 
     settings: FinetuneSettings
     opened: PretrainedBackbone
     split: Split
     images: Images
-    """The labelled images that are trained on, with ids of their own."""
+    """The labelled training images, with ids of their own."""
     held_out: Int[Tensor, " held"]
-    """Ids among the split's training images of those that choose the best checkpoint; perhaps none."""
+    """Ids in `split.train` of the images that choose the best checkpoint; may be empty."""
     batch_size: int
-    """Of all processes together."""
+    """Over all ranks."""
 
     @property
     def labels(self) -> Int[Tensor, " images"]:
-        """The classes of the images that are trained on."""
+        """The classes of `images`."""
         assert self.images.labels is not None
         return self.images.labels
 
     @property
     def held_out_labels(self) -> Int[Tensor, " held"]:
-        """The classes of those that are held out."""
+        """The classes of `held_out`."""
         assert self.split.train.labels is not None
         return self.split.train.labels[self.held_out]
 
     @property
     def probes(self) -> bool:
-        """Whether there is a linear probe to begin from or to lose: not with random weights under a random head."""
+        """Whether a linear probe is fitted: not for random weights under a random head."""
         return self.settings.mode == "linear_then_full" or not self.settings.scratch
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What may not change when a run goes on, as JSON values."""
-        origin = dict(self.opened.origin)
-        return {"images": self.images.fingerprint, "weights": origin, "batch size": self.batch_size}
+        """What must not change when a run is resumed, as JSON values."""
+        weights = dict(self.opened.origin)
+        return {"images": self.images.fingerprint, "weights": weights, "batch size": self.batch_size}
 
 
 def task_of(settings: FinetuneSettings, opened: PretrainedBackbone, processes: int, console: Console) -> Task:
-    """Chooses the labelled images, and which of them are held out.
+    """Selects the labelled images, and those to hold out.
 
     Raises:
-        ValueError: without labels, with those of one class only, or with too few for a batch on every process.
+        ValueError: without labels, with one class only, or with too few images for a batch on every rank.
     """
     split = images_of(opened, EncodeSettings(data=settings.data, workers=settings.workers), console)
     labels = split.train.labels
@@ -82,7 +83,7 @@ def task_of(settings: FinetuneSettings, opened: PretrainedBackbone, processes: i
         raise ValueError(f"all {len(chosen):,} labelled images are of one class, {only}; a classifier needs two")
     kept, held_out = _hold_out(labels, chosen, settings)
     images = select(split.train, kept)
-    # Even on each process, as timm's Mixup and batch norms ask.
+    # Even on each rank, as timm's Mixup and batch norms require.
     batch_size = min(settings.batch_size, len(kept)) // (2 * processes) * 2 * processes
     if not batch_size:
         raise ValueError(
@@ -93,13 +94,11 @@ def task_of(settings: FinetuneSettings, opened: PretrainedBackbone, processes: i
 
 
 def fitted_probe(task: Task, device: torch.device, console: Console) -> Probe | None:
-    """The linear probe on the features of the backbone as it was opened, by which fine-tuning is judged; collective.
-
-    None where the task has none.
-    """
+    """Fits the linear probe to the features before fine-tuning, if the task has one; collective."""
     if not task.probes:
         return None
-    model, probed = _backbone(task, device), _few(task.labels, task.settings.seed)
+    model = backbone_of(task, device)
+    probed, _ = draw(task.labels, min(1.0, MOST_PROBED / len(task.labels)), seed=task.settings.seed, number=1)
     with console.bar():
         report = partial(console.report, "encoding")
         features = outputs(model, task, task.images, probed, report)
@@ -114,20 +113,13 @@ def fitted_probe(task: Task, device: torch.device, console: Console) -> Probe | 
         )
 
 
-def probe_logits(
-    probe: Probe, task: Task, device: torch.device, images: Images, ids: Int[Tensor, " chosen"]
-) -> Float[Tensor, "chosen classes"]:
-    """What the linear probe makes of images; collective."""
-    return probe.logits(outputs(_backbone(task, device), task, images, ids))
-
-
 def first_model(task: Task, device: torch.device, probe: Probe | None) -> nn.Module:
-    """The classifier as it begins: learned or random weights, the head that the mode asks for, frozen what stays.
+    """Builds the initial classifier of a mode: weights, head and frozen layers.
 
     Raises:
-        ValueError: if the backbone cannot be given such a head, or has fewer blocks than are to move.
+        ValueError: if the backbone cannot have such a head, or has fewer blocks than are to be trained.
     """
-    settings, model = task.settings, _backbone(task, device)
+    settings, model = task.settings, backbone_of(task, device)
     set_classes(model, len(task.images.classes))
     model = model.to(device).to(memory_format=torch.channels_last)
     if settings.mode == "linear_then_full":
@@ -145,12 +137,12 @@ def outputs(
     ids: Int[Tensor, " chosen"] | None = None,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Float[Tensor, "chosen width"]:
-    """What a model in evaluation mode makes of images: features, or logits; the same on every process.
+    """Features or logits of a model in evaluation mode, on every rank; collective.
 
-    `report` is called with the number of images that this process has read, and of all.
+    `report` is called with the number of images that are done, and of all.
     """
     if distributed.world_size() > 1:
-        # Each process has seen other images: their running statistics become one.
+        # The running statistics differ between ranks.
         distribute_bn(model, distributed.world_size(), reduce=True)
     device, workers = next(model.parameters()).device, task.settings.workers
     done, total = 0, len(images) if ids is None else len(ids)
@@ -164,29 +156,27 @@ def outputs(
     return extract(model, images, prepare=prepare, device=device, ids=ids, workers=workers)
 
 
-def _backbone(task: Task, device: torch.device) -> nn.Module:
-    settings = task.settings
-    return backbone_of(task.opened, scratch=settings.scratch, seed=settings.seed, drop_path=settings.drop_path).to(
-        device
-    )
+def backbone_of(task: Task, device: torch.device) -> nn.Module:
+    """Builds the backbone with its pretrained weights, or random ones by the seed."""
+    settings, opened = task.settings, task.opened
+    torch.manual_seed(settings.seed)
+    # Not `opened.backbone()`: a run may have trained with split batch norms, or another drop_path.
+    model = create_backbone(opened.model, channels=opened.channels, size=opened.size, drop_path=settings.drop_path)
+    if not settings.scratch:
+        model.load_state_dict(dict(opened.weights))
+    return model.to(device)
 
 
 def model_input(
     opened: PretrainedBackbone, views: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch _ height width"]:
-    """Views as the backbone is used to see them: in its channels, centred and scaled as its own input is."""
+    """Converts views to the channels, mean and std of the backbone's input."""
     shape = (1, -1, 1, 1)
     mean, std = (torch.tensor(value, device=views.device).view(shape) for value in (opened.mean, opened.std))
     return views.expand(-1, opened.channels, -1, -1) * (STD / std) + (MEAN - mean) / std
 
 
-def _few(labels: Tensor, seed: int) -> Tensor:
-    """As many images as a head needs to begin with, of each class alike."""
-    return draw(labels, min(1.0, MOST_PROBED / len(labels)), seed=seed, number=1)[0]
-
-
 def _hold_out(labels: Tensor, chosen: Tensor, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """The chosen images that are trained on, and those that are held out."""
     if settings.held_out == 0:
         return chosen, chosen[:0]
     among = torch.full_like(labels, -1)
@@ -194,5 +184,5 @@ def _hold_out(labels: Tensor, chosen: Tensor, settings: FinetuneSettings) -> tup
     try:
         return hold_out(among, share=settings.held_out, seed=settings.seed)
     except ValueError:
-        # So few of each class that the share is not one image of any.
+        # Too few of each class for the share to be one image.
         return chosen, chosen[:0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manyviews.system.cpu import cores, has_instructions
+from manyviews.system.hardware import cores, has_instructions
 
 
 def test_instructions_are_looked_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manyviews import cli, recipe
-from manyviews.config.completion import SHELLS, completion
+from manyviews.cli import SHELLS, completion_script
 
 COMMANDS = {"pretrain": ["simclr", "moco", "train.epochs=", "train.batch_size="], "evaluate": ["tasks="]}
 BASH = """
@@ -44,7 +44,7 @@ ASKED = {
 
 
 def script(folder: Path, shell: str) -> Path:
-    (folder / shell).write_text(completion(shell, "manyviews", COMMANDS))
+    (folder / shell).write_text(completion_script(shell, COMMANDS))
     return folder / shell
 
 

@@ -1,0 +1,48 @@
+"""Properties of the machine: CPU instructions and cores, memory."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def has_instructions(*names: str) -> bool:
+    """Whether the CPU has one of the instruction sets (`torch.cpu.get_capabilities`)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        return any(bool(capabilities().get(name)) for name in names)
+    # Older versions of torch have a function for each.
+    functions = [f"_is_{end}_supported" for name in names for end in (name, name.removeprefix("avx512_"))]
+    return any(bool(getattr(torch.cpu, function, bool)()) for function in functions)
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host() -> int:
+    """Bytes of memory of the machine, or of its container."""
+    # Unknown on Windows, where nothing is refused.
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    with suppress(OSError, ValueError):
+        # "max" without a limit.
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size
+
+
+def device() -> int:
+    """Bytes of memory of the GPU, or without one of the machine."""
+    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else host()
+
+
+def ran_out(problem: BaseException) -> bool:
+    """Whether an error means that memory ran out, of the machine or the GPU."""
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
+
+
+def gigabytes(count: int) -> str:
+    """Formats a number of bytes."""
+    return f"{count / 1e9:,.2f} GB"
