@@ -2,8 +2,7 @@
 
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, plain
-from manyviews.views.settings import ViewsSettings, enlarged
+from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, plain
 
 __all__ = [
     "MEAN",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class RandomWindow(GeometricAugmentationBase2D):
-    """Looks at the image through a random window: every geometric augmentation in one bilinear `grid_sample`.
+    """Every geometric augmentation as one bilinear `grid_sample` through a random window.
 
     The window is a random resized crop; it may be flipped, and turned, moved and sheared about its own centre, so that
     it shows the image's surroundings where there are any, and padding only beyond the image's edge. kornia's chain
