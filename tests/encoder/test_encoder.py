@@ -174,7 +174,7 @@ def test_without_a_network_weights_are_looked_for_once_in_the_cache_alone(monkey
         (lambda weights: weights.popitem(), r"it lacks 1 \([\w.]+\) of \d+ keys; both files must be of one model"),
         (lambda weights: weights.update(extra=torch.zeros(1)), r"it has 1 \(extra\) that the model does not"),
         (lambda weights: weights.update({"head.weight": torch.zeros(3, 3)}), "model.safetensors"),
-        (None, r"holds no model\.safetensors.*encoder\.pretrained=false"),
+        (None, r"has no model\.safetensors.*encoder\.pretrained=false"),
     ],
 )
 def test_what_a_folder_lacks_of_a_models_weights_is_named(tmp_path, change, message):
@@ -315,10 +315,7 @@ def test_too_few_samples_for_the_parts_are_refused():
 # Export
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_plain_timm_loads_the_export_strictly_and_gives_equal_features(tmp_path, monkeypatch, own):
-    if own:
-        monkeypatch.delattr(timm.models._hub, "save_config_for_hf")
+def test_plain_timm_loads_the_export_strictly_and_gives_equal_features(tmp_path):
     stock = [("resnet18", 4, 32), ("vit_tiny_patch16_224", 1, 32), ("mobilenetv3_small_050", 3, 32)]
     small = [("light_resnet", 1, 28), ("resnet18_small", 3, 32)]
     threads = torch.get_num_threads()

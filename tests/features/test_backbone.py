@@ -109,7 +109,7 @@ def test_words_that_open_nothing_are_answered(run: Path, monkeypatch: pytest.Mon
         (str(run / "backbone"), None): f"write local-dir:{run / 'backbone'}",
         (str(run / "config.yaml"), None): r"neither a run \(a file\)",
         (str(run / "checkpoints"), None): r"neither a run \(a folder without config.yaml\)",
-        (f"local-dir:{run}", True): "holds no config.json",
+        (f"local-dir:{run}", True): "has no config.json",
         ("resnet18.a9_in1k", True): r"cannot be had .* it has .*resnet18\.a1_in1k",
         ("light_resnet", True): "there are no published weights of light_resnet; pretrained=false",
     }
