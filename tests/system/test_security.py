@@ -265,7 +265,7 @@ def test_a_manifest_of_features_that_names_other_files_deletes_none(tmp_path: Pa
         place.mkdir()
         (place / "manifest.json").write_text(json.dumps({"files": [name]}))
         with pytest.raises(ValueError, match="its files are not named, or lie elsewhere"):
-            store.described(place)
+            store.read_manifest(place)
         store.remove(place)
         shutil.rmtree(place)
     assert precious.exists()

@@ -1,4 +1,4 @@
-"""Features in the formats of other tools: a parquet table, and vectors that faiss reads."""
+"""Writes features in the formats of other tools: a parquet table, and fvecs for faiss."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ TABLE = "features.parquet"
 
 
 def check_parquet() -> None:
-    """Raises a ValueError where pyarrow is missing, which writes the table."""
+    """Raises a ValueError if pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError("parquet=true needs pyarrow: pip install 'manyviews[parquet]'")
 
@@ -27,13 +27,8 @@ def write_parquet(
 ) -> None:
     """Writes a table with one row per image: split, id, name, label, and each layer as a list of fixed size.
 
-    Rows of a few megabytes are held at a time.
-
-    Args:
-        file: is replaced if it exists.
-        layers: [images, width] by the name of the column.
-        entries: for each image its split, id and name.
-        labels: int64 [images], -1 where an image has none; without, the column is null.
+    `layers` are [images, width] by column, `entries` the split, id and name of each image, and `labels` int64 [images],
+    -1 for none; without them the column is null. A few megabytes are in memory at a time.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -44,13 +39,14 @@ def write_parquet(
     total = len(next(iter(layers.values())))
     with pq.ParquetWriter(file, schema) as writer:
         for start in range(0, total, ROWS_AT_ONCE):
-            taken = list(islice(entries, ROWS_AT_ONCE))
-            stop = start + len(taken)
-            known = np.full(len(taken), -1) if labels is None else labels[start:stop]
+            splits, ids, names = zip(*islice(entries, ROWS_AT_ONCE), strict=True)
+            stop = start + len(ids)
+            known = np.full(len(ids), -1) if labels is None else labels[start:stop]
             columns = [
-                pa.array([split for split, _, _ in taken], pa.string()),
-                pa.array([number for _, number, _ in taken], pa.int64()),
-                pa.array([_valid(name) for _, _, name in taken], pa.string()),
+                pa.array(splits, pa.string()),
+                pa.array(ids, pa.int64()),
+                # A file name need not be valid UTF-8.
+                pa.array([name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]),
                 pa.array(known, pa.int64(), mask=known < 0),
             ]
             for rows in layers.values():
@@ -60,10 +56,10 @@ def write_parquet(
 
 
 def write_vectors(file: Path, rows: Rows) -> None:
-    """Writes rows of unit length in the format fvecs, for an index of inner products, which are then cosines.
+    """Writes rows, scaled to unit length, as fvecs: inner products are then cosines; a row of zeros stays zero.
 
     Each vector is its dimension as int32, then its values as float32, little endian (the format of the TEXMEX
-    corpora); `faiss.contrib.vecs_io.fvecs_read` reads it. A row of zeros stays one.
+    corpora); `faiss.contrib.vecs_io.fvecs_read` reads it.
     """
     with file.open("wb") as content:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -71,8 +67,3 @@ def write_vectors(file: Path, rows: Rows) -> None:
             values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
             dims = np.full((len(values), 1), values.shape[1], "<i4").view("<f4")
             np.concatenate([dims, values], axis=1).tofile(content)
-
-
-def _valid(name: str) -> str:
-    """A name that is valid UTF-8, as a file name need not be."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Features of images, computed once by a backbone that has learned something, and kept as files."""
+"""The command `extract`: writes features of images by a pretrained backbone to files."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,23 +27,22 @@ LABELS = "labels.npy"
 
 
 class ExtractSettings(EncodeSettings):
-    """What features are extracted from, and where they go."""
+    """Settings of `extract`."""
 
     output: str
-    """The folder that is written. Where the same features were begun they go on, and where they are complete nothing is
-    done."""
+    """Output folder. Interrupted extraction is resumed there; complete features are left as they are."""
     overwrite: bool = False
-    """Replace what other features the output folder holds."""
+    """Replace other features in the output folder."""
     split: Literal["all", "train", "test"] = "all"
-    """Which of the images; all: the training images, then the held-out ones."""
+    """Images to extract from; all: the training images, then the held-out ones."""
     layers: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field((BACKBONE,), min_length=1)
-    """What is kept, one or several with commas: backbone; of a run projector and embedding, which its objective
-    compares (the predictor's output where there is a predictor, else the projector's); or a module of the backbone by
-    its name, whose maps are averaged: layer3, blocks.5."""
+    """Layers, separated by commas: backbone; of a run projector and embedding, the input of its objective (the output
+    of the predictor if there is one, else of the projector); or a module of the backbone by its name, whose maps are
+    averaged: layer3, blocks.5."""
     pretrained: bool | None = None
     """For a timm name: true for its published weights (downloaded), false for random ones."""
     size: int | None = Field(None, ge=1, le=4096)
-    """Side of the square that the backbone sees, in pixels; null: what it was trained on."""
+    """Side of the backbone's input in pixels; null: that of training."""
     parquet: bool = False
     """Write features.parquet too: split, id, name, label and a column for each layer (needs pyarrow)."""
     faiss: bool = False
@@ -52,16 +51,16 @@ class ExtractSettings(EncodeSettings):
     """Threads of each process on the CPU; null: the cores divided among the processes."""
 
 
-def extract(given: str | Path, settings: ExtractSettings) -> Path:
-    """Writes features of images by a run's or a timm model's backbone, over all processes; returns the folder.
+def extract(model: str | Path, settings: ExtractSettings) -> Path:
+    """Writes features of images by the backbone of a run or a timm model, over all ranks; returns the folder.
 
-    LAYER.npy is float32 [images, width] for each layer, labels.npy int64 [images] with -1 where an image has none
-    (absent where none has one), and manifest.json tells where they come from, and of each row its split, id and name.
-    What was interrupted goes on where it was, what is complete and still true is left as it is.
+    LAYER.npy is float32 [images, width] for each layer, labels.npy int64 [images] with -1 for images without a label
+    (absent if none has one), and manifest.json has their provenance and the split, id and name of each row. Interrupted
+    extraction is resumed; complete features are left as they are.
 
     Raises:
-        ValueError: if the model, the images or a layer cannot be had, the output holds other things, or the disk is
-            full; before anything is written.
+        ValueError: the model, the images or a layer do not exist, the output has other files, or the disk is full;
+            before anything is written.
     """
     accelerator = start(None, "fp32", settings.threads, trains=False)
     console = Console(quiet=not accelerator.is_main_process)
@@ -69,7 +68,7 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
     check_place(output)
     if settings.parquet:
         exports.check_parquet()
-    opened = open_model(str(given), pretrained=settings.pretrained, size=settings.size)
+    opened = open_model(str(model), pretrained=settings.pretrained, size=settings.size)
     layers, origin = layers_of(opened, settings.layers)
     widths = widths_of(layers, opened.blank())
     split = images_of(opened, settings, console)
@@ -92,18 +91,14 @@ def extract(given: str | Path, settings: ExtractSettings) -> Path:
 
 
 def check_place(output: Path) -> None:
-    """Checks that features may be written to a folder, before anything is done.
-
-    Raises:
-        ValueError: if it is a file, holds other things than features, or may not be written to.
-    """
+    """Raises ValueError if features cannot be written to a folder: a file, other files in it, or no permission."""
     check_writable(output)
     if output.is_dir() and not store.ours(output) and any(output.iterdir()):
         raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
 
 
 def _parts(split: Split, chosen: str) -> list[Part]:
-    """The parts of a split that were chosen, one after the other."""
+    """The chosen parts of a split, one after the other."""
     parts: list[Part] = []
     for name, images in (("train", split.train), ("test", split.test)):
         if images is not None and chosen in ("all", name):
@@ -123,33 +118,31 @@ def _publish(
     parts: Sequence[Part],
     wanted: Sequence[str],
 ) -> None:
-    """Writes what stands beside complete rows: labels, exports and, last, the manifest."""
-    place = output / store.PARTIAL
-    make_folder(place, output)
-    unreadable = [list(entry) for entry in split.unreadable] + store.remarks(output)
-    before = store.described(output)
-    if before is not None:
-        unreadable = before["unreadable"]
+    """Writes labels, exports and, last, the manifest of complete rows."""
+    partial = output / store.PARTIAL
+    make_folder(partial, output)
+    before = store.read_manifest(output) or {}
+    unreadable = before.get("unreadable", [list(entry) for entry in split.unreadable] + store.remarks(output))
     files = [layer["file"] for layer in key["layers"].values()]
     labels = labels_of(parts)
     if labels is not None:
-        with replacing(place / LABELS, output) as (_, file):
+        with replacing(partial / LABELS, output) as (_, file):
             np.save(file, labels)
         files.append(LABELS)
-    there = {name: [place / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
-    rows = {name: mapped_array(next(filter(Path.exists, files))) for name, files in there.items()}
+    paths = {name: [partial / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
+    rows = {name: mapped_array(next(filter(Path.exists, either))) for name, either in paths.items()}
     if exports.TABLE in wanted:
-        with replacing(place / exports.TABLE, output) as (path, _):
+        with replacing(partial / exports.TABLE, output) as (path, _):
             exports.write_parquet(path, rows, entries(parts), labels)
     for name, values in rows.items():
         if f"{name}.fvecs" in wanted:
-            with replacing(place / f"{name}.fvecs", output) as (path, _):
+            with replacing(partial / f"{name}.fvecs", output) as (path, _):
                 exports.write_vectors(path, values)
-    files += dict.fromkeys([*wanted, *((before or {}).get("files", ()))])
+    files += [*wanted, *before.get("files", ())]
     manifest = {
         "model": opened.name if opened.folder is None else str(opened.folder.resolve()),
         **key,
-        # Files are decoded to squares first, which "input" tells what is made of.
+        # Files are decoded to squares first, which "input" then resizes.
         "decoded": {"size": split.train.size, "interpolation": "bicubic", "background": background_of(data)},
         "classes": list(split.train.classes),
         "unreadable": unreadable,

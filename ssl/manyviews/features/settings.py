@@ -1,4 +1,4 @@
-"""What all commands have in common that encode images by a backbone: settings, and the images themselves."""
+"""Settings and images of the commands that encode images by a backbone."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from manyviews.views import enlarged
 
 
 class EncodeSettings(Settings):
-    """What all have in common that encode images by a backbone."""
+    """Settings of the commands that encode images by a backbone."""
 
     shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = vocabulary.KEYS
@@ -30,26 +30,28 @@ class EncodeSettings(Settings):
     """Threads that decode images, for each process."""
 
     def data_of(self, opened: PretrainedBackbone) -> Data | None:
-        """The data that are named, else the run's own."""
+        """The data of the settings, or else of the run."""
         return self.data or (opened.recipe.data if opened.recipe is not None else None)
 
 
 def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Console) -> Split:
-    """The images that were asked for, as the backbone can see them.
+    """Reads the images that the settings name, or the run's.
 
     Raises:
-        ValueError: if they are not named, cannot be read, or have other channels than the backbone takes.
+        ValueError: there are no data, they cannot be read, or have more channels than the backbone takes.
     """
     data = settings.data_of(opened)
     if data is None:
-        raise ValueError(f"{opened.name} has no images of its own; say which with data=…, a folder or a known name")
+        raise ValueError(
+            f"{opened.name} has no images of its own; say which with data=FOLDER, or the name of a data set"
+        )
     with console.bar():
         split = data.build(workers=settings.workers, report=console.report)
-    # Grey images are shown in grey to a backbone that has learned from colour.
+    # Fewer channels are fine: `PretrainedBackbone.prepare` repeats them.
     if split.train.channels > opened.channels:
         raise ValueError(
-            f"the images have {split.train.channels} channels, but {opened.name} has learned from {opened.channels}: "
-            f"for a folder, data.channels={opened.channels} reads them so"
+            f"the images have {split.train.channels} channels, but {opened.name} was trained on {opened.channels}: for "
+            f"a folder, use data.channels={opened.channels}"
         )
     if split.layout:
         console.say(f"images     {split.layout}")
