@@ -11,10 +11,18 @@ from pydantic import Field
 
 from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, open_image, refuse_too_many
+from manyviews.data.decoding.files import (
+    DIGEST,
+    OTHER_FILE,
+    Files,
+    State,
+    digest,
+    in_threads,
+    open_image,
+    refuse_too_many,
+)
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
-from manyviews.data.listing.content import digests_of, refuse_differences, shared
-from manyviews.data.listing.digests import DIGEST, State, digest
+from manyviews.data.listing.digests import digests_of, refuse_differences, shared
 from manyviews.data.listing.discover import Discovery, ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder

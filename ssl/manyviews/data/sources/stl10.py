@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.data.images import Names, Report, Split, fingerprint
-from manyviews.data.listing.content import file_digests
+from manyviews.data.listing.digests import file_digests
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
 from manyviews.system.files import LONGEST_LINE, read_bytes, read_text
 
