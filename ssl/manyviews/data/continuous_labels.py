@@ -1,4 +1,4 @@
-"""Continuous labels of images: from their own pixels, from pixels and classes, or from a file."""
+"""Continuous labels of images: from their pixels, from pixels and classes, or from a file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from manyviews.system.files import shown
 from manyviews.system.path_bytes import NOT_UTF8, is_raw
 
 SIDE = 7
-"""Side of the thumbnail that is an image's label, in pixels."""
+"""Side of a thumbnail, in pixels."""
 BATCH = 1024
 FILES = (".npy", ".csv")
 LARGEST = 1e18
@@ -38,24 +38,22 @@ def _source(source: str) -> str:
 
 
 ValuesSource = Annotated[str, AfterValidator(_source)]
-"""Where continuous labels come from; a path is made absolute when it is read, as that of images is."""
+"""Source of continuous labels: pixels, labels or a path, which is made absolute."""
 
 
 def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
-    """The continuous labels of images to learn from, of which only Euclidean distances count.
-
-    Nothing is standardised: numbers of different units in a file must be brought to one scale there.
+    """Continuous labels of the training images, of which only Euclidean distances are used; not standardised.
 
     Args:
-        images: all that there are to train on.
-        source: "pixels": thumbnails. "labels": thumbnails beside the classes, so that images of two classes are
-            farther from each other than most of one class, in which thumbnails still tell. Or a file: .npy, [images,
-            numbers] in the order of the images; or .csv, a header and then a line for each image in any order: its
-            name (for files the path below the folder) and its numbers; lines of other images are passed over.
+        images: all training images.
+        source: "pixels": thumbnails. "labels": thumbnails and one-hot classes, scaled so that images of two classes are
+            farther from each other than most of one class. Or a file: .npy, [images, numbers] in the order of the
+            images; or .csv, whose lines are the name of an image (for files the path below the folder) and its numbers,
+            in any order; lines of other images are ignored.
 
     Raises:
-        ValueError: if the file cannot be read, is not of that form or lacks an image; if an image has no class; if a
-            number is not finite, or all images have the same ones.
+        ValueError: the file cannot be read, has another form or lacks an image; an image has no class; a number is not
+            finite, or all images have the same ones.
     """
     if source in ("pixels", "labels"):
         values = thumbnails(images)
@@ -64,12 +62,14 @@ def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
     else:
         values = _centred(Path(source), images)
     if bool((values == values[:1]).all()):
-        raise ValueError(f"values={source}: all {len(images):,} images have the same numbers, which tell nothing")
+        raise ValueError(
+            f"values={source}: all {len(images):,} images have the same numbers, from which nothing can be learned"
+        )
     return values
 
 
 def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
-    """The mean brightness, from 0 to 1, of 7 × 7 fields of each image, for each channel."""
+    """Mean brightness in [0, 1] of 7 × 7 fields of each image, for each channel."""
     pieces = [
         F.adaptive_avg_pool2d(images.read(ids).float().div_(255), SIDE).flatten(1)
         for ids in torch.arange(len(images)).split(BATCH)
@@ -78,7 +78,7 @@ def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
 
 
 def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
-    """The numbers of a file less their mean: float32 then keeps the differences of large ones, such as dates."""
+    """The numbers of a file minus their mean: float32 then keeps the differences of large ones, such as dates."""
     if path.is_dir():
         raise ValueError(f"values={path} is a folder; name a .npy or .csv file")
     if not path.is_file():
@@ -103,10 +103,7 @@ def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
 
 
 def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Float32[Tensor, "images classes"]:
-    """For each image its class, one number for each, as far from 0 as two thumbnails are from each other.
-
-    That is the root of their mean squared distance, so that two classes are √2 of it apart.
-    """
+    """One-hot classes times the root mean squared distance of two thumbnails."""
     labels = images.labels
     if labels is None or bool((labels < 0).any()):
         first = 0 if labels is None else int((labels < 0).nonzero()[0])
@@ -115,10 +112,10 @@ def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Floa
             "one folder for each class, or use values=pixels"
         )
     squared = 2 * thumbnail.var(0, correction=0).sum()
-    # Thumbnails that are all alike have no distance; any other number then does as well.
+    # Any length will do if all thumbnails are equal.
     length = squared.sqrt() if squared > 0 else torch.ones(())
-    present, places = labels.unique(return_inverse=True)
-    return F.one_hot(places, len(present)) * length
+    present, indices = labels.unique(return_inverse=True)
+    return F.one_hot(indices, len(present)) * length
 
 
 def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -134,10 +131,9 @@ def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
 
 
 def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    places = {images.names[image]: image for image in range(len(images))}
-    not_utf8 = False
-    lines = np.zeros(len(images), dtype=np.int64)
-    with open_table(path, places) as (header, rows):
+    ids = {name: image for image, name in enumerate(images.names)}
+    not_utf8, present = False, np.zeros(len(images), dtype=np.bool_)
+    with open_table(path, ids) as (header, rows):
         if len(header) > MOST_COLUMNS:
             raise ValueError(f"{path} has {len(header):,} columns, and at most {MOST_COLUMNS:,} are read")
         numbers = np.zeros((len(images), len(header) - 1))
@@ -145,11 +141,9 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
             if name is None:
                 not_utf8 = not_utf8 or is_raw(row[0])
                 continue
-            image = places[name]
-            if lines[image]:
-                raise ValueError(f"{path}: {row[0]} stands in line {lines[image]} and again in line {line}")
-            numbers[image], lines[image] = _numbers(path, line, row, header), line
-    missing = np.flatnonzero(lines == 0)
+            numbers[ids[name]] = _numbers(path, line, row, header)
+            present[ids[name]] = True
+    missing = np.flatnonzero(~present)
     if len(missing):
         way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"
         raise ValueError(
@@ -162,13 +156,13 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
 def _numbers(path: Path, line: int, row: list[str], header: list[str]) -> list[float]:
     if len(row) != len(header):
         raise ValueError(f"{path}, line {line}: {len(row)} columns, where the header has {len(header)}")
-    found = []
+    numbers = []
     for name, text in zip(header[1:], row[1:], strict=True):
         try:
-            found.append(float(text))
+            numbers.append(float(text))
         except ValueError:
             hint = f"; write {text.replace(',', '.')}" if text.count(",") == 1 else ""
             raise ValueError(
                 f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number{hint}"
             ) from None
-    return found
+    return numbers
