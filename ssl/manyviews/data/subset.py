@@ -1,4 +1,4 @@
-"""A part of a set of images: those of some classes, or all but those of some classes."""
+"""Subsets of images: by ids, of some classes, or without some classes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from manyviews.system.plural import plural
 
 
 def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
-    """Samples up to `limit` of the ids below `count`, by a generator of the seed alone; ascending."""
+    """Up to `limit` sorted ids below `count`, sampled with `seed`.
+
+    >>> sample_ids(3, 5, seed=0)
+    tensor([0, 1, 2])
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
-    """The images of these ids alone, in their order, with new ids from 0; labels keep their numbers.
-
-    Raises:
-        ValueError: if none is kept.
-    """
+    """The images of these ids, in their order, with new ids from 0; raises ValueError if there are none."""
     if not len(keep):
         raise ValueError(f"none of {plural(len(images), 'image')} is left")
     chosen = keep.tolist()
@@ -54,16 +54,14 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
-    """The ids of the images that have one of these classes, given by name or by number, in ascending order.
-
-    Where all classes are named by numbers, as folders called 1 to 12 are, a number is a name.
+    """Sorted ids of the images of these classes, by name or number; a number is a name if all names are numbers.
 
     Raises:
-        ValueError: if the images have no labels, or not such a class.
+        ValueError: an unknown class, or images without labels.
     """
     if images.labels is None:
         raise ValueError(
-            f"classes {', '.join(map(str, classes))} are asked for, but these images have no labels; put them into one "
+            f"classes {', '.join(map(str, classes))} are selected, but these images have no labels; put them into one "
             "folder for each class"
         )
     numbers = torch.tensor(sorted({_number(images.classes, entry) for entry in classes}), dtype=torch.int64)
@@ -71,11 +69,7 @@ def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " 
 
 
 def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
-    """All images but those of these classes; the same object where there are none to leave out.
-
-    Raises:
-        ValueError: if the images have no labels, or not such a class, or no image is left.
-    """
+    """All images but those of these classes; raises ValueError as `of_classes` and `select` do."""
     if not classes:
         return images
     kept = torch.ones(len(images), dtype=torch.bool)
@@ -89,7 +83,7 @@ def _number(classes: Sequence[str], entry: int | str) -> int:
     if name is not None:
         return classes.index(name)
     if text.isdecimal():
-        # A number that a person types loses its zeros: 2 for a folder called 02.
+        # 2 stands for a folder called 02.
         named = [index for index, each in enumerate(classes) if each.isdecimal() and int(each) == int(text)]
         if len(named) == 1:
             return named[0]

@@ -1,4 +1,4 @@
-"""Which images a data folder holds, for learning and held out, with their labels, and what there is to say of that."""
+"""Discovers the training and held-out images of a data folder and their labels."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -21,35 +21,34 @@ from manyviews.system.plural import plural
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 10
-"""Classes whose counts are said one by one."""
+"""Classes whose counts are listed one by one."""
 
 
 class ReadSplit(NamedTuple):
-    """One split as it was read."""
+    """One split of a folder after reading its files."""
 
     images: Images
     unreadable: list[tuple[str, str]]
-    """Names and reasons of the files that were left out."""
+    """Names and reasons of files that were left out."""
     digests: Digests
-    """Of the content of each image."""
     sizes: np.ndarray[Any, np.dtype[np.int64]]
     """Bytes of each file."""
 
 
 class Discovery(NamedTuple):
-    """The images of a data folder, before any is opened."""
+    """The images of a data folder, before they are read."""
 
     train: Listing
     test: Listing | None
     held_out: str
-    """Where the held-out images come from; empty without any."""
+    """Source of the held-out images; empty if there are none."""
     passed: tuple[tuple[Path, PassedOver], ...]
     """What was passed over below each folder."""
     notes: tuple[str, ...]
-    """Sentences on what was guessed."""
+    """Sentences on guesses about the layout."""
 
     def line(self, train: Images, test: Images | None) -> str:
-        """What was read as what, in one line."""
+        """The folders, their splits and classes, in one line."""
         parts = [f"{_origin(self.train)}: {_counted(train)}"]
         parts += [] if test is None else [f"held out, {self.held_out}: {_counted(test)}"]
         parts += self.notes
@@ -57,7 +56,7 @@ class Discovery(NamedTuple):
         return shown("; ".join(parts))
 
     def warn(self, read: Sequence[ReadSplit]) -> None:
-        """Logs, on the first process, what a person would not expect."""
+        """Logs on rank 0 what a user would not expect."""
         if distributed.rank():
             return
         root = self.train.root
@@ -85,25 +84,25 @@ def discover(
 ) -> Discovery:
     """Lists the images of a data folder; the arguments are the settings of `Folder`, `labels` a table as a `Path`.
 
-    `also` names images below the folder that are listed whether they are there or not.
+    `also` are names that are listed even if they do not exist.
 
     Raises:
-        ValueError: a folder cannot be listed or holds no images, its layout or labels can be read in several ways, or
-            the held-out images have other classes.
+        ValueError: a folder cannot be listed or has no images, its layout or labels are ambiguous, or the held-out
+            images have other classes.
     """
-    found, passed = _walked(root, follow_links, test)
-    found += sorted(set(also) - set(found))
+    names, passed = _walked(root, follow_links, test)
+    names += sorted(set(also) - set(names))
     train, candidates = (
-        splits_of(root, found, passed, tested=test is not None) if splits else (listing_of(root, found), ())
+        splits_of(root, names, passed, tested=test is not None) if splits else (listing_of(root, names), ())
     )
     everything, table = [(root, passed)], None
     if test is not None:
-        names, besides = _walked(test, follow_links, root)
-        candidates = (listing_of(test, names),)
+        tested, besides = _walked(test, follow_links, root)
+        candidates = (listing_of(test, tested),)
         everything.append((test, besides))
     if isinstance(labels, Path):
         inside = [f"{below}{name}" for below in passed.excluded for name in candidates[0].names]
-        table = read_labels(labels, [*found, *inside])
+        table = read_labels(labels, [*names, *inside])
         train = labelled(train, table)
     elif labels != "none":
         train = by_folder(train, asked=labels == "folders")
@@ -135,7 +134,7 @@ def discover(
 
 
 def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[str], PassedOver]:
-    """What lies in a folder but not in another one that may lie within it."""
+    """The images of a folder, without those of the other one, and what was passed over."""
     exclude = () if other is None else (identity(other),)
     if identity(folder) in exclude:
         raise ValueError(
@@ -152,7 +151,7 @@ def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[
 
 
 def _with_classes_of(train: Listing, test: Listing) -> Listing:
-    """The held-out listing with the classes of the images to learn from; unlabelled where it has none of them."""
+    """The held-out listing with the classes of the training images; unlabelled if it has none of them."""
     folders, spelled = set(test.folders()) - {""}, same_spelling(train.classes)
     unknown = sorted(folder for folder in folders if spelled(folder) is None)
     known = folders.difference(unknown)
@@ -180,7 +179,7 @@ def _origin(listing: Listing) -> str:
 
 
 def _counted(images: Images) -> str:
-    """How many images there are, and of each class."""
+    """Number of images, and of each class."""
     if images.labels is None:
         return f"{plural(len(images), 'image')} without labels"
     counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()

@@ -1,12 +1,11 @@
-"""Every image file below a folder, and an account of all that was passed over."""
+"""Lists the image files below a folder, and what was passed over."""
 
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
@@ -15,27 +14,25 @@ from manyviews.system.files import shown
 from manyviews.system.names import some
 from manyviews.system.plural import plural
 
-T = TypeVar("T")
-
 MACOS_ARCHIVE = "__MACOSX"
-"""What macOS adds to archives: for each file one of the same ending that is no image."""
+"""Folder that macOS adds to archives: for each file one of the same ending that is no image."""
 RUN_CONFIG = "config.yaml"
 RUN_PARTS = frozenset({"metrics.jsonl", "checkpoints", "tensorboard", "backbone", "classifier", "done"})
-"""A folder with a config.yaml and one of these is a run's; its pictures are of images, not images."""
+"""A folder with a config.yaml and one of these is a run; its pictures are not images of a data set."""
 CAMERA_ENDINGS = frozenset(
     {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raw", ".svg", ".jxl", ".exr", ".hdr", ".dcm"}
 )
-"""Pictures that Pillow does not know either."""
+"""Pictures that Pillow does not read either."""
 MOST_ENDINGS = 10
 Identity = tuple[int, int]
 
 
 @dataclass
 class PassedOver:
-    """What lies below a folder and is not read as an image, by the reason."""
+    """What is below a folder and not read as an image, by reason."""
 
     endings: Counter[str] = field(default_factory=Counter)
-    """Files by their ending in lower case; "" for those without one that do not begin as an image."""
+    """Other files by their ending in lower case; "" for none."""
     hidden: int = 0
     """Files and folders whose name begins with a dot, and `__MACOSX`."""
     special: int = 0
@@ -43,15 +40,13 @@ class PassedOver:
     links: list[str] = field(default_factory=list)
     """Symbolic links that are not followed."""
     broken: list[str] = field(default_factory=list)
-    """Symbolic links that lead nowhere."""
     unreadable: list[str] = field(default_factory=list)
     """Folders that may not be listed."""
     runs: list[str] = field(default_factory=list)
-    """Run folders."""
     excluded: list[str] = field(default_factory=list)
-    """Folders that were asked to be left out."""
+    """Folders of another split."""
     unused: list[str] = field(default_factory=list)
-    """Sentences about images that belong to no split."""
+    """Sentences about images of no split."""
 
     def __str__(self) -> str:
         common = self.endings.most_common(MOST_ENDINGS)
@@ -68,7 +63,7 @@ class PassedOver:
         return shown("; ".join([*parts, *self.unused]))
 
     def warnings(self) -> Iterator[str]:
-        """Sentences on what a person would not expect to be passed over."""
+        """Yields sentences on what a user would not expect to be passed over."""
         pictures = [f"{count:,} {ending}" for ending, count in sorted(self.endings.items()) if ending in _pictures()]
         if pictures:
             yield f"pictures of kinds that are not read were passed over: {', '.join(pictures)}; convert them to PNG"
@@ -87,7 +82,7 @@ class PassedOver:
 
 
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
-    """The names of all image files below a folder, with `/` between their parts, and what was passed over.
+    """Names of all image files below a folder, with `/` between their parts, and what was passed over.
 
     Args:
         start: the folder, which may be a link itself.
@@ -95,7 +90,7 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         exclude: folders that are not entered, by `identity`.
 
     Raises:
-        ValueError: the folder itself may not be read or is a run's, or one below cannot be listed for another reason.
+        ValueError: the folder may not be read or is a run folder, or one below cannot be listed.
     """
     names: list[str] = []
     passed = PassedOver()
@@ -105,16 +100,18 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         below = folders.pop()
         folder = start / below
         try:
-            own = _or_sentence(partial(identity, folder), folder)
+            own = identity(folder)
             # A loop of links, or a second way to the same folder.
             if own in visited:
                 continue
-            entries = sorted(_or_sentence(partial(os.scandir, folder), folder), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError as error:
             if not below:
                 raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
             passed.unreadable.append(below.rstrip("/"))
             continue
+        except OSError as error:
+            raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
         visited.add(own)
         if own in exclude:
             passed.excluded.append(below)
@@ -146,7 +143,7 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
 
 
 def identity(folder: Path) -> Identity:
-    """What a folder is known by, under whichever name and through whichever link it is reached."""
+    """Device and inode of a folder, equal for all names and links."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -158,17 +155,8 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _or_sentence(look: Callable[[], T], folder: Path) -> T:
-    try:
-        return look()
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
-
-
 @cache
 def _pictures() -> frozenset[str]:
-    """Endings of pictures, of which those of films and documents that Pillow knows are none."""
+    """Endings of pictures, without the films and documents that Pillow has plugins for."""
     Image.init()
     return CAMERA_ENDINGS | (set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"})

@@ -1,4 +1,4 @@
-"""Ten thousand images to learn from and two thousand to measure with, in the package itself."""
+"""The bundled sample of Fashion-MNIST: 10,000 training and 2,000 held-out images."""
 
 from importlib.resources import files
 from typing import Literal
@@ -13,12 +13,12 @@ from manyviews.data.sources.fashion_mnist import CLASSES, SIZE
 
 
 class Sample(Settings):
-    """A balanced, lossless part of Fashion-MNIST that needs no download; `make.py` beside this file chose it."""
+    """A balanced, lossless part of Fashion-MNIST that needs no download; made by `make.py` in this folder."""
 
     name: Literal["sample"] = "sample"
 
     def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
-        """Both splits; an image is called by its place in Fashion-MNIST, such as `train/00008`."""
+        """Both splits; images are named by their index in Fashion-MNIST, such as `train/00008`."""
         return Split(_read("train"), _read("test"))
 
 

@@ -29,9 +29,9 @@ CLASSES = (
 )
 SIZE = 28
 DEBIAN = "/usr/share/datasets/fashion-mnist"
-STEMS = {"train": "train", "test": "t10k"}
+STEMS, KINDS = {"train": "train", "test": "t10k"}, ("images-idx3", "labels-idx1")
 LARGEST = 1 << 26
-"""Bytes, a little more than those of 60,000 images: a small compressed file may stand for very many."""
+"""Bytes that are decompressed, a little more than 60,000 images."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -60,10 +60,8 @@ class FashionMNIST(Settings):
 
 
 def read_split(folder: Path, split: str) -> tuple[Bytes, Bytes]:
-    """The images [N, 28, 28] and labels [N] of `train` or `test`, from a folder of idx files, compressed or not."""
-    images, labels = (
-        _read_idx(_file(folder, f"{STEMS[split]}-{what}-ubyte")) for what in ("images-idx3", "labels-idx1")
-    )
+    """Images [N, 28, 28] and labels [N] of `train` or `test`, from a folder of idx files, compressed or not."""
+    images, labels = (_read_idx(_file(folder, f"{STEMS[split]}-{what}-ubyte")) for what in KINDS)
     if images.shape != (len(labels), SIZE, SIZE) or labels.max(initial=0) >= len(CLASSES):
         raise ValueError(f"{folder} is not Fashion-MNIST: {images.shape} images, labels up to {labels.max(initial=0)}")
     return images, labels
@@ -71,7 +69,7 @@ def read_split(folder: Path, split: str) -> tuple[Bytes, Bytes]:
 
 def _folder(candidates: list[Path]) -> Path | None:
     folders = [folder for candidate in candidates for folder in (candidate / "FashionMNIST" / "raw", candidate)]
-    stems = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
+    stems = [f"{stem}-{what}-ubyte" for stem in STEMS.values() for what in KINDS]
     return next((folder for folder in folders if all(_file(folder, stem).is_file() for stem in stems)), None)
 
 

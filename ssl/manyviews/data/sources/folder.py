@@ -1,4 +1,4 @@
-"""Any folder of images: nested or flat, of mixed sizes and kinds, with other files among them."""
+"""Any folder of images: nested or flat, of mixed sizes and formats, with other files among them."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -36,8 +36,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 class Folder(Settings):
     """Images in a folder, at any depth.
 
-    Ids count the readable images in natural order of their names. Which files are readable is looked at in each run;
-    the fingerprint, over names, contents, labels and the stored form, changes when anything of that does.
+    Ids count the readable images in natural order of their names. Every run checks which files are readable; the
+    fingerprint covers names, contents, labels and the decoding.
     """
 
     name: Literal["folder"] = "folder"
@@ -89,22 +89,20 @@ class Folder(Settings):
     """Follow symbolic links, also out of the folder."""
 
     def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
-        """The readable images, decoded into memory or, beyond the budget, opened once to see that they are images.
-
-        All processes call it together, and get the same images.
+        """Reads the images: decoded into memory or, beyond the budget, only checked; the same on all ranks; collective.
 
         Args:
             workers: threads that decode.
-            report: hears how far it has come.
-            began: of a run that goes on, the digests of its files when it began, by their names
-                (`Inventory.marks`). Those that are lost since keep their ids, as images on disk that have failed.
+            report: progress callback.
+            began: for a resumed run, `Inventory.marks` of its start. Files that were lost since keep their ids, as
+                images on disk that have failed.
 
         Raises:
-            ValueError: a folder is missing, may not be read or holds no images, its layout can be read in several
-                ways, too many files are unreadable, or the processes do not see the same files.
+            ValueError: a folder is missing, may not be read or has no images, its layout is ambiguous, too many files
+                are unreadable, or the ranks do not see the same files.
         """
         with raise_on_all_ranks():
-            discovered = self._listings(began or ())
+            discovered = self._discover(began or ())
         listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
@@ -115,7 +113,7 @@ class Folder(Settings):
         for name, part in zip(("learn from", "measure with"), read, strict=False):
             if not len(part.images):
                 raise ValueError(f"{self.path}: no readable image is left to {name}")
-        # The sizes, too: of files on disk each process has read a part only.
+        # With the sizes: of files on disk each rank has read only a part.
         mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
         refuse_differences(self.path, "reads", mark)
         discovered.warn(read)
@@ -128,16 +126,13 @@ class Folder(Settings):
         )
         return Split(read[0].images, test, tuple(unreadable), discovered.line(read[0].images, test), inventory)
 
-    def _listings(self, also: Collection[str]) -> Discovery:
-        root = existing_folder(self.path)
-        table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
-        test = None if self.test is None else existing_folder(self.test)
+    def _discover(self, also: Collection[str]) -> Discovery:
         return discover(
-            root,
-            test,
+            existing_folder(self.path),
+            None if self.test is None else existing_folder(self.test),
             follow_links=self.follow_links,
             splits=self.splits,
-            labels=table or self.labels,
+            labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
             holdout=self.holdout,
             seed=self.holdout_seed,
             also=also,
@@ -179,12 +174,12 @@ class Folder(Settings):
                 digests[index], states[index] = np.frombuffer(before, np.uint8), 0
         kept = [index for index in range(len(names)) if index not in failures]
         if failures and in_memory:
-            # Closing the gaps in place: a copy would need the memory twice.
+            # The gaps are closed in place: a copy would need the memory twice.
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
         kept_names, digests = Names(names[index] for index in kept), digests[kept]
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
-        # No path and no time: a copy elsewhere is the same images.
+        # Without path and times: a copy elsewhere has the same fingerprint.
         table = [] if labels is None else [labels.numpy(), listing.classes]
         mark = fingerprint([decoding, kept_names, digests, *table])
         sizes = states[kept, 0]
@@ -211,10 +206,6 @@ class Folder(Settings):
         return ReadSplit(files, bad, digests, sizes)
 
     def decoding(self) -> Decoding:
-        """How a file becomes a square."""
-        return Decoding(self.channels, self.size, self._colour(), self.max_pixels, self.bits)
-
-    def _colour(self) -> tuple[int, int, int]:
-        if isinstance(self.background, str):
-            return (GREYS[self.background],) * 3
-        return self.background
+        """How files are decoded."""
+        background = self.background if isinstance(self.background, tuple) else (GREYS[self.background],) * 3
+        return Decoding(self.channels, self.size, background, self.max_pixels, self.bits)

@@ -44,7 +44,7 @@ class STL10(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """Images that stay in their files, mapped into memory: 3 GB that all ranks of a machine share."""
+    """Images in files that are mapped into memory: 3 GB that all ranks of a machine share."""
 
     parts: tuple[UInt8[Tensor, "_ 3 96 96"], ...]
     names: Names
@@ -52,7 +52,7 @@ class Mapped:
     classes: tuple[str, ...]
     fingerprint: str
     rows: Int64[Tensor, " images"]
-    """Where each image stands in the parts, one after the other."""
+    """Index of each image in the concatenated parts."""
     channels: int = 3
     size: int = SIZE
 
