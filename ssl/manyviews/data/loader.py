@@ -1,4 +1,4 @@
-"""Batches of images for training, from any step on, the same with any number of workers."""
+"""Loads batches of images from any step on, the same with any number of workers."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
 
 PREFETCHED = 2
-"""Batches of each worker that are decoded, or being decoded, before they are asked for."""
+"""Batches that each worker decodes ahead."""
 
 
 class Batch(NamedTuple):
@@ -34,15 +34,20 @@ class Batch(NamedTuple):
 class Loader:
     """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
 
-    Images in memory are indexed; images on disk are decoded ahead by `workers` processes, which end with the iterator.
-    On a machine with CUDA the batches are pinned, so that `.to(device, non_blocking=True)` does not wait.
+    Images on disk are decoded ahead by `workers` processes, which end with the iterator. On a machine with CUDA the
+    batches are pinned, for `.to(device, non_blocking=True)`.
 
-    A file that cannot be decoded any more is replaced by the next readable image, under that image's id: the row of
-    the broken one in a memory bank stays as it was. `images.failed` lists these files.
+    A file that cannot be decoded any more is replaced by the next readable image, under that image's id, and listed in
+    `images.failed`.
+
+    >>> from manyviews.data import Sample
+    >>> images = Sample().build().train
+    >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.shape
+    torch.Size([4, 1, 28, 28])
 
     Raises:
         ValueError: the batch does not divide over the ranks; while iterating, too many files are unreadable.
-        TimeoutError: while iterating, no batch came for `timeout` seconds; names the files being read.
+        TimeoutError: while iterating, no batch for `timeout` seconds; with the file being read.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class Loader:
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         for step in count(self.start):
             epoch, ids = self.order.batch(step)
-            # Of a smaller last batch some ranks get one image more than others.
+            # The shares of a smaller last batch differ by at most one image.
             yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
 
     def _from_memory(self, images: Images) -> Iterator[Batch]:
@@ -100,31 +105,31 @@ class Loader:
             for number in range(self.workers):
                 try:
                     worker = Worker(packed, number, pin=self._pin)
-                except RuntimeError:  # not even a thread can be started: those that could be do the work
+                except RuntimeError:  # no thread could be started: the other workers do the work
                     break
                 workers.append(stack.enter_context(closing(worker)))
             if not workers:
                 yield from self._from_disk(images)
                 return
             plan, turns = self._plan(), cycle(workers)
-            asked: deque[tuple[Worker, int]] = deque()
+            pending: deque[tuple[Worker, int]] = deque()
 
-            def ask() -> None:
+            def request() -> None:
                 (epoch, share), worker = next(plan), next(turns)
-                worker.ask(share)
-                asked.append((worker, epoch))
+                worker.request(share)
+                pending.append((worker, epoch))
 
             for _ in range(PREFETCHED * len(workers)):
-                ask()
+                request()
             while True:
-                worker, epoch = asked.popleft()
+                worker, epoch = pending.popleft()
                 try:
                     pixels, ids, failures = worker.get(self.timeout)
                 except Empty:
                     reading = worker.reading()
                     where = f"; being read: {reading}" if reading else ""
                     raise TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}") from None
-                ask()
+                request()
                 _note(images, failures)
                 yield Batch(pixels, torch.tensor(ids), epoch)
 
