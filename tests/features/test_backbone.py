@@ -55,7 +55,7 @@ def test_the_projector_comes_from_the_newest_checkpoint(run: Path, tmp_path: Pat
     small_run(tmp_path / "wider", "encoder.projector.dim=64", "seed=3")
     state = {name: value + 1 for name, value in open_run(other).weights.items() if value.is_floating_point()}
     object.__setattr__(opened := open_run(other), "weights", state)
-    with pytest.raises(ValueError, match=r"of step 7, is of other weights than backbone/model\.safetensors"):
+    with pytest.raises(ValueError, match=r"of step 7, has other weights than backbone/model\.safetensors"):
         opened.projector()
 
 
@@ -103,8 +103,8 @@ def test_another_size_is_seen_by_what_can_take_it(run: Path, tmp_path: Path) -> 
 def test_words_that_open_nothing_are_answered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         (str(run), True): "is a run and has learned its own weights: leave it out",
-        ("resnet18", None): r"say pretrained=true for its published weights .* or pretrained=false for random ones",
-        ("resnet81", True): r"neither a run \(no folder that exists\) nor a model that timm knows; timm has resnet\d",
+        ("resnet18", None): r"set pretrained=true for its published weights .* or pretrained=false for random ones",
+        ("resnet81", True): r"neither a run \(no folder that exists\) nor a model of timm; timm has resnet\d",
         (str(run) + "s", None): f"neither a run .*; there are .*{run}",
         (str(run / "backbone"), None): f"write local-dir:{run / 'backbone'}",
         (str(run / "config.yaml"), None): r"neither a run \(a file\)",

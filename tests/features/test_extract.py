@@ -287,7 +287,7 @@ def test_wrong_words_are_answered_before_anything_is_written(
     own = words(folder, tmp_path / "out")
     refused = {
         (str(run), *own, "layers=backbone,stage.0"): "has no 'stage.0'; did you mean stages.0",
-        (str(run), f"output={tmp_path / 'out'}", f"data={folder}"): "data.channels=1 reads them so",
+        (str(run), f"output={tmp_path / 'out'}", f"data={folder}"): "use data.channels=1",
         (str(run), *words(folder, tmp_path / "file")): "is a file; name a folder",
         (str(run), *words(folder, tmp_path / "file" / "out")): "is a file; name a folder",
         (str(run), *words(folder, tmp_path / "full")): "holds other files",
