@@ -1,5 +1,6 @@
 """Batch samplers: the ids of a batch are a pure function of the seed and the step, the same on every rank."""
 
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,14 +110,12 @@ class ClassOrder(Order):
 
     def _steps(self) -> int:
         """The most batches that can be filled with at most one group of each class."""
-        fewest, most = 1, int(self._groups.sum()) // self.classes_per_batch
-        while fewest < most:
-            middle = (fewest + most + 1) // 2
-            if np.minimum(self._groups, middle).sum() >= middle * self.classes_per_batch:
-                fewest = middle
-            else:
-                most = middle - 1
-        return fewest
+
+        def too_many(steps: int) -> bool:
+            return bool(np.minimum(self._groups, steps).sum() < steps * self.classes_per_batch)
+
+        most = int(self._groups.sum()) // self.classes_per_batch
+        return bisect_left(range(1, most + 1), True, key=too_many)
 
     def _arrange(self, epoch: int) -> Int64[Tensor, " images"]:
         generator = numpy_generator("class", self.seed, epoch)

@@ -70,7 +70,7 @@ def extract(
     batches = torch.split(chosen, batch_size)
     rounds = max(1, -(-len(batches) // distributed.world_size()))
     batches = batches[distributed.share(len(batches))]
-    own = torch.cat([chosen[:0], *batches])
+    count = sum(map(len, batches))
     batches = batches or (chosen[:1],)
     passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
     local = torch.empty(0)
@@ -85,7 +85,7 @@ def extract(
                 for ids_of_batch, rows in islice(passes, 1):
                     if not done:
                         # Allocated once: concatenated at the end, all batches would take the memory twice.
-                        local = torch.empty(max(len(own), 1), rows.shape[1])
+                        local = torch.empty(max(count, 1), rows.shape[1])
                     local[done : done + len(ids_of_batch)] = rows
                     done += len(ids_of_batch)
             except Exception as raised:
@@ -94,9 +94,11 @@ def extract(
     with raise_on_all_ranks():
         if problem is not None:
             raise problem
-    local = local[: len(own)]
+    local = local[:count]
     if distributed.world_size() > 1:
-        local = _gather_by_id(local.to(device), own.to(device), chosen)
+        # Shares are consecutive: the rank order is that of the ids.
+        local = distributed.gather_without_gradient(local.to(device)).cpu()
+        assert len(local) == len(chosen), f"{len(local)} features for {len(chosen)} images"
     check_finite(local)
     return local
 
@@ -144,16 +146,6 @@ def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Te
             pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
         pieces.append(pixels.flatten(1))
     return torch.cat(pieces)
-
-
-def _gather_by_id(local: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
-    features = distributed.gather_without_gradient(local).cpu()
-    ids = distributed.gather_without_gradient(own).cpu()
-    ordered, rows = chosen.sort()
-    assert torch.equal(ids.sort().values, ordered), "an image was computed twice or not at all"
-    gathered = torch.empty_like(features)
-    gathered[rows[torch.searchsorted(ordered, ids)]] = features
-    return gathered
 
 
 def check_finite(features: Tensor) -> None:

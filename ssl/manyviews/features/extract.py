@@ -1,7 +1,9 @@
 """The command `extract`: writes features of images by a pretrained backbone to files."""
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from manyviews.config import as_list
 from manyviews.data import Data, Split, background_of
-from manyviews.features import exports, store
+from manyviews.features import store
 from manyviews.features.backbone import PretrainedBackbone, open_model
 from manyviews.features.layers import BACKBONE, layers_of, widths_of
 from manyviews.features.settings import EncodeSettings, images_of
@@ -23,7 +25,11 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import start
 from manyviews.system.writing import make_folder, replacing
 
-LABELS = "labels.npy"
+LABELS, TABLE = "labels.npy", "features.parquet"
+ROWS_AT_ONCE = 8_192
+"""Rows in memory while a file is exported."""
+
+Rows = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class ExtractSettings(EncodeSettings):
@@ -67,14 +73,14 @@ def extract(model: str | Path, settings: ExtractSettings) -> Path:
     output = Path(settings.output).expanduser()
     check_place(output)
     if settings.parquet:
-        exports.check_parquet()
+        check_parquet()
     opened = open_model(str(model), pretrained=settings.pretrained, size=settings.size)
     layers, origin = layers_of(opened, settings.layers)
     widths = widths_of(layers, opened.blank())
     split = images_of(opened, settings, console)
     parts = _parts(split, settings.split)
     key = key_of(opened, origin, settings.precision, parts, widths)
-    wanted = [exports.TABLE] * settings.parquet + [f"{name}.fvecs" for name in settings.layers] * settings.faiss
+    wanted = [TABLE] * settings.parquet + [f"{name}.fvecs" for name in settings.layers] * settings.faiss
     with store.held(output, key, replace=settings.overwrite, copies=1 + settings.parquet + settings.faiss) as complete:
         if complete and all((output / name).is_file() for name in wanted):
             console.say(f"{output} is up to date")
@@ -131,13 +137,13 @@ def _publish(
         files.append(LABELS)
     paths = {name: [partial / layer["file"], output / layer["file"]] for name, layer in key["layers"].items()}
     rows = {name: mapped_array(next(filter(Path.exists, either))) for name, either in paths.items()}
-    if exports.TABLE in wanted:
-        with replacing(partial / exports.TABLE, output) as (path, _):
-            exports.write_parquet(path, rows, entries(parts), labels)
+    if TABLE in wanted:
+        with replacing(partial / TABLE, output) as (path, _):
+            write_parquet(path, rows, entries(parts), labels)
     for name, values in rows.items():
         if f"{name}.fvecs" in wanted:
             with replacing(partial / f"{name}.fvecs", output) as (path, _):
-                exports.write_vectors(path, values)
+                write_vectors(path, values)
     files += [*wanted, *before.get("files", ())]
     manifest = {
         "model": opened.name if opened.folder is None else str(opened.folder.resolve()),
@@ -150,3 +156,59 @@ def _publish(
         "columns": ["split", "id", "name"],
     }
     store.finish(output, list(dict.fromkeys(files)), manifest, entries(parts))
+
+
+def check_parquet() -> None:
+    """Raises a ValueError if pyarrow is not installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("parquet=true needs pyarrow: pip install 'manyviews[parquet]'")
+
+
+def write_parquet(
+    file: Path,
+    layers: Mapping[str, Rows],
+    entries: Iterator[tuple[str, int, str]],
+    labels: np.ndarray[Any, np.dtype[np.int64]] | None,
+) -> None:
+    """Writes a table with one row per image: split, id, name, label, and each layer as a list of fixed size.
+
+    `layers` are [images, width] by column, `entries` the split, id and name of each image, and `labels` int64 [images],
+    -1 for none; without them the column is null. A few megabytes are in memory at a time.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lists = [pa.field(name, pa.list_(pa.float32(), rows.shape[1])) for name, rows in layers.items()]
+    plain = [("split", pa.string()), ("id", pa.int64()), ("name", pa.string()), ("label", pa.int64())]
+    schema = pa.schema([*(pa.field(name, kind) for name, kind in plain), *lists])
+    total = len(next(iter(layers.values())))
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, total, ROWS_AT_ONCE):
+            splits, ids, names = zip(*islice(entries, ROWS_AT_ONCE), strict=True)
+            stop = start + len(ids)
+            known = np.full(len(ids), -1) if labels is None else labels[start:stop]
+            columns = [
+                pa.array(splits, pa.string()),
+                pa.array(ids, pa.int64()),
+                # A file name need not be valid UTF-8.
+                pa.array([name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]),
+                pa.array(known, pa.int64(), mask=known < 0),
+            ]
+            for rows in layers.values():
+                values = pa.array(np.ascontiguousarray(rows[start:stop]).reshape(-1))
+                columns.append(pa.FixedSizeListArray.from_arrays(values, rows.shape[1]))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def write_vectors(file: Path, rows: Rows) -> None:
+    """Writes rows, scaled to unit length, as fvecs: inner products are then cosines; a row of zeros stays zero.
+
+    Each vector is its dimension as int32, then its values as float32, little endian (the format of the TEXMEX
+    corpora); `faiss.contrib.vecs_io.fvecs_read` reads it.
+    """
+    with file.open("wb") as content:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            values = rows[start : start + ROWS_AT_ONCE].astype("<f4")
+            values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            dims = np.full((len(values), 1), values.shape[1], "<i4").view("<f4")
+            np.concatenate([dims, values], axis=1).tofile(content)

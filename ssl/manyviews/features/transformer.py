@@ -18,8 +18,11 @@ from manyviews.data.decoding.files import Files
 from manyviews.data.images import Names
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
-from manyviews.features.backbone import PretrainedBackbone, open_model
+from manyviews.features.backbone import open_model
 from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
+
+FINGERPRINT = "0" * 64
+"""Placeholder: the fingerprint of these images is not used."""
 
 
 class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -83,7 +86,10 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         layers, _ = layers_of(opened, (self.layer,))
         self._n_features_out = widths_of(layers, opened.blank())[self.layer]
         self.module_ = OneLayer(layers).cpu()
-        self.decoding_ = _decoding(opened)
+        data = opened.recipe.data if opened.recipe is not None else None
+        # Files are decoded as the run's own images were.
+        own = Decoding(opened.channels, opened.size, (255, 255, 255), PILLOW_LIMIT)
+        self.decoding_ = data.decoding() if isinstance(data, Folder) else own
         # The weights are in the module.
         self.opened_ = dataclasses.replace(opened, weights={}, encoder=None)
         return self
@@ -136,19 +142,8 @@ def images_from(inputs: Any, decoding: Decoding) -> Images:
         raise ValueError("there is no image")
     if all(isinstance(item, str | Path) for item in items):
         names = Names(str(Path(item).expanduser()) for item in items)
-        return Files(Path(), names, None, (), _unmarked(items), decoding, max_bad=0.0, workers=0)
-    pixels = torch.stack([_square(item, decoding) for item in items])
-    return _unnamed(pixels)
-
-
-def _decoding(opened: PretrainedBackbone) -> Decoding:
-    """That of the run's own images, or at the size of the backbone's input."""
-    data = opened.recipe.data if opened.recipe is not None else None
-    return (
-        data.decoding()
-        if isinstance(data, Folder)
-        else Decoding(opened.channels, opened.size, (255,) * 3, PILLOW_LIMIT)
-    )
+        return Files(Path(), names, None, (), FINGERPRINT, decoding, max_bad=0.0, workers=0)
+    return _unnamed(torch.stack([_square(item, decoding) for item in items]))
 
 
 def _stacked(pixels: Tensor, channels: int) -> InMemory:
@@ -186,9 +181,4 @@ def _square(item: Any, decoding: Decoding) -> Tensor:
 
 
 def _unnamed(pixels: Tensor) -> InMemory:
-    return InMemory(pixels, Names(map(str, range(len(pixels)))), None, (), _unmarked(pixels))
-
-
-def _unmarked(images: object) -> str:
-    """A placeholder: the fingerprint of these images is not used."""
-    return f"{id(images):064x}"
+    return InMemory(pixels, Names(map(str, range(len(pixels)))), None, (), FINGERPRINT)

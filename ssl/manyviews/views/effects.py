@@ -1,7 +1,5 @@
 """Blur, solarisation and erasing, each with its own parameters per image."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from kornia.filters import gaussian_blur2d
@@ -15,11 +13,12 @@ def blur(
     kernel: int,
 ) -> Float[Tensor, "batch channels height width"]:
     """Gaussian blur (kornia's) where `applied`; `sigma` is each image's standard deviation in pixels."""
-
-    def blurred(images: Tensor, sigma: Tensor) -> Tensor:
-        return gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2))
-
-    return _where(applied, blurred, images, sigma)
+    sigma = sigma[:, None].expand(-1, 2)
+    # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
+    if images.device.type != "cpu":
+        return torch.where(applied[:, None, None, None], gaussian_blur2d(images, kernel, sigma), images)
+    rows = applied.nonzero().squeeze(1)
+    return images.index_copy(0, rows, gaussian_blur2d(images[rows], kernel, sigma[rows])) if len(rows) else images
 
 
 def solarize(
@@ -49,13 +48,3 @@ def erase(
         for axis, side in ((0, images.shape[3]), (1, images.shape[2]))
     )
     return images.masked_fill_((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), fill)
-
-
-def _where(applied: Tensor, change: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
-    if images.device.type != "cpu":
-        return torch.where(applied[:, None, None, None], change(images, *parameters), images)
-    rows = applied.nonzero().squeeze(1)
-    if not len(rows):
-        return images
-    return images.index_copy(0, rows, change(images[rows], *(values[rows] for values in parameters)))

@@ -11,7 +11,7 @@ from manyviews.data.images import Images
 from manyviews.data.label_table import read_labels
 from manyviews.data.listing.digests import Digests
 from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of, with_classes
-from manyviews.data.listing.walk import PassedOver, identity, walk
+from manyviews.data.listing.walk import OTHER_SPLIT, PassedOver, identity, walk
 from manyviews.data.sources.paths import same_spelling
 from manyviews.system import distributed
 from manyviews.system.files import shown
@@ -101,7 +101,7 @@ def discover(
         candidates = (listing_of(test, tested),)
         everything.append((test, besides))
     if isinstance(labels, Path):
-        inside = [f"{below}{name}" for below in passed.excluded for name in candidates[0].names]
+        inside = [f"{below}/{name}" for below in passed.names[OTHER_SPLIT] for name in candidates[0].names]
         table = read_labels(labels, [*names, *inside])
         train = labelled(train, table)
     elif labels != "none":
@@ -109,7 +109,7 @@ def discover(
     notes = _notes(train) if table is None and labels != "none" else []
     held, origin = None, ""
     for candidate in candidates:
-        below = passed.excluded[0] if test is not None and passed.excluded else ""
+        below = f"{passed.names[OTHER_SPLIT][0]}/" if passed.names[OTHER_SPLIT] else ""
         named, chosen = _origin(candidate), candidate
         if table is not None:
             chosen = labelled(candidate, {name.removeprefix(below): label for name, label in table.items()})

@@ -24,6 +24,16 @@ CAMERA_ENDINGS = frozenset(
 )
 """Pictures that Pillow does not read either."""
 MOST_ENDINGS = 10
+LINK, BROKEN, UNREADABLE = "symbolic link", "broken symbolic link", "unreadable folder"
+RUN, OTHER_SPLIT = "run folder", "folder"
+KINDS = {
+    LINK: " (data.follow_links=true follows them)",
+    BROKEN: "",
+    UNREADABLE: "",
+    RUN: "",
+    OTHER_SPLIT: " that is read as another split",
+}
+"""What may be passed over by name, with a remark."""
 Identity = tuple[int, int]
 
 
@@ -37,14 +47,8 @@ class PassedOver:
     """Files and folders whose name begins with a dot, and `__MACOSX`."""
     special: int = 0
     """Pipes, sockets and devices."""
-    links: list[str] = field(default_factory=list)
-    """Symbolic links that are not followed."""
-    broken: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    """Folders that may not be listed."""
-    runs: list[str] = field(default_factory=list)
-    excluded: list[str] = field(default_factory=list)
-    """Folders of another split."""
+    names: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Names of each of `KINDS`."""
     unused: list[str] = field(default_factory=list)
     """Sentences about images of no split."""
 
@@ -56,10 +60,9 @@ class PassedOver:
         parts = [", ".join(files)] if files else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [plural(self.special, "pipe or device", "pipes or devices")] if self.special else []
-        splits = [name.rstrip("/") for name in self.excluded]
-        expected = ((self.runs, "run folder", ""), (splits, "folder", " that is read as another split"))
-        for names, noun, rest in (*self._unexpected(), *expected):
-            parts += [f"{plural(len(names), noun)}{rest}: {some(names)}"] if names else []
+        parts += [
+            f"{plural(len(names), kind)}{KINDS[kind]}: {some(names)}" for kind, names in self.names.items() if names
+        ]
         return shown("; ".join([*parts, *self.unused]))
 
     def warnings(self) -> Iterator[str]:
@@ -67,18 +70,11 @@ class PassedOver:
         pictures = [f"{count:,} {ending}" for ending, count in sorted(self.endings.items()) if ending in _pictures()]
         if pictures:
             yield f"pictures of kinds that are not read were passed over: {', '.join(pictures)}; convert them to PNG"
-        for names, noun, rest in self._unexpected():
-            if names:
+        for kind, names in self.names.items():
+            if names and kind not in (RUN, OTHER_SPLIT):
                 verb = "was" if len(names) == 1 else "were"
-                yield f"{plural(len(names), noun)} {verb} passed over{rest}: {some(names)}"
+                yield f"{plural(len(names), kind)} {verb} passed over{KINDS[kind]}: {some(names)}"
         yield from self.unused
-
-    def _unexpected(self) -> tuple[tuple[list[str], str, str], ...]:
-        return (
-            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
-            (self.broken, "broken symbolic link", ""),
-            (self.unreadable, "unreadable folder", ""),
-        )
 
 
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
@@ -108,31 +104,31 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         except PermissionError as error:
             if not below:
                 raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
-            passed.unreadable.append(below.rstrip("/"))
+            passed.names[UNREADABLE].append(below.rstrip("/"))
             continue
         except OSError as error:
             raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
         visited.add(own)
         if own in exclude:
-            passed.excluded.append(below)
+            passed.names[OTHER_SPLIT].append(below.rstrip("/"))
             continue
         present = {entry.name for entry in entries}
         if RUN_CONFIG in present and not RUN_PARTS.isdisjoint(present):
             if not below:
                 raise ValueError(f"{shown(folder)} is a run folder, not a folder of images")
-            passed.runs.append(below.rstrip("/"))
+            passed.names[RUN].append(below.rstrip("/"))
             continue
         for entry in entries:
             name = below + entry.name
             if entry.name.startswith(".") or entry.name == MACOS_ARCHIVE:
                 passed.hidden += 1
             elif entry.is_symlink() and not follow_links:
-                passed.links.append(name)
+                passed.names[LINK].append(name)
             elif _is(entry.is_dir):
                 folders.append(f"{name}/")
             elif not _is(entry.is_file):
                 if entry.is_symlink():
-                    passed.broken.append(name)
+                    passed.names[BROKEN].append(name)
                 else:
                     passed.special += 1
             elif looks_like_an_image(start / name):
