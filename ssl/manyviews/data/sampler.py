@@ -30,12 +30,6 @@ class Order:
     >>> Order(10, 4, seed=0).batch(2)[0], Order(10, 4, seed=0).steps_per_epoch
     (1, 2)
 
-    Args:
-        num_images: number of images.
-        batch_size: images of a full global batch.
-        seed: determines the order together with the epoch.
-        smallest: fewest images of a last batch; None: incomplete batches are dropped.
-
     Raises:
         ValueError: fewer images than a batch.
     """

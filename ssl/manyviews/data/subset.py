@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -28,29 +29,19 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
     """The images of these ids, in their order, with new ids from 0; raises ValueError if there are none."""
     if not len(keep):
         raise ValueError(f"none of {plural(len(images), 'image')} is left")
-    chosen = keep.tolist()
-    labels = None if images.labels is None else images.labels[keep]
-    mark = fingerprint([images.fingerprint, keep.numpy()])
-    names = Names(images.names[index] for index in chosen)
-    if isinstance(images, InMemory):
-        pixels = images.pixels.index_select(0, keep)
-        return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
-    if isinstance(images, Mapped):
-        rows = images.rows[keep]
-        return dataclasses.replace(images, rows=rows, names=names, labels=images.labels[keep], fingerprint=mark)
-    assert isinstance(images, Files)
-    states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
-    failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
-    return dataclasses.replace(
-        images,
-        names=names,
-        labels=labels,
-        fingerprint=mark,
-        states=states,
-        digests=digests,
-        failed=failed,
-        reported=set(failed),
-    )
+    assert isinstance(images, InMemory | Mapped | Files)
+    names = Names(images.names[index] for index in keep.tolist())
+    changed: dict[str, Any] = {"names": names, "fingerprint": fingerprint([images.fingerprint, keep.numpy()])}
+    if isinstance(images, Files):
+        changed["failed"] = {
+            name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed
+        }
+        changed["reported"] = set(changed["failed"])
+    # All that has a row per image.
+    for field in ("labels", "pixels", "rows", "states", "digests"):
+        if (rows := getattr(images, field, None)) is not None:
+            changed[field] = rows[keep]
+    return dataclasses.replace(images, **changed)
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:

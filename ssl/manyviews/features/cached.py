@@ -10,7 +10,7 @@ from torch import Tensor
 from manyviews.data import Images
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
-from manyviews.features.layers import BACKBONE, Layers, OneLayer, layers_of, widths_of
+from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
 from manyviews.features.settings import EncodeSettings
 from manyviews.features.store_rows import Part, fill, key_of
 from manyviews.system import distributed
@@ -39,11 +39,11 @@ def features_of(
     Args:
         opened: a run or a timm model.
         images: encoded in the order of their ids.
-        settings: batch size, precision and workers; its data are not used.
+        settings: its data are not used.
         console: shows the progress.
         layer: as in `Layers`.
         untrained: encode by the backbone before its first step, a baseline.
-        cache: the folder of all cached features, such as RUN/features; None: nothing is cached.
+        cache: the folder of all cached features, such as RUN/features.
         also: another such folder, only read.
 
     Raises:
@@ -55,12 +55,29 @@ def features_of(
         part = Part("images", images, 0)
         key = key_of(opened, origin, settings.precision, [part], widths_of(layers, opened.blank()))
         name = f"{layer}{'-untrained' * untrained}-{images.fingerprint[:16]}"
-        for folder in dict.fromkeys(filter(None, (cache, also))):
-            if (rows := _complete(folder / name, key, layer)) is not None:
-                return rows
+        for parent in dict.fromkeys(filter(None, (cache, also))):
+            if (complete_rows := _complete(parent / name, key, layer)) is not None:
+                return complete_rows
     if cache is not None:
+        folder, file, root = cache / name, f"{layer}.npy", cache.parent
         try:
-            return _computed(cache / name, key, opened, layers, part, settings, console, message)
+            with store.held(folder, key, replace=True, root=root) as complete:
+                if not complete:
+                    console.say(message)
+                    fill(folder, layers, [part], prepare=opened.prepare, settings=settings, console=console, root=root)
+                    if count := len(store.remarks(folder)):
+                        # Used now, and computed again once the files can be read.
+                        unread = plural(count, "image")
+                        console.warn(f"{unread} could not be read and count as grey; these features are not kept")
+                        rows = store.mapped(folder / store.PARTIAL / file)
+                        distributed.barrier()
+                        if distributed.rank() == 0:
+                            store.remove(folder, root)
+                        return rows
+                    with raise_on_all_ranks():
+                        if distributed.rank() == 0:
+                            store.finish(folder, [file], key, (), root)
+                return store.mapped(folder / file)
         except (OSError, ValueError) as problem:
             console.warn(f"features are not kept: {problem}")
     console.say(message)
@@ -82,36 +99,3 @@ def _complete(folder: Path, key: Mapping[str, Any], layer: str) -> Tensor | None
         if store.state(folder, key) == "complete":
             rows = store.mapped(folder / f"{layer}.npy")
     return None if distributed.any_over_ranks(rows is None) else rows
-
-
-def _computed(
-    folder: Path,
-    key: Mapping[str, Any],
-    opened: PretrainedBackbone,
-    layers: Layers,
-    part: Part,
-    settings: EncodeSettings,
-    console: Console,
-    message: str,
-) -> Tensor:
-    """The rows of a folder, computed if they are not complete; raises OSError or ValueError if it cannot be written."""
-    # The folder above the cache is the run's.
-    root, file = folder.parent.parent, f"{layers.layers[0]}.npy"
-    with store.held(folder, key, replace=True, root=root) as complete:
-        if not complete:
-            console.say(message)
-            fill(folder, layers, [part], prepare=opened.prepare, settings=settings, console=console, root=root)
-            if count := len(store.remarks(folder)):
-                # Used now, and computed again once the files can be read.
-                console.warn(
-                    f"{plural(count, 'image')} could not be read and count as grey; these features are not kept"
-                )
-                rows = store.mapped(folder / store.PARTIAL / file)
-                distributed.barrier()
-                if distributed.rank() == 0:
-                    store.remove(folder, root)
-                return rows
-            with raise_on_all_ranks():
-                if distributed.rank() == 0:
-                    store.finish(folder, [file], key, (), root)
-        return store.mapped(folder / file)

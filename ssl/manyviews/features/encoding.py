@@ -48,7 +48,7 @@ def extract(
         images: a split.
         prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
         device: that of the backbone.
-        ids: distinct ids, the same on every rank; None: all images.
+        ids: distinct ids, the same on every rank.
         batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
         workers: threads that read ahead.

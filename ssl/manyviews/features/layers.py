@@ -26,13 +26,10 @@ class Layers(nn.Module):
     other layer a module of the backbone by its name (`layer3`, `blocks.5`). Maps are averaged over their positions,
     tokens over the patches.
 
-    Args:
-        backbone: the module that encodes.
-        layers: names, each once.
-        heads: the modules of `projector` and `embedding`.
+    `heads` are the modules of `projector` and `embedding`.
 
     Raises:
-        ValueError: an unknown name, with the nearest ones, a name that is given twice, or a missing head.
+        ValueError: an unknown name, with the nearest ones, a repeated name, or a missing head.
     """
 
     def __init__(

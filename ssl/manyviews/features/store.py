@@ -70,8 +70,8 @@ def held(
         folder: created if it does not exist.
         key: as in `state`, with the files and shapes under "layers".
         replace: delete features of another key.
-        copies: disk space that must be free, in multiples of the features.
-        root: a parent that no link may lead out of; None: the folder itself.
+        copies: free disk space that is required, in multiples of the features.
+        root: a parent that no link may lead out of; by default the folder itself.
 
     Raises:
         ValueError: features of another key, a folder locked by another program, or a full disk; an OSError on all

@@ -122,13 +122,8 @@ def digests_of(
 ) -> Digests:
     """Digests [images, 16] of files: from the cache, or else read, each by one rank; collective.
 
-    Args:
-        root: the folder of the files.
-        states: `State` of each file [images, 5]; updated for files that are read.
-        failed: reasons of files to leave out, the same on every rank; those that cannot be read are added.
-        opener: opens a file by its number.
-        workers: threads.
-        report: called with the number of files that this rank has read.
+    `states` [images, 5] are updated for the files that are read. `failed`, the numbers and reasons of files to leave out,
+    equal on all ranks, gets those that cannot be read. `opener` opens a file by its number.
     """
     cache = DigestCache(root)
     digests, known = cache.look_up(states)

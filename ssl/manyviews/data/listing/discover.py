@@ -3,14 +3,12 @@
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from manyviews.data.images import Images
 from manyviews.data.label_table import read_labels
 from manyviews.data.listing.digests import Digests
-from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of, with_classes
+from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of
 from manyviews.data.listing.walk import OTHER_SPLIT, PassedOver, identity, walk
 from manyviews.data.sources.paths import same_spelling
 from manyviews.system import distributed
@@ -31,8 +29,6 @@ class ReadSplit(NamedTuple):
     unreadable: list[tuple[str, str]]
     """Names and reasons of files that were left out."""
     digests: Digests
-    sizes: np.ndarray[Any, np.dtype[np.int64]]
-    """Bytes of each file."""
 
 
 class Discovery(NamedTuple):
@@ -103,7 +99,8 @@ def discover(
     if isinstance(labels, Path):
         inside = [f"{below}/{name}" for below in passed.names[OTHER_SPLIT] for name in candidates[0].names]
         table = read_labels(labels, [*names, *inside])
-        train = labelled(train, table)
+        classes = sorted(set(table.values()))
+        train = labelled(train, map(table.get, train.names), classes)
     elif labels != "none":
         train = by_folder(train, asked=labels == "folders")
     notes = _notes(train) if table is None and labels != "none" else []
@@ -112,7 +109,9 @@ def discover(
         below = f"{passed.names[OTHER_SPLIT][0]}/" if passed.names[OTHER_SPLIT] else ""
         named, chosen = _origin(candidate), candidate
         if table is not None:
-            chosen = labelled(candidate, {name.removeprefix(below): label for name, label in table.items()})
+            chosen = labelled(
+                candidate, [table.get(f"{below}{name}", table.get(name)) for name in candidate.names], classes
+            )
         if train.labels is not None and (table is None or max(chosen.labels or [-1]) < 0):
             chosen = _with_classes_of(train, candidate)
         count = f"{plural(len(candidate.names), 'image')} in {named}"
@@ -160,7 +159,7 @@ def _with_classes_of(train: Listing, test: Listing) -> Listing:
             f"{shown(test.root / test.below)}: the held-out images have classes that {shown(train.root / train.below)} "
             f"lacks: {some(unknown, 5)}; it has {some(train.classes, 5)}"
         )
-    return with_classes(test, train.classes) if known else test
+    return labelled(test, map(spelled, test.folders()), train.classes) if known else test
 
 
 def _notes(train: Listing) -> list[str]:

@@ -3,12 +3,11 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from manyviews.data.listing.walk import PassedOver
-from manyviews.data.sources.paths import same_spelling
 from manyviews.system.files import shown
 from manyviews.system.plural import plural
 
@@ -61,22 +60,13 @@ def by_folder(listing: Listing, *, asked: bool) -> Listing:
         )
     if len(counts) < 2 or (beside >= counts.total() and not asked):
         return listing
-    return with_classes(listing, tuple(sorted(counts)))
+    return labelled(listing, listing.folders(), sorted(counts))
 
 
-def with_classes(listing: Listing, classes: Sequence[str]) -> Listing:
-    """The listing with these first sub-folders as classes; -1 for images elsewhere."""
-    number, spelled = {name: index for index, name in enumerate(classes)}, same_spelling(classes)
-    of_folder = {folder: number.get(spelled(folder) or "", -1) for folder in set(listing.folders())}
-    return listing._replace(labels=[of_folder[folder] for folder in listing.folders()], classes=tuple(classes))
-
-
-def labelled(listing: Listing, labels: Mapping[str, str]) -> Listing:
-    """The listing with the classes of a table, in alphabetical order."""
-    classes = tuple(sorted(set(labels.values())))
-    number = {name: index for index, name in enumerate(classes)}
-    numbers = [number[labels[name]] if name in labels else -1 for name in listing.names]
-    return listing._replace(labels=numbers, classes=classes)
+def labelled(listing: Listing, labels: Iterable[str | None], classes: Sequence[str]) -> Listing:
+    """The listing with these classes and the label of each image, -1 for one that is not a class."""
+    number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
+    return listing._replace(labels=[number.get(label, -1) for label in labels], classes=tuple(classes))
 
 
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:

@@ -80,10 +80,7 @@ class PassedOver:
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
     """Names of all image files below a folder, with `/` between their parts, and what was passed over.
 
-    Args:
-        start: the folder, which may be a link itself.
-        follow_links: follow symbolic links to files and folders below it.
-        exclude: folders that are not entered, by `identity`.
+    `start` may be a link itself; `exclude` are folders that are not entered, by `identity`.
 
     Raises:
         ValueError: the folder may not be read or is a run folder, or one below cannot be listed.

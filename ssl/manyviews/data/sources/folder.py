@@ -113,9 +113,10 @@ class Folder(Settings):
         for name, part in zip(("learn from", "measure with"), read, strict=False):
             if not len(part.images):
                 raise ValueError(f"{self.path}: no readable image is left to {name}")
-        # With the sizes: of files on disk each rank has read only a part.
-        mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
-        refuse_differences(self.path, "reads", mark)
+        # With the states' sizes: of files on disk each rank has read only a part.
+        on_disk = [part.images for part in read if isinstance(part.images, Files)]
+        sizes = [images.states[:, 0].numpy() for images in on_disk if images.states is not None]
+        refuse_differences(self.path, "reads", fingerprint([*(part.images.fingerprint for part in read), *sizes]))
         discovered.warn(read)
         test = read[1].images if len(read) > 1 else None
         own = [part for part, listing in zip(read, listings, strict=True) if listing.root == discovered.train.root]
@@ -182,12 +183,9 @@ class Folder(Settings):
         # Without path and times: a copy elsewhere has the same fingerprint.
         table = [] if labels is None else [labels.numpy(), listing.classes]
         mark = fingerprint([decoding, kept_names, digests, *table])
-        sizes = states[kept, 0]
         bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
         if in_memory:
-            return ReadSplit(
-                InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes
-            )
+            return ReadSplit(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests)
         files = Files(
             root,
             kept_names,
@@ -203,7 +201,7 @@ class Folder(Settings):
             failed=lost,
             reported=set(lost),
         )
-        return ReadSplit(files, bad, digests, sizes)
+        return ReadSplit(files, bad, digests)
 
     def decoding(self) -> Decoding:
         """How files are decoded."""
