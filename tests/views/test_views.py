@@ -9,8 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views import MEAN, STD, RandomColour, RandomWindow, ViewsSettings, plain
-from manyviews.views.colour import adjust, chroma_matrix, look_up, random_gamma
-from manyviews.views.effects import blur, erase, solarize
+from manyviews.views.colour import adjust, blur, chroma_matrix, erase, look_up, random_gamma, solarize
 from manyviews.views.geometry import box_extents, resample, window_matrix
 
 EVERYTHING = {

@@ -10,10 +10,9 @@ from manyviews.data.decoding.files import listed, newly_unreadable
 from manyviews.data.images import Images, InMemory, Inventory, Report, Split
 from manyviews.data.listing.inventory import alike, changes, read_inventory, write_inventory
 from manyviews.data.loader import Batch, Loader
-from manyviews.data.sample import Sample
 from manyviews.data.sampler import ClassOrder, Composition, Order, composition, order, way_out
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
-from manyviews.data.sources.fashion_mnist import FashionMNIST
+from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
 from manyviews.data.sources.folder import Folder
 from manyviews.data.sources.paths import nearest
 from manyviews.data.sources.stl10 import STL10

@@ -46,10 +46,8 @@ class Decoded(NamedTuple):
 def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Decoded:
     """Decodes images in turn; the next readable one replaces one that cannot be decoded any more.
 
-    `mark` is called with each image before it is decoded, and with `NOTHING` after it.
-
-    Raises:
-        ValueError: neither an image nor one of the next ones can be decoded.
+    `mark` is called with each image before it is decoded, and with `NOTHING` after it. Raises ValueError if none of the
+    next images can be decoded either.
     """
     pixels = torch.empty(len(ids), images.channels, images.size, images.size, dtype=torch.uint8)
     decoded = Decoded(pixels, [], [])

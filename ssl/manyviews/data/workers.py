@@ -83,11 +83,7 @@ class Packed:
 
 
 class Worker:
-    """Decodes the requested batches in turn, in a process of its own or else in a thread of this process.
-
-    Raises:
-        RuntimeError: not even a thread can be started.
-    """
+    """Decodes batches in a process of its own or else in a thread; raises RuntimeError if no thread can start."""
 
     def __init__(self, packed: Packed, number: int, *, pin: bool) -> None:
         self._packed, self._number, self._pin = packed, number, pin
@@ -115,12 +111,7 @@ class Worker:
         self._requests.put(ids)
 
     def get(self, timeout: float) -> Decoded:
-        """Waits for the oldest requested batch.
-
-        Raises:
-            queue.Empty: after `timeout` seconds.
-            ChildProcessError: the process has died.
-        """
+        """Waits for the oldest request; raises queue.Empty at the timeout, ChildProcessError if the process died."""
         result = self._done.get(timeout=timeout)
         if isinstance(result, Exception):
             raise result

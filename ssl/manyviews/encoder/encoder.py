@@ -69,11 +69,7 @@ class EncoderSettings(Settings):
     """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
 
     def build(self, *, channels: int, size: int) -> "Encoder":
-        """Builds the encoder for square images; random weights come from torch's global generator.
-
-        Raises:
-            ValueError: from `create_backbone`, or the model cannot take such images.
-        """
+        """Builds the encoder for square images; raises ValueError as `create_backbone` and `widths` do."""
         backbone = create_backbone(
             self.name,
             channels=channels,

@@ -45,9 +45,6 @@ def features_of(
         untrained: encode by the backbone before its first step, a baseline.
         cache: the folder of all cached features, such as RUN/features.
         also: another such folder, only read.
-
-    Raises:
-        ValueError: an unknown layer, or features that are not finite.
     """
     layers, origin = layers_of(opened, (layer,), untrained=untrained)
     message = f"encoding {plural(len(images), 'image')}: {'random weights' if untrained else opened.name}"

@@ -121,8 +121,7 @@ def layers_of(
 ) -> tuple[Layers, dict[str, Any]]:
     """Layers of a pretrained backbone on the accelerator, and the provenance of the weights as JSON values.
 
-    Raises:
-        ValueError: an unknown layer, or a projector or an embedding that the run does not have.
+    Raises ValueError for an unknown layer, or a head that the run does not have.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     backbone = opened.untrained() if untrained else opened.backbone()

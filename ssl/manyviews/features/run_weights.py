@@ -29,11 +29,7 @@ class RunWeights(NamedTuple):
 
 
 def read_run_weights(folder: Path, model: str) -> RunWeights:
-    """Reads the exported backbone, or that of the newest checkpoint of an unfinished run; collective.
-
-    Raises:
-        ValueError: there is neither, or a file is damaged.
-    """
+    """Reads the exported backbone, or else that of the newest checkpoint; collective; raises ValueError."""
     exported = folder / "backbone" / WEIGHTS
     if exported.is_file():
         channels = read_folder(folder / "backbone").described.input_size[0]
@@ -56,8 +52,7 @@ def newest_encoder(
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The encoder of the newest checkpoint, and its provenance; collective.
 
-    Raises:
-        ValueError: there is no checkpoint, or its backbone is not `weights`, which were read from `file`.
+    Raises ValueError if there is none, or its backbone is not `weights`, which were read from `file`.
     """
     checkpoint, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
     if checkpoint is None:

@@ -35,11 +35,7 @@ class EncodeSettings(Settings):
 
 
 def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Console) -> Split:
-    """Reads the images that the settings name, or the run's.
-
-    Raises:
-        ValueError: there are no data, they cannot be read, or have more channels than the backbone takes.
-    """
+    """Reads the images of the settings or the run; raises ValueError if none or with too many channels."""
     data = settings.data_of(opened)
     if data is None:
         raise ValueError(

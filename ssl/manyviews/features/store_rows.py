@@ -90,11 +90,7 @@ def fill(
 
     Each rank encodes its share, in batches that are the same for any world size: rows are then bitwise equal, as far as
     the device's arithmetic is. `prepare` maps a uint8 batch on the device to the backbone's input; `root` is that of
-    `held`.
-
-    Raises:
-        ValueError: features are not finite or not one vector per image and layer.
-        OSError: they cannot be written.
+    `held`. Raises ValueError if features are not finite, OSError if they cannot be written.
     """
     total = sum(len(part.images) for part in parts)
     done = store.rows_done(folder, total)

@@ -5,8 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from kornia.augmentation import IntensityAugmentationBase2D
+from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 # Rows: luma (ITU-R BT.601) and the two chroma axes of YIQ. A grey pixel has no chroma; a hue shift turns the chroma.
@@ -110,9 +111,6 @@ def adjust(
     """Images in [0, white] with brightness, contrast, saturation and hue (in turns) changed per image.
 
     Clamped to [0, 1] once (if `clip`), then normalised by `mean` and `std`. What is missing in `params` is left alone.
-
-    Raises:
-        ValueError: saturation or hue for images without three channels.
     """
     channels = images.shape[1]
     if channels != 3 and ("saturation" in params or "hue" in params):
@@ -173,3 +171,47 @@ def _mean_grey(images: Tensor) -> Float[Tensor, " batch"]:
 
 def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
+
+
+def blur(
+    images: Float[Tensor, "batch channels height width"],
+    applied: Bool[Tensor, " batch"],
+    sigma: Float[Tensor, " batch"],
+    kernel: int,
+) -> Float[Tensor, "batch channels height width"]:
+    """Gaussian blur (kornia's) where `applied`; `sigma` is each image's standard deviation in pixels."""
+    sigma = sigma[:, None].expand(-1, 2)
+    # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
+    if images.device.type != "cpu":
+        return torch.where(applied[:, None, None, None], gaussian_blur2d(images, kernel, sigma), images)
+    rows = applied.nonzero().squeeze(1)
+    return images.index_copy(0, rows, gaussian_blur2d(images[rows], kernel, sigma[rows])) if len(rows) else images
+
+
+def solarize(
+    images: Float[Tensor, "batch channels height width"], applied: Bool[Tensor, " batch"], middle: float
+) -> Float[Tensor, "batch channels height width"]:
+    """Inverts values above `middle` where `applied`."""
+    inverted = middle - (images - middle).abs()
+    return torch.where(applied[:, None, None, None], inverted, images)
+
+
+def erase(
+    images: Float[Tensor, "batch channels height width"],
+    applied: Bool[Tensor, " batch"],
+    extent: Float[Tensor, "batch 2"],
+    centre: Float[Tensor, "batch 2"],
+    fill: float,
+) -> Float[Tensor, "batch channels height width"]:
+    """Fills a box in each image where `applied`, in place.
+
+    `extent` is the box's share of width and height, `centre` its centre from -1 to 1; a pixel is filled if its centre
+    lies inside.
+    """
+    reach = extent * applied[:, None]
+    columns, rows = (
+        (centre[:, axis, None] - ((torch.arange(side, device=images.device) * 2 + 1) / side - 1)).abs()
+        < reach[:, axis, None]
+        for axis, side in ((0, images.shape[3]), (1, images.shape[2]))
+    )
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), fill)

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from manyviews.config import Settings
 from manyviews.system.keyed_random import uniform_sequences
-from manyviews.views.colour import RandomColour, random_gamma
-from manyviews.views.effects import blur, erase, solarize
+from manyviews.views.colour import RandomColour, blur, erase, random_gamma, solarize
 from manyviews.views.geometry import RandomWindow, box_extents
 
 # The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an

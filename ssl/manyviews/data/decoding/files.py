@@ -56,12 +56,7 @@ def digest(file: BinaryIO) -> bytes:
 
 
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:
-    """Opens an image below a folder and returns its state; links are followed or refused.
-
-    Raises:
-        RefusedFileError: a link that is not followed, or not a regular file.
-        OSError: it does not exist or may not be read.
-    """
+    """Opens an image below a folder and returns its state; raises OSError, or RefusedFileError for links."""
     file = open_regular(root / name) if follow_links else open_beneath(root, name)
     status = os.fstat(file.fileno())
     numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
@@ -135,11 +130,7 @@ class Files:
         return pixels
 
     def note(self, name: str, reason: str) -> None:
-        """Records an image that cannot be decoded any more.
-
-        Raises:
-            ValueError: these are more than the share `max_bad` of all images.
-        """
+        """Records an undecodable image; raises ValueError beyond the share `max_bad` of all images."""
         if name in self.failed:
             return
         self.failed[name] = reason

@@ -122,8 +122,8 @@ def digests_of(
 ) -> Digests:
     """Digests [images, 16] of files: from the cache, or else read, each by one rank; collective.
 
-    `states` [images, 5] are updated for the files that are read. `failed`, the numbers and reasons of files to leave out,
-    equal on all ranks, gets those that cannot be read. `opener` opens a file by its number.
+    `states` [images, 5] are updated for the files that are read. `failed`, the numbers and reasons of files to leave
+    out, equal on all ranks, gets those that cannot be read. `opener` opens a file by its number.
     """
     cache = DigestCache(root)
     digests, known = cache.look_up(states)

@@ -46,12 +46,7 @@ def write_inventory(file: Path, inventory: Inventory) -> None:
 
 
 def read_inventory(file: Path) -> dict[str, str]:
-    """Reads the marks of an inventory, by the names of the files.
-
-    Raises:
-        ValueError: a damaged line.
-        OSError: it cannot be read.
-    """
+    """Reads marks by file name; raises ValueError for a damaged line, OSError if it cannot be read."""
     marks: dict[str, str] = {}
     with open_lines(file) as lines:
         for number, line in enumerate(lines, 1):

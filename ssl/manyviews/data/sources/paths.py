@@ -80,11 +80,7 @@ def cache_folder() -> Path:
 
 
 def download(folder: Path, name: str, fetch: Callable[[], object]) -> None:
-    """Fetches a data set into a folder, one process of the machine at a time; `fetch` skips files that exist.
-
-    Raises:
-        ValueError: it fails; with the reason, and where to put the files by hand.
-    """
+    """Fetches a data set, one process of the machine at a time; raises ValueError with a way out if it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
