@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manyviews.config import load
 from manyviews.data import InMemory
-from manyviews.data.continuous_labels import ValuesSource, thumbnails, values_of
 from manyviews.data.images import array_split
+from manyviews.data.labels import ValuesSource, thumbnails, values_of
 from manyviews.recipe import Recipe
 from manyviews.train.pretrain import pretrain
 

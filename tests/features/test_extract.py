@@ -24,9 +24,8 @@ from manyviews.data import Sample, select
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
-from manyviews.features.encoding import encoded
+from manyviews.features.encoding import EncodeSettings, encoded, images_of
 from manyviews.features.extract import ExtractSettings, extract
-from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.system.console import Console
 from manyviews.views import plain
 from processes import launched

@@ -25,7 +25,7 @@ from manyviews.config import load
 from manyviews.data import Sample
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
-from manyviews.features.settings import EncodeSettings
+from manyviews.features.encoding import EncodeSettings
 from manyviews.system.console import Console
 from small_run import small_run
 

@@ -32,7 +32,7 @@ from manyviews.evaluators.results.measurement import Evaluation, Measurement
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import kind_of_choice
 from manyviews.features.backbone import open_run
-from manyviews.features.settings import images_of
+from manyviews.features.encoding import images_of
 from manyviews.recipe import Recipe
 from manyviews.report import Findings
 from manyviews.run.folder import DONE

@@ -10,7 +10,7 @@ from manyviews.evaluators import fractions
 from manyviews.evaluators.distance import Metric
 from manyviews.evaluators.map import Method
 from manyviews.evaluators.protocol import ProtocolSettings, Task
-from manyviews.features.settings import EncodeSettings
+from manyviews.features.encoding import EncodeSettings
 
 Look = Literal[Task, "fractions", "geometry"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from manyviews.data import Images
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.encoding import EncodeSettings
 from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
-from manyviews.features.settings import EncodeSettings
 from manyviews.features.store_rows import Part, fill, key_of
 from manyviews.system import distributed
 from manyviews.system.console import Console

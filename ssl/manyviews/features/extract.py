@@ -14,8 +14,8 @@ from manyviews.config import as_list
 from manyviews.data import Data, Split, background_of
 from manyviews.features import store
 from manyviews.features.backbone import PretrainedBackbone, open_model
+from manyviews.features.encoding import EncodeSettings, images_of
 from manyviews.features.layers import BACKBONE, layers_of, widths_of
-from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.features.store_rows import Part, entries, fill, key_of, labels_of
 from manyviews.system import distributed
 from manyviews.system.arrays import mapped_array

@@ -16,8 +16,8 @@ from torch import Tensor
 from manyviews.data import Images
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.encoding import EncodeSettings
 from manyviews.features.layers import Layers
-from manyviews.features.settings import EncodeSettings
 from manyviews.features.store import DONE, PARTIAL, REMARK
 from manyviews.system import distributed
 from manyviews.system.arrays import mapped_array

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from manyviews.data.images import Images
-from manyviews.data.label_table import read_labels
+from manyviews.data.labels import read_labels
 from manyviews.data.listing.digests import Digests
 from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of
 from manyviews.data.listing.walk import OTHER_SPLIT, PassedOver, identity, walk
