@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from manyviews.data import ClassOrder, Order, composition
+from manyviews.data import ClassOrder, Order
+from manyviews.data.sampler import composition
 
 LABELS = torch.tensor([0] * 40 + [1] * 9 + [2] * 2 + [3])
 

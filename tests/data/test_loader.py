@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from manyviews.data import Folder, Loader, Order, newly_unreadable
-from manyviews.data.decoding.files import Files
+from manyviews.data import Folder, Loader, Order
+from manyviews.data.decoding.files import Files, newly_unreadable
 from processes import start
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from manyviews.data import Folder, Sample, alike
+from manyviews.data import Folder, Sample
+from manyviews.data.listing.inventory import alike
 
 
 def write(folder: Path, pictures: list[np.ndarray], ending: str = "png") -> None:

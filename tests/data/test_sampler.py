@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from manyviews.data import Loader, Order, order
+from manyviews.data import Loader, Order
 from manyviews.data.images import InMemory, Names
+from manyviews.data.sampler import order
 
 
 def images(count: int) -> InMemory:

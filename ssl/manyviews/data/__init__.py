@@ -6,11 +6,9 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from manyviews.data.decoding.files import listed, newly_unreadable
-from manyviews.data.images import Images, InMemory, Inventory, Report, Split
-from manyviews.data.listing.inventory import alike, changes, read_inventory, write_inventory
+from manyviews.data.images import Images, InMemory, Report, Split
 from manyviews.data.loader import Batch, Loader
-from manyviews.data.sampler import ClassOrder, Composition, Order, composition, order, way_out
+from manyviews.data.sampler import ClassOrder, Order
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
 from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
 from manyviews.data.sources.folder import Folder
@@ -26,33 +24,22 @@ __all__ = [
     "STL10",
     "Batch",
     "ClassOrder",
-    "Composition",
     "Data",
     "FashionMNIST",
     "Folder",
     "Images",
     "InMemory",
-    "Inventory",
     "Loader",
     "Order",
     "Report",
     "Sample",
     "Split",
-    "alike",
     "background_of",
-    "changes",
-    "composition",
     "leave_out",
-    "listed",
-    "newly_unreadable",
     "of_classes",
-    "order",
-    "read_inventory",
     "sample_ids",
     "select",
     "shorthand",
-    "way_out",
-    "write_inventory",
 ]
 
 logger = logging.getLogger(__name__)

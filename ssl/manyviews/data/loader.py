@@ -75,9 +75,9 @@ class Loader:
         self._pin = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[Batch]:
-        if not isinstance(self.images, Files):
-            return self._from_memory(self.images)
-        return self._from_workers(self.images) if self.workers else self._from_disk(self.images)
+        if isinstance(self.images, Files) and self.workers:
+            return self._from_workers(self.images)
+        return self._in_process()
 
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         for step in count(self.start):
@@ -85,18 +85,15 @@ class Loader:
             # The shares of a smaller last batch differ by at most one image.
             yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
 
-    def _from_memory(self, images: Images) -> Iterator[Batch]:
-        for epoch, share in self._plan():
-            ids = torch.tensor(share)
-            pixels = images.read(ids)
-            yield Batch(pixels.pin_memory() if self._pin else pixels, ids, epoch)
-
-    def _from_disk(self, images: Files) -> Iterator[Batch]:
-        for epoch, share in self._plan():
-            with quiet():
-                pixels, ids, failures = decode(images, share, lambda image: None)
-            _note(images, failures)
-            yield Batch(pixels, torch.tensor(ids), epoch)
+    def _in_process(self) -> Iterator[Batch]:
+        for epoch, ids in self._plan():
+            if isinstance(self.images, Files):
+                with quiet():
+                    pixels, ids, failures = decode(self.images, ids, lambda image: None)
+                _note(self.images, failures)
+            else:
+                pixels = self.images.read(torch.tensor(ids))
+            yield Batch(pixels.pin_memory() if self._pin else pixels, torch.tensor(ids), epoch)
 
     def _from_workers(self, images: Files) -> Iterator[Batch]:
         with ExitStack() as stack:
@@ -109,7 +106,7 @@ class Loader:
                     break
                 workers.append(stack.enter_context(closing(worker)))
             if not workers:
-                yield from self._from_disk(images)
+                yield from self._in_process()
                 return
             plan, turns = self._plan(), cycle(workers)
             pending: deque[tuple[Worker, int]] = deque()

@@ -70,7 +70,7 @@ def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Deco
 
 def pack(images: Files, workers: int) -> tuple[Any, bytes]:
     """A file with a mark for each worker and the tensors of the images, and a pickle of all the rest."""
-    file = _nameless_file()
+    file = _unnamed_file()
     for number in range(workers):
         set_mark(file.fileno(), number, NOTHING)
     file.seek(0, os.SEEK_END)
@@ -138,7 +138,7 @@ def block_signals() -> set[int]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)) if hasattr(signal, "pthread_sigmask") else set()
 
 
-def _nameless_file() -> Any:
+def _unnamed_file() -> Any:
     # In memory if possible, which no full disk or /dev/shm limits.
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("manyviews"), "w+b")

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
 from manyviews.encoder.timm_format import (
-    HUB,
     LOCAL,
     WEIGHTS,
     TimmFolder,
     from_hub,
-    hub_folder,
+    local_name,
     other_weights,
     read_folder,
 )
@@ -50,10 +49,7 @@ def create_backbone(
     Raises:
         ValueError: unknown name, an option that the model does not take, or weights that cannot be loaded.
     """
-    if name.startswith(HUB):
-        if not pretrained:
-            raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
-        name = f"{LOCAL}{hub_folder(name)}"
+    name = local_name(name, pretrained=pretrained)
     options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0, "img_size": size}
     options |= {"drop_path_rate": drop_path} if drop_path else {}
     local = name.startswith(LOCAL)

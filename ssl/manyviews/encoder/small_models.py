@@ -138,15 +138,15 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def resnet18_small(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-18 with a 3 x 3 stem of stride 1 and no max-pooling."""
-    shape: dict[str, Any] = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
-    return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **shape, **options)
+    options |= {"block": BasicBlock, "layers": (2, 2, 2, 2)}
+    return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **options)
 
 
 @register_model
 def resnet50_small(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-50 with a 3 x 3 stem of stride 1 and no max-pooling."""
-    shape: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
-    return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **shape, **options)
+    options |= {"block": Bottleneck, "layers": (3, 4, 6, 3)}
+    return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **options)
 
 
 @register_model

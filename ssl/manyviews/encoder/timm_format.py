@@ -108,16 +108,20 @@ def read_folder(folder: Path) -> TimmFolder:
     return model.model_copy(update={"arguments": accepted})
 
 
-def hub_folder(name: str) -> Path:
-    """The local copy of config.json and model.safetensors of hf-hub:OWNER/NAME[@REVISION]; downloads them.
+def local_name(name: str, *, pretrained: bool) -> str:
+    """Downloads hf-hub:OWNER/NAME[@REVISION] and returns local-dir: of the copy; other names as they are.
 
     Raises:
-        ValueError: they are neither in the cache nor on the hub.
+        ValueError: without `pretrained`, or if the files are neither in the cache nor on the hub.
     """
+    if not name.startswith(HUB):
+        return name
+    if not pretrained:
+        raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
     owner, _, revision = name.partition(":")[2].partition("@")
     with from_hub(name):
         files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
-    return files[0].parent
+    return f"{LOCAL}{files[0].parent}"
 
 
 @contextmanager

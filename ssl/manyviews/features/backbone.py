@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyviews.config import load
 from manyviews.encoder.backbone import check_count, create_backbone, widths
 from manyviews.encoder.encoder import Encoder
-from manyviews.encoder.timm_format import HUB, LOCAL, SOURCES, Described, hub_folder, read_folder
+from manyviews.encoder.timm_format import LOCAL, SOURCES, Described, local_name, read_folder
 from manyviews.features.run_weights import digest_of, newest_encoder, read_run_weights
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CLASSIFIER, CONFIG
@@ -223,9 +223,7 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
 
 
 def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackbone:
-    if name.startswith(HUB) and not pretrained:
-        raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
-    model = f"{LOCAL}{hub_folder(name)}" if name.startswith(HUB) else name
+    model = local_name(name, pretrained=pretrained)
     described = _description(model)
     channels, side = described.input_size[0], size or described.input_size[-1]
     backbone = seeded_backbone(model, SEED, channels, side, pretrained=pretrained)

@@ -38,8 +38,8 @@ def features_of(
 
     Args:
         opened: a run or a timm model.
-        images: encoded in the order of their ids.
-        settings: its data are not used.
+        images: the images, in the order of their ids.
+        settings: how to encode; its data are not used.
         console: shows the progress.
         layer: as in `Layers`.
         untrained: encode by the backbone before its first step, a baseline.

@@ -94,7 +94,7 @@ def extract(
     afterwards: the mode of each module, its buffers and the global random generators.
 
     Args:
-        backbone: any module from [batch, channels, height, width] to [batch, width].
+        backbone: any module from [batch, channels, height, width] to [batch, width], on the device.
         images: a split.
         prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
         device: that of the backbone.

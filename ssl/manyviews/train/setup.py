@@ -8,20 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import (
-    ClassOrder,
-    Composition,
-    Folder,
-    Inventory,
-    Order,
-    Split,
-    alike,
-    changes,
-    leave_out,
-    listed,
-    read_inventory,
-    write_inventory,
-)
+from manyviews.data import ClassOrder, Folder, Order, Split, leave_out
+from manyviews.data.decoding.files import listed
+from manyviews.data.images import Inventory
+from manyviews.data.listing.inventory import alike, changes, read_inventory, write_inventory
+from manyviews.data.sampler import Composition
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe

@@ -57,7 +57,9 @@ def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int |
     tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     white_is_zero, depth = tags.get(PHOTOMETRIC) == 0, tags.get(BITS, (8,))[0]
     signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
-    no_alpha = image.format == "TGA" and image.mode == "RGBA" and not _tga_alpha_bits(image)
+    # The low bits of a TGA's image descriptor.
+    alpha_bits = (_peek(image, 17, 1) or b"\x08")[0] & 15
+    no_alpha = image.format == "TGA" and image.mode == "RGBA" and not alpha_bits
     clear = image.info.get("transparency")
     deep = deep_samples(image)
     if deep is None or not tags:
@@ -168,11 +170,6 @@ def _signed_jpeg2000(image: Image.Image) -> bool:
         return False
     (components,) = struct.unpack_from(">H", head, start + 40)
     return any(depth & 0x80 for depth in head[start + 42 : start + 42 + 3 * components : 3])
-
-
-def _tga_alpha_bits(image: Image.Image) -> int:
-    last = _peek(image, 17, 1)
-    return last[0] & 15 if last else 8
 
 
 def _peek(image: Image.Image, start: int, count: int) -> bytes:

@@ -5,8 +5,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,12 +127,9 @@ def looks_like_an_image(path: Path) -> bool:
     return start.startswith(SIGNATURES) or webp or avif
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[object]:
     """Context without Pillow's warnings (odd metadata, its limit of pixels); enter it before starting threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
 
 
 @cache

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 32
 """Images of one task of a thread."""
-BLOCK = 1 << 20
 DIGEST = 16
 """Bytes of a digest."""
 OTHER_FILE = "it is another file than when the run began, or was changed since"
@@ -47,12 +46,10 @@ class State(NamedTuple):
 
 def digest(file: BinaryIO) -> bytes:
     """128-bit BLAKE2b digest of the content of an open file, which is left at its beginning."""
-    hasher = hashlib.blake2b(digest_size=DIGEST)
     file.seek(0)
-    while block := file.read(BLOCK):
-        hasher.update(block)
+    content = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST))
     file.seek(0)
-    return hasher.digest()
+    return content.digest()
 
 
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:

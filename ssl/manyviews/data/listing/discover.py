@@ -91,7 +91,7 @@ def discover(
     train, candidates = (
         splits_of(root, names, passed, tested=test is not None) if splits else (listing_of(root, names), ())
     )
-    everything, table = [(root, passed)], None
+    everything, table, classes = [(root, passed)], None, list[str]()
     if test is not None:
         tested, besides = _walked(test, follow_links, root)
         candidates = (listing_of(test, tested),)
@@ -141,10 +141,9 @@ def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[
         )
     names, passed = walk(folder, follow_links=follow_links, exclude=exclude)
     if not names:
-        about = str(passed)
+        about = f"; passed over: {passed}" if str(passed) else ""
         raise ValueError(
-            f"{shown(folder)} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth)"
-            + (f"; passed over: {about}" if about else "")
+            f"{shown(folder)} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth){about}"
         )
     return names, passed
 

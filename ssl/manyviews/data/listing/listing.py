@@ -76,16 +76,23 @@ def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listin
     first part.
     """
     assert listing.labels is not None
+    names, labels = listing.names, listing.labels
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(listing.labels):
+    for index, label in enumerate(labels):
         if label >= 0:
             members.setdefault(label, []).append(index)
+
+    def draw(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}\n{names[index]}".encode("utf-8", "surrogateescape")).digest()
+
+    def part(indices: Iterable[int]) -> Listing:
+        return listing._replace(names=[names[i] for i in indices], labels=[labels[i] for i in indices])
+
     held: set[int] = set()
     for indices in members.values():
         count = min(max(round(share * len(indices)), 1), len(indices) - 1)
-        held.update(sorted(indices, key=lambda index: _draw(listing.names[index], seed))[:count])
-    kept = [index for index in range(len(listing.names)) if index not in held]
-    return _part(listing, kept), _part(listing, sorted(held))
+        held.update(sorted(indices, key=draw)[:count])
+    return part([index for index in range(len(names)) if index not in held]), part(sorted(held))
 
 
 def splits_of(
@@ -108,9 +115,6 @@ def splits_of(
     others = sorted(folders.keys() - {*trains, *held_out})
     here = shown(root)
 
-    def split(folder: str) -> Listing:
-        return listing_of(root, folders[folder], f"{folder}/")
-
     for same in (trains, *([] if tested else groups)):
         if len(same) > 1:
             first = shown(root / same[0])
@@ -121,10 +125,12 @@ def splits_of(
         return listing_of(root, names), ()
     if trains and (held_out or tested or not others):
         unused = [*others, *held_out] if tested else others
+        where = {folder: f"in {folder}/" if folder else "in no sub-folder" for folder in unused}
         passed.unused += [
-            f"{plural(len(folders[folder]), 'image')} {_where(folder)}, beside {trains[0]}/" for folder in unused
+            f"{plural(len(folders[name]), 'image')} {where[name]}, beside {trains[0]}/" for name in unused
         ]
-        return split(trains[0]), () if tested else tuple(map(split, held_out))
+        train, *tests = (listing_of(root, folders[name], f"{name}/") for name in (trains[0], *held_out))
+        return train, () if tested else tuple(tests)
     if trains:
         raise ValueError(
             f"{here} holds {trains[0]}/ beside {_all(others)}, and no folder of held-out images. "
@@ -135,22 +141,12 @@ def splits_of(
         passed.unused += [f"{plural(len(folders[name]), 'image')} in {name}/, {reason}" for name in held_out]
         return listing_of(root, [name for folder in others for name in folders[folder]]), ()
     if len(held_out) == 1 and not others:
-        return split(held_out[0]), ()
+        return listing_of(root, names, f"{held_out[0]}/"), ()
     ways = f"data.test={shown(root / held_out[0])} holds it out; " if others else ""
     raise ValueError(
         f"{here} holds {_all([*held_out, *others])}, and no train/: which images are for training? {ways}"
         f"data.path={shown(root / held_out[0])} reads it alone; {NO_SPLITS}"
     )
-
-
-def _part(listing: Listing, indices: list[int]) -> Listing:
-    assert listing.labels is not None
-    names, labels = [listing.names[i] for i in indices], [listing.labels[i] for i in indices]
-    return listing._replace(names=names, labels=labels)
-
-
-def _draw(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -179,7 +175,3 @@ def _all(folders: Sequence[str]) -> str:
     rest = [f"{len(folders) - MOST_NAMED} more"] if len(folders) > MOST_NAMED else []
     *first, last = [*named, *rest]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _where(folder: str) -> str:
-    return f"in {folder}/" if folder else "in no sub-folder"

@@ -88,8 +88,7 @@ def _contents(folder: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
             raise OSError(f"{folder / name} is not the file that was published: its checksum is another")
         # The arrays have a type that NumPy has since changed.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+        with warnings.catch_warnings(action="ignore", category=np.exceptions.VisibleDeprecationWarning):
             try:
                 contents[name] = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
             except Exception as problem:  # a wrong pickle raises nearly anything

@@ -1,6 +1,6 @@
 """Any folder of images: nested or flat, of mixed sizes and formats, with other files among them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -23,7 +23,7 @@ from manyviews.data.decoding.files import (
 )
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.digests import digests_of, refuse_differences, shared
-from manyviews.data.listing.discover import Discovery, ReadSplit, discover
+from manyviews.data.listing.discover import ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
 from manyviews.system.distributed import raise_on_all_ranks
@@ -102,7 +102,16 @@ class Folder(Settings):
                 are unreadable, or the ranks do not see the same files.
         """
         with raise_on_all_ranks():
-            discovered = self._discover(began or ())
+            discovered = discover(
+                existing_folder(self.path),
+                None if self.test is None else existing_folder(self.test),
+                follow_links=self.follow_links,
+                splits=self.splits,
+                labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
+                holdout=self.holdout,
+                seed=self.holdout_seed,
+                also=began or (),
+            )
         listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
@@ -126,18 +135,6 @@ class Folder(Settings):
             tuple(name for part in own for name, _ in part.unreadable if name not in lost),
         )
         return Split(read[0].images, test, tuple(unreadable), discovered.line(read[0].images, test), inventory)
-
-    def _discover(self, also: Collection[str]) -> Discovery:
-        return discover(
-            existing_folder(self.path),
-            None if self.test is None else existing_folder(self.test),
-            follow_links=self.follow_links,
-            splits=self.splits,
-            labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
-            holdout=self.holdout,
-            seed=self.holdout_seed,
-            also=also,
-        )
 
     def _read(
         self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
