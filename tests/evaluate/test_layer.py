@@ -207,8 +207,8 @@ def test_a_run_that_has_not_finished_is_measured_by_the_embedding_of_its_newest_
     assert found["learned (embedding)"]["value"] == pytest.approx(expected)
     # A live run may replace its checkpoints: the embedding is still that of the backbone that was opened.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert torch.equal(opened.embedding().module[0][0].weight, encoder.projector[0].weight)
-    assert opened.embedding().origin == opened.origin
+    assert torch.equal(opened.head("embedding").module[0][0].weight, encoder.projector[0].weight)
+    assert opened.head("embedding").origin == opened.origin
 
 
 def test_an_embedding_that_is_lost_is_said_and_the_backbone_measured_and_asked_for_it_is_refused(

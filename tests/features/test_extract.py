@@ -80,7 +80,7 @@ def test_every_layer_and_every_image_is_written_once(run: Path, folder: Path, tm
     assert [entry[2] for entry in told["images"]] == [*images.train.names, *images.test.names]
     assert np.load(output / "labels.npy").tolist() == images.train.labels.tolist() + images.test.labels.tolist()
     pixels = torch.cat([part.read(torch.arange(len(part))) for part in (images.train, images.test)])
-    backbone, projector = opened.backbone().eval(), opened.projector().module.eval()
+    backbone, projector = opened.backbone().eval(), opened.head("projector").module.eval()
     with torch.inference_mode():
         seen = plain(pixels, 28)
         expected = {"backbone": backbone(seen), "projector": projector(backbone.forward_summary(seen))}

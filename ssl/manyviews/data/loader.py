@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import KW_ONLY, dataclass
 from itertools import count, cycle
 from queue import Empty
 from typing import NamedTuple
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     epoch: int
 
 
+@dataclass(eq=False)
 class Loader:
     """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
 
@@ -50,29 +52,21 @@ class Loader:
         TimeoutError: while iterating, no batch for `timeout` seconds; with the file being read.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        order: Order,
-        *,
-        rank: int = 0,
-        size: int = 1,
-        workers: int = 0,
-        start: int = 0,
-        timeout: float = 300.0,
-    ) -> None:
-        if order.batch_size % size:
-            nearest = max(round(order.batch_size / size), 1) * size
-            raise ValueError(
-                f"a batch of {order.batch_size} images does not divide over {size} processes; use {nearest}"
-            )
-        self.images = images
-        self.order = order
-        self.start = start
-        self.workers = workers
-        self.timeout = timeout
-        self.rank, self.size = rank, size
+    images: Images
+    order: Order
+    _: KW_ONLY
+    rank: int = 0
+    size: int = 1
+    workers: int = 0
+    start: int = 0
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
         self._pin = torch.cuda.is_available()
+        batch, size = self.order.batch_size, self.size
+        if batch % size:
+            nearest = max(round(batch / size), 1) * size
+            raise ValueError(f"a batch of {batch} images does not divide over {size} processes; use {nearest}")
 
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.images, Files) and self.workers:

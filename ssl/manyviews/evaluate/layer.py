@@ -36,17 +36,17 @@ def chosen(opened: PretrainedBackbone, settings: EvaluateSettings, looks: Collec
     objective = opened.recipe.objective
     if settings.layer in KINDS:
         if settings.layer == EMBEDDING:
-            opened.embedding()
+            opened.head(EMBEDDING)
         return Chosen((KINDS[settings.layer],), "")
     if settings.layer is None:
         if not objective.compares_embeddings and not GROUPING & set(looks):
             return Chosen((LEARNED,), "")
         try:
-            opened.embedding()
+            opened.head(EMBEDDING)
         except ValueError as problem:
             return Chosen((LEARNED,), "", f"only the backbone is measured, and not the embedding: {problem}")
     else:
-        opened.embedding()
+        opened.head(EMBEDDING)
     if objective.compares_embeddings:
         return Chosen(
             (EMBEDDED, LEARNED),

@@ -111,7 +111,7 @@ def kinds_of(job: Job, learned: Sequence[str], *, training: bool) -> Kinds:
             return known[key]
         if not hasattr(opened.backbone(), "forward_summary"):
             # What the projector reads are the backbone's features: no image need be encoded twice.
-            return _headed(opened.embedding().module, by(LEARNED, images))
+            return _headed(opened.head(EMBEDDING).module, by(LEARNED, images))
         return encoded(images, layer=EMBEDDING)
 
     kinds: Kinds = {}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from manyviews.config import load
 from manyviews.encoder.backbone import check_count, create_backbone, widths
-from manyviews.encoder.encoder import Encoder
 from manyviews.encoder.timm_format import LOCAL, SOURCES, Described, local_name, read_folder
 from manyviews.features.run_weights import digest_of, newest_encoder, read_run_weights
 from manyviews.recipe import Recipe
@@ -103,27 +102,12 @@ class PretrainedBackbone:
             )
         return self._create(encoder.name, pretrained=encoder.pretrained)
 
-    def projector(self) -> Head:
-        """The projector of the run; collective. Raises as `embedding` does."""
-        encoder, origin = self._trained("projector")
-        return Head(encoder.projector, origin)
-
-    def embedding(self) -> Head:
-        """The projector, followed by the predictor if there is one, from the checkpoint of the weights; collective.
+    def head(self, layer: str) -> Head:
+        """The run's projector or, for `embedding`, projector and predictor, from the checkpoint; collective.
 
         Raises:
             ValueError: this is not a run, or it has no checkpoint, or only one of other weights.
         """
-        encoder, origin = self._trained("embedding")
-        return Head(nn.Sequential(encoder.projector, encoder.predictor), origin)
-
-    def _create(self, name: str, *, pretrained: bool) -> nn.Module:
-        drop_path = 0.0 if self.recipe is None else self.recipe.encoder.drop_path
-        seed = SEED if self.recipe is None else self.recipe.seed
-        return seeded_backbone(name, seed, self.channels, self.size, pretrained=pretrained, drop_path=drop_path)
-
-    def _trained(self, layer: str) -> tuple[Encoder, dict[str, Any]]:
-        """The whole encoder, and the provenance of its weights."""
         if self.folder is None or self.recipe is None:
             raise ValueError(f"{self.name} is a timm model, which has no {layer}; only a run has one: use backbone")
         state, origin = self.encoder, dict(self.origin)
@@ -140,7 +124,13 @@ class PretrainedBackbone:
             raise ValueError(
                 f"{shown(self.name)}: the checkpoint's encoder is not the recipe's: {shown(problem)}"
             ) from problem
-        return encoder, origin
+        projector, predictor = encoder.projector, encoder.predictor
+        return Head(projector if layer == "projector" else nn.Sequential(projector, predictor), origin)
+
+    def _create(self, name: str, *, pretrained: bool) -> nn.Module:
+        drop_path = 0.0 if self.recipe is None else self.recipe.encoder.drop_path
+        seed = SEED if self.recipe is None else self.recipe.seed
+        return seeded_backbone(name, seed, self.channels, self.size, pretrained=pretrained, drop_path=drop_path)
 
 
 def open_model(name: str, *, pretrained: bool | None = None, size: int | None = None) -> PretrainedBackbone:

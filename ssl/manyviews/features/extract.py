@@ -71,7 +71,9 @@ def extract(model: str | Path, settings: ExtractSettings) -> Path:
     accelerator = start(None, "fp32", settings.threads, trains=False)
     console = Console(quiet=not accelerator.is_main_process)
     output = Path(settings.output).expanduser()
-    check_place(output)
+    check_writable(output)
+    if output.is_dir() and not store.ours(output) and any(output.iterdir()):
+        raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
     if settings.parquet:
         check_parquet()
     opened = open_model(str(model), pretrained=settings.pretrained, size=settings.size)
@@ -94,13 +96,6 @@ def extract(model: str | Path, settings: ExtractSettings) -> Path:
         rows, width = layer["shape"]
         console.say(f"{rows:,} × {width:,} features: {output / layer['file']}")
     return output
-
-
-def check_place(output: Path) -> None:
-    """Raises ValueError if features cannot be written to a folder: a file, other files in it, or no permission."""
-    check_writable(output)
-    if output.is_dir() and not store.ours(output) and any(output.iterdir()):
-        raise ValueError(f"output={output} holds other files; name a folder that does not exist yet")
 
 
 def _parts(split: Split, chosen: str) -> list[Part]:

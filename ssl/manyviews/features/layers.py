@@ -40,7 +40,9 @@ class Layers(nn.Module):
         modules = {name: module for name, module in backbone.named_modules() if name}
         for name in self.layers:
             if name not in (BACKBONE, *HEADS) and name not in modules:
-                raise ValueError(f"layers: the backbone has no {name!r}{_nearest(name, modules)}")
+                stages = [module for module in modules if "." not in module][:12]
+                hint = did_you_mean(name, [BACKBONE, *HEADS, *modules], 3, 0.5) or f"; it has {', '.join(stages)}"
+                raise ValueError(f"layers: the backbone has no {name!r}{hint}")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers={','.join(self.layers)}: one is named twice; name each once")
         for name in HEADS:
@@ -128,8 +130,7 @@ def layers_of(
     origin: dict[str, Any] = dict(opened.origin)
     if untrained:
         origin = {"untrained": True, "sha256": digest_of(backbone.state_dict())}
-    builders = {PROJECTOR: opened.projector, EMBEDDING: opened.embedding}
-    heads = {} if untrained else {name: builders[name]() for name in names if name in builders}
+    heads = {} if untrained else {name: opened.head(name) for name in names if name in HEADS}
     origin |= {name: head.origin for name, head in heads.items()}
     layers = Layers(backbone, names, {name: head.module for name, head in heads.items()}).to(device)
     channels_last = opened.recipe is None or opened.recipe.train.channels_last
@@ -140,8 +141,3 @@ def widths_of(layers: Layers, images: Float[Tensor, "1 channels height width"]) 
     """The width of each layer, measured on one image."""
     with torch.inference_mode(), evaluation_mode(layers):
         return {name: rows.shape[1] for name, rows in layers(images.to(layers.device)).items()}
-
-
-def _nearest(name: str, modules: dict[str, nn.Module]) -> str:
-    stages = [module for module in modules if "." not in module]
-    return did_you_mean(name, [BACKBONE, *HEADS, *modules], 3, 0.5) or f"; it has {', '.join(stages[:12])}"

@@ -50,8 +50,13 @@ def state(folder: Path, key: Mapping[str, Any]) -> State:
         raise ValueError("; ".join(changed))
     if manifest is None:
         return "begun"
-    for layer in key["layers"].values():
-        _check_rows(folder / layer["file"], layer["shape"])
+    for name, shape in ((layer["file"], layer["shape"]) for layer in key["layers"].values()):
+        try:
+            rows = mapped_array(folder / name)
+        except (OSError, ValueError) as problem:
+            raise ValueError(f"{name} cannot be read ({problem})") from problem
+        if rows.shape != tuple(shape) or rows.dtype != np.float32:
+            raise ValueError(f"{name} holds {rows.dtype} {list(rows.shape)}, not float32 {list(shape)}")
     return "complete"
 
 
@@ -250,15 +255,6 @@ def mapped(file: Path) -> Tensor:
 def _whole_lines(file: Path) -> list[str]:
     with open_lines(file) as lines:
         return [line.removesuffix("\n") for line in lines if line.endswith("\n")]
-
-
-def _check_rows(file: Path, shape: Sequence[int]) -> None:
-    try:
-        rows = mapped_array(file)
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{file.name} cannot be read ({problem})") from problem
-    if rows.shape != tuple(shape) or rows.dtype != np.float32:
-        raise ValueError(f"{file.name} holds {rows.dtype} {list(rows.shape)}, not float32 {list(shape)}")
 
 
 def _brief(value: Any) -> str:

@@ -11,7 +11,7 @@ from manyviews.config import dump_yaml, load
 from manyviews.data import ClassOrder, Folder, Order, Split, leave_out
 from manyviews.data.decoding.files import listed
 from manyviews.data.images import Inventory
-from manyviews.data.listing.inventory import alike, changes, read_inventory, write_inventory
+from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
 from manyviews.data.sampler import Composition
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
@@ -140,7 +140,7 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     if setup.extended:
         console.say(setup.extended)
     console.say(f"run        {folder.resolve()}")
-    for caution in (*cautions(components), *(alike(split) if distributed.rank() == 0 else ())):
+    for caution in (*cautions(components), *(copy_warnings(split) if distributed.rank() == 0 else ())):
         console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
         console.warn(

@@ -71,7 +71,7 @@ def changes(before: Mapping[str, str], now: Inventory) -> Changes:
     )
 
 
-def alike(split: Split) -> Iterator[str]:
+def copy_warnings(split: Split) -> Iterator[str]:
     """Yields warnings about training images that are copies of others or all look the same; called by one rank."""
     if split.inventory is not None and split.inventory.readable:
         digests = split.inventory.readable[0][1]
