@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from manyviews.data import ClassOrder, Loader
-from manyviews.data import way_out as classes_to_fill
 from manyviews.data.images import InMemory, Names
+from manyviews.data.sampler import way_out as classes_to_fill
 
 LABELS = torch.arange(90) % 9
 
