@@ -71,7 +71,7 @@ class Packed:
         shared = Connection(os.dup(self._file.fileno()))
         process = context.Process(target=serve, args=(theirs, shared, self._content, number), daemon=True)
         try:
-            with _signals_blocked(), _main_left_out(unless=b"__main__" in self._content):
+            with _isolated(main=b"__main__" in self._content):
                 process.start()
         except BaseException:
             ours.close()
@@ -204,34 +204,23 @@ def _warn_of_a_thread(why: str) -> None:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Context in which child processes start with signals of termination blocked.
+def _isolated(*, main: bool) -> Iterator[None]:
+    """Context in which child processes block signals of termination and, unless `main`, do not import `__main__`.
 
-    Ctrl-C, launchers and schedulers send them to the whole group, but the main process still needs its workers, and the
-    fork server, until it has saved a checkpoint.
+    Ctrl-C, launchers and schedulers send these signals to the whole group, but the main process needs its workers, and
+    the fork server, until it has saved a checkpoint. The main module may import much, and runs again if it has no
+    `if __name__ == "__main__":`; it is needed only to unpickle its own classes.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # Started later, it would unblock the signals.
-    resource_tracker.ensure_running()
+    own, can_block = sys.modules["__main__"], hasattr(signal, "pthread_sigmask")
+    if can_block:
+        # Started later, it would unblock the signals.
+        resource_tracker.ensure_running()
     before = block_signals()
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _main_left_out(*, unless: bool) -> Iterator[None]:
-    """Context in which child processes do not import the main module, unless its classes are to be unpickled.
-
-    It may import much, and without `if __name__ == "__main__":` it would run again.
-    """
-    main = sys.modules["__main__"]
-    if not unless:
+    if not main:
         sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        sys.modules["__main__"] = own
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

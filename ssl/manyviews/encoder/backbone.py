@@ -12,15 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
-from manyviews.encoder.timm_format import (
-    LOCAL,
-    WEIGHTS,
-    TimmFolder,
-    from_hub,
-    local_name,
-    other_weights,
-    read_folder,
-)
+from manyviews.encoder.timm_format import LOCAL, WEIGHTS, TimmFolder, from_hub, local_name, other_weights, read_folder
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
 from manyviews.system.names import did_you_mean

@@ -37,10 +37,7 @@ def features_of(
     another program is writing, is not used, with a warning.
 
     Args:
-        opened: a run or a timm model.
-        images: the images, in the order of their ids.
         settings: how to encode; its data are not used.
-        console: shows the progress.
         layer: as in `Layers`.
         untrained: encode by the backbone before its first step, a baseline.
         cache: the folder of all cached features, such as RUN/features.

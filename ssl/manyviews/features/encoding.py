@@ -95,13 +95,13 @@ def extract(
 
     Args:
         backbone: any module from [batch, channels, height, width] to [batch, width], on the device.
-        images: a split.
+        images: the split that `ids` refer to.
         prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
         device: that of the backbone.
         ids: distinct ids, the same on every rank.
         batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
-        workers: threads that read ahead.
+        workers: threads that read files ahead.
         stopped: called on all ranks before each batch, with the same result; true ends the work.
 
     Raises:
