@@ -36,12 +36,8 @@ def features_of(
     Otherwise they are computed over all ranks and replace those in the cache; a cache that cannot be written, or that
     another program is writing, is not used, with a warning.
 
-    Args:
-        settings: how to encode; its data are not used.
-        layer: as in `Layers`.
-        untrained: encode by the backbone before its first step, a baseline.
-        cache: the folder of all cached features, such as RUN/features.
-        also: another such folder, only read.
+    `cache` is the folder of all cached features, such as RUN/features, and `also` another one that is only read. The
+    data of `settings` are not used. `untrained`: by the backbone before its first step, a baseline.
     """
     layers, origin = layers_of(opened, (layer,), untrained=untrained)
     message = f"encoding {plural(len(images), 'image')}: {'random weights' if untrained else opened.name}"
