@@ -73,10 +73,11 @@ def test_a_failure_in_the_middle_keeps_what_was_put_before_it(tmp_path: Path) ->
     assert store.remarks(tmp_path) == [["broken.png", "cut short"]]
 
 
-def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.held(tmp_path, key(), replace=False):
         monkeypatch.setattr(store_rows.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
@@ -113,9 +114,6 @@ def test_rows_are_noted_beside_the_work_once_they_are_safe_and_no_others(
 def test_a_disk_that_fails_beside_the_work_is_an_error_of_what_is_written_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
     heard: list[int] = []
 
     def work() -> None:
