@@ -253,7 +253,7 @@ def test_a_file_that_was_replaced_with_its_size_and_time_is_not_learned_from(tmp
     as_before(tmp_path / "a/1.bmp", status)
     assert isinstance(images, Files)
     assert bool((images.read(torch.tensor([0])) == 127).all())
-    assert "another file than when the run began" in images.failed["a/1.bmp"]
+    assert "has changed since the start of the run" in images.failed["a/1.bmp"]
 
 
 def stl10(root: Path, value: int) -> str:

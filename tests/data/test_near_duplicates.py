@@ -30,7 +30,7 @@ def test_images_of_one_colour_are_said_to_be_alike_in_memory_and_on_disk(tmp_pat
 def test_copies_are_counted_from_a_tenth_on(tmp_path: Path) -> None:
     write(tmp_path, [noise(0), noise(0), noise(0), *map(noise, range(1, 18))])
     (said,) = copy_warnings(Folder(path=str(tmp_path), size=16).build())
-    assert said.startswith("2 of 20 images to learn from are copies of others")
+    assert said.startswith("2 of 20 training images are copies of others")
     (tmp_path / "0.png").unlink()
     assert not list(copy_warnings(Folder(path=str(tmp_path), size=16).build()))
 

@@ -222,7 +222,7 @@ def test_an_embedding_that_is_lost_is_said_and_the_backbone_measured_and_asked_f
     assert "keep RUN/checkpoints beside RUN/backbone" in said
     for layer in ("embedding", "both"):
         assert cli.evaluate([str(tmp_path / "run"), "tasks=retrieval", f"layer={layer}"]) == 2
-        assert "in which alone the embedding is kept; use the backbone" in " ".join(capsys.readouterr().err.split())
+        assert "the only file with the embedding; use the backbone" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_timm_model_has_no_embedding_to_extract(

@@ -49,7 +49,7 @@ def test_the_projector_comes_from_the_newest_checkpoint(run: Path, tmp_path: Pat
     encoder = small_run(tmp_path / "own")
     assert equal(open_run(tmp_path / "own").head("projector").module, encoder.projector)
     shutil.rmtree(tmp_path / "own" / "checkpoints")
-    with pytest.raises(ValueError, match="has no checkpoint, in which alone the projector is kept"):
+    with pytest.raises(ValueError, match="has no checkpoint, the only file with the projector"):
         open_run(tmp_path / "own").head("projector")
     other = shutil.copytree(run, tmp_path / "other")
     small_run(tmp_path / "wider", "encoder.projector.dim=64", "seed=3")
@@ -102,7 +102,7 @@ def test_another_size_is_seen_by_what_can_take_it(run: Path, tmp_path: Path) -> 
 
 def test_words_that_open_nothing_are_answered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
-        (str(run), True): "is a run and has learned its own weights: leave it out",
+        (str(run), True): "is a run with weights of its own: leave it out",
         ("resnet18", None): r"set pretrained=true for its published weights .* or pretrained=false for random ones",
         ("resnet81", True): r"neither a run \(no folder that exists\) nor a model of timm; timm has resnet\d",
         (str(run) + "s", None): f"neither a run .*; there are .*{run}",

@@ -291,7 +291,7 @@ def test_wrong_words_are_answered_before_anything_is_written(
         (str(run), *words(folder, tmp_path / "file" / "out")): "is a file; name a folder",
         (str(run), *words(folder, tmp_path / "full")): "holds other files",
         (str(run), *own, "size=1"): "size=1: the backbone of",
-        (str(run), *own, "pretrained=true"): "has learned its own weights: leave it out",
+        (str(run), *own, "pretrained=true"): "is a run with weights of its own: leave it out",
         ("resnet18", *own): "pretrained=true for its published weights",
         ("resnet18", *own, "pretrained=false", "layers=projector"): "a timm model, which has no projector",
         (

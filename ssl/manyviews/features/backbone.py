@@ -153,8 +153,8 @@ def open_model(name: str, *, pretrained: bool | None = None, size: int | None = 
     if (path / CONFIG).is_file():
         if pretrained is not None:
             raise ValueError(
-                f"pretrained={str(pretrained).lower()} is for timm models; {name} is a run and has learned its own "
-                "weights: leave it out"
+                f"pretrained={str(pretrained).lower()} is for timm models; {name} is a run with weights of "
+                "its own: leave it out"
             )
         return open_run(path, size=size)
     if not name.startswith(SOURCES) and not timm.is_model(name.partition(".")[0]):

@@ -114,7 +114,7 @@ def extract(
     if not len(chosen):
         raise ValueError("there is no image to extract features from")
     if len(torch.unique(chosen)) != len(chosen):
-        raise ValueError("an id is named twice among those to extract features from; name each once")
+        raise ValueError("ids has duplicates; pass each id once")
     # A share may be empty, yet its rank must learn the width of the features: it computes one that is dropped.
     # Shares are whole batches: batches are the same for any world size.
     batches = torch.split(chosen, batch_size)

@@ -44,7 +44,7 @@ class Layers(nn.Module):
                 hint = did_you_mean(name, [BACKBONE, *HEADS, *modules], 3, 0.5) or f"; it has {', '.join(stages)}"
                 raise ValueError(f"layers: the backbone has no {name!r}{hint}")
         if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={','.join(self.layers)}: one is named twice; name each once")
+            raise ValueError(f"layers={','.join(self.layers)}: there are duplicates; name each layer once")
         for name in HEADS:
             if name in self.layers and name not in self.heads:
                 raise ValueError(f"layers: there is no {name}; name backbone or a module of it")

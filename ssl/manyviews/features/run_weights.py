@@ -57,7 +57,7 @@ def newest_encoder(
     checkpoint, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
     if checkpoint is None:
         raise ValueError(
-            f"{folder} has no checkpoint, in which alone the {layer} is kept; use the backbone, or keep "
+            f"{folder} has no checkpoint, the only file with the {layer}; use the backbone, or keep "
             "RUN/checkpoints beside RUN/backbone"
         )
     state = checkpoint.parts["encoder"]

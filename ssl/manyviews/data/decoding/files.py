@@ -28,7 +28,7 @@ CHUNK = 32
 """Images of one task of a thread."""
 DIGEST = 16
 """Bytes of a digest."""
-OTHER_FILE = "it is another file than when the run began, or was changed since"
+OTHER_FILE = "its content has changed since the start of the run"
 
 
 class State(NamedTuple):

@@ -62,7 +62,7 @@ class Discovery(NamedTuple):
             own = {row.tobytes() for row in read[0].digests}
             copies = sum(row.tobytes() in own for row in read[1].digests)
             share = f"{copies:,} of {plural(len(read[1].digests), 'held-out image')}"
-            sentences += [(root, f"{share} are also among those to learn from, byte for byte")] if copies else []
+            sentences += [(root, f"{share} are also training images, byte for byte")] if copies else []
         for folder, sentence in sentences:
             logger.warning("%s: %s", shown(folder), shown(sentence))
 

@@ -78,7 +78,7 @@ def copy_warnings(split: Split) -> Iterator[str]:
         copies = len(digests) - len({row.tobytes() for row in digests})
         if copies >= COPIES * len(digests) and copies:
             yield (
-                f"{copies:,} of {plural(len(digests), 'image')} to learn from are copies of others, byte for byte: as "
+                f"{copies:,} of {plural(len(digests), 'training image')} are copies of others, byte for byte: as "
                 "negatives of each other they cannot be distinguished; remove them, unless they are intended"
             )
     if all_the_same(split.train):

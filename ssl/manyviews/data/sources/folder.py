@@ -119,9 +119,9 @@ class Folder(Settings):
         read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
         unreadable = [entry for part in read for entry in part.unreadable]
         refuse_too_many(discovered.train.root, unreadable, total, self.max_bad)
-        for name, part in zip(("learn from", "measure with"), read, strict=False):
+        for name, part in zip(("training", "evaluation"), read, strict=False):
             if not len(part.images):
-                raise ValueError(f"{self.path}: no readable image is left to {name}")
+                raise ValueError(f"{self.path}: no readable image is left for {name}")
         # With the states' sizes: of files on disk each rank has read only a part.
         on_disk = [part.images for part in read if isinstance(part.images, Files)]
         sizes = [images.states[:, 0].numpy() for images in on_disk if images.states is not None]
