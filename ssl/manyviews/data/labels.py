@@ -70,7 +70,7 @@ def open_table(path: Path, images: Iterable[str]) -> Iterator[tuple[list[str], R
                     f"{shown(path)}: its first line has {'one column' if header else 'no columns'}; it needs at least "
                     "two, the image's name and its label or numbers, with commas, semicolons or tabs between them"
                 )
-            numbered = ((reader.line_num, row) for row in reader if row)
+            numbered: Iterator[tuple[int, list[str]]] = ((reader.line_num, row) for row in reader if row)
             if known(header[0]) is not None:
                 numbered = chain([(1, header)], numbered)
                 header = [f"column {number}" for number in range(1, len(header) + 1)]

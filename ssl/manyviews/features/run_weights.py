@@ -39,12 +39,12 @@ def read_run_weights(folder: Path, model: str) -> RunWeights:
     checkpoint, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
     if checkpoint is None:
         raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-    encoder, channels = checkpoint.parts["encoder"], checkpoint.metadata.get("channels")
-    if type(channels) is not int or channels not in (1, 3):
-        raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(channels)} channels")
+    encoder, stored = checkpoint.parts["encoder"], checkpoint.metadata.get("channels")
+    if type(stored) is not int or stored not in (1, 3):
+        raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it has {shown(stored)} channels")
     weights = {key.removeprefix(PREFIX): value for key, value in encoder.items() if key.startswith(PREFIX)}
     # The digest is of the tensors in memory: the file may have been replaced since.
-    return RunWeights(model, channels, weights, _origin(checkpoint.step, encoder), checkpoint.step, encoder)
+    return RunWeights(model, stored, weights, _origin(checkpoint.step, encoder), checkpoint.step, encoder)
 
 
 def newest_encoder(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -44,7 +45,7 @@ class State(NamedTuple):
     device: int
 
 
-def digest(file: BinaryIO) -> bytes:
+def digest(file: BufferedReader) -> bytes:
     """128-bit BLAKE2b digest of the content of an open file, which is left at its beginning."""
     file.seek(0)
     content = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST))
@@ -52,7 +53,7 @@ def digest(file: BinaryIO) -> bytes:
     return content.digest()
 
 
-def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:
+def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedReader, State]:
     """Opens an image below a folder and returns its state; raises OSError, or RefusedFileError for links."""
     file = open_regular(root / name) if follow_links else open_beneath(root, name)
     status = os.fstat(file.fileno())
@@ -103,7 +104,7 @@ class Files:
         """Decodes one image; raises `UnreadableImageError`."""
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
-    def _open(self, image: int) -> BinaryIO:
+    def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
         if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
             if digest(file) != self.digests[image].numpy().tobytes():

@@ -5,8 +5,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -116,7 +117,7 @@ def digests_of(
     root: Path,
     states: Rows,
     failed: dict[int, str],
-    opener: Callable[[int], tuple[BinaryIO, State]],
+    opener: Callable[[int], tuple[BufferedReader, State]],
     workers: int,
     report: Report | None,
 ) -> Digests:
@@ -156,7 +157,7 @@ def digests_of(
 def file_digests(folder: Path, names: Sequence[str], workers: int, report: Report | None) -> Digests:
     """Digests [files, 16] of a few large files of a folder; collective; raises ValueError if one cannot be read."""
 
-    def opener(number: int) -> tuple[BinaryIO, State]:
+    def opener(number: int) -> tuple[BufferedReader, State]:
         return open_image(folder, names[number], follow_links=True)
 
     states, failed = np.zeros((len(names), len(State._fields)), np.int64), dict[int, str]()

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -145,10 +146,10 @@ class Folder(Settings):
         digests = np.zeros((len(names), DIGEST), np.uint8)
         pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
-        def opener(index: int) -> tuple[BinaryIO, State]:
+        def opener(index: int) -> tuple[BufferedReader, State]:
             return open_image(root, names[index], follow_links=self.follow_links)
 
-        def opened(index: int) -> BinaryIO:
+        def opened(index: int) -> BufferedReader:
             file, states[index] = opener(index)
             if in_memory:
                 digests[index] = np.frombuffer(digest(file), np.uint8)
