@@ -78,8 +78,8 @@ def _number(classes: Sequence[str], entry: int | str) -> int:
         named = [index for index, each in enumerate(classes) if each.isdecimal() and int(each) == int(text)]
         if len(named) == 1:
             return named[0]
-        if not all(each.isdecimal() for each in classes) and int(text) < len(classes):
-            return int(text)
-    if text.isdecimal() and not all(each.isdecimal() for each in classes):
-        raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
+        if not all(each.isdecimal() for each in classes):
+            if int(text) < len(classes):
+                return int(text)
+            raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
     raise ValueError(f"{entry!r} is not one of the classes ({some(classes, 10)}){did_you_mean(text, classes, 1, 0.5)}")

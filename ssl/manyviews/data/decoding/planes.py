@@ -20,8 +20,7 @@ SIGNED, PREMULTIPLIED = 2, 1
 
 MIXED = frozenset({"RGB", "RGBA", "CMYK", "LA", "La"})
 """Modes of which Pillow reads some wrongly in separate planes."""
-NATIVE, SWAPPED = ("L", "B") if sys.byteorder == "little" else ("B", "L")
-SECOND_BYTE = {"L": "B", "B": "L", "N": SWAPPED}
+SECOND_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 """The byte order with which Pillow keeps the less significant byte of each 16-bit value."""
 
 

@@ -37,12 +37,7 @@ class Changes(NamedTuple):
 
 def write_inventory(file: Path, inventory: Inventory) -> None:
     """Writes a line of JSON for each file: its name and its mark; raises OSError."""
-
-    def lines() -> Iterator[bytes]:
-        for entry in inventory.marks().items():
-            yield (json.dumps(entry) + "\n").encode()
-
-    write_atomic(file, lines())
+    write_atomic(file, (f"{json.dumps(entry)}\n".encode() for entry in inventory.marks().items()))
 
 
 def read_inventory(file: Path) -> dict[str, str]:
