@@ -49,12 +49,12 @@ Data = Annotated[Sources, Field(discriminator="name")]
 
 
 def background_of(data: Sources | None) -> tuple[int, int, int] | None:
-    """Background colour (red, green, blue) behind transparent pixels of a folder's images; None for other data."""
+    """RGB colour behind transparent pixels of a folder's images; None for other data."""
     return data.decoding().background if isinstance(data, Folder) else None
 
 
 def shorthand(value: str) -> dict[str, Any]:
-    """Settings for a bare `data=value`: a known name, or else a folder; raises ValueError if neither exists.
+    """Settings for `data=value`, a known name or else a folder; ValueError if neither exists.
 
     >>> shorthand("stl10")
     {'name': 'stl10'}

@@ -51,7 +51,7 @@ class Images(Readable, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that change when an image is added, removed, renamed, replaced or relabelled."""
+        """64 hexadecimal digits that change with any image, its name, id or label."""
 
     def __len__(self) -> int: ...
 
@@ -157,7 +157,7 @@ def array_split(
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """SHA-256 in hexadecimal over arrays and `Names` (bytes and shape) and the `repr` of anything else."""
+    """SHA-256 in hexadecimal over arrays and `Names`, and the `repr` of anything else."""
     digest = hashlib.sha256()
     for part in parts:
         arrays = part.arrays() if isinstance(part, Names) else (part,) if isinstance(part, np.ndarray) else ()

@@ -41,7 +41,7 @@ Rows = Iterator[tuple[int, str | None, list[str]]]
 
 @contextmanager
 def open_table(path: Path, images: Iterable[str]) -> Iterator[tuple[list[str], Rows]]:
-    """Opens a UTF-8 table whose first column names images; yields the header and the rows below it.
+    """Opens a UTF-8 table whose first column names images; yields its header and rows.
 
     The delimiter is the one by which most of the first lines name an image. Without a header its names are numbers;
     empty lines are skipped. Names that differ only in the composition of accents (NFC, NFD) match if that is unique.
@@ -93,7 +93,7 @@ def _rows(path: Path, numbered: Iterable[tuple[int, list[str]]], known: Callable
 
 
 def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
-    """Reads labels by the names of images; the first two columns of the table are the name and the label.
+    """Reads labels by image name from the first two columns of a table.
 
     Raises:
         ValueError: there is no such file, it labels no image, or a line has an unknown or repeated name, an empty label
@@ -144,7 +144,7 @@ ValuesSource = Annotated[str, AfterValidator(_source)]
 
 
 def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
-    """Continuous labels of the training images, of which only Euclidean distances are used; not standardised.
+    """Continuous labels of training images, used by Euclidean distance and not standardised.
 
     Args:
         images: all training images.
@@ -180,7 +180,7 @@ def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
 
 
 def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
-    """The numbers of a file minus their mean: float32 then keeps the differences of large ones, such as dates."""
+    """Numbers of a file minus their mean: float32 keeps the differences of dates, say."""
     if path.is_dir():
         raise ValueError(f"values={path} is a folder; name a .npy or .csv file")
     if not path.is_file():

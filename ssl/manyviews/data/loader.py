@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Loader:
-    """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
+    """Iterates without end over one rank's share of the global batches, from step `start` on.
 
     Images on disk are decoded ahead by `workers` processes, which end with the iterator. On a machine with CUDA the
     batches are pinned, for `.to(device, non_blocking=True)`.

@@ -1,4 +1,4 @@
-"""Batch samplers: the ids of a batch are a pure function of the seed and the step, the same on every rank."""
+"""Batch samplers: the ids of a batch are a pure function of the seed and the step."""
 
 from bisect import bisect_left
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class Order:
 
 
 class ClassOrder(Order):
-    """Batch sampler with `per_class` images of each class of a batch (P classes with K images each).
+    """Batch sampler of P classes with K images each; K is `per_class`.
 
     In an epoch the images of each class are shuffled and cut into groups; each batch gets groups of different classes,
     as many batches as can be filled, and no image comes twice. The images that are left over differ between epochs.
@@ -138,7 +138,7 @@ class ClassOrder(Order):
 
 
 def way_out(sizes: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, per_class: int) -> str:
-    """Message with the largest batch, up to these sizes, that such classes fill with two images of each or more."""
+    """Message with the largest batch that such classes fill with at least two images of each."""
     fitting = [
         (classes * number, classes, number)
         for number in range(2, max(per_class, 2) + 1)

@@ -26,7 +26,7 @@ def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
-    """The images of these ids, in their order, with new ids from 0; raises ValueError if there are none."""
+    """The images of these ids, in their order, with new ids from 0; raises ValueError if none."""
     if not len(keep):
         raise ValueError(f"none of {plural(len(images), 'image')} is left")
     assert isinstance(images, InMemory | Mapped | Files)
@@ -45,7 +45,7 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
-    """Sorted ids of the images of these classes, by name or number; a number is a name if all names are numbers.
+    """Sorted ids of images of these classes; a number is a name if all names are numbers.
 
     Raises:
         ValueError: an unknown class, or images without labels.

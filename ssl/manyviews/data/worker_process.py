@@ -44,7 +44,7 @@ class Decoded(NamedTuple):
 
 
 def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Decoded:
-    """Decodes images in turn; the next readable one replaces one that cannot be decoded any more.
+    """Decodes images in turn; an undecodable one is replaced by the next readable one.
 
     `mark` is called with each image before it is decoded, and with `NOTHING` after it. Raises ValueError if none of the
     next images can be decoded either.
@@ -69,7 +69,7 @@ def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Deco
 
 
 def pack(images: Files, workers: int) -> tuple[Any, bytes]:
-    """A file with a mark for each worker and the tensors of the images, and a pickle of all the rest."""
+    """A file with a mark per worker and the images' tensors, and a pickle of all the rest."""
     file = _unnamed_file()
     for number in range(workers):
         set_mark(file.fileno(), number, NOTHING)
@@ -118,7 +118,7 @@ def serve(connection: Connection, shared: Connection, content: bytes, number: in
 
 
 def receive(connection: Connection, pixels: Tensor) -> tuple[list[int], list[tuple[str, str]]]:
-    """Receives a batch into `pixels`, and returns its ids and failures; raises what the process raised."""
+    """Receives pixels, and returns ids and failures; raises what the process raised."""
     answer: Any = connection.recv()
     if isinstance(answer, Exception):
         raise answer

@@ -1,4 +1,4 @@
-"""Workers that decode images: each a process, or a thread of this one if no process can be started."""
+"""Workers that decode images: processes, or threads where no process can be started."""
 
 import atexit
 import logging
@@ -41,7 +41,7 @@ class Packed:
         self._content = b""
 
     def start_process(self, number: int) -> tuple[Any, Connection]:
-        """Starts a process, and returns it with this end of its pipe; raises any exception if that fails."""
+        """Starts a process, and returns it with this end of its pipe; may raise any exception."""
         if self._file is None:
             self._file, self._content = pack(self.images, self._workers)
         problem: Exception | None = None
@@ -83,7 +83,7 @@ class Packed:
 
 
 class Worker:
-    """Decodes batches in a process of its own or else in a thread; raises RuntimeError if no thread can start."""
+    """Decodes batches in a process or else in a thread; RuntimeError if no thread can start."""
 
     def __init__(self, packed: Packed, number: int, *, pin: bool) -> None:
         self._packed, self._number, self._pin = packed, number, pin
@@ -111,14 +111,14 @@ class Worker:
         self._requests.put(ids)
 
     def get(self, timeout: float) -> Decoded:
-        """Waits for the oldest request; raises queue.Empty at the timeout, ChildProcessError if the process died."""
+        """Waits for the oldest request; raises queue.Empty, or ChildProcessError if it died."""
         result = self._done.get(timeout=timeout)
         if isinstance(result, Exception):
             raise result
         return result
 
     def reading(self) -> str:
-        """The path of the image that is being decoded, or was when the process died; empty if there is none."""
+        """The path of the image in work, also when the process died; empty if there is none."""
         image, images = self._image, self._packed.images
         image = self._packed.marked(self._number) if image == NOTHING else image
         return "" if image == NOTHING else shown(images.root / images.names[image])
@@ -205,7 +205,7 @@ def _warn_of_a_thread(why: str) -> None:
 
 @contextmanager
 def _isolated(*, main: bool) -> Iterator[None]:
-    """Context in which child processes block signals of termination and, unless `main`, do not import `__main__`.
+    """Context in which children block termination signals and, unless `main`, skip `__main__`.
 
     Ctrl-C, launchers and schedulers send these signals to the whole group, but the main process needs its workers, and
     the fork server, until it has saved a checkpoint. The main module may import much, and runs again if it has no

@@ -1,4 +1,4 @@
-"""Creates timm backbones by name or from a folder in timm's format, with checks before they are built."""
+"""Creates timm backbones by name or from a folder in timm's format."""
 
 import warnings
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def create_backbone(
     drop_path: float = 0.0,
     key: str = "pretrained",
 ) -> nn.Module:
-    """Creates a timm model without classifier, for square images of this size and number of channels.
+    """Creates a timm model without classifier, for square images.
 
     Of a folder or a model on the hub only what `read_folder` accepts of config.json is used, and model.safetensors.
     Without `pretrained` no network is used; `key` is the setting that asks for it, for messages.
@@ -106,7 +106,7 @@ def weight_count(build: Callable[[], nn.Module]) -> int | None:
 
 
 def check_count(name: str, held: int, build: Callable[[], nn.Module]) -> None:
-    """Raises ValueError if a model has more weights than its file has bytes (`held`), before it is built."""
+    """Raises ValueError, before it is built, if a model has more weights than `held` bytes."""
     count = weight_count(build) or 0
     # The file may be of fewer channels or smaller images.
     if count > held + ADAPTED:
@@ -124,7 +124,7 @@ def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height wi
 
 @torch.no_grad()
 def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
-    """Widths of the backbone's features and of `summary`, measured: `num_features` is not always right.
+    """Measures the widths of the features and of `summary`; `num_features` may be wrong.
 
     Raises:
         ValueError: the backbone cannot take such images, or does not return one vector per image.

@@ -1,4 +1,4 @@
-"""Batch norm that leaks no identity to a momentum encoder: over parts of the batch, or shuffled between ranks."""
+"""Batch norm that leaks no identity to a momentum encoder: split, or shuffled over ranks."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,7 +13,7 @@ from manyviews.system.keyed_random import numpy_generator
 
 
 def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> None:
-    """Makes every batch norm in the module normalise each of `splits` parts of the batch by its own statistics.
+    """Makes every batch norm normalise each of `splits` parts of the batch on its own.
 
     In training only; the running statistics move by the mean of the parts' statistics. The keys and shapes of the state
     dict stay the same.
@@ -79,7 +79,7 @@ def _split_class(kind: type) -> type:
 
 
 class Shuffle(NamedTuple):
-    """An exchange of samples between ranks, and its inverse (He et al. 2020, section 3.3, "shuffling BN").
+    """An exchange of samples between ranks, "shuffling BN" (He et al. 2020, section 3.3).
 
     Each rank encodes as many samples as it has, but others: the batch statistics of keys then do not give away which
     query is theirs. The authors' code gathers all images on every rank; here each is sent once.
@@ -96,7 +96,7 @@ class Shuffle(NamedTuple):
 
     @classmethod
     def draw(cls, samples: int, key: Sequence[int]) -> "Shuffle":
-        """Draws one permutation of the samples of all ranks, which depends on the key alone; collective.
+        """Draws a permutation of the samples of all ranks, from the key alone; collective.
 
         Args:
             samples: number on this rank; it may differ between ranks.
@@ -121,7 +121,7 @@ class Shuffle(NamedTuple):
         return _exchange(local, self.sent, self.outgoing, self.received, self.incoming)
 
     def home(self, encoded: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples ..."]:
-        """Exchanges what this rank has encoded for the outputs of its own samples, in their order; collective."""
+        """Exchanges encoded samples for the outputs of this rank's own, in their order; collective."""
         return _exchange(encoded, self.received, self.incoming, self.sent, self.outgoing)
 
 

@@ -1,4 +1,4 @@
-"""From views to embeddings: a timm backbone, a projector, an optional predictor, and the momentum encoder."""
+"""From views to embeddings: backbone, projector, predictor, and the momentum encoder."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ WIDEST = 16_384
 
 
 class ProjectorSettings(Settings):
-    """The perceptron between the backbone's features and the embeddings; not part of the exported backbone."""
+    """The perceptron from the backbone's features to the embeddings; not exported."""
 
     layers: int = Field(2, ge=0, le=8)
     """Linear layers; 0 makes the features the embeddings."""
@@ -36,7 +36,7 @@ class ProjectorSettings(Settings):
 
 
 class PredictorSettings(Settings):
-    """A perceptron that predicts one view's projection from another's, for the objectives that use predictions."""
+    """A perceptron that predicts one view's projection from another's."""
 
     layers: int = Field(0, ge=0, le=8)
     """Linear layers; 0: no predictor."""
@@ -69,7 +69,7 @@ class EncoderSettings(Settings):
     """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
 
     def build(self, *, channels: int, size: int) -> "Encoder":
-        """Builds the encoder for square images; raises ValueError as `create_backbone` and `widths` do."""
+        """Builds the encoder for square images; raises as `create_backbone` and `widths` do."""
         backbone = create_backbone(
             self.name,
             channels=channels,
@@ -101,7 +101,7 @@ class Embedded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A timm backbone without classifier, a projector on its features, and a predictor, which may be empty.
+    """A timm backbone without classifier, a projector, and a predictor, which may be empty.
 
     `num_features` is the width of the backbone's features, `dim` that of the embeddings. The projector reads the
     backbone's `forward_summary` where it has one.
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
             split_batch_norms(self, batch_norm_splits, interleaved=True)
 
     def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Embedded:
-        """Embeddings and projections of the views; all views go through in one pass and share batch statistics."""
+        """Embeddings and projections of all views in one pass, with shared batch statistics."""
         projections: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
         embeddings: Tensor = self.predictor(projections)
         return Embedded(embeddings.view(*views.shape[:2], -1), projections.view(*views.shape[:2], -1))
@@ -165,7 +165,7 @@ class MomentumTwin(nn.Module):
 
 @torch.no_grad()
 def follow(module: nn.Module, leader: nn.Module, momentum: float) -> None:
-    """Exponential moving average: state <- momentum state + (1 - momentum) leader's, which may have more keys.
+    """Moving average: state <- momentum state + (1 - momentum) leader's, which may have more.
 
     A tensor that several layers share moves once, and counters are copied.
     """

@@ -14,7 +14,7 @@ __all__ = ["LightResNet", "SmallResNet"]
 
 
 class SmallResNet(ResNet):
-    """timm's ResNet with a 3 x 3 stem of stride 1 and no max-pooling, as SimCLR and MoCo use it at 32 pixels.
+    """timm's ResNet with a 3 x 3 stem of stride 1 and no max-pooling, for 32 pixels.
 
     Chen et al. 2020, appendix B.9. The first stage sees the image at full size, the last one at an eighth.
     """
@@ -32,7 +32,7 @@ class SmallResNet(ResNet):
 
 
 class LightResNet(nn.Module):
-    """A ResNet for 28 to 32 pixels on a CPU: a 4 x 4 stem of stride 2, one convolution and residual per stage.
+    """A ResNet for 28 to 32 pixels on a CPU, with one convolution and residual per stage.
 
     Its features are the last stage but one, pooled to 4 x 4 positions, and the mean of the last stage. The square root
     is taken of each part (as Perronnin et al. 2010, section 3.2, do with Fisher vectors: a few strong activations then
@@ -95,7 +95,7 @@ class LightResNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classification layer; `global_pool` is ignored, as pooling is part of the features."""
+        """Replaces the classification layer; `global_pool` is ignored."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 

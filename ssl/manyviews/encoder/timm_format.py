@@ -1,4 +1,4 @@
-"""Reads and writes backbones in timm's own format; of a config.json only a checked part is used.
+"""Reads and writes backbones in timm's own format.
 
 A config.json may name weights anywhere on the network, pickles among them, and any argument of any model. Only the
 architecture and the input are read from it; weights come from model.safetensors in the same folder.
@@ -109,7 +109,7 @@ def read_folder(folder: Path) -> TimmFolder:
 
 
 def local_name(name: str, *, pretrained: bool) -> str:
-    """Downloads hf-hub:OWNER/NAME[@REVISION] and returns local-dir: of the copy; other names as they are.
+    """Replaces hf-hub:OWNER/NAME[@REVISION] by local-dir: and its downloaded copy.
 
     Raises:
         ValueError: without `pretrained`, or if the files are neither in the cache nor on the hub.
@@ -126,7 +126,7 @@ def local_name(name: str, *, pretrained: bool) -> str:
 
 @contextmanager
 def from_hub(wanted: str, way_out: str = "") -> Iterator[None]:
-    """Context with access to Hugging Face's hub, or only to its local cache where it does not answer in seconds.
+    """Context with Hugging Face's hub, or only its local cache if it does not answer in seconds.
 
     The client alone would retry each file for most of a minute, with a log line each time. `wanted` and `way_out` are
     the beginning and the end of the message.
@@ -187,7 +187,7 @@ def export(
     classes: Sequence[str] = (),
     background: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+    """Writes a backbone that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
     The folder gets `model.safetensors` and `config.json`: the input (`mean` and `std` are of values in [0, 1]), of a
     classifier the names of its `classes`, and the `background` colour behind transparent pixels. The interpolation is

@@ -70,7 +70,7 @@ class PretrainedBackbone:
         return described | {"interpolation": self.interpolation}
 
     def prepare(self, images: UInt8[Tensor, "batch _ height width"]) -> Float[Tensor, "batch channels size size"]:
-        """Resizes and normalises images on their device; repeats the channel of grey images for three."""
+        """Resizes and normalises images on their device; grey images get three equal channels."""
         prepared = plain(images, self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
         return prepared.expand(-1, self.channels, -1, -1)
 
@@ -103,7 +103,7 @@ class PretrainedBackbone:
         return self._create(encoder.name, pretrained=encoder.pretrained)
 
     def head(self, layer: str) -> Head:
-        """The run's projector or, for `embedding`, projector and predictor, from the checkpoint; collective.
+        """The run's projector or, for `embedding`, projector and predictor; collective.
 
         Raises:
             ValueError: this is not a run, or it has no checkpoint, or only one of other weights.
@@ -134,7 +134,7 @@ class PretrainedBackbone:
 
 
 def open_model(name: str, *, pretrained: bool | None = None, size: int | None = None) -> PretrainedBackbone:
-    """Opens a run by its folder, or a timm model by its name, `local-dir:FOLDER` or `hf-hub:NAME`.
+    """Opens a run by its folder, or a timm model by name, local-dir:FOLDER or hf-hub:NAME.
 
     >>> open_model("light_resnet", pretrained=False).size
     32
@@ -168,7 +168,7 @@ def open_model(name: str, *, pretrained: bool | None = None, size: int | None = 
 
 
 def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
-    """Opens a run: its exported backbone, or that of the newest checkpoint of an unfinished run; collective.
+    """Opens a run: its exported backbone, or else that of the newest checkpoint; collective.
 
     The run may be a stranger's: only its folder and the images that its recipe names are read, no network is used, and
     no code of it runs.
@@ -269,7 +269,7 @@ def _unknown(name: str, path: Path) -> str:
 
 
 def _runs_nearby(folder: Path) -> str:
-    """End of a message: run folders in and beside a folder and in runs/, those with the most similar names first."""
+    """End of a message with run folders near a folder and in runs/, similar names first."""
     parents = [parent for parent in (folder, folder.parent, Path("runs")) if parent.is_dir()]
     runs = [file.parent for parent in parents for file in sorted(parent.glob(f"*/{CONFIG}"))]
     names = [str(run) for run in runs if not (run / CLASSIFIER).is_dir()]

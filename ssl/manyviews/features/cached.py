@@ -1,4 +1,4 @@
-"""Features for evaluators: read from a cache that is up to date, or computed and written there."""
+"""Features for evaluators: read from an up-to-date cache, or computed and written there."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,7 +30,7 @@ def features_of(
     cache: Path | None = None,
     also: Path | None = None,
 ) -> Tensor:
-    """The features of all images by one layer: float32 [images, width] on the CPU, the same on every rank.
+    """Features of all images by one layer: float32 [images, width] on the CPU of every rank.
 
     Cached features are mapped into memory if their weights, input, fingerprint of the images and precision are these.
     Otherwise they are computed over all ranks and replace those in the cache; a cache that cannot be written, or that
@@ -83,7 +83,7 @@ def features_of(
 
 
 def _complete(folder: Path, key: Mapping[str, Any], layer: str) -> Tensor | None:
-    """The rows of complete features with this key, or None; without a lock, as the folder may be read-only."""
+    """Rows of complete features with this key, or None; unlocked: the folder may be read-only."""
     rows: Tensor | None = None
     with suppress(OSError, ValueError):
         if store.state(folder, key) == "complete":

@@ -1,4 +1,4 @@
-"""Encodes images by a backbone: settings, and one feature vector per image, computed over all ranks."""
+"""Encodes images by a backbone: one feature vector per image, computed over all ranks."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class EncodeSettings(Settings):
 
 
 def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Console) -> Split:
-    """Reads the images of the settings or the run; raises ValueError if none or with too many channels."""
+    """Reads the images of the settings or the run; raises ValueError for too many channels."""
     data = settings.data_of(opened)
     if data is None:
         raise ValueError(
@@ -163,7 +163,7 @@ def encoded(
     precision: Precision = "fp32",
     workers: int = 2,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
-    """Yields the ids and outputs of each batch: float32 vectors on the CPU, in a dictionary if the module returns one.
+    """Yields ids and outputs per batch: float32 vectors on the CPU, or a dictionary of such.
 
     `batches` are ids; the other arguments, and what stays unchanged, are those of `extract`.
 
@@ -188,7 +188,7 @@ def encoded(
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
-    """The baseline without learning: the pixels in [0, 1], resized to a square of `size` and flattened."""
+    """The baseline without learning: pixels in [0, 1], resized to `size` and flattened."""
     pieces = []
     for ids in torch.split(torch.arange(len(images)), batch_size):
         pixels = images.read(ids).float().div_(255)
@@ -228,7 +228,7 @@ def _check_vectors(count: int, rows: Tensor) -> None:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Context with a module in evaluation mode; afterwards each submodule is back in its own mode."""
+    """Context with a module in evaluation mode; restores the mode of each submodule."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -58,7 +58,7 @@ class ExtractSettings(EncodeSettings):
 
 
 def extract(model: str | Path, settings: ExtractSettings) -> Path:
-    """Writes features of images by the backbone of a run or a timm model, over all ranks; returns the folder.
+    """Writes features by a run's or timm model's backbone, over all ranks; returns the folder.
 
     LAYER.npy is float32 [images, width] for each layer, labels.npy int64 [images] with -1 for images without a label
     (absent if none has one), and manifest.json has their provenance and the split, id and name of each row. Interrupted
@@ -165,7 +165,7 @@ def write_parquet(
     entries: Iterator[tuple[str, int, str]],
     labels: np.ndarray[Any, np.dtype[np.int64]] | None,
 ) -> None:
-    """Writes a table with one row per image: split, id, name, label, and each layer as a list of fixed size.
+    """Writes a table of split, id, name, label, and each layer as a list of fixed size.
 
     `layers` are [images, width] by column, `entries` the split, id and name of each image, and `labels` int64 [images],
     -1 for none; without them the column is null. A few megabytes are in memory at a time.
@@ -196,7 +196,7 @@ def write_parquet(
 
 
 def write_vectors(file: Path, rows: Rows) -> None:
-    """Writes rows, scaled to unit length, as fvecs: inner products are then cosines; a row of zeros stays zero.
+    """Writes rows, scaled to unit length, as fvecs; a row of zeros stays zero.
 
     Each vector is its dimension as int32, then its values as float32, little endian (the format of the TEXMEX
     corpora); `faiss.contrib.vecs_io.fvecs_read` reads it.

@@ -121,7 +121,7 @@ class OneLayer(nn.Module):
 def layers_of(
     opened: PretrainedBackbone, names: Sequence[str], *, untrained: bool = False
 ) -> tuple[Layers, dict[str, Any]]:
-    """Layers of a pretrained backbone on the accelerator, and the provenance of the weights as JSON values.
+    """Layers of a pretrained backbone on the accelerator, and the provenance of the weights.
 
     Raises ValueError for an unknown layer, or a head that the run does not have.
     """

@@ -29,7 +29,7 @@ class RunWeights(NamedTuple):
 
 
 def read_run_weights(folder: Path, model: str) -> RunWeights:
-    """Reads the exported backbone, or else that of the newest checkpoint; collective; raises ValueError."""
+    """Reads the exported backbone or else the newest checkpoint's; collective."""
     exported = folder / "backbone" / WEIGHTS
     if exported.is_file():
         channels = read_folder(folder / "backbone").described.input_size[0]

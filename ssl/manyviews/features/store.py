@@ -1,4 +1,4 @@
-"""A folder of features: written by several ranks at once, resumed after an interruption, checked against a key.
+"""A folder of features: written by all ranks, resumable, and checked against a key.
 
 A complete folder has a manifest.json, written last. Until then all files are in its sub-folder `.partial`, where each
 rank records the rows that have been fsynced.
@@ -36,7 +36,7 @@ State = Literal["absent", "begun", "complete"]
 
 
 def state(folder: Path, key: Mapping[str, Any]) -> State:
-    """The state of the features of a key, JSON values that determine them, in a folder that may not exist.
+    """The state in a folder of the features of a key, the JSON values that determine them.
 
     Raises:
         ValueError: the folder has features of another key, with the differences, or files that do not fit its manifest.
@@ -69,7 +69,7 @@ def ours(folder: Path) -> bool:
 def held(
     folder: Path, key: Mapping[str, Any], *, replace: bool, copies: int = 1, root: Path | None = None
 ) -> Iterator[bool]:
-    """Locks a folder for the features of a key and allocates their files; yields whether they are complete; collective.
+    """Locks a folder and allocates features of a key; yields whether complete; collective.
 
     Args:
         folder: created if it does not exist.
@@ -106,7 +106,7 @@ def held(
 
 
 def _allocate(folder: Path, key: Mapping[str, Any], replace: bool, copies: int, root: Path | None) -> bool:
-    """Whether the features are complete; allocates the files LAYER.npy of absent ones, to detect a full disk now."""
+    """Whether features are complete; allocates absent ones, to detect a full disk now."""
     try:
         progress = state(folder, key)
     except ValueError as problem:
@@ -189,7 +189,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def remove(folder: Path, root: Path | None = None) -> None:
-    """Deletes features, complete or begun, and no other file of the folder; `root` is that of `held`."""
+    """Deletes features and no other file of the folder; `root` is that of `held`."""
     manifest: dict[str, Any] = {}
     with suppress(ValueError):
         manifest = read_manifest(folder) or {}
@@ -224,7 +224,7 @@ def finish(
     images: Iterable[Sequence[str | int]],
     root: Path | None = None,
 ) -> None:
-    """Moves the files `names` out of `.partial` and writes the manifest, last; called by one rank.
+    """Moves files out of `.partial` and then writes the manifest; called by one rank.
 
     `manifest` are JSON values, the key among them, and `images` the manifest's entries of the rows, streamed; `root` is
     that of `held`.

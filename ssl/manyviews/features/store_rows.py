@@ -86,7 +86,7 @@ def fill(
     console: Console,
     root: Path | None = None,
 ) -> None:
-    """Encodes the images whose rows are not in the folder yet; collective, while the folder is `held`.
+    """Encodes the images whose rows are missing in a `held` folder; collective.
 
     Each rank encodes its share, in batches that are the same for any world size: rows are then bitwise equal, as far as
     the device's arithmetic is. `prepare` maps a uint8 batch on the device to the backbone's input; `root` is that of
@@ -139,7 +139,7 @@ def fill(
 
 
 class Writer:
-    """Writes rows to the files NAME.npy of a `held` folder and records those that have been fsynced; one per rank.
+    """Writes rows to the NAME.npy of a `held` folder and records fsynced ones; one per rank.
 
     A write is a copy in memory and done at once; a thread syncs every few seconds. On exit, also by an exception, all
     rows are synced and recorded; rows that were not recorded because a write or a sync failed are encoded again.
@@ -163,7 +163,7 @@ class Writer:
         self._sync: Future[None] | None = None
 
     def put(self, start: int, rows: Mapping[str, Tensor]) -> None:
-        """Writes float32 [rows, width] of each file from row `start` on; raises OSError, also of earlier writes."""
+        """Writes float32 [rows, width] from row `start` on; raises OSError, also of earlier rows."""
         count = 0
         for name, values in rows.items():
             file, offset, width = self._files[name]

@@ -26,7 +26,7 @@ FINGERPRINT = "0" * 64
 
 
 class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Features of images by the backbone of a run or a timm model, as a scikit-learn transformer.
+    """Features by the backbone of a run or a timm model, as a scikit-learn transformer.
 
     `make_pipeline(Features("runs/quickstart"), StandardScaler(), LogisticRegression())` classifies images. `fit` only
     reads the weights, which are pickled with the transformer.

@@ -1,4 +1,4 @@
-"""Views: a batch of images becomes V augmented views of each, on the device, by draws that are a pure function."""
+"""Augmented views of a batch of images, on its device."""
 
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow

@@ -1,4 +1,4 @@
-"""Gamma by a table per view; brightness, contrast, saturation, hue and greyscale as one matrix per image."""
+"""Colour changes by a table per view and a matrix per image; blur, solarisation, erasing."""
 
 import math
 from functools import cache
@@ -108,7 +108,7 @@ def adjust(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Images in [0, white] with brightness, contrast, saturation and hue (in turns) changed per image.
+    """Changes brightness, contrast, saturation and hue (in turns) of images in [0, white].
 
     Clamped to [0, 1] once (if `clip`), then normalised by `mean` and `std`. What is missing in `params` is left alone.
     """
@@ -144,7 +144,7 @@ def look_up(
 
 
 def chroma_matrix(saturation: Float[Tensor, " batch"], hue: Float[Tensor, " batch"]) -> Float[Tensor, "batch 3 3"]:
-    """The maps of RGB that keep the luma, scale the chroma by `saturation` and turn it by `hue` (in turns)."""
+    """Matrices that keep the luma, scale the chroma by `saturation` and turn it by `hue` turns."""
     luma, chroma, turn = _chroma_basis(saturation.device, saturation.dtype)
     along, across = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
     matrix: Tensor = luma + along[:, None, None] * chroma + across[:, None, None] * turn
@@ -179,7 +179,7 @@ def blur(
     sigma: Float[Tensor, " batch"],
     kernel: int,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Gaussian blur (kornia's) where `applied`; `sigma` is each image's standard deviation in pixels."""
+    """Gaussian blur (kornia's) where `applied`; `sigma` is per image, in pixels."""
     sigma = sigma[:, None].expand(-1, 2)
     # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
     if images.device.type != "cpu":

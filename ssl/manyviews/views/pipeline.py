@@ -1,4 +1,4 @@
-"""Random views of a batch of images, on its device; every draw is a pure function of seed, epoch, id and view."""
+"""Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ GAP = 2
 
 
 class ViewsSettings(Settings):
-    """Views of an image: random crops with changed colours; what is null follows the image size and channels."""
+    """Random crops with changed colours; null settings follow the image size and channels."""
 
     num_views: int = Field(2, ge=1, le=256)
     """Views per image."""
@@ -125,12 +125,12 @@ class ViewsSettings(Settings):
         return filled
 
     def build(self, *, size: int, channels: int, seed: int) -> "Views":
-        """Builds the views of images of this size and number of channels; raises what `resolve` raises."""
+        """Builds the views for images of this size and number of channels; raises as `resolve`."""
         return Views(self.resolve(size=size, channels=channels), seed)
 
 
 class Views(nn.Module):
-    """V random views per image, in one stacked pass with parameters per image; `ViewsSettings.build` makes it.
+    """V random views per image in one stacked pass; `ViewsSettings.build` makes it.
 
     Every draw is a pure function of (seed, epoch, image id, view, parameter): a view is the same in any batch, on any
     rank, with any number of workers and after a resume. There is no random state, and the global one is not touched.
@@ -179,7 +179,7 @@ class Views(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "batch channels height width"], ids: Int64[Tensor, " batch"], epoch: int
     ) -> Float[Tensor, "views batch channels size size"]:
-        """Views of the images, normalised to the encoder's input; `ids` are the images' own, not their labels."""
+        """Views, normalised to the encoder's input; `ids` are the images' own, not their labels."""
         with torch.autocast(images.device.type, enabled=False):
             keys = [(self.seed, epoch, view) for view in range(self.num_views)]
             draws = uniform_sequences(ids.to(images.device), keys, self.get_buffer("numbers"))
@@ -197,7 +197,7 @@ class Views(nn.Module):
     def preview(
         self, images: UInt8[Tensor, "batch channels height width"], ids: Int64[Tensor, " batch"], *, epochs: int = 4
     ) -> UInt8[Tensor, "3 rows columns"]:
-        """One row per image: the original, then its views of the first epochs; small images are enlarged."""
+        """One row per image: the original, then its views of the first epochs, enlarged if small."""
         original = plain(images, self.window.size).unsqueeze(0)
         columns = torch.cat([original, *(self(images, ids, epoch) for epoch in range(epochs))])
         columns = ((columns * STD + MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -210,7 +210,7 @@ class Views(nn.Module):
         return F.pad(picture, (0, GAP, 0, GAP), value=255)
 
     def _effects(self, views: Tensor, draws: Tensor) -> Tensor:
-        """Blur, solarisation and one erased box, each with its probability, in this order; may work in place."""
+        """Blur, solarisation and one erased box, in this order; may work in place."""
         settings = self.settings
         if settings.blur:
             low, high = settings.blur_sigma
@@ -233,7 +233,7 @@ def plain(
     std: float | tuple[float, ...] = STD,
     interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "batch _ size size"]:
-    """The view for evaluation: the whole image, resized with antialiasing where needed, and normalised.
+    """The view for evaluation: the whole image, resized with antialiasing and normalised.
 
     By default as the views are; or by a mean and a standard deviation of values in [0, 1] for each channel, as other
     backbones were trained. Grey images then get as many channels as there are means.
@@ -253,7 +253,7 @@ def plain(
 
 
 def enlarged(size: int, stored: int, data: Settings) -> str | None:
-    """A warning for images that are viewed at `size` pixels and stored at fewer; None for all others.
+    """A warning if images are viewed at `size` pixels and stored at fewer, else None.
 
     `data` are the settings of their source.
     """

@@ -1,4 +1,4 @@
-"""Converts images that Pillow opened to 8 bits per channel, where Pillow itself would lose or mix samples."""
+"""Converts images to 8 bits per channel where Pillow would lose or mix samples."""
 
 import io
 import logging

@@ -67,7 +67,7 @@ Opener = Callable[[], BinaryIO]
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decodes the central square of an image, upright, resized with antialiasing, in 1 or 3 channels.
+    """Decodes the central square of an image, upright and resized with antialiasing.
 
     The format is detected from the content, not the name. More than 8 bits are reduced to 8 by `eight_bits`, of an
     animation the first frame is used, and colour profiles are ignored.
@@ -99,7 +99,7 @@ class Decoding:
         return _of_picture(square, path, self.max_pixels, opener)
 
     def check(self, path: Path, opener: Opener | None = None) -> None:
-        """Opens an image without decoding it; raises UnreadableImageError if it is not an image or too large."""
+        """Raises UnreadableImageError if a file is not an image or too large; decodes nothing."""
         _of_picture(lambda image: None, path, self.max_pixels, opener)
 
     def square(self, image: Image.Image) -> UInt8[Tensor, "channels size size"]:
@@ -128,7 +128,7 @@ def looks_like_an_image(path: Path) -> bool:
 
 
 def quiet() -> AbstractContextManager[object]:
-    """Context without Pillow's warnings (odd metadata, its limit of pixels); enter it before starting threads."""
+    """Context without Pillow's warnings; enter it before starting threads."""
     return warnings.catch_warnings(action="ignore")
 
 

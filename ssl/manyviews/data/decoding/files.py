@@ -1,4 +1,4 @@
-"""Images on disk that are decoded when they are read, the state of their files, and a pool of threads."""
+"""Images on disk, decoded when they are read, and a pool of threads that reads them."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def digest(file: BufferedReader) -> bytes:
 
 
 def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedReader, State]:
-    """Opens an image below a folder and returns its state; raises OSError, or RefusedFileError for links."""
+    """Opens an image and returns its state; raises OSError, or RefusedFileError for links."""
     file = open_regular(root / name) if follow_links else open_beneath(root, name)
     status = os.fstat(file.fileno())
     numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
@@ -63,7 +63,7 @@ def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedRe
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images on disk; those that cannot be decoded any more are read as grey, warned of and listed in `failed`.
+    """Images on disk; undecodable ones are read as grey, warned of and listed in `failed`.
 
     So are files whose content differs from `digests`, and those behind a link that is new. A file with another state is
     read once more to compare its content.
@@ -137,7 +137,7 @@ class Files:
 
 
 def newly_unreadable(images: Images) -> list[tuple[str, str]]:
-    """Names and reasons of files that became unreadable on any rank since the last call; collective."""
+    """Names and reasons of files newly unreadable on any rank since the last call; collective."""
     if not isinstance(images, Files):
         return []
     own = {name: reason for name, reason in images.failed.items() if name not in images.reported}
@@ -166,7 +166,7 @@ def on_any_rank(failures: dict[str, str]) -> dict[str, str]:
 def in_threads(
     visit: Callable[[int], None], count: int, workers: int, report: Report | None = None, what: str = "reading"
 ) -> dict[int, str]:
-    """Calls `visit` with 0 to `count - 1` in threads; returns the reasons of the unreadable ones by number.
+    """Calls `visit` with 0 to `count - 1` in threads; returns the reasons of unreadable ones.
 
     Threads, not processes: decoding and resizing release Python's lock, and threads start at once, where processes
     would import PyTorch for some seconds. `report` is called with `what`, the number done and `count`.
@@ -205,7 +205,7 @@ def in_threads(
 
 
 def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, max_bad: float) -> None:
-    """Raises a ValueError with the first unreadable files if they are more than the share `max_bad`."""
+    """Raises ValueError, with the first files, beyond the share `max_bad` of unreadable ones."""
     if len(unreadable) <= max_bad * total:
         return
     lines = [f"  {shown(name)}: {reason}" for name, reason in unreadable[:10]]

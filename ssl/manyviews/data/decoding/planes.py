@@ -36,7 +36,7 @@ class Deep(NamedTuple):
 
 
 def deep_samples(image: Image.Image) -> Deep | None:
-    """The samples of 16-bit colours or grey with alpha, and of separate planes; None for other images."""
+    """Samples of 16-bit colours, grey with alpha or separate planes; None for other images."""
     if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
         return None
     packing = packing_of(image)

@@ -1,4 +1,4 @@
-"""Digests of the content of files, equal on all ranks: cached on disk, or else read, each by one rank."""
+"""Digests of files, equal on all ranks: cached on disk, or else read by one rank each."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class DigestCache:
-    """Digests of the files of the folder `root`, by their `State`, in the package's cache folder.
+    """Cached digests of the files of the folder `root`, by their `State`.
 
     ctime makes this sound: every write changes it, and no program can set it back. On Windows, where it is the time of
     creation, and where the cache cannot be written, nothing is cached.
@@ -63,7 +63,7 @@ class DigestCache:
         return digests, known
 
     def keep(self, states: Rows, digests: Digests, read: int) -> None:
-        """Caches digests [files, 16] of files in states [files, 5]; `read` is when reading began, in ns since 1970."""
+        """Caches digests [files, 16] of states [files, 5], read since `read` (ns since 1970)."""
         settled = states[:, 1:3].max(axis=1, initial=0) < read - SETTLED
         states, digests = states[settled], digests[settled]
         if os.name == "nt" or (len(states) < WORTH_FILES and states[:, 0].sum() < WORTH_BYTES):
@@ -155,7 +155,7 @@ def digests_of(
 
 
 def file_digests(folder: Path, names: Sequence[str], workers: int, report: Report | None) -> Digests:
-    """Digests [files, 16] of a few large files of a folder; collective; raises ValueError if one cannot be read."""
+    """Digests [files, 16] of a few large files; collective; raises ValueError."""
 
     def opener(number: int) -> tuple[BufferedReader, State]:
         return open_image(folder, names[number], follow_links=True)
@@ -178,7 +178,7 @@ def shared(failures: dict[int, str]) -> dict[int, str]:
 
 
 def refuse_differences(folder: str, does: str, mark: str) -> None:
-    """Raises a ValueError on all ranks if their fingerprints (`mark`) differ, as ids must be equal; collective."""
+    """Raises ValueError on all ranks if their fingerprints (`mark`) differ; collective."""
     marks = distributed.all_gather_strings(mark)
     others = [str(rank) for rank, other in enumerate(marks) if other != marks[0]]
     if others:

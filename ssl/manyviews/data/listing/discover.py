@@ -78,7 +78,7 @@ def discover(
     seed: int,
     also: Collection[str] = (),
 ) -> Discovery:
-    """Lists the images of a data folder; the arguments are the settings of `Folder`, `labels` a table as a `Path`.
+    """Lists the images of a folder by the settings of `Folder`; a table in `labels` is a `Path`.
 
     `also` are names that are listed even if they do not exist.
 
@@ -149,7 +149,7 @@ def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[
 
 
 def _with_classes_of(train: Listing, test: Listing) -> Listing:
-    """The held-out listing with the classes of the training images; unlabelled if it has none of them."""
+    """The held-out listing with the classes of training; unlabelled if it has none of them."""
     folders, spelled = set(test.folders()) - {""}, same_spelling(train.classes)
     unknown = sorted(folder for folder in folders if spelled(folder) is None)
     known = folders.difference(unknown)

@@ -1,4 +1,4 @@
-"""Inventory of the files of a run, their changes since its start, and copies among its images."""
+"""Inventory of the files of a run, their changes since its start, and copied images."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ def write_inventory(file: Path, inventory: Inventory) -> None:
 
 
 def read_inventory(file: Path) -> dict[str, str]:
-    """Reads marks by file name; raises ValueError for a damaged line, OSError if it cannot be read."""
+    """Reads marks by file name; raises ValueError for a damaged line, or OSError."""
     marks: dict[str, str] = {}
     with open_lines(file) as lines:
         for number, line in enumerate(lines, 1):
@@ -56,7 +56,7 @@ def read_inventory(file: Path) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Inventory) -> Changes:
-    """Compares the files of a run that were readable at its start, by their marks, with those of now."""
+    """Compares the readable files at the start of a run, by their marks, with those of now."""
     marks = now.marks()
     known = {name: mark for name, mark in before.items() if mark}
     return Changes(
@@ -67,7 +67,7 @@ def changes(before: Mapping[str, str], now: Inventory) -> Changes:
 
 
 def copy_warnings(split: Split) -> Iterator[str]:
-    """Yields warnings about training images that are copies of others or all look the same; called by one rank."""
+    """Yields warnings if training images are copies or all look the same; called by one rank."""
     if split.inventory is not None and split.inventory.readable:
         digests = split.inventory.readable[0][1]
         copies = len(digests) - len({row.tobytes() for row in digests})

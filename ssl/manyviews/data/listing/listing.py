@@ -46,7 +46,7 @@ def listing_of(root: Path, names: Sequence[str], below: str = "") -> Listing:
 
 
 def by_folder(listing: Listing, *, asked: bool) -> Listing:
-    """The listing with a class for each first sub-folder with images, in alphabetical order; -1 for images in none.
+    """The listing with each first sub-folder with images as a class; -1 for images in none.
 
     It stays without labels if there are fewer than two folders, or if most images are in none, unless `asked`
     (`data.labels=folders`); raises ValueError if `asked` and there are fewer than two.
@@ -64,13 +64,13 @@ def by_folder(listing: Listing, *, asked: bool) -> Listing:
 
 
 def labelled(listing: Listing, labels: Iterable[str | None], classes: Sequence[str]) -> Listing:
-    """The listing with these classes and the label of each image, -1 for one that is not a class."""
+    """The listing with these classes and labels; -1 for a label that is not a class."""
     number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
     return listing._replace(labels=[number.get(label, -1) for label in labels], classes=tuple(classes))
 
 
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
-    """Splits a labelled listing: the second part gets a share of each class, at least one of two or more images.
+    """Splits a labelled listing: the second part gets a share, at least one, of each class.
 
     Images are chosen by a hash of their name, which does not depend on other images. Images without a label stay in the
     first part.
@@ -155,7 +155,7 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _refuse_splits_below(root: Path, names: Sequence[str]) -> None:
-    """Raises ValueError if a sub-folder has folders of training and of held-out images, which would be mixed."""
+    """Raises ValueError if a sub-folder has both training and held-out folders."""
     seen: dict[str, set[str]] = {}
     for name in names:
         parts = name.split("/", 2)

@@ -78,7 +78,7 @@ class PassedOver:
 
 
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
-    """Names of all image files below a folder, with `/` between their parts, and what was passed over.
+    """Names of all image files below a folder, separated by `/`, and what was passed over.
 
     `start` may be a link itself; `exclude` are folders that are not entered, by `identity`.
 

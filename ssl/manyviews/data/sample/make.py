@@ -1,4 +1,4 @@
-"""Makes the sample from Fashion-MNIST: `python -m manyviews.data.sample.make FOLDER [OUTPUT]`.
+"""Makes the sample: `python -m manyviews.data.sample.make FOLDER [OUTPUT]`.
 
 FOLDER has the four files of Fashion-MNIST, such as Debian's /usr/share/datasets/fashion-mnist; OUTPUT is by default
 this folder. Each split becomes one PNG, a mosaic of 100 images a row (a quarter smaller than a compressed array), and

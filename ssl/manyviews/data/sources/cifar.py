@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels, in torchvision's layout."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def _build(source: type[torchvision.datasets.CIFAR10], name: str, path: str | No
 
 
 def _contents(folder: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
-    """Reads the published files, by name; raises OSError if one is missing or has another checksum."""
+    """Reads the published files; raises OSError if one is missing or has another checksum."""
     contents = {}
     for name, checksum in checksums.items():
         content = read_bytes(folder / name, LARGEST)

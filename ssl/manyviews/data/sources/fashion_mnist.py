@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017), 70,000 grey images of 28 x 28 pixels in ten classes, and a bundled sample."""
+"""Fashion-MNIST (Xiao et al. 2017), 70,000 grey images of 28 x 28 pixels, and a sample."""
 
 import gzip
 import math
@@ -62,7 +62,7 @@ class FashionMNIST(Settings):
 
 
 class Sample(Settings):
-    """A balanced, lossless part of Fashion-MNIST that needs no download; made by `manyviews/data/sample/make.py`.
+    """A balanced, lossless part of Fashion-MNIST, bundled; `data/sample/make.py` made it.
 
     >>> len(Sample().build().train)
     10000
@@ -76,7 +76,7 @@ class Sample(Settings):
 
 
 def read_split(folder: Path, split: str) -> tuple[Bytes, Bytes]:
-    """Images [N, 28, 28] and labels [N] of `train` or `test`, from a folder of idx files, compressed or not."""
+    """Images [N, 28, 28] and labels [N] of `train` or `test`, from idx files, gzipped or not."""
     images, labels = (_read_idx(_file(folder, f"{STEMS[split]}-{what}-ubyte")) for what in KINDS)
     if images.shape != (len(labels), SIZE, SIZE) or labels.max(initial=0) >= len(CLASSES):
         raise ValueError(f"{folder} is not Fashion-MNIST: {images.shape} images, labels up to {labels.max(initial=0)}")

@@ -1,4 +1,4 @@
-"""Any folder of images: nested or flat, of mixed sizes and formats, with other files among them."""
+"""Any folder of images: nested or flat, of mixed sizes and formats."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -90,7 +90,7 @@ class Folder(Settings):
     """Follow symbolic links, also out of the folder."""
 
     def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
-        """Reads the images: decoded into memory or, beyond the budget, only checked; the same on all ranks; collective.
+        """Reads the images: decoded into memory or, beyond the budget, only checked; collective.
 
         Args:
             workers: threads that decode.

@@ -36,7 +36,7 @@ LabelsSource = Annotated[str, AfterValidator(_labels_source)]
 
 
 def existing_folder(path: str) -> Path:
-    """The folder at `path`; raises ValueError, with a hint, if it does not exist, is a file or may not be read."""
+    """The folder at `path`; raises ValueError, with a hint, if there is none or it is forbidden."""
     folder = Path(path)
     try:
         if folder.is_dir():
@@ -59,7 +59,7 @@ def nearest(path: Path) -> str:
 
 
 def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:
-    """Returns a lookup of names: the known name itself, or else the only one that is equal in NFC; else None.
+    """Returns a lookup of known names: the name itself, or the only one equal in NFC, or None.
 
     macOS writes accents in file names as letters of their own (NFD), tables and keyboards do not (NFC).
 
@@ -80,7 +80,7 @@ def cache_folder() -> Path:
 
 
 def download(folder: Path, name: str, fetch: Callable[[], object]) -> None:
-    """Fetches a data set, one process of the machine at a time; raises ValueError with a way out if it fails."""
+    """Fetches a data set, one process of a machine at a time; raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):

@@ -1,4 +1,4 @@
-"""STL-10 (Coates et al. 2011): 100,000 unlabelled and 13,000 labelled colour images of 96 x 96 pixels."""
+"""STL-10 (Coates et al. 2011): 113,000 colour images of 96 x 96 pixels, 13,000 labelled."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class STL10(Settings):
     """Folder of torchvision's `stl10_binary`; none: the cache. Downloaded there when missing."""
 
     def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
-        """5,000 labelled then 100,000 unlabelled images (label -1) to learn from, and 8,000 labelled ones held out."""
+        """5,000 labelled then 100,000 unlabelled training images (label -1), and 8,000 held out."""
         root = Path(self.path) if self.path else cache_folder()
         folder = root / "stl10_binary"
         if not all((folder / name).is_file() for name in FILES):
