@@ -51,6 +51,28 @@ def test_only_the_package_lives_in_ssl() -> None:
     assert {path.name for path in (ROOT / "ssl").iterdir()} - {"__pycache__"} == {"manyviews"}
 
 
+def test_the_package_is_fourteen_folders_and_three_files_none_of_them_long() -> None:
+    names = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")} - {"py.typed"}
+    assert names == set().union(*LEVELS) - {"optim", "recipe", "cli", "__main__"} | {"optim.py", "recipe.py", "cli.py"}
+    assert len(names) == 17
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, f"{path.relative_to(PACKAGE)} has more than 300 lines"
+
+
+def test_the_entry_calls_the_loop_and_the_loop_fits_on_a_screen() -> None:
+    calls = ast.parse((PACKAGE / "cli.py").read_text())
+    modules = {node.module for node in ast.walk(calls) if isinstance(node, ast.ImportFrom)}
+    assert "manyviews.train.pretrain" in modules
+    loop = ast.parse((PACKAGE / "train" / "pretrain.py").read_text())
+    lines = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in loop.body
+        if isinstance(node, ast.FunctionDef) and node.end_lineno
+    }
+    assert lines["train"] <= 40
+    assert {"train_step", "gradient"} <= lines.keys()
+
+
 def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]

@@ -1,7 +1,6 @@
 """The command lines behind `scripts/`: words are parsed, work is called, errors are said in one sentence."""
 
 import difflib
-import importlib.metadata
 import os
 import platform
 import re
@@ -30,6 +29,7 @@ from manyviews.system.disk import in_words
 from manyviews.system.files import spelled
 from manyviews.system.launch import Interrupted, Stop, in_a_line, lost_process
 from manyviews.system.memory import ran_out
+from manyviews.system.versions import versions
 from manyviews.train.finetune import FinetuneSettings
 from manyviews.train.finetune import finetune as finetune_model
 from manyviews.train.finetune import folder_of as finetuned_folder
@@ -143,9 +143,9 @@ def header(command: str) -> str:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a checkout"
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("manyviews", "torch", "timm"))
+    packages = " ".join(f"{name} {version}" for name, version in versions().items())
     python = f"Python {platform.python_version()}; {platform.platform()}"
-    return f"# {spelled(command)}\n# commit {commit}; {versions}; {python}\n"
+    return f"# {spelled(command)}\n# commit {commit}; {packages}; {python}\n"
 
 
 def help_text(usage: str, about: str, model: type[Settings]) -> str:

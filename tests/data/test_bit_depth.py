@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -98,8 +99,13 @@ def test_grey_and_alpha_in_separate_planes_are_composited(tmp_path, order, packe
     values = np.stack([stored, ALPHA], -1).astype(np.uint8)
     extra = {338: [1 if premultiplied else 2]}
     content = tiff(values, order=order, planar=True, packed=packed, tiles=tiles, extra=extra)
-    expected = over(np.repeat(grey[..., None], 3, 2))
-    np.testing.assert_allclose(read(write(tmp_path, "a.tif", content)), expected, atol=2)
+    path = write(tmp_path, "a.tif", content)
+    # Pillow reads grey with premultiplied alpha since 13.0.
+    if premultiplied and int(PIL.__version__.split(".")[0]) < 13:
+        with pytest.raises(UnreadableImageError, match="save it with 8 or 16 bits"):
+            read(path)
+        return
+    np.testing.assert_allclose(read(path), over(np.repeat(grey[..., None], 3, 2)), atol=2)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

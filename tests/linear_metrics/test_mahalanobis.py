@@ -72,7 +72,7 @@ def test_a_metric_is_the_same_after_a_file_that_holds_no_pickle(settings, tmp_pa
     assert TypeAdapter(Metric).validate_python(dict(loaded.settings)) == settings
     assert loaded.figures == metric.figures
     header = json.loads((tmp_path / "metric.safetensors").read_bytes()[8:].split(b"\n")[0].partition(b"}}")[0] + b"}}")
-    assert json.loads(header["__metadata__"]["versions"]).keys() == {"manyviews", "torch"}
+    assert json.loads(header["__metadata__"]["versions"]).keys() == {"manyviews", "torch", "timm"}
 
 
 @pytest.mark.parametrize("settings", METRICS, ids=str)

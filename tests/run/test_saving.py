@@ -18,6 +18,7 @@ from manyviews.run.checkpoints import (
     Saver,
     check_finite,
     newest_checkpoint,
+    not_finite,
     reading,
     room_needed,
     way_on,
@@ -370,3 +371,9 @@ def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:
     saved(Saver(tmp_path), checkpoint(1))
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / names(1)[0]).iterdir()}
     assert modes == {tmp_path.joinpath(names(1)[0]).stat().st_mode & 0o666}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA_VISIBLE_DEVICES=0)")
+def test_weights_on_a_gpu_are_checked_beside_what_lies_on_the_cpu() -> None:
+    assert not_finite({"rate": torch.ones(1), "weight": torch.ones(2, device="cuda")}) == []
+    assert not_finite({"rate": torch.ones(1), "weight": torch.full((2,), torch.nan, device="cuda")}) == ["weight"]

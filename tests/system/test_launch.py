@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from manyviews.system.launch import SIGNALS, Interrupted, Stop, start
 
@@ -71,6 +72,17 @@ def test_what_is_asked_of_accelerate_and_cannot_be_is_one_sentence(
     with pytest.raises(ValueError, match=said) as refused:
         start(8, "fp32", trains=trains)
     assert "\n" not in str(refused.value)
+
+
+def test_more_processes_than_gpus_are_refused_and_on_the_cpu_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^2 processes on this machine and 1 GPU: .* start 1, or set CUDA_VISIBLE"):
+        start(8, "fp32")
+    # What `accelerate launch --cpu` sets.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert start(8, "fp32").device.type == "cpu"
 
 
 def test_accelerates_own_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

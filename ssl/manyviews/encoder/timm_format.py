@@ -213,6 +213,7 @@ def export(
     }
     with replacing(folder / WEIGHTS, root) as (path, _):
         save_file(state, path)
+    # Not by timm's own function, which differs between versions.
     content: dict[str, Any] = {
         "architecture": source["architecture"],
         "num_classes": len(classes),

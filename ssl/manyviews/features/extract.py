@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from manyviews.system.console import Console
 from manyviews.system.disk import check_writable
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import start
+from manyviews.system.versions import versions
 from manyviews.system.writing import make_folder, replacing
 
 LABELS, TABLE = "labels.npy", "features.parquet"
@@ -147,7 +147,7 @@ def _publish(
         "decoded": {"size": split.train.size, "interpolation": "bicubic", "background": background_of(data)},
         "classes": list(split.train.classes),
         "unreadable": unreadable,
-        "versions": {name: version(name) for name in ("manyviews", "torch", "timm")},
+        "versions": versions(),
         "columns": ["split", "id", "name"],
     }
     store.finish(output, list(dict.fromkeys(files)), manifest, entries(parts))

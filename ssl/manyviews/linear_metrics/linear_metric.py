@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.system.files import parse_json
 from manyviews.system.path_bytes import utf8_path
+from manyviews.system.versions import versions
 
 Report = Callable[[str, int, int], None]
 """Told what is done, how much of it, and of how much."""
@@ -53,8 +53,7 @@ class LinearMetric:
 
     def save(self, file: Path) -> None:
         """Writes one safetensors file, with the settings, the figures and the versions as JSON in its header."""
-        versions = {name: metadata.version(name) for name in ("manyviews", "torch")}
-        header = {"settings": dict(self.settings), "figures": dict(self.figures), "versions": versions}
+        header = {"settings": dict(self.settings), "figures": dict(self.figures), "versions": versions()}
         tensors = {"weights": self.weights.cpu().contiguous(), "centre": self.centre.cpu().contiguous()}
         save_file(tensors, file, {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()})
 

@@ -51,7 +51,10 @@ def start(
     _end_with_the_launcher()
     _check_settings_of_accelerate(with_negatives=batch_size is not None, trains=trains)
     launched = _processes_launched()
-    on_cpu = not torch.accelerator.is_available()
+    # `accelerate launch --cpu` sets it.
+    on_cpu = _is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if not on_cpu:
+        _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if precision == "auto":
         precision = "bf16" if bf16_pays(on_cpu) else "fp32"
     # Accelerate keeps one state for the whole process and refuses another precision, even for another run.
@@ -110,7 +113,7 @@ def bf16_pays(on_cpu: bool) -> bool:
 def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None:
     """Refuses what the environment, or `accelerate config` by its launcher, asks for and nobody would get."""
     for variable, name in SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on"):
+        if _is_set(variable):
             raise _sharded(f"{name} ({variable}={os.environ[variable]})")
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
         raise ValueError(
@@ -132,6 +135,20 @@ def _check_settings_of_accelerate(*, with_negatives: bool, trains: bool) -> None
     if backend.lower() != "no":
         instead = "; pretraining compiles its encoder by train.compile=true" if with_negatives else ""
         raise ValueError(f"ACCELERATE_DYNAMO_BACKEND={backend} is not used; leave --dynamo_backend out{instead}")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on")
+
+
+def _check_gpus(processes: int) -> None:
+    """Refuses more processes than GPUs on this machine, which NCCL would do by a stack trace."""
+    gpus = torch.accelerator.device_count()
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes on this machine and {gpus} GPU{'' if gpus == 1 else 's'}: each process needs a GPU "
+            f"of its own; start {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        )
 
 
 def _sharded(name: str) -> ValueError:

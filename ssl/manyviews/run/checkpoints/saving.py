@@ -247,7 +247,10 @@ def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
 def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:
     """The names of tensors of which a number is not finite, with one answer from the device for all of them."""
     floating = {key: value.detach() for key, value in named.items() if value is not None and value.is_floating_point()}
-    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist() if floating else []
+    flags = [value.isfinite().all() for value in floating.values()]
+    # A state may lie on the CPU in part: a scheduler's, or what is remembered of the images.
+    device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
+    finite = torch.stack([flag.to(device) for flag in flags]).tolist() if flags else []
     return [key for key, sound in zip(floating, finite, strict=True) if not sound]
 
 
