@@ -217,7 +217,6 @@ def export(
     content: dict[str, Any] = {
         "architecture": source["architecture"],
         "num_classes": len(classes),
-        "num_features": backbone.num_features,
         "model_args": {"in_chans": channels, "num_classes": len(classes)},
         "pretrained_cfg": description,
     }

@@ -241,7 +241,6 @@ def seeded_backbone(name: str, seed: int, channels: int, size: int, **options: A
 
 
 def _description(name: str) -> Described:
-    """The input of a model, as timm describes it."""
     if name.startswith(LOCAL):
         return read_folder(Path(name.removeprefix(LOCAL)).expanduser()).described
     try:

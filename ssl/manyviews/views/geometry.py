@@ -180,5 +180,5 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _to_pixels(height: int, width: int) -> Tensor:
-    """From coordinates between -1 and 1 to pixel indices."""
+    # From coordinates between -1 and 1 to pixel indices.
     return torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])

@@ -177,7 +177,6 @@ def _origin(listing: Listing) -> str:
 
 
 def _counted(images: Images) -> str:
-    """Number of images, and of each class."""
     if images.labels is None:
         return f"{plural(len(images), 'image')} without labels"
     counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()
