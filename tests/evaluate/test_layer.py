@@ -230,7 +230,7 @@ def test_a_timm_model_has_no_embedding_to_extract(
 ) -> None:
     words = ["resnet18_small", "pretrained=false", f"data={photographs}", f"output={tmp_path / 'features'}"]
     assert cli.extract([*words, "layers=embedding", "size=28"]) == 2
-    assert "has no embedding; only a run has one: name backbone" in " ".join(capsys.readouterr().err.split())
+    assert "has no embedding; only a run has one: use backbone" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "features").exists()
 
 
