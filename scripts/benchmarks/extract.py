@@ -17,10 +17,9 @@ from manyviews.config import load
 from manyviews.data import InMemory
 from manyviews.encoder.backbone import create_backbone
 from manyviews.features import encoding, store
-from manyviews.features.encoding import Precision
+from manyviews.features.encoding import EncodeSettings, Precision
 from manyviews.features.extract import ExtractSettings
 from manyviews.features.layers import BACKBONE, Layers, OneLayer, widths_of
-from manyviews.features.settings import EncodeSettings
 from manyviews.features.store_rows import Part, fill
 from manyviews.system.console import Console
 from manyviews.system.launch import bf16_pays, start

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from manyviews.config import Settings, as_list, vocabulary
 from manyviews.data import Data, Sample, shorthand
-from manyviews.data.continuous_labels import ValuesSource
+from manyviews.data.labels import ValuesSource
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.objectives import OBJECTIVES, InBatch, Objective
 from manyviews.optim import OptimSettings

@@ -138,7 +138,7 @@ FULL = COLOURS / COLOURS.max() * 255
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["tif", "planar", "png"])
 def test_values_of_fewer_bits_in_sixteen_are_as_bright_as_they_were_meant(tmp_path, bits, channels, kind, caplog):
-    bit_depth._say.cache_clear()
+    bit_depth._warn_of_guess.cache_clear()
     values = values_of(bits, channels)
     if kind == "png":
         content = png(values.astype(">u2"), 2 if channels == 3 else 0)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manyviews.config import load
 from manyviews.data import InMemory
-from manyviews.data.continuous_labels import ValuesSource, thumbnails, values_of
 from manyviews.data.images import array_split
+from manyviews.data.labels import ValuesSource, thumbnails, values_of
 from manyviews.recipe import Recipe
 from manyviews.train.pretrain import pretrain
 
@@ -104,7 +104,10 @@ def test_a_path_is_made_absolute_and_other_words_are_refused() -> None:
     ("lines", "message"),
     [
         ([f"{name},1,{i}" for i, name in enumerate(NAMES[:-2])], r"no line for 2 of 12 images .* train/00010"),
-        ([f"{name},1,{i}" for i, name in enumerate([*NAMES, NAMES[3]])], "train/00003 stands in line 5 and again in"),
+        (
+            [f"{name},1,{i}" for i, name in enumerate([*NAMES, NAMES[3]])],
+            "line 14: train/00003 stands in line 5 already",
+        ),
         (["train/00000,1"], "line 2: 2 columns, where the header has 3"),
         (["train/00000,1,tall"], "line 2: 'tall' in column 'y' is no number"),
         ([f"{name},{'inf' if i == 4 else i},1" for i, name in enumerate(NAMES)], r"train/00004 \(image 4\) are \[inf,"),

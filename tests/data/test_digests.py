@@ -14,10 +14,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from manyviews.data import STL10, Folder, Images
-from manyviews.data.decoding.files import Files
-from manyviews.data.listing import content as contents
+from manyviews.data.decoding.files import Files, State, digest, open_image
 from manyviews.data.listing import digests as cache
-from manyviews.data.listing.digests import DigestCache, State, digest, state_of
+from manyviews.data.listing.digests import DigestCache
 from processes import start
 
 SIDE = 12
@@ -126,7 +125,7 @@ def hashed(monkeypatch) -> list[str]:
         )
         return digest(file)
 
-    monkeypatch.setattr(contents, "digest", noted)
+    monkeypatch.setattr(cache, "digest", noted)
     return names
 
 
@@ -193,8 +192,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, eager, own_cac
 def states_of(*files: Path) -> np.ndarray:
     states = []
     for file in files:
-        with file.open("rb") as opened:
-            states.append(state_of(opened))
+        opened, state = open_image(file.parent, file.name, follow_links=True)
+        opened.close()
+        states.append(state)
     return np.array(states, np.int64)
 
 
@@ -253,7 +253,7 @@ def test_a_file_that_was_replaced_with_its_size_and_time_is_not_learned_from(tmp
     as_before(tmp_path / "a/1.bmp", status)
     assert isinstance(images, Files)
     assert bool((images.read(torch.tensor([0])) == 127).all())
-    assert "another file than when the run began" in images.failed["a/1.bmp"]
+    assert "has changed since the start of the run" in images.failed["a/1.bmp"]
 
 
 def stl10(root: Path, value: int) -> str:
@@ -275,8 +275,8 @@ def together(number: int, port: int, roots: list[str], out: str, memory: float) 
     os.environ["TORCH_HOME"] = out
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     read_files = []
-    own = contents.digest
-    contents.digest = lambda file: (read_files.append(Path(file_name(file)).name), own(file))[1]
+    own = cache.digest
+    cache.digest = lambda file: (read_files.append(Path(file_name(file)).name), own(file))[1]
     try:
         images = Folder(path=roots[number], size=SIDE, memory=memory, holdout=0, max_bad=0.5).build().train
         result = f"{images.fingerprint} {' '.join(images.names)}"

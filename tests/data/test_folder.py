@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from manyviews.data import Folder, InMemory, listed, shorthand
+from manyviews.data import Folder, InMemory, shorthand
 from manyviews.data.decoding.decode import UnreadableImageError
-from manyviews.data.decoding.files import Files, in_threads
+from manyviews.data.decoding.files import Files, in_threads, listed
 from manyviews.system.launch import Interrupted, Stop
 
 

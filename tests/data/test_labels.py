@@ -10,7 +10,7 @@ from PIL import Image
 
 from manyviews.config import load
 from manyviews.data import Folder, Split
-from manyviews.data.label_table import read_labels
+from manyviews.data.labels import read_labels
 from manyviews.recipe import Recipe
 
 NAMES = [f"{number}.png" for number in range(12)]

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from manyviews.data import Folder, Loader, Order, newly_unreadable
-from manyviews.data.decoding.files import Files
+from manyviews.data import Folder, Loader, Order
+from manyviews.data.decoding.files import Files, newly_unreadable
 from processes import start
 
 
@@ -83,7 +83,7 @@ def test_too_many_files_that_break_later_stop_the_run_with_their_names(tmp_path,
     disk = images(folder(tmp_path), max_bad=0.1)
     for index in (5, 6):
         (tmp_path / f"{index}.png").write_text("gone")
-    with pytest.raises(ValueError, match=r"2 of 13 images .*\n  [56].png: it is another file than"):
+    with pytest.raises(ValueError, match=r"2 of 13 images .*\n  [56].png: its content has changed"):
         take(Loader(disk, Order(13, 13, 0), workers=workers), 1)
 
 
@@ -174,7 +174,7 @@ def test_a_replaced_file_is_not_learned_from_though_it_is_a_good_picture(tmp_pat
     os.utime(tmp_path / "5.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     batch = take(Loader(disk, order), 1)[0]
     assert 5 not in batch.ids.tolist()
-    assert "another file than when the run began" in disk.failed["5.png"]
+    assert "has changed since the start of the run" in disk.failed["5.png"]
     assert newly_unreadable(disk) == list(disk.failed.items())
     assert newly_unreadable(disk) == []
 

@@ -56,7 +56,7 @@ def test_the_script_makes_the_files_again(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == files("manyviews.data.sample").joinpath(name).read_bytes()
     shipped = Sample().build()
     # Another zlib may compress otherwise, so what is read from the PNG is compared, not its bytes.
-    monkeypatch.setattr("manyviews.data.sample.files", lambda package: tmp_path)
+    monkeypatch.setattr("manyviews.data.sources.fashion_mnist.files", lambda package: tmp_path)
     again = Sample().build()
     assert again.train.fingerprint == shipped.train.fingerprint
     assert again.test.fingerprint == shipped.test.fingerprint

@@ -174,7 +174,7 @@ def test_without_a_network_weights_are_looked_for_once_in_the_cache_alone(monkey
         (lambda weights: weights.popitem(), r"it lacks 1 \([\w.]+\) of \d+ keys; both files must be of one model"),
         (lambda weights: weights.update(extra=torch.zeros(1)), r"it has 1 \(extra\) that the model does not"),
         (lambda weights: weights.update({"head.weight": torch.zeros(3, 3)}), "model.safetensors"),
-        (None, r"holds no model\.safetensors.*encoder\.pretrained=false"),
+        (None, r"has no model\.safetensors.*encoder\.pretrained=false"),
     ],
 )
 def test_what_a_folder_lacks_of_a_models_weights_is_named(tmp_path, change, message):

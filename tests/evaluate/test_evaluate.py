@@ -207,4 +207,4 @@ def test_a_bank_whose_projector_is_lost_is_measured_without_its_rows(
     save_file({name: value + 1 for name, value in weights.items()}, folder / "backbone" / "model.safetensors")
     assert cli.evaluate([str(folder), "tasks=geometry", "baselines=false", "report=false", "cache=false"]) == 0
     assert measured(recorded(folder), "staleness") == []
-    assert "is of other weights than" in " ".join(capsys.readouterr().out.split())
+    assert "has other weights than" in " ".join(capsys.readouterr().out.split())

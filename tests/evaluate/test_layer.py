@@ -207,8 +207,8 @@ def test_a_run_that_has_not_finished_is_measured_by_the_embedding_of_its_newest_
     assert actual["learned (embedding)"]["value"] == pytest.approx(expected)
     # A live run may replace its checkpoints: the embedding is still that of the backbone that was opened.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert torch.equal(opened.embedding().module[0][0].weight, encoder.projector[0].weight)
-    assert opened.embedding().origin == opened.origin
+    assert torch.equal(opened.head("embedding").module[0][0].weight, encoder.projector[0].weight)
+    assert opened.head("embedding").origin == opened.origin
 
 
 def test_an_embedding_that_is_lost_is_said_and_the_backbone_measured_and_asked_for_it_is_refused(
@@ -222,7 +222,7 @@ def test_an_embedding_that_is_lost_is_said_and_the_backbone_measured_and_asked_f
     assert "keep RUN/checkpoints beside RUN/backbone" in said
     for layer in ("embedding", "both"):
         assert cli.evaluate([str(tmp_path / "run"), "tasks=retrieval", f"layer={layer}"]) == 2
-        assert "in which alone the embedding is kept; use the backbone" in " ".join(capsys.readouterr().err.split())
+        assert "the only file with the embedding; use the backbone" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_timm_model_has_no_embedding_to_extract(
@@ -230,7 +230,7 @@ def test_a_timm_model_has_no_embedding_to_extract(
 ) -> None:
     args = ["resnet18_small", "pretrained=false", f"data={photographs}", f"output={tmp_path / 'features'}"]
     assert cli.extract([*args, "layers=embedding", "size=28"]) == 2
-    assert "has no embedding; only a run has one: name backbone" in " ".join(capsys.readouterr().err.split())
+    assert "has no embedding; only a run has one: use backbone" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "features").exists()
 
 

@@ -7,7 +7,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyviews.data import InMemory, order
+from manyviews.data import InMemory
+from manyviews.data.sampler import order
 from manyviews.evaluators.augmented import AugmentedSettings, Cropped, Heads, augmented_probe
 from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.views import Views, ViewsSettings

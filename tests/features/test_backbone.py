@@ -47,16 +47,16 @@ def test_a_run_that_has_not_finished_is_its_newest_checkpoint(run: Path, tmp_pat
 
 def test_the_projector_comes_from_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     encoder = small_run(tmp_path / "own")
-    assert equal(open_run(tmp_path / "own").projector().module, encoder.projector)
+    assert equal(open_run(tmp_path / "own").head("projector").module, encoder.projector)
     shutil.rmtree(tmp_path / "own" / "checkpoints")
-    with pytest.raises(ValueError, match="has no checkpoint, in which alone the projector is kept"):
-        open_run(tmp_path / "own").projector()
+    with pytest.raises(ValueError, match="has no checkpoint, the only file with the projector"):
+        open_run(tmp_path / "own").head("projector")
     other = shutil.copytree(run, tmp_path / "other")
     small_run(tmp_path / "wider", "encoder.projector.dim=64", "seed=3")
     state = {name: value + 1 for name, value in open_run(other).weights.items() if value.is_floating_point()}
     object.__setattr__(opened := open_run(other), "weights", state)
-    with pytest.raises(ValueError, match=r"of step 7, is of other weights than backbone/model\.safetensors"):
-        opened.projector()
+    with pytest.raises(ValueError, match=r"of step 7, has other weights than backbone/model\.safetensors"):
+        opened.head("projector")
 
 
 def test_a_timm_model_sees_what_timm_says_it_was_trained_on() -> None:
@@ -102,14 +102,14 @@ def test_another_size_is_seen_by_what_can_take_it(run: Path, tmp_path: Path) -> 
 
 def test_words_that_open_nothing_are_answered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
-        (str(run), True): "is a run and has learned its own weights: leave it out",
-        ("resnet18", None): r"say pretrained=true for its published weights .* or pretrained=false for random ones",
-        ("resnet81", True): r"neither a run \(no folder that exists\) nor a model that timm knows; timm has resnet\d",
+        (str(run), True): "is a run with weights of its own: leave it out",
+        ("resnet18", None): r"set pretrained=true for its published weights .* or pretrained=false for random ones",
+        ("resnet81", True): r"neither a run \(no folder that exists\) nor a model of timm; timm has resnet\d",
         (str(run) + "s", None): f"neither a run .*; there are .*{run}",
         (str(run / "backbone"), None): f"write local-dir:{run / 'backbone'}",
         (str(run / "config.yaml"), None): r"neither a run \(a file\)",
         (str(run / "checkpoints"), None): r"neither a run \(a folder without config.yaml\)",
-        (f"local-dir:{run}", True): "holds no config.json",
+        (f"local-dir:{run}", True): "has no config.json",
         ("resnet18.a9_in1k", True): r"cannot be had .* it has .*resnet18\.a1_in1k",
         ("light_resnet", True): "there are no published weights of light_resnet; pretrained=false",
     }
@@ -141,7 +141,7 @@ def test_a_run_that_saves_often_is_opened_whole_and_never_mixed(tmp_path: Path) 
         seen = []
         for own in opened[1:]:
             numbers = {float(value.flatten()[0]) for value in own.weights.values()}
-            projector = own.projector()
+            projector = own.head("projector")
             numbers |= {float(value.flatten()[0]) for value in projector.module.state_dict().values()}
             assert numbers == {float(own.step)} or own.step == 7
             assert own.origin == projector.origin
@@ -169,5 +169,5 @@ def test_a_checkpoint_that_goes_after_it_was_read_is_not_missed(
     monkeypatch.setattr(run_weights, "newest_checkpoint", read_and_gone)
     opened = open_run(tmp_path / "run")
     assert opened.step == 7
-    assert opened.projector().origin["sha256"] == opened.origin["sha256"]
+    assert opened.head("projector").origin["sha256"] == opened.origin["sha256"]
     assert opened.untrained() is not None

@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_refused():
         extract(nn.Identity(), Grid(), prepare=prepare)
     with pytest.raises(ValueError, match="features of 13 of 13 images are not finite"):
         extract(nn.Flatten(), Grid(), prepare=lambda images: images.float() * float("nan"))
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="ids has duplicates"):
         extract(backbone(), Grid(), prepare=prepare, ids=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="no image"):
         extract(backbone(), Grid(), prepare=prepare, ids=torch.tensor([], dtype=torch.int64))

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manyviews.features import exports
+from manyviews.features import extract as exports
 
 ROWS = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
 ROWS[7] = 0

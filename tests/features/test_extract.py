@@ -24,9 +24,8 @@ from manyviews.data import Sample, select
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
-from manyviews.features.encoding import encoded
+from manyviews.features.encoding import EncodeSettings, encoded, images_of
 from manyviews.features.extract import ExtractSettings, extract
-from manyviews.features.settings import EncodeSettings, images_of
 from manyviews.system.console import Console
 from manyviews.views import plain
 from processes import launched
@@ -81,7 +80,7 @@ def test_every_layer_and_every_image_is_written_once(run: Path, folder: Path, tm
     assert [entry[2] for entry in told["images"]] == [*images.train.names, *images.test.names]
     assert np.load(output / "labels.npy").tolist() == images.train.labels.tolist() + images.test.labels.tolist()
     pixels = torch.cat([part.read(torch.arange(len(part))) for part in (images.train, images.test)])
-    backbone, projector = opened.backbone().eval(), opened.projector().module.eval()
+    backbone, projector = opened.backbone().eval(), opened.head("projector").module.eval()
     with torch.inference_mode():
         seen = plain(pixels, 28)
         expected = {"backbone": backbone(seen), "projector": projector(backbone.forward_summary(seen))}
@@ -287,12 +286,12 @@ def test_wrong_words_are_answered_before_anything_is_written(
     own = words(folder, tmp_path / "out")
     refused = {
         (str(run), *own, "layers=backbone,stage.0"): "has no 'stage.0'; did you mean stages.0",
-        (str(run), f"output={tmp_path / 'out'}", f"data={folder}"): "data.channels=1 reads them so",
+        (str(run), f"output={tmp_path / 'out'}", f"data={folder}"): "use data.channels=1",
         (str(run), *words(folder, tmp_path / "file")): "is a file; name a folder",
         (str(run), *words(folder, tmp_path / "file" / "out")): "is a file; name a folder",
         (str(run), *words(folder, tmp_path / "full")): "holds other files",
         (str(run), *own, "size=1"): "size=1: the backbone of",
-        (str(run), *own, "pretrained=true"): "has learned its own weights: leave it out",
+        (str(run), *own, "pretrained=true"): "is a run with weights of its own: leave it out",
         ("resnet18", *own): "pretrained=true for its published weights",
         ("resnet18", *own, "pretrained=false", "layers=projector"): "a timm model, which has no projector",
         (

@@ -81,7 +81,7 @@ def test_layers_that_cannot_be_kept_are_refused() -> None:
     for names, words in {
         ("twcie",): "the backbone has no 'twcie'; did you mean twice",
         ("zzz",): "the backbone has no 'zzz'; it has twice, never, pair",
-        ("twice", "twice"): "one is named twice",
+        ("twice", "twice"): "there are duplicates",
         ("projector",): "there is no projector",
     }.items():
         with pytest.raises(ValueError, match=words):

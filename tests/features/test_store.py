@@ -73,10 +73,11 @@ def test_a_failure_in_the_middle_keeps_what_was_put_before_it(tmp_path: Path) ->
     assert store.remarks(tmp_path) == [["broken.png", "cut short"]]
 
 
-def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_disk_that_fails_is_an_error_of_the_next_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.held(tmp_path, key(), replace=False):
         monkeypatch.setattr(store_rows.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
@@ -113,9 +114,6 @@ def test_rows_are_noted_beside_the_work_once_they_are_safe_and_no_others(
 def test_a_disk_that_fails_beside_the_work_is_an_error_of_what_is_written_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
     heard: list[int] = []
 
     def work() -> None:
@@ -167,17 +165,17 @@ def test_a_cut_between_the_last_files_and_the_manifest_is_healed(tmp_path: Path)
         assert not there
         assert store.rows_done(tmp_path, 6).all()
         store.finish(tmp_path, ["backbone.npy"], key(), [])
-    assert store.described(tmp_path) == {**key(), "files": ["backbone.npy"]}
+    assert store.read_manifest(tmp_path) == {**key(), "files": ["backbone.npy"]}
 
 
 def test_the_manifest_is_json_and_is_described_without_its_images(tmp_path: Path) -> None:
     complete(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     assert content == {**key(), "files": ["backbone.npy"], "images": [["train", 0, "a"], ["train", 1, "b"]]}
-    assert store.described(tmp_path) == {**key(), "files": ["backbone.npy"]}
+    assert store.read_manifest(tmp_path) == {**key(), "files": ["backbone.npy"]}
     (tmp_path / "manifest.json").write_text('{"weights"')
     with pytest.raises(ValueError, match="is damaged"):
-        store.described(tmp_path)
+        store.read_manifest(tmp_path)
 
 
 def test_a_folder_is_held_by_one_program_at_a_time(tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_a_strangers_manifest_names_no_file_that_could_be_removed(tmp_path: Path
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "files": files}))
     with pytest.raises(ValueError, match="its files are not named, or lie elsewhere"):
-        store.described(folder)
+        store.read_manifest(folder)
     with store.held(folder, key(), replace=True) as there:
         assert not there
     assert mine.read_text() == (folder / "notes.txt").read_text() == "mine"

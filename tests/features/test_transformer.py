@@ -25,7 +25,7 @@ from manyviews.config import load
 from manyviews.data import Sample
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
-from manyviews.features.settings import EncodeSettings
+from manyviews.features.encoding import EncodeSettings
 from manyviews.system.console import Console
 from small_run import small_run
 
@@ -132,7 +132,7 @@ def test_what_is_no_image_is_refused_in_words(run: Path, paths: list[Path], tmp_
     refused = {
         "not float32 [60, 1, 28, 28]": PIXELS.float(),
         "have 1 or 3 channels, not 28": PIXELS.permute(0, 2, 3, 1),
-        "the images have 3 channels, but the backbone has learned from 1": PIXELS.expand(-1, 3, -1, -1),
+        "the images have 3 channels, but the backbone was trained on 1": PIXELS.expand(-1, 3, -1, -1),
         "str is not a list of images; for one image give a list of one": str(paths[0]),
         "there is no image": [],
         "an image is uint8 [height, width] or with 1 or 3 channels, not float64 [4, 4]": [np.zeros((4, 4))],

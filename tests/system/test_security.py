@@ -78,7 +78,7 @@ def test_names_do_not_reach_the_network_unless_weights_are_asked_for(run: Path, 
     config.write_text(config.read_text().replace("pretrained: false", "pretrained: true", 1))
     opened = open_run(run)
     assert opened.backbone().state_dict().keys() == opened.weights.keys()
-    with pytest.raises(ValueError, match=r"began with the weights of hf-hub:someone/model.* baselines=false"):
+    with pytest.raises(ValueError, match=r"started from the weights of hf-hub:someone/model.* baselines=false"):
         opened.untrained()
     shutil.rmtree(run / "backbone")
     with pytest.raises(ValueError, match="is looked up on a network"):
@@ -265,7 +265,7 @@ def test_a_manifest_of_features_that_names_other_files_deletes_none(tmp_path: Pa
         place.mkdir()
         (place / "manifest.json").write_text(json.dumps({"files": [name]}))
         with pytest.raises(ValueError, match="its files are not named, or lie elsewhere"):
-            store.described(place)
+            store.read_manifest(place)
         store.remove(place)
         shutil.rmtree(place)
     assert precious.exists()

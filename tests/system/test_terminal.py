@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 
 from manyviews import cli
 from manyviews.config import dump_yaml, load
-from manyviews.data.continuous_labels import values_of
 from manyviews.data.images import InMemory, Names
-from manyviews.data.label_table import read_labels
+from manyviews.data.labels import read_labels, values_of
 from manyviews.data.sources.paths import same_spelling
 from manyviews.data.subset import of_classes
 from manyviews.evaluators import lettering

@@ -9,8 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views import MEAN, STD, RandomColour, RandomWindow, ViewsSettings, plain
-from manyviews.views.colour import RandomTone, adjust, chroma_matrix, look_up
-from manyviews.views.effects import blur, erase, solarize
+from manyviews.views.colour import adjust, blur, chroma_matrix, erase, look_up, random_gamma, solarize
 from manyviews.views.geometry import box_extents, resample, window_matrix
 
 EVERYTHING = {
@@ -167,7 +166,7 @@ def test_the_plain_view_resizes_with_antialiasing():
 def test_any_size_can_be_blurred(size):
     views = ViewsSettings(blur=1.0).build(size=size, channels=3, seed=0)
     assert views(pictures(2, size=size), torch.arange(2), 0).isfinite().all()
-    assert views.effects.blur_kernel % 2 == 1
+    assert views.blur_kernel % 2 == 1
 
 
 def test_views_may_be_smaller_or_larger_than_the_images():
@@ -433,7 +432,7 @@ def test_the_tone_matches_torchvision():
 def test_the_exponents_are_log_uniform_and_spare_the_stated_share():
     grey = torch.full((20000, 1, 1, 1), 128, dtype=torch.uint8)
     drawn = torch.rand(2, 1, 20000, generator=torch.Generator().manual_seed(0))
-    toned = RandomTone(0.5, 0.8)(grey, drawn)[0, :, 0, 0, 0]
+    toned = random_gamma(grey, drawn, 0.5, 0.8)[0, :, 0, 0, 0]
     exponents = (toned / 255).log() / math.log(128 / 255)
     spared = (exponents - 1).abs() < 1e-4
     assert abs(spared.float().mean() - 0.2) < 0.01

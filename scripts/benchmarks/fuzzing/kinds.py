@@ -18,9 +18,8 @@ from safetensors.torch import save
 from manyviews import recipe
 from manyviews.config import dump_yaml, load
 from manyviews.data import InMemory
-from manyviews.data.continuous_labels import values_of
 from manyviews.data.decoding.decode import Decoding
-from manyviews.data.label_table import read_labels
+from manyviews.data.labels import read_labels, values_of
 from manyviews.data.sources.fashion_mnist import read_split
 from manyviews.encoder.timm_format import read_folder
 from manyviews.features import store

@@ -1,4 +1,4 @@
-"""Where images come from: uint8 squares with stable ids, in an order that is a function of the seed and the step."""
+"""Images as uint8 squares with stable ids: sources, decoding, batch samplers and the loader."""
 
 import logging
 from pathlib import Path
@@ -6,16 +6,11 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from manyviews.data.class_sampler import ClassOrder, Composition, composition, way_out
-from manyviews.data.decoding.files import listed, newly_unreadable
-from manyviews.data.images import Images, InMemory, Inventory, Report, Split
-from manyviews.data.listing.inventory import changes, read_inventory, write_inventory
+from manyviews.data.images import Images, InMemory, Report, Split
 from manyviews.data.loader import Batch, Loader
-from manyviews.data.near_duplicates import alike
-from manyviews.data.sample import Sample
-from manyviews.data.sampler import Order, order
+from manyviews.data.sampler import ClassOrder, Order
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
-from manyviews.data.sources.fashion_mnist import FashionMNIST
+from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
 from manyviews.data.sources.folder import Folder
 from manyviews.data.sources.paths import nearest
 from manyviews.data.sources.stl10 import STL10
@@ -29,33 +24,22 @@ __all__ = [
     "STL10",
     "Batch",
     "ClassOrder",
-    "Composition",
     "Data",
     "FashionMNIST",
     "Folder",
     "Images",
     "InMemory",
-    "Inventory",
     "Loader",
     "Order",
     "Report",
     "Sample",
     "Split",
-    "alike",
     "background_of",
-    "changes",
-    "composition",
     "leave_out",
-    "listed",
-    "newly_unreadable",
     "of_classes",
-    "order",
-    "read_inventory",
     "sample_ids",
     "select",
     "shorthand",
-    "way_out",
-    "write_inventory",
 ]
 
 logger = logging.getLogger(__name__)
@@ -65,15 +49,15 @@ Data = Annotated[Sources, Field(discriminator="name")]
 
 
 def background_of(data: Sources | None) -> tuple[int, int, int] | None:
-    """Red, green and blue that transparent pixels of a folder's images are shown before; None of other data."""
+    """RGB colour behind transparent pixels of a folder's images; None for other data."""
     return data.decoding().background if isinstance(data, Folder) else None
 
 
 def shorthand(value: str) -> dict[str, Any]:
-    """What a bare `data=value` stands for: a known name, or else the path of a folder.
+    """Settings for `data=value`, a known name or else a folder; ValueError if neither exists.
 
-    Raises:
-        ValueError: neither such a name nor such a path exists.
+    >>> shorthand("stl10")
+    {'name': 'stl10'}
     """
     known = [source.model_fields["name"].default for source in get_args(Sources)]
     path = Path(value).expanduser()

@@ -1,4 +1,4 @@
-"""What a set of images is to the rest of the package: uint8 squares, read by id, with a name for each."""
+"""Sets of images: uint8 squares that are read by id, with names, labels and a fingerprint."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +11,12 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 Report = Callable[[str, int, int], None]
-"""Called now and then, from the calling thread, with what is being done, how many are done, and how many there are."""
+"""Progress callback, called from the calling thread with the task, the number done and the total."""
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """What images are read from by their ids."""
+    """Anything that images can be read from by their ids."""
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
         """The images of these ids, in their order."""
@@ -26,8 +26,7 @@ class Readable(Protocol):
 class Images(Readable, Protocol):
     """A split of a data set; the id of an image is its position, from 0 to `len - 1`.
 
-    Ids are the rows of a memory bank, so they must mean the same image in every run: two splits with equal
-    fingerprints have the same images under the same ids. A part of a split is a tensor of ids.
+    Ids are the rows of a memory bank: splits with equal fingerprints have the same images under the same ids.
     """
 
     @property
@@ -52,21 +51,21 @@ class Images(Readable, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Sixty-four hexadecimal digits that change when an image is added, removed, renamed, replaced, relabelled."""
+        """64 hexadecimal digits that change with any image, its name, id or label."""
 
     def __len__(self) -> int: ...
 
 
 class Split(NamedTuple):
-    """The images to learn from, the held-out ones, and the files that were left out: pairs of name and reason."""
+    """Training images, held-out images, and the names and reasons of files that were left out."""
 
     train: Images
     test: Images | None
     unreadable: tuple[tuple[str, str], ...] = ()
     layout: str = ""
-    """One line: which folders were read, as what, the classes, and what was passed over; empty for other data."""
+    """One line on the folders that were read, the classes, and what was passed over; empty for other data."""
     inventory: "Inventory | None" = None
-    """The files of the folder that is learned from."""
+    """The files of the training folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +97,11 @@ class InMemory:
 
 
 class Names(Sequence[str]):
-    """A list of names in two tensors: a million of them reach another process as shared memory, not as objects."""
+    """A list of names in two tensors, which worker processes share.
+
+    >>> Names(["a.png", "b.png"])[1]
+    'b.png'
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         # surrogateescape: a file name need not be valid UTF-8.
@@ -107,7 +110,7 @@ class Names(Sequence[str]):
         self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
 
     def arrays(self) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
-        """The bytes of all names, and where each begins, with the end of the last."""
+        """The bytes of all names, and the offset of each, with the end of the last."""
         return self._text.numpy(), self._ends.numpy()
 
     def __len__(self) -> int:
@@ -120,25 +123,25 @@ class Names(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        start, end = self._ends[position : position + 2].tolist()
+        row = range(len(self))[index]
+        start, end = self._ends[row : row + 2].tolist()
         return self._text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
 
 class Inventory(NamedTuple):
-    """The files of a folder by their names, and what tells whether they are still the same."""
+    """Names and digests of the files of a folder."""
 
     readable: tuple[tuple[Names, np.ndarray[Any, np.dtype[np.uint8]]], ...]
-    """Of each part of the folder the names of its images, and the digests of their content [images, 16]."""
+    """Names and digests [images, 16] of the images, for each split in the folder."""
     unreadable: tuple[str, ...]
-    """The names of the files that were left out."""
+    """Names of the files that were left out."""
 
     def marks(self) -> dict[str, str]:
-        """The digest of each file in hexadecimal, by its name; empty where it could not be read."""
-        found = dict.fromkeys(self.unreadable, "")
+        """The digest of each file in hexadecimal, by its name; empty for unreadable files."""
+        marks = dict.fromkeys(self.unreadable, "")
         for names, digests in self.readable:
-            found |= {name: row.tobytes().hex() for name, row in zip(names, digests, strict=True)}
-        return found
+            marks |= {name: row.tobytes().hex() for name, row in zip(names, digests, strict=True)}
+        return marks
 
 
 def array_split(
@@ -147,14 +150,14 @@ def array_split(
     labels: Int64[Tensor, " images"],
     classes: Sequence[str],
 ) -> InMemory:
-    """A labelled split of a data set that comes as arrays; its images are called `name/00000` and so on."""
+    """A labelled split of arrays; its images are named `name/00000` and so on."""
     names = Names(f"{name}/{index:05d}" for index in range(len(pixels)))
     mark = fingerprint([pixels.numpy(), labels.numpy(), *classes])
     return InMemory(pixels, names, labels, tuple(classes), mark)
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """A SHA-256 in hexadecimal over arrays (their bytes and shape), names likewise, and anything else (its `repr`)."""
+    """SHA-256 in hexadecimal over arrays and `Names`, and the `repr` of anything else."""
     digest = hashlib.sha256()
     for part in parts:
         arrays = part.arrays() if isinstance(part, Names) else (part,) if isinstance(part, np.ndarray) else ()

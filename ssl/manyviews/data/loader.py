@@ -1,8 +1,9 @@
-"""Batches of images for training, from any step on, the same with any number of workers."""
+"""Loads batches of images from any step on, the same with any number of workers."""
 
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import KW_ONLY, dataclass
 from itertools import count, cycle
 from queue import Empty
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
 
 PREFETCHED = 2
-"""Batches of each worker that are decoded, or being decoded, before they are asked for."""
+"""Batches that each worker decodes ahead."""
 
 
 class Batch(NamedTuple):
@@ -31,67 +32,62 @@ class Batch(NamedTuple):
     epoch: int
 
 
+@dataclass(eq=False)
 class Loader:
-    """Iterates without end over one rank's share of the global batches, consecutive ids, from step `start` on.
+    """Iterates without end over one rank's share of the global batches, from step `start` on.
 
-    Images in memory are indexed; images on disk are decoded ahead by `workers` processes, which end with the iterator.
-    On a machine with CUDA the batches are pinned, so that `.to(device, non_blocking=True)` does not wait.
+    Images on disk are decoded ahead by `workers` processes, which end with the iterator. On a machine with CUDA the
+    batches are pinned, for `.to(device, non_blocking=True)`.
 
-    A file that cannot be decoded any more is replaced by the next readable image, under that image's id: the row of
-    the broken one in a memory bank stays as it was. `images.failed` lists these files.
+    A file that cannot be decoded any more is replaced by the next readable image, under that image's id, and listed in
+    `images.failed`.
+
+    >>> from manyviews.data import Sample
+    >>> images = Sample().build().train
+    >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.shape
+    torch.Size([4, 1, 28, 28])
 
     Raises:
         ValueError: the batch does not divide over the ranks; while iterating, too many files are unreadable.
-        TimeoutError: while iterating, no batch came for `timeout` seconds; names the files being read.
+        TimeoutError: while iterating, no batch for `timeout` seconds; with the file being read.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        order: Order,
-        *,
-        rank: int = 0,
-        size: int = 1,
-        workers: int = 0,
-        start: int = 0,
-        timeout: float = 300.0,
-    ) -> None:
-        if order.batch_size % size:
-            nearest = max(round(order.batch_size / size), 1) * size
-            raise ValueError(
-                f"a batch of {order.batch_size} images does not divide over {size} processes; use {nearest}"
-            )
-        self.images = images
-        self.order = order
-        self.start = start
-        self.workers = workers
-        self.timeout = timeout
-        self.rank, self.size = rank, size
+    images: Images
+    order: Order
+    _: KW_ONLY
+    rank: int = 0
+    size: int = 1
+    workers: int = 0
+    start: int = 0
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
         self._pin = torch.cuda.is_available()
+        batch, size = self.order.batch_size, self.size
+        if batch % size:
+            nearest = max(round(batch / size), 1) * size
+            raise ValueError(f"a batch of {batch} images does not divide over {size} processes; use {nearest}")
 
     def __iter__(self) -> Iterator[Batch]:
-        if not isinstance(self.images, Files):
-            return self._from_memory(self.images)
-        return self._from_workers(self.images) if self.workers else self._from_disk(self.images)
+        if isinstance(self.images, Files) and self.workers:
+            return self._from_workers(self.images)
+        return self._in_process()
 
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         for step in count(self.start):
             epoch, ids = self.order.batch(step)
-            # Of a smaller last batch some ranks get one image more than others.
+            # The shares of a smaller last batch differ by at most one image.
             yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
 
-    def _from_memory(self, images: Images) -> Iterator[Batch]:
-        for epoch, share in self._plan():
-            ids = torch.tensor(share)
-            pixels = images.read(ids)
-            yield Batch(pixels.pin_memory() if self._pin else pixels, ids, epoch)
-
-    def _from_disk(self, images: Files) -> Iterator[Batch]:
-        for epoch, share in self._plan():
-            with quiet():
-                pixels, ids, failures = decode(images, share, lambda image: None)
-            _note(images, failures)
-            yield Batch(pixels, torch.tensor(ids), epoch)
+    def _in_process(self) -> Iterator[Batch]:
+        for epoch, ids in self._plan():
+            if isinstance(self.images, Files):
+                with quiet():
+                    pixels, ids, failures = decode(self.images, ids, lambda image: None)
+                _note(self.images, failures)
+            else:
+                pixels = self.images.read(torch.tensor(ids))
+            yield Batch(pixels.pin_memory() if self._pin else pixels, torch.tensor(ids), epoch)
 
     def _from_workers(self, images: Files) -> Iterator[Batch]:
         with ExitStack() as stack:
@@ -100,31 +96,31 @@ class Loader:
             for number in range(self.workers):
                 try:
                     worker = Worker(packed, number, pin=self._pin)
-                except RuntimeError:  # not even a thread can be started: those that could be do the work
+                except RuntimeError:  # no thread could be started: the other workers do the work
                     break
                 workers.append(stack.enter_context(closing(worker)))
             if not workers:
-                yield from self._from_disk(images)
+                yield from self._in_process()
                 return
             plan, turns = self._plan(), cycle(workers)
-            asked: deque[tuple[Worker, int]] = deque()
+            pending: deque[tuple[Worker, int]] = deque()
 
-            def ask() -> None:
+            def request() -> None:
                 (epoch, share), worker = next(plan), next(turns)
-                worker.ask(share)
-                asked.append((worker, epoch))
+                worker.request(share)
+                pending.append((worker, epoch))
 
             for _ in range(PREFETCHED * len(workers)):
-                ask()
+                request()
             while True:
-                worker, epoch = asked.popleft()
+                worker, epoch = pending.popleft()
                 try:
                     pixels, ids, failures = worker.get(self.timeout)
                 except Empty:
                     reading = worker.reading()
                     where = f"; being read: {reading}" if reading else ""
                     raise TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}") from None
-                ask()
+                request()
                 _note(images, failures)
                 yield Batch(pixels, torch.tensor(ids), epoch)
 

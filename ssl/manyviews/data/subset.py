@@ -1,7 +1,8 @@
-"""A part of a set of images: those of some classes, or all but those of some classes."""
+"""Subsets of images: by ids, of some classes, or without some classes."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -16,54 +17,42 @@ from manyviews.system.plural import plural
 
 
 def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
-    """Samples up to `limit` of the ids below `count`, by a generator of the seed alone; ascending."""
+    """Up to `limit` sorted ids below `count`, sampled with `seed`.
+
+    >>> sample_ids(3, 5, seed=0)
+    tensor([0, 1, 2])
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
-    """The images of these ids alone, in their order, with new ids from 0; labels keep their numbers.
-
-    Raises:
-        ValueError: if none is kept.
-    """
+    """The images of these ids, in their order, with new ids from 0; raises ValueError if none."""
     if not len(keep):
         raise ValueError(f"none of {plural(len(images), 'image')} is left")
-    chosen = keep.tolist()
-    labels = None if images.labels is None else images.labels[keep]
-    mark = fingerprint([images.fingerprint, keep.numpy()])
-    names = Names(images.names[index] for index in chosen)
-    if isinstance(images, InMemory):
-        pixels = images.pixels.index_select(0, keep)
-        return dataclasses.replace(images, pixels=pixels, names=names, labels=labels, fingerprint=mark)
-    if isinstance(images, Mapped):
-        rows = images.rows[keep]
-        return dataclasses.replace(images, rows=rows, names=names, labels=images.labels[keep], fingerprint=mark)
-    assert isinstance(images, Files)
-    states, digests = (None if of is None else of[keep] for of in (images.states, images.digests))
-    failed = {name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed}
-    return dataclasses.replace(
-        images,
-        names=names,
-        labels=labels,
-        fingerprint=mark,
-        states=states,
-        digests=digests,
-        failed=failed,
-        reported=set(failed),
-    )
+    assert isinstance(images, InMemory | Mapped | Files)
+    names = Names(images.names[index] for index in keep.tolist())
+    changed: dict[str, Any] = {"names": names, "fingerprint": fingerprint([images.fingerprint, keep.numpy()])}
+    if isinstance(images, Files):
+        changed["failed"] = {
+            name: images.failed[name] for name in (names if images.failed else ()) if name in images.failed
+        }
+        changed["reported"] = set(changed["failed"])
+    # All that has a row per image.
+    for field in ("labels", "pixels", "rows", "states", "digests"):
+        if (rows := getattr(images, field, None)) is not None:
+            changed[field] = rows[keep]
+    return dataclasses.replace(images, **changed)
 
 
 def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " kept"]:
-    """The ids of the images that have one of these classes, given by name or by number, in ascending order.
-
-    Where all classes are named by numbers, as folders called 1 to 12 are, a number is a name.
+    """Sorted ids of images of these classes; a number is a name if all names are numbers.
 
     Raises:
-        ValueError: if the images have no labels, or not such a class.
+        ValueError: an unknown class, or images without labels.
     """
     if images.labels is None:
         raise ValueError(
-            f"classes {', '.join(map(str, classes))} are asked for, but these images have no labels; put them into one "
+            f"classes {', '.join(map(str, classes))} are selected, but these images have no labels; put them into one "
             "folder for each class"
         )
     numbers = torch.tensor(sorted({_number(images.classes, entry) for entry in classes}), dtype=torch.int64)
@@ -71,11 +60,7 @@ def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " 
 
 
 def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
-    """All images but those of these classes; the same object where there are none to leave out.
-
-    Raises:
-        ValueError: if the images have no labels, or not such a class, or no image is left.
-    """
+    """All images but those of these classes; raises ValueError as `of_classes` and `select` do."""
     if not classes:
         return images
     kept = torch.ones(len(images), dtype=torch.bool)
@@ -89,12 +74,12 @@ def _number(classes: Sequence[str], entry: int | str) -> int:
     if name is not None:
         return classes.index(name)
     if text.isdecimal():
-        # A number that a person types loses its zeros: 2 for a folder called 02.
+        # 2 stands for a folder called 02.
         named = [index for index, each in enumerate(classes) if each.isdecimal() and int(each) == int(text)]
         if len(named) == 1:
             return named[0]
-        if not all(each.isdecimal() for each in classes) and int(text) < len(classes):
-            return int(text)
-    if text.isdecimal() and not all(each.isdecimal() for each in classes):
-        raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
+        if not all(each.isdecimal() for each in classes):
+            if int(text) < len(classes):
+                return int(text)
+            raise ValueError(f"class {text} is not one of the {len(classes)} classes, numbered from 0")
     raise ValueError(f"{entry!r} is not one of the classes ({some(classes, 10)}){did_you_mean(text, classes, 1, 0.5)}")

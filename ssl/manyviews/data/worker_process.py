@@ -1,8 +1,7 @@
-"""What a process that decodes images runs, and what passes between it and the one that asks.
+"""The worker process that decodes images, and its communication with the main process.
 
-No shared memory, semaphore or named socket is used for the images: a small /dev/shm does not matter to them. Pixels
-come through a pipe; names and other tensors of the data set are shared by a file in memory that has no name, which
-begins with a mark for each worker: the image that it decodes.
+Pixels come through a pipe, not shared memory, which a small /dev/shm would limit. Names and other tensors of the data
+set are shared by an unnamed file in memory, which begins with a mark for each worker: the image that it decodes.
 """
 
 import io
@@ -30,30 +29,25 @@ from manyviews.system.files import shown
 
 MAX_SUBSTITUTIONS = 32
 NOTHING = -1
-"""The mark of a worker that decodes no image."""
+"""The mark of an idle worker."""
 SIGNALS = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])}
 
 
 class Decoded(NamedTuple):
-    """Images that were decoded together."""
+    """A decoded batch."""
 
     pixels: UInt8[Tensor, "batch channels size size"]
     ids: list[int]
-    """Those that were asked for, or of what replaces them."""
+    """Ids of the images, some of them replacements."""
     failures: list[tuple[str, str]]
-    """Names of files that cannot be decoded any more, and the reasons."""
+    """Names and reasons of files that cannot be decoded any more."""
 
 
 def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Decoded:
-    """Decodes images one after the other; the next readable one replaces one that cannot be decoded any more.
+    """Decodes images in turn; an undecodable one is replaced by the next readable one.
 
-    Args:
-        images: the data set.
-        ids: of its images.
-        mark: called with the image that is begun, and with `NOTHING` after it, so that an error can name it.
-
-    Raises:
-        ValueError: neither an image nor any of those that follow can be decoded.
+    `mark` is called with each image before it is decoded, and with `NOTHING` after it. Raises ValueError if none of the
+    next images can be decoded either.
     """
     pixels = torch.empty(len(ids), images.channels, images.size, images.size, dtype=torch.uint8)
     decoded = Decoded(pixels, [], [])
@@ -75,8 +69,8 @@ def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Deco
 
 
 def pack(images: Files, workers: int) -> tuple[Any, bytes]:
-    """A file with a mark for each worker and the tensors of the images, and a pickle of all the rest."""
-    file = _nameless_file()
+    """A file with a mark per worker and the images' tensors, and a pickle of all the rest."""
+    file = _unnamed_file()
     for number in range(workers):
         set_mark(file.fileno(), number, NOTHING)
     file.seek(0, os.SEEK_END)
@@ -87,20 +81,20 @@ def pack(images: Files, workers: int) -> tuple[Any, bytes]:
 
 
 def set_mark(descriptor: int, number: int, image: int) -> None:
-    """Notes in the shared file which image a worker decodes."""
+    """Writes the image that a worker decodes to the shared file."""
     with suppress(OSError):
         os.pwrite(descriptor, image.to_bytes(8, "little", signed=True), 8 * number)
 
 
 def get_mark(descriptor: int, number: int) -> int:
-    """The image that a worker decodes."""
+    """Reads the image that a worker decodes from the shared file."""
     return int.from_bytes(os.pread(descriptor, 8, 8 * number), "little", signed=True)
 
 
 def serve(connection: Connection, shared: Connection, content: bytes, number: int) -> None:
-    """Decodes what is asked for until the other end of the pipe is closed."""
+    """Decodes the requested batches until the other end of the pipe is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The fork server may have been started by others, with other signals blocked.
+    # The fork server may have been started by other code, without blocked signals.
     block_signals()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -113,7 +107,7 @@ def serve(connection: Connection, shared: Connection, content: bytes, number: in
             try:
                 decoded = decode(images, ids, lambda image: set_mark(marks, number, image))
             except Exception as problem:
-                # As it can be raised in another process.
+                # Other types might not be picklable.
                 known = type(problem) in (ValueError, MemoryError, OSError)
                 connection.send(problem if known else RuntimeError("".join(traceback.format_exception(problem))))
                 continue
@@ -124,7 +118,7 @@ def serve(connection: Connection, shared: Connection, content: bytes, number: in
 
 
 def receive(connection: Connection, pixels: Tensor) -> tuple[list[int], list[tuple[str, str]]]:
-    """Fills pixels with what a process has decoded, and returns the rest of it; raises what was raised there."""
+    """Receives pixels, and returns ids and failures; raises what the process raised."""
     answer: Any = connection.recv()
     if isinstance(answer, Exception):
         raise answer
@@ -140,19 +134,19 @@ def receive(connection: Connection, pixels: Tensor) -> tuple[list[int], list[tup
 
 
 def block_signals() -> set[int]:
-    """Blocks signals that ask to end, where the system can; returns those that were blocked before."""
+    """Blocks signals of termination, if the system can; returns those that were blocked before."""
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)) if hasattr(signal, "pthread_sigmask") else set()
 
 
-def _nameless_file() -> Any:
-    # In memory, which no full disk or /dev/shm limits, where the system has such files.
+def _unnamed_file() -> Any:
+    # In memory if possible, which no full disk or /dev/shm limits.
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("manyviews"), "w+b")
     return tempfile.TemporaryFile()
 
 
 def _end_with_parent() -> None:
-    # Also where the decoding hangs in a read, and the end of its pipe would not be noticed.
+    # Also if decoding hangs in a read and does not see the end of the pipe.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -160,7 +154,7 @@ def _end_with_parent() -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors go to a file, where they are mapped into memory from."""
+    """Writes tensors to a file, from which `_Unpickler` maps them into memory."""
 
     def __init__(self, content: io.BytesIO, file: Any) -> None:
         super().__init__(content)
@@ -180,6 +174,6 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content))
         self._mapped = mapped
 
-    def persistent_load(self, described: tuple[int, torch.dtype, torch.Size]) -> Tensor:
-        start, dtype, shape = described
+    def persistent_load(self, key: tuple[int, torch.dtype, torch.Size]) -> Tensor:
+        start, dtype, shape = key
         return torch.frombuffer(self._mapped, dtype=dtype, count=shape.numel(), offset=start).view(shape)

@@ -1,4 +1,4 @@
-"""Workers that decode images: each a process, or a thread of this one where no process can be started."""
+"""Workers that decode images: processes, or threads where no process can be started."""
 
 import atexit
 import logging
@@ -25,29 +25,25 @@ from manyviews.system.files import shown
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_END = 5.0
-"""How long a process that was killed is waited for."""
+"""How long to wait for a killed process."""
 METHODS = ("forkserver", "spawn")
-"""Ways to start a process, tried in this order. A fork of a process with threads may hang. The fork server imports
-PyTorch once for all workers, and needs a socket in TMPDIR, whose path may be too long; spawn needs none."""
+"""Start methods, tried in this order; a fork of a process with threads may hang. The fork server imports PyTorch once
+for all workers, but needs a socket in TMPDIR, whose path may be too long."""
 
 
 class Packed:
-    """Images as several processes get them: what is large in them, tensors, is in memory once for all."""
+    """Images as worker processes receive them, with their tensors in memory once for all."""
 
     def __init__(self, images: Files, workers: int) -> None:
         self.images = images
-        self._marks = [NOTHING] * workers
+        self._workers = workers
         self._file: Any = None
         self._content = b""
 
     def start_process(self, number: int) -> tuple[Any, Connection]:
-        """Starts a process, and returns it with this end of its pipe.
-
-        Raises:
-            Exception: of whatever kind; nothing is left behind.
-        """
+        """Starts a process, and returns it with this end of its pipe; may raise any exception."""
         if self._file is None:
-            self._file, self._content = pack(self.images, len(self._marks))
+            self._file, self._content = pack(self.images, self._workers)
         problem: Exception | None = None
         for method in METHODS:
             if method in multiprocessing.get_all_start_methods():
@@ -58,18 +54,12 @@ class Packed:
         assert problem is not None
         raise problem
 
-    def mark(self, number: int, image: int) -> None:
-        """Keeps which image a worker of this process decodes."""
-        self._marks[number] = image
-
     def marked(self, number: int) -> int:
-        """The image that a worker decodes, or `NOTHING`."""
-        if self._marks[number] != NOTHING or self._file is None:
-            return self._marks[number]
-        return get_mark(self._file.fileno(), number)
+        """The image that a worker process decodes, or `NOTHING`."""
+        return NOTHING if self._file is None else get_mark(self._file.fileno(), number)
 
     def close(self) -> None:
-        """Frees what was shared."""
+        """Closes the shared file."""
         if self._file is not None:
             self._file.close()
 
@@ -81,7 +71,7 @@ class Packed:
         shared = Connection(os.dup(self._file.fileno()))
         process = context.Process(target=serve, args=(theirs, shared, self._content, number), daemon=True)
         try:
-            with _signals_blocked(), _main_left_out(unless=b"__main__" in self._content):
+            with _isolated(main=b"__main__" in self._content):
                 process.start()
         except BaseException:
             ours.close()
@@ -93,75 +83,62 @@ class Packed:
 
 
 class Worker:
-    """Decodes what it is asked for, in that order, in a process of its own or else in a thread of this process."""
+    """Decodes batches in a process or else in a thread; RuntimeError if no thread can start."""
 
     def __init__(self, packed: Packed, number: int, *, pin: bool) -> None:
-        """Starts it.
-
-        Args:
-            packed: the images.
-            number: which of the workers that share these images.
-            pin: whether pixels are wanted in pinned memory.
-
-        Raises:
-            RuntimeError: not even a thread can be started.
-        """
         self._packed, self._number, self._pin = packed, number, pin
-        self._asked: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._image = NOTHING
+        self._requests: SimpleQueue[list[int] | None] = SimpleQueue()
         self._done: SimpleQueue[Decoded | Exception] = SimpleQueue()
         self._process: Any = None
         self._connection: Connection | None = None
         self._closed = False
-        # Begun before the process: where no thread can be, none is left behind.
+        # Started before the process, which would remain if no thread could be started.
         self._thread = threading.Thread(target=self._work, name=f"decode-{number}", daemon=True)
         self._started = threading.Event()
         self._thread.start()
-        # Python's own exit asks processes to end by a signal to which these are deaf, and would wait for them.
+        # At exit Python would send SIGTERM, which these processes block, and wait for them.
         atexit.register(self.close)
         try:
             self._process, self._connection = packed.start_process(number)
-        except Exception as problem:  # of the system, of the interpreter, of what cannot be pickled
+        except Exception as problem:  # of the system, the interpreter, or pickle
             _warn_of_a_thread(f"{type(problem).__name__}: {problem}")
         finally:
             self._started.set()
 
-    def ask(self, ids: list[int]) -> None:
-        """Asks for images, whose turn comes after those that were asked for before."""
-        self._asked.put(ids)
+    def request(self, ids: list[int]) -> None:
+        """Requests a batch, to be decoded after earlier ones."""
+        self._requests.put(ids)
 
     def get(self, timeout: float) -> Decoded:
-        """Waits for the images that were asked for first.
-
-        Raises:
-            queue.Empty: they did not come in time.
-            ChildProcessError: the process has died.
-        """
+        """Waits for the oldest request; raises queue.Empty, or ChildProcessError if it died."""
         result = self._done.get(timeout=timeout)
         if isinstance(result, Exception):
             raise result
         return result
 
     def reading(self) -> str:
-        """The path of the image that is being decoded, or was when the process died; empty if there is none."""
-        image, images = self._packed.marked(self._number), self._packed.images
+        """The path of the image in work, also when the process died; empty if there is none."""
+        image, images = self._image, self._packed.images
+        image = self._packed.marked(self._number) if image == NOTHING else image
         return "" if image == NOTHING else shown(images.root / images.names[image])
 
     def close(self) -> None:
-        """Ends it, at once; process and thread are gone when this returns, unless a read never ends."""
+        """Kills the process and joins the thread, for a few seconds each."""
         atexit.unregister(self.close)
         self._closed = True
-        self._asked.put(None)
+        self._requests.put(None)
         if self._process is not None:
-            # One that hangs in a read hears nothing else, and all of them are deaf to other signals.
+            # Other signals are blocked, and the end of the pipe is not seen in a read that hangs.
             self._process.kill()
             self._process.join(SECONDS_TO_END)
-        # A thread that is in PyTorch when the interpreter goes takes the program down with it.
+        # A thread in PyTorch while the interpreter exits would crash the program.
         self._thread.join(SECONDS_TO_END)
 
     def _work(self) -> None:
         self._started.wait()
         connection, ready = self._connection, self._connection is None
-        while (ids := self._asked.get()) is not None and not self._closed:
+        while (ids := self._requests.get()) is not None and not self._closed:
             try:
                 if connection is not None and not ready:
                     ready = self._is_ready(connection)
@@ -180,11 +157,11 @@ class Worker:
 
     def _mark(self, image: int) -> None:
         if self._closed and image != NOTHING:
-            raise InterruptedError("nobody waits for these images any more")
-        self._packed.mark(self._number, image)
+            raise InterruptedError("the worker was closed")
+        self._image = image
 
     def _is_ready(self, connection: Connection) -> bool:
-        """Whether the process has come to where it decodes; otherwise it is said that this one does its work."""
+        """Whether the process has started to serve; otherwise warns that a thread does its work."""
         try:
             connection.recv_bytes()
         except (EOFError, OSError):
@@ -218,7 +195,7 @@ class Worker:
 
 
 def _warn_of_a_thread(why: str) -> None:
-    # It is Python's own filter, for all threads: Pillow warns of odd metadata.
+    # The filter is for all threads: Pillow warns of odd metadata.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logger.warning(
         "a process that decodes images could not be started (%s): a thread of this one does its work, more slowly",
@@ -227,34 +204,23 @@ def _warn_of_a_thread(why: str) -> None:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Blocks signals that ask to end in processes started within: the main process decides when work ends.
+def _isolated(*, main: bool) -> Iterator[None]:
+    """Context in which children block termination signals and, unless `main`, skip `__main__`.
 
-    Ctrl-C, launchers and schedulers send them to the whole group. Without the processes that decode, and the fork
-    server that starts them, the main process could not come to where it saves.
+    Ctrl-C, launchers and schedulers send these signals to the whole group, but the main process needs its workers, and
+    the fork server, until it has saved a checkpoint. The main module may import much, and runs again if it has no
+    `if __name__ == "__main__":`; it is needed only to unpickle its own classes.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It would unblock them again when it is started.
-    resource_tracker.ensure_running()
+    own, can_block = sys.modules["__main__"], hasattr(signal, "pthread_sigmask")
+    if can_block:
+        # Started later, it would unblock the signals.
+        resource_tracker.ensure_running()
     before = block_signals()
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _main_left_out(*, unless: bool) -> Iterator[None]:
-    """Keeps processes started within from importing the main module, but if its own classes are to be unpickled.
-
-    They have no use for it, it may import much, and a program without `if __name__ == "__main__":` would begin anew.
-    """
-    main = sys.modules["__main__"]
-    if not unless:
+    if not main:
         sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        sys.modules["__main__"] = own
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

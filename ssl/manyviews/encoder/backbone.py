@@ -1,4 +1,4 @@
-"""Backbones from timm, by name or from a folder in timm's format, and what is checked before one is built."""
+"""Creates timm backbones by name or from a folder in timm's format."""
 
 import warnings
 from collections.abc import Callable
@@ -12,22 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
-from manyviews.encoder.timm_format import (
-    HUB,
-    LOCAL,
-    WEIGHTS,
-    TimmFolder,
-    from_hub,
-    hub_folder,
-    other_weights,
-    read_folder,
-)
+from manyviews.encoder.timm_format import LOCAL, WEIGHTS, TimmFolder, from_hub, local_name, other_weights, read_folder
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
 from manyviews.system.names import did_you_mean
 
 ADAPTED = 1 << 26
-"""Weights by which a model may be larger than those that it is given: of other channels, or of larger images."""
+"""Weights that a model may have beyond those in its file: for more channels or larger images."""
 
 
 def create_backbone(
@@ -39,18 +30,18 @@ def create_backbone(
     drop_path: float = 0.0,
     key: str = "pretrained",
 ) -> nn.Module:
-    """A timm model without classifier, for square images of this size and number of channels.
+    """Creates a timm model without classifier, for square images.
 
-    Of a folder, and of a model on the hub, config.json is believed as `timm_folder` tells, and weights come from
-    model.safetensors alone. Without `pretrained` no network is used; `key` is what asks for it, for messages.
+    Of a folder or a model on the hub only what `read_folder` accepts of config.json is used, and model.safetensors.
+    Without `pretrained` no network is used; `key` is the setting that asks for it, for messages.
+
+    >>> create_backbone("light_resnet", channels=1, size=28).num_features
+    1152
 
     Raises:
-        ValueError: timm does not know the name, or the model has no such option, or its weights cannot be had.
+        ValueError: unknown name, an option that the model does not take, or weights that cannot be loaded.
     """
-    if name.startswith(HUB):
-        if not pretrained:
-            raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
-        name = f"{LOCAL}{hub_folder(name)}"
+    name = local_name(name, pretrained=pretrained)
     options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0, "img_size": size}
     options |= {"drop_path_rate": drop_path} if drop_path else {}
     local = name.startswith(LOCAL)
@@ -64,96 +55,85 @@ def create_backbone(
         del options["img_size"]
     try:
         if folder is not None:
-            return _of_folder(folder, name, options, key)
+            return _create_from_folder(folder, name, options, key)
         if pretrained and not (published is not None and published.has_weights):
-            raise ValueError(f"there are no published weights of {shown(name)}; {key}=false begins with random ones")
+            raise ValueError(f"there are no published weights of {shown(name)}; {key}=false starts from random ones")
         if not pretrained:
             return timm.create_model(name, **options)
-        with from_hub(f"the weights of {name}", f"; {key}=false begins with random weights"):
+        with from_hub(f"the weights of {name}", f"; {key}=false starts from random weights"):
             return timm.create_model(name, **options)
     except TypeError as problem:
         raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
 
 
-def _of_folder(found: TimmFolder, name: str, options: dict[str, Any], key: str) -> nn.Module:
-    file, pretrained = found.folder / WEIGHTS, options["pretrained"]
-    options |= found.options(pretrained=pretrained)
-    if pretrained:
+def _create_from_folder(folder: TimmFolder, name: str, options: dict[str, Any], key: str) -> nn.Module:
+    file, architecture = folder.folder / WEIGHTS, folder.architecture
+    options |= folder.options(pretrained=options["pretrained"])
+    bare = {**options, "pretrained": False}
+    if options["pretrained"]:
         if not file.is_file():
             raise ValueError(
-                f"{shown(found.folder)} holds no {WEIGHTS}, in which alone weights are read; {key}=false begins "
-                f"with random ones of {shown(found.architecture)}"
+                f"{shown(folder.folder)} has no {WEIGHTS}, the only file that weights are read from; {key}=false "
+                f"starts from random ones of {shown(architecture)}"
             )
-        # Looked at before timm does: a damaged file is then told in words.
+        # Before timm: its message on a damaged file does not name the file.
         read_tensors(file)
     if file.is_file():
-        bare = {**options, "pretrained": False}
-        check_count(shown(name), file.stat().st_size, lambda: timm.create_model(found.architecture, **bare))
+        check_count(shown(name), file.stat().st_size, lambda: timm.create_model(architecture, **bare))
     try:
-        return timm.create_model(found.architecture, **options)
+        return timm.create_model(architecture, **options)
     except TypeError:
         raise
     except Exception as problem:
-        said = (
-            f"{shown(found.folder)} does not make {shown(found.architecture)} ({type(problem).__name__}: "
+        message = (
+            f"{shown(folder.folder)} does not make {shown(architecture)} ({type(problem).__name__}: "
             f"{shown(problem)}); its {WEIGHTS} and config.json must be of one model"
         )
-        plain = {**options, "pretrained": False, "num_classes": found.described.num_classes}
-        with suppress(Exception):  # the model itself cannot be made as the folder describes it
-            model = timm.create_model(found.architecture, **plain).state_dict()
-            said = other_weights(found.folder, found.architecture, model, read_tensors(file)) or said
-        raise ValueError(said) from problem
+        with suppress(Exception):  # timm cannot build the model that the folder describes
+            bare["num_classes"] = folder.described.num_classes
+            model = timm.create_model(architecture, **bare).state_dict()
+            message = other_weights(folder.folder, architecture, model, read_tensors(file)) or message
+        raise ValueError(message) from problem
 
 
 def weight_count(build: Callable[[], nn.Module]) -> int | None:
-    """How many weights a module has, which is built without memory; None where that cannot be."""
+    """Number of weights of a module, built on the meta device; None if it cannot be built."""
     try:
-        # The meta device knows shapes alone.
         with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
             return sum(parameter.numel() for parameter in build().parameters())
-    except Exception:
-        # What is wrong with it is said where it is built in earnest.
+    except Exception:  # raised again, with a message, where the module is really built
         return None
 
 
 def check_count(name: str, held: int, build: Callable[[], nn.Module]) -> None:
-    """Refuses a model of more weights than the bytes that hold them, before it is built: its description is not theirs.
-
-    Args:
-        name: of the model.
-        held: bytes; a weight has one at least.
-        build: makes the model.
-
-    Raises:
-        ValueError: with both.
-    """
+    """Raises ValueError, before it is built, if a model has more weights than `held` bytes."""
     count = weight_count(build) or 0
-    # Channels and size may be others here than those of the weights.
+    # The file may be of fewer channels or smaller images.
     if count > held + ADAPTED:
         raise ValueError(
             f"{name} describes a model of {count:,} weights, and those beside it have {held:,} bytes: they are not of "
-            "each other"
+            "one model"
         )
 
 
 def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch _"]:
-    """What the projector reads: the backbone's features, or what the backbone has for the purpose."""
-    read: Tensor = getattr(backbone, "forward_summary", backbone)(images)
-    return read
+    """The projector's input: the backbone's `forward_summary` if it has one, else its features."""
+    features: Tensor = getattr(backbone, "forward_summary", backbone)(images)
+    return features
 
 
 @torch.no_grad()
 def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
-    """Widths of the backbone's features and of what the projector reads, by a look: `num_features` is not always true.
+    """Measures the widths of the features and of `summary`; `num_features` may be wrong.
 
     Raises:
-        ValueError: The backbone cannot take such images.
+        ValueError: the backbone cannot take such images, or does not return one vector per image.
     """
     training, images = backbone.training, torch.zeros(1, channels, size, size)
     # Not inference mode: a tensor that the model caches on its first pass could never carry a gradient.
     backbone.eval()
     try:
-        found = [backbone(images), summary(backbone, images)]
+        outputs = [backbone(images), summary(backbone, images)]
     except (RuntimeError, AssertionError, ValueError) as problem:
         raise ValueError(
             f"{type(backbone).__name__} cannot take {size} x {size} pixels of {channels} channels: {problem}; "
@@ -161,10 +141,10 @@ def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
         ) from problem
     finally:
         backbone.train(training)
-    for features in found:
+    for features in outputs:
         if features.ndim != 2:
             raise ValueError(
                 f"{type(backbone).__name__} returns {list(features.shape)}, not one vector per image; "
                 "choose another encoder.name"
             )
-    return found[0].shape[1], found[1].shape[1]
+    return outputs[0].shape[1], outputs[1].shape[1]

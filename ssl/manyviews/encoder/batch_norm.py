@@ -1,4 +1,4 @@
-"""Batch norm that a momentum twin cannot be seen through: over parts of the batch, or shuffled between processes."""
+"""Batch norm that leaks no identity to a momentum encoder: split, or shuffled over ranks."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,21 +13,20 @@ from manyviews.system.keyed_random import numpy_generator
 
 
 def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> None:
-    """Makes every batch norm in the module normalise each of `splits` parts of the batch by its own statistics.
+    """Makes every batch norm normalise each of `splits` parts of the batch on its own.
 
-    In training only; the running statistics move as they would for the mean of the parts' statistics. Names and shapes
-    in the state dict stay what they were, and what calls the modules does not change.
+    In training only; the running statistics move by the mean of the parts' statistics. The keys and shapes of the state
+    dict stay the same.
 
-    On one device, queries and keys of the same images share batch statistics, by which they find each other without a
-    look at the images (He et al. 2020, section 3.3; their cure, `Shuffle`, needs several processes). Split
-    differently, they do not: interleaved parts take every splits-th sample, the others are blocks, so that a sample
-    has other company in a twin with blocks than in an encoder with interleaved parts.
+    On one device, queries and keys of the same images share batch statistics, which gives away which query is theirs
+    (He et al. 2020, section 3.3; their cure, `Shuffle`, needs several processes). Split differently, they do not:
+    interleaved parts take every splits-th sample, the others are blocks.
     """
     for norm in module.modules():
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             continue
         if not isinstance(norm, SplitBatchNorm):
-            # The class, not the object, is replaced: parameters, buffers, hooks and whoever holds it stay.
+            # The class, not the object, is replaced: parameters, buffers, hooks and references stay.
             kind: Any = type(norm)
             object.__setattr__(norm, "__class__", _split_class(kind))
         assert isinstance(norm, SplitBatchNorm)
@@ -35,16 +34,16 @@ def split_batch_norms(module: nn.Module, splits: int, *, interleaved: bool) -> N
 
 
 class SplitBatchNorm(nn.Module):
-    """What `split_batch_norms` adds to a batch norm, whose class comes after this one."""
+    """Mixin that `split_batch_norms` puts before the class of a batch norm."""
 
     splits: int
     interleaved: bool
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The batch normalised in parts; in evaluation mode, as ever.
+        """The batch normalised in parts; in evaluation mode as a whole.
 
         Raises:
-            ValueError: There are fewer than two samples for each part.
+            ValueError: fewer than two samples for each part.
         """
         if not self.training or self.splits == 1:
             unsplit: Tensor = super().forward(x, *args)
@@ -80,57 +79,56 @@ def _split_class(kind: type) -> type:
 
 
 class Shuffle(NamedTuple):
-    """An exchange of samples between processes, and the way back.
+    """An exchange of samples between ranks, "shuffling BN" (He et al. 2020, section 3.3).
 
-    Each process encodes as many samples as it has, but others: keys then share their batch statistics with other keys
-    than their queries do with queries, and do not give away which query is theirs (He et al. 2020, section 3.3,
-    "shuffling BN"). Their code gathers all images on every process; here each travels only where it is needed.
+    Each rank encodes as many samples as it has, but others: the batch statistics of keys then do not give away which
+    query is theirs. The authors' code gathers all images on every rank; here each is sent once.
     """
 
     sent: Int64[Tensor, " samples"]
-    """The own samples in the order in which they leave, and come home."""
+    """Indices of this rank's samples in the order of sending."""
     outgoing: Sequence[int]
-    """How many leave for each process."""
-    places: Int64[Tensor, " samples"]
-    """Where those stand that arrive, process by process."""
+    """Number of samples sent to each rank."""
+    received: Int64[Tensor, " samples"]
+    """Positions of the samples in the order of arrival, rank by rank."""
     incoming: Sequence[int]
-    """How many arrive from each process."""
+    """Number of samples received from each rank."""
 
     @classmethod
     def draw(cls, samples: int, key: Sequence[int]) -> "Shuffle":
-        """One permutation of the samples of all processes, which depends on the key alone; collective.
+        """Draws a permutation of the samples of all ranks, from the key alone; collective.
 
         Args:
-            samples: how many this process has; the others may have another number.
-            key: numbers that are equal on all processes and differ from step to step.
+            samples: number on this rank; it may differ between ranks.
+            key: numbers that are equal on all ranks and differ from step to step.
         """
         lengths = torch.tensor(distributed.counts(samples))
         drawn = numpy_generator("shuffle", *key).permutation(int(lengths.sum()))
         permutation, own = torch.from_numpy(drawn), distributed.rank()
-        # The sample permutation[place] is encoded by the process that the place belongs to.
+        # The sample permutation[index] is encoded by the rank that owns the index.
         owners = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         from_own, to_own = owners[permutation] == own, owners == own
         senders = owners[permutation[to_own]]
         return cls(
             sent=permutation[from_own] - lengths[:own].sum(),
             outgoing=owners[from_own].bincount(minlength=len(lengths)).tolist(),
-            places=senders.argsort(stable=True),
+            received=senders.argsort(stable=True),
             incoming=senders.bincount(minlength=len(lengths)).tolist(),
         )
 
     def away(self, local: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples ..."]:
-        """The samples that this process encodes, for its own; without gradient; collective."""
-        return _exchange(local, self.sent, self.outgoing, self.places, self.incoming)
+        """Exchanges this rank's samples for those that it encodes; without gradient; collective."""
+        return _exchange(local, self.sent, self.outgoing, self.received, self.incoming)
 
     def home(self, encoded: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples ..."]:
-        """What has become of the own samples, in their order, for what this process has encoded; collective."""
-        return _exchange(encoded, self.places, self.incoming, self.sent, self.outgoing)
+        """Exchanges encoded samples for the outputs of this rank's own, in their order; collective."""
+        return _exchange(encoded, self.received, self.incoming, self.sent, self.outgoing)
 
 
 @torch.no_grad()
 def _exchange(
     tensor: Tensor, leaving: Tensor, outgoing: Sequence[int], arriving: Tensor, incoming: Sequence[int]
 ) -> Tensor:
-    placed = torch.empty_like(tensor)
-    placed[arriving] = distributed.exchange(tensor[leaving], outgoing, incoming)
-    return placed
+    exchanged = torch.empty_like(tensor)
+    exchanged[arriving] = distributed.exchange(tensor[leaving], outgoing, incoming)
+    return exchanged

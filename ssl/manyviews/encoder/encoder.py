@@ -1,8 +1,7 @@
-"""From views to embeddings: a timm backbone, a projector, perhaps a predictor, and the momentum twin."""
+"""From views to embeddings: backbone, projector, predictor, and the momentum encoder."""
 
 import copy
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ from manyviews.encoder.backbone import create_backbone, summary, widths
 from manyviews.encoder.batch_norm import split_batch_norms
 
 WIDEST = 16_384
-"""Numbers of a layer: beyond it one layer alone would take a gigabyte."""
+"""Largest width of a layer: beyond it one layer alone would take a gigabyte."""
 
 
 class ProjectorSettings(Settings):
-    """The perceptron between the backbone's features and the embeddings; not part of the exported backbone."""
+    """The perceptron from the backbone's features to the embeddings; not exported."""
 
     layers: int = Field(2, ge=0, le=8)
     """Linear layers; 0 makes the features the embeddings."""
@@ -32,16 +31,12 @@ class ProjectorSettings(Settings):
     """Batch norm after each hidden layer."""
 
     def build(self, num_features: int) -> nn.Sequential:
-        """The projector for this number of features."""
-        hidden = [self.hidden or num_features] * (self.layers - 1)
-        return _perceptron([num_features, *hidden, self.dim][: self.layers + 1], batch_norm=self.batch_norm)
+        """The projector for this number of features; empty without layers."""
+        return _perceptron(self, num_features, self.dim)
 
 
 class PredictorSettings(Settings):
-    """A perceptron that guesses one view's projection from another's; what it guesses has the projections' dimension.
-
-    Only objectives that contrast predictions with projections want one.
-    """
+    """A perceptron that predicts one view's projection from another's."""
 
     layers: int = Field(0, ge=0, le=8)
     """Linear layers; 0: no predictor."""
@@ -51,9 +46,8 @@ class PredictorSettings(Settings):
     """Batch norm after each hidden layer."""
 
     def build(self, dim: int) -> nn.Sequential:
-        """The predictor for projections of this dimension; empty, which changes nothing, without layers."""
-        hidden = [self.hidden or dim] * (self.layers - 1)
-        return _perceptron([dim, *hidden, dim][: self.layers + 1], batch_norm=self.batch_norm)
+        """The predictor for projections of this dimension; empty without layers."""
+        return _perceptron(self, dim, dim)
 
 
 class EncoderSettings(Settings):
@@ -75,12 +69,7 @@ class EncoderSettings(Settings):
     """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
 
     def build(self, *, channels: int, size: int) -> "Encoder":
-        """The encoder for square images; its weights come from torch's global generator.
-
-        Raises:
-            ValueError: timm does not know the name, or the model cannot take such images, or has no such option, or
-                its weights cannot be had.
-        """
+        """Builds the encoder for square images; raises as `create_backbone` and `widths` do."""
         backbone = create_backbone(
             self.name,
             channels=channels,
@@ -103,19 +92,23 @@ class EncoderSettings(Settings):
 
 
 class Embedded(NamedTuple):
-    """What an encoder makes of views, not normalised."""
+    """Outputs of an encoder, not normalised."""
 
     embeddings: Float[Tensor, "views batch dim"]
-    """What the loss is of: the predictions where there is a predictor, or the projections."""
+    """Input of the loss: the predictions, or without a predictor the projections."""
     projections: Float[Tensor, "views batch dim"]
     """The projector's output; without a predictor the same tensor."""
 
 
 class Encoder(nn.Module):
-    """A timm backbone without classifier, a projector on its features, and a predictor, which may be empty.
+    """A timm backbone without classifier, a projector, and a predictor, which may be empty.
 
-    `num_features` is the width of what the backbone returns, `dim` that of the embeddings. A backbone that has
-    `forward_summary` chooses itself what the projector reads; its features may then be wider.
+    `num_features` is the width of the backbone's features, `dim` that of the embeddings. The projector reads the
+    backbone's `forward_summary` where it has one.
+
+    >>> encoder = EncoderSettings().build(channels=1, size=28)
+    >>> encoder(torch.zeros(2, 3, 1, 28, 28)).embeddings.shape
+    torch.Size([2, 3, 128])
     """
 
     def __init__(
@@ -136,19 +129,19 @@ class Encoder(nn.Module):
             split_batch_norms(self, batch_norm_splits, interleaved=True)
 
     def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Embedded:
-        """Embeddings and projections of the views; all views go through in one pass and share batch statistics."""
+        """Embeddings and projections of all views in one pass, with shared batch statistics."""
         projections: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
         embeddings: Tensor = self.predictor(projections)
         return Embedded(embeddings.view(*views.shape[:2], -1), projections.view(*views.shape[:2], -1))
 
 
 class MomentumTwin(nn.Module):
-    """A copy of an encoder that follows it slowly: w' <- momentum w' + (1 - momentum) w (He et al. 2020, equation 2).
+    """Momentum encoder: w' <- momentum w' + (1 - momentum) w (He et al. 2020, equation 2).
 
     It starts as an exact copy, shares no storage with the encoder and gets no gradient. Running statistics of batch
     norms follow as the weights do; counters are copied. (The authors' code leaves the statistics to the twin's own
-    passes; in training mode, in which the twin runs as theirs does, they have no effect.) Where the encoder splits its
-    batch norms, the twin splits them into other parts. It has no predictor: what is predicted are its projections.
+    passes; in training mode, in which both run, they have no effect.) Where the encoder splits its batch norms, the
+    twin splits them into other parts. It has no predictor: its projections are the targets.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -172,7 +165,7 @@ class MomentumTwin(nn.Module):
 
 @torch.no_grad()
 def follow(module: nn.Module, leader: nn.Module, momentum: float) -> None:
-    """Moves a module's state to `momentum` times itself and 1 - `momentum` times another's, which may have more.
+    """Moving average: state <- momentum state + (1 - momentum) leader's, which may have more.
 
     A tensor that several layers share moves once, and counters are copied.
     """
@@ -184,14 +177,16 @@ def follow(module: nn.Module, leader: nn.Module, momentum: float) -> None:
         own[name].copy_(other[name])
 
 
-def _perceptron(widths: Sequence[int], *, batch_norm: bool) -> nn.Sequential:
+def _perceptron(settings: ProjectorSettings | PredictorSettings, inputs: int, outputs: int) -> nn.Sequential:
+    hidden_widths = [settings.hidden or inputs] * (settings.layers - 1)
+    widths = [inputs, *hidden_widths, outputs][: settings.layers + 1]
     modules: list[nn.Module] = []
-    for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=2):
+    for layer, (before, after) in enumerate(itertools.pairwise(widths), start=2):
         hidden = layer < len(widths)
         # A bias before a batch norm would be subtracted again.
-        modules.append(nn.Linear(inputs, outputs, bias=not (hidden and batch_norm)))
-        if hidden and batch_norm:
-            modules.append(nn.BatchNorm1d(outputs))
+        modules.append(nn.Linear(before, after, bias=not (hidden and settings.batch_norm)))
+        if hidden and settings.batch_norm:
+            modules.append(nn.BatchNorm1d(after))
         if hidden:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)

@@ -1,4 +1,4 @@
-"""Backbones for small images, registered with timm: importing this module makes `timm.create_model` know them."""
+"""Backbones for small images; importing this module registers them with `timm.create_model`."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["LightResNet", "SmallResNet"]
 
 
 class SmallResNet(ResNet):
-    """timm's ResNet with a 3 x 3 stem of stride 1 and no max-pooling, as SimCLR and MoCo use it at 32 pixels.
+    """timm's ResNet with a 3 x 3 stem of stride 1 and no max-pooling, for 32 pixels.
 
     Chen et al. 2020, appendix B.9. The first stage sees the image at full size, the last one at an eighth.
     """
@@ -32,19 +32,19 @@ class SmallResNet(ResNet):
 
 
 class LightResNet(nn.Module):
-    """A ResNet for 28 to 32 pixels on a CPU: a 4 x 4 stem of stride 2, then one convolution and one residual per stage.
+    """A ResNet for 28 to 32 pixels on a CPU, with one convolution and residual per stage.
 
-    Its features read two stages: the last but one, pooled to 4 x 4 places, knows where things are, and the last one's
-    mean knows what they are. Each part is rooted (as Perronnin et al. 2010, section 3.2, do with Fisher vectors:
-    a few strong activations then do not rule a cosine) and has unit length. A projector reads `forward_summary`, the
-    last stage's mean alone: trained on both, the embeddings were worse and so were the features.
+    Its features are the last stage but one, pooled to 4 x 4 positions, and the mean of the last stage. The square root
+    is taken of each part (as Perronnin et al. 2010, section 3.2, do with Fisher vectors: a few strong activations then
+    do not dominate a cosine), and each has unit length. A projector reads `forward_summary`, the last stage's mean
+    alone: trained on both parts, the embeddings and the features were worse.
     """
 
     def __init__(
         self, *, in_chans: int = 3, num_classes: int = 1000, widths: tuple[int, ...] = (32, 64, 128), grid: int = 4
     ) -> None:
         super().__init__()
-        self.in_chans, self.num_classes, self.widths, self.grid = in_chans, num_classes, tuple(widths), grid
+        self.in_chans, self.widths, self.grid = in_chans, tuple(widths), grid
         self.stem = _convolution(in_chans, widths[0], kernel=4, stride=2)
         stages = [
             nn.Sequential(_convolution(before, width, kernel=3, stride=2), _Residual(width))
@@ -56,7 +56,7 @@ class LightResNet(nn.Module):
             {"num_chs": width, "reduction": 2 ** (index + 1), "module": f"stages.{index - 1}" if index else "stem"}
             for index, width in enumerate(widths)
         ]
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.reset_classifier(num_classes)
 
     def forward_features(
         self, x: Float[Tensor, "batch channels height width"]
@@ -76,7 +76,7 @@ class LightResNet(nn.Module):
         x: tuple[Float[Tensor, "batch earlier rows columns"], Float[Tensor, "batch last _ _"]],
         pre_logits: bool = False,
     ) -> Float[Tensor, "batch _"]:
-        """The read-out of both stages and, unless `pre_logits`, the classifier on it."""
+        """Features of both stages or, unless `pre_logits`, the classifier's output on them."""
         earlier, last = (maps.float() for maps in x)
         parts = [F.adaptive_avg_pool2d(earlier, self.grid).flatten(1), last.mean((2, 3))]
         features = torch.cat([_rooted_unit(part) for part in parts], 1)
@@ -87,15 +87,15 @@ class LightResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Which parameters are one layer, from the stem on, as timm's layer-wise rates ask."""
+        """Regular expressions of the layers, for timm's layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, as timm names it."""
+        """The classification layer."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer; the read-out is part of the model and stays."""
+        """Replaces the classification layer; `global_pool` is ignored."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -138,15 +138,15 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def resnet18_small(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-18 with a 3 x 3 stem of stride 1 and no max-pooling."""
-    shape: dict[str, Any] = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
-    return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **shape, **options)
+    options |= {"block": BasicBlock, "layers": (2, 2, 2, 2)}
+    return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **options)
 
 
 @register_model
 def resnet50_small(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-50 with a 3 x 3 stem of stride 1 and no max-pooling."""
-    shape: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
-    return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **shape, **options)
+    options |= {"block": Bottleneck, "layers": (3, 4, 6, 3)}
+    return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **options)
 
 
 @register_model

@@ -1,10 +1,9 @@
-"""A backbone in timm's own format, written, and read as far as what its config.json says is believed.
+"""Reads and writes backbones in timm's own format.
 
-A config.json may name weights anywhere on the network, pickles among them, and any argument of any model. Here it says
-which of timm's models it is and what its input was, and the weights are those of model.safetensors beside it.
+A config.json may name weights anywhere on the network, pickles among them, and any argument of any model. Only the
+architecture and the input are read from it; weights come from model.safetensors in the same folder.
 """
 
-import copy
 import json
 import logging
 import socket
@@ -28,16 +27,16 @@ from manyviews.system.writing import make_folder, remove, replacing
 
 LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
 SOURCES = (LOCAL, *HUB)
-"""What a name begins with that is no timm model's."""
+"""Prefixes of names that are not timm models."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DESCRIPTION = ("architecture", "fixed_input_size", "first_conv", "classifier")
 """What an exported backbone keeps of timm's description."""
 SECONDS = 5.0
-"""How long the hub may take to answer, once, before its local cache alone is looked at."""
+"""Timeout of the connection to the hub; after it only the local cache is used."""
 SET_HERE = {"in_chans", "num_classes", "img_size", "drop_rate", "drop_path_rate", "pretrained"}
-"""Arguments that follow from the images and the recipe, whatever the folder says."""
-BELIEVED: dict[str, type] = {"global_pool": str, "class_token": bool, "dynamic_img_size": bool}
-"""Arguments that change what the weights are read by, and not how many there are."""
+"""Arguments that follow from the images and the recipe; those of the folder are ignored."""
+ACCEPTED: dict[str, type] = {"global_pool": str, "class_token": bool, "dynamic_img_size": bool}
+"""Accepted arguments and their types: they do not change the shapes of the weights."""
 
 Channels = Annotated[int, Field(strict=True, ge=1, le=64)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -46,7 +45,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
 class Described(BaseModel):
-    """What is believed of a model's `pretrained_cfg`."""
+    """The validated part of a model's `pretrained_cfg`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -71,7 +70,7 @@ class TimmFolder(BaseModel):
     arguments: dict[str, Any]
 
     def options(self, *, pretrained: bool) -> dict[str, Any]:
-        """What `timm.create_model` is to be told beside the architecture."""
+        """Keyword arguments of `timm.create_model`."""
         source = {"file": str(self.folder / WEIGHTS)} if pretrained else {}
         return {"pretrained": pretrained, "pretrained_cfg": self.described.model_dump() | source, **self.arguments}
 
@@ -80,64 +79,64 @@ def read_folder(folder: Path) -> TimmFolder:
     """Reads the config.json of a folder in timm's format.
 
     Raises:
-        ValueError: if there is none, it is damaged, or it describes a model as no folder is believed to.
+        ValueError: it is missing or damaged, or has model arguments that are not accepted.
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise ValueError(f"{shown(folder)} is no folder in timm's format: it holds no {CONFIG}")
+        raise ValueError(f"{shown(folder)} is no folder in timm's format: it has no {CONFIG}")
     content = read_json(file)
     # Older folders have both in one.
     described, arguments = content.get("pretrained_cfg", content), content.get("model_args") or {}
     try:
-        found = Described.model_validate(described)
-        named = TimmFolder(
-            folder=folder, architecture=content.get("architecture", ""), described=found, arguments=arguments
+        model = TimmFolder(
+            folder=folder,
+            architecture=content.get("architecture", ""),
+            described=Described.model_validate(described),
+            arguments=arguments,
         )
     except ValidationError as problem:
         first = problem.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "pretrained_cfg"
-        raise ValueError(f"{shown(file)} is damaged: {shown(place)}: {first['msg']}") from None
-    believed = {name: value for name, value in arguments.items() if name not in SET_HERE and value is not None}
-    for name, value in believed.items():
-        if type(value) is not BELIEVED.get(name) or len(str(value)) > 20:
+        key = ".".join(map(str, first["loc"])) or "pretrained_cfg"
+        raise ValueError(f"{shown(file)} is damaged: {shown(key)}: {first['msg']}") from None
+    accepted = {name: value for name, value in arguments.items() if name not in SET_HERE and value is not None}
+    for name, value in accepted.items():
+        if type(value) is not ACCEPTED.get(name) or len(str(value)) > 20:
             raise ValueError(
-                f"{shown(file)} asks for {shown(named.architecture)} with {shown(name)}={shown(value)}, which is not "
-                "read from a folder; only timm's models as they are named are"
+                f"{shown(file)} asks for {shown(model.architecture)} with {shown(name)}={shown(value)}, which is not "
+                f"read from a folder; only {', '.join(ACCEPTED)} are"
             )
-    return named.model_copy(update={"arguments": believed})
+    return model.model_copy(update={"arguments": accepted})
 
 
-def hub_folder(name: str) -> Path:
-    """The local copy of a model on the hub, its config.json and model.safetensors alone, downloaded where missing.
-
-    Args:
-        name: hf-hub:OWNER/NAME, with @REVISION where it is not the newest.
+def local_name(name: str, *, pretrained: bool) -> str:
+    """Replaces hf-hub:OWNER/NAME[@REVISION] by local-dir: and its downloaded copy.
 
     Raises:
-        ValueError: if it cannot be had.
+        ValueError: without `pretrained`, or if the files are neither in the cache nor on the hub.
     """
+    if not name.startswith(HUB):
+        return name
+    if not pretrained:
+        raise ValueError(f"{shown(name)} is looked up on a network, which takes pretrained=true")
     owner, _, revision = name.partition(":")[2].partition("@")
     with from_hub(name):
         files = [Path(hf_hub_download(owner, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
-    return files[0].parent
+    return f"{LOCAL}{files[0].parent}"
 
 
 @contextmanager
 def from_hub(wanted: str, way_out: str = "") -> Iterator[None]:
-    """Hugging Face's hub, where it answers within seconds, else its local cache alone; without lines of its own.
+    """Context with Hugging Face's hub, or only its local cache if it does not answer in seconds.
 
-    The client tries each file again and again for most of a minute, and says so each time.
-
-    Args:
-        wanted: what is read there, for messages.
-        way_out: the end of the message where it cannot be had.
+    The client alone would retry each file for most of a minute, with a log line each time. `wanted` and `way_out` are
+    the beginning and the end of the message.
 
     Raises:
-        ValueError: saying why it cannot be had, whatever but a TypeError is raised within.
+        ValueError: for every exception in the context but a TypeError.
     """
     unreachable, verbosity, offline = "", get_verbosity(), constants.HF_HUB_OFFLINE
     address = urlsplit(constants.ENDPOINT)
-    # What a proxy reaches is its affair.
+    # A proxy may reach the hub where this process cannot.
     if not offline and address.scheme not in getproxies() and "all" not in getproxies():
         try:
             port = address.port or (80 if address.scheme == "http" else 443)
@@ -152,26 +151,28 @@ def from_hub(wanted: str, way_out: str = "") -> Iterator[None]:
         raise
     except Exception as problem:  # of the network, of the hub, of the name
         reason = "HF_HUB_OFFLINE is set" if offline else unreachable
-        cure = f"and {constants.HF_HUB_CACHE} does not hold them; with {CONFIG} and {WEIGHTS} of the model in a folder"
-        said = f"({reason}), {cure}, its name is {LOCAL}FOLDER"
-        if not reason:
-            said = f"({type(problem).__name__}: {shown(problem)}); look whether the hub has a {WEIGHTS} of that name"
-        raise ValueError(f"{shown(wanted)} cannot be had {said}{way_out}") from problem
+        why = (
+            f"({reason}), and {constants.HF_HUB_CACHE} does not hold them; with {CONFIG} and {WEIGHTS} of the model "
+            f"in a folder, use {LOCAL}FOLDER"
+            if reason
+            else f"({type(problem).__name__}: {shown(problem)}); check that the hub has a {WEIGHTS} of that name"
+        )
+        raise ValueError(f"{shown(wanted)} cannot be had {why}{way_out}") from problem
     finally:
         constants.HF_HUB_OFFLINE = offline
         set_verbosity(verbosity)
 
 
-def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], found: Collection[str]) -> str:
-    """What a folder's weights lack for the model that its config.json names, or have beside it; empty where nothing."""
-    lacking, beside = [key for key in model if key not in found], [key for key in found if key not in model]
-    if not lacking and not beside:
+def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], stored: Collection[str]) -> str:
+    """Message on missing and unexpected keys of a folder's weights; empty if there are none."""
+    missing, unexpected = [key for key in model if key not in stored], [key for key in stored if key not in model]
+    if not missing and not unexpected:
         return ""
-    parts = [f"it lacks {len(lacking):,} ({some(lacking)}) of {len(model):,} keys"] if lacking else []
-    parts += [f"it has {len(beside):,} ({some(beside)}) that the model does not"] if beside else []
+    parts = [f"it lacks {len(missing):,} ({some(missing)}) of {len(model):,} keys"] if missing else []
+    parts += [f"it has {len(unexpected):,} ({some(unexpected)}) that the model does not"] if unexpected else []
     return (
         f"{shown(folder / WEIGHTS)} does not hold the weights of {shown(architecture)}, which {CONFIG} names: "
-        f"{' and '.join(parts)}; both files must be of one model, as timm's save_for_hf and RUN/backbone have them"
+        f"{' and '.join(parts)}; both files must be of one model, as written by timm's save_for_hf or in RUN/backbone"
     )
 
 
@@ -186,19 +187,15 @@ def export(
     classes: Sequence[str] = (),
     background: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes a backbone in timm's own format: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+    """Writes a backbone that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
-    The folder gets `config.json`, with the input it was trained on (channels, size, and the mean and standard deviation
-    that values in [0, 1] are normalised by), and `model.safetensors`. A backbone that is a classifier has the names of
-    its classes in `config.json` too, and `background` is the colour that transparent pixels were shown before. The
-    interpolation is that by which files are decoded. Weights that layers share are written under each of their names.
+    The folder gets `model.safetensors` and `config.json`: the input (`mean` and `std` are of values in [0, 1]), of a
+    classifier the names of its `classes`, and the `background` colour behind transparent pixels. The interpolation is
+    that of decoding files. Weights that layers share are written under each of their names.
     """
-    # A copy: timm wants the description on the model.
-    model = copy.deepcopy(backbone).cpu()
     source = cast("dict[str, Any]", backbone.pretrained_cfg)
     # Only what describes the model: tag, licence and address are those of weights that these no longer are.
-    description = {name: source[name] for name in DESCRIPTION if name in source}
-    changed = {
+    description = {name: source[name] for name in DESCRIPTION if name in source} | {
         "input_size": (channels, size, size),
         "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
         "std": std if isinstance(std, tuple) else (std,) * channels,
@@ -206,26 +203,25 @@ def export(
         "crop_pct": 1.0,
         "num_classes": len(classes),
     }
-    model.__dict__["pretrained_cfg"] = description | changed
     root = folder.parent
     make_folder(folder, root)
     for left in folder.glob(".*.partial"):
         remove(left, root)
     # Each in memory of its own, and not channels_last: safetensors refuses tensors that are shared or not contiguous.
-    state = model.state_dict()
+    state = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in backbone.state_dict().items()
+    }
     with replacing(folder / WEIGHTS, root) as (path, _):
-        save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, path)
-    shown_before = {} if background is None else {"background": list(background)}
+        save_file(state, path)
+    # Not by timm's own function, which differs between versions.
+    content: dict[str, Any] = {
+        "architecture": source["architecture"],
+        "num_classes": len(classes),
+        "model_args": {"in_chans": channels, "num_classes": len(classes)},
+        "pretrained_cfg": description,
+    }
+    content["model_args"] |= {"img_size": [size, size]} if source.get("fixed_input_size") else {}
+    content |= {"label_names": list(classes)} if classes else {}
+    content |= {"background": list(background)} if background is not None else {}
     with replacing(folder / CONFIG, root) as (path, _):
-        _write_config(model, path, {"label_names": list(classes), **shown_before})
-
-
-def _write_config(model: nn.Module, file: Path, more: dict[str, Any]) -> None:
-    """Writes the description that `timm.create_model` reads; timm's own function for it differs between versions."""
-    described = cast("dict[str, Any]", model.pretrained_cfg)
-    channels, *side = described["input_size"]
-    arguments = {"in_chans": channels, "num_classes": model.num_classes}
-    arguments |= {"img_size": side} if described.get("fixed_input_size") else {}
-    content = {"architecture": described["architecture"], "num_classes": model.num_classes, "model_args": arguments}
-    named = {name: value for name, value in more.items() if value}
-    file.write_text(json.dumps({**content, "pretrained_cfg": described, **named}, indent=2))
+        path.write_text(json.dumps(content, indent=2))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.data import Data, Folder, Images, InMemory, Split, read_inventory
+from manyviews.data import Data, Folder, Images, InMemory, Split
+from manyviews.data.listing.inventory import read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluate.run_tasks import FOREIGN
 from manyviews.evaluators.distance import searchable

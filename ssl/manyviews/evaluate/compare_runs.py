@@ -20,7 +20,7 @@ from manyviews.evaluators.results.measurement import GROUPING
 from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, differences
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.cached import features_of
-from manyviews.features.settings import images_of
+from manyviews.features.encoding import images_of
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks

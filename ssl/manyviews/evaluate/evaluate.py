@@ -26,7 +26,7 @@ from manyviews.evaluators.results.measurement import LEARNED, PIXELS, Evaluation
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import held_out_of_each
 from manyviews.features.backbone import open_run
-from manyviews.features.settings import images_of
+from manyviews.features.encoding import images_of
 from manyviews.report import Findings
 from manyviews.run.folder import DONE
 from manyviews.system import distributed

@@ -113,7 +113,7 @@ def kinds_of(job: Job, learned: Sequence[str], *, training: bool) -> Kinds:
             return encoding.raw_pixels(images, pretrained.size)
         if kind == EMBEDDED and not hasattr(pretrained.backbone(), "forward_summary"):
             # The projector reads the backbone's features: no image need be encoded twice.
-            return _project(pretrained.embedding().module, features(LEARNED, images))
+            return _project(pretrained.head(EMBEDDING).module, features(LEARNED, images))
         key = kind, images is shown
         if key not in encoded:
             layer, untrained = EMBEDDING if kind == EMBEDDED else BACKBONE, kind == RANDOM

@@ -12,8 +12,8 @@ from manyviews.evaluators.map import Method
 from manyviews.evaluators.protocol import ProtocolSettings
 from manyviews.evaluators.results.measurement import EMBEDDED, GROUPING, LEARNED, Task
 from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.encoding import EncodeSettings
 from manyviews.features.layers import BACKBONE, EMBEDDING
-from manyviews.features.settings import EncodeSettings
 from manyviews.recipe import Recipe
 from manyviews.system.names import did_you_mean
 
@@ -119,7 +119,7 @@ def measured_layers(pretrained: PretrainedBackbone, settings: EvaluateSettings, 
     ):
         return Layers((LEARNED,))
     try:
-        pretrained.embedding()
+        pretrained.head(EMBEDDING)
     except ValueError as problem:
         if not by_default:
             raise

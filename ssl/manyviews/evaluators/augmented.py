@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import Images, Report, order
+from manyviews.data import Images, Report
+from manyviews.data.sampler import order
 from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.features.encoding import encoded, extract
 from manyviews.optim import cosine

@@ -1,1 +1,1 @@
-"""Features of images: a pretrained backbone read back, encoding, the feature store, a scikit-learn transformer."""
+"""Pretrained backbones, encoding, the feature store, and a scikit-learn transformer."""

@@ -1,29 +1,77 @@
-"""What the evaluators work on: one feature vector per image, computed once."""
+"""Encodes images by a backbone: one feature vector per image, computed over all ranks."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
+from manyviews.config import Settings
+from manyviews.data import Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
+from manyviews.features.backbone import PretrainedBackbone
 from manyviews.system import distributed
+from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.views import enlarged
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Stopped(Exception):  # noqa: N818  (no error: it was asked for)
-    """The work was asked to end before it was done."""
+class EncodeSettings(Settings):
+    """Settings of the commands that encode images by a backbone."""
+
+    shorthands: ClassVar[Mapping[str, Callable[[str], dict[str, Any]]]] = {"data": shorthand}
+
+    data: Data | None = None
+    """The images; null: the run's own, or for a timm model the bundled sample."""
+    batch_size: int = Field(256, ge=1, le=1_048_576)
+    """Images encoded at once by each process; the features depend on it by rounding alone."""
+    precision: Precision = "fp32"
+    """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32."""
+    workers: int = Field(2, ge=0, le=1024)
+    """Threads that decode images, for each process."""
+
+    def data_of(self, opened: PretrainedBackbone) -> Data | None:
+        """The data of the settings, or else of the run."""
+        return self.data or (opened.recipe.data if opened.recipe is not None else None)
+
+
+def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Console) -> Split:
+    """Reads the images of the settings or the run; raises ValueError for too many channels."""
+    data = settings.data_of(opened)
+    if data is None:
+        raise ValueError(
+            f"{opened.name} has no images of its own; say which with data=FOLDER, or the name of a data set"
+        )
+    with console.bar():
+        split = data.build(workers=settings.workers, report=console.report)
+    # Fewer channels are fine: `PretrainedBackbone.prepare` repeats them.
+    if split.train.channels > opened.channels:
+        raise ValueError(
+            f"the images have {split.train.channels} channels, but {opened.name} was trained on {opened.channels}: for "
+            f"a folder, use data.channels={opened.channels}"
+        )
+    if split.layout:
+        console.say(f"images     {split.layout}")
+    larger = enlarged(opened.size, split.train.size, data)
+    if larger is not None:
+        console.warn(larger)
+    return split
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The `stopped` callback of `extract` ended the work."""
 
 
 def extract(
@@ -38,66 +86,67 @@ def extract(
     workers: int = 2,
     stopped: Callable[[], bool] | None = None,
 ) -> Float[Tensor, "chosen width"]:
-    """The features of all images, or of those that `ids` names, in that order: float32 on the CPU.
+    """Features of all images, or of those in `ids`, in that order: float32 on the CPU.
 
-    Over several processes each computes its share and every process gets the whole; no image counts twice. The
-    backbone leaves as it came: modules in evaluation mode only meanwhile, each then back in its own mode; neither its
-    buffers nor the global random generators move.
+    Each rank computes its share and gets the whole. The backbone is in evaluation mode meanwhile, and unchanged
+    afterwards: the mode of each module, its buffers and the global random generators.
 
     Args:
-        backbone: any module from [batch, channels, height, width] to [batch, width].
-        images: a split.
+        backbone: any module from [batch, channels, height, width] to [batch, width], on the device.
+        images: the split that `ids` refer to.
         prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
-        device: where the backbone is.
-        ids: distinct ids, the same on every process; all images without.
-        batch_size: images per forward pass of each process; bounds the memory.
+        device: that of the backbone.
+        ids: distinct ids, the same on every rank.
+        batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
-        workers: threads that read ahead.
-        stopped: asked before each batch whether to end; all processes together, which must answer alike.
+        workers: threads that read files ahead.
+        stopped: called on all ranks before each batch, with the same result; true ends the work.
 
     Raises:
-        ValueError: if there is no image, an id is named twice, or features are not finite or not one vector per image;
-            what one process raises, all do, the others as an OSError or a RuntimeError.
-        Stopped: on all processes, once `stopped` says so.
+        ValueError: no image, an id given twice, features not finite or not one vector per image; the other ranks then
+            raise an OSError or a RuntimeError.
+        Stopped: on all ranks, once `stopped` is true.
     """
     device = torch.device(device)
     chosen = torch.arange(len(images)) if ids is None else ids.cpu()
     if not len(chosen):
-        raise ValueError("there is no image to extract features of")
+        raise ValueError("there is no image to extract features from")
     if len(torch.unique(chosen)) != len(chosen):
-        raise ValueError("an id is named twice among those to extract features of; name each once")
-    # A last share may be empty, yet its process must know how wide the features are: it computes one that is dropped.
-    # Shares are whole batches: whatever the number of processes, an image has the same company.
+        raise ValueError("ids has duplicates; pass each id once")
+    # A share may be empty, yet its rank must learn the width of the features: it computes one that is dropped.
+    # Shares are whole batches: batches are the same for any world size.
     batches = torch.split(chosen, batch_size)
     rounds = max(1, -(-len(batches) // distributed.world_size()))
     batches = batches[distributed.share(len(batches))]
-    own = torch.cat([chosen[:0], *batches])
+    count = sum(map(len, batches))
     batches = batches or (chosen[:1],)
     passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
     local = torch.empty(0)
     done = 0
     problem: Exception | None = None
     with closing(passes):
-        # All processes go as many rounds as the one with the most batches, so that they are asked together.
+        # All ranks take as many rounds as the one with the most batches, to call `stopped` together.
         for _ in range(rounds):
             if stopped is not None and stopped():
                 raise Stopped
             try:
                 for ids_of_batch, rows in islice(passes, 1):
                     if not done:
-                        # Whole from the first: joined at the end, all batches would take the memory twice.
-                        local = torch.empty(max(len(own), 1), rows.shape[1])
+                        # Allocated once: concatenated at the end, all batches would take the memory twice.
+                        local = torch.empty(max(count, 1), rows.shape[1])
                     local[done : done + len(ids_of_batch)] = rows
                     done += len(ids_of_batch)
             except Exception as raised:
-                # It still takes part in the questions of the others, who would wait for it; then all raise.
+                # This rank still calls `stopped` with the others, which would wait for it; then all raise.
                 problem = problem or raised
     with raise_on_all_ranks():
         if problem is not None:
             raise problem
-    local = local[: len(own)]
+    local = local[:count]
     if distributed.world_size() > 1:
-        local = _gather_by_id(local.to(device), own.to(device), chosen)
+        # Shares are consecutive: the rank order is that of the ids.
+        local = distributed.gather_without_gradient(local.to(device)).cpu()
+        assert len(local) == len(chosen), f"{len(local)} features for {len(chosen)} images"
     check_finite(local)
     return local
 
@@ -112,33 +161,32 @@ def encoded(
     precision: Precision = "fp32",
     workers: int = 2,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
-    """What a module makes of batches of images: their ids, and float32 vectors on the CPU.
+    """Yields ids and outputs per batch: float32 vectors on the CPU, or a dictionary of such.
 
-    The module returns a tensor or a dictionary of tensors, and so does this. It leaves as it came, as `extract` says.
-    `batches` are ids; the other arguments are those of `extract`.
+    `batches` are ids; the other arguments, and what stays unchanged, are those of `extract`.
 
     Raises:
-        ValueError: if the module does not give one vector per image.
+        ValueError: the module does not return one vector per image.
     """
     device = torch.device(device)
     previous: tuple[Tensor, Any] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
         for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
-            # Not around the loop: a generator's context would rule its caller between two batches.
+            # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
-                made = module(prepare(pixels.to(device, non_blocking=True)))
-            # What a device computes arrives when the next batch is under way there.
+                outputs = module(prepare(pixels.to(device, non_blocking=True)))
+            # Copied from the device only after the next batch was started there.
             if previous is not None:
-                yield previous[0], _of_each(_arrived, previous[1])
-            _of_each(partial(_check_vectors, len(ids)), made)
-            previous = ids, made
+                yield previous[0], _map_tensors(_to_host, previous[1])
+            _map_tensors(partial(_check_vectors, len(ids)), outputs)
+            previous = ids, outputs
         if previous is not None:
-            yield previous[0], _of_each(_arrived, previous[1])
+            yield previous[0], _map_tensors(_to_host, previous[1])
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
-    """The baseline that has learned nothing: the pixels in [0, 1], resized to a square of `size` and flattened."""
+    """The baseline without learning: pixels in [0, 1], resized to `size` and flattened."""
     pieces = []
     for ids in torch.split(torch.arange(len(images)), batch_size):
         pixels = images.read(ids).float().div_(255)
@@ -148,20 +196,9 @@ def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Te
     return torch.cat(pieces)
 
 
-def _gather_by_id(local: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
-    features = distributed.gather_without_gradient(local).cpu()
-    arrived = distributed.gather_without_gradient(own).cpu()
-    assert len(arrived) == len(chosen), f"{len(arrived)} features for {len(chosen)} images"
-    ordered, places = chosen.sort()
-    assert torch.equal(arrived.sort().values, ordered), "an image was computed twice or not at all"
-    gathered = torch.empty_like(features)
-    gathered[places[torch.searchsorted(ordered, arrived)]] = features
-    return gathered
-
-
 def check_finite(features: Tensor) -> None:
-    """Raises a ValueError where a feature is not a finite number."""
-    # One pass that makes nothing: what is not finite leaves its mark on the sum.
+    """Raises a ValueError if a feature is not finite."""
+    # One pass without a copy: a value that is not finite makes the sum so.
     if bool(features.sum().isfinite()):
         return
     broken = int((~features.isfinite().all(1)).sum())
@@ -172,36 +209,36 @@ def check_finite(features: Tensor) -> None:
         )
 
 
-def _of_each(function: Callable[[Tensor], Any], made: Any) -> Any:
-    return {name: function(rows) for name, rows in made.items()} if isinstance(made, dict) else function(made)
+def _map_tensors(function: Callable[[Tensor], Any], outputs: Any) -> Any:
+    return {name: function(rows) for name, rows in outputs.items()} if isinstance(outputs, dict) else function(outputs)
 
 
-def _arrived(made: Tensor) -> Tensor:
-    return made.float().cpu()
+def _to_host(rows: Tensor) -> Tensor:
+    return rows.float().cpu()
 
 
-def _check_vectors(count: int, made: Tensor) -> None:
-    if made.ndim != 2 or len(made) != count:
+def _check_vectors(count: int, rows: Tensor) -> None:
+    if rows.ndim != 2 or len(rows) != count:
         raise ValueError(
-            f"the backbone gives {list(made.shape)} for {count} images, not one vector for each; pool its output"
+            f"the backbone returns {list(rows.shape)} for {count} images, not one vector for each; pool its output"
         )
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """The module and all in it in evaluation mode while it is open; then each in its own mode again."""
+    """Context with a module in evaluation mode; restores the mode of each submodule."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        # Each on its own: `module.train()` would also wake what was frozen on purpose.
+        # Not `module.train()`: submodules may have been frozen on purpose.
         for child, mode in modes.items():
             child.training = mode
 
 
 def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
-    # What lies in memory is read in no time, and threads would only take the cores from the backbone.
+    # Images in memory need no threads, which would take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)
         return

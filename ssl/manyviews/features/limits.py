@@ -1,4 +1,4 @@
-"""What a recipe asks for at least, so that what cannot be is refused in a sentence before anything is built."""
+"""Lower bounds of a recipe's steps and memory, checked before anything is built."""
 
 from manyviews.encoder.backbone import weight_count
 from manyviews.encoder.encoder import EncoderSettings
@@ -8,14 +8,14 @@ from manyviews.system import hardware
 from manyviews.system.files import shown
 
 MOST_STEPS = 10**9 - 1
-"""Of a run: what the name of a checkpoint's folder has digits for."""
+"""Largest step that fits into the name of a checkpoint's folder."""
 COPIES = 3
-"""Numbers for each weight, at least: itself, its gradient and one average."""
+"""Fewest numbers in memory per weight: itself, its gradient and one average."""
 PREVIEW_EPOCHS = 4
 
 
 def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
-    """Refuses a budget of more steps than a run counts; raises ValueError."""
+    """Raises ValueError if the budget has more steps than a run may have."""
     if settings.minutes is None and (steps := settings.steps(steps_per_epoch)) > MOST_STEPS:
         raise ValueError(
             f"train.epochs={settings.epochs:g} is {steps:,} steps, and a run has at most {MOST_STEPS:,}; name fewer "
@@ -24,18 +24,7 @@ def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
 
 
 def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, processes: int) -> None:
-    """Refuses views that do not fit in the device's memory by themselves.
-
-    Args:
-        recipe: the views'.
-        images: how many there are.
-        channels: of each.
-        stored: side of each, in pixels.
-        processes: that share a batch.
-
-    Raises:
-        ValueError: with what they take and how much there is.
-    """
+    """Raises ValueError if views do not fit in memory; `stored` is the images' side in pixels."""
     size, views, train = recipe.views.size or stored, recipe.views.num_views, recipe.train
     part, picture = min(train.chunk or train.batch_size, train.batch_size // processes), channels * size**2 * NUMBER
     of_images = f"of {channels} × {size} × {size} pixels"
@@ -53,11 +42,7 @@ def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, proc
 
 
 def check_encoder(settings: EncoderSettings, *, channels: int, size: int) -> None:
-    """Refuses an encoder whose weights do not fit in the device's memory with what training needs of each.
-
-    Raises:
-        ValueError: with what they take and how much there is.
-    """
+    """Raises ValueError if the encoder's weights, gradients and averages do not fit in memory."""
     random = settings.model_copy(update={"pretrained": False})
     count = weight_count(lambda: random.build(channels=channels, size=size)) or 0
     _check(
@@ -69,16 +54,9 @@ def check_encoder(settings: EncoderSettings, *, channels: int, size: int) -> Non
 
 
 def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> None:
-    """Refuses an objective whose rows, or those that it draws in a step, do not fit in the device's memory.
+    """Raises ValueError if the objective's rows, or those drawn in a step, do not fit in memory.
 
-    Args:
-        recipe: the objective's.
-        ids: how many images there are, or classes where these are the ids.
-        dim: of the embeddings.
-        processes: that share the rows.
-
-    Raises:
-        ValueError: with what they take and how much there is.
+    `ids` is the number of images, or of classes where these are the ids; `dim` that of the embeddings.
     """
     settings, batch = recipe.objective, recipe.train.batch_size
     cost = settings.cost(Sizes(ids, recipe.views.num_views, batch, dim, processes))

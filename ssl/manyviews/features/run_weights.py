@@ -1,4 +1,4 @@
-"""The weights in a run's folder: of the exported backbone, or of the newest checkpoint."""
+"""Reads the weights in a run folder: of the exported backbone, or of the newest checkpoint."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,77 +14,68 @@ from manyviews.system.arrays import read_tensors
 from manyviews.system.files import sha256, shown
 
 PREFIX = "backbone."
-"""Begins the backbone's names in the state of an encoder."""
+"""Prefix of the backbone's keys in the state dict of an encoder."""
 
 
 class RunWeights(NamedTuple):
-    """A backbone's weights, and what belongs to them."""
+    """A backbone's weights and metadata; the fields are those of `PretrainedBackbone`."""
 
     model: str
-    """What `create_backbone` makes it by, without a network."""
     channels: int
     weights: Mapping[str, Tensor]
     origin: dict[str, Any]
-    """Where the weights come from, as JSON values that change when they do."""
     step: int | None = None
-    """Of the checkpoint; None where they were exported."""
     encoder: Mapping[str, Tensor] | None = None
-    """The whole encoder of that checkpoint: the run may have put another one in its place meanwhile."""
 
 
 def read_run_weights(folder: Path, model: str) -> RunWeights:
-    """Reads the exported backbone, or that of the newest checkpoint if the run has not finished; collective.
-
-    Raises:
-        ValueError: if there is neither, or a file is damaged.
-    """
+    """Reads the exported backbone or else the newest checkpoint's; collective."""
     exported = folder / "backbone" / WEIGHTS
     if exported.is_file():
         channels = read_folder(folder / "backbone").described.input_size[0]
         origin = {"file": exported.relative_to(folder).as_posix(), "sha256": sha256(exported)}
         model = f"{LOCAL}{folder / 'backbone'}" if model.startswith(SOURCES) else model
         return RunWeights(model, channels, read_tensors(exported), origin)
-    found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
-    if found is None:
+    checkpoint, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
+    if checkpoint is None:
         raise ValueError(f"{folder} has neither a backbone nor a checkpoint yet; let it run until it has saved one")
-    encoder, known = found.parts["encoder"], found.metadata.get("channels")
-    if type(known) is not int or known not in (1, 3):
-        raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it is of {shown(known)} channels")
+    encoder, stored = checkpoint.parts["encoder"], checkpoint.metadata.get("channels")
+    if type(stored) is not int or stored not in (1, 3):
+        raise ValueError(f"{shown(folder)}: its checkpoint is damaged, for it has {shown(stored)} channels")
     weights = {key.removeprefix(PREFIX): value for key, value in encoder.items() if key.startswith(PREFIX)}
-    # Of what was read: its file may have gone by now, or be another's.
-    return RunWeights(model, known, weights, _origin(found.step, encoder), found.step, encoder)
+    # The digest is of the tensors in memory: the file may have been replaced since.
+    return RunWeights(model, stored, weights, _origin(checkpoint.step, encoder), checkpoint.step, encoder)
 
 
 def newest_encoder(
     folder: Path, layer: str, weights: Mapping[str, Tensor], file: str
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """The encoder of the newest checkpoint, and where it comes from; collective.
+    """The encoder of the newest checkpoint, and its provenance; collective.
 
-    Raises:
-        ValueError: if there is none, or it is of another backbone than these weights from `file`.
+    Raises ValueError if there is none, or its backbone is not `weights`, which were read from `file`.
     """
-    found, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
-    if found is None:
+    checkpoint, _ = newest_checkpoint(folder / "checkpoints", only=("encoder",))
+    if checkpoint is None:
         raise ValueError(
-            f"{folder} has no checkpoint, in which alone the {layer} is kept; use the backbone, or keep "
+            f"{folder} has no checkpoint, the only file with the {layer}; use the backbone, or keep "
             "RUN/checkpoints beside RUN/backbone"
         )
-    state = found.parts["encoder"]
+    state = checkpoint.parts["encoder"]
     if any(not torch.equal(value, state[f"{PREFIX}{key}"]) for key, value in weights.items()):
         raise ValueError(
-            f"{folder}: the newest checkpoint, of step {found.step:,}, is of other weights than "
-            f"{file}, so that its {layer} does not belong to them; go on with the run to its end"
+            f"{folder}: the newest checkpoint, of step {checkpoint.step:,}, has other weights than {file}: its "
+            f"{layer} is not theirs; resume the run and let it finish"
         )
-    return state, _origin(found.step, state)
+    return state, _origin(checkpoint.step, state)
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """The SHA-256 over names, types, shapes and values of weights, in hexadecimal."""
-    found = hashlib.sha256()
+    """SHA-256 over names, types, shapes and values of weights, in hexadecimal."""
+    digest = hashlib.sha256()
     for name, value in weights.items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _origin(step: int, encoder: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Images are encoded batch by batch into files of features, by all processes, which note what is safely on disk."""
+"""Encodes images batch by batch into a folder of features, over all ranks."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from torch import Tensor
 from manyviews.data import Images
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.encoding import EncodeSettings
 from manyviews.features.layers import Layers
-from manyviews.features.settings import EncodeSettings
 from manyviews.features.store import DONE, PARTIAL, REMARK
 from manyviews.system import distributed
 from manyviews.system.arrays import mapped_array
@@ -30,23 +30,23 @@ SECONDS_BETWEEN_SYNCS = 2.0
 
 
 class Part(NamedTuple):
-    """Images whose features stand in consecutive rows."""
+    """A split whose features are consecutive rows."""
 
     name: str
     images: Images
     first: int
-    """The row of the image with id 0."""
+    """Row of the image with id 0."""
 
 
 def entries(parts: Sequence[Part]) -> Iterator[tuple[str, int, str]]:
-    """Of each row its part, the image's id there, and its name."""
+    """Yields the part, the image's id and its name for each row."""
     for part in parts:
-        for index in range(len(part.images)):
-            yield part.name, index, part.images.names[index]
+        for index, name in enumerate(part.images.names):
+            yield part.name, index, name
 
 
 def labels_of(parts: Sequence[Part]) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Of each row its label, -1 where the image has none; None where no part has labels."""
+    """int64 [rows]: labels, -1 for images without one; None if no part has labels."""
     if all(part.images.labels is None for part in parts):
         return None
     labels = np.full(sum(len(part.images) for part in parts), -1)
@@ -63,7 +63,7 @@ def key_of(
     parts: Sequence[Part],
     widths: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Everything from which features follow, rounding aside, as JSON values."""
+    """All that determines the features, up to rounding, as JSON values."""
     total = sum(len(part.images) for part in parts)
     return {
         "weights": dict(origin),
@@ -86,32 +86,20 @@ def fill(
     console: Console,
     root: Path | None = None,
 ) -> None:
-    """Encodes the images whose rows are not in the folder yet; collective, in a folder that is `held`.
+    """Encodes the images whose rows are missing in a `held` folder; collective.
 
-    Each process encodes its share, in whole batches that are the same for any number of processes: their rows are then
-    equal to the last bit, as far as the device's arithmetic is.
-
-    Args:
-        folder: where the features were begun.
-        layers: what is kept of each image, on its device.
-        parts: the images, in the order of their rows.
-        prepare: from a uint8 batch on the device to the backbone's input.
-        settings: how they are encoded; their data are not looked at.
-        console: told how far it has come, and how fast.
-        root: that of `held`.
-
-    Raises:
-        ValueError: if features are not finite or an image's layer is not one vector.
-        OSError: if they cannot be written.
+    Each rank encodes its share, in batches that are the same for any world size: rows are then bitwise equal, as far as
+    the device's arithmetic is. `prepare` maps a uint8 batch on the device to the backbone's input; `root` is that of
+    `held`. Raises ValueError if features are not finite, OSError if they cannot be written.
     """
     total = sum(len(part.images) for part in parts)
     done = store.rows_done(folder, total)
-    # None may write before all have read.
+    # No rank may write before all have read.
     distributed.barrier()
     if done.all():
         return
     if done.any():
-        console.say(f"{int(done.sum()):,} of {plural(total, 'image')} are there already; going on with the others")
+        console.say(f"{int(done.sum()):,} of {plural(total, 'image')} are there already; encoding the others")
     grid = [
         (part, ids)
         for part in parts
@@ -125,7 +113,7 @@ def fill(
         for part in parts:
             batches = [ids for owner, ids in own if owner is part]
             failed: dict[str, str] = getattr(part.images, "failed", {})
-            # Also what could not be read before now, for another backbone.
+            # From 0: they may have failed before, for another backbone.
             noted = 0
             for ids, rows in encoding.encoded(
                 layers,
@@ -151,26 +139,22 @@ def fill(
 
 
 class Writer:
-    """One process's pen: writes batches of rows, and notes them once they are safely on the disk.
+    """Writes rows to the NAME.npy of a `held` folder and records fsynced ones; one per rank.
 
-    A write is a copy in memory, done at once: a thread for it would keep the backbone from its cores for longer. Only
-    for the disk a thread waits. As a context it ends with everything written and noted that was put, also when an
-    exception ends it; after a write or a sync that failed, what was not noted before stays so, and is done again.
+    A write is a copy in memory and done at once; a thread syncs every few seconds. On exit, also by an exception, all
+    rows are synced and recorded; rows that were not recorded because a write or a sync failed are encoded again.
     """
 
     def __init__(self, folder: Path, names: Iterable[str], root: Path | None = None) -> None:
-        """Opens the files NAME.npy of a folder of features that is `held` with the root."""
-        root = root or folder
+        root, partial = root or folder, folder / PARTIAL
         self._stack = ExitStack()
-        place = folder / PARTIAL
         self._files = {}
         for name in names:
-            array = mapped_array(place / f"{name}.npy")
-            descriptor = open_there(place / f"{name}.npy", root)
+            array = mapped_array(partial / f"{name}.npy")
+            descriptor = open_there(partial / f"{name}.npy", root)
             file = self._stack.enter_context(os.fdopen(descriptor, "r+b"))
             self._files[name] = (file, array.offset, array.shape[1])
-            del array
-        descriptor = open_there(place / DONE.format(distributed.rank()), root, append=True)
+        descriptor = open_there(partial / DONE.format(distributed.rank()), root, append=True)
         self._done = self._stack.enter_context(os.fdopen(descriptor, "a", encoding="utf-8"))
         self._done.write("\n" if self._done.tell() else "")
         self._unsafe: list[str] = []
@@ -179,11 +163,7 @@ class Writer:
         self._sync: Future[None] | None = None
 
     def put(self, start: int, rows: Mapping[str, Tensor]) -> None:
-        """Writes rows from number `start` on, by the names of the files.
-
-        Raises:
-            OSError: if they, or earlier ones, cannot be written.
-        """
+        """Writes float32 [rows, width] from row `start` on; raises OSError, also of earlier rows."""
         count = 0
         for name, values in rows.items():
             file, offset, width = self._files[name]
@@ -197,7 +177,7 @@ class Writer:
             self._begin_sync()
 
     def remark(self, value: Any) -> None:
-        """Notes a JSON value for `remarks`, which the folder keeps until it is complete."""
+        """Records a JSON value for `remarks`, which the folder keeps until it is complete."""
         self._unsafe.append(f"{REMARK}{json.dumps(value)}\n")
 
     def __enter__(self) -> "Writer":
@@ -209,21 +189,21 @@ class Writer:
                 self._begin_sync()
             finally:
                 self._pool.shutdown()
-            self._finish_sync()
+            self._wait_for_sync()
 
     def _begin_sync(self) -> None:
-        self._finish_sync()
+        self._wait_for_sync()
         for file, _, _ in self._files.values():
             file.flush()
-        self._sync = self._pool.submit(self._note, self._unsafe)
+        self._sync = self._pool.submit(self._record, self._unsafe)
         self._unsafe, self._synced = [], time.monotonic()
 
-    def _finish_sync(self) -> None:
+    def _wait_for_sync(self) -> None:
         if self._sync is not None:
             self._sync.result()
 
-    def _note(self, lines: list[str]) -> None:
-        """Syncs what was written when the lines were taken, then notes them; in the thread."""
+    def _record(self, lines: list[str]) -> None:
+        """Syncs the rows, then records them; in the thread."""
         for file, _, _ in self._files.values():
             os.fsync(file.fileno())
         self._done.writelines(lines)

@@ -1,4 +1,4 @@
-"""Features as a step of a scikit-learn pipeline."""
+"""Features as a scikit-learn transformer."""
 
 import dataclasses
 from pathlib import Path
@@ -18,28 +18,35 @@ from manyviews.data.decoding.files import Files
 from manyviews.data.images import Names
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
-from manyviews.features.backbone import PretrainedBackbone, open_model
+from manyviews.features.backbone import open_model
 from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
+
+FINGERPRINT = "0" * 64
+"""Placeholder: the fingerprint of these images is not used."""
 
 
 class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Images become features by a run's backbone, or a timm model's, as a scikit-learn transformer.
+    """Features by the backbone of a run or a timm model, as a scikit-learn transformer.
 
-    `make_pipeline(Features("runs/quickstart"), StandardScaler(), LogisticRegression())` classifies images. Nothing is
-    learned from the images: `fit` reads the weights, which are then part of the transformer, also where it is pickled.
+    `make_pipeline(Features("runs/quickstart"), StandardScaler(), LogisticRegression())` classifies images. `fit` only
+    reads the weights, which are pickled with the transformer.
 
-    Images are paths; or pictures of PIL; or numpy arrays, uint8 [images, height, width] or [images, height, width,
-    channels]; or tensors, uint8 [images, height, width] or [images, channels, height, width]; or a list of any of
-    these, one each, of any sizes. Of each the central square is seen. Files and pictures in colour become grey for a
-    backbone that has learned from grey, and grey images are shown in grey to one that has learned from colour.
+    Images are an array, uint8 [images, height, width] or [images, height, width, channels]; or a tensor, uint8
+    [images, height, width] or [images, channels, height, width]; or a list of paths, PIL images, arrays or tensors of
+    any sizes. Only the central square is used. Files and PIL images in colour become grey for a backbone that was
+    trained on grey images; the channel of grey images is repeated for one that was trained on colour.
+
+    >>> features = Features("light_resnet", pretrained=False).fit()
+    >>> features.transform(np.zeros((2, 28, 28), np.uint8)).shape
+    (2, 1152)
 
     Args:
         model: a run folder or a timm name, as in `open_model`.
-        pretrained: for a timm name: its published weights, or random ones.
+        pretrained: for a timm name: true for its published weights, false for random ones.
         layer: backbone; projector or embedding (of a run); or a module of the backbone by its name.
-        size: side of the square that the backbone sees; by default what it was trained on.
-        batch_size: images per forward pass; bounds the memory.
-        precision: fp32, or bf16 or fp16, which are faster where the device is built for them.
+        size: side of the backbone's input in pixels; by default that of training.
+        batch_size: images per forward pass.
+        precision: fp32, bf16 or fp16.
         workers: threads that decode images.
     """
 
@@ -54,7 +61,7 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         precision: Any = "fp32",
         workers: Any = 2,
     ) -> None:
-        # scikit-learn's contract: parameters are kept as they came, and looked at by `fit`.
+        # scikit-learn's contract: `__init__` stores parameters unchanged, `fit` checks them.
         self.model = model
         self.pretrained = pretrained
         self.layer = layer
@@ -64,32 +71,35 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self.workers = workers
 
     def fit(self, X: Any = None, y: Any = None) -> "Features":  # noqa: N803
-        """Reads the weights; the images are not looked at.
+        """Reads the weights; the images are not used.
 
         Raises:
-            ValueError: if the model or the layer cannot be had, or a parameter makes no sense.
+            ValueError: an unknown model or layer, or an invalid parameter.
         """
         for name, least in (("batch_size", 1), ("workers", 0)):
-            given = getattr(self, name)
-            if not isinstance(given, int | np.integer) or given < least:
-                raise ValueError(f"{name}={given!r} is not a whole number of at least {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
         if self.precision not in ("fp32", *encoding.AUTOCAST):
             raise ValueError(f"precision={self.precision!r} is none of fp32, {', '.join(encoding.AUTOCAST)}")
         opened = open_model(str(self.model), pretrained=self.pretrained, size=self.size)
         layers, _ = layers_of(opened, (self.layer,))
         self._n_features_out = widths_of(layers, opened.blank())[self.layer]
         self.module_ = OneLayer(layers).cpu()
-        self.decoding_ = _decoding(opened)
+        data = opened.recipe.data if opened.recipe is not None else None
+        # Files are decoded as the run's own images were.
+        own = Decoding(opened.channels, opened.size, (255, 255, 255), PILLOW_LIMIT)
+        self.decoding_ = data.decoding() if isinstance(data, Folder) else own
         # The weights are in the module.
         self.opened_ = dataclasses.replace(opened, weights={}, encoder=None)
         return self
 
     def transform(self, X: Any) -> Float32[np.ndarray, "images width"]:  # noqa: N803
-        """The features of images.
+        """Encodes images: float32 [images, width].
 
         Raises:
-            ValueError: if these are no images, or one of them cannot be read, or is in colour where the backbone has
-                learned from grey.
+            ValueError: not images, an image that cannot be read, or an array in colour for a backbone that was trained
+                on grey images.
         """
         check_is_fitted(self)
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -104,7 +114,7 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                 workers=int(self.workers),
             )
         finally:
-            # Pickled, it must open where there is no such device.
+            # A pickle must load on a machine without this device.
             self.module_.cpu()
         features: np.ndarray[Any, np.dtype[np.float32]] = rows.numpy()
         return features
@@ -118,44 +128,29 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         return tags
 
 
-def images_from(given: Any, decoding: Decoding) -> Images:
-    """Images of any kind that `Features` takes, as uint8 squares.
-
-    Raises:
-        ValueError: if these are no such images.
-    """
-    if isinstance(given, Tensor):
-        return _stacked(given, decoding.channels)
-    if isinstance(given, np.ndarray) and given.ndim > 1:
-        pixels = torch.from_numpy(np.ascontiguousarray(given))
-        return _stacked(pixels.permute(0, 3, 1, 2) if given.ndim == 4 else pixels, decoding.channels)
-    if isinstance(given, str | Path | Image.Image) or not hasattr(given, "__iter__"):
-        raise ValueError(f"{type(given).__name__} is not a list of images; for one image give a list of one")
-    items = list(given)
+def images_from(inputs: Any, decoding: Decoding) -> Images:
+    """Converts any input of `Features` to uint8 squares; raises ValueError for anything else."""
+    if isinstance(inputs, Tensor):
+        return _stacked(inputs, decoding.channels)
+    if isinstance(inputs, np.ndarray) and inputs.ndim > 1:
+        pixels = torch.from_numpy(np.ascontiguousarray(inputs))
+        return _stacked(pixels.permute(0, 3, 1, 2) if inputs.ndim == 4 else pixels, decoding.channels)
+    if isinstance(inputs, str | Path | Image.Image) or not hasattr(inputs, "__iter__"):
+        raise ValueError(f"{type(inputs).__name__} is not a list of images; for one image give a list of one")
+    items = list(inputs)
     if not items:
         raise ValueError("there is no image")
     if all(isinstance(item, str | Path) for item in items):
         names = Names(str(Path(item).expanduser()) for item in items)
-        return Files(Path(), names, None, (), _unmarked(items), decoding, max_bad=0.0, workers=0)
-    pixels = torch.stack([_square(item, decoding) for item in items])
-    return _unnamed(pixels)
-
-
-def _decoding(opened: PretrainedBackbone) -> Decoding:
-    """As the run's own images were decoded, or at the size that the backbone sees."""
-    data = opened.recipe.data if opened.recipe is not None else None
-    return (
-        data.decoding()
-        if isinstance(data, Folder)
-        else Decoding(opened.channels, opened.size, (255,) * 3, PILLOW_LIMIT)
-    )
+        return Files(Path(), names, None, (), FINGERPRINT, decoding, max_bad=0.0, workers=0)
+    return _unnamed(torch.stack([_square(item, decoding) for item in items]))
 
 
 def _stacked(pixels: Tensor, channels: int) -> InMemory:
     if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
         raise ValueError(
             f"images are uint8, [images, height, width] or with channels too, not {str(pixels.dtype).split('.')[-1]} "
-            f"{list(pixels.shape)}; values in [0, 1] are to be multiplied by 255, rounded and converted"
+            f"{list(pixels.shape)}; multiply values in [0, 1] by 255, round and convert them"
         )
     pixels = pixels.cpu()
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
@@ -164,12 +159,11 @@ def _stacked(pixels: Tensor, channels: int) -> InMemory:
     if not len(pixels):
         raise ValueError("there is no image")
     if pixels.shape[1] > channels:
-        raise ValueError(f"the images have {pixels.shape[1]} channels, but the backbone has learned from {channels}")
+        raise ValueError(f"the images have {pixels.shape[1]} channels, but the backbone was trained on {channels}")
     height, width = pixels.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[:, :, top : top + side, left : left + side].contiguous()
-    return _unnamed(square)
+    return _unnamed(pixels[:, :, top : top + side, left : left + side].contiguous())
 
 
 def _square(item: Any, decoding: Decoding) -> Tensor:
@@ -182,16 +176,9 @@ def _square(item: Any, decoding: Decoding) -> Tensor:
             )
         item = Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
     if not isinstance(item, Image.Image):
-        raise ValueError(
-            f"{type(item).__name__} is no image: give paths, pictures of PIL, arrays or tensors, all alike"
-        )
+        raise ValueError(f"{type(item).__name__} is no image: give paths only, or PIL images, arrays and tensors")
     return decoding.square(item)
 
 
 def _unnamed(pixels: Tensor) -> InMemory:
-    return InMemory(pixels, Names(map(str, range(len(pixels)))), None, (), _unmarked(pixels))
-
-
-def _unmarked(images: object) -> str:
-    """In place of a fingerprint, which nothing asks for here."""
-    return f"{id(images):064x}"
+    return InMemory(pixels, Names(map(str, range(len(pixels)))), None, (), FINGERPRINT)

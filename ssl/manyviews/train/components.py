@@ -8,8 +8,9 @@ from jaxtyping import Int64
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from manyviews.data import ClassOrder, Composition, Images, Order, composition, way_out
-from manyviews.data.continuous_labels import values_of
+from manyviews.data import ClassOrder, Images, Order
+from manyviews.data.labels import values_of
+from manyviews.data.sampler import Composition, composition, way_out
 from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.features.limits import check_encoder, check_objective, check_views
 from manyviews.objectives import ObjectiveModule, Population

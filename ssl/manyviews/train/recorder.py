@@ -8,7 +8,8 @@ from typing import Any
 from timm.utils import distribute_bn
 from torch import Tensor
 
-from manyviews.data import Images, Order, listed, newly_unreadable, sample_ids
+from manyviews.data import Images, Order, sample_ids
+from manyviews.data.decoding.files import listed, newly_unreadable
 from manyviews.evaluators.knn import monitor_knn
 from manyviews.features.encoding import Stopped, extract
 from manyviews.recipe import Recipe

@@ -8,20 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import (
-    ClassOrder,
-    Composition,
-    Folder,
-    Inventory,
-    Order,
-    Split,
-    alike,
-    changes,
-    leave_out,
-    listed,
-    read_inventory,
-    write_inventory,
-)
+from manyviews.data import ClassOrder, Folder, Order, Split, leave_out
+from manyviews.data.decoding.files import listed
+from manyviews.data.images import Inventory
+from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
+from manyviews.data.sampler import Composition
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
@@ -151,7 +142,7 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     if setup.extended:
         console.say(setup.extended)
     console.say(f"run        {folder.resolve()}")
-    for caution in (*cautions(components), *(alike(split) if distributed.rank() == 0 else ())):
+    for caution in (*cautions(components), *(copy_warnings(split) if distributed.rank() == 0 else ())):
         console.warn(caution)
     if contrasts is not None and contrasts.without_negatives:
         console.warn(

@@ -1,9 +1,8 @@
-"""Views: a batch of images becomes V augmented views of each, on the device, by draws that are a pure function."""
+"""Augmented views of a batch of images, on its device."""
 
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, plain
-from manyviews.views.settings import ViewsSettings, enlarged
+from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, plain
 
 __all__ = [
     "MEAN",

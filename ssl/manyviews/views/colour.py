@@ -1,43 +1,41 @@
-"""Gamma by a table per view; brightness, contrast, saturation, hue and greyscale as one matrix per image."""
+"""Colour changes by a table per view and a matrix per image; blur, solarisation, erasing."""
 
 import math
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from kornia.augmentation import IntensityAugmentationBase2D
-from torch import Tensor, nn
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
 
 # Rows: luma (ITU-R BT.601) and the two chroma axes of YIQ. A grey pixel has no chroma; a hue shift turns the chroma.
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-class RandomTone(nn.Module):
-    """Raises the values to a power that is log-uniform in [exp(-gamma), exp(gamma)], with a probability.
+def random_gamma(
+    images: UInt8[Tensor, "batch channels height width"],
+    draws: Float[Tensor, "2 views batch"],
+    gamma: float,
+    probability: float,
+) -> Float[Tensor, "views batch channels height width"]:
+    """Raises each image to a power log-uniform in [exp(-gamma), exp(gamma)], for each view.
 
-    A byte has 256 values, so the power is taken of a table of 256 per view and looked up: a quarter of the cost of
-    powers of all pixels. For that it comes first, on the stored pixels.
+    `draws` are in [0, 1): the first is compared with `probability`, the second gives the power. Returns values in
+    [0, 255]. A byte has 256 values, so the power is taken of
+    a table of 256 per view: a quarter of the cost of powers of all pixels. It therefore works on the stored pixels.
     """
-
-    num_draws = 2
-
-    def __init__(self, gamma: float, probability: float) -> None:
-        super().__init__()
-        self.gamma, self.probability = gamma, probability
-
-    def forward(
-        self, images: UInt8[Tensor, "batch channels height width"], draws: Float[Tensor, "draws views batch"]
-    ) -> Float[Tensor, "views batch channels height width"]:
-        """One float copy of the images per view, in [0, 255], with exponents from numbers in [0, 1)."""
-        if not self.gamma:
-            return images.new_empty((draws.shape[1], *images.shape), dtype=torch.float32).copy_(images)
-        exponent = torch.where(draws[0] < self.probability, ((2 * draws[1] - 1) * self.gamma).exp(), 1.0)
-        return look_up(images, exponent)
+    if not gamma:
+        return images.new_empty((draws.shape[1], *images.shape), dtype=torch.float32).copy_(images)
+    exponent = torch.where(draws[0] < probability, ((2 * draws[1] - 1) * gamma).exp(), 1.0)
+    return look_up(images, exponent)
 
 
 class RandomColour(IntensityAugmentationBase2D):
-    """Colour jitter and greyscale as one 3 x 4 matrix per image; on other than three channels, brightness and contrast.
+    """Colour jitter and greyscale as one 3 x 4 matrix per image.
+
+    Images without three channels have only brightness and contrast.
 
     The meanings are torchvision's and those of kornia's ColorJitter: brightness multiplies, contrast blends with the
     view's mean grey, saturation blends with the pixel's own grey, each by a factor uniform in [1 - x, 1 + x]. Two
@@ -49,7 +47,7 @@ class RandomColour(IntensityAugmentationBase2D):
     ([0, 1] - mean) / std: both scalings ride in the matrix and cost nothing.
 
     Raises:
-        ValueError: Saturation, hue or greyscale are asked for on images without three channels.
+        ValueError: saturation, hue or greyscale for images without three channels.
     """
 
     num_draws = 6
@@ -79,7 +77,7 @@ class RandomColour(IntensityAugmentationBase2D):
         return self.interpret(torch.rand(self.num_draws, batch_shape[0]))
 
     def interpret(self, draws: Float[Tensor, "draws batch"]) -> dict[str, Tensor]:
-        """Parameters from numbers in [0, 1); what an image is spared has the neutral value."""
+        """Parameters from draws in [0, 1); neutral where an image is not changed."""
         jitter, grey, hue, *factors = draws
         jittered = jitter < self.jitter_probability
         parameters = {}
@@ -110,12 +108,9 @@ def adjust(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Images in [0, white] with brightness, contrast, saturation and hue (in turns) changed per image.
+    """Changes brightness, contrast, saturation and hue (in turns) of images in [0, white].
 
     Clamped to [0, 1] once (if `clip`), then normalised by `mean` and `std`. What is missing in `params` is left alone.
-
-    Raises:
-        ValueError: Saturation or hue are given for images without three channels.
     """
     channels = images.shape[1]
     if channels != 3 and ("saturation" in params or "hue" in params):
@@ -149,7 +144,7 @@ def look_up(
 
 
 def chroma_matrix(saturation: Float[Tensor, " batch"], hue: Float[Tensor, " batch"]) -> Float[Tensor, "batch 3 3"]:
-    """The maps of RGB that keep the luma, scale the chroma by `saturation` and turn it by `hue` (in turns)."""
+    """Matrices that keep the luma, scale the chroma by `saturation` and turn it by `hue` turns."""
     luma, chroma, turn = _chroma_basis(saturation.device, saturation.dtype)
     along, across = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
     matrix: Tensor = luma + along[:, None, None] * chroma + across[:, None, None] * turn
@@ -176,3 +171,47 @@ def _mean_grey(images: Tensor) -> Float[Tensor, " batch"]:
 
 def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
+
+
+def blur(
+    images: Float[Tensor, "batch channels height width"],
+    applied: Bool[Tensor, " batch"],
+    sigma: Float[Tensor, " batch"],
+    kernel: int,
+) -> Float[Tensor, "batch channels height width"]:
+    """Gaussian blur (kornia's) where `applied`; `sigma` is per image, in pixels."""
+    sigma = sigma[:, None].expand(-1, 2)
+    # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
+    if images.device.type != "cpu":
+        return torch.where(applied[:, None, None, None], gaussian_blur2d(images, kernel, sigma), images)
+    rows = applied.nonzero().squeeze(1)
+    return images.index_copy(0, rows, gaussian_blur2d(images[rows], kernel, sigma[rows])) if len(rows) else images
+
+
+def solarize(
+    images: Float[Tensor, "batch channels height width"], applied: Bool[Tensor, " batch"], middle: float
+) -> Float[Tensor, "batch channels height width"]:
+    """Inverts values above `middle` where `applied`."""
+    inverted = middle - (images - middle).abs()
+    return torch.where(applied[:, None, None, None], inverted, images)
+
+
+def erase(
+    images: Float[Tensor, "batch channels height width"],
+    applied: Bool[Tensor, " batch"],
+    extent: Float[Tensor, "batch 2"],
+    centre: Float[Tensor, "batch 2"],
+    fill: float,
+) -> Float[Tensor, "batch channels height width"]:
+    """Fills a box in each image where `applied`, in place.
+
+    `extent` is the box's share of width and height, `centre` its centre from -1 to 1; a pixel is filled if its centre
+    lies inside.
+    """
+    reach = extent * applied[:, None]
+    columns, rows = (
+        (centre[:, axis, None] - ((torch.arange(side, device=images.device) * 2 + 1) / side - 1)).abs()
+        < reach[:, axis, None]
+        for axis, side in ((0, images.shape[3]), (1, images.shape[2]))
+    )
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), fill)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class RandomWindow(GeometricAugmentationBase2D):
-    """Looks at the image through a random window: every geometric augmentation in one bilinear `grid_sample`.
+    """Every geometric augmentation as one bilinear `grid_sample` through a random window.
 
     The window is a random resized crop; it may be flipped, and turned, moved and sheared about its own centre, so that
     it shows the image's surroundings where there are any, and padding only beyond the image's edge. kornia's chain
@@ -78,7 +78,7 @@ class RandomWindow(GeometricAugmentationBase2D):
         return resample(input, window_matrix(params).to(input), self.size, mode=mode, padding=padding)
 
     def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
-        """The 3 x 3 matrices from image pixels to view pixels, in kornia's convention (pixel centres are integers)."""
+        """3 x 3 matrices from image to view pixels, whose centres are integers as in kornia."""
         window = window_matrix(params).to(input)
         window = torch.cat([window, window.new_tensor([0.0, 0.0, 1.0]).expand(len(window), 1, 3)], 1)
         image = _to_pixels(input.shape[-2], input.shape[-1]).to(input)
@@ -87,7 +87,7 @@ class RandomWindow(GeometricAugmentationBase2D):
 
 
 def window_matrix(params: dict[str, Tensor]) -> Float[Tensor, "batch 2 3"]:
-    """The affine maps from view coordinates to image coordinates, both from -1 to 1 between the outer pixel edges.
+    """Affine maps from view to image coordinates, both -1 to 1 between the outer pixel edges.
 
     `extent` is the window's share of the image's width and height, `centre` its centre; `flip` mirrors, `angle`
     (degrees) turns the content counter-clockwise, `shear` (degrees) slants it, `translation` moves it right and down
@@ -116,7 +116,7 @@ def box_extents(
     ratio_range: tuple[float, float],
     aspect: float = 1.0,
 ) -> Float[Tensor, "batch 2"]:
-    """Shares of the width and height of random boxes: uniform area, log-uniform aspect ratio among those that fit.
+    """Relative sizes of random boxes of uniform area and log-uniform aspect ratio that fit.
 
     `area` and `ratio` are numbers in [0, 1); `aspect` is the width over the height of what the boxes lie in.
     """
@@ -180,5 +180,5 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _to_pixels(height: int, width: int) -> Tensor:
-    """From coordinates between -1 and 1 to pixel indices."""
+    # From coordinates between -1 and 1 to pixel indices.
     return torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])

@@ -1,4 +1,4 @@
-"""From the samples of a picture that Pillow opened to 8 bits of each, where Pillow itself would lose or mix them."""
+"""Converts images to 8 bits per channel where Pillow would lose or mix samples."""
 
 import io
 import logging
@@ -30,40 +30,40 @@ from manyviews.data.decoding.planes import (
 logger = logging.getLogger(__name__)
 
 GUESSES = (8, 10, 12, 14)
-"""Bits that 16-bit values without a declaration are said to have, if the largest of a picture fits into them."""
+"""Bits that are assumed for undeclared 16-bit values, if the largest value of an image fits."""
 SCALED = frozenset({"JPEG2000", "PPM"})
-"""Formats whose values Pillow has scaled to 16 bits by what the file declares."""
+"""Formats whose values Pillow scales to 16 bits by the declaration of the file."""
 MOST_CHUNKS = 1000
 LARGEST_HEAD = 1 << 16
 
 
 def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int | None = None) -> Image.Image:
-    """A picture in 8 bits a channel, loaded, without transparency.
+    """Loads an image in 8 bits per channel, composited on the background.
 
-    Integers of more than 8 bits are divided by their white: by what the file declares (a TIFF's bits and largest sample
-    value, a PNG's sBIT, the maximum of a PPM, the bits of a JPEG 2000), else by `bits`, else by the fewest of 8, 10,
-    12, 14 and 16 bits that hold the largest value of the picture. Floats from 0 to 1 are shares of white, from 0 to
-    255 are 8-bit values. Negative values, and larger ones, have no agreed scale: the picture's own range is stretched.
+    The white of integers with more than 8 bits is declared by the file (a TIFF's bits and largest sample value, a PNG's
+    sBIT, the maximum of a PPM, the bits of a JPEG 2000), else it has `bits`, else the fewest of 8, 10, 12, 14 and 16
+    bits that hold the largest value. Floats up to 1 have a white of 1, up to 255 of 255. If there are negative or
+    larger values, the range of the image is stretched.
 
-    Args:
-        image: the picture; of a file, best not yet loaded.
-        background: red, green and blue behind transparent pixels.
-        bits: significant bits of 16-bit integers that do not declare them; None: guessed.
+    >>> eight_bits(Image.new("I;16", (1, 1), 65535), (0, 0, 0)).getpixel((0, 0))
+    255
 
     Raises:
-        ValueError: the picture is of a kind that would be decoded wrong, or holds NaN or infinite values.
+        ValueError: Pillow would decode the image wrongly, or it has NaN or infinite values.
     """
-    _mend(image)
+    _correct(image)
     declared = _declared_bits(image)
     extent = image.tile[0].extents if isinstance(image, ImageFile.ImageFile) and len(image.tile) == 1 else None
     tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     white_is_zero, depth = tags.get(PHOTOMETRIC) == 0, tags.get(BITS, (8,))[0]
     signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
-    no_alpha = image.format == "TGA" and image.mode == "RGBA" and not _tga_alpha_bits(image)
+    # The low bits of a TGA's image descriptor.
+    alpha_bits = (_peek(image, 17, 1) or b"\x08")[0] & 15
+    no_alpha = image.format == "TGA" and image.mode == "RGBA" and not alpha_bits
     clear = image.info.get("transparency")
     deep = deep_samples(image)
     if deep is None or not tags:
-        # A PNG says how it was held after its pixels, too.
+        # A PNG may have metadata after its pixels.
         image.load()
     if deep is not None:
         return _on_background(_reduced(deep, 16 if deep.full else declared, bits, clear), background)
@@ -82,7 +82,7 @@ def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int |
     if no_alpha:
         return image.convert("RGB")
     if image.format == "GIF" and extent is not None and extent != (0, 0, *image.size):
-        # The first frame does not fill the canvas: what lies beside it shows the background.
+        # The first frame does not fill the canvas.
         canvas = Image.new("RGBA", image.size)
         canvas.paste(image.convert("RGBA").crop(extent), extent[:2])
         return _on_background(canvas, background)
@@ -92,7 +92,7 @@ def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int |
 
 
 def without_text(file: BinaryIO) -> io.BytesIO:
-    """A PNG file without its texts, of which Pillow reads no more than 1 MB each."""
+    """A PNG file without its texts, which Pillow refuses beyond 1 MB."""
     file.seek(0)
     kept = io.BytesIO()
     kept.write(file.read(8))
@@ -106,22 +106,22 @@ def without_text(file: BinaryIO) -> io.BytesIO:
     return kept
 
 
-def _mend(image: Image.Image) -> None:
-    """Corrects how Pillow would unpack a picture; raises ValueError for what it would mix up."""
+def _correct(image: Image.Image) -> None:
+    """Corrects how Pillow unpacks an image; raises ValueError where that cannot be corrected."""
     if image.format == "JPEG2000" and _signed_jpeg2000(image):
         raise ValueError("JPEG 2000 with signed samples is not read; save it as TIFF or PNG")
     if not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return
     if isinstance(image, TiffImageFile) and image.tag_v2.get(PLANAR) == 2 and image.tag_v2.get(SAMPLES, 1) == 1:
-        # One plane is no plane apart, but Pillow would take its samples for bytes.
+        # A single separate plane, whose samples Pillow would read as bytes.
         image.tag_v2[PLANAR] = 1
         image._setup()
     tile, clear = image.tile[0], image.info.get("transparency")
     if image.format == "PNG" and tile.args in ("L;2", "L;4") and isinstance(clear, int):
-        # Pillow scales these greys to 8 bits, and not the one that is transparent.
+        # Pillow scales these greys to 8 bits, but not the transparent one.
         image.info["transparency"] = clear * 255 // (3 if tile.args == "L;2" else 15)
     if isinstance(image, TiffImageFile) and tile.codec_name == "libtiff":
-        # libtiff has put the bytes into the machine's order.
+        # libtiff returns bytes in the machine's order.
         arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         mode = packing_of(image)
         natural = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF", "I;16S": "I;16NS", "I;32S": "I;32NS"}
@@ -131,7 +131,7 @@ def _mend(image: Image.Image) -> None:
 
 
 def _declared_bits(image: Image.Image) -> int | None:
-    """The significant bits of a file's integers, where it says so; 16 where Pillow has scaled them to that."""
+    """The significant bits that a file declares; 16 where Pillow scales to that."""
     if image.format in SCALED:
         return 16
     if isinstance(image, TiffImageFile):
@@ -143,22 +143,22 @@ def _declared_bits(image: Image.Image) -> int | None:
             largest = tags.get(tag, 0)
             highest = max(largest) if isinstance(largest, tuple) else largest
             if isinstance(highest, int) and 0 < highest < 1 << 16:
-                # By TIFF 6.0 it is the largest value in use: it tells the bits, not the white.
+                # The largest value in use (TIFF 6.0): it gives the bits, not the white.
                 return highest.bit_length()
     return _png_bits(image) if image.format == "PNG" else None
 
 
 def _png_bits(image: Image.Image) -> int | None:
-    """What the chunk sBIT says of a PNG that is not loaded yet."""
-    place = 8
+    """The chunk sBIT of a PNG that is not loaded yet."""
+    start = 8
     for _ in range(MOST_CHUNKS):
-        head = _peek(image, place, 12)
+        head = _peek(image, start, 12)
         if len(head) < 8 or head[4:8] == b"IDAT":
             return None
         length, kind = struct.unpack_from(">I4s", head)
         if kind == b"sBIT" and 0 < length <= 4:
             return max(head[8 : 8 + length])
-        place += 12 + length
+        start += 12 + length
     return None
 
 
@@ -172,13 +172,8 @@ def _signed_jpeg2000(image: Image.Image) -> bool:
     return any(depth & 0x80 for depth in head[start + 42 : start + 42 + 3 * components : 3])
 
 
-def _tga_alpha_bits(image: Image.Image) -> int:
-    last = _peek(image, 17, 1)
-    return last[0] & 15 if last else 8
-
-
 def _peek(image: Image.Image, start: int, count: int) -> bytes:
-    """Bytes of the file of a picture that is not loaded yet; none where it has no file."""
+    """Bytes of the file of an image that is not loaded yet; empty without a file."""
     file = getattr(image, "fp", None)
     if file is None:
         return b""
@@ -192,7 +187,7 @@ def _peek(image: Image.Image, start: int, count: int) -> bytes:
 
 
 def _reduced(deep: Deep, declared: int | None, bits: int | None, clear: object) -> Image.Image:
-    """A picture of 16-bit samples in 8 bits; colours and alpha have a white of their own each."""
+    """16-bit samples in 8 bits; colours and alpha each have their own white."""
     values, opaque = deep.values, None
     if deep.mode in ("RGBA", "RGBa", "LA", "La"):
         values, opaque = values[..., :-1], values[..., -1]
@@ -203,7 +198,7 @@ def _reduced(deep: Deep, declared: int | None, bits: int | None, clear: object) 
         opaque, mode = np.where((values == np.asarray(clear)).all(-1), 0, top).astype(np.uint16), f"{mode}A"
     if opaque is not None:
         if mode in ("RGBa", "La"):
-            # Premultiplied: no colour is brighter than its alpha, which therefore has the same white.
+            # Premultiplied: colours are at most alpha, which therefore has the same white.
             both = _scaled(deep.values, declared, bits, top)
             channels, alpha = both[..., :-1], both[..., -1]
         else:
@@ -221,7 +216,7 @@ def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Imag
 
 
 def _scaled(values: Samples, declared: int | None, bits: int | None, top: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Values of any kind as 8 bits; `top` is the white of integers that use all of their bits."""
+    """Values of any type as 8 bits; `top` is the white of integers that use all of their bits."""
     if not np.isfinite(values).all():
         raise ValueError("holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
@@ -239,10 +234,10 @@ def _scaled(values: Samples, declared: int | None, bits: int | None, top: int) -
 
 
 def _white(values: Samples, highest: int, declared: int | None, bits: int | None, top: int) -> int:
-    """The value that is white among integers of 16 bits."""
+    """The white of 16-bit integers."""
     if declared is not None:
         fits = highest < 1 << declared < 1 << 16
-        # By the specification a PNG's values are scaled up, whatever sBIT says; not all writers do.
+        # The values of a PNG should be scaled up, whatever its sBIT; not all writers do so.
         shifted = fits and highest > 0 and not bool((values % (1 << (16 - declared))).any())
         return (1 << declared) - 1 if fits and not shifted else top
     if bits is not None:
@@ -250,18 +245,18 @@ def _white(values: Samples, highest: int, declared: int | None, bits: int | None
     for guess in GUESSES:
         if highest < 1 << guess:
             if highest:
-                _say(guess)
+                _warn_of_guess(guess)
             return (1 << guess) - 1
     return top
 
 
 @cache
-def _say(bits: int) -> None:
+def _warn_of_guess(bits: int) -> None:
     worker = get_worker_info()
     if worker is None or worker.id == 0:
         logger.warning(
-            "16-bit images whose values are all below %s are read as images of %d bits, white being %s; where that "
-            "is wrong, name the bits of all of them: data.bits=16",
+            "16-bit images whose values are all below %s are read as images of %d bits, white being %s; if that is "
+            "wrong, set the bits of all of them: data.bits=16",
             f"{1 << bits:,}",
             bits,
             f"{(1 << bits) - 1:,}",

@@ -1,12 +1,12 @@
-"""From an image file of any kind to a uint8 square, as a person would see it."""
+"""Decodes image files of any format to uint8 squares."""
 
 import errno
 import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,16 +21,16 @@ from torch import Tensor
 from manyviews.data.decoding.bit_depth import eight_bits, without_text
 from manyviews.system.files import RefusedFileError, open_regular, shown
 
-# A list of our own: Pillow would also try formats that run other programs (EPS) or that any file can be mistaken for.
+# Not all of Pillow's: some run other programs (EPS), or match files of other formats.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "SGI")
 BY_NAME = {".tga": "TGA", ".pcx": "PCX"}
-"""Formats that many other files could be mistaken for, tried only where the name says so."""
+"""Formats without a signature, tried only for files with this ending."""
 ENDINGS = (
     "jpg jpeg jpe jfif png apng gif bmp dib webp tif tiff ppm pgm pbm pnm pfm jp2 j2k j2c jpc jpf jpx avif qoi sgi "
     "tga pcx heic heif"
 )
 SUFFIXES = frozenset(f".{ending}" for ending in ENDINGS.split())
-"""Names with these endings are images; HEIC is among them so that it is reported, not silently left out."""
+"""Endings of images; HEIC is among them to be reported as unreadable."""
 
 SIGNATURES = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
@@ -38,7 +38,7 @@ SIGNATURES = (
 )
 
 PILLOW_LIMIT = 178_956_970
-"""Pillow refuses more pixels than this by itself."""
+"""Pillow itself refuses more pixels than this."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,7 +53,7 @@ ORIENTATION = 0x0112
 
 
 class UnreadableImageError(ValueError):
-    """A file that is no image, a broken one, or one that is refused; `reason` says which."""
+    """A file that is not an image, damaged, or refused, with the `reason`."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{shown(path)}: {reason}")
@@ -62,15 +62,15 @@ class UnreadableImageError(ValueError):
 
 T = TypeVar("T")
 Opener = Callable[[], BinaryIO]
-"""Opens a regular file to be read; raises OSError or ValueError where that cannot be."""
+"""Opens a regular file for reading; raises OSError or ValueError."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a picture becomes a square: its centre, upright, resized with antialiasing, in 1 or 3 channels.
+    """Decodes the central square of an image, upright and resized with antialiasing.
 
-    The kind of a file is found in its content, not in its name. Values of more than 8 bits are scaled to 8 as
-    `bit_depth` says, and of an animation the first frame is taken. Colour profiles are not applied.
+    The format is detected from the content, not the name. More than 8 bits are reduced to 8 by `eight_bits`, of an
+    animation the first frame is used, and colour profiles are ignored.
     """
 
     channels: int
@@ -80,42 +80,41 @@ class Decoding:
     background: tuple[int, int, int]
     """Red, green and blue on which transparent pixels are composited."""
     max_pixels: int
-    """The most that a picture may have before it is decoded."""
+    """Larger images are refused before they are decoded."""
     bits: int | None = None
-    """Significant bits of 16-bit values that do not declare them; None: guessed by the largest."""
+    """Significant bits of 16-bit values that do not declare them; None: guessed from the largest."""
 
     def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
-        """The image in a file, which `opener` opens in place of following its path.
+        """Decodes the image in a file, which `opener` opens if given.
 
         Raises:
-            UnreadableImageError: it cannot be read or decoded, is cut short, or has more than `max_pixels` pixels.
+            UnreadableImageError: it cannot be read or decoded, is truncated, or has more than `max_pixels` pixels.
         """
 
         def square(image: Image.Image) -> Tensor:
-            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; twice the size leaves the resize its say.
+            # JPEG decodes at 1/2, 1/4 or 1/8 at a fraction of the work; at twice the size the resize still antialiases.
             image.draft(None, (2 * self.size, 2 * self.size))
             return self.square(image)
 
         return _of_picture(square, path, self.max_pixels, opener)
 
     def check(self, path: Path, opener: Opener | None = None) -> None:
-        """Opens an image without decoding it; raises as `read` does where it is none, or has too many pixels."""
+        """Raises UnreadableImageError if a file is not an image or too large; decodes nothing."""
         _of_picture(lambda image: None, path, self.max_pixels, opener)
 
     def square(self, image: Image.Image) -> UInt8[Tensor, "channels size size"]:
-        """The square of a picture."""
-        eight = eight_bits(image, self.background, self.bits)
-        # Pillow has turned a TIFF.
+        """Converts an open image to a square."""
+        converted = eight_bits(image, self.background, self.bits).convert("L" if self.channels == 1 else "RGB")
+        # Pillow turns TIFFs itself.
         upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
-        picture = eight.convert("L" if self.channels == 1 else "RGB")
         if upright is not None:
-            picture = picture.transpose(upright)
-        pixels = np.array(_square(picture, self.size)).reshape(self.size, self.size, self.channels)
+            converted = converted.transpose(upright)
+        pixels = np.array(_square(converted, self.size)).reshape(self.size, self.size, self.channels)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def looks_like_an_image(path: Path) -> bool:
-    """Whether a name without an ending, or else the first bytes, are those of an image."""
+    """Whether the ending of a name, or else the first bytes of the file, are those of an image."""
     suffix = path.suffix.lower()
     if suffix:
         return suffix in SUFFIXES
@@ -128,12 +127,9 @@ def looks_like_an_image(path: Path) -> bool:
     return start.startswith(SIGNATURES) or webp or avif
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Pillow's warnings (odd metadata, its own limit of pixels) to itself; enter it before starting threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def quiet() -> AbstractContextManager[object]:
+    """Context without Pillow's warnings; enter it before starting threads."""
+    return warnings.catch_warnings(action="ignore")
 
 
 @cache
@@ -145,7 +141,7 @@ def _formats(suffix: str) -> tuple[str, ...]:
 
 
 def _of_picture(use: Callable[[Image.Image], T], path: Path, max_pixels: int, opener: Opener | None) -> T:
-    """What a function makes of the picture in a file, which need not be decoded yet."""
+    """Applies a function to the image in a file, which is not decoded yet."""
 
     def read(file: BinaryIO | io.BytesIO) -> T:
         with Image.open(file, formats=_formats(path.suffix)) as image:
@@ -162,11 +158,11 @@ def _of_picture(use: Callable[[Image.Image], T], path: Path, max_pixels: int, op
             except ValueError as error:
                 if not re.search("MAX_TEXT_CHUNK|text chunks", str(error)):
                     raise
-                # Pillow refuses a PNG for the length of its texts.
+                # Pillow refuses PNGs with long texts.
                 return read(without_text(file))
     except Exception as error:  # a broken file makes Pillow's plugins raise nearly anything
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            # No fault of the file: it would be left out, and the next ones after it.
+            # Not an error of the file, which would be left out.
             way_out = "too many files are open; raise the limit (ulimit -n) or use fewer workers"
             raise OSError(error.errno, way_out, error.filename) from error
         raise UnreadableImageError(path, _reason(error, path)) from error
@@ -193,7 +189,7 @@ def _reason(error: Exception, path: Path) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # broken metadata around a good picture
+    except Exception:  # broken metadata of a valid image
         return 1
 
 

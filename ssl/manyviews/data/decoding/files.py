@@ -1,13 +1,16 @@
-"""Images that are decoded when they are read, and the threads that read many at once."""
+"""Images on disk, decoded when they are read, and a pool of threads that reads them."""
 
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -15,35 +18,56 @@ from torch import Tensor
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
 from manyviews.data.images import Images, Names, Report
-from manyviews.data.listing.digests import State, digest, state_of
 from manyviews.system import distributed
 from manyviews.system.files import open_beneath, open_regular, shown
 from manyviews.system.plural import plural
 
 logger = logging.getLogger(__name__)
 
+Key = TypeVar("Key", int, str)
+
 CHUNK = 32
-OTHER_FILE = "it is another file than when the run began, or was changed since"
+"""Images of one task of a thread."""
+DIGEST = 16
+"""Bytes of a digest."""
+OTHER_FILE = "its content has changed since the start of the run"
 
 
-def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BinaryIO, State]:
-    """Opens an image below a folder, and tells its state; a link on the way is refused, or else followed.
+class State(NamedTuple):
+    """Metadata that change whenever a file is written, as signed 64-bit numbers."""
 
-    Raises:
-        RefusedFileError: if it is behind a link that is not followed, or no regular file.
-        OSError: if there is none, or it may not be read.
-    """
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds since 1970."""
+    changed: int
+    """Nanoseconds since 1970 of the last change of any kind (ctime), which no program can set."""
+    inode: int
+    device: int
+
+
+def digest(file: BufferedReader) -> bytes:
+    """128-bit BLAKE2b digest of the content of an open file, which is left at its beginning."""
+    file.seek(0)
+    content = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST))
+    file.seek(0)
+    return content.digest()
+
+
+def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedReader, State]:
+    """Opens an image and returns its state; raises OSError, or RefusedFileError for links."""
     file = open_regular(root / name) if follow_links else open_beneath(root, name)
-    return file, state_of(file)
+    status = os.fstat(file.fileno())
+    numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    return file, State(*((number + 2**63) % 2**64 - 2**63 for number in numbers))
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images on disk; what cannot be decoded when its turn comes is grey, warned of and listed in `failed`.
+    """Images on disk; undecodable ones are read as grey, warned of and listed in `failed`.
 
-    So is what has other content than when it was listed, and what is behind a link that was put there: what is learned
-    from is what was looked at before the first step, or nothing. A file that was touched or copied anew is read once
-    more, to see that its content is the same.
+    So are files whose content differs from `digests`, and those behind a link that is new. A file with another state is
+    read once more to compare its content.
     """
 
     root: Path
@@ -55,14 +79,14 @@ class Files:
     max_bad: float
     workers: int = 0
     states: Int64[Tensor, "images 5"] | None = None
-    """Of each file its `State` when it was last read; None where any will do."""
+    """The `State` of each file when it was last read; None: not checked."""
     digests: UInt8[Tensor, "images 16"] | None = None
-    """Of each file the digest of its content; there where the states are."""
+    """The digest of each file; set with `states`."""
     follow_links: bool = True
     failed: dict[str, str] = field(default_factory=dict)
-    """Of each file that has become unreadable, the reason."""
+    """The reasons of files that have become unreadable, by name."""
     reported: set[str] = field(default_factory=set)
-    """Those of them that `newly_unreadable` has returned."""
+    """Names in `failed` that `newly_unreadable` has returned."""
 
     @property
     def channels(self) -> int:
@@ -78,10 +102,10 @@ class Files:
         return len(self.names)
 
     def decode(self, image: int) -> UInt8[Tensor, "channels size size"]:
-        """One image; raises `UnreadableImageError` where the file is broken."""
+        """Decodes one image; raises `UnreadableImageError`."""
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
-    def _open(self, image: int) -> BinaryIO:
+    def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
         if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
             if digest(file) != self.digests[image].numpy().tobytes():
@@ -91,11 +115,7 @@ class Files:
         return file
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, in their order, decoded by `workers` threads.
-
-        Raises:
-            ValueError: more than the share `max_bad` of all images have become unreadable.
-        """
+        """The images of these ids, decoded by `workers` threads; raises ValueError as `note` does."""
         # An inference tensor could not be written to by the threads, which are not in the caller's inference mode.
         with torch.inference_mode(mode=False):
             pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
@@ -109,11 +129,7 @@ class Files:
         return pixels
 
     def note(self, name: str, reason: str) -> None:
-        """Remember an image that could be opened once and cannot be decoded now.
-
-        Raises:
-            ValueError: these are more than the share `max_bad` of all.
-        """
+        """Records an undecodable image; raises ValueError beyond the share `max_bad` of all images."""
         if name in self.failed:
             return
         self.failed[name] = reason
@@ -122,41 +138,50 @@ class Files:
 
 
 def newly_unreadable(images: Images) -> list[tuple[str, str]]:
-    """Names and reasons of files that any process has found unreadable since this was last asked; collective."""
+    """Names and reasons of files newly unreadable on any rank since the last call; collective."""
     if not isinstance(images, Files):
         return []
     own = {name: reason for name, reason in images.failed.items() if name not in images.reported}
-    found: dict[str, str] = {}
-    for failures in distributed.all_gather_object(own):
-        found |= failures
-    new = sorted((name, reason) for name, reason in found.items() if name not in images.reported)
+    new = sorted((name, reason) for name, reason in on_any_rank(own).items() if name not in images.reported)
     images.reported.update(name for name, _ in new)
     return new
 
 
 def listed(unreadable: Iterable[tuple[str, str]]) -> str:
-    """The lines of a run's unreadable.txt: a name as one line can hold it, a tab, and the reason."""
+    r"""The lines of a run's unreadable.txt: name, tab, reason.
+
+    >>> listed([("a/1.jpg", "the file is empty")])
+    'a/1.jpg\tthe file is empty\n'
+    """
     return "".join(f"{shown(name)}\t{shown(reason)}\n" for name, reason in unreadable)
+
+
+def on_any_rank(failures: dict[Key, str]) -> dict[Key, str]:
+    """The failures of all ranks; of one key the reason of the lowest rank; collective."""
+    merged: dict[Key, str] = {}
+    for own in distributed.all_gather_object(failures):
+        merged = own | merged
+    return merged
 
 
 def in_threads(
     visit: Callable[[int], None], count: int, workers: int, report: Report | None = None, what: str = "reading"
 ) -> dict[int, str]:
-    """Calls `visit` with 0 to `count - 1` in threads, and returns the reasons of those that were unreadable.
+    """Calls `visit` with 0 to `count - 1` in threads; returns the reasons of unreadable ones.
 
     Threads, not processes: decoding and resizing release Python's lock, and threads start at once, where processes
-    first import PyTorch for some seconds, and write where the result is wanted. `report` hears how many are done.
+    would import PyTorch for some seconds. `report` is called with `what`, the number done and `count`.
     """
     failures: dict[int, str] = {}
 
     def chunk(start: int) -> int:
-        positions = range(start, min(start + CHUNK, count))
-        for position in positions:
+        numbers = range(start, min(start + CHUNK, count))
+        for number in numbers:
             try:
-                visit(position)
+                visit(number)
             except UnreadableImageError as error:
-                failures[position] = error.reason
-        return len(positions)
+                failures[number] = error.reason
+        return len(numbers)
 
     def follow(numbers: Iterable[int]) -> None:
         for done in accumulate(numbers):
@@ -164,8 +189,8 @@ def in_threads(
                 report(what, done, count)
 
     starts = range(0, count, CHUNK)
-    # Not in the thread that asks, for that may be the main one: a signal's exception, raised in the middle of a
-    # decoder, can leave it as another one, and a sound file would be called broken.
+    # Not in the calling thread, which may be the main one: an exception of a signal handler, raised in a decoder, can
+    # become another exception there, and a valid file would count as broken.
     with quiet(), ThreadPoolExecutor(max(workers, 1), thread_name_prefix="decode") as pool:
         try:
             futures: list[Future[int]] = [pool.submit(chunk, start) for start in starts]
@@ -181,7 +206,7 @@ def in_threads(
 
 
 def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, max_bad: float) -> None:
-    """Raise a ValueError that lists the first unreadable files where they are more than the share `max_bad`."""
+    """Raises ValueError, with the first files, beyond the share `max_bad` of unreadable ones."""
     if len(unreadable) <= max_bad * total:
         return
     lines = [f"  {shown(name)}: {reason}" for name, reason in unreadable[:10]]

@@ -1,4 +1,4 @@
-"""The 16-bit samples of colours, of which Pillow keeps the upper half, and those that lie in separate planes."""
+"""Reads 16-bit colours, of which Pillow keeps 8 bits, and TIFFs with separate planes."""
 
 import io
 import struct
@@ -19,32 +19,31 @@ SAMPLES, EXTRA, ORIENTATION = 277, 338, 274
 SIGNED, PREMULTIPLIED = 2, 1
 
 MIXED = frozenset({"RGB", "RGBA", "CMYK", "LA", "La"})
-"""Modes of which Pillow mixes up some of those in separate planes."""
-NATIVE, SWAPPED = ("L", "B") if sys.byteorder == "little" else ("B", "L")
-SECOND_BYTE = {"L": "B", "B": "L", "N": SWAPPED}
-"""The order of bytes under which Pillow takes the less significant one of each 16-bit value."""
+"""Modes of which Pillow reads some wrongly in separate planes."""
+SECOND_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+"""The byte order with which Pillow keeps the less significant byte of each 16-bit value."""
 
 
 class Deep(NamedTuple):
-    """A picture of 16-bit samples, where Pillow would keep the upper 8 bits of each."""
+    """An image of 16-bit samples, of which Pillow would keep the upper 8 bits."""
 
     values: Samples
     """uint16 [height, width, channels]"""
     mode: str
-    """Of Pillow, for the same channels of 8 bits."""
+    """Pillow's mode for the same channels of 8 bits."""
     full: bool = False
-    """Whether white is known to be the largest value of 16 bits."""
+    """Whether white is 65535."""
 
 
 def deep_samples(image: Image.Image) -> Deep | None:
-    """The samples of colours, or of grey and alpha, of 16 bits, and those that lie in separate planes."""
+    """Samples of 16-bit colours, grey with alpha or separate planes; None for other images."""
     if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
         return None
     packing = packing_of(image)
     if isinstance(image, TiffImageFile) and image.tag_v2.get(PLANAR) == 2 and image.mode in MIXED:
         wide = set(image.tag_v2.get(BITS, ())) == {16}
         if not wide and image.mode not in ("LA", "La") and image.tile[0].codec_name != "raw":
-            return None  # Pillow reads these as they are
+            return None  # Pillow reads these correctly
         mode = "RGBa" if image.mode == "RGBA" and PREMULTIPLIED in image.tag_v2.get(EXTRA, ()) else image.mode
         planes = [_plane(image, number) for number in range(len(Image.Image.getbands(image)))]
         values = np.stack(planes, -1)
@@ -54,7 +53,7 @@ def deep_samples(image: Image.Image) -> Deep | None:
     name, _, order = packing.partition(";16")
     if name not in ("RGB", "RGBX", "RGBA", "RGBa", "CMYK") or order not in SECOND_BYTE:
         return None
-    # Premultiplied colours are taken as they are, to be divided later: Pillow would divide each byte by itself.
+    # Premultiplied colours are divided later: Pillow would divide each byte by itself.
     straight = "RGBA" if name == "RGBa" else name
     low = _again(image, image.mode, f"{straight};16{SECOND_BYTE[order]}")
     high = _again(image, image.mode, f"{straight};16{order}")
@@ -62,7 +61,7 @@ def deep_samples(image: Image.Image) -> Deep | None:
 
 
 def _again(image: ImageFile.ImageFile, mode: str, packing: str) -> Samples:
-    """The bytes of a picture that is opened a second time and unpacked in another way."""
+    """The bytes of an image that is opened a second time and unpacked with another mode."""
     assert image.fp is not None
     image.fp.seek(0)
     with Image.open(image.fp, formats=[str(image.format)]) as second:
@@ -76,25 +75,25 @@ def _again(image: ImageFile.ImageFile, mode: str, packing: str) -> Samples:
 
 
 def _plane(image: TiffImageFile, number: int) -> Samples:
-    """One of the planes of a TIFF, decoded as a grey TIFF of its own."""
+    """One plane of a TIFF, decoded as a grey TIFF of its own."""
     tags, samples = image.tag_v2, image.tag_v2.get(SAMPLES, 1)
     tiled = TILES in tags
     offsets, sizes = (tags[TILES], tags[TILE_BYTES]) if tiled else (tags[STRIPS], tags[STRIP_BYTES])
     count = len(offsets) // samples
     assert image.fp is not None
-    # Many strips may claim to be the same large part of a file.
+    # Many strips may refer to the same large part of a file.
     if not count or len(sizes) != len(offsets) or sum(sizes) > image.fp.seek(0, io.SEEK_END):
         raise ValueError("its planes are not all there")
     parts = []
-    for place in range(number * count, (number + 1) * count):
-        image.fp.seek(offsets[place])
-        parts.append(image.fp.read(sizes[place]))
+    for strip in range(number * count, (number + 1) * count):
+        image.fp.seek(offsets[strip])
+        parts.append(image.fp.read(sizes[strip]))
     own = {tag: [tags[tag]] for tag in (WIDTH, HEIGHT, COMPRESSION, FILL_ORDER, PREDICTOR) if tag in tags}
     own |= {tag: [tags[tag]] for tag in (STRIP_ROWS, TILE_WIDTH, TILE_HEIGHT, ORIENTATION) if tag in tags}
     own |= {BITS: [tags[BITS][0]], PHOTOMETRIC: [1], SAMPLES: [1]}
     own[TILE_BYTES if tiled else STRIP_BYTES] = [len(part) for part in parts]
-    place = 8 + 2 + 12 * (len(own) + 1) + 4 + 8 * count
-    starts = np.cumsum([place, *map(len, parts)])[:-1].tolist()
+    first = 8 + 2 + 12 * (len(own) + 1) + 4 + 8 * count
+    starts = np.cumsum([first, *map(len, parts)])[:-1].tolist()
     own[TILES if tiled else STRIPS] = starts
     order = ">" if tags.prefix == b"MM" else "<"
     head, arrays = struct.pack(f"{order}2sHIH", tags.prefix, 42, 8, len(own)), b""
@@ -105,13 +104,13 @@ def _plane(image: TiffImageFile, number: int) -> Samples:
         else:
             value = values[0]
         head += struct.pack(f"{order}HHII", tag, 4, len(values), value)
-    content = (head + bytes(4) + arrays).ljust(place, b"\0") + b"".join(parts)
+    content = (head + bytes(4) + arrays).ljust(first, b"\0") + b"".join(parts)
     with Image.open(io.BytesIO(content), formats=["TIFF"]) as plane:
         return np.array(plane)
 
 
 def packing_of(image: ImageFile.ImageFile) -> str:
-    """What Pillow calls the layout of the stored samples of a picture that is not loaded yet."""
+    """Pillow's name for the layout of the stored samples of an image that is not loaded yet."""
     arguments = image.tile[0].args
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""

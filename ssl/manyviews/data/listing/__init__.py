@@ -1,1 +1,1 @@
-"""Which images lie in a folder, which of them are held out, and whether they are still the same."""
+"""Lists the images of a folder and their splits, and detects changed files."""

@@ -1,30 +1,35 @@
-"""Digests of what files hold, and a cache of them: a file that nobody has touched since is not read again."""
+"""Digests of files, equal on all ranks: cached on disk, or else read by one rank each."""
 
 import hashlib
 import os
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from manyviews.data.decoding.decode import UnreadableImageError
+from manyviews.data.decoding.files import DIGEST, State, digest, in_threads, on_any_rank, open_image
+from manyviews.data.images import Report
 from manyviews.data.sources.paths import cache_folder
-from manyviews.system.files import open_regular
+from manyviews.system import distributed
+from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.files import open_regular, shown
 from manyviews.system.writing import replacing
 
-DIGEST = 16
-"""Bytes of a digest."""
-CHUNK = 1 << 20
 SETTLED = 2_000_000_000
-"""Nanoseconds that the last change of a file must be back when it is read, for its digest to be kept: file systems
-record a time in steps of up to two seconds, and a second change within one step leaves the recorded time as it is."""
+"""Nanoseconds between the last change of a file and its reading, from which its digest is cached: file systems record
+times in steps of up to two seconds, and a second change within one step does not show."""
 WORTH_FILES, WORTH_BYTES = 1_000, 1 << 26
-"""Files, or bytes, that must have been read for their digests to be kept: fewer are read again at once."""
+"""Files, or bytes, from which digests are cached: fewer are quickly read again."""
 MOST_ROWS = 4_000_000
-"""Files of one folder whose digests are kept: 220 MB."""
+"""Files of one folder whose digests are cached: 220 MB."""
 MOST_BYTES = 1 << 30
-"""Bytes of the cache; the tables that were not used for longest go."""
+"""Bytes of the cache; the least recently used tables are deleted."""
 SECONDS_OF_LOCK = 60.0
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -32,45 +37,11 @@ Digests = np.ndarray[Any, np.dtype[np.uint8]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-class State(NamedTuple):
-    """What tells whether a file is still the one that it was, as signed 64-bit numbers."""
-
-    size: int
-    """Bytes."""
-    modified: int
-    """Nanoseconds since 1970."""
-    changed: int
-    """Nanoseconds since 1970 of the last change of any kind (ctime), which no program can set."""
-    inode: int
-    device: int
-
-
-def state_of(file: BinaryIO) -> State:
-    """The state of an open file."""
-    status = os.fstat(file.fileno())
-    numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-    return State(*((number + 2**63) % 2**64 - 2**63 for number in numbers))
-
-
-def digest(file: BinaryIO) -> bytes:
-    """A 128-bit BLAKE2b digest of what an open file holds from its beginning; it is at its beginning afterwards."""
-    hasher = hashlib.blake2b(digest_size=DIGEST)
-    file.seek(0)
-    while chunk := file.read(CHUNK):
-        hasher.update(chunk)
-    file.seek(0)
-    return hasher.digest()
-
-
 class DigestCache:
-    """The digests of the files of one folder that have been read before, kept in the package's cache folder.
+    """Cached digests of the files of the folder `root`, by their `State`.
 
-    A digest counts for a file of the same device, inode, size, times of modification and of change. The time of change
-    is what makes that sound: whoever writes to a file moves it, and can set back only the time of modification. Where
-    it means something else (Windows) nothing is kept, and nothing is where the cache cannot be written to.
-
-    Args:
-        root: the folder.
+    ctime makes this sound: every write changes it, and no program can set it back. On Windows, where it is the time of
+    creation, and where the cache cannot be written, nothing is cached.
     """
 
     def __init__(self, root: Path) -> None:
@@ -78,40 +49,33 @@ class DigestCache:
         self._table = cache_folder() / "digests" / f"{name}.npz"
 
     def look_up(self, states: Rows) -> tuple[Digests, Mask]:
-        """The digests [files, 16] of files in these states [files, 5], and which of them are known."""
-        rows, digests = self._read()
-        found = np.zeros((len(states), DIGEST), np.uint8)
+        """Digests [files, 16] of files in these states [files, 5], and which of them are cached."""
+        rows, cached = self._read()
+        digests = np.zeros((len(states), DIGEST), np.uint8)
         if not len(rows) or not len(states):
-            return found, np.zeros(len(states), np.bool_)
+            return digests, np.zeros(len(states), np.bool_)
         keys = _keys(rows)
         order = np.argsort(keys, kind="stable")
         # Of rows of one file the newest, which is the last.
         nearest = order[np.maximum(np.searchsorted(keys[order], _keys(states), side="right") - 1, 0)]
         known = (rows[nearest] == states).all(axis=1)
-        found[known] = digests[nearest[known]]
-        return found, known
+        digests[known] = cached[nearest[known]]
+        return digests, known
 
     def keep(self, states: Rows, digests: Digests, read: int) -> None:
-        """Adds the digests [files, 16] of files that were read in these states [files, 5].
-
-        Args:
-            states: before they were read.
-            digests: of what was read.
-            read: when reading began, in nanoseconds since 1970.
-        """
+        """Caches digests [files, 16] of states [files, 5], read since `read` (ns since 1970)."""
         settled = states[:, 1:3].max(axis=1, initial=0) < read - SETTLED
         states, digests = states[settled], digests[settled]
         if os.name == "nt" or (len(states) < WORTH_FILES and states[:, 0].sum() < WORTH_BYTES):
             return
-        with suppress(OSError, Timeout, NotImplementedError):  # a cache that cannot be written is done without
+        with suppress(OSError, Timeout, NotImplementedError):  # the cache is optional
             self._table.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._table.with_suffix(".lock"), timeout=SECONDS_OF_LOCK):
                 rows, before = self._read()
                 stays = ~np.isin(_keys(rows), _keys(states))
-                self._write(
-                    np.concatenate([rows[stays], states])[-MOST_ROWS:],
-                    np.concatenate([before[stays], digests])[-MOST_ROWS:],
-                )
+                rows = np.concatenate([rows[stays], states])[-MOST_ROWS:]
+                with replacing(self._table, synced=False) as (_, file):
+                    np.savez(file, states=rows, digests=np.concatenate([before[stays], digests])[-MOST_ROWS:])
             self._make_room()
 
     def _read(self) -> tuple[Rows, Digests]:
@@ -119,7 +83,7 @@ class DigestCache:
         if os.name == "nt":
             return nothing
         try:
-            # Every member has a checksum.
+            # Every member of a zip file has a checksum.
             with open_regular(self._table) as file, np.load(file, allow_pickle=False) as table:
                 states, digests = table["states"], table["digests"]
             with suppress(OSError):
@@ -131,12 +95,8 @@ class DigestCache:
             return nothing
         return states, digests
 
-    def _write(self, states: Rows, digests: Digests) -> None:
-        with replacing(self._table, synced=False) as (_, file):
-            np.savez(file, states=states, digests=digests)
-
     def _make_room(self) -> None:
-        # What a process that was killed has left aside counts, too.
+        # Partial files of killed processes count, too.
         tables = [file for kind in ("*.npz", "*.partial") for file in self._table.parent.glob(kind)]
         tables.sort(key=lambda table: table.stat().st_mtime, reverse=True)
         total = 0
@@ -148,6 +108,80 @@ class DigestCache:
 
 
 def _keys(states: Rows) -> Rows:
-    """One number for the inode and the device of each file."""
+    """One number per file, of its inode and device."""
     keys: Rows = states[:, 3] ^ (states[:, 4] * np.int64(0x1E3779B97F4A7C15))
     return keys
+
+
+def digests_of(
+    root: Path,
+    states: Rows,
+    failed: dict[int, str],
+    opener: Callable[[int], tuple[BufferedReader, State]],
+    workers: int,
+    report: Report | None,
+) -> Digests:
+    """Digests [images, 16] of files: from the cache, or else read, each by one rank; collective.
+
+    `states` [images, 5] are updated for the files that are read. `failed`, the numbers and reasons of files to leave
+    out, equal on all ranks, gets those that cannot be read. `opener` opens a file by its number.
+    """
+    cache = DigestCache(root)
+    digests, known = cache.look_up(states)
+    known[list(failed)] = True
+    # What is unknown to any rank is read, and gathered on all.
+    masks = distributed.all_gather_object(np.packbits(~known).tobytes())
+    lacking = [np.unpackbits(np.frombuffer(mask, np.uint8), count=len(states)) for mask in masks]
+    missing = np.bitwise_or.reduce(lacking).nonzero()[0]
+    mine = missing[distributed.share(len(missing))]
+    began = time.time_ns()
+
+    def visit(position: int) -> None:
+        image = int(mine[position])
+        try:
+            file, states[image] = opener(image)
+            with file:
+                digests[image] = np.frombuffer(digest(file), np.uint8)
+        except (OSError, ValueError) as problem:
+            raise UnreadableImageError(root, str(problem)) from problem
+
+    failures = in_threads(visit, len(mine), workers, report, "hashing")
+    whole = np.delete(mine, list(failures))
+    cache.keep(states[whole], digests[whole], began)
+    gathered = b"".join(distributed.all_gather_object(digests[mine].tobytes()))
+    digests[missing] = np.frombuffer(gathered, np.uint8).reshape(-1, DIGEST)
+    failed |= shared({int(mine[position]): reason for position, reason in failures.items()})
+    return digests
+
+
+def file_digests(folder: Path, names: Sequence[str], workers: int, report: Report | None) -> Digests:
+    """Digests [files, 16] of a few large files; collective; raises ValueError."""
+
+    def opener(number: int) -> tuple[BufferedReader, State]:
+        return open_image(folder, names[number], follow_links=True)
+
+    states, failed = np.zeros((len(names), len(State._fields)), np.int64), dict[int, str]()
+    with raise_on_all_ranks():
+        for number in range(len(names)):
+            file, states[number] = opener(number)
+            file.close()
+    digests = digests_of(folder, states, failed, opener, workers, report)
+    for number, reason in failed.items():
+        raise ValueError(f"{folder / names[number]} cannot be read: {reason}")
+    return digests
+
+
+def shared(failures: dict[int, str]) -> dict[int, str]:
+    """The numbers and reasons of files that any rank cannot read, in order; collective."""
+    return dict(sorted(on_any_rank(failures).items()))
+
+
+def refuse_differences(folder: str, does: str, mark: str) -> None:
+    """Raises ValueError on all ranks if their fingerprints (`mark`) differ; collective."""
+    marks = distributed.all_gather_object(mark)
+    others = [str(rank) for rank, other in enumerate(marks) if other != marks[0]]
+    if others:
+        raise ValueError(
+            f"{shown(folder)} is not the same for all processes: process {', '.join(others)} {does} other images there "
+            "than process 0; copy it anew to that machine, or name a folder that all machines share"
+        )

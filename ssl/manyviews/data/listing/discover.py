@@ -1,17 +1,15 @@
-"""Which images a data folder holds, for learning and held out, with their labels, and what there is to say of that."""
+"""Discovers the training and held-out images of a data folder and their labels."""
 
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from manyviews.data.images import Images
-from manyviews.data.label_table import read_labels
+from manyviews.data.labels import read_labels
 from manyviews.data.listing.digests import Digests
-from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of, with_classes
-from manyviews.data.listing.walk import PassedOver, identity, walk
+from manyviews.data.listing.listing import Listing, by_folder, hold_out, labelled, listing_of, splits_of
+from manyviews.data.listing.walk import OTHER_SPLIT, PassedOver, identity, walk
 from manyviews.data.sources.paths import same_spelling
 from manyviews.system import distributed
 from manyviews.system.files import shown
@@ -21,35 +19,32 @@ from manyviews.system.plural import plural
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 10
-"""Classes whose counts are said one by one."""
+"""Classes whose counts are listed one by one."""
 
 
 class ReadSplit(NamedTuple):
-    """One split as it was read."""
+    """One split of a folder after reading its files."""
 
     images: Images
     unreadable: list[tuple[str, str]]
-    """Names and reasons of the files that were left out."""
+    """Names and reasons of files that were left out."""
     digests: Digests
-    """Of the content of each image."""
-    sizes: np.ndarray[Any, np.dtype[np.int64]]
-    """Bytes of each file."""
 
 
 class Discovery(NamedTuple):
-    """The images of a data folder, before any is opened."""
+    """The images of a data folder, before they are read."""
 
     train: Listing
     test: Listing | None
     held_out: str
-    """Where the held-out images come from; empty without any."""
+    """Source of the held-out images; empty if there are none."""
     passed: tuple[tuple[Path, PassedOver], ...]
     """What was passed over below each folder."""
     notes: tuple[str, ...]
-    """Sentences on what was guessed."""
+    """Sentences on guesses about the layout."""
 
     def line(self, train: Images, test: Images | None) -> str:
-        """What was read as what, in one line."""
+        """The folders, their splits and classes, in one line."""
         parts = [f"{_origin(self.train)}: {_counted(train)}"]
         parts += [] if test is None else [f"held out, {self.held_out}: {_counted(test)}"]
         parts += self.notes
@@ -57,7 +52,7 @@ class Discovery(NamedTuple):
         return shown("; ".join(parts))
 
     def warn(self, read: Sequence[ReadSplit]) -> None:
-        """Logs, on the first process, what a person would not expect."""
+        """Logs on rank 0 what a user would not expect."""
         if distributed.rank():
             return
         root = self.train.root
@@ -67,7 +62,7 @@ class Discovery(NamedTuple):
             own = {row.tobytes() for row in read[0].digests}
             copies = sum(row.tobytes() in own for row in read[1].digests)
             share = f"{copies:,} of {plural(len(read[1].digests), 'held-out image')}"
-            sentences += [(root, f"{share} are also among those to learn from, byte for byte")] if copies else []
+            sentences += [(root, f"{share} are also training images, byte for byte")] if copies else []
         for folder, sentence in sentences:
             logger.warning("%s: %s", shown(folder), shown(sentence))
 
@@ -83,37 +78,40 @@ def discover(
     seed: int,
     also: Collection[str] = (),
 ) -> Discovery:
-    """Lists the images of a data folder; the arguments are the settings of `Folder`, `labels` a table as a `Path`.
+    """Lists the images of a folder by the settings of `Folder`; a table in `labels` is a `Path`.
 
-    `also` names images below the folder that are listed whether they are there or not.
+    `also` are names that are listed even if they do not exist.
 
     Raises:
-        ValueError: a folder cannot be listed or holds no images, its layout or labels can be read in several ways, or
-            the held-out images have other classes.
+        ValueError: a folder cannot be listed or has no images, its layout or labels are ambiguous, or the held-out
+            images have other classes.
     """
-    found, passed = _walked(root, follow_links, test)
-    found += sorted(set(also) - set(found))
+    names, passed = _walked(root, follow_links, test)
+    names += sorted(set(also) - set(names))
     train, candidates = (
-        splits_of(root, found, passed, tested=test is not None) if splits else (listing_of(root, found), ())
+        splits_of(root, names, passed, tested=test is not None) if splits else (listing_of(root, names), ())
     )
-    everything, table = [(root, passed)], None
+    everything, table, classes = [(root, passed)], None, list[str]()
     if test is not None:
-        names, besides = _walked(test, follow_links, root)
-        candidates = (listing_of(test, names),)
+        tested, besides = _walked(test, follow_links, root)
+        candidates = (listing_of(test, tested),)
         everything.append((test, besides))
     if isinstance(labels, Path):
-        inside = [f"{below}{name}" for below in passed.excluded for name in candidates[0].names]
-        table = read_labels(labels, [*found, *inside])
-        train = labelled(train, table)
+        inside = [f"{below}/{name}" for below in passed.names[OTHER_SPLIT] for name in candidates[0].names]
+        table = read_labels(labels, [*names, *inside])
+        classes = sorted(set(table.values()))
+        train = labelled(train, map(table.get, train.names), classes)
     elif labels != "none":
         train = by_folder(train, asked=labels == "folders")
     notes = _notes(train) if table is None and labels != "none" else []
     held, origin = None, ""
     for candidate in candidates:
-        below = passed.excluded[0] if test is not None and passed.excluded else ""
+        below = f"{passed.names[OTHER_SPLIT][0]}/" if passed.names[OTHER_SPLIT] else ""
         named, chosen = _origin(candidate), candidate
         if table is not None:
-            chosen = labelled(candidate, {name.removeprefix(below): label for name, label in table.items()})
+            chosen = labelled(
+                candidate, [table.get(f"{below}{name}", table.get(name)) for name in candidate.names], classes
+            )
         if train.labels is not None and (table is None or max(chosen.labels or [-1]) < 0):
             chosen = _with_classes_of(train, candidate)
         count = f"{plural(len(candidate.names), 'image')} in {named}"
@@ -135,7 +133,7 @@ def discover(
 
 
 def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[str], PassedOver]:
-    """What lies in a folder but not in another one that may lie within it."""
+    """The images of a folder, without those of the other one, and what was passed over."""
     exclude = () if other is None else (identity(other),)
     if identity(folder) in exclude:
         raise ValueError(
@@ -143,16 +141,15 @@ def _walked(folder: Path, follow_links: bool, other: Path | None) -> tuple[list[
         )
     names, passed = walk(folder, follow_links=follow_links, exclude=exclude)
     if not names:
-        about = str(passed)
+        about = f"; passed over: {passed}" if str(passed) else ""
         raise ValueError(
-            f"{shown(folder)} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth)"
-            + (f"; passed over: {about}" if about else "")
+            f"{shown(folder)} holds no images (no .jpg, .png, .webp, .tif or the like, at any depth){about}"
         )
     return names, passed
 
 
 def _with_classes_of(train: Listing, test: Listing) -> Listing:
-    """The held-out listing with the classes of the images to learn from; unlabelled where it has none of them."""
+    """The held-out listing with the classes of training; unlabelled if it has none of them."""
     folders, spelled = set(test.folders()) - {""}, same_spelling(train.classes)
     unknown = sorted(folder for folder in folders if spelled(folder) is None)
     known = folders.difference(unknown)
@@ -161,7 +158,7 @@ def _with_classes_of(train: Listing, test: Listing) -> Listing:
             f"{shown(test.root / test.below)}: the held-out images have classes that {shown(train.root / train.below)} "
             f"lacks: {some(unknown, 5)}; it has {some(train.classes, 5)}"
         )
-    return with_classes(test, train.classes) if known else test
+    return labelled(test, map(spelled, test.folders()), train.classes) if known else test
 
 
 def _notes(train: Listing) -> list[str]:
@@ -180,7 +177,6 @@ def _origin(listing: Listing) -> str:
 
 
 def _counted(images: Images) -> str:
-    """How many images there are, and of each class."""
     if images.labels is None:
         return f"{plural(len(images), 'image')} without labels"
     counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()

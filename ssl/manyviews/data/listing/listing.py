@@ -1,36 +1,35 @@
-"""The images of a split: in an order that no file system decides, by the folders that splits and classes have."""
+"""The images of a split in natural order, and the folders that are splits and classes."""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from manyviews.data.listing.walk import PassedOver
-from manyviews.data.sources.paths import same_spelling
 from manyviews.system.files import shown
 from manyviews.system.plural import plural
 
 TRAIN = ("train", "training")
 HELD_OUT = (("test", "testing"), ("val", "valid", "validation"), ("dev",), ("eval", "evaluation"))
-"""Names of folders of held-out images, in any case; of several the first one with labels is used."""
+"""Names of folders of held-out images, in any case; the first one with labels is used."""
 MOST_NAMED = 3
 NO_SPLITS = "data.splits=false reads folders of any name alike"
 
 
 class Listing(NamedTuple):
-    """The image files of one split: names below the data folder, and the class of each, -1 where it has none."""
+    """The image files of one split: names below the data folder, and their classes, -1 for none."""
 
     root: Path
     names: list[str]
     labels: list[int] | None
     classes: tuple[str, ...]
     below: str = ""
-    """The folder of the split below the root, such as `train/`; names begin with it."""
+    """Prefix of the names: the folder of the split, such as `train/`."""
 
     def folders(self) -> list[str]:
-        """For each image the first sub-folder of the split that it lies in; "" where it lies in none."""
+        """The first sub-folder of each image below the split; "" for none."""
         return [
             folder if slash else ""
             for folder, slash, _ in (name[len(self.below) :].partition("/") for name in self.names)
@@ -38,22 +37,19 @@ class Listing(NamedTuple):
 
 
 def listing_of(root: Path, names: Sequence[str], below: str = "") -> Listing:
-    """The images of one split, without labels, in natural order: 2.jpg before 10.jpg."""
+    """The images of one split, without labels, in natural order: 2.jpg before 10.jpg.
+
+    >>> listing_of(Path(), ["10.jpg", "2.jpg"]).names
+    ['2.jpg', '10.jpg']
+    """
     return Listing(root, sorted(names, key=_natural), None, (), below)
 
 
 def by_folder(listing: Listing, *, asked: bool) -> Listing:
-    """The listing with a class for each first sub-folder that holds images, numbered in alphabetical order.
+    """The listing with each first sub-folder with images as a class; -1 for images in none.
 
-    Images beside these folders have no class, -1. There are no labels at all where there are fewer than two folders,
-    or where most images lie beside them: the folders are then taken for part of a collection.
-
-    Args:
-        listing: any.
-        asked: the person has said that the folders are classes.
-
-    Raises:
-        ValueError: that was said, and there are fewer than two.
+    It stays without labels if there are fewer than two folders, or if most images are in none, unless `asked`
+    (`data.labels=folders`); raises ValueError if `asked` and there are fewer than two.
     """
     counts = Counter(listing.folders())
     beside = counts.pop("", 0)
@@ -64,56 +60,50 @@ def by_folder(listing: Listing, *, asked: bool) -> Listing:
         )
     if len(counts) < 2 or (beside >= counts.total() and not asked):
         return listing
-    return with_classes(listing, tuple(sorted(counts)))
+    return labelled(listing, listing.folders(), sorted(counts))
 
 
-def with_classes(listing: Listing, classes: Sequence[str]) -> Listing:
-    """The listing with these classes, which are first sub-folders; images elsewhere have none, -1."""
-    number, spelled = {name: index for index, name in enumerate(classes)}, same_spelling(classes)
-    of_folder = {folder: number.get(spelled(folder) or "", -1) for folder in set(listing.folders())}
-    return listing._replace(labels=[of_folder[folder] for folder in listing.folders()], classes=tuple(classes))
-
-
-def labelled(listing: Listing, labels: Mapping[str, str]) -> Listing:
-    """The listing with the classes of a table, in alphabetical order, in place of what its sub-folders tell."""
-    classes = tuple(sorted(set(labels.values())))
-    number = {name: index for index, name in enumerate(classes)}
-    numbers = [number[labels[name]] if name in labels else -1 for name in listing.names]
-    return listing._replace(labels=numbers, classes=classes)
+def labelled(listing: Listing, labels: Iterable[str | None], classes: Sequence[str]) -> Listing:
+    """The listing with these classes and labels; -1 for a label that is not a class."""
+    number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
+    return listing._replace(labels=[number.get(label, -1) for label in labels], classes=tuple(classes))
 
 
 def hold_out(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
-    """Part a labelled listing in two: the second gets this share of each class, at least one image of two or more.
+    """Splits a labelled listing: the second part gets a share, at least one, of each class.
 
-    An image is chosen by a hash of its name, so that the choice outlives other images that come and go. Images without
-    a label, -1, stay in the first part.
+    Images are chosen by a hash of their name, which does not depend on other images. Images without a label stay in the
+    first part.
     """
     assert listing.labels is not None
+    names, labels = listing.names, listing.labels
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(listing.labels):
+    for index, label in enumerate(labels):
         if label >= 0:
             members.setdefault(label, []).append(index)
+
+    def draw(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}\n{names[index]}".encode("utf-8", "surrogateescape")).digest()
+
+    def part(indices: Iterable[int]) -> Listing:
+        return listing._replace(names=[names[i] for i in indices], labels=[labels[i] for i in indices])
+
     held: set[int] = set()
     for indices in members.values():
         count = min(max(round(share * len(indices)), 1), len(indices) - 1)
-        held.update(sorted(indices, key=lambda index: _draw(listing.names[index], seed))[:count])
-    kept = [index for index in range(len(listing.names)) if index not in held]
-    return _part(listing, kept), _part(listing, sorted(held))
+        held.update(sorted(indices, key=draw)[:count])
+    return part([index for index in range(len(names)) if index not in held]), part(sorted(held))
 
 
 def splits_of(
     root: Path, names: Sequence[str], passed: PassedOver, *, tested: bool
 ) -> tuple[Listing, tuple[Listing, ...]]:
-    """The images to learn from, and those that may be held out, the first choice first.
+    """The training images, and those that may be held out, the first choice first.
 
-    Args:
-        root: the data folder.
-        names: those of all images below it.
-        passed: hears of images that belong to no split.
-        tested: the held-out images are elsewhere (`data.test`), and none are looked for.
+    Adds images of no split to `passed`. `tested`: the held-out images are elsewhere (`data.test`).
 
     Raises:
-        ValueError: the names can be read in several ways; the message says how to choose one.
+        ValueError: the layout is ambiguous; the message has the settings that resolve it.
     """
     folders: dict[str, list[str]] = {}
     for name in names:
@@ -125,9 +115,6 @@ def splits_of(
     others = sorted(folders.keys() - {*trains, *held_out})
     here = shown(root)
 
-    def split(folder: str) -> Listing:
-        return listing_of(root, folders[folder], f"{folder}/")
-
     for same in (trains, *([] if tested else groups)):
         if len(same) > 1:
             first = shown(root / same[0])
@@ -138,10 +125,12 @@ def splits_of(
         return listing_of(root, names), ()
     if trains and (held_out or tested or not others):
         unused = [*others, *held_out] if tested else others
+        where = {folder: f"in {folder}/" if folder else "in no sub-folder" for folder in unused}
         passed.unused += [
-            f"{plural(len(folders[folder]), 'image')} {_where(folder)}, beside {trains[0]}/" for folder in unused
+            f"{plural(len(folders[name]), 'image')} {where[name]}, beside {trains[0]}/" for name in unused
         ]
-        return split(trains[0]), () if tested else tuple(map(split, held_out))
+        train, *tests = (listing_of(root, folders[name], f"{name}/") for name in (trains[0], *held_out))
+        return train, () if tested else tuple(tests)
     if trains:
         raise ValueError(
             f"{here} holds {trains[0]}/ beside {_all(others)}, and no folder of held-out images. "
@@ -152,22 +141,12 @@ def splits_of(
         passed.unused += [f"{plural(len(folders[name]), 'image')} in {name}/, {reason}" for name in held_out]
         return listing_of(root, [name for folder in others for name in folders[folder]]), ()
     if len(held_out) == 1 and not others:
-        return split(held_out[0]), ()
+        return listing_of(root, names, f"{held_out[0]}/"), ()
     ways = f"data.test={shown(root / held_out[0])} holds it out; " if others else ""
     raise ValueError(
-        f"{here} holds {_all([*held_out, *others])}, and no train/: which images are to be learned from? {ways}"
+        f"{here} holds {_all([*held_out, *others])}, and no train/: which images are for training? {ways}"
         f"data.path={shown(root / held_out[0])} reads it alone; {NO_SPLITS}"
     )
-
-
-def _part(listing: Listing, indices: list[int]) -> Listing:
-    assert listing.labels is not None
-    names, labels = [listing.names[i] for i in indices], [listing.labels[i] for i in indices]
-    return listing._replace(names=names, labels=labels)
-
-
-def _draw(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -176,7 +155,7 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _refuse_splits_below(root: Path, names: Sequence[str]) -> None:
-    """Raises where a sub-folder holds images to learn from and held-out ones, which would be mixed."""
+    """Raises ValueError if a sub-folder has both training and held-out folders."""
     seen: dict[str, set[str]] = {}
     for name in names:
         parts = name.split("/", 2)
@@ -186,18 +165,13 @@ def _refuse_splits_below(root: Path, names: Sequence[str]) -> None:
     mixed = sorted(folder for folder, below in seen.items() if below & known and below & {*TRAIN})
     if mixed:
         raise ValueError(
-            f"{shown(root / mixed[0])} holds images to learn from and held-out ones, in folders of such names. "
-            f"data.path={shown(root / mixed[0])} reads them so; {NO_SPLITS}"
+            f"{shown(root / mixed[0])} holds training and held-out images, in folders of such names. "
+            f"data.path={shown(root / mixed[0])} reads them as such; {NO_SPLITS}"
         )
 
 
 def _all(folders: Sequence[str]) -> str:
-    """Some folders as a list in a sentence."""
     named = [shown(f"{folder}/") if folder else "images in no sub-folder" for folder in folders[:MOST_NAMED]]
     rest = [f"{len(folders) - MOST_NAMED} more"] if len(folders) > MOST_NAMED else []
     *first, last = [*named, *rest]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _where(folder: str) -> str:
-    return f"in {folder}/" if folder else "in no sub-folder"

@@ -1,12 +1,11 @@
-"""Every image file below a folder, and an account of all that was passed over."""
+"""Lists the image files below a folder, and what was passed over."""
 
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
@@ -15,43 +14,43 @@ from manyviews.system.files import shown
 from manyviews.system.names import some
 from manyviews.system.plural import plural
 
-T = TypeVar("T")
-
 MACOS_ARCHIVE = "__MACOSX"
-"""What macOS adds to archives: for each file one of the same ending that is no image."""
+"""Folder that macOS adds to archives: for each file one of the same ending that is no image."""
 RUN_CONFIG = "config.yaml"
 RUN_PARTS = frozenset({"metrics.jsonl", "checkpoints", "tensorboard", "backbone", "classifier", "done"})
-"""A folder with a config.yaml and one of these is a run's; its pictures are of images, not images."""
+"""A folder with a config.yaml and one of these is a run; its pictures are not images of a data set."""
 CAMERA_ENDINGS = frozenset(
     {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raw", ".svg", ".jxl", ".exr", ".hdr", ".dcm"}
 )
-"""Pictures that Pillow does not know either."""
+"""Pictures that Pillow does not read either."""
 MOST_ENDINGS = 10
+LINK, BROKEN, UNREADABLE = "symbolic link", "broken symbolic link", "unreadable folder"
+RUN, OTHER_SPLIT = "run folder", "folder"
+KINDS = {
+    LINK: " (data.follow_links=true follows them)",
+    BROKEN: "",
+    UNREADABLE: "",
+    RUN: "",
+    OTHER_SPLIT: " that is read as another split",
+}
+"""What may be passed over by name, with a remark."""
 Identity = tuple[int, int]
 
 
 @dataclass
 class PassedOver:
-    """What lies below a folder and is not read as an image, by the reason."""
+    """What is below a folder and not read as an image, by reason."""
 
     endings: Counter[str] = field(default_factory=Counter)
-    """Files by their ending in lower case; "" for those without one that do not begin as an image."""
+    """Other files by their ending in lower case; "" for none."""
     hidden: int = 0
     """Files and folders whose name begins with a dot, and `__MACOSX`."""
     special: int = 0
     """Pipes, sockets and devices."""
-    links: list[str] = field(default_factory=list)
-    """Symbolic links that are not followed."""
-    broken: list[str] = field(default_factory=list)
-    """Symbolic links that lead nowhere."""
-    unreadable: list[str] = field(default_factory=list)
-    """Folders that may not be listed."""
-    runs: list[str] = field(default_factory=list)
-    """Run folders."""
-    excluded: list[str] = field(default_factory=list)
-    """Folders that were asked to be left out."""
+    names: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Names of each of `KINDS`."""
     unused: list[str] = field(default_factory=list)
-    """Sentences about images that belong to no split."""
+    """Sentences about images of no split."""
 
     def __str__(self) -> str:
         common = self.endings.most_common(MOST_ENDINGS)
@@ -61,41 +60,30 @@ class PassedOver:
         parts = [", ".join(files)] if files else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [plural(self.special, "pipe or device", "pipes or devices")] if self.special else []
-        splits = [name.rstrip("/") for name in self.excluded]
-        expected = ((self.runs, "run folder", ""), (splits, "folder", " that is read as another split"))
-        for names, noun, rest in (*self._unexpected(), *expected):
-            parts += [f"{plural(len(names), noun)}{rest}: {some(names)}"] if names else []
+        parts += [
+            f"{plural(len(names), kind)}{KINDS[kind]}: {some(names)}" for kind, names in self.names.items() if names
+        ]
         return shown("; ".join([*parts, *self.unused]))
 
     def warnings(self) -> Iterator[str]:
-        """Sentences on what a person would not expect to be passed over."""
+        """Yields sentences on what a user would not expect to be passed over."""
         pictures = [f"{count:,} {ending}" for ending, count in sorted(self.endings.items()) if ending in _pictures()]
         if pictures:
             yield f"pictures of kinds that are not read were passed over: {', '.join(pictures)}; convert them to PNG"
-        for names, noun, rest in self._unexpected():
-            if names:
+        for kind, names in self.names.items():
+            if names and kind not in (RUN, OTHER_SPLIT):
                 verb = "was" if len(names) == 1 else "were"
-                yield f"{plural(len(names), noun)} {verb} passed over{rest}: {some(names)}"
+                yield f"{plural(len(names), kind)} {verb} passed over{KINDS[kind]}: {some(names)}"
         yield from self.unused
-
-    def _unexpected(self) -> tuple[tuple[list[str], str, str], ...]:
-        return (
-            (self.links, "symbolic link", " (data.follow_links=true follows them)"),
-            (self.broken, "broken symbolic link", ""),
-            (self.unreadable, "unreadable folder", ""),
-        )
 
 
 def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ()) -> tuple[list[str], PassedOver]:
-    """The names of all image files below a folder, with `/` between their parts, and what was passed over.
+    """Names of all image files below a folder, separated by `/`, and what was passed over.
 
-    Args:
-        start: the folder, which may be a link itself.
-        follow_links: follow symbolic links to files and folders below it.
-        exclude: folders that are not entered, by `identity`.
+    `start` may be a link itself; `exclude` are folders that are not entered, by `identity`.
 
     Raises:
-        ValueError: the folder itself may not be read or is a run's, or one below cannot be listed for another reason.
+        ValueError: the folder may not be read or is a run folder, or one below cannot be listed.
     """
     names: list[str] = []
     passed = PassedOver()
@@ -105,37 +93,39 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
         below = folders.pop()
         folder = start / below
         try:
-            own = _or_sentence(partial(identity, folder), folder)
+            own = identity(folder)
             # A loop of links, or a second way to the same folder.
             if own in visited:
                 continue
-            entries = sorted(_or_sentence(partial(os.scandir, folder), folder), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError as error:
             if not below:
                 raise ValueError(f"{shown(folder)} may not be read: permission denied") from error
-            passed.unreadable.append(below.rstrip("/"))
+            passed.names[UNREADABLE].append(below.rstrip("/"))
             continue
+        except OSError as error:
+            raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
         visited.add(own)
         if own in exclude:
-            passed.excluded.append(below)
+            passed.names[OTHER_SPLIT].append(below.rstrip("/"))
             continue
         present = {entry.name for entry in entries}
         if RUN_CONFIG in present and not RUN_PARTS.isdisjoint(present):
             if not below:
                 raise ValueError(f"{shown(folder)} is a run folder, not a folder of images")
-            passed.runs.append(below.rstrip("/"))
+            passed.names[RUN].append(below.rstrip("/"))
             continue
         for entry in entries:
             name = below + entry.name
             if entry.name.startswith(".") or entry.name == MACOS_ARCHIVE:
                 passed.hidden += 1
             elif entry.is_symlink() and not follow_links:
-                passed.links.append(name)
+                passed.names[LINK].append(name)
             elif _is(entry.is_dir):
                 folders.append(f"{name}/")
             elif not _is(entry.is_file):
                 if entry.is_symlink():
-                    passed.broken.append(name)
+                    passed.names[BROKEN].append(name)
                 else:
                     passed.special += 1
             elif looks_like_an_image(start / name):
@@ -146,7 +136,7 @@ def walk(start: Path, *, follow_links: bool, exclude: Collection[Identity] = ())
 
 
 def identity(folder: Path) -> Identity:
-    """What a folder is known by, under whichever name and through whichever link it is reached."""
+    """Device and inode of a folder, equal for all names and links."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -158,17 +148,8 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _or_sentence(look: Callable[[], T], folder: Path) -> T:
-    try:
-        return look()
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{shown(folder)} cannot be listed: {(error.strerror or str(error)).lower()}") from error
-
-
 @cache
 def _pictures() -> frozenset[str]:
-    """Endings of pictures, of which those of films and documents that Pillow knows are none."""
+    """Endings of pictures, without the films and documents that Pillow has plugins for."""
     Image.init()
     return CAMERA_ENDINGS | (set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"})

@@ -1,8 +1,8 @@
-"""Make the sample from Fashion-MNIST: `python -m manyviews.data.sample.make FOLDER [OUTPUT]`.
+"""Makes the sample: `python -m manyviews.data.sample.make FOLDER [OUTPUT]`.
 
-FOLDER holds the four files of Fashion-MNIST, such as Debian's /usr/share/datasets/fashion-mnist; OUTPUT is this
-folder unless given. Each split becomes one PNG, a mosaic of 100 images a row (a quarter smaller than a compressed
-array, and a picture that anyone can look at), and one table of index in Fashion-MNIST and label.
+FOLDER has the four files of Fashion-MNIST, such as Debian's /usr/share/datasets/fashion-mnist; OUTPUT is by default
+this folder. Each split becomes one PNG, a mosaic of 100 images a row (a quarter smaller than a compressed array), and
+one table of index in Fashion-MNIST and label.
 """
 
 import sys
@@ -19,7 +19,7 @@ COLUMNS = 100
 
 
 def make(source: Path, output: Path) -> None:
-    """Choose the images and write the four files."""
+    """Chooses the images and writes the four files."""
     generator = np.random.default_rng(SEED)
     for split, count in PER_CLASS.items():
         images, labels = read_split(source, split)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels, in torchvision's layout."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ ALLOWED = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
-"""What a pickle of arrays, numbers and texts is made by."""
+"""Names in pickles of arrays, numbers and texts."""
 
 
 class CIFAR10(Settings):
@@ -57,10 +57,10 @@ class CIFAR100(Settings):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, numbers and texts; whatever else a pickle may name, and run, is refused."""
+    """Unpickles arrays, numbers and texts only: any other name in a pickle could run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """The maker of an array."""
+        """Returns an allowed class or function."""
         if (module_name, global_name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no array is made by")
         return super().find_class(module_name, global_name)
@@ -71,34 +71,29 @@ def _build(source: type[torchvision.datasets.CIFAR10], name: str, path: str | No
     folder = root / source.base_folder
     checksums = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
     try:
-        found = _contents(folder, checksums)
-    except (OSError, RefusedFileError, _OtherFileError):
+        contents = _contents(folder, checksums)
+    except (OSError, RefusedFileError):
         download(root, name, lambda: source(str(root), download=True))
-        found = _contents(folder, checksums)
-    classes = found[source.meta["filename"]][source.meta["key"]]
-    train, test = ([found[file] for file, _ in files] for files in (source.train_list, source.test_list))
+        contents = _contents(folder, checksums)
+    classes = contents[source.meta["filename"]][source.meta["key"]]
+    train, test = ([contents[file] for file, _ in files] for files in (source.train_list, source.test_list))
     return Split(_split("train", train, classes), _split("test", test, classes))
 
 
-class _OtherFileError(ValueError):
-    """A file that is not the one that was published."""
-
-
 def _contents(folder: Path, checksums: Mapping[str, str]) -> dict[str, Any]:
-    """What the published files hold, by name; none is looked into before its checksum is compared."""
-    found = {}
+    """Reads the published files; raises OSError if one is missing or has another checksum."""
+    contents = {}
     for name, checksum in checksums.items():
         content = read_bytes(folder / name, LARGEST)
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
-            raise _OtherFileError(f"{folder / name} is not the file that was published: its checksum is another")
-        # The arrays are of a type that NumPy has since changed.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+            raise OSError(f"{folder / name} is not the file that was published: its checksum is another")
+        # The arrays have a type that NumPy has since changed.
+        with warnings.catch_warnings(action="ignore", category=np.exceptions.VisibleDeprecationWarning):
             try:
-                found[name] = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+                contents[name] = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
             except Exception as problem:  # a wrong pickle raises nearly anything
                 raise ValueError(f"{folder / name} is no file of CIFAR: {problem}") from problem
-    return found
+    return contents
 
 
 def _split(name: str, batches: list[dict[str, Any]], classes: list[str]) -> InMemory:

@@ -1,17 +1,19 @@
-"""Fashion-MNIST (Xiao et al. 2017): 70,000 grey images of 28 x 28 pixels in ten classes of clothing."""
+"""Fashion-MNIST (Xiao et al. 2017), 70,000 grey images of 28 x 28 pixels, and a sample."""
 
 import gzip
 import math
 import zlib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 from manyviews.config import Settings
-from manyviews.data.images import Report, Split, array_split
+from manyviews.data.images import InMemory, Names, Report, Split, array_split, fingerprint
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
 from manyviews.system.files import open_regular
 
@@ -29,9 +31,9 @@ CLASSES = (
 )
 SIZE = 28
 DEBIAN = "/usr/share/datasets/fashion-mnist"
-STEMS = {"train": "train", "test": "t10k"}
+STEMS, KINDS = {"train": "train", "test": "t10k"}, ("images-idx3", "labels-idx1")
 LARGEST = 1 << 26
-"""Bytes, a little more than those of 60,000 images: a small compressed file may stand for very many."""
+"""Bytes that are decompressed, a little more than 60,000 images."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -59,11 +61,23 @@ class FashionMNIST(Settings):
         return Split(splits[0], splits[1])
 
 
+class Sample(Settings):
+    """A balanced, lossless part of Fashion-MNIST, bundled; `data/sample/make.py` made it.
+
+    >>> len(Sample().build().train)
+    10000
+    """
+
+    name: Literal["sample"] = "sample"
+
+    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+        """Both splits; images are named by their index in Fashion-MNIST, such as `train/00008`."""
+        return Split(_read_sample("train"), _read_sample("test"))
+
+
 def read_split(folder: Path, split: str) -> tuple[Bytes, Bytes]:
-    """The images [N, 28, 28] and labels [N] of `train` or `test`, from a folder of idx files, compressed or not."""
-    images, labels = (
-        _read_idx(_file(folder, f"{STEMS[split]}-{what}-ubyte")) for what in ("images-idx3", "labels-idx1")
-    )
+    """Images [N, 28, 28] and labels [N] of `train` or `test`, from idx files, gzipped or not."""
+    images, labels = (_read_idx(_file(folder, f"{STEMS[split]}-{what}-ubyte")) for what in KINDS)
     if images.shape != (len(labels), SIZE, SIZE) or labels.max(initial=0) >= len(CLASSES):
         raise ValueError(f"{folder} is not Fashion-MNIST: {images.shape} images, labels up to {labels.max(initial=0)}")
     return images, labels
@@ -71,7 +85,7 @@ def read_split(folder: Path, split: str) -> tuple[Bytes, Bytes]:
 
 def _folder(candidates: list[Path]) -> Path | None:
     folders = [folder for candidate in candidates for folder in (candidate / "FashionMNIST" / "raw", candidate)]
-    stems = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
+    stems = [f"{stem}-{what}-ubyte" for stem in STEMS.values() for what in KINDS]
     return next((folder for folder in folders if all(_file(folder, stem).is_file() for stem in stems)), None)
 
 
@@ -92,3 +106,15 @@ def _read_idx(path: Path) -> Bytes:
     if not shape or len(data) != start + math.prod(shape):
         raise ValueError(f"{path} is not an idx file of bytes, or is cut short")
     return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(shape)
+
+
+def _read_sample(split: str) -> InMemory:
+    folder = files("manyviews.data.sample")
+    with folder.joinpath(f"{split}.csv").open(encoding="utf-8") as table:
+        indices, labels = np.loadtxt(table, dtype=np.int64, delimiter=",", skiprows=1, unpack=True)
+    with folder.joinpath(f"{split}.png").open("rb") as file, Image.open(file, formats=["PNG"]) as mosaic:
+        rows, columns = mosaic.height // SIZE, mosaic.width // SIZE
+        tiles = np.asarray(mosaic).reshape(rows, SIZE, columns, SIZE).transpose(0, 2, 1, 3)
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles)).view(-1, 1, SIZE, SIZE)
+    names = Names(f"{split}/{index:05d}" for index in indices)
+    return InMemory(pixels, names, torch.from_numpy(labels), CLASSES, fingerprint([pixels.numpy(), labels]))

@@ -1,9 +1,10 @@
-"""Any folder of images: nested or flat, of mixed sizes and kinds, with other files among them."""
+"""Any folder of images: nested or flat, of mixed sizes and formats."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,11 +12,19 @@ from pydantic import Field
 
 from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.decoding.files import OTHER_FILE, Files, in_threads, open_image, refuse_too_many
+from manyviews.data.decoding.files import (
+    DIGEST,
+    OTHER_FILE,
+    Files,
+    State,
+    digest,
+    in_threads,
+    open_image,
+    refuse_too_many,
+)
 from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
-from manyviews.data.listing.content import digests_of, refuse_differences, shared
-from manyviews.data.listing.digests import DIGEST, State, digest
-from manyviews.data.listing.discover import Discovery, ReadSplit, discover
+from manyviews.data.listing.digests import digests_of, refuse_differences, shared
+from manyviews.data.listing.discover import ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
 from manyviews.system.distributed import raise_on_all_ranks
@@ -28,8 +37,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 class Folder(Settings):
     """Images in a folder, at any depth.
 
-    Ids count the readable images in natural order of their names. Which files are readable is looked at in each run;
-    the fingerprint, over names, contents, labels and the stored form, changes when anything of that does.
+    Ids count the readable images in natural order of their names. Every run checks which files are readable; the
+    fingerprint covers names, contents, labels and the decoding.
     """
 
     name: Literal["folder"] = "folder"
@@ -81,22 +90,29 @@ class Folder(Settings):
     """Follow symbolic links, also out of the folder."""
 
     def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
-        """The readable images, decoded into memory or, beyond the budget, opened once to see that they are images.
-
-        All processes call it together, and get the same images.
+        """Reads the images: decoded into memory or, beyond the budget, only checked; collective.
 
         Args:
             workers: threads that decode.
-            report: hears how far it has come.
-            began: of a run that goes on, the digests of its files when it began, by their names
-                (`Inventory.marks`). Those that are lost since keep their ids, as images on disk that have failed.
+            report: progress callback.
+            began: for a resumed run, `Inventory.marks` of its start. Files that were lost since keep their ids, as
+                images on disk that have failed.
 
         Raises:
-            ValueError: a folder is missing, may not be read or holds no images, its layout can be read in several
-                ways, too many files are unreadable, or the processes do not see the same files.
+            ValueError: a folder is missing, may not be read or has no images, its layout is ambiguous, too many files
+                are unreadable, or the ranks do not see the same files.
         """
         with raise_on_all_ranks():
-            discovered = self._listings(began or ())
+            discovered = discover(
+                existing_folder(self.path),
+                None if self.test is None else existing_folder(self.test),
+                follow_links=self.follow_links,
+                splits=self.splits,
+                labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
+                holdout=self.holdout,
+                seed=self.holdout_seed,
+                also=began or (),
+            )
         listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
         refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
@@ -104,12 +120,13 @@ class Folder(Settings):
         read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
         unreadable = [entry for part in read for entry in part.unreadable]
         refuse_too_many(discovered.train.root, unreadable, total, self.max_bad)
-        for name, part in zip(("learn from", "measure with"), read, strict=False):
+        for name, part in zip(("training", "evaluation"), read, strict=False):
             if not len(part.images):
-                raise ValueError(f"{self.path}: no readable image is left to {name}")
-        # The sizes, too: of files on disk each process has read a part only.
-        mark = fingerprint(value for part in read for value in (part.images.fingerprint, part.sizes))
-        refuse_differences(self.path, "reads", mark)
+                raise ValueError(f"{self.path}: no readable image is left for {name}")
+        # With the states' sizes: of files on disk each rank has read only a part.
+        on_disk = [part.images for part in read if isinstance(part.images, Files)]
+        sizes = [images.states[:, 0].numpy() for images in on_disk if images.states is not None]
+        refuse_differences(self.path, "reads", fingerprint([*(part.images.fingerprint for part in read), *sizes]))
         discovered.warn(read)
         test = read[1].images if len(read) > 1 else None
         own = [part for part, listing in zip(read, listings, strict=True) if listing.root == discovered.train.root]
@@ -120,21 +137,6 @@ class Folder(Settings):
         )
         return Split(read[0].images, test, tuple(unreadable), discovered.line(read[0].images, test), inventory)
 
-    def _listings(self, also: Collection[str]) -> Discovery:
-        root = existing_folder(self.path)
-        table = None if self.labels in (None, *WORDS) else Path(str(self.labels))
-        test = None if self.test is None else existing_folder(self.test)
-        return discover(
-            root,
-            test,
-            follow_links=self.follow_links,
-            splits=self.splits,
-            labels=table or self.labels,
-            holdout=self.holdout,
-            seed=self.holdout_seed,
-            also=also,
-        )
-
     def _read(
         self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
     ) -> ReadSplit:
@@ -144,10 +146,10 @@ class Folder(Settings):
         digests = np.zeros((len(names), DIGEST), np.uint8)
         pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
-        def opener(index: int) -> tuple[BinaryIO, State]:
+        def opener(index: int) -> tuple[BufferedReader, State]:
             return open_image(root, names[index], follow_links=self.follow_links)
 
-        def opened(index: int) -> BinaryIO:
+        def opened(index: int) -> BufferedReader:
             file, states[index] = opener(index)
             if in_memory:
                 digests[index] = np.frombuffer(digest(file), np.uint8)
@@ -171,20 +173,17 @@ class Folder(Settings):
                 digests[index], states[index] = np.frombuffer(before, np.uint8), 0
         kept = [index for index in range(len(names)) if index not in failures]
         if failures and in_memory:
-            # Closing the gaps in place: a copy would need the memory twice.
+            # The gaps are closed in place: a copy would need the memory twice.
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
         kept_names, digests = Names(names[index] for index in kept), digests[kept]
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
-        # No path and no time: a copy elsewhere is the same images.
+        # Without path and times: a copy elsewhere has the same fingerprint.
         table = [] if labels is None else [labels.numpy(), listing.classes]
         mark = fingerprint([decoding, kept_names, digests, *table])
-        sizes = states[kept, 0]
         bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
         if in_memory:
-            return ReadSplit(
-                InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests, sizes
-            )
+            return ReadSplit(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests)
         files = Files(
             root,
             kept_names,
@@ -200,13 +199,9 @@ class Folder(Settings):
             failed=lost,
             reported=set(lost),
         )
-        return ReadSplit(files, bad, digests, sizes)
+        return ReadSplit(files, bad, digests)
 
     def decoding(self) -> Decoding:
-        """How a file becomes a square."""
-        return Decoding(self.channels, self.size, self._colour(), self.max_pixels, self.bits)
-
-    def _colour(self) -> tuple[int, int, int]:
-        if isinstance(self.background, str):
-            return (GREYS[self.background],) * 3
-        return self.background
+        """How files are decoded."""
+        background = self.background if isinstance(self.background, tuple) else (GREYS[self.background],) * 3
+        return Decoding(self.channels, self.size, background, self.max_pixels, self.bits)

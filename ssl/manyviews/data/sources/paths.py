@@ -1,4 +1,4 @@
-"""Folders that a person names, and the folder for what is downloaded."""
+"""Paths in settings, hints for wrong ones, and the download folder."""
 
 import os
 import unicodedata
@@ -19,7 +19,7 @@ def _absolute(path: str) -> str:
 
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
-"""A folder, made absolute when it is read: a recorded run must not depend on where it was started."""
+"""A folder, made absolute: a recorded run must not depend on the working directory."""
 WORDS = ("none", "folders")
 
 
@@ -32,16 +32,11 @@ def _labels_source(source: str) -> str:
 
 
 LabelsSource = Annotated[str, AfterValidator(_labels_source)]
-"""Where labels come from: a file, made absolute likewise, or one of two words."""
+"""Source of labels: a file, made absolute, or one of two words."""
 
 
 def existing_folder(path: str) -> Path:
-    """The folder at `path`.
-
-    Raises:
-        ValueError: there is none (the message says how far the path leads, and what is spelled alike), it is a file,
-            or it may not be read.
-    """
+    """The folder at `path`; raises ValueError, with a hint, if there is none or it is forbidden."""
     folder = Path(path)
     try:
         if folder.is_dir():
@@ -55,22 +50,21 @@ def existing_folder(path: str) -> Path:
 
 
 def nearest(path: Path) -> str:
-    """The half sentence that helps with a wrong path: how far it leads, and what is spelled alike there."""
+    """The end of a message on a wrong path: its existing part, and similar names there."""
     present = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(present).parts[0]
-    alike = closest(missing, sorted(os.listdir(present)), 3)
-    held = f", and holds {shown(', '.join(alike))}" if alike else f", but holds nothing like {shown(repr(missing))}"
-    return f"{shown(present)} does{held}"
+    near = closest(missing, sorted(os.listdir(present)), 3)
+    hint = f", and holds {shown(', '.join(near))}" if near else f", but holds nothing like {shown(repr(missing))}"
+    return f"{shown(present)} does{hint}"
 
 
 def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:
-    """Looks names up among those that are known: a name itself, or else the only one of the same letters.
+    """Returns a lookup of known names: the name itself, or the only one equal in NFC, or None.
 
-    A letter with an accent is one or two in Unicode: macOS keeps names of files with two (NFD), tables and keyboards
-    give one (NFC). Names that differ by this alone are two, of which each must be given as it is.
+    macOS writes accents in file names as letters of their own (NFD), tables and keyboards do not (NFC).
 
-    Returns:
-        A function from a name to the known one; None: there is none, or there are two.
+    >>> same_spelling(["caf\u00e9"])("cafe\u0301") == "caf\u00e9"
+    True
     """
     exact = set(known)
     composed: dict[str, str | None] = {}
@@ -81,16 +75,12 @@ def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:
 
 
 def cache_folder() -> Path:
-    """Where data sets are downloaded to when no path is given: `manyviews` in PyTorch's cache (`TORCH_HOME`)."""
+    """The default download folder: `manyviews` in PyTorch's cache (`TORCH_HOME`)."""
     return Path(torch.hub.get_dir()).parent / "manyviews"
 
 
 def download(folder: Path, name: str, fetch: Callable[[], object]) -> None:
-    """Fetch into a folder, one process of the machine at a time; `fetch` must do nothing when all is there.
-
-    Raises:
-        ValueError: it fails; the message says why, and where the files can be put by hand.
-    """
+    """Fetches a data set, one process of a machine at a time; raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
@@ -99,5 +89,5 @@ def download(folder: Path, name: str, fetch: Callable[[], object]) -> None:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{name} is not in {folder} and could not be downloaded ({reason}); "
-            f"put it there in torchvision's layout, or say where it is: data.path=FOLDER"
+            f"put it there in torchvision's layout, or set data.path=FOLDER"
         ) from error

@@ -1,4 +1,4 @@
-"""STL-10 (Coates et al. 2011): 100,000 unlabelled and 13,000 labelled colour images of 96 x 96 pixels."""
+"""STL-10 (Coates et al. 2011): 113,000 colour images of 96 x 96 pixels, 13,000 labelled."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.data.images import Names, Report, Split, fingerprint
-from manyviews.data.listing.content import file_digests
+from manyviews.data.listing.digests import file_digests
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
 from manyviews.system.files import LONGEST_LINE, read_bytes, read_text
 
@@ -32,7 +32,7 @@ class STL10(Settings):
     """Folder of torchvision's `stl10_binary`; none: the cache. Downloaded there when missing."""
 
     def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
-        """5,000 labelled then 100,000 unlabelled images (label -1) to learn from, and 8,000 labelled ones held out."""
+        """5,000 labelled then 100,000 unlabelled training images (label -1), and 8,000 held out."""
         root = Path(self.path) if self.path else cache_folder()
         folder = root / "stl10_binary"
         if not all((folder / name).is_file() for name in FILES):
@@ -44,7 +44,7 @@ class STL10(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """Images that stay in their files, mapped into memory: 3 GB that all ranks of a machine share."""
+    """Images in files that are mapped into memory: 3 GB that all ranks of a machine share."""
 
     parts: tuple[UInt8[Tensor, "_ 3 96 96"], ...]
     names: Names
@@ -52,7 +52,7 @@ class Mapped:
     classes: tuple[str, ...]
     fingerprint: str
     rows: Int64[Tensor, " images"]
-    """Where each image stands in the parts, one after the other."""
+    """Index of each image in the concatenated parts."""
     channels: int = 3
     size: int = SIZE
 

@@ -14,8 +14,7 @@ from manyviews.encoder.backbone import create_backbone
 from manyviews.evaluators.fractions import draw
 from manyviews.evaluators.splits import hold_out
 from manyviews.features.backbone import PretrainedBackbone
-from manyviews.features.encoding import extract
-from manyviews.features.settings import EncodeSettings, images_of
+from manyviews.features.encoding import EncodeSettings, extract, images_of
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.train.finetune.classifier import Probe, fit_probe, freeze, set_classes, set_head
