@@ -1,16 +1,42 @@
-.PHONY: format check test test-slow
+PYTHON ?= python3
+BIN := .venv/bin
+MAKEFLAGS += --no-builtin-rules
 
-format:
-	ruff format .
-	ruff check --fix .
+.PHONY: quickstart test test-slow docs check format
 
-check:
-	ruff format --check .
-	ruff check .
-	mypy
+# What is installed is installed once: these files are newer than pyproject.toml until it changes.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --editable .
+	touch $@
 
-test:
-	python -m pytest -n 2 -m "not slow"
+.venv/installed-%: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
 
-test-slow:
-	python -m pytest -m slow
+# Pretrains on the bundled images, evaluates (open runs/quickstart/report.html), extracts features, fine-tunes.
+quickstart: .venv/installed
+	$(BIN)/manyviews pretrain quickstart output=runs/quickstart resume=true
+	$(BIN)/manyviews evaluate runs/quickstart
+	$(BIN)/manyviews extract runs/quickstart output=runs/features
+	$(BIN)/manyviews finetune runs/quickstart fraction=0.1 resume=true
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The formulas for memory, traffic and arithmetic against what processes measure, and the numbers in the README."""
+"""The formulas for memory, traffic and arithmetic against measurements, and docs/scaling.md against the formulas."""
 
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def test_a_process_holds_its_part_of_a_bank_and_the_traffic_does_not_know_how_lo
     assert Bank().cost(Sizes(1 << 30, 1, 256, 128, 8)).traffic == eight.traffic
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+SCALING = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 IMAGENET = {"images": 1_281_167, "batch": 256 * 8, "dim": 128, "processes": 8}
 BILLION = {"images": 10**9, "batch": 256 * 64, "dim": 128, "processes": 64}
 SIXTEEN_BITS: dict[str, Any] = {"storage": "bfloat16"}
@@ -229,20 +229,20 @@ FORMULAS: dict[str, tuple[ObjectiveSettings, dict[str, int]]] = {
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the README's table after a mark, row by row, without its head."""
-    lines = README.split(f"<!-- {heading} -->\n")[1].split("\n\n")[0].splitlines()
+    """The cells of the page's table after a mark, row by row, without its head."""
+    lines = SCALING.split(f"<!-- {heading} -->\n")[1].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def written(name: str, settings: ObjectiveSettings, num_views: int, sizes: dict[str, int]) -> list[str]:
-    """The row of the README's table for an example."""
+    """The row of the page's table for an example."""
     found = settings.cost(Sizes(views=num_views, **sizes))
     memory = amount(found.memory) if found.memory else "–"
     return [name, f"{found.negatives:,}", memory, amount(found.traffic), f"{found.products / 1e9:,.1f}"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[0])
-def test_the_readme_works_through_the_numbers_of_the_functions(example: tuple[Any, ...]) -> None:
+def test_the_docs_work_through_the_numbers_of_the_functions(example: tuple[Any, ...]) -> None:
     rows = {row[0]: row for row in table("scale")}
     assert rows[example[0]] == written(*example)
     assert len(rows) == len(EXAMPLES)
@@ -250,7 +250,7 @@ def test_the_readme_works_through_the_numbers_of_the_functions(example: tuple[An
 
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("processes", [1, 4])
-def test_the_readmes_formulas_are_those_of_the_functions(name: str, processes: int) -> None:
+def test_the_formulas_in_the_docs_are_those_of_the_functions(name: str, processes: int) -> None:
     settings, symbols = FORMULAS[name]
     symbols = {"W": processes, "B": 512, "N": 4096, "D": 64, **symbols}
     found = settings.cost(Sizes(4096, symbols["V"], 512, 64, processes))
@@ -260,13 +260,13 @@ def test_the_readmes_formulas_are_those_of_the_functions(name: str, processes: i
     assert values == [found.negatives, found.memory, found.traffic, found.products]
 
 
-def test_the_readme_compares_with_a_resnet_50_of_the_right_size() -> None:
-    text = " ".join(README.split())
+def test_the_docs_compare_with_a_resnet_50_of_the_right_size() -> None:
+    text = " ".join(SCALING.split())
     assert f"brings each of 8 GPUs {2 * 4 * 25.6e6 * 7 / 8 / 1e6:.0f} MB" in text
     encoder = 3 * 4.1e9 * 256
     bank, billion = (settings.cost(Sizes(views=1, **sizes)).products for _, settings, _, sizes in EXAMPLES[2::4])
     assert f"takes {encoder / 1e9:,.0f}" in text
-    assert f"{100 * bank / encoder:.0f} % of it" in text
+    assert f"{100 * bank / encoder:.0f} % of that" in text
     assert f"{billion / encoder:.0f} times as much" in text
     assert f"once in {10**9 / BILLION['batch']:,.0f} steps" in text
 

@@ -1,4 +1,4 @@
-"""The objective that docs/objectives.md adds, in a copy of the package: trained, costed, listed and tested."""
+"""The objective that docs/add_objective.md adds, in a copy of the package: trained, costed, listed and tested."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "objectives.md").read_text()
+PAGE = (ROOT / "docs" / "add_objective.md").read_text()
 TRAIN = [
     "train.batch_size=32",
     "train.epochs=0.0064",

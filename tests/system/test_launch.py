@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from manyviews.system.launch import SIGNALS, Interrupted, Stop, start
+from pages import commands
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -22,11 +23,9 @@ SHORT = [
 ]
 
 
-def in_the_readme(*parts: str) -> list[str]:
-    """The commands that hold all of the parts."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if all(part in line for part in parts)]
+def in_the_docs(*parts: str) -> list[str]:
+    """The commands of docs/distributed.md that hold all of the parts."""
+    return [line for line in commands(ROOT / "docs" / "distributed.md") if all(part in line for part in parts)]
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +207,11 @@ def test_the_readmes_commands_for_many_gpus_and_machines_make_one_run(
         "29500": str(port),
         r"\boutput=\S+": "",
     }
-    commands = in_the_readme(*parts)
-    assert len(commands) == machines
+    launches = in_the_docs(*parts)
+    assert len(launches) == machines
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     started = []
-    for command in commands:
+    for command in launches:
         for pattern, replacement in changes.items():
             command = re.sub(pattern, replacement, command)
         words = [*command.split(), *SHORT, f"output={tmp_path / 'run'}"]
