@@ -8,7 +8,7 @@ import pytest
 from manyviews.cli import own_data
 from manyviews.config import dump_yaml, load
 from manyviews.data import shorthand
-from manyviews.evaluate import EvaluateSettings
+from manyviews.evaluation import EvaluateSettings
 from manyviews.recipe import Recipe, find
 from manyviews.train.finetune import FinetuneSettings
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from manyviews.config import load
 from manyviews.config.yaml_text import parse
 from manyviews.encoder.timm_format import read_folder
-from manyviews.evaluate import EvaluateSettings
+from manyviews.evaluation import EvaluateSettings
 from manyviews.features import store
 from manyviews.recipe import Recipe
 

@@ -16,9 +16,9 @@ import shtab
 
 from manyviews import recipe as recipes
 from manyviews.config import Settings, field_at, help_text, keys, load
-from manyviews.evaluate import EvaluateSettings, check_measured
-from manyviews.evaluate import evaluate as evaluate_run
-from manyviews.evaluate.compare_runs import compare_runs
+from manyviews.evaluation import EvaluateSettings, check_measured
+from manyviews.evaluation import evaluate as evaluate_run
+from manyviews.evaluation.compare_runs import compare_runs
 from manyviews.features.extract import ExtractSettings
 from manyviews.features.extract import extract as extract_features
 from manyviews.recipe import Recipe
@@ -34,7 +34,8 @@ from manyviews.train.finetune import FinetuneSettings
 from manyviews.train.finetune import finetune as finetune_model
 from manyviews.train.finetune import folder_of as finetuned_folder
 from manyviews.train.preflight import check as check_recipe
-from manyviews.train.pretrain import pretrain as run_recipe
+from manyviews.train.pretrain import pretrain as pretrain_recipe
+from manyviews.train.session import OnMetrics
 
 HELP = {"-h", "--help", "help"}
 CHECK = "--check"
@@ -142,7 +143,8 @@ def first_of(args: Sequence[str], model: type[Settings], what: str) -> str:
     raise ValueError(f"{what}" + (f"; ./{args[0]} names the folder and not the setting" if folder else ""))
 
 
-def _pretrain(args: Sequence[str]) -> None:
+def run_pretrain(args: Sequence[str], *, on_metrics: OnMetrics | None = None) -> Path:
+    """Pretrains as `manyviews pretrain` does; returns the run folder."""
     check, args = CHECK in args, [arg for arg in args if arg != CHECK]
     named = bool(args) and not is_setting(args[0], Recipe)
     name, overrides = args[0] if named else "", list(args[named:])
@@ -157,12 +159,13 @@ def _pretrain(args: Sequence[str]) -> None:
         recipe = load(Recipe, config, overrides)
     if check:
         check_recipe(recipe)
-    else:
-        command = shlex.join([name or recipes.QUICKSTART, *overrides])
-        run_recipe(recipe, header=header(f"pretrain.py {command}"))
+        return Path(str(recipe.output))
+    command = shlex.join([name or recipes.QUICKSTART, *overrides])
+    return pretrain_recipe(recipe, header=header(f"pretrain.py {command}"), on_metrics=on_metrics)
 
 
-def _evaluate(args: Sequence[str]) -> None:
+def run_evaluate(args: Sequence[str]) -> None:
+    """Evaluates a run, or compares several, as `manyviews evaluate` does."""
     first_of(args, EvaluateSettings, "a run folder comes first, for example runs/quickstart")
     runs = list(takewhile(lambda arg: not is_setting(arg, EvaluateSettings), args))
     folder, *others = [Path(run).expanduser() for run in runs]
@@ -176,19 +179,22 @@ def _evaluate(args: Sequence[str]) -> None:
         check_measured(evaluate_run(folder, settings), settings)
 
 
-def _extract(args: Sequence[str]) -> None:
+def run_extract(args: Sequence[str]) -> Path:
+    """Extracts features as `manyviews extract` does; returns their folder."""
     model, overrides = first_of(args, ExtractSettings, MODEL), args[1:]
-    extract_features(model, load(ExtractSettings, None, overrides, base=own_data(Path(model), overrides)))
+    return extract_features(model, load(ExtractSettings, None, overrides, base=own_data(Path(model), overrides)))
 
 
-def _finetune(args: Sequence[str]) -> None:
+def run_finetune(args: Sequence[str], *, on_metrics: OnMetrics | None = None) -> Path:
+    """Fine-tunes as `manyviews finetune` does; returns the folder of the classifier."""
     model, overrides = first_of(args, FinetuneSettings, MODEL), args[1:]
     settings = load(FinetuneSettings, None, overrides, base=own_data(Path(model), overrides))
     config = finetuned_folder(model, settings) / CONFIG
     # resume=true is enough: the folder has the settings of the first start.
     if settings.resume and config.is_file():
         settings = load(FinetuneSettings, config, overrides)
-    finetune_model(model, settings, header=header(f"finetune.py {shlex.join(args)}"))
+    command = header(f"finetune.py {shlex.join(args)}")
+    return finetune_model(model, settings, header=command, on_metrics=on_metrics)
 
 
 def _completion(args: Sequence[str]) -> None:
@@ -231,7 +237,7 @@ pretrain = Command(
     "verifies recipe, images, memory and disk by two steps and a checkpoint, tells how long the run will take, and "
     "leaves nothing behind.",
     Recipe,
-    _pretrain,
+    run_pretrain,
     RESUME,
 )
 evaluate = Command(
@@ -240,7 +246,7 @@ evaluate = Command(
     "Several are compared: seeds of one method are grouped, and methods have their differences from the first "
     "with intervals.",
     EvaluateSettings,
-    _evaluate,
+    run_evaluate,
 )
 extract = Command(
     "extract.py RUN|TIMM data=/some/folder output=/some/features [key=value …]",
@@ -248,14 +254,14 @@ extract = Command(
     "local-dir:FOLDER. Writes LAYER.npy for each layer (backbone.npy), labels.npy where there are labels, and "
     "manifest.json with the name of each row's image. The same command continues where it was interrupted.",
     ExtractSettings,
-    _extract,
+    run_extract,
 )
 finetune = Command(
     "finetune.py RUN|TIMM data=/some/folder [key=value …]",
     "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false). Writes a "
     "classifier in timm's format, result.json, confusion.png and mistakes.png to runs/NAME-finetuned.",
     FinetuneSettings,
-    _finetune,
+    run_finetune,
     RESUME,
 )
 completion = Command(

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from manyviews.evaluate.method_rows import methods
+from manyviews.evaluation.method_rows import methods
 from manyviews.evaluators.results.intervals import bootstrap_differences
 from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement, Task
 from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, by_title, differences, spread_of

@@ -22,8 +22,8 @@ from manyviews.config import load
 from manyviews.encoder import timm_format
 from manyviews.encoder.backbone import create_backbone
 from manyviews.encoder.timm_format import read_folder
-from manyviews.evaluate import EvaluateSettings
-from manyviews.evaluate.compare_runs import Shared, measured_before
+from manyviews.evaluation import EvaluateSettings
+from manyviews.evaluation.compare_runs import Shared, measured_before
 from manyviews.features import store
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings, extract

@@ -19,7 +19,7 @@ from manyviews import cli
 from manyviews.config import Settings, keys, load
 from manyviews.encoder.backbone import create_backbone
 from manyviews.encoder.encoder import EncoderSettings
-from manyviews.evaluate import EvaluateSettings
+from manyviews.evaluation import EvaluateSettings
 from manyviews.features import limits
 from manyviews.features.backbone import open_model, open_run
 from manyviews.features.extract import ExtractSettings

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from manyviews import cli
 from manyviews.config import load
-from manyviews.evaluate import EvaluateSettings, evaluate
+from manyviews.evaluation import EvaluateSettings, evaluate
 from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.recipe import Recipe, find
 from manyviews.run.folder import read_metrics

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.fuzzing.kinds import Kind
 from manyviews.config import keys, load
 from manyviews.data import Folder
-from manyviews.evaluate import EvaluateSettings, evaluate
+from manyviews.evaluation import EvaluateSettings, evaluate
 from manyviews.features import backbone
 from manyviews.features.extract import ExtractSettings, extract
 from manyviews.recipe import Recipe

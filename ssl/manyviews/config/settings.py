@@ -1,5 +1,7 @@
 """The base class of settings, lookups in their annotations, keys and suggestions."""
 
+import json
+import os
 import textwrap
 import types
 import typing
@@ -243,3 +245,25 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_args(settings: Mapping[str, Any]) -> list[str]:
+    """The `key=value` arguments that mean the same as nested settings.
+
+    >>> to_args({"data": "photos", "train": {"epochs": 10, "chunk": None}, "tasks": ["knn", "linear"]})
+    ['data=photos', 'train.epochs=10', 'train.chunk=null', 'tasks=[knn,linear]']
+    """
+    args: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            args += [f"{key}.{arg}" for arg in to_args(value)]
+        elif isinstance(value, str | os.PathLike):
+            args.append(f"{key}={os.fspath(value)}")
+        elif isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            args.append(f"{key}=[{','.join(value)}]")
+        else:
+            try:
+                args.append(f"{key}={json.dumps(value)}")
+            except TypeError:
+                raise ValueError(f"{key}={value!r} is not a setting: {type(value).__name__} has no text") from None
+    return args

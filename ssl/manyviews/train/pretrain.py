@@ -23,7 +23,7 @@ from manyviews.train.budget import Budget
 from manyviews.train.components import Components
 from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
-from manyviews.train.session import Session, end, open_session
+from manyviews.train.session import OnMetrics, Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
 from manyviews.train.step import (
     StepResult,
@@ -38,10 +38,11 @@ from manyviews.train.step import (
 from manyviews.views import MEAN, STD
 
 
-def pretrain(recipe: Recipe, *, header: str = "") -> Path:
+def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None = None) -> Path:
     """Runs a recipe and returns its run folder.
 
-    Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit. `header` is written to config.yaml, as comment lines.
+    Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit. `header` is written to config.yaml, as comment lines;
+    `on_metrics` is called on rank 0 with each line of metrics.
 
     Raises:
         ValueError: if recipe, images or launch are invalid, before anything is written.
@@ -58,7 +59,8 @@ def pretrain(recipe: Recipe, *, header: str = "") -> Path:
         compile_encoder(components, images, order, checkpoint.step if checkpoint else 0)
         settings = recipe.train
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
-        with open_session(partial(open_run, setup, folder, console, header, lock_again), saver, console) as session:
+        opening = partial(open_run, setup, folder, console, header, lock_again)
+        with open_session(opening, saver, console, on_metrics) as session:
             describe(setup, folder, console)
             step = train(components, images, order, checkpoint, session)
         run = session.run

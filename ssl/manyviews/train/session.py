@@ -13,7 +13,10 @@ from manyviews.run.folder import Run
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
-from manyviews.system.launch import Stop
+from manyviews.system.launch import Stop, in_a_line
+
+OnMetrics = Callable[[Mapping[str, float]], object]
+"""Called on rank 0 with each line of metrics and its `step`."""
 
 
 class Session(NamedTuple):
@@ -24,11 +27,18 @@ class Session(NamedTuple):
     saver: Saver
     console: Console
     stop: Stop
+    on_metrics: OnMetrics | None = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of metrics, on rank 0."""
-        if self.run is not None:
-            self.run.log(step, values)
+        """Writes a line of metrics, on rank 0; a callback that fails is a warning."""
+        if self.run is None:
+            return
+        self.run.log(step, values)
+        if self.on_metrics is not None:
+            try:
+                self.on_metrics({"step": step, **values})
+            except Exception as problem:
+                self.console.warn(f"step {step:,}: on_metrics failed, training continues: {in_a_line(problem)}")
 
     def save(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None) -> None:
         """Starts to write a checkpoint in the background.
@@ -43,7 +53,9 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) -> Iterator[Session]:
+def open_session(
+    open_run: Callable[[], Run], saver: Saver, console: Console, on_metrics: OnMetrics | None = None
+) -> Iterator[Session]:
     """Opens the run folder on rank 0 and handles signals; closes it after an error."""
     # No rank may read the folder once rank 0 has begun to write.
     distributed.barrier()
@@ -51,7 +63,7 @@ def open_session(open_run: Callable[[], Run], saver: Saver, console: Console) ->
         run = open_run() if distributed.rank() == 0 else None
     try:
         with Stop() as stop:
-            yield Session(run, saver, console, stop)
+            yield Session(run, saver, console, stop, on_metrics)
     except BaseException as problem:
         # A second Ctrl-C, which is no Exception, does not wait for the disk.
         if isinstance(problem, Exception):

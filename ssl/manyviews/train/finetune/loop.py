@@ -42,12 +42,12 @@ from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
 from manyviews.train.not_finite import Guard, SkippedSteps
-from manyviews.train.session import Session, end, open_session, wrap
+from manyviews.train.session import OnMetrics, Session, end, open_session, wrap
 
 CURE = "a lower rate or precision=fp32"
 
 
-def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Path:
+def finetune(source: str, settings: FinetuneSettings, *, header: str = "", on_metrics: OnMetrics | None = None) -> Path:
     """Trains a classifier from a run folder or a timm model; returns the folder that it writes.
 
     Saves on Ctrl-C, SIGTERM or SIGUSR1, then raises SystemExit.
@@ -72,7 +72,7 @@ def finetune(source: str, settings: FinetuneSettings, *, header: str = "") -> Pa
         model = first_model(task, accelerator.device, probe)
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=False, warn=console.warn)
         opening = partial(open_run, folder, task, header, checkpoint, console, lock_again)
-        with open_session(opening, saver, console) as session:
+        with open_session(opening, saver, console, on_metrics) as session:
             describe(task, model, probe, accelerator, folder, console)
             try:
                 best, outcome = train(model, task, probe, accelerator, checkpoint, session)

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from manyviews.data import Split
-from manyviews.evaluate import cautions
-from manyviews.evaluate.record import record_of
-from manyviews.evaluate.run_tasks import (
+from manyviews.evaluation import cautions
+from manyviews.evaluation.record import record_of
+from manyviews.evaluation.run_tasks import (
     Job,
     gallery_of,
     geometries_of,
@@ -16,8 +16,8 @@ from manyviews.evaluate.run_tasks import (
     maps,
     stale_rows,
 )
-from manyviews.evaluate.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
-from manyviews.evaluate.writing import check_output, unwritable, write
+from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
+from manyviews.evaluation.writing import check_output, unwritable, write
 from manyviews.evaluators.failures import Failure, catch_failure, failure_messages
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyviews.evaluate.settings import recipe_of
+from manyviews.evaluation.settings import recipe_of
 from manyviews.evaluators.results.measurement import (
     GROUPING,
     LAYERS,

@@ -15,9 +15,9 @@ from PIL import Image
 
 from manyviews import cli
 from manyviews.config import load
-from manyviews.evaluate import EvaluateSettings, evaluate
-from manyviews.evaluate.record import MOST_KEPT, key_of, merge, records_in, tasks_of
-from manyviews.evaluate.writing import read, unwritable, write
+from manyviews.evaluation import EvaluateSettings, evaluate
+from manyviews.evaluation.record import MOST_KEPT, key_of, merge, records_in, tasks_of
+from manyviews.evaluation.writing import read, unwritable, write
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded
 from report_findings import findings
@@ -180,8 +180,8 @@ def test_a_run_folder_that_takes_no_file_still_gives_its_features(
     args = [*QUICK, "tasks=geometry", "report=false"]
     assert cli.evaluate([str(run), *args]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(sys.modules["manyviews.evaluate.evaluate"], "unwritable", lambda _: "read-only file system")
-    monkeypatch.setattr("manyviews.evaluate.writing.FileLock", refused)
+    monkeypatch.setattr(sys.modules["manyviews.evaluation.evaluate"], "unwritable", lambda _: "read-only file system")
+    monkeypatch.setattr("manyviews.evaluation.writing.FileLock", refused)
     assert cli.evaluate([str(run), *args]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "encoding" not in shown
@@ -303,7 +303,7 @@ def test_outcomes_that_cannot_be_written_leave_the_numbers(
 ) -> None:
     assert cli.evaluate([str(run), *BARE, "tasks=linear"]) == 0
     first = recorded(run)
-    monkeypatch.setattr("manyviews.evaluate.writing.save_file", refused)
+    monkeypatch.setattr("manyviews.evaluation.writing.save_file", refused)
     assert cli.evaluate([str(run), *BARE, "tasks=knn"]) == 0
     assert "outcomes.safetensors could not be written" in " ".join(capsys.readouterr().out.split())
     assert recorded(run)["tasks"] == ["knn", "linear"]

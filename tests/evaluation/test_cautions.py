@@ -9,7 +9,7 @@ from PIL import Image
 
 from manyviews.data import Folder
 from manyviews.data.images import InMemory, Names, Split
-from manyviews.evaluate import cautions
+from manyviews.evaluation import cautions
 from manyviews.evaluators.geometry import geometry
 from manyviews.evaluators.knn import KnnSettings, knn
 from manyviews.evaluators.results.measurement import Evaluation

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, select
-from manyviews.evaluate.settings import EvaluateSettings, recipe_of
+from manyviews.evaluation.settings import EvaluateSettings, recipe_of
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.distance import Euclidean

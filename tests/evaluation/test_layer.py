@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyviews import cli
 from manyviews.encoder.encoder import Encoder
-from manyviews.evaluate.settings import EvaluateSettings, measured_layers
+from manyviews.evaluation.settings import EvaluateSettings, measured_layers
 from manyviews.features.backbone import open_run
 from manyviews.objectives import LogRatio, Objective, Triplet
 from manyviews.objectives.contrastive import Contrastive

@@ -15,9 +15,9 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from manyviews.evaluate.method_rows import leaves
-from manyviews.evaluate.old_records import converted
-from manyviews.evaluate.settings import EvaluateSettings
+from manyviews.evaluation.method_rows import leaves
+from manyviews.evaluation.old_records import converted
+from manyviews.evaluation.settings import EvaluateSettings
 from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from manyviews.evaluate.record import EVALUATION, OUTCOMES, Outcomes, Record, merge, with_kept
+from manyviews.evaluation.record import EVALUATION, OUTCOMES, Outcomes, Record, merge, with_kept
 from manyviews.report import Findings, write_report
 from manyviews.run.folder import CONFIG
 from manyviews.system.arrays import read_tensors

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from manyviews import cli
 from manyviews.config import load
-from manyviews.evaluate import EvaluateSettings
-from manyviews.evaluate.compare_runs import Shared, compare_runs, measured_before
+from manyviews.evaluation import EvaluateSettings
+from manyviews.evaluation.compare_runs import Shared, compare_runs, measured_before
 from manyviews.evaluators.geometry import neighbourhood_overlap
 from manyviews.features.backbone import open_run
 from small_run import photographs, small_run

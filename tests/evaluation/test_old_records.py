@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from manyviews import cli
 from manyviews.config import load
-from manyviews.evaluate import EvaluateSettings
-from manyviews.evaluate.compare_runs import Shared, measured_before
-from manyviews.evaluate.method_rows import rows_of
-from manyviews.evaluate.old_records import converted
-from manyviews.evaluate.record import evaluation_of, key_of, records_in
+from manyviews.evaluation import EvaluateSettings
+from manyviews.evaluation.compare_runs import Shared, measured_before
+from manyviews.evaluation.method_rows import rows_of
+from manyviews.evaluation.old_records import converted
+from manyviews.evaluation.record import evaluation_of, key_of, records_in
 from manyviews.evaluators.results.tables import sheets
 from manyviews.features.backbone import open_run
 from recorded import measured, recorded

@@ -8,12 +8,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from manyviews.data import Images, Split, sample_ids
-from manyviews.evaluate.evaluate import evaluate
-from manyviews.evaluate.method_rows import BASELINES, MeasuredRun, rows_of
-from manyviews.evaluate.record import evaluation_of, record_of, records_in
-from manyviews.evaluate.run_tasks import FEATURES
-from manyviews.evaluate.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
-from manyviews.evaluate.writing import read
+from manyviews.evaluation.evaluate import evaluate
+from manyviews.evaluation.method_rows import BASELINES, MeasuredRun, rows_of
+from manyviews.evaluation.record import evaluation_of, record_of, records_in
+from manyviews.evaluation.run_tasks import FEATURES
+from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
+from manyviews.evaluation.writing import read
 from manyviews.evaluators.failures import failure_messages
 from manyviews.evaluators.geometry import IMAGES, neighbourhood_overlap
 from manyviews.evaluators.results.measurement import GROUPING
