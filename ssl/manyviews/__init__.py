@@ -170,8 +170,8 @@ class Run:
 
         Raises ValueError if the run was not evaluated.
         """
-        from manyviews.evaluation.record import records_in
-        from manyviews.evaluation.writing import EVALUATION, read
+        from manyviews.evaluation.record import EVALUATION, records_in
+        from manyviews.evaluation.writing import read
 
         if not (self.folder / EVALUATION).is_file():
             raise ValueError(f"{self.folder} has no {EVALUATION}: call evaluate() first")
