@@ -116,6 +116,29 @@ def test_a_run_is_evaluated_extracted_and_finetuned(run: manyviews.Run, tmp_path
     assert (classifier / "result.json").is_file()
 
 
+def test_an_objective_outside_of_the_package_trains_resumes_and_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (NOTEBOOK.parent / "add_objective.md").read_text()
+    file, program = (page.split(f"<!-- {mark} -->\n```python\n")[1].split("```")[0] for mark in ("file", "outside"))
+    (tmp_path / "uniformity.py").write_text(file)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    short = program.replace('output="', f'train={TRAIN!r}, output="').replace(
+        "evaluate()", 'evaluate(tasks=["knn"], maps=[], baselines=False)'
+    )
+    exec(short, names := {})
+    run = names["run"]
+    assert (type(run.config.objective).__module__, run.config.objective.weight) == ("uniformity", 0.5)
+    assert run.metrics()[-1]["uniformity"] < 0
+    assert run.scores()
+    # The words of the command line do as well, where the class is known.
+    args = [f"output={tmp_path / 'again'}", "objective=uniformity", "objective.weight=0.5", *ARGS]
+    assert cli.pretrain(args) == 0
+    assert trained(tmp_path / "again")[:2] == trained(run.folder)[:2]
+    assert cli.pretrain([*args, "resume=true"]) == 0
+
+
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -227,7 +227,13 @@ def test_every_launch_in_the_docs_is_one_that_its_launcher_understands() -> None
             if not found:
                 continue
             given = parser.parse_args(words.split())
-            launched_scripts = {"scripts/pretrain.py", "scripts/evaluate.py", "scripts/extract.py", "manyviews"}
+            launched_scripts = {
+                "scripts/pretrain.py",
+                "scripts/evaluate.py",
+                "scripts/extract.py",
+                "manyviews",
+                "my_script.py",
+            }
             assert given.training_script in launched_scripts, line
             assert {word for word in given.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
             launched[launcher] += 1

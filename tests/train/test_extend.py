@@ -1,4 +1,4 @@
-"""A run goes on as it was begun, or as it is asked to: on another schedule, from another path, and says so."""
+"""A run goes on as it was started, or as it is asked to: on another schedule, from another path, and says so."""
 
 import json
 import shutil
@@ -88,7 +88,7 @@ def test_the_same_words_on_a_finished_run_do_nothing(
         ([], 4, r"train\.epochs was 2\.0 and is 4\.0; add extend=true"),
         (["train.minutes=9"], 2, r"train\.minutes was null and is 9\.0; add extend=true"),
         (["optim.weight_decay=0.5"], 2, r"optim\.weight_decay was null and is 0\.5; start another"),
-        (["data=OTHER"], 2, "the images are not those that the run was begun with"),
+        (["data=OTHER"], 2, "the images are not those that the run was started with"),
         (["views.num_views=3"], 2, r"views\.num_views was 2 and is 3"),
         (["extend=true"], 1, r"train\.epochs was 2\.0 and is 1\.0, but the run has had"),
     ],
@@ -249,7 +249,7 @@ def test_a_table_of_labels_and_a_file_of_values_may_move_but_not_change(
         pretrain(made("resume=true"))
     values = tmp_path / "moved.npy"
     table.write_text(table.read_text().replace("03.png,1", "03.png,0"))
-    with pytest.raises(ValueError, match="the images are not those that the run was begun with"):
+    with pytest.raises(ValueError, match="the images are not those that the run was started with"):
         pretrain(made("resume=true"))
 
 
@@ -268,7 +268,7 @@ def test_other_held_out_images_are_warned_of(
     stopped(monkeypatch, 4, made("held"))
     capsys.readouterr()
     pretrain(made("others", "resume=true"))
-    assert "the held-out images are not those that the run was begun with" in capsys.readouterr().out
+    assert "the held-out images are not those that the run was started with" in capsys.readouterr().out
 
 
 def test_a_second_start_is_refused_while_the_first_one_trains(

@@ -244,7 +244,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
             finetune(str(run), settings(tmp_path / "stopped", *words))
         assert ended.value.code == 128 + 15
     assert not (tmp_path / "stopped" / "done").exists()
-    # From a command line: what the run was begun with stands in its folder.
+    # From a command line: what the run was started with stands in its folder.
     np.random.seed(5)
     assert cli.finetune([str(run), "resume=true", f"output={tmp_path / 'stopped'}"]) == 0
     one, two = content(straight), content(tmp_path / "stopped")

@@ -51,7 +51,7 @@ def test_an_image_that_is_removed_between_two_sessions_is_passed_over_and_all_ot
     monkeypatch.setattr(loop, "train_step", look)
     stopped(monkeypatch, 1, run_of(tmp_path, data, word, "resume=true"))
     told = " ".join(capsys.readouterr().out.split())
-    assert told.count("of the images that the run was begun with, 1 removed (03.png): they are passed over") == 1
+    assert told.count("of the images that the run was started with, 1 removed (03.png): they are passed over") == 1
     pretrain(run_of(tmp_path, data, word, "resume=true"))
     after, _ = newest_checkpoint(run / "checkpoints")
     assert before is not None

@@ -248,15 +248,16 @@ def _default(field: FieldInfo) -> str:
 
 
 def to_args(settings: Mapping[str, Any]) -> list[str]:
-    """The `key=value` arguments that mean the same as nested settings.
+    """The `key=value` arguments that mean the same as nested settings, or as settings objects among them.
 
     >>> to_args({"data": "photos", "train": {"epochs": 10, "chunk": None}, "tasks": ["knn", "linear"]})
     ['data=photos', 'train.epochs=10', 'train.chunk=null', 'tasks=[knn,linear]']
     """
     args: list[str] = []
     for key, value in settings.items():
-        if isinstance(value, Mapping):
-            args += [f"{key}.{arg}" for arg in to_args(value)]
+        if isinstance(value, Mapping | Settings):
+            nested = value.model_dump(mode="json") if isinstance(value, Settings) else value
+            args += [f"{key}.{arg}" for arg in to_args(nested)]
         elif isinstance(value, str | os.PathLike):
             args.append(f"{key}={os.fspath(value)}")
         elif isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):

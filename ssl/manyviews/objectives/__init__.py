@@ -2,7 +2,7 @@
 
 from typing import Annotated, get_args
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, WrapValidator
 
 from manyviews.objectives.bank import Bank
 from manyviews.objectives.contrastive import Contrastive
@@ -17,7 +17,7 @@ from manyviews.objectives.objective import Loss
 from manyviews.objectives.objective import Objective as ObjectiveModule
 from manyviews.objectives.queue import Queue
 from manyviews.objectives.ranking import Ranking
-from manyviews.objectives.settings import ObjectiveSettings, Population
+from manyviews.objectives.settings import ObjectiveSettings, Population, validate_external
 from manyviews.objectives.supervised import Supervised
 from manyviews.objectives.triplet import Triplet
 
@@ -36,6 +36,8 @@ Objective = Annotated[
     | LogRatio
     | Ranking,
     Field(discriminator="name"),
+    WrapValidator(validate_external),
+    SerializeAsAny(),
 ]
 
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {

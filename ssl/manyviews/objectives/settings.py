@@ -2,7 +2,8 @@
 
 import warnings
 from abc import abstractmethod
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from pydantic import AfterValidator, Field
@@ -64,7 +65,19 @@ class Traits(NamedTuple):
 
 
 class ObjectiveSettings(Settings):
-    """Base class of objectives' settings: builds the objective, and describes it."""
+    """Base class of objectives' settings: builds the objective, and describes it.
+
+    A subclass with a `name` can be chosen by it as soon as it is defined, also outside of this package.
+    """
+
+    known: ClassVar[dict[str, type[Settings]]] = {}
+    """Every subclass by its name."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        if "name" in cls.model_fields:
+            cls.known[cls.model_fields["name"].default] = cls
 
     @property
     def traits(self) -> Traits:
@@ -91,3 +104,13 @@ def _warn_if_tiny(temperature: float) -> float:
 
 
 Temperature = Annotated[float, Field(gt=0, le=1e4), AfterValidator(_warn_if_tiny)]
+
+
+def validate_external(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Validates settings of an objective outside of the union by its own class."""
+    name = value.get("name") if isinstance(value, dict) else None
+    settings = ObjectiveSettings.known.get(name) if isinstance(name, str) else None
+    if isinstance(value, ObjectiveSettings):
+        return value
+    # Members of the union are validated by it, for the paths in its errors.
+    return validate(value) if settings is None or settings.__module__.startswith(__package__) else settings(**value)

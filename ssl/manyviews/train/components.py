@@ -102,7 +102,7 @@ def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None
     if begun_on is not None and order(begun_on).steps_per_epoch != sampler.steps_per_epoch:
         raise ValueError(
             f"the last batch of an epoch ({num_images % recipe.train.batch_size} images) is large enough for either "
-            f"{begun_on} processes, on which the run was begun, or {processes}, so that its steps would mean other "
+            f"{begun_on} processes, on which the run was started, or {processes}, so that its steps would mean other "
             f"images; resume it on {begun_on}"
         )
     return sampler

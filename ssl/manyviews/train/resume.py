@@ -84,7 +84,7 @@ def check_images(checkpoint: Checkpoint, images: Images) -> None:
     """Raises ValueError for other images than those of a checkpoint."""
     if check_metadata(checkpoint, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
-            "the images are not those that the run was begun with (files, labels or how they are read have changed); "
+            "the images are not those that the run was started with (files, labels or how they are read have changed); "
             f"{OTHER_IMAGES}"
         )
 

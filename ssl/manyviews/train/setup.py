@@ -72,10 +72,14 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
         changed = changes(before, now)
         refused = changed._replace(removed=[], replaced=[name for name in changed.replaced if shown(name) not in seen])
         if any(refused):
-            raise ValueError(f"the images are not those that the run was begun with: {refused}; {resume.OTHER_IMAGES}")
+            raise ValueError(
+                f"the images are not those that the run was started with: {refused}; {resume.OTHER_IMAGES}"
+            )
     if not any(changed):
         return None
-    console.warn(f"of the images that the run was begun with, {changed}: they are passed over, and all keep their ids")
+    console.warn(
+        f"of the images that the run was started with, {changed}: they are passed over, and all keep their ids"
+    )
     return before
 
 
@@ -99,7 +103,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
         components = components._replace(held_out=split.test.fingerprint)
     if checkpoint is not None:
         if checkpoint.metadata.get("held_out", components.held_out) != components.held_out:
-            console.warn("the held-out images are not those that the run was begun with: scores are not comparable")
+            console.warn("the held-out images are not those that the run was started with: scores are not comparable")
         restore(components, checkpoint)
     return Setup(split, order, components, checkpoint, extended, contrasts)
 
