@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --no-builtin-rules
 
-.PHONY: quickstart test test-slow docs check format
+.PHONY: quickstart test test-slow docs pictures check format
 
 # What is installed is installed once: these files are newer than pyproject.toml until it changes.
 .venv/installed: pyproject.toml
@@ -31,6 +31,12 @@ test-slow: .venv/installed-test
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures in docs/: those that a run makes.
+pictures: .venv/installed
+	rm -rf runs/pictures
+	$(BIN)/manyviews pretrain quickstart output=runs/pictures train.epochs=0.01 train.monitor=0
+	cp runs/pictures/views.png docs/images/views.png
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

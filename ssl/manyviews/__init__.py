@@ -1,9 +1,10 @@
 """Self-supervised contrastive pretraining: from a folder of images to a backbone.
 
-The functions take the same names as the command line: `manyviews pretrain simclr data=photos train.epochs=10` is
+The functions take the keys of the command line, such as `manyviews pretrain simclr data=photos train.epochs=10`.
 
->>> run = manyviews.pretrain("simclr", data="photos", train={"epochs": 10})  # doctest: +SKIP
->>> run.evaluate()  # doctest: +SKIP
+Examples:
+    >>> run = manyviews.pretrain("simclr", data="photos", train={"epochs": 10})  # doctest: +SKIP
+    >>> run.evaluate()  # doctest: +SKIP
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,8 @@ def pretrain(
         ValueError: if recipe, settings, images or launch are invalid, before anything is written.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint is saved; call again with `resume=True` to continue.
 
-    >>> run = pretrain(data="photos", output="runs/photos", train={"epochs": 10})  # doctest: +SKIP
+    Examples:
+        >>> run = pretrain(data="photos", output="runs/photos", train={"epochs": 10})  # doctest: +SKIP
     """
     from manyviews.cli import run_pretrain
     from manyviews.config import to_args
@@ -58,7 +60,8 @@ def evaluate(run: "str | PathLike[str] | Run", *others: "str | PathLike[str] | R
     Raises:
         ValueError: if a run cannot be read, or nothing can be measured.
 
-    >>> evaluate("runs/photos", tasks=["knn", "linear"]).scores()  # doctest: +SKIP
+    Examples:
+        >>> evaluate("runs/photos", tasks=["knn", "linear"]).scores()  # doctest: +SKIP
     """
     from manyviews.cli import run_evaluate
     from manyviews.config import to_args
@@ -77,8 +80,9 @@ def extract(model: "str | PathLike[str] | Run", **settings: Any) -> Path:
     Raises:
         ValueError: if model, settings or images are invalid.
 
-    >>> folder = extract("resnet18", pretrained=False, data="photos", output="features")  # doctest: +SKIP
-    >>> np.load(folder / "backbone.npy", mmap_mode="r")  # doctest: +SKIP
+    Examples:
+        >>> folder = extract("resnet18", pretrained=False, data="photos", output="features")  # doctest: +SKIP
+        >>> np.load(folder / "backbone.npy", mmap_mode="r")  # doctest: +SKIP
     """
     from manyviews.cli import run_extract
     from manyviews.config import to_args
@@ -102,7 +106,8 @@ def finetune(
         ValueError: if model, settings or labels are invalid, before anything is written.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint is saved; call again with `resume=True` to continue.
 
-    >>> folder = finetune("runs/photos", fraction=0.1)  # doctest: +SKIP
+    Examples:
+        >>> folder = finetune("runs/photos", fraction=0.1)  # doctest: +SKIP
     """
     from manyviews.cli import run_finetune
     from manyviews.config import to_args
@@ -118,9 +123,10 @@ class Run:
     Raises:
         ValueError: if the folder is not a run.
 
-    >>> run = Run("runs/photos")  # doctest: +SKIP
-    >>> run.embed(["a.jpg", "b.jpg"]).shape  # doctest: +SKIP
-    (2, 512)
+    Examples:
+        >>> run = Run("runs/photos")  # doctest: +SKIP
+        >>> run.embed(["a.jpg", "b.jpg"]).shape  # doctest: +SKIP
+        (2, 512)
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:

@@ -106,8 +106,9 @@ def cosine(progress: float, warmup: float = 0.0) -> float:
 
     `progress`, the share of the run that is done, is clamped to [0, 1]; `warmup` is the share of the warm-up.
 
-    >>> [cosine(progress, warmup=0.5) for progress in (0.25, 0.5, 1.0)]
-    [0.5, 1.0, 0.0]
+    Examples:
+        >>> [cosine(progress, warmup=0.5) for progress in (0.25, 0.5, 1.0)]
+        [0.5, 1.0, 0.0]
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:

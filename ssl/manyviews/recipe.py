@@ -182,8 +182,9 @@ def names() -> list[str]:
 def find(recipe: str) -> Path:
     """The file of a recipe by its name or path; raises ValueError with the similar names.
 
-    >>> find("simclr").name
-    'simclr.yaml'
+    Examples:
+        >>> find("simclr").name
+        'simclr.yaml'
     """
     named = folder() / f"{recipe}.yaml"
     if named.is_file():

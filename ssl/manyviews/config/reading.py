@@ -31,9 +31,10 @@ def load(
     Raises:
         ValueError: naming the key, the value, the bound, and the nearest key that exists.
 
-    >>> from manyviews.optim import OptimSettings
-    >>> load(OptimSettings, None, ["rate=0.1", "name=sgd"]).peak_rate(batch_size=512)
-    0.2
+    Examples:
+        >>> from manyviews.optim import OptimSettings
+        >>> load(OptimSettings, None, ["rate=0.1", "name=sgd"]).peak_rate(batch_size=512)
+        0.2
     """
     tree: dict[str, Any] = dict(base or {})
     if file is not None:

@@ -250,8 +250,9 @@ def _default(field: FieldInfo) -> str:
 def to_args(settings: Mapping[str, Any]) -> list[str]:
     """The `key=value` arguments that mean the same as nested settings, or as settings objects among them.
 
-    >>> to_args({"data": "photos", "train": {"epochs": 10, "chunk": None}, "tasks": ["knn", "linear"]})
-    ['data=photos', 'train.epochs=10', 'train.chunk=null', 'tasks=[knn,linear]']
+    Examples:
+        >>> to_args({"data": "photos", "train": {"epochs": 10, "chunk": None}, "tasks": ["knn", "linear"]})
+        ['data=photos', 'train.epochs=10', 'train.chunk=null', 'tasks=[knn,linear]']
     """
     args: list[str] = []
     for key, value in settings.items():

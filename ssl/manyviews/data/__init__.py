@@ -56,8 +56,9 @@ def background_of(data: Sources | None) -> tuple[int, int, int] | None:
 def shorthand(value: str) -> dict[str, Any]:
     """Settings for `data=value`, a known name or else a folder; ValueError if neither exists.
 
-    >>> shorthand("stl10")
-    {'name': 'stl10'}
+    Examples:
+        >>> shorthand("stl10")
+        {'name': 'stl10'}
     """
     known = [source.model_fields["name"].default for source in get_args(Sources)]
     path = Path(value).expanduser()

@@ -99,8 +99,9 @@ class InMemory:
 class Names(Sequence[str]):
     """A list of names in two tensors, which worker processes share.
 
-    >>> Names(["a.png", "b.png"])[1]
-    'b.png'
+    Examples:
+        >>> Names(["a.png", "b.png"])[1]
+        'b.png'
     """
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -42,10 +42,11 @@ class Loader:
     A file that cannot be decoded any more is replaced by the next readable image, under that image's id, and listed in
     `images.failed`.
 
-    >>> from manyviews.data import Sample
-    >>> images = Sample().build().train
-    >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.shape
-    torch.Size([4, 1, 28, 28])
+    Examples:
+        >>> from manyviews.data import Sample
+        >>> images = Sample().build().train
+        >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.shape
+        torch.Size([4, 1, 28, 28])
 
     Raises:
         ValueError: the batch does not divide over the ranks; while iterating, too many files are unreadable.

@@ -27,8 +27,9 @@ class Order:
     No id comes twice in an epoch. The rest of an epoch that does not fill a batch, another one in each epoch, is
     dropped, or is a smaller last batch if it has at least `smallest` images. All ranks take equally many steps.
 
-    >>> Order(10, 4, seed=0).batch(2)[0], Order(10, 4, seed=0).steps_per_epoch
-    (1, 2)
+    Examples:
+        >>> Order(10, 4, seed=0).batch(2)[0], Order(10, 4, seed=0).steps_per_epoch
+        (1, 2)
 
     Raises:
         ValueError: fewer images than a batch.

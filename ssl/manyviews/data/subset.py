@@ -19,8 +19,9 @@ from manyviews.system.plural import plural
 def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
     """Up to `limit` sorted ids below `count`, sampled with `seed`.
 
-    >>> sample_ids(3, 5, seed=0)
-    tensor([0, 1, 2])
+    Examples:
+        >>> sample_ids(3, 5, seed=0)
+        tensor([0, 1, 2])
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 

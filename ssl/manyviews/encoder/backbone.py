@@ -35,8 +35,9 @@ def create_backbone(
     Of a folder or a model on the hub only what `read_folder` accepts of config.json is used, and model.safetensors.
     Without `pretrained` no network is used; `key` is the setting that asks for it, for messages.
 
-    >>> create_backbone("light_resnet", channels=1, size=28).num_features
-    1152
+    Examples:
+        >>> create_backbone("light_resnet", channels=1, size=28).num_features
+        1152
 
     Raises:
         ValueError: unknown name, an option that the model does not take, or weights that cannot be loaded.

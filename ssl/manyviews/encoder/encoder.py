@@ -106,9 +106,10 @@ class Encoder(nn.Module):
     `num_features` is the width of the backbone's features, `dim` that of the embeddings. The projector reads the
     backbone's `forward_summary` where it has one.
 
-    >>> encoder = EncoderSettings().build(channels=1, size=28)
-    >>> encoder(torch.zeros(2, 3, 1, 28, 28)).embeddings.shape
-    torch.Size([2, 3, 128])
+    Examples:
+        >>> encoder = EncoderSettings().build(channels=1, size=28)
+        >>> encoder(torch.zeros(2, 3, 1, 28, 28)).embeddings.shape
+        torch.Size([2, 3, 128])
     """
 
     def __init__(

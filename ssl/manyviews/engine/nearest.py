@@ -41,9 +41,10 @@ def top_k(
     Raises:
         ValueError: if k is not between 1 and the number of keys, or ids are given on one side only.
 
-    >>> values, indices = top_k(torch.eye(2), torch.tensor([[1.0, 3.0], [2.0, 0.0], [0.0, 3.0]]), 2)
-    >>> values.tolist(), indices.tolist()
-    ([[2.0, 1.0], [3.0, 3.0]], [[1, 0], [0, 2]])
+    Examples:
+        >>> values, indices = top_k(torch.eye(2), torch.tensor([[1.0, 3.0], [2.0, 0.0], [0.0, 3.0]]), 2)
+        >>> values.tolist(), indices.tolist()
+        ([[2.0, 1.0], [3.0, 3.0]], [[1, 0], [0, 2]])
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")

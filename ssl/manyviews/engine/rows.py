@@ -14,9 +14,10 @@ def normalize(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
 
     Rows shorter than 1e-6 are divided by 1e-6: a zero row stays zero, and its gradient finite.
 
-    >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    tensor([[0.6000, 0.8000],
-            [0.0000, 0.0000]])
+    Examples:
+        >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         unit: Tensor = _Normalize.apply(at_least_float32(embeddings))
@@ -29,9 +30,10 @@ def directions(rows: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows wide"]:
     A zero row has no direction: all of them get a common one, in an extra dimension, so that they coincide instead of
     having products of 0.
 
-    >>> directions(torch.tensor([[0.0, 1e-30], [0.0, 0.0]]))
-    tensor([[0., 1., 0.],
-            [0., 0., 1.]])
+    Examples:
+        >>> directions(torch.tensor([[0.0, 1e-30], [0.0, 0.0]]))
+        tensor([[0., 1., 0.],
+                [0., 0., 1.]])
     """
     rows = at_least_float32(rows)
     # By the largest number first: squares of lengths may be beyond float32.
@@ -53,9 +55,10 @@ def squared_distance_rows(
     Both sets are shifted by the others' mean first, which reduces rounding errors. Products of equal rows may still be
     slightly below 0.
 
-    >>> left, right = squared_distance_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-    >>> left @ right.T
-    tensor([[25.,  1.]])
+    Examples:
+        >>> left, right = squared_distance_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        >>> left @ right.T
+        tensor([[25.,  1.]])
     """
     centre = others.detach().mean(0)
     rows, others = rows - centre, others - centre

@@ -53,9 +53,10 @@ def log_sum_exp(
     Raises:
         ValueError: if the temperature is not above 0, or ids are missing.
 
-    >>> queries, keys = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    >>> log_sum_exp(queries, keys, 1.0)
-    tensor([1.5514, 1.5514])
+    Examples:
+        >>> queries, keys = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> log_sum_exp(queries, keys, 1.0)
+        tensor([1.5514, 1.5514])
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be above 0; 0.05 to 0.5 is usual")

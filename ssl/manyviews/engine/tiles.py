@@ -34,10 +34,11 @@ def sum_over_tiles(
     On a CPU the term is called in several threads at once, so it must be a pure function. Without any anchor it is
     called once, with an empty tile, for the number of figures.
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
-    >>> total, _ = sum_over_tiles(x, x, lambda rows, products: (products.sum(), products.new_zeros(1)))
-    >>> total.item(), torch.autograd.grad(total, x)[0].tolist()
-    (5.0, [[2.0, 4.0], [2.0, 4.0]])
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> total, _ = sum_over_tiles(x, x, lambda rows, products: (products.sum(), products.new_zeros(1)))
+        >>> total.item(), torch.autograd.grad(total, x)[0].tolist()
+        (5.0, [[2.0, 4.0], [2.0, 4.0]])
     """
     total, figures = _Sum.apply(term, anchors, candidates, *parameters)
     return total, figures

@@ -67,8 +67,9 @@ def alignment(first: Float[Tensor, "pairs dim"], second: Float[Tensor, "pairs di
     Raises:
         ValueError: if there is no pair.
 
-    >>> alignment(torch.eye(2), torch.eye(2).flip(0))
-    2.0
+    Examples:
+        >>> alignment(torch.eye(2), torch.eye(2).flip(0))
+        2.0
     """
     if not len(first):
         raise ValueError("alignment takes the features of two views of 1 image or more, and there are none")

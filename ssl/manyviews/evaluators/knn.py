@@ -45,8 +45,9 @@ def weighted_vote(
 
     Subtract a constant from all similarities of a query to avoid overflow: the largest score stays the largest.
 
-    >>> weighted_vote(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]), 0.07, 2).tolist()
-    [[1.0, 2.0]]
+    Examples:
+        >>> weighted_vote(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]), 0.07, 2).tolist()
+        [[1.0, 2.0]]
     """
     weights = (similarities.double() / temperature).exp_()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)

@@ -36,8 +36,9 @@ def dcg(
 ) -> Float[Tensor, " queries"]:
     """Computes the DCG of the k items of highest score; arguments and errors as of `ndcg`.
 
-    >>> dcg(torch.tensor([[3.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.1, 0.5]])).item()
-    4.0
+    Examples:
+        >>> dcg(torch.tensor([[3.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.1, 0.5]])).item()
+        4.0
     """
     return discounted(_ranked(relevances, scores, k, gain, ties))
 
@@ -70,8 +71,9 @@ def ndcg(
     Raises:
         ValueError: if a relevance is negative or too large for its gain, a score is NaN, or k is below 1.
 
-    >>> ndcg(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.1, 0.9]])).item()
-    1.0
+    Examples:
+        >>> ndcg(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.1, 0.9]])).item()
+        1.0
     """
     best = ideal_dcg(relevances, k, gain=gain)
     return torch.where(best > 0, dcg(relevances, scores, k, gain=gain, ties=ties) / best, torch.nan)

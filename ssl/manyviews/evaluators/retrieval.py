@@ -68,8 +68,9 @@ def retrieve(
         ValueError: if ids or labels are given on one side only, the queries are the references without ids, or no
             query has a relevant reference.
 
-    >>> retrieve(torch.eye(2)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])).recall[0].tolist()
-    [True, True, True, True]
+    Examples:
+        >>> retrieve(torch.eye(2)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])).recall[0].tolist()
+        [True, True, True, True]
     """
     settings = settings or RetrievalSettings()
     if references is None and reference_labels is None and query_ids is None and reference_ids is None:

@@ -35,9 +35,10 @@ def hold_out(
     Raises:
         ValueError: if a part would be empty; with `one_each`, if no image is labelled or the share leaves none.
 
-    >>> kept, held = hold_out(torch.tensor([0, 0, 1, 1, -1]), share=0.5, seed=0)
-    >>> len(kept), len(held)
-    (2, 2)
+    Examples:
+        >>> kept, held = hold_out(torch.tensor([0, 0, 1, 1, -1]), share=0.5, seed=0)
+        >>> len(kept), len(held)
+        (2, 2)
     """
     generator = torch.Generator().manual_seed(seed)
     labels = labels.cpu()

@@ -55,9 +55,10 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
     Raises:
         ValueError: if there is not a pair of each kind for every fold.
 
-    >>> pairs = draw_pairs(torch.tensor([0, 0, 0, 1, 1, 1]), VerificationSettings(pairs=8, folds=2))
-    >>> pairs.images.shape, int(pairs.same.sum())
-    (torch.Size([2, 4, 2]), 4)
+    Examples:
+        >>> pairs = draw_pairs(torch.tensor([0, 0, 0, 1, 1, 1]), VerificationSettings(pairs=8, folds=2))
+        >>> pairs.images.shape, int(pairs.same.sum())
+        (torch.Size([2, 4, 2]), 4)
     """
     settings = settings or VerificationSettings()
     generator = torch.Generator().manual_seed(seed)

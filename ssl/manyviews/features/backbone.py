@@ -136,8 +136,9 @@ class PretrainedBackbone:
 def open_model(name: str, *, pretrained: bool | None = None, size: int | None = None) -> PretrainedBackbone:
     """Opens a run by its folder, or a timm model by name, local-dir:FOLDER or hf-hub:NAME.
 
-    >>> open_model("light_resnet", pretrained=False).size
-    32
+    Examples:
+        >>> open_model("light_resnet", pretrained=False).size
+        32
 
     Args:
         name: a folder with a config.yaml is a run; anything else is a timm name.

@@ -171,8 +171,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """The differences of two nested mappings, as sentences.
 
-    >>> differences({"input": {"size": 28}}, {"input": {"size": 32}})
-    ['input.size was 28 and is 32']
+    Examples:
+        >>> differences({"input": {"size": 28}}, {"input": {"size": 32}})
+        ['input.size was 28 and is 32']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = dict.fromkeys([*old, *new])

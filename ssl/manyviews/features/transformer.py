@@ -36,9 +36,10 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     any sizes. Only the central square is used. Files and PIL images in colour become grey for a backbone that was
     trained on grey images; the channel of grey images is repeated for one that was trained on colour.
 
-    >>> features = Features("light_resnet", pretrained=False).fit()
-    >>> features.transform(np.zeros((2, 28, 28), np.uint8)).shape
-    (2, 1152)
+    Examples:
+        >>> features = Features("light_resnet", pretrained=False).fit()
+        >>> features.transform(np.zeros((2, 28, 28), np.uint8)).shape
+        (2, 1152)
 
     Args:
         model: a run folder or a timm name, as in `open_model`.

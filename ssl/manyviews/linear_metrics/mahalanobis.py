@@ -29,10 +29,11 @@ class Mahalanobis(Settings):
 
         Images labelled −1 are left out.
 
-        >>> features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
-        >>> Mahalanobis(covariance="total", shrinkage=0).fit(features, torch.tensor([0, 0, 1, 1])).weights
-        tensor([[1., 0.],
-                [0., 2.]])
+        Examples:
+            >>> features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+            >>> Mahalanobis(covariance="total", shrinkage=0).fit(features, torch.tensor([0, 0, 1, 1])).weights
+            tensor([[1., 0.],
+                    [0., 2.]])
 
         Raises:
             ValueError: if the features do not vary, or their covariance is singular without shrinkage.

@@ -121,9 +121,10 @@ def nt_xent(
     Raises:
         ValueError: if there is only one view.
 
-    >>> z = torch.eye(3).expand(2, 3, 3)
-    >>> nt_xent(z, torch.arange(3), temperature=0.5).total
-    tensor(0.4327)
+    Examples:
+        >>> z = torch.eye(3).expand(2, 3, 3)
+        >>> nt_xent(z, torch.arange(3), temperature=0.5).total
+        tensor(0.4327)
     """
     keys: Tensor | None = None  # the queries
     if matrix is None:

@@ -154,8 +154,9 @@ def annealed(step: int, rate: float) -> float:
     The target of Liu et al. 2017 is ‖x‖ (λ cos θ + ψ(θ)) / (1 + λ); the numbers, and a rate of 0.12, are those of the
     authors' code.
 
-    >>> annealed(0, 0.12), annealed(100_000, 0.12)
-    (1000.0, 5.0)
+    Examples:
+        >>> annealed(0, 0.12), annealed(100_000, 0.12)
+        (1000.0, 5.0)
     """
     return max(5.0, 1000.0 / (1 + rate * step))
 
@@ -166,7 +167,8 @@ def least_scale(classes: int, probability: float = 0.9999) -> float:
     s ≥ (C − 1)/C · ln((C − 1) P / (1 − P)) (Wang et al. 2018, CosFace, section 3.3), for classes as far apart as C
     directions can be, a simplex of cosines −1 / (C − 1).
 
-    >>> round(least_scale(10), 2)
-    10.27
+    Examples:
+        >>> round(least_scale(10), 2)
+        10.27
     """
     return (classes - 1) / classes * math.log((classes - 1) * probability / (1 - probability))

@@ -138,9 +138,10 @@ def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:
     The last of an odd number has no partner. Two views of each image, laid out view by view, make pairs of view 0 and
     view 1; several images of a class come before their next views, which makes pairs of two images.
 
-    >>> pairs = pairs_of(torch.tensor([7, 3, 7, 7, 3]))
-    >>> pairs.anchors.tolist(), pairs.positives.tolist()
-    ([1, 0], [4, 2])
+    Examples:
+        >>> pairs = pairs_of(torch.tensor([7, 3, 7, 7, 3]))
+        >>> pairs.anchors.tolist(), pairs.positives.tolist()
+        ([1, 0], [4, 2])
     """
     order = ids.argsort(stable=True)
     ordered, positions = ids[order], torch.arange(len(ids), device=ids.device)

@@ -52,9 +52,10 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     The similarities with all embeddings of a class add up to that with their sum: memory and traffic are linear, one
     row for each id of each rank.
 
-    >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
-    >>> supervised_contrast(z, torch.tensor([0, 0, 1]), temperature=0.5).total
-    tensor(0.3485)
+    Examples:
+        >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
+        >>> supervised_contrast(z, torch.tensor([0, 0, 1]), temperature=0.5).total
+        tensor(0.3485)
     """
     views, batch, _ = embeddings.shape
     embeddings = normalize(embeddings)

@@ -139,8 +139,9 @@ class _Clean:
 def duration(seconds: float) -> str:
     """Formats seconds as s, min or h.
 
-    >>> duration(185)
-    '3 min 05 s'
+    Examples:
+        >>> duration(185.0)
+        '3 min 05 s'
     """
     whole = max(0, round(seconds))
     if whole < 60:

@@ -135,9 +135,10 @@ class Views(nn.Module):
     Every draw is a pure function of (seed, epoch, image id, view, parameter): a view is the same in any batch, on any
     rank, with any number of workers and after a resume. There is no random state, and the global one is not touched.
 
-    >>> views = ViewsSettings().build(size=32, channels=3, seed=0)
-    >>> views(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5), epoch=0).shape
-    torch.Size([2, 5, 3, 32, 32])
+    Examples:
+        >>> views = ViewsSettings().build(size=32, channels=3, seed=0)
+        >>> views(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5), epoch=0).shape
+        torch.Size([2, 5, 3, 32, 32])
     """
 
     def __init__(self, settings: ViewsSettings, seed: int) -> None:
@@ -238,8 +239,9 @@ def plain(
     By default as the views are; or by a mean and a standard deviation of values in [0, 1] for each channel, as other
     backbones were trained. Grey images then get as many channels as there are means.
 
-    >>> plain(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4).unique()
-    tensor([-2.])
+    Examples:
+        >>> plain(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4).unique()
+        tensor([-2.])
     """
     scaled = images.to(torch.float32)
     if images.shape[-2:] != (size, size):

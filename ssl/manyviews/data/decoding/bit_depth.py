@@ -45,8 +45,9 @@ def eight_bits(image: Image.Image, background: tuple[int, int, int], bits: int |
     bits that hold the largest value. Floats up to 1 have a white of 1, up to 255 of 255. If there are negative or
     larger values, the range of the image is stretched.
 
-    >>> eight_bits(Image.new("I;16", (1, 1), 65535), (0, 0, 0)).getpixel((0, 0))
-    255
+    Examples:
+        >>> eight_bits(Image.new("I;16", (1, 1), 65535), (0, 0, 0)).getpixel((0, 0))
+        255
 
     Raises:
         ValueError: Pillow would decode the image wrongly, or it has NaN or infinite values.

@@ -150,8 +150,9 @@ def newly_unreadable(images: Images) -> list[tuple[str, str]]:
 def listed(unreadable: Iterable[tuple[str, str]]) -> str:
     r"""The lines of a run's unreadable.txt: name, tab, reason.
 
-    >>> listed([("a/1.jpg", "the file is empty")])
-    'a/1.jpg\tthe file is empty\n'
+    Examples:
+        >>> listed([("a/1.jpg", "the file is empty")])
+        'a/1.jpg\tthe file is empty\n'
     """
     return "".join(f"{shown(name)}\t{shown(reason)}\n" for name, reason in unreadable)
 

@@ -39,8 +39,9 @@ class Listing(NamedTuple):
 def listing_of(root: Path, names: Sequence[str], below: str = "") -> Listing:
     """The images of one split, without labels, in natural order: 2.jpg before 10.jpg.
 
-    >>> listing_of(Path(), ["10.jpg", "2.jpg"]).names
-    ['2.jpg', '10.jpg']
+    Examples:
+        >>> listing_of(Path(), ["10.jpg", "2.jpg"]).names
+        ['2.jpg', '10.jpg']
     """
     return Listing(root, sorted(names, key=_natural), None, (), below)
 

@@ -64,8 +64,9 @@ class FashionMNIST(Settings):
 class Sample(Settings):
     """A balanced, lossless part of Fashion-MNIST, bundled; `data/sample/make.py` made it.
 
-    >>> len(Sample().build().train)
-    10000
+    Examples:
+        >>> len(Sample().build().train)
+        10000
     """
 
     name: Literal["sample"] = "sample"

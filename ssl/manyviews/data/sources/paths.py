@@ -63,8 +63,9 @@ def same_spelling(known: Iterable[str]) -> Callable[[str], str | None]:
 
     macOS writes accents in file names as letters of their own (NFD), tables and keyboards do not (NFC).
 
-    >>> same_spelling(["caf\u00e9"])("cafe\u0301") == "caf\u00e9"
-    True
+    Examples:
+        >>> same_spelling(["caf\u00e9"])("cafe\u0301") == "caf\u00e9"
+        True
     """
     exact = set(known)
     composed: dict[str, str | None] = {}

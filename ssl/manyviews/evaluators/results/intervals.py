@@ -18,8 +18,9 @@ COUNTS = 1 << 24
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """Computes the 95 % interval of a proportion (Wilson 1927), valid near 0 and 1.
 
-    >>> [round(end, 3) for end in wilson(8, 10)]
-    [0.49, 0.943]
+    Examples:
+        >>> [round(end, 3) for end in wilson(8, 10)]
+        [0.49, 0.943]
     """
     low, high = binomtest(correct, total).proportion_ci(method="wilson")
     return float(low), float(high)
@@ -42,8 +43,9 @@ def paired_difference(first: Bool[Tensor, " images"], second: Bool[Tensor, " ima
     Only images on which the two disagree count, so the interval is tighter than that of two separate samples; half an
     image is added to each of the four cells (Agresti and Min 2005).
 
-    >>> paired_difference(torch.tensor([True, True]), torch.tensor([True, False]))[0]
-    0.5
+    Examples:
+        >>> paired_difference(torch.tensor([True, True]), torch.tensor([True, False]))[0]
+        0.5
     """
     total = len(first)
     gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
