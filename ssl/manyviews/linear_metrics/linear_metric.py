@@ -60,14 +60,14 @@ class LinearMetric:
         save_file(tensors, file, {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()})
 
     @staticmethod
-    def load(file: Path) -> "LinearMetric":
+    def load(file: str | Path) -> "LinearMetric":
         """Reads a file that `save` wrote.
 
         Raises:
             ValueError: if the file is not a linear metric.
         """
         try:
-            with utf8_path(file) as path, safe_open(path, "pt") as content:
+            with utf8_path(Path(file)) as path, safe_open(path, "pt") as content:
                 header = content.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{file} holds no linear metric, or not from this project; fit it anew")
