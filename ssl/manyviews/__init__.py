@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from manyviews.data import of_dataset as of_dataset
     from manyviews.features.transformer import Features as Features
     from manyviews.recipe import Recipe
 
@@ -36,7 +37,8 @@ def pretrain(
     """Pretrains a recipe, by its name or file, and returns the run.
 
     Keywords are the keys of the command line, nested ones as dictionaries: `objective="queue"`,
-    `optim={"rate": 0.1}`, `resume=True`. `on_metrics` is called on rank 0 with each line of metrics.
+    `optim={"rate": 0.1}`, `resume=True`. `data` may also be a torch dataset, as in `of_dataset`, and `objective` the
+    settings of an objective of one's own. `on_metrics` is called on rank 0 with each line of metrics.
 
     Raises:
         ValueError: if recipe, settings, images or launch are invalid, before anything is written.
@@ -46,10 +48,9 @@ def pretrain(
         >>> run = pretrain(data="photos", output="runs/photos", train={"epochs": 10})  # doctest: +SKIP
     """
     from manyviews.cli import run_pretrain
-    from manyviews.config import to_args
 
     with _interruptible():
-        return Run(run_pretrain([str(recipe), *to_args(settings)], on_metrics=on_metrics))
+        return Run(run_pretrain([str(recipe), *_args(settings)], on_metrics=on_metrics))
 
 
 def evaluate(run: "str | PathLike[str] | Run", *others: "str | PathLike[str] | Run", **settings: Any) -> "Run":
@@ -64,11 +65,10 @@ def evaluate(run: "str | PathLike[str] | Run", *others: "str | PathLike[str] | R
         >>> evaluate("runs/photos", tasks=["knn", "linear"]).scores()  # doctest: +SKIP
     """
     from manyviews.cli import run_evaluate
-    from manyviews.config import to_args
 
     folders = [str(one.folder if isinstance(one, Run) else one) for one in (run, *others)]
     with _interruptible():
-        run_evaluate([*folders, *to_args(settings)])
+        run_evaluate([*folders, *_args(settings)])
     return Run(folders[0])
 
 
@@ -85,10 +85,9 @@ def extract(model: "str | PathLike[str] | Run", **settings: Any) -> Path:
         >>> np.load(folder / "backbone.npy", mmap_mode="r")  # doctest: +SKIP
     """
     from manyviews.cli import run_extract
-    from manyviews.config import to_args
 
     with _interruptible():
-        return run_extract([str(model.folder if isinstance(model, Run) else model), *to_args(settings)])
+        return run_extract([str(model.folder if isinstance(model, Run) else model), *_args(settings)])
 
 
 def finetune(
@@ -110,9 +109,8 @@ def finetune(
         >>> folder = finetune("runs/photos", fraction=0.1)  # doctest: +SKIP
     """
     from manyviews.cli import run_finetune
-    from manyviews.config import to_args
 
-    args = [str(model.folder if isinstance(model, Run) else model), *to_args(settings)]
+    args = [str(model.folder if isinstance(model, Run) else model), *_args(settings)]
     with _interruptible():
         return run_finetune(args, on_metrics=on_metrics)
 
@@ -195,6 +193,17 @@ class Run:
         return Features(self.folder).fit()
 
 
+def _args(settings: Mapping[str, Any]) -> list[str]:
+    """The arguments of the command line for keywords; a torch dataset becomes its settings."""
+    from manyviews.config import Settings, to_args
+    from manyviews.data import MapDataset, of_dataset
+
+    data = settings.get("data")
+    if isinstance(data, MapDataset) and not isinstance(data, str | Mapping | Settings):
+        settings = {**settings, "data": of_dataset(data)}
+    return to_args(settings)
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Turns the exit after Ctrl-C into KeyboardInterrupt: a notebook goes on, a program decides."""
@@ -207,7 +216,11 @@ def _interruptible() -> Iterator[None]:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `manyviews.Features` on first use: it has many imports."""
+    """Imports `manyviews.Features` and `of_dataset` on first use: they have many imports."""
+    if name == "of_dataset":
+        from manyviews.data import of_dataset
+
+        return of_dataset
     if name == "Features":
         from manyviews.features.transformer import Features
 

@@ -136,7 +136,7 @@ def test_what_is_no_image_is_refused_in_words(run: Path, paths: list[Path], tmp_
         "str is not a list of images; for one image give a list of one": str(paths[0]),
         "there is no image": [],
         "an image is uint8 [height, width] or with 1 or 3 channels, not float64 [4, 4]": [np.zeros((4, 4))],
-        "int is no image": [1],
+        "int is not an image": [1],
         "no such file or directory": [*paths[:2], tmp_path / "absent.png"],
     }
     for words, images in refused.items():

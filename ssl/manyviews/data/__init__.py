@@ -10,6 +10,7 @@ from manyviews.data.images import Images, InMemory, Report, Split
 from manyviews.data.loader import Batch, Loader
 from manyviews.data.sampler import ClassOrder, Order
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
+from manyviews.data.sources.dataset import MapDataset, TorchDataset, of_dataset
 from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
 from manyviews.data.sources.folder import Folder
 from manyviews.data.sources.paths import nearest
@@ -30,13 +31,16 @@ __all__ = [
     "Images",
     "InMemory",
     "Loader",
+    "MapDataset",
     "Order",
     "Report",
     "Sample",
     "Split",
+    "TorchDataset",
     "background_of",
     "leave_out",
     "of_classes",
+    "of_dataset",
     "sample_ids",
     "select",
     "shorthand",
@@ -44,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder
+Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder | TorchDataset
 Data = Annotated[Sources, Field(discriminator="name")]
 
 
@@ -60,7 +64,8 @@ def shorthand(value: str) -> dict[str, Any]:
         >>> shorthand("stl10")
         {'name': 'stl10'}
     """
-    known = [source.model_fields["name"].default for source in get_args(Sources)]
+    # A dataset is passed in Python, not named.
+    known = [source.model_fields["name"].default for source in get_args(Sources) if source is not TorchDataset]
     path = Path(value).expanduser()
     if value in known:
         if path.is_dir() and not distributed.rank():

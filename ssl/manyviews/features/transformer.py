@@ -16,6 +16,7 @@ from manyviews.data import Images, InMemory
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Names
+from manyviews.data.sources.dataset import square_of
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
 from manyviews.features.backbone import open_model
@@ -144,7 +145,7 @@ def images_from(inputs: Any, decoding: Decoding) -> Images:
     if all(isinstance(item, str | Path) for item in items):
         names = Names(str(Path(item).expanduser()) for item in items)
         return Files(Path(), names, None, (), FINGERPRINT, decoding, max_bad=0.0, workers=0)
-    return _unnamed(torch.stack([_square(item, decoding) for item in items]))
+    return _unnamed(torch.stack([square_of(item, decoding) for item in items]))
 
 
 def _stacked(pixels: Tensor, channels: int) -> InMemory:
@@ -165,20 +166,6 @@ def _stacked(pixels: Tensor, channels: int) -> InMemory:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return _unnamed(pixels[:, :, top : top + side, left : left + side].contiguous())
-
-
-def _square(item: Any, decoding: Decoding) -> Tensor:
-    if isinstance(item, Tensor):
-        item = item.permute(1, 2, 0).numpy() if item.ndim == 3 else item.numpy()
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] not in (1, 3)):
-            raise ValueError(
-                f"an image is uint8 [height, width] or with 1 or 3 channels, not {item.dtype} {list(item.shape)}"
-            )
-        item = Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
-    if not isinstance(item, Image.Image):
-        raise ValueError(f"{type(item).__name__} is no image: give paths only, or PIL images, arrays and tensors")
-    return decoding.square(item)
 
 
 def _unnamed(pixels: Tensor) -> InMemory:

@@ -51,7 +51,7 @@ METADATA = {
     "scaler": dict[str, Measured | int] | None,
 }
 """Checkpoint metadata that resuming needs, with their types; older versions lack some."""
-LOCATIONS = {"data.path", "data.test", "data.labels", "values"}
+LOCATIONS = {"data.path", "data.key", "data.test", "data.labels", "values"}
 """Settings that may change if the content of the files is the same."""
 
 
