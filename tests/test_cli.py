@@ -327,8 +327,13 @@ def test_a_run_folder_may_have_an_equals_sign_in_its_path(
 ) -> None:
     called: list[object] = []
     monkeypatch.setattr(cli, "check_measured", lambda *_: None)
+
+    def call(given: object, settings: object, **_: object) -> Path:
+        called.append(given)
+        return tmp_path
+
     for work in ("evaluate_run", "compare_runs", "extract_features", "finetune_model"):
-        monkeypatch.setattr(cli, work, lambda given, settings, **_: called.append(given))
+        monkeypatch.setattr(cli, work, call)
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     for given in (name, f"./{name}", str(tmp_path / name), f"runs/{name}"):

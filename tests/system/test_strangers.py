@@ -129,7 +129,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(
     def full(*_: object, **__: object) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(cli, "run_recipe", full)
+    monkeypatch.setattr(cli, "pretrain_recipe", full)
     assert cli.pretrain(["quickstart"]) == 2
     assert "error: there is too little memory" in capsys.readouterr().err
 

@@ -112,7 +112,7 @@ def test_other_changes_are_refused_by_name(
     replaced(data / "07.png")
     replaced(data / "99.png")
     (data / "01.png").unlink()
-    with pytest.raises(ValueError, match=r"begun with: 1 added \(99\.png\), 1 replaced \(07\.png\); ids would mean"):
+    with pytest.raises(ValueError, match=r"started with: 1 added \(99\.png\), 1 replaced \(07\.png\); ids would mean"):
         pretrain(run_of(tmp_path, data, word, "resume=true"))
     (data / "99.png").unlink()
     (data / "07.png").write_bytes(kept)

@@ -1,16 +1,17 @@
 """Images as uint8 squares with stable ids: sources, decoding, batch samplers and the loader."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, WrapValidator
 
 from manyviews.data.images import Images, InMemory, Report, Split
 from manyviews.data.loader import Batch, Loader
 from manyviews.data.sampler import ClassOrder, Order
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
-from manyviews.data.sources.dataset import MapDataset, TorchDataset, of_dataset
+from manyviews.data.sources.dataset import DATASET, MapDataset, TorchDataset, of_dataset
 from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
 from manyviews.data.sources.folder import Folder
 from manyviews.data.sources.paths import nearest
@@ -23,6 +24,7 @@ __all__ = [
     "CIFAR10",
     "CIFAR100",
     "STL10",
+    "AnyData",
     "Batch",
     "ClassOrder",
     "Data",
@@ -48,11 +50,21 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder | TorchDataset
-Data = Annotated[Sources, Field(discriminator="name")]
+Sources = Sample | FashionMNIST | CIFAR10 | CIFAR100 | STL10 | Folder
+AnyData = Sources | TorchDataset
 
 
-def background_of(data: Sources | None) -> tuple[int, int, int] | None:
+def _dataset_or(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Validates the settings of a dataset that a program passes, which no command line has a name for."""
+    if isinstance(value, TorchDataset):
+        return value
+    return TorchDataset(**value) if isinstance(value, dict) and value.get("name") == DATASET else validate(value)
+
+
+Data = Annotated[Sources, Field(discriminator="name"), WrapValidator(_dataset_or), SerializeAsAny()]
+
+
+def background_of(data: AnyData | None) -> tuple[int, int, int] | None:
     """RGB colour behind transparent pixels of a folder's images; None for other data."""
     return data.decoding().background if isinstance(data, Folder) else None
 
@@ -64,8 +76,7 @@ def shorthand(value: str) -> dict[str, Any]:
         >>> shorthand("stl10")
         {'name': 'stl10'}
     """
-    # A dataset is passed in Python, not named.
-    known = [source.model_fields["name"].default for source in get_args(Sources) if source is not TorchDataset]
+    known = [source.model_fields["name"].default for source in get_args(Sources)]
     path = Path(value).expanduser()
     if value in known:
         if path.is_dir() and not distributed.rank():

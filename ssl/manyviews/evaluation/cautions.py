@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.data import Data, Folder, Images, InMemory, Split
+from manyviews.data import AnyData, Folder, Images, InMemory, Split
 from manyviews.data.listing.inventory import read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluation.run_tasks import FOREIGN
@@ -37,7 +37,7 @@ FEWEST_IMAGES, LEAST_SPREAD = 8, -0.01
 """Least number of images for a warning of collapse, and the uniformity above which features have collapsed."""
 
 
-def is_own(data: Data | None, own: Data, inventory: Mapping[str, str], split: Split) -> bool:
+def is_own(data: AnyData | None, own: AnyData, inventory: Mapping[str, str], split: Split) -> bool:
     """Returns whether images are a run's own, whatever is held out and whatever their size.
 
     `data` are the settings asked for (None: the run's own), `own` those of the run's recipe; `inventory`, the hashes of
@@ -63,7 +63,7 @@ def inventory_of(folder: Path) -> dict[str, str]:
             return {}
 
 
-def whose(data: Data | None, own: Data, inventory: Mapping[str, str], split: Split) -> Iterator[str]:
+def whose(data: AnyData | None, own: AnyData, inventory: Mapping[str, str], split: Split) -> Iterator[str]:
     """Warns of images that are not the run's, or that it may have learned from."""
     if is_own(data, own, inventory, split):
         if split.test is None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import Data, Split, shorthand
+from manyviews.data import AnyData, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
 from manyviews.features.backbone import PretrainedBackbone
@@ -42,7 +42,7 @@ class EncodeSettings(Settings):
     workers: int = Field(2, ge=0, le=1024)
     """Threads that decode images, for each process."""
 
-    def data_of(self, opened: PretrainedBackbone) -> Data | None:
+    def data_of(self, opened: PretrainedBackbone) -> AnyData | None:
         """The data of the settings, or else of the run."""
         return self.data or (opened.recipe.data if opened.recipe is not None else None)
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from manyviews.config import as_list
-from manyviews.data import Data, Split, background_of
+from manyviews.data import AnyData, Split, background_of
 from manyviews.features import store
 from manyviews.features.backbone import PretrainedBackbone, open_model
 from manyviews.features.encoding import EncodeSettings, images_of
@@ -114,7 +114,7 @@ def _publish(
     output: Path,
     key: Mapping[str, Any],
     opened: PretrainedBackbone,
-    data: Data | None,
+    data: AnyData | None,
     split: Split,
     parts: Sequence[Part],
     wanted: Sequence[str],

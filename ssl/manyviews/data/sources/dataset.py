@@ -14,6 +14,7 @@ from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
 from manyviews.data.images import InMemory, Report, Split, array_split
 
+DATASET: Literal["dataset"] = "dataset"
 WHITE = (255, 255, 255)
 
 
@@ -29,7 +30,7 @@ class MapDataset(Protocol):
 class TorchDataset(Settings):
     """A dataset of the running Python program; `of_dataset` makes these settings."""
 
-    name: Literal["dataset"] = "dataset"
+    name: Literal["dataset"] = DATASET
     key: str = ""
     """Name under which the program has passed the dataset."""
     size: int | None = Field(None, ge=8, le=4096)
