@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,10 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in navigation, page.name
+
+
+def test_the_files_of_the_package_that_pages_name_exist() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for path in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text()):
+            places = (ROOT / path, ROOT / "ssl" / "manyviews" / path)
+            assert any(file.is_file() for file in places) or "uniformity" in path, f"{page.name}: {path}"

@@ -232,7 +232,7 @@ def _print_error(text: str) -> None:
 
 
 pretrain = Command(
-    "pretrain.py [RECIPE] [--check] [key=value …]",
+    "manyviews pretrain [RECIPE] [--check] [key=value …]",
     f"RECIPE is one of {', '.join(recipes.names())}, or a path; without one it is {recipes.QUICKSTART}. --check "
     "verifies recipe, images, memory and disk by two steps and a checkpoint, tells how long the run will take, and "
     "leaves nothing behind.",
@@ -241,7 +241,7 @@ pretrain = Command(
     RESUME,
 )
 evaluate = Command(
-    "evaluate.py RUN [RUN …] [key=value …]",
+    "manyviews evaluate RUN [RUN …] [key=value …]",
     "RUN is a run folder; what is measured is also kept in RUN/evaluation.json, beside what was measured before. "
     "Several are compared: seeds of one method are grouped, and methods have their differences from the first "
     "with intervals.",
@@ -249,7 +249,7 @@ evaluate = Command(
     run_evaluate,
 )
 extract = Command(
-    "extract.py RUN|TIMM data=/some/folder output=/some/features [key=value …]",
+    "manyviews extract RUN|TIMM data=/some/folder output=/some/features [key=value …]",
     "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false) or "
     "local-dir:FOLDER. Writes LAYER.npy for each layer (backbone.npy), labels.npy where there are labels, and "
     "manifest.json with the name of each row's image. The same command continues where it was interrupted.",
@@ -257,7 +257,7 @@ extract = Command(
     run_extract,
 )
 finetune = Command(
-    "finetune.py RUN|TIMM data=/some/folder [key=value …]",
+    "manyviews finetune RUN|TIMM data=/some/folder [key=value …]",
     "RUN is a run folder, TIMM the name of a timm model (with pretrained=true or pretrained=false). Writes a "
     "classifier in timm's format, result.json, confusion.png and mistakes.png to runs/NAME-finetuned.",
     FinetuneSettings,

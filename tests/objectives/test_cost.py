@@ -262,11 +262,11 @@ def test_the_formulas_in_the_docs_are_those_of_the_functions(name: str, processe
 
 def test_the_docs_compare_with_a_resnet_50_of_the_right_size() -> None:
     text = " ".join(SCALING.split())
-    assert f"brings each of 8 GPUs {2 * 4 * 25.6e6 * 7 / 8 / 1e6:.0f} MB" in text
+    assert f"each of 8 GPUs receives {2 * 4 * 25.6e6 * 7 / 8 / 1e6:.0f} MB" in text
     encoder = 3 * 4.1e9 * 256
     bank, billion = (settings.cost(Sizes(views=1, **sizes)).products for _, settings, _, sizes in EXAMPLES[2::4])
     assert f"takes {encoder / 1e9:,.0f}" in text
-    assert f"{100 * bank / encoder:.0f} % of that" in text
+    assert f"{100 * bank / encoder:.0f} % of that arithmetic" in text
     assert f"{billion / encoder:.0f} times as much" in text
     assert f"once in {10**9 / BILLION['batch']:,.0f} steps" in text
 
