@@ -275,7 +275,11 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
 @pytest.mark.slow
 def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
     # In a process of its own, where no annotations are checked: torch.compile does not see through that.
-    code = "import test_step; test_step.check_that_dropout_is_drawn_alike('train.compile=true')"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = (
+        f"import sys; sys.path[:0] = {paths!r}; import test_step; "
+        "test_step.check_that_dropout_is_drawn_alike('train.compile=true')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
