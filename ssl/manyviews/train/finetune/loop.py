@@ -180,7 +180,10 @@ def train(
             skips.count(skipped)
             done = budget.progress(step)
             if len(losses) and (step % settings.log_every == 0 or done >= 1):
-                line = losses.take() | {"rate": optimiser.param_groups[-1]["lr"], "epoch": step / order.steps_per_epoch}
+                line = losses.take().means() | {
+                    "rate": optimiser.param_groups[-1]["lr"],
+                    "epoch": step / order.steps_per_epoch,
+                }
                 session.log(step, line | {"skipped": skips.total})
                 session.console.update("fine-tuning", done, f"step {step:,}  loss {line['loss']:.3f}")
             if int(done * settings.checks) > checked:
