@@ -10,6 +10,7 @@ for them. Not pretended: kernels, streams that run at the same time, memory.
 import collections
 import contextlib
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ class Log:
     """Launches and host waits, by the line of the package that caused them; collectives by name."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -69,9 +71,10 @@ class Log:
     def wait(self, reason: str) -> None:
         """Notes that the host waits; pending copies have arrived then."""
         self.waits[f"{_line()} {reason}"] += 1
-        for arrive in self.pending:
-            arrive()
-        self.pending.clear()
+        with self.lock:
+            for arrive in self.pending:
+                arrive()
+            self.pending.clear()
 
     def __str__(self) -> str:
         waits = [f"  {count:6} waits {line}" for line, count in self.waits.most_common()]
@@ -242,6 +245,10 @@ class _Functions(TorchFunctionMode):
     """Tensors from numbers of the host: torch makes them on the CPU and copies them, which waits."""
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), options: Any = None) -> Any:
+        if func is torch.device:
+            made = func(*args, **(options or {}))
+            # Of several pretend GPUs each process has one, called the first.
+            return GPU if made.type == "cuda" else made
         # A device without index: torch would ask the driver for the current one.
         args, options = tree_map(_indexed, tuple(args)), tree_map(_indexed, dict(options or {}))
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
@@ -283,7 +290,7 @@ def _run(func: Any, args: Any, options: dict[str, Any]) -> Any:
     _note(name, args, options)
     if device is not None:
         options = {**options, "device": "cpu"}
-    result = func(*tree_map(_numbers, args), **tree_map(_numbers, options))
+    result = KERNELS.get(name, func)(*tree_map(_numbers, args), **tree_map(_numbers, options))
     if name in ("_local_scalar_dense", "is_nonzero", "equal", "is_same_size", "is_pinned"):
         return result
     if not any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
@@ -291,6 +298,69 @@ def _run(func: Any, args: Any, options: dict[str, Any]) -> Any:
     # What was written to is returned as the object it was.
     written = {id(tensor.numbers): tensor for tensor in pretend}
     return tree_map(lambda leaf: written.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+
+
+def _columns(values: torch.Tensor) -> torch.Tensor:
+    """[images, channels, …] as [numbers, channels]."""
+    return values.transpose(0, 1).flatten(1).T.float()
+
+
+def _like(columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    shape = values.transpose(0, 1).shape
+    return columns.T.reshape(shape).transpose(0, 1).to(values.dtype).contiguous()
+
+
+def _stats(values: torch.Tensor, eps: float) -> Any:
+    variance, mean = torch.var_mean(_columns(values), 0, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _gathered_stats(
+    values: Any,
+    means: Any,
+    inverses: Any,
+    running_mean: Any,
+    running_var: Any,
+    momentum: float,
+    eps: float,
+    counts: Any,
+) -> Any:
+    shares, number = counts[:, None] / counts.sum(), counts.sum()
+    mean = (shares * means).sum(0)
+    variance = (shares * (inverses.pow(-2) - eps + means.square())).sum(0) - mean.square()
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * number / (number - 1), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def _elemt(values: Any, weight: Any, bias: Any, mean: Any, inverse: Any, eps: float) -> Any:
+    columns = (_columns(values) - mean) * inverse
+    return _like(columns if weight is None else columns * weight + bias, values)
+
+
+def _backward_reduce(gradient: Any, values: Any, mean: Any, inverse: Any, weight: Any, *wanted: bool) -> Any:
+    gradients, products = _columns(gradient), _columns(gradient) * (_columns(values) - mean)
+    return gradients.sum(0), products.sum(0), products.sum(0) * inverse, gradients.sum(0)
+
+
+def _backward_elemt(
+    gradient: Any, values: Any, mean: Any, inverse: Any, weight: Any, sums: Any, products: Any, counts: Any
+) -> Any:
+    number = counts.sum()
+    centred = (_columns(values) - mean) * inverse.square() * products / number
+    columns = (_columns(gradient) - sums / number - centred) * inverse
+    return _like(columns if weight is None else columns * weight, values)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": _stats,
+    "batch_norm_gather_stats_with_counts": _gathered_stats,
+    "batch_norm_elemt": _elemt,
+    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_elemt": _backward_elemt,
+}
+"""Those that torch has for GPUs alone."""
 
 
 def _copy(func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int64
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from manyviews.data import ClassOrder, Images, Order
 from manyviews.data.labels import values_of
 from manyviews.data.sampler import Composition, composition, way_out
 from manyviews.encoder.encoder import Encoder, MomentumTwin
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.limits import check_encoder, check_objective, check_views
 from manyviews.objectives import ObjectiveModule, Population
 from manyviews.recipe import Recipe
@@ -63,7 +63,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
     shuffled = several and not split and recipe.objective.traits.shuffles and has_batch_norm(encoder)
     # A split or shuffled batch norm must see only a part of the batch.
     if several and not split and not shuffled and accelerator.device.type == "cuda":
-        encoder = convert_sync_batchnorm(encoder)
+        synchronise_batch_norms(encoder)
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from manyviews.data import Loader, Order
 from manyviews.encoder.encoder import follow
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.backbone import open_model
 from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
@@ -106,7 +106,7 @@ def train(
     """
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
-        model = convert_sync_batchnorm(model)
+        model = synchronise_batch_norms(model)
     views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
