@@ -6,7 +6,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from manyviews.encoder.sync_batch_norm import synchronize_batch_norms
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.system import distributed
 from manyviews.system.launch import start
 from pretend_cuda import pretend_cuda
@@ -38,7 +38,7 @@ def results(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def on_two_gpus(folder: str) -> None:
     with pretend_cuda(2) as log:
         device = start(None, "fp32", 1).device
-        module = synchronize_batch_norms(layers()).to(device).train()
+        module = synchronise_batch_norms(layers()).to(device).train()
         own = IMAGES[PARTS[distributed.rank()]].to(device)
         log.clear()
         output = module(own)
@@ -46,7 +46,7 @@ def on_two_gpus(folder: str) -> None:
         assert log.waits == {}
         assert log.collectives["nccl allreduce_"] == 2
         torch.save(
-            results(synchronize_batch_norms(layers()).to(device).train(), own), f"{folder}/{distributed.rank()}.pt"
+            results(synchronise_batch_norms(layers()).to(device).train(), own), f"{folder}/{distributed.rank()}.pt"
         )
 
 

@@ -65,10 +65,10 @@ def test_a_line_holds_the_means_since_the_last_one() -> None:
     for step, value in enumerate((1.0, 2.0, 6.0), 1):
         averager.add(loss(value, negatives=10 * value))
         assert len(averager) == step
-    assert averager.take() == {"loss": 3, "negatives": 30}
+    assert averager.take().means() == {"loss": 3, "negatives": 30}
     assert len(averager) == 0
     averager.add(loss(8.0, negatives=1.0))
-    assert averager.take() == {"loss": 8, "negatives": 1}
+    assert averager.take().means() == {"loss": 8, "negatives": 1}
 
 
 def test_a_line_goes_on_with_the_losses_of_before_a_resume() -> None:
@@ -77,7 +77,7 @@ def test_a_line_goes_on_with_the_losses_of_before_a_resume() -> None:
     kept = averager.steps()
     averager.add(loss(7.0))
     assert kept == {"loss": [1, 2, 6]}
-    assert averager.take() == {"loss": 4}
+    assert averager.take().means() == {"loss": 4}
 
 
 def test_the_pace_is_that_since_the_last_line() -> None:

@@ -18,7 +18,7 @@ from manyviews.config import load
 from manyviews.data import InMemory
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import EncoderSettings
-from manyviews.encoder.sync_batch_norm import synchronize_batch_norms
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.objectives import Population
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
@@ -604,6 +604,6 @@ def test_synchronised_batch_norms_keep_the_activation_inside_them() -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.BatchNorm2d(4))
     images = torch.randn(8, 1, 6, 6)
     expected = module.eval()(images)
-    converted = synchronize_batch_norms(module)
+    converted = synchronise_batch_norms(module)
     assert [type(child).__name__ for child in converted[1:]] == ["SyncBatchNormAct", "SyncBatchNorm"]
     assert torch.equal(converted.eval()(images), expected)

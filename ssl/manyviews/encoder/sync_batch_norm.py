@@ -1,54 +1,59 @@
-"""Batch norm by the statistics of all ranks' batches, for which the host waits for no GPU."""
+"""Batch norm over the batches of all ranks, without a host wait in each layer."""
 
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from manyviews.system import distributed
 
-OPERATIONS = ("batch_norm_stats", "batch_norm_gather_stats_with_counts", "batch_norm_elemt")
-OPERATIONS += ("batch_norm_backward_reduce", "batch_norm_backward_elemt")
-"""What `torch.nn.SyncBatchNorm` computes with, on GPUs; without one of them its own forward is used."""
+KERNELS = ("stats", "gather_stats_with_counts", "elemt", "backward_reduce", "backward_elemt")
+"""The functions `torch.batch_norm_…` that `nn.SyncBatchNorm` consists of."""
 
 
-def synchronize_batch_norms(module: nn.Module) -> nn.Module:
-    """Converts batch norms, also timm's with activation, to `SyncBatchNorm`; parameters stay the same objects."""
+def synchronise_batch_norms(module: nn.Module) -> nn.Module:
+    """Makes every batch norm normalise by the statistics of all ranks; returns the module.
+
+    In each layer `nn.SyncBatchNorm` looks for ranks with an empty batch, for which the host waits; here none has one.
+    """
     module = convert_sync_batchnorm(module)
-    for norm in module.modules():
-        if isinstance(norm, nn.SyncBatchNorm) and all(hasattr(torch, name) for name in OPERATIONS):
-            object.__setattr__(norm, "__class__", _class_for(type(norm)))
+    if all(hasattr(torch, f"batch_norm_{name}") for name in KERNELS):
+        for norm in module.modules():
+            if isinstance(norm, nn.SyncBatchNorm) and norm.momentum is not None:
+                # The class, not the object, is replaced: parameters, buffers, hooks and references stay.
+                object.__setattr__(norm, "__class__", _without_waits(type(norm)))
     return module
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` without its waits: it looks for ranks with an empty batch, in every layer.
+    """`nn.SyncBatchNorm` for batches that are empty on no rank."""
 
-    Here each rank must have a batch of at least one image, of any size. Values, gradients and running statistics are
-    the same.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised batch; collective in training."""
-        if not (self.training and x.is_cuda and distributed.world_size() > 1) or self.momentum is None:
-            alone: Tensor = super().forward(x)
-            return alone
+    def forward(self, input: Tensor) -> Tensor:
+        """The batch normalised by the statistics of all ranks; in evaluation mode by the running ones."""
+        if not self.training or distributed.world_size() == 1:
+            unsynchronised: Tensor = super().forward(input)
+            return unsynchronised
+        self._check_input_dim(input)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        normalised: Tensor = _Normalize.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
+        statistics = self.running_mean, self.running_var, self.momentum, self.eps
+        normalised: Tensor = _Normalise.apply(_dense(input), self.weight, self.bias, *statistics)
         return normalised
 
 
-class _Normalize(torch.autograd.Function):
+@cache
+def _without_waits(kind: type) -> type:
+    # Before its base: timm's layers, which add an activation, call their parent's forward.
+    return SyncBatchNorm if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, SyncBatchNorm), {})
+
+
+class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Float[Tensor, "batch channels ..."],
+        x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
@@ -56,42 +61,37 @@ class _Normalize(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        x, channels = _dense(x), x.shape[1]
+        channels = x.shape[1]
         mean, inverse = torch.batch_norm_stats(x, eps)
-        own = torch.cat([mean, inverse, mean.new_full((1,), x.numel() // channels)])
-        means, inverses, counts = distributed.gather_without_gradient(own[None], [1] * distributed.world_size()).split(
-            [channels, channels, 1], dim=1
-        )
-        counts = counts.flatten().contiguous()
+        count = torch.full_like(mean[:1], x.numel() // channels)
+        own = torch.cat([mean, inverse, count]).unsqueeze(0)
+        everywhere = distributed.gather_without_gradient(own, [1] * distributed.world_size())
+        means, inverses, counts = everywhere.split([channels, channels, 1], 1)
+        numbers = counts.flatten() if running_mean is None else counts.flatten().to(running_mean.dtype)
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x, means.contiguous(), inverses.contiguous(), running_mean, running_var, momentum, eps, counts
+            x, means, inverses, running_mean, running_var, momentum, eps, numbers
         )
-        ctx.save_for_backward(x, weight, mean, inverse, counts.int())
-        normalised: Tensor = torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
-        return normalised
+        ctx.save_for_backward(x, weight, mean, inverse, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
-        gradient, needed = _dense(gradients[0]), ctx.needs_input_grad
-        sums, products, of_weight, of_bias = torch.batch_norm_backward_reduce(
-            gradient, x, mean, inverse, weight, *needed[:3]
+        gradient, (of_x, of_weight, of_bias) = _dense(gradients[0]), ctx.needs_input_grad[:3]
+        sums, products, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
+            gradient, x, mean, inverse, weight, of_x, of_weight, of_bias
         )
-        of_x = None
-        if needed[0]:
-            sums, products = distributed.total(torch.cat([sums, products])).split(len(sums))
-            scale = None if weight is None else weight.to(mean.dtype)
-            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, scale, sums, products, counts)
-        return of_x, of_weight if needed[1] else None, of_bias if needed[2] else None, None, None, None, None
+        x_gradient = None
+        if of_x:
+            sums, products = distributed.total(torch.cat([sums, products])).chunk(2)
+            factor = None if weight is None else weight.to(mean.dtype)
+            x_gradient = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, factor, sums, products, counts)
+        # DDP averages the gradients of weight and bias.
+        own = weight_gradient if of_weight else None, bias_gradient if of_bias else None
+        return x_gradient, *own, None, None, None, None
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The layouts that the operations take: channels first or last, without gaps."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-@cache
-def _class_for(kind: type) -> type:
-    # timm's class adds an activation to `super().forward`, which is then the one above.
-    return SyncBatchNorm if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, SyncBatchNorm), {})
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+    return x if last else x.contiguous()

@@ -1,13 +1,15 @@
-"""Budget of a run in steps or minutes, and averages of its losses."""
+"""Budget of a run in steps or minutes, and the history of its losses."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from manyviews.objectives import Loss
 from manyviews.system import distributed
+from manyviews.system.background import HostCopy
 
 
 def share_spent(step: int | float, seconds: float, *, steps: int, minutes: float | None) -> float:
@@ -51,8 +53,30 @@ class Budget:
         self._saved = self.seconds()
 
 
+class LossHistory(NamedTuple):
+    """The loss and its terms of some steps, as means over the ranks; the last of them may still be on a GPU."""
+
+    before: Mapping[str, Sequence[float]]
+    """Those of the earlier steps, by name."""
+    names: Sequence[str]
+    rows: HostCopy | None
+    """Those of the later steps, [steps, names]."""
+
+    def read(self) -> dict[str, list[float]]:
+        """The values by name, oldest first."""
+        values = {name: list(earlier) for name, earlier in self.before.items()}
+        if self.rows is not None:
+            for name, later in zip(self.names, self.rows.read()[0].T.tolist(), strict=True):
+                values.setdefault(name, []).extend(later)
+        return values
+
+    def means(self) -> dict[str, float]:
+        """The mean over the steps by name."""
+        return {name: sum(values) / len(values) for name, values in self.read().items()}
+
+
 class MetricAverager:
-    """Averages the losses since the last line of metrics; exact across a resume.
+    """Collects the losses since the last line of metrics; exact across a resume.
 
     `before` holds the losses before the resume, as `steps` returned them.
     """
@@ -69,20 +93,22 @@ class MetricAverager:
         """Adds the loss of a step."""
         self._losses.append(loss)
 
-    def take(self) -> dict[str, float]:
-        """Returns the means over steps and ranks, and resets; collective."""
-        means = {name: sum(values) / len(values) for name, values in self.steps().items()}
+    def take(self) -> LossHistory:
+        """Returns the losses since the last line, and resets; waits for no GPU; collective."""
+        history = self._history()
         self._before, self._losses = {}, []
-        return means
+        return history
 
     def steps(self) -> dict[str, list[float]]:
         """The loss and its terms of each step, as means over the ranks; collective."""
-        if self._losses:
-            names = ["loss", *self._losses[0].terms]
-            own = [[loss.total, *(loss.terms[name] for name in names[1:])] for loss in self._losses]
-            # One all-reduce for all of them.
-            rows = distributed.mean(torch.stack([torch.stack([value.float() for value in row]) for row in own]))
-            for name, values in zip(names, rows.T.tolist(), strict=True):
-                self._before.setdefault(name, []).extend(values)
-            self._losses = []
+        self._before, self._losses = self._history().read(), []
         return {name: list(values) for name, values in self._before.items()}
+
+    def _history(self) -> LossHistory:
+        if not self._losses:
+            return LossHistory(self._before, (), None)
+        names = ["loss", *self._losses[0].terms]
+        own = [[loss.total, *(loss.terms[name] for name in names[1:])] for loss in self._losses]
+        # One all-reduce for all of them.
+        rows = distributed.mean(torch.stack([torch.stack([value.float() for value in row]) for row in own]))
+        return LossHistory(self._before, names, HostCopy(rows))

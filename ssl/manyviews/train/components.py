@@ -11,7 +11,7 @@ from manyviews.data import ClassOrder, Images, Order
 from manyviews.data.labels import values_of
 from manyviews.data.sampler import Composition, composition, way_out
 from manyviews.encoder.encoder import Encoder, MomentumTwin
-from manyviews.encoder.sync_batch_norm import synchronize_batch_norms
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.limits import check_encoder, check_objective, check_views
 from manyviews.objectives import ObjectiveModule, Population
 from manyviews.recipe import Recipe
@@ -63,7 +63,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
     shuffled = several and not split and recipe.objective.traits.shuffles and has_batch_norm(encoder)
     # A split or shuffled batch norm must see only a part of the batch.
     if several and not split and not shuffled and accelerator.device.type == "cuda":
-        encoder = synchronize_batch_norms(encoder)
+        synchronise_batch_norms(encoder)
     encoder = encoder.to(accelerator.device)
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from manyviews.run.checkpoints import not_finite, way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
 from manyviews.system.writing import write_json
-from manyviews.train.step import buffers_of, restore_buffers
+from manyviews.train.step import KeptBuffers
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
@@ -55,16 +55,19 @@ class Guard:
         self, accelerator: Accelerator, optimiser: Any, modules: Mapping[str, nn.Module], *passed: nn.Module | None
     ) -> None:
         self._accelerator, self._optimiser, self._modules = accelerator, optimiser, modules
-        self._buffers = buffers_of(*passed)
+        self._buffers = KeptBuffers(*passed)
 
     def gradient_norm(self, loss: Tensor) -> Tensor | None:
-        """The gradient norm of the first module; None if the step must be skipped; collective."""
+        """The gradient norm of the first module; None if the step must be skipped; collective.
+
+        Waits for the device, once: norms and loss of all ranks are judged on it.
+        """
         # Unscales fp16; otherwise does nothing.
         self._accelerator.unscale_gradients(self._optimiser)
         norms = [_norm(module, loss.device) for module in self._modules.values()]
-        finite = torch.stack([number.isfinite() for number in (loss.detach(), *norms)])
+        finite = torch.stack([number.isfinite() for number in (loss.detach(), *norms)]).all()
         # All ranks skip together: the collectives of the next step must match.
-        return None if distributed.any_over_ranks(not bool(finite.all())) else norms[0]
+        return None if int(distributed.total(finite.logical_not().int())) else norms[0]
 
     def skip(
         self,
@@ -86,7 +89,7 @@ class Guard:
         gradients = not_finite({name: value.grad for name, value in parameters.items()})
         numbers = {name: float(value) for name, value in loss.items()}
         images = (tuple(values.tolist()) for values in (ids, views, embeddings))
-        restore_buffers(self._buffers)
+        self._buffers.restore()
         scaler = self._accelerator.scaler
         if scaler is not None:
             # As the scaler's own step does: in fp16 a scale that is too high is the usual reason.

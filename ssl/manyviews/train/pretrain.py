@@ -26,14 +26,13 @@ from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
 from manyviews.train.step import (
+    KeptBuffers,
     StepResult,
     average_gradients,
-    buffers_of,
     cached_gradient,
     embed,
     finite_views,
     num_chunks,
-    restore_buffers,
 )
 from manyviews.views import MEAN, STD
 
@@ -89,7 +88,7 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     )
     progress = budget.progress(step)
     components.forward.train()
-    with session.console.bar():
+    with session.console.bar(), recorder.last_line():
         for batch, ids, epoch in loader:
             recorder.save_if_due(step, best=recorder.monitor(step, progress))
             if progress >= 1 or session.stop.agreed():
@@ -174,7 +173,7 @@ def compile_encoder(components: Components, images: Images, order: Order, step: 
     """
     if not components.recipe.train.compile:
         return
-    buffers = buffers_of(components.encoder, components.twin)
+    buffers = KeptBuffers(components.encoder, components.twin)
     epoch, batch = order.batch(step)
     ids, device = batch[distributed.share(len(batch))], components.accelerator.device
     components.forward.train()
@@ -192,4 +191,4 @@ def compile_encoder(components: Components, images: Images, order: Order, step: 
             "leave train.compile out"
         ) from problem
     components.optimiser.zero_grad(set_to_none=True)
-    restore_buffers(buffers)
+    buffers.restore()

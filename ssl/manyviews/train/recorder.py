@@ -1,7 +1,8 @@
 """Records pretraining: metrics, health of the embeddings, kNN monitoring and checkpoints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,15 @@ from manyviews.evaluators.knn import monitor_knn
 from manyviews.features.encoding import Stopped, extract
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, optimiser_shards
-from manyviews.run.health import Watch, figures, glimpse, similarities
+from manyviews.run.health import Watch, glimpse
 from manyviews.system import distributed
+from manyviews.system.background import HostCopy, finished, in_a_thread
 from manyviews.system.console import Console, duration
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.components import Components
+from manyviews.train.metric_line import Line, figures_of
 from manyviews.train.not_finite import SkippedStep, SkippedSteps
 from manyviews.train.resume import SCHEDULE, differences
 from manyviews.train.session import Session
@@ -35,7 +38,11 @@ CURE = "a lower optim.rate or train.precision=fp32"
 
 
 class Recorder:
-    """Measures, saves and logs pretraining when due; all methods are collective."""
+    """Measures, saves and logs pretraining when due; all methods are collective.
+
+    On a GPU a line of metrics is computed from copies, in a thread, while training goes on: it is written after a later
+    step, and before the next line, a measurement or a checkpoint.
+    """
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class Recorder:
             session.saver.folder.parent, images.names, session.console.warn, cure=CURE, total=skipped
         )
         self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
+        self._line: Line | None = None
         self._last = self._begun, budget.seconds()
         """Step and seconds of the last line of metrics."""
         self._monitored = monitored_ids(images.labels, recipe, session.console)
@@ -72,6 +80,7 @@ class Recorder:
         due = int(progress * self._settings.monitor)
         if self._monitored is None or due <= self._measured:
             return False
+        self.write_line()
         with self._budget.paused():
             accuracy = self._accuracy(self._monitored)
             best = accuracy is not None and self._session.saver.improves(accuracy, step)
@@ -102,6 +111,7 @@ class Recorder:
 
     def save(self, step: int) -> None:
         """Starts to write a checkpoint in the background."""
+        self.write_line()
         components, run = self._components, self._session.run
         known: dict[str, Any] = {"seconds": self._budget.seconds(), "skipped": self._skips.total}
         known |= {"cut_off": self._cut_off, "losses": self._averager.steps()}
@@ -121,39 +131,58 @@ class Recorder:
         Raises:
             ValueError: after too many skipped steps in a row.
         """
+        self.write_line(wait=False)
         self._skips.count(result if isinstance(result, SkippedStep) else None)
         if isinstance(result, StepResult):
             self._averager.add(result.loss)
         if not len(self._averager) or not (step == 1 or step % self._settings.log_every == 0 or progress >= 1):
             return
+        self.write_line()
         before, self._last = self._last, (step, self._budget.seconds())
-        values = self._averager.take() | pace(self._order, before, self._last)
+        values = pace(self._order, before, self._last)
         values |= {"rate": self._components.optimiser.param_groups[0]["lr"], "skipped": self._skips.total}
-        if isinstance(result, StepResult):
-            values |= self._health(step, result)
-        self._session.log(step, values)
-        console = self._session.console
-        for warning in self._watch.warnings(progress, values["epoch"], values):
-            console.warn(warning)
-        left = duration(self._budget.seconds() * (1 - progress) / progress) if progress else "?"
-        speed = f"{values['images_per_second']:,.0f} images/s"
-        console.update("pretraining", progress, f"step {step:,}  loss {values['loss']:.3f}  {speed}  {left} left")
+        sample = glimpse(result.embeddings, result.ids, result.targets) if isinstance(result, StepResult) else None
+        seen = None
+        if sample is not None and self._session.run is not None:
+            seen = HostCopy(*(part for part in sample if part is not None))
+        histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0
+        work = partial(figures_of, self._averager.take(), seen, histograms=histograms)
+        on_gpu = self._components.accelerator.device.type == "cuda"
+        self._line = Line(step, progress, values, in_a_thread(work) if on_gpu else finished(work))
+        if not on_gpu:
+            self.write_line()
 
-    def _health(self, step: int, result: StepResult) -> dict[str, float]:
-        """Health metrics of the embeddings, on rank 0; empty with a warning if they fail."""
-        sample, run = glimpse(result.embeddings, result.ids, result.targets), self._session.run
-        if run is None:
-            return {}
-        try:
-            if step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0:
-                for name, values in similarities(sample).items():
-                    run.histogram(f"similarity/{name}", values, step)
-            return figures(sample)
-        except Exception as problem:
-            self._session.console.warn(
-                f"step {step:,}: the embeddings could not be examined, training continues: {in_a_line(problem)}"
+    def write_line(self, *, wait: bool = True) -> None:
+        """Writes the pending line of metrics, if any; without `wait` only if its figures are known."""
+        line, session = self._line, self._session
+        if line is None or not (wait or line.figures.done()):
+            return
+        self._line, found = None, line.figures.result()
+        for name, similar in found.histograms.items():
+            if session.run is not None:
+                session.run.histogram(f"similarity/{name}", similar, line.step)
+        if found.problem is not None:
+            session.console.warn(
+                f"step {line.step:,}: the embeddings could not be examined, training continues: "
+                f"{in_a_line(found.problem)}"
             )
-            return {}
+        values = found.losses | line.values | found.health
+        session.log(line.step, values)
+        for warning in self._watch.warnings(line.progress, values["epoch"], values):
+            session.console.warn(warning)
+        progress, loss, speed = line.progress, values["loss"], f"{values['images_per_second']:,.0f} images/s"
+        left = duration(values["seconds"] * (1 - progress) / progress) if progress else "?"
+        session.console.update("pretraining", progress, f"step {line.step:,}  loss {loss:.3f}  {speed}  {left} left")
+
+    @contextmanager
+    def last_line(self) -> Iterator[None]:
+        """Writes the pending line, if its figures are known, when the body fails."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.write_line(wait=False)
+            raise
 
     def _accuracy(self, chosen: Tensor) -> float | None:
         """The kNN accuracy on held-out labels; None if interrupted by a signal, NaN if it failed."""

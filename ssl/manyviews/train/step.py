@@ -1,6 +1,7 @@
 """Parts of an update: forward passes, gradient in chunks, objective's gradients, buffers."""
 
 from contextlib import nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def _first_passes(
     components: Components, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Embeddings and targets of all chunks, and with `train.keep_views` the views of each."""
-    buffers = buffers_of(components.encoder)
+    buffers = KeptBuffers(components.encoder)
     embeddings, targets, kept = [], [], []
     for chunk, batch in enumerate(batches):
         views = components.views(*batch, epoch)
@@ -138,7 +139,7 @@ def _first_passes(
         # The memory of the chunk and its graph is freed before the next one.
         del views, embedded
     # The second pass updates the running statistics.
-    restore_buffers(buffers)
+    buffers.restore()
     return torch.cat(embeddings, 1), torch.cat(targets, 1) if targets else None, kept
 
 
@@ -156,12 +157,21 @@ def average_gradients(objective: nn.Module, sharded: set[str]) -> None:
             parameter.grad /= distributed.world_size()
 
 
-def buffers_of(*modules: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
-    """The buffers of modules (statistics of batch norms), each with a copy."""
-    return [(buffer, buffer.clone()) for module in modules if module is not None for buffer in module.buffers()]
+class KeptBuffers:
+    """A copy of the buffers of modules (statistics of batch norms), to restore them from.
 
+    Buffers of a kind are copied into one tensor: on a GPU that is one launch, not one for each layer.
+    """
 
-def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Restores buffers from their copies."""
-    for buffer, value in buffers:
-        buffer.copy_(value)
+    def __init__(self, *modules: nn.Module | None) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in chain.from_iterable(module.buffers() for module in modules if module is not None):
+            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._kept = [(buffers, torch.cat([buffer.flatten() for buffer in buffers])) for buffers in kinds.values()]
+
+    def restore(self) -> None:
+        """Gives the buffers their values of before."""
+        for buffers, copy in self._kept:
+            pieces = copy.split([buffer.numel() for buffer in buffers])
+            for buffer, piece in zip(buffers, pieces, strict=True):
+                buffer.copy_(piece.view_as(buffer))

@@ -2,14 +2,12 @@
 
 import math
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from manyviews.run.checkpoints.checkpoint import Checkpoint, File, Manifest, fol
 from manyviews.run.checkpoints.reading import steps, way_on
 from manyviews.run.checkpoints.writing import copied, publish, rotate, scores, tidy, write
 from manyviews.system import distributed
+from manyviews.system.background import in_a_thread
 from manyviews.system.distributed import FORESEEN, raise_on_all_ranks
 from manyviews.system.writing import make_folder, remove
 
@@ -79,7 +78,7 @@ class Saver:
                     make_folder(self._aside, self.folder.parent, new=True)
             with raise_on_all_ranks():
                 tensors, texts = copied(checkpoint)
-            self._work = _in_a_thread(partial(write, self._aside, tensors, texts, before))
+            self._work = in_a_thread(partial(write, self._aside, tensors, texts, before))
 
     def poll(self) -> None:
         """Publishes the checkpoint if all ranks have written it; does not wait."""
@@ -157,7 +156,7 @@ class Saver:
                 own = work.result()
             if own is not None:
                 manifest = self._manifest(own)
-                self._work = _in_a_thread(partial(self._publish, manifest))
+                self._work = in_a_thread(partial(self._publish, manifest))
                 return
             if self.failures:
                 self._warn(
@@ -214,21 +213,6 @@ class Saver:
         if distributed.rank() == 0:
             with suppress(OSError):
                 remove(self._aside, self.folder.parent)
-
-
-def _in_a_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Runs work in a daemon thread; what it holds is freed when it ends."""
-
-    def run(work: Callable[[], Any]) -> None:
-        try:
-            done.set_result(work())
-        except BaseException as problem:
-            done.set_exception(problem)
-
-    done: Future[Any] = Future()
-    # An executor would wait for a hanging disk when an error ends the run.
-    threading.Thread(target=run, args=(work,), name="checkpoint", daemon=True).start()
-    return done
 
 
 def not_finite(named: Mapping[str, Tensor | None]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manyviews.data import Loader, Order
 from manyviews.encoder.encoder import follow
-from manyviews.encoder.sync_batch_norm import synchronize_batch_norms
+from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.backbone import open_model
 from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
@@ -106,7 +106,7 @@ def train(
     """
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
-        model = synchronize_batch_norms(model)
+        model = synchronise_batch_norms(model)
     views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
@@ -180,7 +180,10 @@ def train(
             skips.count(skipped)
             done = budget.progress(step)
             if len(losses) and (step % settings.log_every == 0 or done >= 1):
-                line = losses.take() | {"rate": optimiser.param_groups[-1]["lr"], "epoch": step / order.steps_per_epoch}
+                line = losses.take().means() | {
+                    "rate": optimiser.param_groups[-1]["lr"],
+                    "epoch": step / order.steps_per_epoch,
+                }
                 session.log(step, line | {"skipped": skips.total})
                 session.console.update("fine-tuning", done, f"step {step:,}  loss {line['loss']:.3f}")
             if int(done * settings.checks) > checked:
