@@ -56,6 +56,8 @@ def top_k(
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
     if (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
+    query_ids = None if query_ids is None else query_ids.to(queries.device)
+    key_ids = None if key_ids is None else key_ids.to(keys.device)
     with torch.autocast(queries.device.type, enabled=False):
         queries = normalize(queries) if cosine else at_least_float32(queries)
         searched = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
