@@ -17,6 +17,7 @@ from manyviews.evaluators.knn import KnnSettings, knn, monitor_knn
 from manyviews.evaluators.linear import LinearSettings, linear
 from manyviews.evaluators.logistic import logistic_regression
 from manyviews.evaluators.map import flat_map
+from manyviews.evaluators.protocol import ProtocolSettings
 from manyviews.evaluators.ranking import ndcg
 from manyviews.evaluators.retrieval import retrieve
 from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
@@ -135,4 +136,64 @@ def test_a_linear_metric_is_fitted_on_a_gpu_as_on_the_cpu(name: str) -> None:
         fitted = METRICS[name].fit(TRAIN.to("cuda"), TRAIN_LABELS)
         assert fitted.weights.device.type == "cuda"
         found = plain(fitted)
+    assert_close(found, expected)
+
+
+def test_the_probe_waits_few_times_in_an_iteration(log: Log) -> None:
+    features, labels = TRAIN[KNOWN].to("cuda"), TRAIN_LABELS[KNOWN].to("cuda")
+    strength = torch.tensor([0.01], device="cuda")
+    log.clear()
+    fit = logistic_regression(features - features.mean(0), labels, strength, CLASSES, tolerance=1e-7)
+    waits, steps = log.waits.total(), int(fit.steps)
+    assert steps >= 8
+    assert waits <= 3 * steps
+    assert log.launches.total() <= 160 * steps
+
+
+def test_many_more_images_take_no_more_waits_and_launches(log: Log) -> None:
+    def counted(times: int) -> tuple[int, int]:
+        train, test = TRAIN.repeat(times, 1).to("cuda"), TEST.repeat(times, 1).to("cuda")
+        log.clear()
+        knn(train, TRAIN_LABELS.repeat(times), test + 0.1, CLASSES, KnnSettings())
+        retrieve(test, TEST_LABELS.repeat(times))
+        return log.waits.total(), log.launches.total()
+
+    waits, launches = counted(1)
+    assert waits <= 24
+    more = counted(20)
+    assert more[0] <= waits
+    assert more[1] <= 1.2 * launches
+
+
+def test_features_are_placed_on_the_gpu_where_they_fit(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert placed(TRAIN).device.type == "cuda"
+    monkeypatch.setattr(hardware, "free", lambda gpu: 3 * TRAIN.nbytes)
+    assert placed(TRAIN, 2).device.type == "cuda"
+    assert placed(TRAIN, 3).device.type == "cpu"
+    assert placed(TRAIN, 1, 2 * TRAIN.nbytes).device.type == "cpu"
+    # What is there already counts as free.
+    assert placed(TRAIN.to("cuda"), 3).device.type == "cuda"
+    assert placed(TRAIN.to("cuda"), 4).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("room", "metric"),
+    [(80 << 30, None), (4 * TRAIN.nbytes, Mahalanobis()), (2 * TRAIN.nbytes // 3, Euclidean()), (0, None)],
+)
+def test_all_tasks_together_measure_the_same_whatever_fits_on_the_gpu(
+    room: int, metric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: Any = ("knn", "linear", "retrieval", "clustering", "verification")
+    protocol = ProtocolSettings(verification=PAIRS, linear=LinearSettings(regularisations=(0.01, 1.0)))
+
+    def measured() -> Any:
+        given = {"backbone": (TRAIN, TEST), "pixels": (TRAIN[:, :6], TEST[:, :6])}
+        found = compare(given, TRAIN_LABELS, TEST_LABELS, protocol, tasks=tasks, metric=metric)
+        return plain([[vars(one) for one in found.measurements], found.predictions, found.hits])
+
+    expected = measured()
+    with pretend_cuda() as log:
+        monkeypatch.setattr(hardware, "free", lambda gpu: room)
+        found = measured()
+        assert (log.launches.total() > 0) == (room > 0)
     assert_close(found, expected)
