@@ -1,6 +1,7 @@
 """Nearest neighbours on a GPU, a pretend one, against a sort of all products on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def of_distances(count: int, seed: int) -> Tensor:
     return -left if seed == 0 else right
 
 
-DATA = {
+DATA: dict[str, Callable[[int, int], Tensor]] = {
     "in all directions": lambda count, seed: normalize(rows(count, seed)),
     "by class": by_class,
     "of distances": of_distances,
@@ -132,7 +133,7 @@ def test_equal_ids_are_left_out_also_where_fewer_than_k_keys_remain(
     for few in (KEYS, 60):
         key_ids[few:] = 7
         expected = products(queries, keys).masked_fill_(query_ids[:, None] == key_ids, -torch.inf)
-        given = {"query_ids": query_ids.to("cuda"), "key_ids": key_ids.to("cuda")}
+        given: Any = {"query_ids": query_ids.to("cuda"), "key_ids": key_ids.to("cuda")}
         values, indices = (found.cpu() for found in top_k(queries.to("cuda"), keys.to("cuda"), 100, **given))
         torch.testing.assert_close(values.double(), expected.topk(100).values, rtol=0, atol=5e-7)
         found = values > -torch.inf
@@ -172,7 +173,7 @@ def test_keys_that_stay_on_the_cpu_are_searched_part_by_part(
     queries, keys = normalize(rows(QUERIES, 0)), normalize(rows(KEYS, 1)).repeat(2, 1)
     ids = torch.arange(len(keys))
     log.clear()
-    given = {"query_ids": ids[:QUERIES].to("cuda"), "key_ids": ids}
+    given: Any = {"query_ids": ids[:QUERIES].to("cuda"), "key_ids": ids}
     values, indices = top_k(queries.to("cuda"), keys, 10, cosine=True, **given)
     expected = top_k(queries, keys, 10, query_ids=ids[:QUERIES], key_ids=ids, cosine=True)
     torch.testing.assert_close(values.cpu(), expected[0])

@@ -71,7 +71,7 @@ EVALUATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
         train[KNOWN], TRAIN_LABELS[KNOWN], test, TEST_LABELS.clamp(min=0), CLASSES
     ),
 }
-METRICS = {
+METRICS: dict[str, LMNN | MMC | Mahalanobis] = {
     "lmnn": LMNN(iterations=20),
     "lmnn with a rank": LMNN(iterations=20, rank=3, start="whitening"),
     "mmc": MMC(iterations=20),

@@ -17,9 +17,13 @@ def placed(features: Tensor, copies: int = 1, work: int = 0) -> Tensor:
     gpu = gpu_of_this_process()
     if gpu is None:
         return features
-    own = features.nbytes if features.device.type == "cuda" else 0
-    fits = copies * features.nbytes + work <= SHARE * (hardware.free(gpu) + own)
-    return features.to(gpu if fits else "cpu")
+    there = features.nbytes if features.device.type == "cuda" else 0
+    return features.to(gpu if fits(copies * features.nbytes + work, gpu, there) else "cpu")
+
+
+def fits(count: int, gpu: torch.device, there: int = 0) -> bool:
+    """Whether a GPU has memory for so many bytes, of which some are `there` already."""
+    return count <= SHARE * (hardware.free(gpu) + there)
 
 
 def gpu_of_this_process() -> torch.device | None:
