@@ -159,6 +159,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[Log]:
         "is_bf16_supported": True,
         "mem_get_info": (MEMORY, MEMORY),
         "memory_allocated": 0,
+        "memory_reserved": 0,
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
         "reset_peak_memory_stats": None,

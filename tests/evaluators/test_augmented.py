@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manyviews.data import InMemory
 from manyviews.data.sampler import order
-from manyviews.evaluators.augmented import AugmentedSettings, Cropped, Heads, augmented_probe
+from manyviews.evaluators.augmented import AugmentedSettings, Heads, augmented_probe, crops
 from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.views import Views, ViewsSettings
 from processes import start
@@ -111,15 +111,15 @@ def test_it_learns_what_the_features_show():
 
 
 def test_a_crop_depends_on_image_and_epoch_alone():
-    images = striped(20)
-    first = Cropped(images, windows(), 0)
-    whole = first.read(torch.arange(20))
+    images, ids = striped(20), torch.arange(20)
+    whole = crops(images.pixels, ids, windows(), 0)
     assert whole.dtype == torch.uint8
-    assert torch.equal(first.read(torch.tensor([7, 3])), whole[[7, 3]])
-    assert not torch.equal(Cropped(images, windows(), 1).read(torch.arange(20)), whole)
-    assert not torch.equal(Cropped(images, windows(1), 0).read(torch.arange(20)), whole)
+    chosen = torch.tensor([7, 3])
+    assert torch.equal(crops(images.read(chosen), chosen, windows(), 0), whole[chosen])
+    assert not torch.equal(crops(images.pixels, ids, windows(), 1), whole)
+    assert not torch.equal(crops(images.pixels, ids, windows(1), 0), whole)
     untouched = ViewsSettings(num_views=1, brightness=0.0, gamma=0.0, **WHOLE).build(size=12, channels=1, seed=0)
-    assert torch.equal(Cropped(images, untouched, 0).read(torch.arange(20)), images.pixels)
+    assert torch.equal(crops(images.pixels, ids, untouched, 0), images.pixels)
 
 
 def test_the_same_call_gives_the_same_result_and_touches_neither_backbone_nor_generators():

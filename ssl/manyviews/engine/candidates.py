@@ -52,6 +52,16 @@ class Keys(NamedTuple):
         ids, lengths = (None if field is None else field[span] for field in self[1:])
         return Keys(self.rows[span], ids, lengths)
 
+    def scaled(self) -> Tensor:
+        """Rows divided by their lengths."""
+        return self.rows if self.lengths is None else self.rows / self.lengths[:, None]
+
+    def to(self, device: torch.device) -> "Keys":
+        """The same keys on a device."""
+        rows, ids, lengths = (None if field is None else field.to(device) for field in self)
+        assert rows is not None
+        return Keys(rows, ids, lengths)
+
 
 class _Queries(NamedTuple):
     """Some queries, with everything that does not depend on the keys' block."""

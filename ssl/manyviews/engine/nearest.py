@@ -6,14 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.engine import candidates
+from manyviews.engine import candidates, gpu_search
 from manyviews.engine.candidates import Keys
 from manyviews.engine.rows import at_least_float32, normalize, slices
-from manyviews.system import distributed
+from manyviews.system import distributed, hardware
 
 COLUMNS = 1 << 16
 SCORES = 1 << 23
 """Scores in memory at a time: 32 MiB, about the third-level cache of a small machine."""
+GPU_SCORES = 1 << 25
+"""The same on a GPU: 128 MiB, and as much again a few times to order them."""
+RESIDENT = 0.25
+"""Share of a GPU's free memory that keys take at a time which stay on the CPU."""
 
 
 @torch.no_grad()
@@ -35,6 +39,8 @@ def top_k(
     With `cosine` the products are those of the rows at length 1 (or divided by 1e-6, if they are shorter): keys are
     normalised tile by tile, and never copied as a whole.
 
+    Keys that do not fit in a GPU's memory may stay on the CPU: they are searched part by part where the queries are.
+
     With `shared` it is collective: all ranks have the same queries and keys, each searches its share of the keys, and
     all get the whole result. It is that of a single process up to the last bit of a value.
 
@@ -50,6 +56,8 @@ def top_k(
         raise ValueError(f"k {k} must be between 1 and the number of keys, {len(keys)}")
     if (query_ids is None) != (key_ids is None):
         raise ValueError("ids are given on one side only; give both query_ids and key_ids, or neither")
+    query_ids = None if query_ids is None else query_ids.to(queries.device)
+    key_ids = None if key_ids is None else key_ids.to(keys.device)
     with torch.autocast(queries.device.type, enabled=False):
         queries = normalize(queries) if cosine else at_least_float32(queries)
         searched = Keys(keys, key_ids, keys.norm(dim=1).clamp_(min=1e-6) if cosine else None)
@@ -78,9 +86,26 @@ def _of_all_ranks(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None)
 
 
 def _of_this_rank(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not candidates.pays(queries, keys.rows, k):
+    if keys.rows.device.type == queries.device.type:
+        return _of_one_device(queries, keys, k, query_ids)
+    size = keys.rows.shape[1] * keys.rows.element_size()
+    count = max(COLUMNS, int(RESIDENT * hardware.free(queries.device)) // max(size, 1))
+    best: tuple[Tensor, Tensor] | None = None
+    # Parts of one size, so that all are searched by one method.
+    parts = math.ceil(len(keys.rows) / count)
+    for span in slices(0, len(keys.rows), math.ceil(len(keys.rows) / parts)):
+        part = keys.part(span).to(queries.device)
+        values, indices = _of_one_device(queries, part, min(k, len(part.rows)), query_ids)
+        best = _merged(best, values, indices + span.start, k)
+    assert best is not None
+    return best
+
+
+def _of_one_device(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    method = gpu_search if queries.device.type == "cuda" else candidates
+    if not method.pays(queries, keys.rows, k):
         return _of_all_products(queries, keys, k, query_ids)
-    values, indices, proved = candidates.search(queries, keys, k, query_ids)
+    values, indices, proved = method.search(queries, keys, k, query_ids)
     if not proved.all():
         rest = (~proved).nonzero().squeeze(1)
         ids = query_ids[rest] if query_ids is not None else None
@@ -92,8 +117,9 @@ def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | No
     values = queries.new_empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     columns = min(len(keys.rows), COLUMNS)
-    for rows in slices(0, len(queries), SCORES // columns):
-        best = None
+    scores_at_once = GPU_SCORES if queries.device.type == "cuda" else SCORES
+    for rows in slices(0, len(queries), scores_at_once // columns):
+        best: tuple[Tensor, Tensor] | None = None
         for span in slices(0, len(keys.rows), columns):
             tile = keys.part(span)
             scores = queries[rows] @ tile.rows.to(queries.dtype).T
@@ -102,20 +128,26 @@ def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | No
             if query_ids is not None and tile.ids is not None:
                 scores.masked_fill_(query_ids[rows, None] == tile.ids, -torch.inf)
             largest, positions = _largest(scores, min(k, scores.shape[1]))
-            positions = positions + span.start
-            if best is not None:
-                # Results of the tiles before come first: of equal values theirs have the lower index.
-                largest, positions = torch.cat([best[0], largest], 1), torch.cat([best[1], positions], 1)
-                largest, chosen = _largest(largest, min(k, largest.shape[1]))
-                positions = positions.gather(1, chosen)
-            best = largest, positions
+            best = _merged(best, largest, positions + span.start, k)
         assert best is not None
         values[rows], indices[rows] = best
     return values, indices
 
 
+def _merged(best: tuple[Tensor, Tensor] | None, values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of those before and of later keys."""
+    if best is None:
+        return values, indices
+    # Results of the keys before come first: of equal values theirs have the lower index.
+    values, indices = torch.cat([best[0], values], 1), torch.cat([best[1], indices], 1)
+    values, chosen = _largest(values, min(k, values.shape[1]))
+    return values, indices.gather(1, chosen)
+
+
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Finds the k largest of each row and their columns, largest first, equal values by column."""
+    if scores.device.type == "cuda":
+        return gpu_search.largest(scores, k)
     count = scores.shape[1]
     if k == count:
         ordered = scores.sort(dim=1, descending=True, stable=True)

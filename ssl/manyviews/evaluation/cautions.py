@@ -16,6 +16,7 @@ from manyviews.evaluators.distance import searchable
 from manyviews.evaluators.results.measurement import Evaluation, is_learned, label
 from manyviews.evaluators.splits import uneven
 from manyviews.features.encoding import raw_pixels
+from manyviews.features.placing import placed
 from manyviews.run.folder import INVENTORY
 from manyviews.run.health import LEAST_RANK
 from manyviews.system.distributed import raise_on_all_ranks
@@ -126,7 +127,8 @@ def copies(split: Split, pixels: tuple[Tensor | None, Tensor] | None) -> Iterato
     train, test = thumbnails(split.train, own), thumbnails(split.test, shown)
     if train is None or test is None or train.shape[1] != test.shape[1]:
         return
-    if count := len(same_pictures(train, test)):
+    train = placed(train)
+    if count := len(same_pictures(train, test.to(train.device))):
         yield (
             f"{count:,} of {plural(len(test), 'held-out image')} show the same picture as a training image, perhaps "
             "in another size or file: features that memorise the training images classify them correctly."

@@ -21,6 +21,7 @@ from manyviews.evaluators.results.side_by_side import Comparison, Overlap, Row, 
 from manyviews.features.backbone import PretrainedBackbone, open_run
 from manyviews.features.cached import features_of
 from manyviews.features.encoding import images_of
+from manyviews.features.placing import placed
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
@@ -183,7 +184,7 @@ def _overlaps(
     def features(name: str) -> Tensor:
         pretrained = by_name[name]
         cache = pretrained.folder / FEATURES if settings.cache and pretrained.folder is not None else None
-        return features_of(pretrained, shown, settings, console, cache=cache)[ids]
+        return placed(features_of(pretrained, shown, settings, console, cache=cache)[ids])
 
     firsts = {row.name: features(row.runs[0]) for row in methods}
     overlaps = []

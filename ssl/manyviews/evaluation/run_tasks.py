@@ -32,6 +32,7 @@ from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
 from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer, layers_of
+from manyviews.features.placing import placed
 from manyviews.linear_metrics import LinearMetric
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import newest_checkpoint
@@ -205,7 +206,7 @@ def geometries_of(job: Job, kinds: Kinds) -> list[Measurement]:
         with catch_failure("geometry", kind, job.on_failure):
             backbone = _backbone_of(job.pretrained, kind).to(device)
             both = two_views(backbone, views, shown, ids, channels=channels, device=device, batch_size=size)
-            measurements += geometry(kind, kinds[kind][1], both, seed=seed)
+            measurements += geometry(kind, placed(kinds[kind][1]), both, seed=seed)
     return measurements
 
 

@@ -1,9 +1,9 @@
 """The linear probe as papers train it: on new crops and flips in every epoch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +48,13 @@ class AugmentedSettings(Settings):
         return self
 
 
-class Cropped(NamedTuple):
-    """The images of a split as random crops, a pure function of the image's id and the epoch."""
-
-    images: Images
-    views: Views
-    epoch: int
-
-    def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """Returns the crops of these ids as 8-bit images, the input of any backbone's own transform."""
-        view = self.views(self.images.read(ids), ids, self.epoch)[0]
-        pixels: UInt8[Tensor, "batch channels size size"] = view.mul(255 * STD).add(255 * MEAN).round().byte()
-        return pixels
+def crops(
+    images: UInt8[Tensor, "batch channels size size"], ids: Int64[Tensor, " batch"], views: Views, epoch: int
+) -> UInt8[Tensor, "batch channels size size"]:
+    """Crops images at random, a pure function of id and epoch; 8-bit, the input of any backbone's own transform."""
+    pixels: UInt8[Tensor, "batch channels size size"]
+    pixels = views(images, ids, epoch)[0].mul(255 * STD).add(255 * MEAN).round().byte()
+    return pixels
 
 
 def augmented_probe(
@@ -88,7 +83,8 @@ def augmented_probe(
     Collective: each rank encodes its part of every batch.
 
     `backbone` maps [batch, channels, height, width] to [batch, width] and is on `device`; `prepare` turns a uint8 batch
-    on the device into its input. Training images labelled −1 are left out. `workers` threads prefetch and crop images.
+    on the device into its input. Training images labelled −1 are left out. `workers` threads read
+    images ahead.
 
     Raises:
         ValueError: if no training image has a label, or no class has two images.
@@ -102,27 +98,30 @@ def augmented_probe(
     labelled = (labels >= 0).nonzero().squeeze(1)
     counts = torch.ones(2, len(labels), dtype=torch.bool)
     counts[0, held] = False
+    classes_of, counts = labels.to(device), counts.to(device)
     crop = ViewsSettings(
         num_views=1, crop_scale=settings.crop_scale, flip=settings.flip, brightness=0.0, contrast=0.0, saturation=0.0,
         hue=0.0, gamma=0.0, greyscale=0.0, blur=0.0,
     )  # fmt: skip
-    views = crop.build(size=images.size, channels=images.channels, seed=seed)
+    views = crop.build(size=images.size, channels=images.channels, seed=seed).to(device)
     grid = list(product(settings.rates, settings.decays))
     heads: Heads | None = None
     total, step = settings.epochs * -(-len(labelled) // settings.batch_size), 0
-    read = partial(encoded, prepare=prepare, device=device, workers=workers)
-    encode = partial(extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size)
+    read = partial(encoded, device=device, workers=workers, keep=True)
+    encode = partial(
+        extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size, keep=True
+    )
     for epoch in range(settings.epochs):
-        batches = torch.split(labelled[order(len(labelled), seed, epoch)], settings.batch_size)
-        shares = [batch.tensor_split(distributed.world_size())[distributed.rank()] for batch in batches]
-        # A rank whose part is empty encodes an image that is dropped: the gather is collective.
-        seen = [part if len(part) else batch[:1] for part, batch in zip(shares, batches, strict=True)]
-        rows = read(backbone, Cropped(images, views, epoch), seen)
-        for batch, part, (_, own) in zip(batches, shares, rows, strict=True):
-            features = distributed.gather_without_gradient(own[: len(part)].to(device))
+        shuffled = labelled[order(len(labelled), seed, epoch)]
+        batches, on_device = (torch.split(ids, settings.batch_size) for ids in (shuffled, shuffled.to(device)))
+        cropped = partial(_crop_next, map(_own_part, on_device), views, epoch, prepare)
+        rows = read(backbone, images, [*map(_own_part, batches)], prepare=cropped)
+        for batch, (_, own) in zip(on_device, rows, strict=True):
+            lengths = [len(part) for part in batch.tensor_split(distributed.world_size())]
+            features = distributed.gather_without_gradient(own[: lengths[distributed.rank()]], lengths)
             heads = heads or Heads(grid, classes, features)
             rate = settings.batch_size / 256 * cosine(step / total)
-            heads.step(features, labels[batch].to(device), counts[:, batch].to(device), rate)
+            heads.step(features, classes_of[batch], counts[:, batch], rate)
             step += 1
             if report is not None:
                 report("training linear heads on crops", step, total)
@@ -133,6 +132,20 @@ def augmented_probe(
     predictions = heads.predict(encode(backbone, test).to(device), 1, best)[0].cpu()
     chosen = dict(zip(("rate", "decay"), grid[best], strict=True))
     return Prediction(predictions, chosen, hits[best].item() / len(held))
+
+
+def _own_part(batch: Tensor) -> Tensor:
+    """The ids of a batch that this rank encodes; if there are none, one whose features are dropped."""
+    part = batch.tensor_split(distributed.world_size())[distributed.rank()]
+    # The gather is collective.
+    return part if len(part) else batch[:1]
+
+
+def _crop_next(
+    ids: Iterator[Tensor], views: Views, epoch: int, prepare: Callable[[Tensor], Tensor], pixels: Tensor
+) -> Tensor:
+    """The backbone's input from the crops of the batch whose turn it is."""
+    return prepare(crops(pixels, next(ids), views, epoch))
 
 
 class Heads:

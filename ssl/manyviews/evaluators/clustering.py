@@ -53,7 +53,7 @@ def clustering(
     classes = len(labels.unique())
     if classes < 2:
         raise ValueError(f"images of {classes} class{'' if classes == 1 else 'es'} cannot be clustered; give 2 or more")
-    groups = k_means(features, classes, settings, nearness=nearness, seed=seed).numpy()
+    groups = k_means(features, classes, settings, nearness=nearness, seed=seed).cpu().numpy()
     truth = labels.cpu().numpy()
     nmi, ami = (score(truth, groups) for score in (normalized_mutual_info_score, adjusted_mutual_info_score))
     return ClusteringResult(float(nmi), float(ami))

@@ -31,6 +31,7 @@ from manyviews.evaluators.results.measurement import (
 from manyviews.evaluators.retrieval import retrieve
 from manyviews.evaluators.splits import Prediction, balanced_accuracy, num_classes, uneven
 from manyviews.evaluators.verification import draw_pairs, verify
+from manyviews.features.placing import placed
 from manyviews.linear_metrics import LinearMetric
 
 
@@ -85,7 +86,8 @@ def compare(
     Collective: all ranks pass the same features and get the same evaluation; they share the search for neighbours.
     Test labels meet predictions at the very end; nothing is chosen by them. Images labelled −1 are left out. A metric
     is fitted on the gallery's training images without those that are held out for the choice of k and temperature:
-    images that it has already pulled together would spoil that choice. The linear probes do not use the metric.
+    images that it has already pulled together would spoil that choice. The linear probes do not use the metric. Where
+    there is a GPU with room for the features of a kind, they are measured on it.
 
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
     `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
@@ -111,7 +113,9 @@ def compare(
     hits: dict[str, Tensor] = {}
     for kind, (train, test) in features.items():
         if train is not None:
+            train = placed(train, 2)
             _check(kind, train, train_labels, "training")
+        test = placed(test)
         _check(kind, test, test_labels, "test")
         if report is not None:
             report(f"measuring {label(kind)} features: {test.shape[1]:,} numbers for each image")

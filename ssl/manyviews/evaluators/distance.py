@@ -11,6 +11,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.data import Report
 from manyviews.engine import squared_distance_rows
+from manyviews.features.placing import placed
 from manyviews.linear_metrics import LinearMetric
 from manyviews.linear_metrics import Metric as Fitted
 
@@ -49,13 +50,14 @@ def searchable(
 
     The similarity is the cosine, or −d² / (2 v) of the Euclidean distance d, where v is the mean squared distance of
     the references from their mean. Pairs of references then have −1 on average whatever the scale of the features, and
-    for unit rows with mean 0 it is the cosine less 1: the temperatures of a kNN vote mean the same in both.
+    for unit rows with mean 0 it is the cosine less 1: the temperatures of a kNN vote mean the same in both. Either
+    side stays on its device.
     """
     if nearness == "cosine":
         return F.normalize(queries, dim=1, eps=1e-6), F.normalize(references, dim=1, eps=1e-6)
     variance = (references - references.mean(0)).square().sum(1).mean()
-    left, right = squared_distance_rows(queries, references)
-    return left / (-2 * torch.where(variance > 0, variance, 1)), right
+    left, right = squared_distance_rows(queries.to(references.device), references)
+    return (left / (-2 * torch.where(variance > 0, variance, 1))).to(queries.device), right
 
 
 def similarity_of_pairs(
@@ -89,5 +91,6 @@ def map_features(
     if isinstance(metric, Cosine | Euclidean):
         return MappedFeatures(train, test, metric.name, None, metric.name)
     assert train is not None, "a metric is fitted on training images"
-    fitted = metric.fit(train[fitting], labels[fitting], report=report)
+    # Copies in float64: of the features, centred, and their residuals.
+    fitted = metric.fit(placed(train[fitting], 8), labels[fitting], report=report)
     return MappedFeatures(fitted.transform(train), fitted.transform(test), "euclidean", fitted, metric.name)

@@ -64,6 +64,7 @@ def fractions(
         ValueError: if no training image, or no test image, has a label.
     """
     known = test_labels >= 0
+    test = test.to(train.device)
     if not known.any() or not (labels >= 0).any():
         raise ValueError("few labels are drawn from labelled training images and judged on labelled test images")
     scaled = standard(train)
@@ -93,7 +94,7 @@ def fractions(
                 axes = principal_axes(features)
             own = axes if len(features) >= features.shape[1] else None
             fit, strength = _probe(features, labels[chosen], ranks, classes, settings, own, tick)
-            fitted[key] = (fit.predict(test)[0] == test_labels).double().mean().item(), strength
+            fitted[key] = (fit.predict(test)[0].cpu() == test_labels).double().mean().item(), strength
             results.append(fitted[key])
             done += 1
             tick(0)
@@ -160,8 +161,9 @@ def _probe(
             tolerance=NEAR,
             report=report,
         )
-        right = (fit.predict(features) == labels).unflatten(0, (len(held), len(grid)))
-        return LogisticFit(*(each[: len(grid)] for each in fit)), (right & held[:, None]).sum((0, 2))
+        right = (fit.predict(features) == labels.to(features.device)).unflatten(0, (len(held), len(grid)))
+        hits = (right & held[:, None].to(features.device)).sum((0, 2))
+        return LogisticFit(*(each[: len(grid)] for each in fit)), hits.cpu()
 
     size = max(1, at_once(len(features), classes, features.shape[1] + 1) // len(held))
     best, _, start = search(torch.tensor(strengths, dtype=features.dtype), size, judge)

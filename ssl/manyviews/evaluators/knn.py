@@ -71,12 +71,13 @@ def predict(
     A vote weighs exp(similarity / temperature), with the cosine or the similarity of `distance.searchable`. More
     neighbours than the bank has rows mean the whole bank. Rows of the bank labelled −1 are left out, as are those with
     the query's id. Equal scores go to the lowest class, equal similarities to the lowest row. With `shared`,
-    collective: all ranks pass the same, each searches its share of the bank, and all get the whole result.
+    collective: all ranks pass the same, each searches its share of the bank, and all get the whole result. All is
+    computed where the queries are.
 
     Raises:
         ValueError: if the queries are the bank and no ids are given: each would be its own nearest neighbour.
     """
-    if query_ids is None and queries.shape == bank.shape and torch.equal(queries, bank):
+    if query_ids is None and queries.shape == bank.shape and torch.equal(queries, bank.to(queries.device)):
         raise ValueError("the queries are the bank, so each would find itself; give query_ids and bank_ids")
     labelled = labels >= 0
     if not labelled.all():
@@ -84,12 +85,12 @@ def predict(
         bank_ids = bank_ids[labelled] if bank_ids is not None else None
     if not len(bank):
         raise ValueError("the bank has no labelled image")
-    most = min(max(neighbours), len(bank))
+    most, device = min(max(neighbours), len(bank)), queries.device
     cosine = nearness == "cosine"
     left, right = (queries, bank) if cosine else searchable(queries, bank, nearness)
     similarities, rows = top_k(left, right, most, query_ids=query_ids, key_ids=bank_ids, cosine=cosine, shared=shared)
-    votes = labels[rows]
-    predictions = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64)
+    votes = labels.to(device)[rows]
+    predictions = torch.empty(len(neighbours), len(temperatures), len(queries), dtype=torch.int64, device=device)
     # Votes add up: going from fewer to more neighbours, each neighbour is counted once per temperature.
     ascending = sorted(range(len(neighbours)), key=neighbours.__getitem__)
 
@@ -125,12 +126,13 @@ def knn(
     """Predicts the test images, with k and temperature chosen on held-out training images.
 
     `share` of each class is held out, at most 10,000 images; equal validation accuracies go to the pair that the grid
-    names first. Training images labelled −1 are left out. `shared` is that of `predict`.
+    names first. Training images labelled −1 are left out. `shared` is that of `predict`. All is computed where the
+    test features are; the predictions are on the CPU.
 
     Raises:
         ValueError: if the test images are the training images.
     """
-    if train.shape == test.shape and torch.equal(train, test):
+    if train.shape == test.shape and torch.equal(train.to(test.device), test):
         raise ValueError(
             "the held-out images are the training images, so each would be its own nearest neighbour; name others with "
             "data.test=FOLDER"
@@ -142,7 +144,7 @@ def knn(
     best, validation = 0, None
     if len(held):
         guesses = vote(
-            train[held],
+            train[held].to(test.device),
             train[kept],
             train_labels[kept],
             neighbours=settings.neighbours,
@@ -150,14 +152,14 @@ def knn(
             query_ids=held,
             bank_ids=kept,
         )
-        hits = (guesses == train_labels[held]).sum(2).flatten()
+        hits = (guesses.cpu() == train_labels[held]).sum(2).flatten()
         best = int(hits.argmax())
         validation = hits[best].item() / len(held)
     k, temperature = grid[best]
     predictions = vote(test, train, train_labels, neighbours=(k,), temperatures=(temperature,))
     # The bank may be smaller than k.
     k = min(k, int((train_labels >= 0).sum()))
-    return Prediction(predictions[0, 0], {"neighbours": k, "temperature": temperature}, validation)
+    return Prediction(predictions[0, 0].cpu(), {"neighbours": k, "temperature": temperature}, validation)
 
 
 def monitor_knn(
@@ -182,4 +184,4 @@ def monitor_knn(
         query_ids=held,
         bank_ids=kept,
     )
-    return (guesses[0, 0] == labels[held]).double().mean().item()
+    return (guesses[0, 0].cpu() == labels[held]).double().mean().item()

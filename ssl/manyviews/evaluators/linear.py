@@ -11,8 +11,16 @@ from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.data import Report
-from manyviews.evaluators.logistic import LogisticFit, at_once, logistic_regression, principal_axes
+from manyviews.evaluators.logistic import (
+    MOST_LOGITS,
+    MOST_REMEMBERED,
+    LogisticFit,
+    at_once,
+    logistic_regression,
+    principal_axes,
+)
 from manyviews.evaluators.splits import Prediction, hold_out
+from manyviews.features.placing import placed
 
 NEAR = 3e-4
 """Tolerance, in nats, of the fits that choose a strength: the rest moves far fewer held-out images than chance does."""
@@ -39,7 +47,7 @@ class Standard(NamedTuple):
 
     def __call__(self, features: Float[Tensor, "images dim"]) -> Float[Tensor, "images dim"]:
         """Standardises features; those that do not vary in the training part become 0."""
-        return (features - self.mean) * self.scale
+        return (features - self.mean).mul_(self.scale)
 
 
 def standard(features: Float[Tensor, "images dim"]) -> Standard:
@@ -66,17 +74,22 @@ def linear(
     """Predicts the test images by logistic regression on all training images.
 
     The strength is chosen on held-out training images, `share` of each class; equal validation accuracies go to the
-    stronger regularisation. Training images labelled −1 are left out.
+    stronger regularisation. Training images labelled −1 are left out. All is computed on the GPU, if there is one with
+    room for it; the predictions are on the CPU.
     """
+    # Beside the features their standardised and rotated copies, and five arrays of logits.
+    train = placed(train, 3, 20 * max(MOST_LOGITS, len(train) * classes) + 8 * MOST_REMEMBERED)
     strengths = sorted(settings.regularisations, reverse=True)
     best = min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / UNCHOSEN)))
     validation, start, axes = None, None, None
     kept, held = hold_out(train_labels, share=share, seed=seed, one_each=True)
     total = len(strengths) + 1
+    test = test.to(train.device)
     if len(strengths) > 1 and len(held):
-        scaled = standard(train[kept])
-        features = scaled(train[kept])
-        axes = principal_axes(features)
+        features = train[kept]
+        scaled = standard(features)
+        features = scaled(features)
+        axes, held_out = principal_axes(features), train_labels[held]
 
         def judge(grid: Tensor, begin: LogisticFit | None, before: int) -> tuple[LogisticFit, Tensor]:
             fit = logistic_regression(
@@ -89,7 +102,7 @@ def linear(
                 tolerance=NEAR,
                 report=None if report is None else lambda done: report("strengths of the probe", before + done, total),
             )
-            return fit, (fit.predict(scaled(train[held])) == train_labels[held]).sum(1)
+            return fit, (fit.predict(scaled(train[held])).cpu() == held_out).sum(1)
 
         grid = torch.tensor(strengths, dtype=train.dtype)
         best, hits, start = search(grid, at_once(len(kept), classes, train.shape[1] + 1), judge)
@@ -99,10 +112,11 @@ def linear(
             axes = None
         del features
     labelled = train_labels >= 0
-    scaled = standard(train[labelled])
+    features = train if labelled.all() else train[labelled]
+    scaled = standard(features)
     strength = torch.tensor([strengths[best]], dtype=train.dtype)
     fit = logistic_regression(
-        scaled(train[labelled]),
+        scaled(features),
         train_labels[labelled],
         strength,
         classes,
@@ -110,7 +124,7 @@ def linear(
         axes=axes,
         report=None if report is None else lambda done: report("strengths of the probe", total - 1 + done, total),
     )
-    return Prediction(fit.predict(scaled(test))[0], {"regularisation": strengths[best]}, validation)
+    return Prediction(fit.predict(scaled(test))[0].cpu(), {"regularisation": strengths[best]}, validation)
 
 
 def search(

@@ -24,8 +24,8 @@ MOST_CLASSES_SOLVED = 512
 STEPS, STEPS_OF_MANY = 1000, 20
 """Most steps of a fit, and with more classes than `MOST_CLASSES_SOLVED`: there a step takes long, and a weak
 regularisation would take hundreds of them."""
-TILE = 1024
-"""Images whose logits are one product: for few rows of weights that is faster than all images at once."""
+TILE, GPU_TILE = 1 << 10, 1 << 17
+"""Images whose logits are one product: for few rows of weights that is faster on a CPU than all images at once."""
 
 
 def cut_short(classes: int) -> str | None:
@@ -92,20 +92,19 @@ def logistic_regression(
     # The weight of each image in each problem's mean.
     shares = features.new_full((len(regularisations), 1), 1 / len(features))
     if used is not None:
+        used = used.to(features.device)
         shares = used / used.sum(1, keepdim=True, dtype=features.dtype)
-    targets = features.new_zeros(classes, len(features))
-    targets[labels, torch.arange(len(features))] = 1
+    # Where the logit of each image's own class is.
+    own = labels.to(features.device), torch.arange(len(features), device=features.device)
     size = at_once(len(features), classes, len(moments))
     memory = MOST_REMEMBERED // (2 * min(size, len(regularisations)) * classes * len(moments))
     memory = min(MEMORY, max(FEWEST_REMEMBERED, memory))
-    groups = zip(
-        *(torch.split(each, size) for each in (regularisations.to(features.dtype), shares, first)), strict=True
-    )
+    groups = zip(*(torch.split(each, size) for each in (regularisations.to(features), shares, first)), strict=True)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for strengths, share, initial in groups:
         before = sum(len(solved) for solved, _, _ in parts)
         parts.append(
-            _fit(inputs, moments, targets, strengths, share, initial, tolerance, max_steps, memory, report, before)
+            _fit(inputs, moments, own, strengths, share, initial, tolerance, max_steps, memory, report, before)
         )
     solved, converged, steps = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     weights = solved[..., :-1] @ axes.T if axes.shape[1] else solved[..., :-1]
@@ -143,7 +142,7 @@ def principal_axes(features: Float[Tensor, "images dim"]) -> Float[Tensor, "dim 
 def _fit(
     inputs: Tensor,
     moments: Tensor,
-    targets: Tensor,
+    own: tuple[Tensor, Tensor],
     strengths: Tensor,
     shares: Tensor,
     initial: Tensor,
@@ -154,24 +153,27 @@ def _fit(
     solved_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns weights [grid, classes, dim + 1], converged [grid] and steps [grid]."""
-    images, classes, dim = len(inputs), len(targets), len(moments)
+    images, classes, dim, device = len(inputs), initial.shape[1], len(moments), inputs.device
     penalty = strengths[:, None, None].repeat(1, 1, dim)
     penalty[..., -1] = 0
     solved = torch.empty_like(initial)
-    converged = torch.zeros(len(strengths), dtype=torch.bool)
-    steps = torch.full((len(strengths),), max_steps)
-    active = torch.arange(len(strengths))
-    tiles = inputs.split(TILE)
+    converged = torch.zeros(len(strengths), dtype=torch.bool, device=device)
+    steps = torch.full((len(strengths),), max_steps, device=device)
+    active = torch.arange(len(strengths), device=device)
+    width = GPU_TILE if device.type == "cuda" else TILE
+    tiles = inputs.split(width)
 
     def logits_of(weights: Tensor) -> Tensor:
         rows = weights.reshape(-1, dim)
         logits = rows.new_empty(len(rows), images)
-        for tile, part in zip(tiles, logits.split(TILE, 1), strict=True):
+        for tile, part in zip(tiles, logits.split(width, 1), strict=True):
             torch.addmm(rows[:, -1:], rows[:, :-1], tile.T, out=part)
         return logits.view(-1, classes, images)
 
     def gradient_at(weights: Tensor, probabilities: Tensor) -> Tensor:
-        residual = ((probabilities - targets) * shares[:, None]).view(-1, images)
+        residual = probabilities.clone()
+        residual[:, *own] -= 1
+        residual = residual.mul_(shares[:, None]).view(-1, images)
         gradient = torch.cat([residual @ inputs, residual.sum(1, keepdim=True)], 1)
         return gradient.view(-1, classes, dim).add_(penalty * weights)
 
@@ -186,11 +188,12 @@ def _fit(
             scale = 1 / (spread[..., None] * moments + penalty)
         direction = _quasi_newton(gradient, modes, scale, past)
         slope = _dot(gradient, direction)
-        done = -slope / 2 <= tolerance
+        done = (-slope / 2 <= tolerance).cpu()
         if done.any():
-            solved[active[done]], converged[active[done]], steps[active[done]] = weights[done], True, step
-            left = ~done
-            if not left.any():
+            out, left = (chosen.nonzero().squeeze(1).to(device) for chosen in (done, ~done))
+            leaving = active[out]
+            solved[leaving], converged[leaving], steps[leaving] = weights[out], True, step
+            if done.all():
                 return solved, converged, steps
             active, penalty, past = active[left], penalty[left], [(s[left], y[left], r[left]) for s, y, r in past]
             weights, logits, gradient = weights[left], logits[left], gradient[left]
@@ -199,7 +202,7 @@ def _fit(
         if report is not None:
             report(solved_before + len(strengths) - len(active))
         moved = logits_of(direction)
-        linear = _dot(penalty * weights, direction) - ((moved * targets).sum(1) * shares).sum(1)
+        linear = _dot(penalty * weights, direction) - (moved[:, *own] * shares).sum(1)
         length, probabilities = _line_search(logits, moved, shares, linear, _dot(penalty * direction, direction), slope)
         change = length[:, None, None] * direction
         logits.addcmul_(length[:, None, None], moved)

@@ -62,7 +62,7 @@ def retrieve(
     references each query is compared with all others. A reference with the query's id is left out of its ranking and of
     its number of relevant ones, as are all images labelled −1. Queries are ranked block by block: no table of all
     queries and references is stored. With `shared`, collective: all ranks pass the same, each searches its share of the
-    references, and all get the whole result.
+    references, and all get the whole result. All is computed where the queries are; the result is on the CPU.
 
     Raises:
         ValueError: if ids or labels are given on one side only, the queries are the references without ids, or no
@@ -78,9 +78,12 @@ def retrieve(
         query_ids = reference_ids = torch.arange(len(queries), device=queries.device)
     if references is None or reference_labels is None or (query_ids is None) != (reference_ids is None):
         raise ValueError("references and their labels, or ids, are given on one side only; give both or neither")
-    if query_ids is None and queries.shape == references.shape and torch.equal(queries, references):
+    if query_ids is None and queries.shape == references.shape and torch.equal(queries, references.to(queries.device)):
         raise ValueError("the queries are the references, so each would find itself; give query_ids and reference_ids")
-    labelled = reference_labels >= 0
+    # Labels and ids are counted on the CPU, where numbers are read.
+    query_labels, reference_labels = query_labels.cpu(), reference_labels.cpu()
+    query_ids, reference_ids = (None if ids is None else ids.cpu() for ids in (query_ids, reference_ids))
+    device, labelled = queries.device, reference_labels >= 0
     references, reference_labels = references[labelled], reference_labels[labelled]
     reference_ids = reference_ids[labelled] if reference_ids is not None else None
     relevant = _relevant(query_labels, reference_labels, query_ids, reference_ids)
@@ -92,19 +95,19 @@ def retrieve(
             "more"
         )
     left, right = searchable(queries[counted], references, nearness)
-    relevant, labels = relevant[counted], query_labels[counted]
-    ids = query_ids[counted] if query_ids is not None else None
-
-    recall = torch.empty(len(settings.recall_at), len(counted), dtype=torch.bool, device=queries.device)
+    ids = query_ids[counted].to(device) if query_ids is not None else None
+    recall = torch.empty(len(settings.recall_at), len(counted), dtype=torch.bool, device=device)
     ndcg = left.new_empty(len(settings.ndcg_at), len(counted), dtype=torch.float64)
     r_precision, map_at_r = (left.new_empty(len(counted), dtype=torch.float64) for _ in range(2))
     widest = max(*settings.recall_at, *settings.ndcg_at, 1)
     # Sorted by the number of relevant references: a block is searched no deeper than necessary.
-    order = relevant.argsort(descending=True, stable=True)
-    start = 0
+    numbers, order = relevant[counted].sort(descending=True, stable=True)
+    relevant, labels = numbers.to(device), query_labels[counted[order]].to(device)
+    targets, order, start = reference_labels.to(device), order.to(device), 0
     while start < len(order):
-        depth = min(max(int(relevant[order[start]]), widest), len(references))
-        rows = order[start : start + max(1, HITS // depth)]
+        depth = min(max(int(numbers[start]), widest), len(references))
+        part = slice(start, start + max(1, HITS // depth))
+        rows = order[part]
         start += len(rows)
         similarities, nearest = top_k(
             left[rows],
@@ -114,14 +117,15 @@ def retrieve(
             key_ids=reference_ids,
             shared=shared,
         )
-        hits = (reference_labels[nearest] == labels[rows, None]) & (similarities > -torch.inf)
+        hits = (targets[nearest] == labels[part, None]) & (similarities > -torch.inf)
         for index, k in enumerate(settings.recall_at):
             recall[index, rows] = hits[:, :k].any(1)
         for index, k in enumerate(settings.ndcg_at):
-            ideal = discounted(ideal_hits(relevant[rows], min(k, depth)))
+            ideal = discounted(ideal_hits(relevant[part], min(k, depth)))
             ndcg[index, rows] = discounted(hits[:, :k].double()) / ideal
-        r_precision[rows], map_at_r[rows] = at_r(hits, relevant[rows])
-    return RetrievalResult(counted, asked - len(counted), recall, r_precision, map_at_r, ndcg)
+        r_precision[rows], map_at_r[rows] = at_r(hits, relevant[part])
+    scores = (each.cpu() for each in (recall, r_precision, map_at_r, ndcg))
+    return RetrievalResult(counted, asked - len(counted), *scores)
 
 
 def at_r(

@@ -19,9 +19,11 @@ from manyviews.data import AnyData, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
 from manyviews.features.backbone import PretrainedBackbone
+from manyviews.features.placing import fits
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.precision import tf32
 from manyviews.views import enlarged
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -38,7 +40,8 @@ class EncodeSettings(Settings):
     batch_size: int = Field(256, ge=1, le=1_048_576)
     """Images encoded at once by each process; the features depend on it by rounding alone."""
     precision: Precision = "fp32"
-    """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32."""
+    """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32. On a
+    GPU fp32 multiplies in TF32, with 10 bits behind the point, and adds in float32."""
     workers: int = Field(2, ge=0, le=1024)
     """Threads that decode images, for each process."""
 
@@ -85,6 +88,7 @@ def extract(
     precision: Precision = "fp32",
     workers: int = 2,
     stopped: Callable[[], bool] | None = None,
+    keep: bool = False,
 ) -> Float[Tensor, "chosen width"]:
     """Features of all images, or of those in `ids`, in that order: float32 on the CPU.
 
@@ -101,6 +105,7 @@ def extract(
         precision: bf16 and fp16 run the backbone under autocast.
         workers: threads that read files ahead.
         stopped: called on all ranks before each batch, with the same result; true ends the work.
+        keep: leave the features on a GPU where they fit: then the host waits for no batch.
 
     Raises:
         ValueError: no image, an id given twice, features not finite or not one vector per image; the other ranks then
@@ -120,7 +125,8 @@ def extract(
     batches = batches[distributed.share(len(batches))]
     count = sum(map(len, batches))
     batches = batches or (chosen[:1],)
-    passes = encoded(backbone, images, batches, prepare=prepare, device=device, precision=precision, workers=workers)
+    given: Any = {"prepare": prepare, "device": device, "precision": precision, "workers": workers, "keep": keep}
+    passes = encoded(backbone, images, batches, **given)
     local = torch.empty(0)
     done = 0
     problem: Exception | None = None
@@ -133,7 +139,8 @@ def extract(
                 for ids_of_batch, rows in islice(passes, 1):
                     if not done:
                         # Allocated once: concatenated at the end, all batches would take the memory twice.
-                        local = torch.empty(max(count, 1), rows.shape[1])
+                        stays = rows.device.type == "cuda" and fits(count * rows[:1].nbytes, rows.device)
+                        local = torch.empty(max(count, 1), rows.shape[1], device=rows.device if stays else "cpu")
                     local[done : done + len(ids_of_batch)] = rows
                     done += len(ids_of_batch)
             except Exception as raised:
@@ -145,10 +152,10 @@ def extract(
     local = local[:count]
     if distributed.world_size() > 1:
         # Shares are consecutive: the rank order is that of the ids.
-        local = distributed.gather_without_gradient(local.to(device)).cpu()
+        local = distributed.gather_without_gradient(_placed_on_all_ranks(local, len(chosen), device))
         assert len(local) == len(chosen), f"{len(local)} features for {len(chosen)} images"
     check_finite(local)
-    return local
+    return local if keep else local.cpu()
 
 
 def encoded(
@@ -160,29 +167,34 @@ def encoded(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     workers: int = 2,
+    keep: bool = False,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
     """Yields ids and outputs per batch: float32 vectors on the CPU, or a dictionary of such.
 
-    `batches` are ids; the other arguments, and what stays unchanged, are those of `extract`.
+    `batches` are ids; the other arguments, and what stays unchanged, are those of `extract`. With `keep` the outputs
+    stay on the device; else the host waits once for each batch, when the next one has been started there.
 
     Raises:
         ValueError: the module does not return one vector per image.
     """
     device = torch.device(device)
-    previous: tuple[Tensor, Any] | None = None
+    previous: tuple[Tensor, Any, torch.cuda.Event | None] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
         for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
             # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
-                outputs = module(prepare(pixels.to(device, non_blocking=True)))
-            # Copied from the device only after the next batch was started there.
+                inputs = prepare(pixels.to(device, non_blocking=True))
+                with tf32(precision == "fp32"):
+                    outputs = module(inputs)
+            # Its copy follows the batch at once, and arrives while the next one is computed.
+            copied = (_map_tensors(Tensor.float, outputs), None) if keep else _copied(outputs, device)
             if previous is not None:
-                yield previous[0], _map_tensors(_to_host, previous[1])
+                yield _arrived(*previous)
             _map_tensors(partial(_check_vectors, len(ids)), outputs)
-            previous = ids, outputs
+            previous = ids, *copied
         if previous is not None:
-            yield previous[0], _map_tensors(_to_host, previous[1])
+            yield _arrived(*previous)
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
@@ -213,8 +225,31 @@ def _map_tensors(function: Callable[[Tensor], Any], outputs: Any) -> Any:
     return {name: function(rows) for name, rows in outputs.items()} if isinstance(outputs, dict) else function(outputs)
 
 
-def _to_host(rows: Tensor) -> Tensor:
-    return rows.float().cpu()
+def _copied(outputs: Any, device: torch.device) -> tuple[Any, torch.cuda.Event | None]:
+    """Outputs as float32 on the CPU, which hold them once the event has happened."""
+    # A GPU copies into pinned memory meanwhile; other devices do not tell when a copy has arrived.
+    from_gpu = device.type == "cuda"
+    copies = _map_tensors(lambda rows: rows.float().to("cpu", non_blocking=from_gpu), outputs)
+    if not from_gpu:
+        return copies, None
+    event = torch.cuda.Event()
+    event.record()
+    return copies, event
+
+
+def _arrived(ids: Tensor, outputs: Any, event: torch.cuda.Event | None) -> tuple[Tensor, Any]:
+    if event is not None:
+        event.synchronize()
+    return ids, outputs
+
+
+def _placed_on_all_ranks(local: Tensor, count: int, device: torch.device) -> Tensor:
+    """This rank's features on the device if all of them fit there on each rank, else on the CPU; collective."""
+    if device.type != "cuda":
+        return local.to(device)
+    # Those of the ranks, padded to one length, then those of all.
+    needed = 3 * count * local.shape[1] * local.element_size()
+    return local.to("cpu" if distributed.any_over_ranks(not fits(needed, device)) else device)
 
 
 def _check_vectors(count: int, rows: Tensor) -> None:

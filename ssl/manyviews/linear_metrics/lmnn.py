@@ -22,6 +22,8 @@ PAIRS = 1 << 13
 """Pairs whose differences are in memory at a time: a few MiB, which fit in the cache."""
 TILE = 512
 """Images whose distances to all others are in memory at a time."""
+GPU_NUMBERS = 1 << 27
+"""Numbers of differences, or distances, in the memory of a GPU at a time: 512 MiB."""
 STEPS = 10
 """Steps between searches for impostors, and gradients that L-BFGS keeps."""
 PULLED = 3.0
@@ -103,7 +105,8 @@ def lmnn_loss(
     pushed = torch.zeros((), dtype=torch.float64, device=features.device)
     counts = torch.zeros_like(reach)
     weight = torch.empty(impostors.shape[1], dtype=features.dtype, device=features.device)
-    for part in slices(0, len(weight), PAIRS):
+    at_once = max(PAIRS, GPU_NUMBERS // mapped.shape[1]) if mapped.device.type == "cuda" else PAIRS
+    for part in slices(0, len(weight), at_once):
         images, others = impostors[:, part]
         distances = (mapped[images] - mapped[others]).square_().sum(1)
         hinges = (reach[images] - distances[:, None]).clamp_(min=0)
@@ -155,7 +158,8 @@ def find_impostors(
     reach = (1 + reserve) * (1 + _squared_distances(mapped, targets)).masked_fill_(targets < 0, -torch.inf).amax(1)
     left, right = squared_distance_rows(mapped, mapped)
     impostors = []
-    for rows in slices(0, len(mapped), TILE):
+    height = max(1, GPU_NUMBERS // len(mapped)) if mapped.device.type == "cuda" else TILE
+    for rows in slices(0, len(mapped), height):
         near = left[rows] @ right.T < reach[rows, None]
         pairs = near.logical_and_(labels[rows, None] != labels).nonzero()
         pairs[:, 0] += rows.start

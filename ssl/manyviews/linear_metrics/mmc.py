@@ -12,8 +12,8 @@ from manyviews.engine.rows import slices
 from manyviews.linear_metrics.linear_metric import ClassLabels, Features, LinearMetric, Report, labelled
 from manyviews.linear_metrics.mahalanobis import Shrinkage, inverse_root, shrunk_covariance
 
-TILE = 512
-"""Rows and columns of a tile of pairs: 1 MiB of distances."""
+TILE, GPU_TILE = 1 << 9, 1 << 13
+"""Rows and columns of a tile of pairs: 1 MiB of distances, and on a GPU 256 MiB."""
 FIRST = 1_000
 """Images of a first, smaller problem, whose solution is a start from which few steps with all images remain."""
 
@@ -131,8 +131,9 @@ def between(
     least = torch.finfo(mapped.dtype).eps * float(squares.mean())
     weighted, degrees = torch.zeros_like(inputs), torch.zeros_like(squares)
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    for rows in slices(0, len(inputs), TILE):
-        for columns in slices(rows.start, len(inputs), TILE):
+    side = GPU_TILE if inputs.device.type == "cuda" else TILE
+    for rows in slices(0, len(inputs), side):
+        for columns in slices(rows.start, len(inputs), side):
             distances = torch.addmm(squares[columns][None], mapped[rows], mapped[columns].T, alpha=-2)
             distances = distances.add_(squares[rows, None]).clamp_(min=least or 1.0).sqrt_()
             unlike = labels[rows, None] != labels[columns]

@@ -38,6 +38,12 @@ def device() -> int:
     return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else host()
 
 
+def free(gpu: torch.device) -> int:
+    """Bytes of memory of a GPU that are free for this process."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
+
+
 def ran_out(problem: BaseException) -> bool:
     """Whether an error means that memory ran out, of the machine or the GPU."""
     return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manyviews.evaluators.linear import NEAR, UNCHOSEN, standard
 from manyviews.evaluators.logistic import MOST_LOGITS, logistic_regression, principal_axes
+from manyviews.features.placing import placed
 
 STRENGTHS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Regularisations of the linear probe, strongest first."""
@@ -52,9 +53,10 @@ def fit_probe(
     make each fit slow, they are fitted in turn, the strongest first, until two in a row do not improve.
     """
     strengths = torch.tensor(STRENGTHS if held_out is not None else (UNCHOSEN,), dtype=torch.float64)
+    features = placed(features, 3, 20 * MOST_LOGITS)
     scaled = standard(features)
     inputs = scaled(features)
-    tests = scaled(held_out) if held_out is not None else None
+    tests = scaled(held_out.to(features.device)) if held_out is not None else None
     numbers = len(inputs) * classes * len(strengths)
     parts = strengths.split(1 if numbers > MOST_LOGITS else len(strengths))
     axes, start, best, since = principal_axes(inputs), None, None, 0
@@ -62,7 +64,7 @@ def fit_probe(
         fit = logistic_regression(
             inputs, labels, part, classes, start=start, axes=axes, tolerance=NEAR if len(parts) > 1 else 1e-5
         )
-        hits = (fit.predict(tests) == held_out_labels).sum(1) if tests is not None else torch.zeros(len(part))
+        hits = (fit.predict(tests).cpu() == held_out_labels).sum(1) if tests is not None else torch.zeros(len(part))
         chosen = int(hits.argmax())
         since += 1
         if best is None or hits[chosen] > best[0]:
@@ -76,7 +78,7 @@ def fit_probe(
     accuracy = right.item() / len(held_out_labels) if tests is not None else None
     # The standardisation is folded into the layer.
     weights = weights * scaled.scale
-    return Probe(weights, biases - weights @ scaled.mean, strength, accuracy)
+    return Probe(weights.cpu(), (biases - weights @ scaled.mean).cpu(), strength, accuracy)
 
 
 def set_head(model: nn.Module, probe: Probe) -> None:
