@@ -15,13 +15,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import AnyData, Data, Split, shorthand
+from manyviews.data import AnyData, Batch, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
+from manyviews.data.loader import copied_ahead
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.hardware import decoders
 from manyviews.views import enlarged
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -39,8 +41,8 @@ class EncodeSettings(Settings):
     """Images encoded at once by each process; the features depend on it by rounding alone."""
     precision: Precision = "fp32"
     """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32."""
-    workers: int = Field(2, ge=0, le=1024)
-    """Threads that decode images, for each process."""
+    workers: int | None = Field(None, ge=0, le=1024)
+    """Threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
 
     def data_of(self, opened: PretrainedBackbone) -> AnyData | None:
         """The data of the settings, or else of the run."""
@@ -83,7 +85,7 @@ def extract(
     ids: Int[Tensor, " chosen"] | None = None,
     batch_size: int = 512,
     precision: Precision = "fp32",
-    workers: int = 2,
+    workers: int | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> Float[Tensor, "chosen width"]:
     """Features of all images, or of those in `ids`, in that order: float32 on the CPU.
@@ -99,7 +101,7 @@ def extract(
         ids: distinct ids, the same on every rank.
         batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
-        workers: threads that read files ahead.
+        workers: threads that read files ahead; None: as many as the machine has cores for.
         stopped: called on all ranks before each batch, with the same result; true ends the work.
 
     Raises:
@@ -159,7 +161,7 @@ def encoded(
     prepare: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
     """Yields ids and outputs per batch: float32 vectors on the CPU, or a dictionary of such.
 
@@ -172,10 +174,10 @@ def encoded(
     previous: tuple[Tensor, Any] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
-        for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
+        for ids, pixels in _read_ahead(images, batches, workers, device):
             # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
-                outputs = module(prepare(pixels.to(device, non_blocking=True)))
+                outputs = module(prepare(pixels))
             # Copied from the device only after the next batch was started there.
             if previous is not None:
                 yield previous[0], _map_tensors(_to_host, previous[1])
@@ -237,7 +239,20 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+def _read_ahead(
+    images: Readable, batches: Sequence[Tensor], workers: int | None, device: torch.device
+) -> Generator[tuple[Tensor, Tensor]]:
+    """Yields the ids of batches and their pixels on the device, on a GPU copied ahead."""
+    pixels = _read_by_threads(images, batches, decoders(workers))
+    if device.type != "cuda":
+        yield from ((ids, rows.to(device)) for ids, rows in zip(batches, pixels, strict=True))
+        return
+    pinned = (Batch(rows.pin_memory(), ids, 0) for ids, rows in zip(batches, pixels, strict=True))
+    for ids, batch in zip(batches, copied_ahead(pinned, device), strict=True):
+        yield ids, batch.images
+
+
+def _read_by_threads(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     # Images in memory need no threads, which would take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)
