@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass
 from itertools import count, cycle
@@ -16,7 +17,7 @@ from manyviews.data.decoding.decode import quiet
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images
 from manyviews.data.sampler import Order
-from manyviews.data.worker_process import decode
+from manyviews.data.worker_process import Decoded, decode
 from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
 from manyviews.system.hardware import decoders
@@ -29,6 +30,8 @@ COPIED = 2
 """Batches that are copied to a GPU ahead of the one in use."""
 RESIDENT = 4
 """Images in memory are kept on a GPU if they take at most its free memory divided by this."""
+READING = 4
+"""Threads that read decoded pictures, at most."""
 UPLOADED = 4096
 """Images that are copied to a GPU at once."""
 
@@ -94,7 +97,8 @@ class Loader:
 
     def _from_host(self) -> Generator[Batch]:
         if isinstance(self.images, Files) and self._workers:
-            return self._from_workers(self.images)
+            cached = self.images.cache is not None
+            return self._from_threads(self.images) if cached else self._from_workers(self.images)
         return self._in_process()
 
     def _plan(self) -> Generator[tuple[int, list[int]]]:
@@ -121,6 +125,28 @@ class Loader:
             else:
                 pixels = self.images.read(torch.tensor(ids))
             yield Batch(pixels.pin_memory() if self._pin else pixels, torch.tensor(ids), epoch)
+
+    def _from_threads(self, images: Files) -> Generator[Batch]:
+        """Batches of decoded pictures, which threads read ahead."""
+        plan, number = self._plan(), min(self._workers, READING)
+        pool = ThreadPoolExecutor(number, thread_name_prefix="read")
+        waiting: deque[tuple[int, Future[Decoded]]] = deque()
+
+        def request() -> None:
+            epoch, share = next(plan)
+            waiting.append((epoch, pool.submit(decode, images, share, lambda image: None, pin=self._pin)))
+
+        try:
+            for _ in range(number):
+                request()
+            while True:
+                epoch, batch = waiting.popleft()
+                request()
+                pixels, ids, failures = batch.result()
+                _note(images, failures)
+                yield Batch(pixels, torch.tensor(ids), epoch)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _from_workers(self, images: Files) -> Generator[Batch]:
         with ExitStack() as stack:

@@ -174,7 +174,7 @@ def encoded(
     previous: tuple[Tensor, Any] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
-        for ids, pixels in _read_ahead(images, batches, workers, device):
+        for ids, pixels in _batches_on_device(images, batches, workers, device):
             # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
                 outputs = module(prepare(pixels))
@@ -239,11 +239,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _read_ahead(
+def _batches_on_device(
     images: Readable, batches: Sequence[Tensor], workers: int | None, device: torch.device
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Yields the ids of batches and their pixels on the device, on a GPU copied ahead."""
-    pixels = _read_by_threads(images, batches, decoders(workers))
+    pixels = _read_ahead(images, batches, decoders(workers))
     if device.type != "cuda":
         yield from ((ids, rows.to(device)) for ids, rows in zip(batches, pixels, strict=True))
         return
@@ -252,16 +252,18 @@ def _read_ahead(
         yield ids, batch.images
 
 
-def _read_by_threads(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     # Images in memory need no threads, which would take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    # Each batch is decoded by threads of its own.
+    ahead = max(workers // max(images.workers, 1), min(workers, 2))
+    with ThreadPoolExecutor(ahead) as pool:
         waiting: deque[Future[Tensor]] = deque()
         for ids in batches:
             waiting.append(pool.submit(images.read, ids))
-            if len(waiting) > workers:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
