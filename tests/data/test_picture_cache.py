@@ -13,12 +13,14 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from manyviews import cli
 from manyviews.data import Folder, InMemory, Loader, Order, Split, select
 from manyviews.data.decoding import files, picture_cache
 from manyviews.data.decoding.decode import Decoding
 from manyviews.data.decoding.files import Files
 from manyviews.system import first_rank
 from processes import launched, start
+from stopped_runs import content, differing, stop_after
 
 COUNT = 40
 TRUNCATED = ("cat/07.png", "dog/03.png")
@@ -323,3 +325,26 @@ def test_a_file_that_is_lost_during_a_run_is_lost_with_a_cache_too(tmp_path: Pat
     assert [*cached.failed] == ["cat/05.png"]
     assert batches(cached, 2) == batches(plain, 0)
     assert cached.fingerprint == plain.fingerprint
+
+
+def test_all_commands_read_it_and_learn_what_they_learn_without_it(
+    tmp_path: Path, data: Path, decoded: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [f"data={data}", "data.size=16", "data.memory=0", "data.holdout=0.25"]
+    small = ["train.batch_size=10", "train.epochs=2", "train.precision=fp32", "train.threads=1", "train.log_every=1"]
+    small += ["encoder.projector.hidden=16", "encoder.projector.dim=8", "views.size=16"]
+    cached = [*own, f"data.cache={tmp_path / 'kept'}"]
+    plain, kept = tmp_path / "plain", tmp_path / "cached"
+    assert cli.pretrain([*own, *small, f"output={plain}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit):
+            cli.pretrain([*own, *small, f"output={kept}"])
+    # A run may go on with a cache that it was not begun with.
+    assert cli.pretrain([*cached, *small, f"output={kept}", "resume=true"]) == 0
+    assert not differing(content(plain), content(kept))
+    decoded.clear()
+    assert cli.evaluate([str(kept), "report=false", "maps=[]", "baselines=false", "tasks=[knn]"]) == 0
+    assert cli.extract([str(kept), f"output={tmp_path / 'features'}"]) == 0
+    assert cli.finetune([str(kept), f"output={tmp_path / 'tuned'}", "min_steps=2", "epochs=1", "threads=1"]) == 0
+    assert decoded.total() == 0
