@@ -11,7 +11,9 @@ from manyviews.data import Folder, Loader, Order, Sample, loader
 from manyviews.data.decoding.files import Files
 from manyviews.features.encoding import encoded
 from manyviews.system import hardware
-from pretend_cuda import GPU, LOG, PretendTensor, pretend_cuda
+from pretend_cuda import LOG, PretendTensor, pretend_cuda
+
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
