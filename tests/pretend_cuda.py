@@ -132,6 +132,8 @@ class PretendTensor(torch.Tensor):
     def pin_memory(self, *args: Any) -> Any:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
+    def record_stream(self, stream: Any) -> None: ...
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, kinds: Any, args: Any = (), options: Any = None) -> Any:
         return _run(func, args, options or {})

@@ -45,8 +45,8 @@ class TrainSettings(Settings):
     """Memory layout of the encoder: channels last is the faster one for convolutions on most devices."""
     compile: bool = False
     """Compile the encoder with torch.compile: a slow first step, then faster ones."""
-    workers: int = Field(2, ge=0, le=1024)
-    """Processes or threads that decode images, for each process."""
+    workers: int | None = Field(None, ge=0, le=1024)
+    """Processes or threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of each process on the CPU; null: the cores divided among the processes."""
     log_every: int = Field(10, ge=1, le=1_000_000_000)

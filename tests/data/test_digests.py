@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from manyviews.data import STL10, Folder, Images
 from manyviews.data.decoding.files import Files, State, digest, open_image
 from manyviews.data.listing import digests as cache
+from manyviews.data.listing import one_rank
 from manyviews.data.listing.digests import DigestCache
 from processes import start
 
@@ -270,39 +272,46 @@ def test_the_pixels_of_stl10_count(tmp_path):
     assert stl10(tmp_path, 1) == stl10(tmp_path / "copy", 1) != stl10(tmp_path, 2)
 
 
-def together(number: int, port: int, roots: list[str], out: str, memory: float) -> None:
-    """Reads a folder as one of two processes; writes down the files that were read, and what came of it."""
+def together(number: int, port: int, roots: list[str], out: str, memory: float, compared: int) -> None:
+    """Reads a folder as one of two processes; writes down the files that were opened, and what came of it."""
     os.environ["TORCH_HOME"] = out
+    one_rank.COMPARED = compared
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    read_files = []
-    own = cache.digest
-    cache.digest = lambda file: (read_files.append(Path(file_name(file)).name), own(file))[1]
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(Path(str(args[0])).name) if event == "open" else None)
     try:
         images = Folder(path=roots[number], size=SIDE, memory=memory, holdout=0, max_bad=0.5).build().train
-        result = f"{images.fingerprint} {' '.join(images.names)}"
+        at_start = sorted(name for name in opened if name.endswith(".bmp"))
+        pixels = images.read(torch.arange(len(images))).flatten().tolist()
+        result = f"{images.fingerprint} {' '.join(images.names)} {type(images).__name__} {hash(tuple(pixels))}"
     except ValueError as problem:
-        result = str(problem)
-    Path(out, f"{number}.txt").write_text(f"{' '.join(sorted(read_files))}\n{result}")
+        at_start, result = [], str(problem)
+    Path(out, f"{number}.txt").write_text(f"{' '.join(at_start)}\n{result}")
     dist.destroy_process_group()
 
 
-def by_two(tmp_path: Path, roots: list[Path], memory: float = 0.0) -> list[list[str]]:
+def by_two(tmp_path: Path, roots: list[Path], memory: float = 0.0, compared: int = 64) -> list[list[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start(together, (port, [str(root) for root in roots], str(tmp_path), memory), count=2)
+    start(together, (port, [str(root) for root in roots], str(tmp_path), memory, compared), count=2)
     return [(tmp_path / f"{number}.txt").read_text().split("\n") for number in range(2)]
 
 
-def test_two_processes_read_half_of_the_files_each_and_know_all(tmp_path):
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_of_two_processes_one_opens_the_files_and_both_know_them(tmp_path, memory):
     root = tmp_path / "data"
-    for number in range(6):
+    for number in range(40):
         write(root / f"{number}.bmp", number)
     (root / "4.bmp").write_bytes(b"no image")
-    (first, result), (second, other) = by_two(tmp_path, [root, root])
-    assert result == other == f"{read(root, max_bad=0.5).fingerprint} 0.bmp 1.bmp 2.bmp 3.bmp 5.bmp"
-    assert sorted([*first.split(), *second.split()]) == ["0.bmp", "1.bmp", "2.bmp", "3.bmp", "5.bmp"]
-    assert abs(len(first.split()) - len(second.split())) <= 1
+    names = {f"{number}.bmp" for number in range(40)}
+    (first, result), (second, other) = by_two(tmp_path, [root, root], memory, compared=3)
+    alone = read(root, memory, max_bad=0.5)
+    pixels = hash(tuple(alone.read(torch.arange(39)).flatten().tolist()))
+    assert result == other == f"{alone.fingerprint} {' '.join(alone.names)} {type(alone).__name__} {pixels}"
+    assert set(first.split()) == names
+    # To compare them: the first one, the last one, and one between.
+    assert second.split() == ["0.bmp", "20.bmp", "39.bmp"]
 
 
 @pytest.mark.parametrize(("memory", "harm"), [(1.0, "content"), (0.0, "size"), (0.0, "name")])

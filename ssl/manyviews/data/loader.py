@@ -1,7 +1,8 @@
 """Loads batches of images from any step on, the same with any number of workers."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass
 from itertools import count, cycle
@@ -16,12 +17,23 @@ from manyviews.data.decoding.decode import quiet
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images
 from manyviews.data.sampler import Order
-from manyviews.data.worker_process import decode
+from manyviews.data.worker_process import Decoded, decode
 from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
+from manyviews.system.hardware import decoders
 
 PREFETCHED = 2
 """Batches that each worker decodes ahead."""
+MOST_PREFETCHED = 1 << 32
+"""Bytes of all these batches, unless each worker has one."""
+COPIED = 2
+"""Batches that are copied to a GPU ahead of the one in use."""
+RESIDENT = 4
+"""Images in memory are kept on a GPU if they take at most its free memory divided by this."""
+READING = 4
+"""Threads that read decoded pictures, at most."""
+UPLOADED = 4096
+"""Images that are copied to a GPU at once."""
 
 
 class Batch(NamedTuple):
@@ -36,8 +48,10 @@ class Batch(NamedTuple):
 class Loader:
     """Iterates without end over one rank's share of the global batches, from step `start` on.
 
-    Images on disk are decoded ahead by `workers` processes, which end with the iterator. On a machine with CUDA the
-    batches are pinned, for `.to(device, non_blocking=True)`.
+    Images on disk are decoded ahead by `workers` processes, which end with the iterator; None: as many as the cores
+    allow. Batches come on `device`, by default the CPU, where they are pinned if there is CUDA. For a GPU, images in
+    memory that take at most a quarter of its free memory are copied there once and indexed there; of other images the
+    batches are copied two ahead.
 
     A file that cannot be decoded any more is replaced by the next readable image, under that image's id, and listed in
     `images.failed`.
@@ -58,29 +72,51 @@ class Loader:
     _: KW_ONLY
     rank: int = 0
     size: int = 1
-    workers: int = 0
+    workers: int | None = 0
     start: int = 0
     timeout: float = 300.0
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
-        self._pin = torch.cuda.is_available()
+        self._pin = torch.cuda.is_available() if self.device is None else self.device.type == "cuda"
+        self._workers = decoders(self.workers)
         batch, size = self.order.batch_size, self.size
         if batch % size:
             nearest = max(round(batch / size), 1) * size
             raise ValueError(f"a batch of {batch} images does not divide over {size} processes; use {nearest}")
 
-    def __iter__(self) -> Iterator[Batch]:
-        if isinstance(self.images, Files) and self.workers:
-            return self._from_workers(self.images)
+    def __iter__(self) -> Generator[Batch]:
+        device = self.device or torch.device("cpu")
+        if device.type != "cuda":
+            return (Batch(images.to(device), ids.to(device), epoch) for images, ids, epoch in self._from_host())
+        if not isinstance(self.images, Files):
+            taken = len(self.images) * self.images.channels * self.images.size**2
+            if taken <= torch.cuda.mem_get_info(device)[0] // RESIDENT:
+                return self._on_device(device)
+        return copied_ahead(self._from_host(), device)
+
+    def _from_host(self) -> Generator[Batch]:
+        if isinstance(self.images, Files) and self._workers:
+            cached = self.images.cache is not None
+            return self._from_threads(self.images) if cached else self._from_workers(self.images)
         return self._in_process()
 
-    def _plan(self) -> Iterator[tuple[int, list[int]]]:
+    def _plan(self) -> Generator[tuple[int, list[int]]]:
         for step in count(self.start):
             epoch, ids = self.order.batch(step)
             # The shares of a smaller last batch differ by at most one image.
             yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
 
-    def _in_process(self) -> Iterator[Batch]:
+    def _on_device(self, device: torch.device) -> Generator[Batch]:
+        images = self.images
+        pixels = torch.empty(len(images), images.channels, images.size, images.size, dtype=torch.uint8, device=device)
+        for ids in torch.arange(len(images)).split(UPLOADED):
+            pixels[int(ids[0]) : int(ids[-1]) + 1] = images.read(ids).to(device)
+        for epoch, share in self._plan():
+            ids = torch.tensor(share).pin_memory().to(device, non_blocking=True)
+            yield Batch(pixels.index_select(0, ids), ids, epoch)
+
+    def _in_process(self) -> Generator[Batch]:
         for epoch, ids in self._plan():
             if isinstance(self.images, Files):
                 with quiet():
@@ -90,11 +126,33 @@ class Loader:
                 pixels = self.images.read(torch.tensor(ids))
             yield Batch(pixels.pin_memory() if self._pin else pixels, torch.tensor(ids), epoch)
 
-    def _from_workers(self, images: Files) -> Iterator[Batch]:
+    def _from_threads(self, images: Files) -> Generator[Batch]:
+        """Batches of decoded pictures, which threads read ahead."""
+        plan, number = self._plan(), min(self._workers, READING)
+        pool = ThreadPoolExecutor(number, thread_name_prefix="read")
+        waiting: deque[tuple[int, Future[Decoded]]] = deque()
+
+        def request() -> None:
+            epoch, share = next(plan)
+            waiting.append((epoch, pool.submit(decode, images, share, lambda image: None, pin=self._pin)))
+
+        try:
+            for _ in range(number):
+                request()
+            while True:
+                epoch, batch = waiting.popleft()
+                request()
+                pixels, ids, failures = batch.result()
+                _note(images, failures)
+                yield Batch(pixels, torch.tensor(ids), epoch)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _from_workers(self, images: Files) -> Generator[Batch]:
         with ExitStack() as stack:
-            packed = stack.enter_context(closing(Packed(images, self.workers)))
+            packed = stack.enter_context(closing(Packed(images, self._workers)))
             workers: list[Worker] = []
-            for number in range(self.workers):
+            for number in range(self._workers):
                 try:
                     worker = Worker(packed, number, pin=self._pin)
                 except RuntimeError:  # no thread could be started: the other workers do the work
@@ -111,7 +169,8 @@ class Loader:
                 worker.request(share)
                 pending.append((worker, epoch))
 
-            for _ in range(PREFETCHED * len(workers)):
+            one = self.order.batch_size // self.size * images.channels * images.size**2
+            for _ in range(max(len(workers), min(PREFETCHED * len(workers), MOST_PREFETCHED // one))):
                 request()
             while True:
                 worker, epoch = pending.popleft()
@@ -124,6 +183,35 @@ class Loader:
                 request()
                 _note(images, failures)
                 yield Batch(pixels, torch.tensor(ids), epoch)
+
+
+def copied_ahead(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:
+    """Copies batches to a GPU, two ahead of the one in use, on a stream of their own.
+
+    Pinned batches are copied while the GPU computes, and the host waits for none.
+    """
+    stream = torch.cuda.Stream(device)
+    copies: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def first() -> Batch:
+        batch, copied = copies.popleft()
+        user = torch.cuda.current_stream(device)
+        user.wait_event(copied)
+        for tensor in (batch.images, batch.ids):
+            # Their memory belongs to the other stream, which must not fill it again before they were used.
+            tensor.record_stream(user)
+        return batch
+
+    with closing(batches):
+        for images, ids, epoch in batches:
+            with torch.cuda.stream(stream):
+                pinned = ids.pin_memory()
+                batch = Batch(images.to(device, non_blocking=True), pinned.to(device, non_blocking=True), epoch)
+                copies.append((batch, stream.record_event()))
+            if len(copies) > COPIED:
+                yield first()
+        while copies:
+            yield first()
 
 
 def _note(images: Files, failures: list[tuple[str, str]]) -> None:

@@ -43,13 +43,13 @@ class Decoded(NamedTuple):
     """Names and reasons of files that cannot be decoded any more."""
 
 
-def decode(images: Files, ids: list[int], mark: Callable[[int], object]) -> Decoded:
-    """Decodes images in turn; an undecodable one is replaced by the next readable one.
+def decode(images: Files, ids: list[int], mark: Callable[[int], object], *, pin: bool = False) -> Decoded:
+    """Decodes images in turn, into pinned memory if asked to; an undecodable one is replaced by the next readable one.
 
     `mark` is called with each image before it is decoded, and with `NOTHING` after it. Raises ValueError if none of the
     next images can be decoded either.
     """
-    pixels = torch.empty(len(ids), images.channels, images.size, images.size, dtype=torch.uint8)
+    pixels = torch.empty(len(ids), images.channels, images.size, images.size, dtype=torch.uint8, pin_memory=pin)
     decoded = Decoded(pixels, [], [])
     for row, wanted in enumerate(ids):
         for image in ((wanted + offset) % len(images) for offset in range(min(MAX_SUBSTITUTIONS, len(images)))):

@@ -68,7 +68,7 @@ def augmented_probe(
     share: float = 0.2,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    workers: int = 2,
+    workers: int | None = None,
     report: Report | None = None,
 ) -> Prediction:
     """Predicts the test images by a linear head trained on crops and flips of training images.

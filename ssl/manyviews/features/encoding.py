@@ -15,14 +15,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import AnyData, Data, Split, shorthand
+from manyviews.data import AnyData, Batch, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
+from manyviews.data.loader import copied_ahead
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.placing import fits
 from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
+from manyviews.system.hardware import decoders
 from manyviews.system.precision import tf32
 from manyviews.views import enlarged
 
@@ -42,8 +44,8 @@ class EncodeSettings(Settings):
     precision: Precision = "fp32"
     """Arithmetic of the backbone: bf16 and fp16 are faster where the device is built for them; the files are fp32. On a
     GPU fp32 multiplies in TF32, with 10 bits behind the point, and adds in float32."""
-    workers: int = Field(2, ge=0, le=1024)
-    """Threads that decode images, for each process."""
+    workers: int | None = Field(None, ge=0, le=1024)
+    """Threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
 
     def data_of(self, opened: PretrainedBackbone) -> AnyData | None:
         """The data of the settings, or else of the run."""
@@ -86,7 +88,7 @@ def extract(
     ids: Int[Tensor, " chosen"] | None = None,
     batch_size: int = 512,
     precision: Precision = "fp32",
-    workers: int = 2,
+    workers: int | None = None,
     stopped: Callable[[], bool] | None = None,
     keep: bool = False,
 ) -> Float[Tensor, "chosen width"]:
@@ -103,7 +105,7 @@ def extract(
         ids: distinct ids, the same on every rank.
         batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
-        workers: threads that read files ahead.
+        workers: threads that read files ahead; None: as many as the machine has cores for.
         stopped: called on all ranks before each batch, with the same result; true ends the work.
         keep: leave the features on a GPU where they fit: then the host waits for no batch.
 
@@ -166,7 +168,7 @@ def encoded(
     prepare: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
-    workers: int = 2,
+    workers: int | None = None,
     keep: bool = False,
 ) -> Generator[tuple[Int[Tensor, " _"], Any]]:
     """Yields ids and outputs per batch: float32 vectors on the CPU, or a dictionary of such.
@@ -181,10 +183,10 @@ def encoded(
     previous: tuple[Tensor, Any, torch.cuda.Event | None] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
-        for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
+        for ids, pixels in _batches_on_device(images, batches, workers, device):
             # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
-                inputs = prepare(pixels.to(device, non_blocking=True))
+                inputs = prepare(pixels)
                 with tf32(precision == "fp32"):
                     outputs = module(inputs)
             # Its copy follows the batch at once, and arrives while the next one is computed.
@@ -272,16 +274,31 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def _batches_on_device(
+    images: Readable, batches: Sequence[Tensor], workers: int | None, device: torch.device
+) -> Generator[tuple[Tensor, Tensor]]:
+    """Yields the ids of batches and their pixels on the device, on a GPU copied ahead."""
+    pixels = _read_ahead(images, batches, decoders(workers))
+    if device.type != "cuda":
+        yield from ((ids, rows.to(device)) for ids, rows in zip(batches, pixels, strict=True))
+        return
+    pinned = (Batch(rows.pin_memory(), ids, 0) for ids, rows in zip(batches, pixels, strict=True))
+    for ids, batch in zip(batches, copied_ahead(pinned, device), strict=True):
+        yield ids, batch.images
+
+
 def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     # Images in memory need no threads, which would take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
         yield from map(images.read, batches)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    # Each batch is decoded by threads of its own.
+    ahead = max(workers // max(images.workers, 1), min(workers, 2))
+    with ThreadPoolExecutor(ahead) as pool:
         waiting: deque[Future[Tensor]] = deque()
         for ids in batches:
             waiting.append(pool.submit(images.read, ids))
-            if len(waiting) > workers:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+MOST_DECODERS = 32
+"""Processes that decode images for one GPU, by default."""
+
 
 def has_instructions(*names: str) -> bool:
     """Whether the CPU has one of the instruction sets (`torch.cpu.get_capabilities`)."""
@@ -21,6 +24,23 @@ def has_instructions(*names: str) -> bool:
 def cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoders(asked: int | None) -> int:
+    """Processes that decode images: those asked for, or else 2 on a CPU, which also computes.
+
+    With a GPU, this process's share of the cores but one, which feeds it. The quota of a container counts.
+    """
+    if asked is not None:
+        return asked
+    if not torch.cuda.is_available():
+        return 2
+    free = cores()
+    with suppress(OSError, ValueError):
+        # "max 100000" without a quota.
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        free = min(free, int(quota) // int(period))
+    return min(max(1, free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1), MOST_DECODERS)
 
 
 def host() -> int:

@@ -161,12 +161,12 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
     """Median seconds of further steps, with their images; identical on all ranks."""
     components, device = setup.components, setup.components.accelerator.device
     rank, size, workers = distributed.rank(), distributed.world_size(), components.recipe.train.workers
-    loader = Loader(setup.split.train, setup.order, rank=rank, size=size, workers=workers, start=step)
+    loader = Loader(setup.split.train, setup.order, rank=rank, size=size, workers=workers, start=step, device=device)
     times: list[float] = []
     components.forward.train()
     began = last = distributed.from_first_rank(time.monotonic())
     for images, ids, epoch in islice(loader, MOST_TIMED):
-        train_step(components, images.to(device), ids.to(device), epoch, step + len(times))
+        train_step(components, images, ids, epoch, step + len(times))
         now = distributed.from_first_rank(time.monotonic())
         times.append(now - last)
         last = now

@@ -83,9 +83,8 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     steps = settings.steps(order.steps_per_epoch)
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
     recorder = Recorder(components, images, order, budget, session, checkpoint)
-    loader = Loader(
-        images, order, rank=distributed.rank(), size=distributed.world_size(), workers=settings.workers, start=step
-    )
+    rank, size = distributed.rank(), distributed.world_size()
+    loader = Loader(images, order, rank=rank, size=size, workers=settings.workers, start=step, device=device)
     progress = budget.progress(step)
     components.forward.train()
     with session.console.bar(), recorder.last_line():
@@ -95,9 +94,7 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
                 break
             # The rate of the middle of the step: at its beginning the first rate of a warm-up is zero.
             set_rate(components.optimiser, cosine(budget.progress(step + 0.5), components.recipe.optim.warmup))
-            result = train_step(
-                components, batch.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch, step
-            )
+            result = train_step(components, batch, ids, epoch, step)
             step += 1
             progress = budget.progress(step)
             recorder.log(step, progress, result)

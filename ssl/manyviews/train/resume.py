@@ -27,7 +27,16 @@ from manyviews.train.budget import share_spent
 OF_A_START = {"resume", "elastic", "extend"}
 """Settings of one start and not of the run."""
 FREE = {
-    *("output", "data.max_bad", "train.workers", "train.threads", "train.log_every", "train.monitor", "train.preview"),
+    *(
+        "output",
+        "data.max_bad",
+        "data.cache",
+        "train.workers",
+        "train.threads",
+        "train.log_every",
+        "train.monitor",
+        "train.preview",
+    ),
     *("train.save_minutes", "train.keep", "train.keep_best", "train.keep_views", *OF_A_START),
 }
 """Settings that may change when a run is resumed."""

@@ -2,7 +2,7 @@
 
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, plain
+from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, per_channel, plain
 
 __all__ = [
     "MEAN",
@@ -13,5 +13,6 @@ __all__ = [
     "Views",
     "ViewsSettings",
     "enlarged",
+    "per_channel",
     "plain",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, UInt8
 from kornia.augmentation import IntensityAugmentationBase2D
-from kornia.filters import gaussian_blur2d
+from kornia.filters import filter2d_separable, gaussian_blur2d
 from torch import Tensor
 
 # Rows: luma (ITU-R BT.601) and the two chroma axes of YIQ. A grey pixel has no chroma; a hue shift turns the chroma.
@@ -180,10 +180,14 @@ def blur(
     kernel: int,
 ) -> Float[Tensor, "batch channels height width"]:
     """Gaussian blur (kornia's) where `applied`; `sigma` is per image, in pixels."""
-    sigma = sigma[:, None].expand(-1, 2)
     # On an accelerator the number of rows is not known here without waiting for it, so all of them are computed.
     if images.device.type != "cpu":
-        return torch.where(applied[:, None, None, None], gaussian_blur2d(images, kernel, sigma), images)
+        # kornia's function waits for the device, to check sigma.
+        offsets = torch.arange(kernel, device=images.device) - kernel // 2
+        weights = (-offsets.square() / (2 * sigma[:, None].square())).exp()
+        weights = weights / weights.sum(1, keepdim=True)
+        return torch.where(applied[:, None, None, None], filter2d_separable(images, weights, weights), images)
+    sigma = sigma[:, None].expand(-1, 2)
     rows = applied.nonzero().squeeze(1)
     return images.index_copy(0, rows, gaussian_blur2d(images[rows], kernel, sigma[rows])) if len(rows) else images
 

@@ -60,8 +60,8 @@ class RandomWindow(GeometricAugmentationBase2D):
         extent = box_extents(area, ratio, self.scale, self.ratio, aspect)
         parameters = {"extent": extent, "centre": (2 * torch.stack([x, y], 1) - 1) * (1 - extent)}
         if any(self.flip_probabilities):
-            chances = extent.new_tensor(self.flip_probabilities)
-            parameters["flip"] = torch.stack([horizontal, vertical], 1) < chances
+            chances = zip((horizontal, vertical), self.flip_probabilities, strict=True)
+            parameters["flip"] = torch.stack([draws < chance for draws, chance in chances], 1)
         if self.rotation:
             parameters["angle"] = (2 * angle - 1) * self.rotation
         if self.translation:
@@ -152,9 +152,9 @@ def resample(
     views = F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)
     if not levels:
         return views
-    sides = window.new_tensor([images.shape[-1], images.shape[-2]])
     # Pixels of the image per pixel of the view, along the view's axis that is reduced most.
-    step = ((window[:, :, :2] * sides[:, None]).square().sum(1).sqrt() / size).amax(1)
+    pixels = torch.stack([window[:, 0, :2] * images.shape[-1], window[:, 1, :2] * images.shape[-2]], 1)
+    step = (pixels.square().sum(1).sqrt() / size).amax(1)
     for level in range(1, levels + 1):
         images = F.adaptive_avg_pool2d(images, (images.shape[-2] // 2, images.shape[-1] // 2))
         reduced = F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)

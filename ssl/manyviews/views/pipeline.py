@@ -1,5 +1,6 @@
 """Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -250,8 +251,14 @@ def plain(
             scaled = scaled.clamp_(0, 255)  # it overshoots at edges, where an 8-bit image would not
     if isinstance(mean, float) and isinstance(std, float):
         return scaled.mul_(1 / (255 * std)).sub_(mean / std)
-    means, deviations = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    return (scaled / 255 - means) / deviations
+    return (scaled / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
+
+
+@cache
+def per_channel(values: float | tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
+    """Numbers for the channels of images, copied to a device once."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def enlarged(size: int, stored: int, data: Settings) -> str | None:

@@ -10,7 +10,7 @@ from functools import partial
 from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -62,6 +62,17 @@ def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedRe
     return file, State(*((number + 2**63) % 2**64 - 2**63 for number in numbers))
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """Decoded images by their number."""
+
+    def read(self, image: int, /) -> UInt8[Tensor, "channels size size"] | None:
+        """The picture of an image; None if the file is to be decoded; raises `UnreadableImageError`."""
+
+    def open(self) -> object:
+        """Maps the pictures into memory; raises ValueError if they are not there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Files:
     """Images on disk; undecodable ones are read as grey, warned of and listed in `failed`.
@@ -87,6 +98,10 @@ class Files:
     """The reasons of files that have become unreadable, by name."""
     reported: set[str] = field(default_factory=set)
     """Names in `failed` that `newly_unreadable` has returned."""
+    cache: Pictures | None = None
+    """Decoded pictures, which are read instead of the files."""
+    rows: Int64[Tensor, " images"] | None = None
+    """The number of each image in the cache, -1 for none; set with it."""
 
     @property
     def channels(self) -> int:
@@ -102,7 +117,12 @@ class Files:
         return len(self.names)
 
     def decode(self, image: int) -> UInt8[Tensor, "channels size size"]:
-        """Decodes one image; raises `UnreadableImageError`."""
+        """Decodes one image, or reads it from the cache; raises `UnreadableImageError`."""
+        row = -1 if self.rows is None else int(self.rows[image])
+        if self.cache is not None and row >= 0:
+            picture = self.cache.read(row)
+            if picture is not None:
+                return picture
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
     def _open(self, image: int) -> BufferedReader:

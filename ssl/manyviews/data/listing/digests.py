@@ -1,4 +1,4 @@
-"""Digests of files, equal on all ranks: cached on disk, or else read by one rank each."""
+"""Digests of files: cached on disk, or else read."""
 
 import hashlib
 import os
@@ -13,12 +13,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from manyviews.data.decoding.decode import UnreadableImageError
-from manyviews.data.decoding.files import DIGEST, State, digest, in_threads, on_any_rank, open_image
+from manyviews.data.decoding.files import DIGEST, State, digest, in_threads, open_image
 from manyviews.data.images import Report
 from manyviews.data.sources.paths import cache_folder
-from manyviews.system import distributed
-from manyviews.system.distributed import raise_on_all_ranks
-from manyviews.system.files import open_regular, shown
+from manyviews.system.files import open_regular
+from manyviews.system.first_rank import from_first
 from manyviews.system.writing import replacing
 
 SETTLED = 2_000_000_000
@@ -121,23 +120,18 @@ def digests_of(
     workers: int,
     report: Report | None,
 ) -> Digests:
-    """Digests [images, 16] of files: from the cache, or else read, each by one rank; collective.
+    """Digests [images, 16] of files: from the cache, or else read.
 
     `states` [images, 5] are updated for the files that are read. `failed`, the numbers and reasons of files to leave
-    out, equal on all ranks, gets those that cannot be read. `opener` opens a file by its number.
+    out, gets those that cannot be read. `opener` opens a file by its number.
     """
     cache = DigestCache(root)
     digests, known = cache.look_up(states)
     known[list(failed)] = True
-    # What is unknown to any rank is read, and gathered on all.
-    masks = distributed.all_gather_object(np.packbits(~known).tobytes())
-    lacking = [np.unpackbits(np.frombuffer(mask, np.uint8), count=len(states)) for mask in masks]
-    missing = np.bitwise_or.reduce(lacking).nonzero()[0]
-    mine = missing[distributed.share(len(missing))]
-    began = time.time_ns()
+    missing, began = np.flatnonzero(~known), time.time_ns()
 
     def visit(position: int) -> None:
-        image = int(mine[position])
+        image = int(missing[position])
         try:
             file, states[image] = opener(image)
             with file:
@@ -145,43 +139,27 @@ def digests_of(
         except (OSError, ValueError) as problem:
             raise UnreadableImageError(root, str(problem)) from problem
 
-    failures = in_threads(visit, len(mine), workers, report, "hashing")
-    whole = np.delete(mine, list(failures))
+    failures = in_threads(visit, len(missing), workers, report, "hashing")
+    whole = np.delete(missing, list(failures))
     cache.keep(states[whole], digests[whole], began)
-    gathered = b"".join(distributed.all_gather_object(digests[mine].tobytes()))
-    digests[missing] = np.frombuffer(gathered, np.uint8).reshape(-1, DIGEST)
-    failed |= shared({int(mine[position]): reason for position, reason in failures.items()})
+    failed |= {int(missing[position]): reason for position, reason in failures.items()}
     return digests
 
 
 def file_digests(folder: Path, names: Sequence[str], workers: int, report: Report | None) -> Digests:
-    """Digests [files, 16] of a few large files; collective; raises ValueError."""
+    """Digests [files, 16] of a few large files, which rank 0 reads; collective; raises ValueError."""
 
     def opener(number: int) -> tuple[BufferedReader, State]:
         return open_image(folder, names[number], follow_links=True)
 
-    states, failed = np.zeros((len(names), len(State._fields)), np.int64), dict[int, str]()
-    with raise_on_all_ranks():
+    def read() -> Digests:
+        states, failed = np.zeros((len(names), len(State._fields)), np.int64), dict[int, str]()
         for number in range(len(names)):
             file, states[number] = opener(number)
             file.close()
-    digests = digests_of(folder, states, failed, opener, workers, report)
-    for number, reason in failed.items():
-        raise ValueError(f"{folder / names[number]} cannot be read: {reason}")
-    return digests
+        digests = digests_of(folder, states, failed, opener, workers, report)
+        for number, reason in failed.items():
+            raise ValueError(f"{folder / names[number]} cannot be read: {reason}")
+        return digests
 
-
-def shared(failures: dict[int, str]) -> dict[int, str]:
-    """The numbers and reasons of files that any rank cannot read, in order; collective."""
-    return dict(sorted(on_any_rank(failures).items()))
-
-
-def refuse_differences(folder: str, does: str, mark: str) -> None:
-    """Raises ValueError on all ranks if their fingerprints (`mark`) differ; collective."""
-    marks = distributed.all_gather_object(mark)
-    others = [str(rank) for rank, other in enumerate(marks) if other != marks[0]]
-    if others:
-        raise ValueError(
-            f"{shown(folder)} is not the same for all processes: process {', '.join(others)} {does} other images there "
-            "than process 0; copy it anew to that machine, or name a folder that all machines share"
-        )
+    return from_first(read)

@@ -38,7 +38,7 @@ class CIFAR10(Settings):
     path: FolderPath | None = None
     """Folder of torchvision's `cifar-10-batches-py`; none: the cache. Downloaded there when missing."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """50,000 images to learn from and 10,000 held out."""
         return _build(torchvision.datasets.CIFAR10, self.name, self.path)
 
@@ -51,7 +51,7 @@ class CIFAR100(Settings):
     path: FolderPath | None = None
     """Folder of torchvision's `cifar-100-python`; none: the cache. Downloaded there when missing."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """50,000 images to learn from and 10,000 held out."""
         return _build(torchvision.datasets.CIFAR100, self.name, self.path)
 

@@ -36,7 +36,7 @@ class TorchDataset(Settings):
     size: int | None = Field(None, ge=8, le=4096)
     """Side of the square that images are resized to; null: that of the images, if all are squares of one size."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """Reads every image once.
 
         Raises:

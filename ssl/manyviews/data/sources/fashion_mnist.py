@@ -46,7 +46,7 @@ class FashionMNIST(Settings):
     path: FolderPath | None = None
     """Folder of its files, or of torchvision's `FashionMNIST/raw`; none: Debian's package, else a download."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """60,000 images to learn from and 10,000 held out."""
         root = Path(self.path) if self.path else cache_folder()
         folder = _folder([root] if self.path else [Path(DEBIAN), root])
@@ -71,7 +71,7 @@ class Sample(Settings):
 
     name: Literal["sample"] = "sample"
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """Both splits; images are named by their index in Fashion-MNIST, such as `train/00008`."""
         return Split(_read_sample("train"), _read_sample("test"))
 

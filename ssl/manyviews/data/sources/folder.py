@@ -1,6 +1,7 @@
 """Any folder of images: nested or flat, of mixed sizes and formats."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -22,13 +23,14 @@ from manyviews.data.decoding.files import (
     open_image,
     refuse_too_many,
 )
-from manyviews.data.images import InMemory, Inventory, Names, Report, Split, fingerprint
-from manyviews.data.listing.digests import digests_of, refuse_differences, shared
+from manyviews.data.decoding.picture_cache import DECODER, SPLITS, PictureCache
+from manyviews.data.images import Images, InMemory, Inventory, Names, Report, Split, fingerprint
+from manyviews.data.listing.digests import Digests, Rows, digests_of
 from manyviews.data.listing.discover import ReadSplit, discover
 from manyviews.data.listing.listing import Listing
+from manyviews.data.listing.one_rank import check_files, for_all_ranks
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
-from manyviews.system.distributed import raise_on_all_ranks
-from manyviews.system.hardware import host
+from manyviews.system.hardware import cores, host
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -89,44 +91,56 @@ class Folder(Settings):
     follow_links: bool = False
     """Follow symbolic links, also out of the folder."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None, began: Mapping[str, str] | None = None) -> Split:
+    cache: FolderPath | None = None
+    """Folder where the decoded images are kept, size × size × channels bytes each: made at the first start, and read
+    instead of the files from then on; null: none."""
+
+    def build(
+        self, *, workers: int | None = 0, report: Report | None = None, began: Mapping[str, str] | None = None
+    ) -> Split:
         """Reads the images: decoded into memory or, beyond the budget, only checked; collective.
 
+        Rank 0 alone lists and opens the files, and sends what it has found to the others.
+
         Args:
-            workers: threads that decode.
+            workers: threads that decode; None: one for each core.
             report: progress callback.
             began: for a resumed run, `Inventory.marks` of its start. Files that were lost since keep their ids, as
                 images on disk that have failed.
 
         Raises:
             ValueError: a folder is missing, may not be read or has no images, its layout is ambiguous, too many files
-                are unreadable, or the ranks do not see the same files.
+                are unreadable, the cache is of other images, or the ranks do not see the same files; an OSError on the
+                other ranks, except for the last.
         """
-        with raise_on_all_ranks():
-            discovered = discover(
-                existing_folder(self.path),
-                None if self.test is None else existing_folder(self.test),
-                follow_links=self.follow_links,
-                splits=self.splits,
-                labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
-                holdout=self.holdout,
-                seed=self.holdout_seed,
-                also=began or (),
-            )
+        threads = cores() if workers is None else workers
+        split = for_all_ranks(partial(self._find, threads, report, began or {}))
+        check_files(split, Path(self.path), follow_links=self.follow_links)
+        return split
+
+    def _find(self, threads: int, report: Report | None, began: Mapping[str, str]) -> Split:
+        discovered = discover(
+            existing_folder(self.path),
+            None if self.test is None else existing_folder(self.test),
+            follow_links=self.follow_links,
+            splits=self.splits,
+            labels=self.labels if self.labels in (None, *WORDS) else Path(str(self.labels)),
+            holdout=self.holdout,
+            seed=self.holdout_seed,
+            also=began,
+        )
         listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
-        refuse_differences(self.path, "lists", fingerprint(Names(part.names) for part in listings))
         total = sum(len(listing.names) for listing in listings)
         in_memory = not began and total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
-        read = [self._read(listing, in_memory, workers, report, began or {}) for listing in listings]
+        read = [
+            self._read(listing, name, in_memory, threads, report, began)
+            for listing, name in zip(listings, SPLITS, strict=False)
+        ]
         unreadable = [entry for part in read for entry in part.unreadable]
         refuse_too_many(discovered.train.root, unreadable, total, self.max_bad)
         for name, part in zip(("training", "evaluation"), read, strict=False):
             if not len(part.images):
                 raise ValueError(f"{self.path}: no readable image is left for {name}")
-        # With the states' sizes: of files on disk each rank has read only a part.
-        on_disk = [part.images for part in read if isinstance(part.images, Files)]
-        sizes = [images.states[:, 0].numpy() for images in on_disk if images.states is not None]
-        refuse_differences(self.path, "reads", fingerprint([*(part.images.fingerprint for part in read), *sizes]))
         discovered.warn(read)
         test = read[1].images if len(read) > 1 else None
         own = [part for part, listing in zip(read, listings, strict=True) if listing.root == discovered.train.root]
@@ -138,33 +152,39 @@ class Folder(Settings):
         return Split(read[0].images, test, tuple(unreadable), discovered.line(read[0].images, test), inventory)
 
     def _read(
-        self, listing: Listing, in_memory: bool, workers: int, report: Report | None, began: Mapping[str, str]
+        self,
+        listing: Listing,
+        split: str,
+        in_memory: bool,
+        threads: int,
+        report: Report | None,
+        began: Mapping[str, str],
     ) -> ReadSplit:
         root, names = listing.root, listing.names
-        decoding = self.decoding()
+        decoding, decoded = self.decoding(), in_memory and self.cache is None
         states = np.zeros((len(names), len(State._fields)), np.int64)
         digests = np.zeros((len(names), DIGEST), np.uint8)
-        pixels = torch.empty(len(names) if in_memory else 0, self.channels, self.size, self.size, dtype=torch.uint8)
+        pixels = torch.empty(len(names) if decoded else 0, self.channels, self.size, self.size, dtype=torch.uint8)
 
         def opener(index: int) -> tuple[BufferedReader, State]:
             return open_image(root, names[index], follow_links=self.follow_links)
 
         def opened(index: int) -> BufferedReader:
             file, states[index] = opener(index)
-            if in_memory:
+            if decoded:
                 digests[index] = np.frombuffer(digest(file), np.uint8)
             return file
 
         def visit(index: int) -> None:
             path = root / names[index]
-            if in_memory:
+            if decoded:
                 pixels[index] = decoding.read(path, partial(opened, index))
             else:
                 decoding.check(path, partial(opened, index))
 
-        failures = shared(in_threads(visit, len(names), workers, report, "decoding" if in_memory else "checking"))
-        if not in_memory:
-            digests = digests_of(root, states, failures, opener, workers, report)
+        failures = in_threads(visit, len(names), threads, report, "decoding" if decoded else "checking")
+        if not decoded:
+            digests = digests_of(root, states, failures, opener, threads, report)
         lost: dict[str, str] = {}
         for index, name in enumerate(names) if began else ():
             before = bytes.fromhex(began.get(name, ""))
@@ -172,34 +192,67 @@ class Folder(Settings):
                 lost[name] = failures.pop(index, OTHER_FILE)
                 digests[index], states[index] = np.frombuffer(before, np.uint8), 0
         kept = [index for index in range(len(names)) if index not in failures]
-        if failures and in_memory:
+        if failures and decoded:
             # The gaps are closed in place: a copy would need the memory twice.
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
-        kept_names, digests = Names(names[index] for index in kept), digests[kept]
+        files = self._files(listing, kept, digests, states, lost, threads)
+        if self.cache is not None:
+            rows = torch.arange(len(kept))
+            cache = self._pictures(files, split, threads, report)
+            if in_memory:
+                # Left out, as if they had been decoded into memory.
+                failures |= {kept[row]: reason for row, reason in cache.unreadable.items()}
+                rows = torch.tensor([row for row in range(len(kept)) if row not in cache.unreadable], dtype=torch.int64)
+                kept = [kept[row] for row in rows.tolist()]
+                files = self._files(listing, kept, digests, states, lost, threads)
+            rows[[name in lost for name in files.names]] = -1
+            files = replace(files, cache=cache, rows=rows)
+            pixels = files.read(torch.arange(len(kept))) if in_memory else pixels
+        unreadable = [*((names[index], reason) for index, reason in sorted(failures.items())), *lost.items()]
+        images: Images = files
+        if in_memory:
+            images = InMemory(pixels[: len(kept)], files.names, files.labels, files.classes, files.fingerprint)
+        return ReadSplit(images, unreadable, digests[kept])
+
+    def _files(
+        self, listing: Listing, kept: list[int], digests: Digests, states: Rows, lost: dict[str, str], threads: int
+    ) -> Files:
+        """The files of these numbers in a listing, with digests and states of all its files."""
+        names, decoding = Names(listing.names[index] for index in kept), self.decoding()
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
         # Without path and times: a copy elsewhere has the same fingerprint.
         table = [] if labels is None else [labels.numpy(), listing.classes]
-        mark = fingerprint([decoding, kept_names, digests, *table])
-        bad = [*((names[index], reason) for index, reason in failures.items()), *lost.items()]
-        if in_memory:
-            return ReadSplit(InMemory(pixels[: len(kept)], kept_names, labels, listing.classes, mark), bad, digests)
-        files = Files(
-            root,
-            kept_names,
+        return Files(
+            listing.root,
+            names,
             labels,
             listing.classes,
-            mark,
+            fingerprint([decoding, names, digests[kept], *table]),
             decoding,
             self.max_bad,
-            workers,
+            threads,
             states=torch.from_numpy(states[kept]),
-            digests=torch.from_numpy(digests),
+            digests=torch.from_numpy(digests[kept]),
             follow_links=self.follow_links,
-            failed=lost,
+            failed=dict(lost),
             reported=set(lost),
         )
-        return ReadSplit(files, bad, digests)
+
+    def _pictures(self, files: Files, split: str, threads: int, report: Report | None) -> PictureCache:
+        """The cache of decoded images, made if it is not there."""
+        assert self.cache is not None
+        assert files.digests is not None
+        shape = len(files), files.channels, files.size, files.size
+        key = {
+            "images": fingerprint([files.names, files.digests.numpy()]),
+            "shape": " × ".join(map(str, shape)),
+            "background": str(files.decoding.background),
+            "bits": files.decoding.bits,
+            "decoder": DECODER,
+        }
+        lost = [index for index, name in enumerate(files.names) if name in files.failed]
+        return PictureCache(Path(self.cache), split, shape).make(key, files.decode, lost, threads, report)
 
     def decoding(self) -> Decoding:
         """How files are decoded."""

@@ -31,7 +31,7 @@ class STL10(Settings):
     path: FolderPath | None = None
     """Folder of torchvision's `stl10_binary`; none: the cache. Downloaded there when missing."""
 
-    def build(self, *, workers: int = 0, report: Report | None = None) -> Split:
+    def build(self, *, workers: int | None = 0, report: Report | None = None) -> Split:
         """5,000 labelled then 100,000 unlabelled training images (label -1), and 8,000 held out."""
         root = Path(self.path) if self.path else cache_folder()
         folder = root / "stl10_binary"

@@ -147,7 +147,7 @@ def train(
             session.log(step, {"held_out": accuracy})
 
     rank, size = distributed.rank(), distributed.world_size()
-    loader = Loader(task.images, order, rank=rank, size=size, workers=settings.workers, start=step)
+    loader = Loader(task.images, order, rank=rank, size=size, workers=settings.workers, start=step, device=device)
     labels, checked = task.labels.to(device), int(budget.progress(step) * settings.checks)
     if not step and settings.mode == "linear_then_full":
         check()
@@ -158,7 +158,6 @@ def train(
             if (step and budget.progress(step) >= 1) or session.stop.agreed():
                 break
             set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
-            images, ids = images.to(device, non_blocking=True), ids.to(device, non_blocking=True)
             guard = Guard(accelerator, optimiser, {"model": model}, model)
             inputs = model_input(task.opened, views(images, ids, epoch)[0])
             with draws_of(settings.seed, step):

@@ -99,8 +99,8 @@ class FinetuneSettings(Settings):
     """What is done to the images that are trained on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training; auto: bf16 where the device is built for it. Measuring is always fp32."""
-    workers: int = Field(2, ge=0, le=1024)
-    """Processes or threads that decode images, for each process."""
+    workers: int | None = Field(None, ge=0, le=1024)
+    """Processes or threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of each process on the CPU; null: the cores divided among the processes."""
     checks: int = Field(20, ge=1, le=100_000)

@@ -19,7 +19,7 @@ from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.train.finetune.classifier import Probe, fit_probe, freeze, set_classes, set_head
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.views import MEAN, STD
+from manyviews.views import MEAN, STD, per_channel
 
 MOST_PROBED = 10_000
 """Images that the linear probe is fitted to; more would take longer than they save."""
@@ -170,8 +170,7 @@ def model_input(
     opened: PretrainedBackbone, views: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch _ height width"]:
     """Converts views to the channels, mean and std of the backbone's input."""
-    shape = (1, -1, 1, 1)
-    mean, std = (torch.tensor(value, device=views.device).view(shape) for value in (opened.mean, opened.std))
+    mean, std = (per_channel(value, views.device) for value in (opened.mean, opened.std))
     return views.expand(-1, opened.channels, -1, -1) * (STD / std) + (MEAN - mean) / std
 
 

@@ -1,0 +1,175 @@
+"""What a GPU is fed with: small sets live there, other batches are copied ahead; all are those of the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from manyviews.data import Folder, Loader, Order, Sample, loader
+from manyviews.data.decoding.files import Files
+from manyviews.features.encoding import encoded
+from manyviews.system import hardware
+from pretend_cuda import LOG, PretendTensor, pretend_cuda
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def unpinned(monkeypatch):
+    """Memory is not pinned, which takes a driver; other threads than that of the test see no pretend GPU."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+
+
+def folder(path: Path, count: int = 13) -> Folder:
+    for index in range(count):
+        values = np.random.default_rng(index).integers(0, 256, (12, 15, 3), np.uint8)
+        Image.fromarray(values).save(path / f"{index:02d}.png")
+    return Folder(path=str(path), size=8, memory=0)
+
+
+def take(batches: Loader, steps: int) -> list:
+    iterator = iter(batches)
+    taken = [next(iterator) for _ in range(steps)]
+    iterator.close()
+    return taken
+
+
+def check_equal(on_gpu: list, on_cpu: list) -> None:
+    for given, expected in zip(on_gpu, on_cpu, strict=True):
+        assert isinstance(given.images, PretendTensor)
+        assert isinstance(given.ids, PretendTensor)
+        assert given.epoch == expected.epoch
+        assert torch.equal(given.ids.numbers, expected.ids)
+        assert torch.equal(given.images.numbers, expected.images)
+
+
+def test_a_small_set_lives_on_the_gpu_and_a_step_copies_its_ids_alone():
+    images, order = Sample().build().train, Order(10_000, 64, 3)
+    expected = take(Loader(images, order, start=150, rank=1, size=2), 9)
+    with pretend_cuda():
+        iterator = iter(Loader(images, order, start=150, rank=1, size=2, device=GPU))
+        batches = [next(iterator)]
+        LOG.clear()
+        batches += [next(iterator) for _ in range(8)]
+        # For each: the copy of the ids, and the images at them.
+        assert LOG.launches.total() == 16
+        assert LOG.waits.total() == 0
+        iterator.close()
+    check_equal(batches, expected)
+
+
+def test_a_set_beyond_a_quarter_of_the_free_memory_stays_in_that_of_the_host(monkeypatch):
+    images, order = Sample().build().train, Order(10_000, 64, 3)
+    taken = images.pixels.numel()
+    for free, resident in ((4 * taken, True), (4 * taken - 1, False)):
+        with pretend_cuda():
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+            batches = iter(Loader(images, order, device=GPU))
+            first = next(batches)
+            LOG.clear()
+            following = [next(batches) for _ in range(3)]
+            # The images are indexed, or copied with the ids.
+            assert LOG.launches.total() == 6
+            assert LOG.waits.total() == 0
+            assert {line.split()[0].split(":")[0] for line in LOG.launches} == {"data/loader.py"}
+            assert ("pixels" in batches.gi_frame.f_locals) == resident
+        check_equal([first, *following], take(Loader(images, order), 4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_files_are_copied_two_ahead_without_a_wait(tmp_path, unpinned, workers):
+    images, order = folder(tmp_path).build().train, Order(13, 4, 1)
+    assert isinstance(images, Files)
+    expected = take(Loader(images, order, workers=workers), 5)
+    with pretend_cuda():
+        batches = iter(Loader(images, order, workers=workers, device=GPU))
+        taken = [next(batches)]
+        assert LOG.launches.total() == 2 * (1 + loader.COPIED)
+        taken += [next(batches) for _ in range(4)]
+        assert LOG.waits.total() == 0
+        batches.close()
+    check_equal(taken, expected)
+
+
+def test_each_batch_waits_for_its_copy_and_keeps_its_memory_until_it_was_used(monkeypatch):
+    events: list[str] = []
+    images = Sample().build().train
+
+    class Stream:
+        def __init__(self, *args: object) -> None: ...
+
+        def record_event(self) -> str:
+            events.append("copied")
+            return f"copy {events.count('copied') - 1}"
+
+        def wait_event(self, event: str) -> None:
+            events.append(f"wait for {event}")
+
+    with pretend_cuda():
+        user = Stream()
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: user)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+        kept: list[tuple] = []
+        monkeypatch.setattr(PretendTensor, "record_stream", lambda tensor, stream: kept.append((tensor, stream)))
+        batches = iter(Loader(images, Order(10_000, 64, 3), device=GPU))
+        first, second = next(batches), next(batches)
+        assert events == ["copied"] * 3 + ["wait for copy 0", "copied", "wait for copy 1"]
+        assert [tensor for tensor, stream in kept] == [first.images, first.ids, second.images, second.ids]
+        assert {stream for _, stream in kept} == {user}
+
+
+def test_features_are_those_of_the_cpu_and_batches_for_them_are_copied_ahead(tmp_path):
+    images = folder(tmp_path).build().train
+    ids = torch.arange(13).split(3)
+
+    def prepare(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean((2, 3))
+
+    expected = [rows for _, rows in encoded(torch.nn.Identity(), images, ids, prepare=prepare, workers=0)]
+    for workers in (0, 2):
+        with pretend_cuda():
+            rows = encoded(torch.nn.Identity(), images, ids, prepare=prepare, device=GPU, workers=workers)
+            on_gpu = [(batch, torch.as_tensor(values)) for batch, values in rows]
+            assert not [line for line in LOG.waits if "to GPU" in line]
+        assert torch.equal(torch.cat([batch for batch, _ in on_gpu]), torch.arange(13))
+        assert torch.allclose(
+            torch.cat([getattr(values, "numbers", values) for _, values in on_gpu]), torch.cat(expected)
+        )
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "processes", "expected"),
+    [(16, "max 100000", 1, 15), (16, "max 100000", 4, 3), (2, "max 100000", 1, 1), (1, "max 100000", 8, 1),
+     (256, "max 100000", 1, 32), (64, "800000 100000", 2, 3), (64, None, 4, 15)],
+)  # fmt: skip
+def test_workers_follow_from_the_cores_the_quota_and_the_processes(monkeypatch, cores, quota, processes, expected):
+    def read_text(path: Path) -> str:
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        if quota is None:
+            raise FileNotFoundError(path)
+        return quota
+
+    monkeypatch.setattr(hardware, "cores", lambda: cores)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert hardware.decoders(None) == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.decoders(None) == expected
+    assert [hardware.decoders(asked) for asked in (0, 2, 64)] == [0, 2, 64]
+
+
+def test_batches_that_are_prefetched_are_bounded_by_their_bytes(tmp_path, monkeypatch):
+    images, requested = folder(tmp_path).build().train, []
+    monkeypatch.setattr(loader.Worker, "request", lambda worker, ids: requested.append(ids))
+    monkeypatch.setattr(loader.Worker, "get", lambda worker, timeout: (_ for _ in ()).throw(ValueError("enough")))
+    for most, expected in ((1 << 32, 4), (3 * 4 * 3 * 64, 3), (1, 2)):
+        monkeypatch.setattr(loader, "MOST_PREFETCHED", most)
+        requested.clear()
+        with pytest.raises(ValueError, match="enough"):
+            next(iter(Loader(images, Order(13, 4, 1), workers=2)))
+        assert len(requested) == expected
