@@ -117,6 +117,10 @@ def _of_all_products(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | No
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Finds the k largest of each row and their columns, largest first, equal values by column."""
     count = scores.shape[1]
+    if k == 1 and scores.device.type != "cpu":
+        # The first of equal ones, without asking whether there are any.
+        largest = scores.max(dim=1, keepdim=True)
+        return largest.values, largest.indices
     if k == count:
         ordered = scores.sort(dim=1, descending=True, stable=True)
         return ordered.values, ordered.indices
