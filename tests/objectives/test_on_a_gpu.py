@@ -21,7 +21,7 @@ LAUNCHES = {
     "queue": 150,
     "bank": 200,
     "margin_softmax": 210,
-    "noise_contrastive": 280,
+    "noise_contrastive": 380,
     "n_pair": 330,
     "log_ratio": 260,
     "ranking": 320,

@@ -206,7 +206,8 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
 def _off_diagonal(matrix: Float[Tensor, "views views batch"]) -> Float[Tensor, "views others batch"]:
     """Drops the diagonal: a view after another of the rest, which begins with one element of it less."""
     views, _, batch = matrix.shape
-    return matrix.reshape(views * views, batch)[1:].view(views - 1, views + 1, batch)[:, :-1].reshape(views, -1, batch)
+    rest = matrix.reshape(views * views, batch)[1:].view(views - 1, views + 1, batch)
+    return rest[:, :-1].reshape(views, -1, batch).contiguous()
 
 
 def _negatives(
