@@ -272,13 +272,13 @@ def test_one_process_receives_nothing_and_more_of_them_share_the_work(name: str)
     assert four.products <= one.products
 
 
-def train(case: Case, *, double: bool = True) -> dict[str, Any]:
+def train(case: Case, *, double: bool = True, device: str = "cpu") -> dict[str, Any]:
     """A few steps of a linear encoder on this process's share of fixed batches; figures are means over processes."""
     dtype = torch.float64 if double else torch.float32
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    twin = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(dtype)
-    objective = case.build().to(dtype)
+    weight = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    twin = torch.randn(INPUTS, DIM, generator=generator, dtype=torch.float64).to(device, dtype)
+    objective = case.build().to(device, dtype)
     learned = [weight, *objective.parameters()]
     losses, gradients = [], []
     for number, batch in enumerate(BATCHES):
@@ -288,7 +288,8 @@ def train(case: Case, *, double: bool = True) -> dict[str, Any]:
         images[:, batch // 2 :] = images[:, batch // 2 :].abs() * 3 + 1
         ids = torch.randperm(IMAGES, generator=generator)[:batch]
         ids[-1], ids[1] = ids[0], ids[2]  # one image on two processes, one twice on the same
-        ids %= case.classes
+        ids = (ids % case.classes).to(device)
+        images = images.to(device)
         embeddings, targets = case.encoded(images[:, own] @ weight)[0], case.encoded(images[:, own] @ twin)[1]
         loss, terms = objective(embeddings, ids[own], targets, number)
         found = torch.autograd.grad(loss, learned)

@@ -129,9 +129,9 @@ def test_the_softmax_over_pairs_equals_pytorch_metric_learning() -> None:
 
 def test_pairs_are_made_of_neighbours_of_the_same_id() -> None:
     pairs = pairs_of(torch.tensor([3, 1, 3, 3, 1, 2, 3, 3]))
-    assert list(zip(*map(Tensor.tolist, pairs), strict=True)) == [(1, 4), (0, 2), (3, 6)]
-    assert [part.tolist() for part in pairs_of(torch.arange(3).repeat(2))] == [[0, 1, 2], [3, 4, 5]]
-    assert [len(part) for part in (*pairs_of(torch.tensor([7])), *pairs_of(torch.arange(0)))] == [0] * 4
+    assert list(zip(*map(Tensor.tolist, pairs[:2]), strict=True)) == [(1, 4), (0, 2), (3, 6)]
+    assert [part.tolist() for part in pairs_of(torch.arange(3).repeat(2))[:2]] == [[0, 1, 2], [3, 4, 5]]
+    assert [len(part) for part in (*pairs_of(torch.tensor([7])), *pairs_of(torch.arange(0)))] == [0] * 6
 
 
 @pytest.mark.parametrize("form", FORMS)

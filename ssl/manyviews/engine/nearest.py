@@ -149,6 +149,10 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.device.type == "cuda":
         return gpu_search.largest(scores, k)
     count = scores.shape[1]
+    if k == 1 and scores.device.type != "cpu":
+        # The first of equal ones, without asking whether there are any.
+        largest = scores.max(dim=1, keepdim=True)
+        return largest.values, largest.indices
     if k == count:
         ordered = scores.sort(dim=1, descending=True, stable=True)
         return ordered.values, ordered.indices

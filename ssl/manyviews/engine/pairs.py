@@ -1,4 +1,8 @@
-"""All pairs of two sets of rows sorted by id, in tiles, masked only where ids may be equal."""
+"""All pairs of two sets of rows, in tiles, without those of equal ids.
+
+On a CPU the rows are sorted by id, and tiles are masked only where ids may be equal. A GPU would be waited for to know
+where: there the rows stay as they are, and each tile is masked as a whole.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +15,27 @@ from manyviews.engine.rows import slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.system import distributed
 from manyviews.system.hardware import has_instructions
+from manyviews.system.precision import tf32
 
 PIECES = 64
 """Maximum number of pieces that a sum over many keys is cut into."""
 
 
 class Pairs:
-    """Products of sorted queries with keys that `key_order` sorts, tile by tile."""
+    """Products of queries with keys, in the order `key_order`, tile by tile; on a CPU sorted by id."""
 
     def __init__(
-        self, rows: Tensor, keys: Tensor, row_ids: Tensor | None, key_ids: Tensor | None, key_order: Tensor | None
+        self,
+        rows: Tensor,
+        keys: Tensor,
+        row_ids: Tensor | None,
+        key_ids: Tensor | None,
+        key_order: Tensor | None,
+        tf32_gradient: bool,
     ) -> None:
         self.rows, self.keys, self.key_order = rows, keys, key_order
+        self.on_gpu = rows.device.type != "cpu"
+        self.tf32_gradient = self.on_gpu and tf32_gradient
         self.ids = None if row_ids is None or key_ids is None else (row_ids, key_ids)
         self.narrow_rows = rows.bfloat16() if as_bfloat16(rows, keys) else None
 
@@ -30,7 +43,7 @@ class Pairs:
         """Cuts queries and keys into enough pieces for all cores, by their numbers alone."""
         height, width = tile_shape(self.rows.device)
         a = list(slices(0, len(self.rows), height)) or [slice(0, 0)]
-        if self.rows.device.type != "cpu":
+        if self.on_gpu:
             return a, [slice(0, len(self.keys))]
         wanted = min(PIECES // len(a), len(self.keys) // (2 * width))
         return a, cut(len(self.keys), 1 << max(wanted, 1).bit_length() - 1)
@@ -38,10 +51,12 @@ class Pairs:
     def scores(self, a: slice, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields tiles of keys and products with them, −inf where ids are equal, in a reused buffer."""
         height, width = tile_shape(self.rows.device)
-        buffer = self.rows.new_empty(height * width)
-        narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
+        queries = max(min(_length(a), height), 1)
         # Few queries: longer tiles, of as many products.
-        tiles = list(slices(columns.start, columns.stop, height * width // max(min(a.stop - a.start, height), 1)))
+        longest = height * width // queries
+        buffer = self.rows.new_empty(queries * min(longest, _length(columns)))
+        narrow = buffer.new_empty(len(buffer), dtype=torch.bfloat16) if self.narrow_rows is not None else None
+        tiles = list(slices(columns.start, columns.stop, longest))
         meetings = None if self.ids is None else _meetings(*self.ids, tiles)
         for index, b in enumerate(tiles):
             tile = self.keys[b] if self.key_order is None else self.keys[self.key_order[b]]
@@ -49,14 +64,15 @@ class Pairs:
                 scores = _multiply(self.narrow_rows[a], tile, narrow)
                 scores = buffer[: scores.numel()].view_as(scores).copy_(scores)
             else:
-                scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
+                with tf32(self.on_gpu and tile.element_size() == 2):
+                    scores = _multiply(self.rows[a], tile.to(self.rows.dtype), buffer)
             if meetings is not None and self.ids is not None:
                 _exclude(scores, a, b, meetings[index], *self.ids)
             yield b, tile, scores
 
 
 def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], None]) -> None:
-    """Calls `add(a, b, 2^(row · row))` for this rank's part of all pairs of tiles, a ≤ b.
+    """Calls `add(a, b, 2^(row · row))` for this rank's part of all pairs of tiles, a ≤ b; on a CPU.
 
     The exponentials are zero where the ids are equal, and in a reused buffer. Chunks of rows are paired as in a
     round-robin tournament: in each round every chunk has one other, so the pairs of a round, spread over the cores,
@@ -97,7 +113,7 @@ def each_pair(rows: Tensor, ids: Tensor, add: Callable[[slice, slice, Tensor], N
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile: fits in a CPU core's cache; larger on a GPU: fewer launches."""
+    """Rows and columns of a tile: fits in a CPU core's cache; 256 MiB on a GPU: few launches."""
     return (256, 1536) if device.type == "cpu" else (8192, 8192)
 
 
@@ -114,8 +130,8 @@ def cut(count: int, pieces: int) -> list[slice]:
 
 
 def order_of(ids: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Order that sorts the ids (None if they are sorted), and the sorted ids."""
-    if bool((ids[1:] >= ids[:-1]).all()):
+    """Order that sorts the ids, and the sorted ids; no order if they are sorted, or on a GPU."""
+    if ids.device.type != "cpu" or bool((ids[1:] >= ids[:-1]).all()):
         return None, ids
     ids, order = ids.sort(stable=True)
     return order, ids
@@ -141,7 +157,9 @@ def _length(part: slice) -> int:
 
 
 def _meetings(row_ids: Tensor, key_ids: Tensor, tiles: Sequence[slice]) -> list[list[int]]:
-    """First and last row whose id may be in each tile of keys; all ids sorted."""
+    """First and last row whose id may be in each tile of keys, by sorted ids; on a GPU all rows."""
+    if row_ids.device.type != "cpu":
+        return [[0, len(row_ids)]] * len(tiles)
     lowest, highest = key_ids[[b.start for b in tiles]], key_ids[[b.stop - 1 for b in tiles]]
     first = torch.searchsorted(row_ids, lowest)
     last = torch.searchsorted(row_ids, highest, right=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -65,6 +65,47 @@ def squared_distance_rows(
     lengths, widths = rows.square().sum(1, keepdim=True), others.square().sum(1, keepdim=True)
     left = torch.cat([-2 * rows, lengths, torch.ones_like(lengths)], 1)
     return left, torch.cat([others, torch.ones_like(widths), widths], 1)
+
+
+def distinct(ids: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " groups"], Int[Tensor, " rows"]]:
+    """Distinct ids in rising order, and the group of each row: its id's place among them.
+
+    A GPU would have to be waited for to know how many there are: there the sorted ids are returned with repetitions.
+    The first of equal ones is the group, and the other places are no row's.
+
+    Examples:
+        >>> values, groups = distinct(torch.tensor([7, 3, 7]))
+        >>> values.tolist(), groups.tolist()
+        ([3, 7], [1, 0, 1])
+    """
+    if ids.device.type == "cpu":
+        values, groups = ids.unique(return_inverse=True)
+        return values, groups
+    values = ids.sort().values
+    return values, torch.searchsorted(values, ids)
+
+
+def sum_of_groups(
+    rows: Shaped[Tensor, "rows ..."], groups: Int[Tensor, " rows"], count: int
+) -> Shaped[Tensor, "groups ..."]:
+    """Sums the rows of each of `count` groups, in a fixed order on every device; differentiable.
+
+    Examples:
+        >>> sum_of_groups(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 0, 1]), 3)
+        tensor([2., 5., 0.])
+    """
+    zeros = rows.new_zeros(count, *rows.shape[1:])
+    # On a GPU the one adds in any order; on a CPU of several cores the other does.
+    return (
+        zeros.index_add(0, groups, rows)
+        if rows.device.type == "cpu"
+        else zeros.index_put((groups,), rows, accumulate=True)
+    )
+
+
+def tile_numbers(device: torch.device, on_cpu: int) -> int:
+    """Numbers of a tile: on a CPU what fits in its caches; on a GPU 128 MiB, for few launches."""
+    return on_cpu if device.type == "cpu" else 1 << 25
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -1,12 +1,19 @@
 """Log-sum-exp over all pairs of embeddings, exact, in tiles, with its own backward.
 
-*Sorted by id*, equal ids are adjacent: a mask is needed only where the ids of a tile's rows and columns meet. *Powers
-of two*: with log₂e folded into the scale, exp(s/τ) is exp2 of the product, at a third of exp's cost on CPU. *No shift*:
-exponentials are summed as they are; only if a sum leaves the safe range of the number format (for unit vectors never at
-a temperature of 0.03 or above) the work is repeated with a running maximum. *One core per tile*: tiles are distributed
-over the cores by a rule that does not depend on their number, so results do not either. *Keys stay on their rank*:
-queries travel to the keys of all ranks, partial sums are added, and gradients travel home; if the queries are the keys,
-the ranks share the pairs.
+*Powers of two*: with log₂e folded into the scale, exp(s/τ) is exp2 of the product, at a third of exp's cost on CPU. *No
+shift*: exponentials are summed as they are, unless a sum may leave the safe range of the number format, which for unit
+vectors it never does at a temperature of 0.03 or above; then they are divided by a running maximum. *Keys stay on their
+rank*: queries travel to the keys of all ranks, partial sums are added, and gradients travel home.
+
+On a CPU: *sorted by id*, equal ids are adjacent, and a mask is needed only where the ids of a tile's rows and columns
+meet. The sums themselves show whether a shift is needed, which repeats the work. *One core per tile*: tiles are
+distributed over the cores by a rule that does not depend on their number, so results do not either. If the queries are
+the keys, each product serves twice, and the ranks share the pairs.
+
+On a GPU nothing is read, so that the host never waits: the caller says whether rows are unit vectors, and without that
+the maximum is always taken. Tiles are large, masked as a whole and few. Gradients may be multiplied in TF32 (see
+`log_sum_exp`), and so are products with keys of 16 bits, whose rounding is as large; other scores never are, for at a
+temperature of 0.07 they would be off by up to 0.03.
 """
 
 import math
@@ -23,9 +30,21 @@ from manyviews.engine.pairs import PIECES, Pairs, as_bfloat16, cut, each_pair, o
 from manyviews.engine.rows import at_least_float32, slices
 from manyviews.engine.threads import on_all_cores
 from manyviews.system import distributed
+from manyviews.system.precision import tf32
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
+LEAST_UNSHIFTED = 0.03
+"""Temperature from which on sums of unit vectors need no shift: terms are below 2⁴⁹, and keys fewer than 2³⁴."""
+
+
+class _Options(NamedTuple):
+    temperature: float
+    lengths: list[int]
+    """Queries of each rank."""
+    shifts: tuple[bool, ...]
+    """Whether to subtract a running maximum: tried in this order until the sums are safe."""
+    tf32_gradient: bool
 
 
 def log_sum_exp(
@@ -35,20 +54,27 @@ def log_sum_exp(
     *,
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
+    unit: bool = False,
+    tf32_gradient: bool = False,
 ) -> Float[Tensor, " queries"]:
     """Log of Σ exp(query · key / temperature) over the keys of another id, for each query.
 
     Collective: each rank passes its own queries and its own keys, any number of them, and gets the values of its own
     queries over the keys of all ranks; backward is collective too. Differentiable once, in queries and keys.
 
-    Without `keys` the queries are the keys: each product then serves a row and a column, at half the cost. Without ids
-    every key counts. Where no key remains the value is −inf and its gradient zero. Memory grows with the number of
-    embeddings, never with the number of pairs.
+    Without `keys` the queries are the keys: on a CPU each product then serves a row and a column, at half the cost.
+    Without ids every key counts. Where no key remains the value is −inf and its gradient zero. Memory grows with the
+    number of embeddings, never with the number of pairs.
 
     Computed in float32, also under autocast, or in float64 if the queries are; keys of a narrower type are widened tile
-    by tile. One exception: float32 queries and bfloat16 keys are multiplied as bfloat16 on CPUs with instructions for
+    by tile. Two exceptions: float32 queries and bfloat16 keys are multiplied as bfloat16 on CPUs with instructions for
     it, at nearly twice the speed, and summed in float32. This moves the values of unit vectors by less than 2⁻⁸ / τ,
-    and by about 1e-3 at 0.07 where many keys share the sum.
+    and by about 1e-3 at 0.07 where many keys share the sum. On a GPU queries and keys of 16 bits are multiplied in
+    TF32, which moves them by less than 2⁻¹⁰ / τ.
+
+    Say `unit=True` if no row is longer than 1: a GPU then need not look for the largest products. With `tf32_gradient`
+    it multiplies softmax and rows in TF32; a gradient is then off by less than 2⁻⁹ of the mean length of the rows. Only
+    where nearly all of it is to cancel is that much, as where the positives are among the keys.
 
     Raises:
         ValueError: if the temperature is not above 0, or ids are missing.
@@ -69,13 +95,17 @@ def log_sum_exp(
     with torch.autocast(queries.device.type, enabled=False):
         queries = at_least_float32(queries)
         lengths = distributed.counts(len(queries))
-        if keys is None:
-            result: Tensor
+        result: Tensor
+        on_cpu = queries.device.type == "cpu"
+        if keys is None and on_cpu:
             result, safe = _SymmetricLogSumExp.apply(queries, query_ids, temperature, lengths)
             if safe:
                 return result
+        if keys is None:
             keys, key_ids = queries, query_ids
-        result = _LogSumExp.apply(queries, keys, query_ids, key_ids, temperature, lengths)
+        shifts = (False, True) if on_cpu else (not (unit and temperature >= LEAST_UNSHIFTED),)
+        options = _Options(temperature, lengths, shifts, tf32_gradient)
+        result = _LogSumExp.apply(queries, keys, query_ids, key_ids, options)
     return result
 
 
@@ -134,30 +164,25 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        query_ids: Tensor | None,
-        key_ids: Tensor | None,
-        temperature: float,
-        lengths: list[int],
+        ctx: Any, queries: Tensor, keys: Tensor, query_ids: Tensor | None, key_ids: Tensor | None, options: _Options
     ) -> Tensor:
+        temperature, lengths, shifts, in_tf32 = options
         query_order, key_order = None, None
         if query_ids is not None and key_ids is not None:
             query_order, query_ids = order_of(distributed.gather_without_gradient(query_ids, lengths))
             key_order, key_ids = order_of(key_ids)
         rows = take(distributed.gather_without_gradient(queries, lengths), query_order).mul(LOG2_E / temperature)
-        pairs = Pairs(rows, keys, query_ids, key_ids, key_order)
-        for running_maximum in (False, True):
+        pairs = Pairs(rows, keys, query_ids, key_ids, key_order, in_tf32)
+        for running_maximum in shifts:
             maximum, sums, weighted = _sum_over_keys(pairs, running_maximum, ctx.needs_input_grad[0])
             logarithms = sums.log2().add_(maximum).mul_(LN_2).squeeze(1)
-            if _is_safe(logarithms):
+            if len(shifts) == 1 or _is_safe(logarithms):
                 break
         mean = None
         if weighted is not None:
             mean = distributed.scatter_sum(put(weighted, query_order), lengths)
             mean /= _own(put(sums, query_order), lengths).clamp(min=torch.finfo(rows.dtype).tiny)
-        ctx.temperature, ctx.lengths = temperature, lengths
+        ctx.options = options
         rest = (query_order, logarithms, rows, keys, query_ids, key_ids, key_order) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(mean, *rest)
         return _own(put(logarithms, query_order), lengths)
@@ -169,12 +194,12 @@ class _LogSumExp(torch.autograd.Function):
         (gradient,) = gradients
         query_gradient = key_gradient = None
         if mean is not None:
-            query_gradient = mean * (gradient / ctx.temperature).unsqueeze(1)
+            query_gradient = mean * (gradient / ctx.options.temperature).unsqueeze(1)
         if rest:
             query_order, logarithms, *of_pairs = rest
-            gradient = distributed.gather_without_gradient(gradient, ctx.lengths)
-            key_gradient = _key_gradient(take(gradient, query_order), logarithms, Pairs(*of_pairs))
-        return query_gradient, key_gradient, None, None, None, None
+            gradient = take(distributed.gather_without_gradient(gradient, ctx.options.lengths), query_order)
+            key_gradient = _key_gradient(gradient, logarithms, Pairs(*of_pairs, ctx.options.tf32_gradient))
+        return query_gradient, key_gradient, None, None, None
 
 
 class _Sums(NamedTuple):
@@ -223,12 +248,15 @@ def _sum_over_piece(pairs: Pairs, a: slice, columns: slice, running_maximum: boo
         if weighted is not None and as_bfloat16(weighted, tile):
             weighted += torch.mm(exponentials.bfloat16(), tile)
         elif weighted is not None:
-            weighted.addmm_(exponentials, tile.to(weighted.dtype))
+            with tf32(pairs.tf32_gradient):
+                weighted.addmm_(exponentials, tile.to(weighted.dtype))
     return _Sums(maximum, sums, weighted)
 
 
 def _join(parts: Sequence[_Sums]) -> _Sums:
     """Sums over several sets of keys."""
+    if len(parts) == 1:
+        return parts[0]
     maximum = torch.stack([part.maximum for part in parts]).amax(0)
     shrink = [torch.exp2(part.maximum - maximum) for part in parts]
     sums = torch.stack([part.sums * factor for part, factor in zip(parts, shrink, strict=True)]).sum(0)
@@ -250,9 +278,12 @@ def _key_gradient(gradient: Tensor, logarithms: Tensor, pairs: Pairs) -> Tensor:
     def add(columns: slice) -> None:
         for a in slices(0, len(rows), tile_shape(rows.device)[0]):
             for b, _, scores in pairs.scores(a, columns):
-                key_gradient[b].addmm_(scores.sub_(exponent[a]).exp2_().T, weighted_rows[a])
+                softmax = scores.sub_(exponent[a]).exp2_()
+                with tf32(pairs.tf32_gradient):
+                    key_gradient[b].addmm_(softmax.T, weighted_rows[a])
 
-    on_all_cores([partial(add, columns) for columns in cut(len(keys), PIECES)], rows.device)
+    pieces = PIECES if rows.device.type == "cpu" else 1
+    on_all_cores([partial(add, columns) for columns in cut(len(keys), pieces)], rows.device)
     return put(key_gradient, pairs.key_order).to(keys.dtype)
 
 

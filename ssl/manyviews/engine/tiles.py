@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from manyviews.engine.rows import slices
+from manyviews.engine.rows import slices, tile_numbers
 from manyviews.engine.threads import on_all_cores
 
 Term = Callable[..., tuple[Tensor, Tensor]]
 """Called with a slice of the anchors, their products with all candidates, and the parameters; see `sum_over_tiles`."""
 
 NUMBERS = 1 << 18
-"""Products of a tile: 1 MiB, so that a tile and its intermediate results stay in the cache of a core."""
+"""Products of a tile on a CPU: 1 MiB, so that a tile and its intermediate results stay in the cache of a core."""
 FEW = 1 / 16
 """Share of a tile's pairs up to which adding the rows of each is faster than a product with all."""
 
@@ -49,7 +49,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, term: Term, anchors: Tensor, candidates: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         needed = any(ctx.needs_input_grad)
         gradient = torch.zeros_like(anchors) if needed else None
-        height = max(1, NUMBERS // max(len(candidates), 1))
+        height = max(1, tile_numbers(anchors.device, NUMBERS) // max(len(candidates), 1))
         tiles = list(slices(0, len(anchors), height)) or [slice(0, 0)]
         threads = min(torch.get_num_threads(), len(tiles)) if anchors.device.type == "cpu" else 1
         # Tiles go to parts in turn and parts are added in order: the result depends on the number of threads alone.

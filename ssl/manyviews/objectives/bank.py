@@ -9,12 +9,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
+from manyviews.engine.rows import distinct, sum_of_groups
 from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, row_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
-from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, owned, unit_rows
+from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, overwrite, owned, unit_rows
 from manyviews.system import distributed
 
 NORMALISER_DECAY = 0.9
@@ -136,6 +137,7 @@ class BankObjective(Objective):
         # The logarithm: at a temperature of 0.01 Z itself would leave float32.
         self.register_buffer("log_normaliser", torch.tensor(math.nan))
         self._pending_log_normaliser: Tensor | None = None
+        self._normaliser_known = False
 
     def shards(self) -> dict[str, int]:
         """The rows and when they were written."""
@@ -186,19 +188,23 @@ class BankObjective(Objective):
         lengths = distributed.counts(len(ids))
         means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
         indices = distributed.gather_without_gradient(ids, lengths) - self.own.start
-        here = owned(self.rows, indices)
-        seen, index = torch.unique(indices[here], return_inverse=True)
-        # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
-        sums = means.new_zeros(len(seen), means.shape[1]).index_put_((index,), means[here], accumulate=True)
-        counts = means.new_zeros(len(seen)).index_put_((index,), means.new_ones(len(index)), accumulate=True)
-        momentum = self.settings.momentum
-        moved = momentum * self.rows[seen].to(sums.dtype) + (1 - momentum) * sums / counts.unsqueeze(1)
+        if indices.device.type == "cpu":
+            here = owned(self.rows, indices)
+            means, indices = means[here], indices[here]
         self.steps += 1
-        self.rows.index_copy_(0, seen, normalize(moved).to(self.rows.dtype))
-        self.written.index_copy_(0, seen, self.steps.expand(len(seen)))
+        if len(self.rows):
+            seen, groups = distinct(indices)
+            sums = sum_of_groups(means, groups, len(seen))[groups]
+            counts = sum_of_groups(means.new_ones(len(means)), groups, len(seen))[groups]
+            momentum = self.settings.momentum
+            # Once for each image of the batch: those of equal images are equal.
+            moved = momentum * self.rows[indices % len(self.rows)].to(sums.dtype)
+            moved = normalize(moved + (1 - momentum) * sums / counts.unsqueeze(1))
+            overwrite(self.rows, indices, moved.to(self.rows.dtype))
+            overwrite(self.written, indices, self.steps.expand(len(indices)))
         if self._pending_log_normaliser is not None:
             self.log_normaliser.copy_(self._pending_log_normaliser)
-            self._pending_log_normaliser = None
+            self._pending_log_normaliser, self._normaliser_known = None, True
 
     def staleness(self) -> Float[Tensor, ""]:
         """Mean number of steps since this rank's rows were written."""
@@ -217,16 +223,21 @@ class BankObjective(Objective):
             others = log_sum_over_noise(anchors.detach(), ids, noise, temperature)
             if not isinstance(rule, str):
                 log_normaliser = torch.full_like(self.log_normaliser, math.log(rule))
-            elif not self.log_normaliser.isnan() and (rule == "first_batch" or (rule == "exact" and not due)):
+            elif (rule == "first_batch" or (rule == "exact" and not due)) and self._has_normaliser():
                 log_normaliser = self.log_normaliser.clone()
             else:
                 if rule == "exact":
-                    logarithms = log_sum_exp(anchors.detach(), self.rows, temperature)
+                    logarithms = log_sum_exp(anchors.detach(), self.rows, temperature, unit=True)
                 else:
                     logarithms = normaliser_from_noise(others, positives, own_hits, noise, temperature)
                 log_normaliser = self._averaged(logarithms)
         losses = noise_contrast(anchors, positives, ids, noise, log_normaliser, temperature)
         return losses, log_normaliser, others
+
+    def _has_normaliser(self) -> bool:
+        """Whether log Z is known; a GPU is waited for only until it is."""
+        self._normaliser_known = self._normaliser_known or not bool(self.log_normaliser.isnan())
+        return self._normaliser_known
 
     def _averaged(self, logarithms: Tensor) -> Tensor:
         """Averages the anchors' estimates of log Z over all ranks and, with `ema`, over steps.
@@ -268,8 +279,10 @@ class ParametricObjective(LearnedRows):
         anchors, anchor_ids = normalize(embeddings).flatten(0, 1), ids.repeat(views)
         own_weights = fetch(self.weight, self.own.start, ids, lengths).repeat(views, 1)
         products = (anchors * own_weights).sum(1)
-        losses = softmax_cross_entropy(anchors, products, anchor_ids, self.weight, self.own_ids(), self.temperature)
-        negatives = torch.tensor(float(self.classes - 1), device=ids.device)
+        losses = softmax_cross_entropy(
+            anchors, products, anchor_ids, self.weight, self.own_ids(), self.temperature, unit=False
+        )
+        negatives = torch.full((), float(self.classes - 1), device=ids.device)
         similarities = products.detach() / torch.linalg.vector_norm(own_weights.detach(), dim=1).clamp(min=1e-6)
         terms = {"positive_similarity": similarities.mean(), "negatives": negatives}
         return Loss(average(losses), terms | information(losses, 1 + negatives.expand_as(losses)))

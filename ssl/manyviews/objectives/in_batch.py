@@ -132,17 +132,18 @@ def nt_xent(
     else:
         keys = at_least_float32(embeddings)
         queries = keys @ matrix.T / len(matrix)
-    views, batch, _ = queries.shape
+    views = len(queries)
     if views < 2:
         raise ValueError(
             f"an in-batch loss contrasts 2 views or more of each image, not {views}; set views.num_views=2"
         )
     # Each ordered pair of views: [anchor's view, positive's view, image].
     similarities = torch.einsum("vbd,wbd->vwb", queries, queries if keys is None else keys)
-    pairs = ~torch.eye(views, dtype=torch.bool, device=ids.device)
-    positives = similarities[pairs].view(views, views - 1, batch)
+    positives = _off_diagonal(similarities)
     counts = (views * other_images(ids)).to(positives.dtype)
-    sums, negatives = _negatives(queries, keys, ids, temperature, hardness, counts)
+    # Where positives are taken off the sum its gradient may nearly cancel.
+    options = {"unit": keys is None, "tf32_gradient": keys is None and not positive_probability}
+    sums, negatives = _negatives(queries, keys, ids, temperature, hardness, counts, **options)
     negatives, logits = negatives.unsqueeze(1).expand_as(positives), positives / temperature
     plain = cross_entropy(sums.detach().unsqueeze(1).expand_as(positives), (1 + hardness) * logits.detach())
     if positive_probability:
@@ -155,7 +156,7 @@ def nt_xent(
     cosines = positives.detach()
     if keys is not None:
         unit = normalize(keys.detach())
-        cosines = torch.einsum("vbd,wbd->vwb", unit, unit)[pairs]
+        cosines = _off_diagonal(torch.einsum("vbd,wbd->vwb", unit, unit))
     terms = {"positive_similarity": cosines.mean(), "negatives": counts.mean()}
     terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
     return Loss(total, terms)
@@ -202,8 +203,21 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
     return len(ordered) - equal
 
 
+def _off_diagonal(matrix: Float[Tensor, "views views batch"]) -> Float[Tensor, "views others batch"]:
+    """Drops the diagonal: a view after another of the rest, which begins with one element of it less."""
+    views, _, batch = matrix.shape
+    rest = matrix.reshape(views * views, batch)[1:].view(views - 1, views + 1, batch)
+    return rest[:, :-1].reshape(views, -1, batch).contiguous()
+
+
 def _negatives(
-    queries: Tensor, keys: Tensor | None, ids: Tensor, temperature: float, hardness: float, counts: Tensor
+    queries: Tensor,
+    keys: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    hardness: float,
+    counts: Tensor,
+    **options: bool,
 ) -> tuple[Float[Tensor, "views batch"], Float[Tensor, "views batch"]]:
     """Log-sum-exp of (1 + β) s/τ over each anchor's negatives, and the log of their new sum.
 
@@ -215,7 +229,7 @@ def _negatives(
     others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
 
     def logarithms(temperature: float) -> Tensor:
-        sums = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids)
+        sums = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids, **options)
         return sums.view(views, batch)
 
     sums = logarithms(temperature / (1 + hardness))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from manyviews.engine import squared_distance_rows
-from manyviews.engine.rows import at_least_float32
+from manyviews.engine.rows import at_least_float32, distinct
 
 
 class Labels(nn.Module):
@@ -41,7 +41,7 @@ class Labels(nn.Module):
         """
         kinds, others = self.kinds[first], self.kinds[second]
         # Each label once: a matrix product may round equal columns differently.
-        present, columns = others.unique(return_inverse=True)
+        present, columns = distinct(others)
         left, right = squared_distance_rows(self.distinct[kinds].to(dtype), self.distinct[present].to(dtype))
 
         def tile(rows: slice) -> tuple[Tensor, Tensor]:

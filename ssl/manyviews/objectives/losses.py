@@ -75,12 +75,15 @@ def softmax_cross_entropy(
     rows: Float[Tensor, "rows dim"],
     row_ids: Int[Tensor, " rows"],
     temperature: float,
+    *,
+    unit: bool = True,
 ) -> Float[Tensor, " queries"]:
     """Cross-entropy of each query's positive against the rows of all ranks that have another id.
 
-    `positives` are the products of the queries with their own positives; `rows` are those of this rank.
+    `positives` are the products of the queries with their own positives; `rows` are those of this rank. Rows that may
+    be longer than 1 are not `unit`.
     """
-    others = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids)
+    others = log_sum_exp(queries, rows, temperature, query_ids=ids, key_ids=row_ids, unit=unit, tf32_gradient=unit)
     return cross_entropy(others, positives / temperature)
 
 

@@ -108,19 +108,27 @@ class MarginSoftmaxObjective(LearnedRows):
         margins = margin_cosine(angles, settings.m1, settings.m2, settings.m3)
         terms = {
             "positive_similarity": cosines.detach().mean(),
-            "negatives": torch.tensor(float(self.classes - 1), device=ids.device),
+            "negatives": torch.full((), float(self.classes - 1), device=ids.device),
             "angle": angles.detach().mean().rad2deg(),
         }
         if settings.annealing is not None:
             weight = annealed(step, settings.annealing)
             margins = (weight * cosines + margins) / (1 + weight)
-            terms["lambda"] = torch.tensor(weight, device=ids.device)
+            terms["lambda"] = torch.full((), weight, device=ids.device)
         if settings.normalized:
             lengths, queries, temperature = torch.full_like(angles, self.scale), anchors, 1 / self.scale
         else:
             lengths, queries, temperature = torch.linalg.vector_norm(rows, dim=1), rows, 1.0
         terms["scale"] = lengths.detach().mean()
-        others = log_sum_exp(queries, weights, temperature, query_ids=anchor_ids, key_ids=self.own_ids())
+        others = log_sum_exp(
+            queries,
+            weights,
+            temperature,
+            query_ids=anchor_ids,
+            key_ids=self.own_ids(),
+            unit=settings.normalized,
+            tf32_gradient=settings.normalized,
+        )
         return Loss(average(cross_entropy(others, lengths * margins)), terms)
 
 

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -22,8 +22,11 @@ from manyviews.objectives.losses import (
 )
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
+from manyviews.system import distributed
 
 Form = Literal["multi_class", "one_vs_one"]
+FAR = -1e30
+"""Product of a query with what is no pair: its exponential is zero."""
 
 
 class NPair(ObjectiveSettings):
@@ -69,6 +72,8 @@ class Pairs(NamedTuple):
 
     anchors: Int[Tensor, " pairs"]
     positives: Int[Tensor, " pairs"]
+    there: Bool[Tensor, " pairs"]
+    """Which of them exist: on a GPU, where their number would be waited for, there are half as many as embeddings."""
 
 
 @float32_island
@@ -87,49 +92,83 @@ def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, nor
     embeddings = at_least_float32(embeddings)
     rows, gathered = embeddings.flatten(0, 1), gather_views(embeddings, ids)
     pairs = pairs_of(gathered.ids)
-    directions = (pairs, Pairs(pairs.positives, pairs.anchors)) if symmetric else (pairs,)
+    directions = (pairs, Pairs(pairs.positives, pairs.anchors, pairs.there)) if symmetric else (pairs,)
     results = [_one_way(rows, gathered, direction, form) for direction in directions]
-    losses, positives, negatives, cosines = (torch.cat(parts) for parts in zip(*results, strict=True))
-    count = torch.tensor(len(positives), device=ids.device)
+    losses, there, negatives, cosines = (torch.cat(parts) for parts in zip(*results, strict=True))
+    count = there.sum()
     # One-vs-one a direction's losses are one number, their sum.
     loss = share_of_mean(losses.sum(), count)
     if norm_penalty:
-        members = _marked(torch.cat(pairs), gathered)
+        members = _marked(pairs.anchors, pairs, gathered) | _marked(pairs.positives, pairs, gathered)
         loss = loss + norm_penalty / 2 * share_of_mean(rows.square().sum(1).where(members, 0).sum(), members.sum())
     terms = {
         "positive_similarity": share_of_mean(cosines.sum(), count),
         "negatives": share_of_mean(negatives.sum(), count),
     }
     if form == "multi_class":
-        terms |= information(losses, 1 + negatives)
+        terms |= information(losses, 1 + negatives, counted=there)
     return Loss(loss, terms)
 
 
+class _Compared(NamedTuple):
+    """What a rank compares: anchors with their own positives, and with those of all ranks."""
+
+    anchors: Tensor
+    ids: Tensor
+    partners: Tensor
+    """Index of each anchor's positive in the whole batch."""
+    there: Tensor
+    keys: Tensor
+    """This rank's part of all positives."""
+    key_ids: Tensor
+    keys_there: Tensor
+
+
 def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of this rank's anchors (or their sum), products, negatives, cosines of positives."""
-    own_ids = gathered.ids[gathered.own]
-    # Each rank has the pairs whose anchors are its own; their positives may be another's.
-    partners = torch.full_like(gathered.ids, -1).index_copy_(0, pairs.anchors, pairs.positives)[gathered.own]
-    paired = partners >= 0
-    anchors, anchor_ids, partners = rows[paired], own_ids[paired], partners[paired]
+    """Losses of this rank's pairs (or their sum), mask of those that exist, negatives, cosines."""
+    anchors, anchor_ids, partners, there, keys, key_ids, keys_there = _compared(rows, gathered, pairs)
     positives = (anchors * gathered.rows[partners]).sum(1)
+    candidate_ids = gathered.ids[pairs.positives]
     if form == "multi_class":
-        keys = _marked(pairs.positives, gathered)
-        others = log_sum_exp(anchors, rows[keys], 1.0, query_ids=anchor_ids, key_ids=own_ids[keys])
-        losses = cross_entropy(others, positives)
+        if keys.device.type == "cpu":
+            queries = anchors
+        else:
+            # One more dimension, of eight columns for the sake of the product, keeps what is no pair far from all.
+            queries = F.pad(F.pad(anchors, (0, 1), value=1.0), (0, 7))
+            keys = torch.cat([keys, keys.new_full((len(keys), 1), FAR).masked_fill(keys_there[:, None], 0)], 1)
+            keys = F.pad(keys, (0, 7))
+        others = log_sum_exp(queries, keys, 1.0, query_ids=anchor_ids, key_ids=key_ids)
+        losses = cross_entropy(others, positives).where(there, 0)
     else:
-        candidate_ids = gathered.ids[pairs.positives]
 
         def term(tile: slice, products: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
             losses = softplus(products - own[tile, None])
-            return losses.where(anchor_ids[tile, None] != candidate_ids, 0).sum(), products.new_zeros(1)
+            compared = (anchor_ids[tile, None] != candidate_ids) & pairs.there & there[tile, None]
+            return losses.where(compared, 0).sum(), products.new_zeros(1)
 
         losses = sum_over_tiles(anchors, gathered.rows[pairs.positives], term, positives)[0][None]
     with torch.no_grad():
-        cosines = F.cosine_similarity(anchors, gathered.rows[partners], eps=1e-6)
-        present, counts = gathered.ids[pairs.positives].unique(return_counts=True)
-        negatives = (len(pairs.positives) - counts[torch.searchsorted(present, anchor_ids)]).to(rows.dtype)
-    return losses, positives, negatives, cosines
+        cosines = F.cosine_similarity(anchors, gathered.rows[partners], eps=1e-6).where(there, 0)
+        # Ids of what is no pair come last, and are no anchor's.
+        present = candidate_ids.where(pairs.there, torch.iinfo(candidate_ids.dtype).max).sort().values
+        equal = torch.searchsorted(present, anchor_ids, right=True) - torch.searchsorted(present, anchor_ids)
+        negatives = (pairs.there.sum() - equal).to(rows.dtype).where(there, 0)
+    return losses, there, negatives, cosines
+
+
+def _compared(rows: Tensor, gathered: Gathered, pairs: Pairs) -> _Compared:
+    """Pairs whose anchors are this rank's; on a GPU, where they would be counted, an equal share."""
+    if rows.device.type == "cpu":
+        own_ids = gathered.ids[gathered.own]
+        # The positives may be another rank's.
+        partners = torch.full_like(gathered.ids, -1).index_copy_(0, pairs.anchors, pairs.positives)[gathered.own]
+        paired, keys = partners >= 0, _marked(pairs.positives, pairs, gathered)
+        there, keys_there = paired[paired], keys[keys]
+        return _Compared(rows[paired], own_ids[paired], partners[paired], there, rows[keys], own_ids[keys], keys_there)
+    own = distributed.share(len(pairs.there))
+    anchors, partners, there = (part[own] for part in pairs)
+    ids = gathered.ids[anchors]
+    return _Compared(gathered.rows[anchors], ids, partners, there, gathered.rows[partners], ids, there)
 
 
 def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:
@@ -149,10 +188,16 @@ def pairs_of(ids: Int[Tensor, " all"]) -> Pairs:
     begins[1:] = ordered[1:] != ordered[:-1]
     occurrence = positions - positions.where(begins, 0).cummax(0).values if len(ids) else positions
     first = (occurrence[:-1] % 2 == 0) & ~begins[1:]
-    return Pairs(order[:-1][first], order[1:][first])
+    if ids.device.type == "cpu":
+        return Pairs(order[:-1][first], order[1:][first], first[first])
+    # Their number is not known here: all that exist come first, and there are at most as many as halves.
+    seats = first.logical_not().byte().argsort(stable=True)[: len(ids) // 2]
+    return Pairs(order[:-1][seats], order[1:][seats], first[seats])
 
 
-def _marked(indices: Tensor, gathered: Gathered) -> Tensor:
-    """Mask of this rank's embeddings that are at some indices of the whole batch."""
-    marked = torch.zeros_like(gathered.ids, dtype=torch.bool).index_fill_(0, indices, True)
-    return marked[gathered.own]
+def _marked(indices: Tensor, pairs: Pairs, gathered: Gathered) -> Tensor:
+    """Mask of this rank's embeddings that are at some indices of the whole batch, one per pair."""
+    count = len(gathered.ids)
+    # One more place is for those of pairs that do not exist.
+    marked = torch.zeros(count + 1, dtype=torch.bool, device=indices.device)
+    return marked.index_fill_(0, indices.where(pairs.there, count), True)[gathered.own]

@@ -119,22 +119,33 @@ class NearestNeighboursObjective(Objective):
         """
         lengths = distributed.counts(len(projections))
         queries = distributed.gather_without_gradient(projections, lengths)
-        # Slots fill from the first on.
-        written = int((self.ring.filled - self.ring.own.start).clamp(0, len(self.ring.rows)))
-        slots = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-        similarities = torch.full_like(queries[:, 0], -torch.inf)
-        if written:
-            values, indices = top_k(queries, self.ring.rows[:written], 1)
-            similarities, slots = values[:, 0], indices[:, 0]
+        rows, row_ids = torch.zeros_like(queries), torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        similarities, slots = self._nearest(queries)
         winners = distributed.gather_without_gradient(similarities.unsqueeze(0)).argmax(0)
         won = (winners == distributed.rank()) & similarities.isfinite()
         # One rank answers each query, and the others add zeros.
-        rows, row_ids = torch.zeros_like(queries), torch.zeros_like(slots)
-        rows[won] = self.ring.rows[slots[won]].to(rows.dtype)
-        row_ids[won] = self.ring.ids[slots[won]]
+        if len(self.ring.rows):
+            rows = self.ring.rows[slots].to(rows.dtype).where(won[:, None], rows)
+            row_ids = self.ring.ids[slots].where(won, row_ids)
         filled = self.ring.filled > 0
         neighbours = distributed.scatter_sum(rows, lengths).where(filled, projections)
         return neighbours, distributed.scatter_sum(row_ids, lengths).where(filled, ids)
+
+    def _nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity and slot of the nearest of this rank's written rows; −inf and 0 without any."""
+        rows, ids = self.ring.rows, None
+        if rows.device.type == "cpu":
+            # Slots fill from the first on.
+            rows = rows[: int((self.ring.filled - self.ring.own.start).clamp(0, len(rows)))]
+        else:
+            # A GPU would have to be waited for: it searches all, and leaves out those of the id that no image has.
+            ids = self.ring.ids, torch.full_like(queries[:, 0], -1, dtype=torch.int64)
+        if not len(rows):
+            similarities = torch.full_like(queries[:, 0], -torch.inf)
+            return similarities, torch.zeros_like(similarities, dtype=torch.int64)
+        key_ids, query_ids = ids or (None, None)
+        values, indices = top_k(queries, rows, 1, query_ids=query_ids, key_ids=key_ids)
+        return values[:, 0], indices[:, 0]
 
     def shards(self) -> dict[str, int]:
         """The support set."""

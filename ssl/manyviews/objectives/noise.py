@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.engine.rows import slices
+from manyviews.engine.rows import slices, tile_numbers
 from manyviews.objectives.losses import softplus, with_gradient
 from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
@@ -17,7 +17,7 @@ from manyviews.system.keyed_random import torch_generator
 Weigh = Callable[[Tensor], Tensor]
 
 NUMBERS = 1 << 22
-"""Numbers in memory at a time: 16 MiB of scores, or of rows where each image has its own."""
+"""Numbers in memory at a time on a CPU: 16 MiB of scores, or of rows where each image has its own."""
 DENSE = 64
 """Rows for each one drawn for an image, up to which products with all rows cost less than gathering the drawn ones."""
 
@@ -44,7 +44,10 @@ class Noise:
 
     def __init__(self, rows: Tensor, start: int, total: int, ids: Tensor, lengths: list[int]) -> None:
         self.rows, self.start, self.total, self.lengths = rows, start, total, lengths
-        self.ids, self.count = ids.to(rows.device), ids.shape[-1]
+        self.ids, self.count = ids.to(rows.device, non_blocking=True), ids.shape[-1]
+        # Of one draw this rank's rows, found where they were drawn: on the CPU.
+        drawn = ids - start
+        self.own_draws = drawn[owned(rows, drawn)].to(rows.device, non_blocking=True) if ids.ndim == 1 else None
 
     def own_hits(self, ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Number of draws that are the own row of each image of this rank."""
@@ -66,22 +69,21 @@ class Noise:
         Each comes with a function from weights of these products to weighted sums of the rows. `images` are the
         indices of the anchors' images in the whole batch.
         """
-        if self.ids.ndim == 1:
-            drawn = self.ids - self.start
-            drawn = drawn[owned(self.rows, drawn)]
+        if self.own_draws is not None:
+            drawn = self.own_draws
             common = self.rows[drawn].to(anchors.dtype)
-            for span in _spans(len(anchors), len(drawn)):
+            for span in _spans(anchors, len(drawn)):
                 scores = anchors[span] @ common.T
                 yield span, self._masked(scores, drawn, ids[span]), partial(torch.matmul, other=common)
         elif 0 < len(self.rows) <= DENSE * self.count:
             rows = self.rows.to(anchors.dtype)
-            for span in _spans(len(anchors), len(rows)):
+            for span in _spans(anchors, len(rows)):
                 products, drawn = anchors[span] @ rows.T, self.ids[images[span]] - self.start
                 own, drawn = owned(self.rows, drawn), drawn.clamp(0, len(rows) - 1)
                 scores = products.gather(1, drawn).masked_fill_(~own, -torch.inf)
                 yield span, self._masked(scores, drawn, ids[span]), partial(_sum_dense, rows, drawn)
         else:
-            for span in _spans(len(anchors), self.count * self.rows.shape[1]):
+            for span in _spans(anchors, self.count * self.rows.shape[1]):
                 drawn, own = self._compact(self.ids[images[span]] - self.start)
                 gathered = self.rows[drawn].to(anchors.dtype)
                 scores = torch.einsum("ad,amd->am", anchors[span], gathered).masked_fill_(~own, -torch.inf)
@@ -93,6 +95,9 @@ class Noise:
     def _compact(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Moves each anchor's draws of this rank's rows to the front of as few columns as possible."""
         own = owned(self.rows, drawn)
+        if self.rows.device.type != "cpu":
+            # The number of columns would be waited for.
+            return (drawn % len(self.rows), own) if len(self.rows) else (drawn[:, :0], own[:, :0])
         if bool(own.all()):
             return drawn, own
         order = own.byte().argsort(dim=1, descending=True, stable=True)[:, : int(own.sum(1).max())]
@@ -178,14 +183,19 @@ def normaliser_from_noise(
     return torch.logaddexp(others + torch.log((noise.total - 1) / kept), positives / temperature)
 
 
-def _spans(anchors: int, numbers: int) -> Iterator[slice]:
+def _spans(anchors: Tensor, numbers: int) -> Iterator[slice]:
     """Slices of anchors, for `numbers` numbers of each."""
-    return slices(0, anchors, max(NUMBERS // max(numbers, 1), 1))
+    return slices(0, len(anchors), max(tile_numbers(anchors.device, NUMBERS) // max(numbers, 1), 1))
 
 
 def _sum_dense(rows: Tensor, drawn: Tensor, weights: Tensor) -> Tensor:
     # Draws that are no noise have no weight, whatever their index.
-    return weights.new_zeros(len(weights), len(rows)).scatter_add_(1, drawn, weights) @ rows
+    sums = weights.new_zeros(len(weights), len(rows))
+    if rows.device.type == "cpu":
+        return sums.scatter_add_(1, drawn, weights) @ rows
+    # That adds equal draws in any order on a GPU.
+    number = torch.arange(len(weights), device=rows.device)[:, None].expand_as(drawn)
+    return sums.index_put_((number, drawn), weights, accumulate=True) @ rows
 
 
 def _sum_gathered(rows: Tensor, weights: Tensor) -> Tensor:

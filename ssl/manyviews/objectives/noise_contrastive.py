@@ -132,7 +132,7 @@ class NoiseContrastiveObjective(LearnedRows):
             temperature=settings.temperature,
         )
         total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
-        anchor_count = torch.tensor(len(anchors), device=ids.device)
+        anchor_count = torch.full((), len(anchors), device=ids.device)
         own = softplus(-own_logits)
         terms = {
             "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
@@ -155,11 +155,11 @@ class NoiseContrastiveObjective(LearnedRows):
         count, key = self.settings.traits.noise, {"seed": self.seed, "step": step}
         if self.settings.traits.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
-            times = number.to(like)
-            return drawn.to(like.device), self._shared_rows(drawn), lambda rows: times
+            times = number.to(like, non_blocking=True)
+            return drawn.to(like.device, non_blocking=True), self._shared_rows(drawn), lambda rows: times
         whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
         own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
-        drawn, indices = (part.to(like.device) for part in own.unique(return_inverse=True))
+        drawn, indices = (part.to(like.device, non_blocking=True) for part in own.unique(return_inverse=True))
         fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
 
         def times_of(rows: slice) -> Tensor:
@@ -173,14 +173,14 @@ class NoiseContrastiveObjective(LearnedRows):
         rank, world_size = distributed.rank(), distributed.world_size()
         stops = [distributed.share(self.classes, other, world_size).stop for other in range(world_size)]
         edges = torch.searchsorted(drawn, torch.tensor([0, *stops])).tolist()
-        own = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device) - self.own.start
+        own = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device, non_blocking=True) - self.own.start
         return distributed.gather(self.weight[own], [last - first for first, last in itertools.pairwise(edges)])
 
     def _log_normaliser(self, like: Tensor) -> Tensor:
         rule = self.settings.normaliser
         if not self.settings.correction:
             return like.new_zeros(())
-        return self.log_normaliser if isinstance(rule, str) else like.new_tensor(math.log(rule))
+        return self.log_normaliser if isinstance(rule, str) else like.new_full((), math.log(rule))
 
     def _offsets(self, ids: Tensor, like: Tensor) -> Tensor:
         """log(k · P(noise is this id)); 0 without the correction."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from manyviews.engine.rows import tile_numbers
 from manyviews.objectives.losses import softplus, with_gradient
 
 Pairwise = Literal["rank_net", "hinge"]
@@ -18,7 +19,7 @@ Pairwise = Literal["rank_net", "hinge"]
 Items = Float[Tensor, "queries items"]
 Queries = Float[Tensor, " queries"]
 NUMBERS = 1 << 20
-"""Pairs of items in memory at a time, over the queries of a tile."""
+"""Pairs of items in memory at a time on a CPU, over the queries of a tile."""
 
 
 def squared_error(scores: Items, relevances: Items) -> Queries:
@@ -31,20 +32,22 @@ def cross_entropy(scores: Items, relevances: Items) -> Queries:
     return F.binary_cross_entropy_with_logits(scores, relevances, reduction="none").mean(1)
 
 
-def rank_net(scores: Items, relevances: Items) -> Queries:
+def rank_net(scores: Items, relevances: Items, most: int | None = None) -> Queries:
     """Mean over pairs, i more relevant than j, of log(1 + exp(sⱼ − sᵢ)) (Burges et al. 2005).
 
-    The paper sums over pairs; the mean keeps the gradient's size whatever the number of items.
+    The paper sums over pairs; the mean keeps the gradient's size whatever the number of items. `most` is an upper bound
+    of a query's items above its least relevant ones; they are counted without it, and a GPU is waited for.
     """
-    return _over_ordered_pairs(scores, relevances, "rank_net")
+    return _over_ordered_pairs(scores, relevances, "rank_net", most)
 
 
-def hinge(scores: Items, relevances: Items) -> Queries:
+def hinge(scores: Items, relevances: Items, most: int | None = None) -> Queries:
     """Mean over pairs of items, i more relevant than j, of max(0, 1 − (sᵢ − sⱼ)).
 
     That is the loss of the ranking support vector machine (Herbrich et al. 2000; Joachims 2002), for any relevances.
+    `most`: see `rank_net`.
     """
-    return _over_ordered_pairs(scores, relevances, "hinge")
+    return _over_ordered_pairs(scores, relevances, "hinge", most)
 
 
 def binary_hinge(scores: Items, relevances: Items) -> Queries:
@@ -93,7 +96,7 @@ def list_mle(scores: Items, relevances: Items) -> Queries:
     return (tails - scores).where(counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def _over_ordered_pairs(scores: Items, relevances: Items, form: Pairwise) -> Queries:
+def _over_ordered_pairs(scores: Items, relevances: Items, form: Pairwise, most: int | None) -> Queries:
     """Mean loss of the score differences of all pairs, some items at a time against the rest.
 
     The gradient is computed on the way: autograd would keep all pairs.
@@ -103,10 +106,11 @@ def _over_ordered_pairs(scores: Items, relevances: Items, form: Pairwise) -> Que
     with torch.no_grad():
         queries, items = scores.shape
         gradient, sums, counts = torch.zeros_like(scores), scores.new_zeros(queries), scores.new_zeros(queries)
-        better = (relevances > relevances[:, -1:]).sum(1)
-        # The one number that a GPU has to wait for: with few relevant items nearly all pairs are ties.
-        most = int(better.max()) if queries else 0
-        height = max(1, NUMBERS // max(queries * items, 1))
+        if most is None:
+            # With few relevant items nearly all pairs are ties.
+            most = int((relevances > relevances[:, -1:]).sum(1).max()) if queries else 0
+        height = max(1, tile_numbers(scores.device, NUMBERS) // max(queries * items, 1))
+        most = min(most, items)
         for first in range(0, most, height):
             part, rest = slice(first, min(first + height, most)), slice(first + 1, items)
             ordered = relevances[:, part, None] > relevances[:, None, rest]

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
-from manyviews.engine.rows import at_least_float32
+from manyviews.engine.rows import at_least_float32, distinct, sum_of_groups
 from manyviews.objectives.cost import ID, Cost, Sizes, softmax_traffic
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
@@ -153,7 +153,7 @@ def supervised_queue_softmax(
     `counts` come from `key_sums`, `rows` are this rank's part of the queue.
     """
     products = (positives + (queries * sums).sum(1)) / (1 + counts)
-    candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature), positives / temperature)
+    candidates = torch.logaddexp(log_sum_exp(queries, rows, temperature, unit=True), positives / temperature)
     return candidates - products / temperature, products
 
 
@@ -164,12 +164,15 @@ def key_sums(queue: Ring, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Float[T
     Similarities with all keys of an id add up to that with their sum, so keys need not be compared one by one.
     """
     lengths = distributed.counts(len(ids))
-    distinct, positions = distributed.gather_without_gradient(ids, lengths).unique(return_inverse=True)
-    index = torch.searchsorted(distinct, queue.ids).clamp(max=len(distinct) - 1)
-    here = distinct[index] == queue.ids
-    rows = at_least_float32(queue.rows[here])
-    counted = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-    # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
-    sums = counted.new_zeros(len(distinct), counted.shape[1]).index_put_((index[here],), counted, accumulate=True)
-    sums = distributed.scatter_sum(sums[positions], lengths)
+    values, groups = distinct(distributed.gather_without_gradient(ids, lengths))
+    places = torch.searchsorted(values, queue.ids).clamp(max=len(values) - 1)
+    here, rows = values[places] == queue.ids, queue.rows
+    if rows.device.type == "cpu":
+        places, rows, here = places[here], rows[here], here[here]
+    else:
+        # Their number would be waited for: the other keys add zero, spread over the groups.
+        places = places.where(here, torch.arange(len(rows), device=rows.device) % len(values))
+    rows = at_least_float32(rows)
+    counted = torch.cat([rows, rows.new_ones(len(rows), 1)], 1).where(here[:, None], 0)
+    sums = distributed.scatter_sum(sum_of_groups(counted, places, len(values))[groups], lengths)
     return sums[:, :-1], sums[:, -1]

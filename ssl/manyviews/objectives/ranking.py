@@ -1,6 +1,7 @@
 """Learning to rank: for each embedding, others of its id or of near labels come first."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -66,7 +67,7 @@ class RankingObjective(Objective):
         gathered = gather_views(normalize(embeddings), ids)
         queries = normalize(embeddings).flatten(0, 1)
         relevance = self._relevance(gathered.ids, gathered.own, queries.dtype)
-        own, loss = gathered.own, self._loss()
+        own, loss = gathered.own, self._loss(self._most(gathered.ids))
         learned = () if self.threshold is None else (self.threshold,)
 
         def term(tile: slice, products: Tensor, *threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,17 @@ class RankingObjective(Objective):
             terms["threshold"] = self.threshold.detach().clone()
         return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
 
-    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _most(self, ids: Tensor) -> int | None:
+        """On a GPU an upper bound of a query's relevant items, for which each tile would wait."""
+        if ids.device.type == "cpu" or self.settings.loss not in ("rank_net", "hinge"):
+            return None
+        if self.labels is not None or self.settings.loss == "hinge":
+            return len(ids)
+        ordered = ids.sort().values
+        # The number of tiles of pairs has to be known on the host.
+        return int((torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)).max()) - 1
+
+    def _loss(self, most: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Loss function of the cosines and relevances of queries' items."""
         settings = self.settings
         name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
@@ -97,6 +108,8 @@ class RankingObjective(Objective):
             return lambda cosines, relevances: loss(
                 cosines / settings.temperature, relevances / settings.label_temperature
             )
+        if name in ("rank_net", "hinge"):
+            loss = partial(loss, most=most)
         return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
 
     def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from manyviews.engine import normalize
+from manyviews.engine.rows import sum_of_groups
 from manyviews.objectives.objective import Objective
 from manyviews.objectives.settings import Population
 from manyviews.system import distributed
@@ -49,9 +50,8 @@ class Ring(nn.Module):
         # Of a batch larger than the ring the last keys remain, where one after the other would have left them.
         skipped = max(len(keys) - self.size, 0)
         slots = (self.pointer + torch.arange(skipped, len(keys), device=keys.device)) % self.size - self.own.start
-        here = owned(self.rows, slots)
-        self.rows.index_copy_(0, slots[here], keys[skipped:][here])
-        self.ids.index_copy_(0, slots[here], key_ids[skipped:][here])
+        overwrite(self.rows, slots, keys[skipped:])
+        overwrite(self.ids, slots, key_ids[skipped:])
         self.pointer.add_(len(keys)).remainder_(self.size)
         self.filled.add_(len(keys)).clamp_(max=self.size)
 
@@ -129,22 +129,40 @@ def owned(rows: Tensor, indices: Int[Tensor, "..."]) -> Tensor:
     return (indices >= 0) & (indices < len(rows))
 
 
+def overwrite(rows: Tensor, indices: Int[Tensor, " values"], values: Tensor) -> None:
+    """Writes values to this rank's rows, those of another rank's indices not; equal indices have equal values."""
+    if distributed.world_size() > 1 and len(rows) and len(indices):
+        here = owned(rows, indices)
+        if rows.device.type == "cpu":
+            indices, values = indices[here], values[here]
+        else:
+            # Their number would be waited for: one of them, or else an old row, is written in place of the others.
+            chosen = torch.arange(len(indices), device=rows.device).where(here, here.byte().argmax())
+            here, indices = here[chosen], indices[chosen].clamp(0, len(rows) - 1)
+            values = values[chosen].where(here.view(-1, *[1] * (rows.ndim - 1)), rows[indices])
+    if len(rows):
+        rows.index_copy_(0, indices, values)
+
+
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, indices: Tensor, lengths: list[int]) -> Tensor:
-        own = owned(rows, indices)
         # Each row comes from one rank and zeros from the others: the sum is the row, bit for bit.
         fetched = rows.new_zeros(len(indices), rows.shape[1])
-        fetched[own] = rows[indices[own]]
-        ctx.save_for_backward(indices[own], own)
+        if len(rows):
+            fetched = rows[indices % len(rows)].where(owned(rows, indices)[:, None], fetched)
+        ctx.save_for_backward(indices)
         ctx.shape, ctx.lengths = rows.shape, lengths
         return distributed.scatter_sum(fetched, lengths)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        indices, own = ctx.saved_tensors
+        (indices,) = ctx.saved_tensors
         gathered = distributed.gather_without_gradient(gradients[0], ctx.lengths)
-        # index_put_ adds repeated indices in a fixed order on every device; index_add_ on a GPU would not.
-        gradient = gathered.new_zeros(ctx.shape).index_put_((indices,), gathered[own], accumulate=True)
-        return gradient, None, None
+        if not ctx.shape[0]:
+            return gathered.new_zeros(ctx.shape), None, None
+        own = (indices >= 0) & (indices < ctx.shape[0])
+        # What is another rank's adds zero, spread over the rows.
+        gathered = gathered.where(own[:, None], 0)
+        return sum_of_groups(gathered, indices % ctx.shape[0], ctx.shape[0]), None, None

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyviews.engine import log_sum_exp, normalize
+from manyviews.engine.rows import distinct, sum_of_groups
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.in_batch import symmetric_traffic
 from manyviews.objectives.losses import float32_island, information, share_of_mean
@@ -63,7 +64,7 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     rows = distributed.counts(len(anchors))
     first = sum(rows[: distributed.rank()])
     own_rows = torch.arange(first, first + len(anchors), device=ids.device)
-    candidates = log_sum_exp(anchors, None, temperature, query_ids=own_rows).view(views, batch)
+    candidates = log_sum_exp(anchors, None, temperature, query_ids=own_rows, unit=True).view(views, batch)
     sums, members = class_sums(embeddings, ids)
     positives = (members - 1).to(anchors.dtype)
     # An anchor is a member of its class, but not its own positive.
@@ -86,13 +87,12 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
 
 def class_sums(embeddings: Embeddings, ids: Ids) -> tuple[Float[Tensor, "batch dim"], Int[Tensor, " batch"]]:
     """Sum, with gradient, and number of all ranks' embeddings that have each id; collective."""
-    own, index = ids.unique(return_inverse=True)
-    local = embeddings.new_zeros(len(own), embeddings.shape[2]).index_add(0, index, embeddings.sum(0))
-    counts = torch.bincount(index, minlength=len(own)) * len(embeddings)
+    own, groups = distinct(ids)
+    local = sum_of_groups(embeddings.sum(0), groups, len(own))
+    counts = sum_of_groups(torch.full_like(ids, len(embeddings)), groups, len(own))
     lengths = distributed.counts(len(own))
-    classes, positions = distributed.gather_without_gradient(own, lengths).unique(return_inverse=True)
-    sums = embeddings.new_zeros(len(classes), embeddings.shape[2])
-    sums = sums.index_add(0, positions, distributed.gather(local, lengths))
-    members = torch.zeros_like(classes).index_add(0, positions, distributed.gather_without_gradient(counts, lengths))
+    classes, groups = distinct(distributed.gather_without_gradient(own, lengths))
+    sums = sum_of_groups(distributed.gather(local, lengths), groups, len(classes))
+    members = sum_of_groups(distributed.gather_without_gradient(counts, lengths), groups, len(classes))
     index = torch.searchsorted(classes, ids)
     return sums[index], members[index]

@@ -136,7 +136,7 @@ def _by_passes(own: Tensor, others: Tensor, margin: float | None) -> tuple[Tenso
     totals, counts = torch.zeros_like(own), torch.zeros_like(own)
     own_weights, weights = torch.zeros_like(own), torch.zeros_like(others)
     for column in range(own.shape[1]):
-        difference = own[:, [column]] - others
+        difference = own[:, column, None] - others
         losses = _excess(difference, margin)
         slopes = difference.sigmoid_() if margin is None else losses.sign()
         totals[:, column], own_weights[:, column] = losses.sum(1), slopes.sum(1)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyviews.engine import normalize, squared_distance_rows
+from manyviews.engine.rows import distinct, sum_of_groups
 from manyviews.objectives.losses import average, gather_views, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids
 
@@ -101,9 +102,9 @@ def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, s
     largest = int(members.max()) if len(members) else 0
     # Cosines with all of a class add up to that with its sum.
     anchors, rows = unit.detach().flatten(0, 1), normalize(candidates.detach())
-    classes, index = ids.unique(return_inverse=True)
-    sums = rows.new_zeros(len(classes), rows.shape[1]).index_add(0, index, rows)
-    similarity = share_of_mean((anchors * (sums[index[own]] - anchors)).sum(), (members - 1).sum())
+    classes, groups = distinct(ids)
+    sums = sum_of_groups(rows, groups, len(classes))
+    similarity = share_of_mean((anchors * (sums[groups[own]] - anchors)).sum(), (members - 1).sum())
     anchors = used.flatten(0, 1)
     if not normalized:
         anchors, candidates = squared_distance_rows(anchors, candidates)

@@ -262,7 +262,7 @@ def _next_farther(others: Tensor, own: Tensor) -> Tensor:
     """Index of the largest of the others below each of a row's own numbers, if there is one."""
     if own.shape[1] <= FEW:
         # A threshold in place of a mask: a mask takes thirty times as long on a CPU.
-        gaps = (F.threshold(own[:, [column]] - others, 0, math.inf) for column in range(own.shape[1]))
+        gaps = (F.threshold(own[:, column, None] - others, 0, math.inf) for column in range(own.shape[1]))
         return torch.stack([gap.argmin(1) for gap in gaps], 1)
     ordered, order = others.sort(1)
     return order.gather(1, (torch.searchsorted(ordered, own) - 1).clamp(min=0))
