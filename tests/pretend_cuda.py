@@ -189,6 +189,9 @@ def pretend_cuda(devices: int = 1) -> Iterator[Log]:
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda *args: LOG.wait("synchronize"))
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor, *args: tensor)
+        # Wrapped tensors have no version in inference mode; its code runs without gradient instead.
+        patch.setattr(torch.inference_mode, "__enter__", _without_gradient)
+        patch.setattr(torch.inference_mode, "__exit__", lambda mode, *problem: mode.instead.__exit__(*problem))
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(torch.amp, "autocast", _Autocast)
         patch.setattr(torch.amp.autocast_mode, "autocast", _Autocast)
@@ -238,6 +241,11 @@ class _Event:
         return 1.0
 
 
+def _without_gradient(mode: Any) -> None:
+    mode.instead = torch.no_grad()
+    mode.instead.__enter__()
+
+
 class _Generator(torch.Generator):
     """A generator of the pretend GPU, which is one of the CPU."""
 
@@ -285,6 +293,9 @@ def _run(func: Any, args: Any, options: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, torch.Tensor)]
     pretend = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor)]
+    if name == "to":
+        # In inference mode torch leaves it whole.
+        return _to(*args, **options)
     device = options.get("device")
     to_gpu = device is not None and torch.device(device).type in ("cuda", "meta")
     if func.namespace == "c10d":
@@ -309,6 +320,20 @@ def _run(func: Any, args: Any, options: dict[str, Any]) -> Any:
     # What was written to is returned as the object it was.
     written = {id(tensor.numbers): tensor for tensor in pretend}
     return tree_map(lambda leaf: written.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+
+
+def _to(source: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """`Tensor.to` by a copy, or without one where neither device nor type changes."""
+    if args and isinstance(args[0], torch.Tensor):
+        options |= {"device": args[0].device, "dtype": args[0].dtype}
+        args = args[1:]
+    names = ["device", "dtype"] if args and isinstance(args[0], torch.device) else ["dtype"]
+    options |= dict(zip([*names, "non_blocking", "copy"], args, strict=False))
+    copy, device, dtype = options.pop("copy", False), options.get("device"), options.get("dtype")
+    same_device = device is None or (torch.device(device).type == "cpu") != isinstance(source, PretendTensor)
+    if same_device and dtype in (None, source.dtype) and not copy:
+        return source
+    return _copy(torch.ops.aten._to_copy.default, "_to_copy", (source,), options)
 
 
 def _copy(func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:

@@ -2,19 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from manyviews import cli
+from manyviews.features import store
+from manyviews.system import distributed
 from pretend_cuda import Log, pretend_cuda
 from processes import launched
 from small_run import photographs
 from stopped_runs import content, differing, stop_after
 
+T = TypeVar("T")
 QUICK = ["train.epochs=2", "train.batch_size=16", "train.threads=1", "train.workers=0", "train.precision=fp32"]
 PRETRAIN = ["simclr", *QUICK, "views.size=28", "data.size=28", "train.log_every=2"]
 EVALUATE = ["tasks=knn,linear,fractions,retrieval,clustering,verification,geometry", "baselines=false", "report=false"]
@@ -28,6 +33,16 @@ def gpus() -> Iterator[Log]:
         yield log
 
 
+def late(read: Callable[..., T]) -> Callable[..., T]:
+    """The function, which takes its time on all ranks but 0: they may be behind."""
+
+    def reading(*args: object) -> T:
+        time.sleep(0.5 * (distributed.rank() > 0))
+        return read(*args)
+
+    return reading
+
+
 def all_commands(root: str) -> None:
     """Runs every command on this rank's GPU, in the folder `root`."""
     data = f"data={root}/photos"
@@ -37,8 +52,12 @@ def all_commands(root: str) -> None:
             stop_after(patch, 3)
             with pytest.raises(SystemExit):
                 cli.pretrain([*PRETRAIN, data, f"output={root}/stopped"])
+        # Rank 0 holds the folder until its command has ended.
+        distributed.barrier()
         assert cli.pretrain([*PRETRAIN, data, f"output={root}/stopped", "resume=true"]) == 0
-        assert cli.evaluate([f"{root}/whole", data, f"output={root}/on_gpu", *EVALUATE]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "remarks", late(store.remarks))
+            assert cli.evaluate([f"{root}/whole", data, f"output={root}/on_gpu", *EVALUATE]) == 0
         assert cli.extract([f"{root}/whole", data, f"output={root}/features"]) == 0
         assert cli.finetune([f"{root}/whole", data, f"output={root}/finetuned", *SHORT]) == 0
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from manyviews import cli
@@ -79,8 +78,6 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def pair(folder: Path) -> None:
     """Each objective straight through, and stopped and resumed, on two processes."""
     agreed = Stop.agreed
-    # The processes stay together from one run to the next.
-    Accelerator.end_training = lambda self: None
 
     def after(self: Stop) -> bool:
         self.asked = getattr(self, "asked", -1) + 1

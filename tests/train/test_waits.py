@@ -56,3 +56,38 @@ def test_the_steps_of_every_recipe_are_those_of_the_cpu(name: str) -> None:
         assert result.loss.total.device.type == "cuda"
         torch.testing.assert_close(result.loss.total.cpu(), expected.loss.total, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(result.embeddings.cpu(), expected.embeddings, rtol=1e-3, atol=1e-3)
+
+
+WAITS = 2
+LAUNCHES = {
+    "arcface": 380,
+    "arcface_instances": 380,
+    "cosface": 380,
+    "facenet": 430,
+    "facenet_instances": 430,
+    "instance_discrimination": 350,
+    "instance_discrimination_nce": 400,
+    "list_net": 370,
+    "log_ratio": 420,
+    "margin_distance_weighted": 550,
+    "margin_distance_weighted_instances": 550,
+    "moco": 700,
+    "n_pair": 450,
+    "n_pair_instances": 570,
+    "nnclr": 480,
+    "noise_contrastive": 410,
+    "quickstart": 360,
+    "siamese": 550,
+    "siamese_instances": 550,
+    "simclr": 360,
+    "sphereface": 410,
+    "supervised": 390,
+}
+"""Launches of a step by recipe, with 24 images and the smallest encoder."""
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_the_step_of_every_recipe_keeps_to_its_budget_of_waits_and_launches(name: str) -> None:
+    log, _ = log_and_results(name)
+    assert log.waits.total() <= WAITS, log
+    assert log.launches.total() <= LAUNCHES[name], log

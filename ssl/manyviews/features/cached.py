@@ -55,7 +55,10 @@ def features_of(
                 if not complete:
                     console.say(message)
                     fill(folder, layers, [part], prepare=opened.prepare, settings=settings, console=console, root=root)
-                    if count := len(store.remarks(folder)):
+                    # Read on all ranks before rank 0 moves the files.
+                    with raise_on_all_ranks():
+                        count = len(store.remarks(folder))
+                    if count:
                         # Used now, and computed again once the files can be read.
                         unread = plural(count, "image")
                         console.warn(f"{unread} could not be read and count as grey; these features are not kept")
@@ -67,7 +70,8 @@ def features_of(
                     with raise_on_all_ranks():
                         if distributed.rank() == 0:
                             store.finish(folder, [file], key, (), root)
-                return store.mapped(folder / file)
+                with raise_on_all_ranks():
+                    return store.mapped(folder / file)
         except (OSError, ValueError) as problem:
             console.warn(f"features are not kept: {problem}")
     console.say(message)

@@ -22,6 +22,7 @@ from manyviews.data.loader import copied_ahead
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.placing import fits
 from manyviews.system import distributed
+from manyviews.system.background import HostCopy
 from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.hardware import decoders
@@ -180,7 +181,11 @@ def encoded(
         ValueError: the module does not return one vector per image.
     """
     device = torch.device(device)
-    previous: tuple[Tensor, Any, torch.cuda.Event | None] | None = None
+    previous: tuple[Tensor, Any] | None = None
+
+    def arrived(outputs: Any) -> Any:
+        return outputs if keep else _map_tensors(lambda copy: copy.read()[0], outputs)
+
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
         for ids, pixels in _batches_on_device(images, batches, workers, device):
@@ -189,14 +194,15 @@ def encoded(
                 inputs = prepare(pixels)
                 with tf32(precision == "fp32"):
                     outputs = module(inputs)
-            # Its copy follows the batch at once, and arrives while the next one is computed.
-            copied = (_map_tensors(Tensor.float, outputs), None) if keep else _copied(outputs, device)
+            outputs = _map_tensors(Tensor.float, outputs)
+            # The copy follows the batch at once, and arrives while the next one is computed.
+            copies = outputs if keep else _map_tensors(HostCopy, outputs)
             if previous is not None:
-                yield _arrived(*previous)
+                yield previous[0], arrived(previous[1])
             _map_tensors(partial(_check_vectors, len(ids)), outputs)
-            previous = ids, *copied
+            previous = ids, copies
         if previous is not None:
-            yield _arrived(*previous)
+            yield previous[0], arrived(previous[1])
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
@@ -223,26 +229,8 @@ def check_finite(features: Tensor) -> None:
         )
 
 
-def _map_tensors(function: Callable[[Tensor], Any], outputs: Any) -> Any:
+def _map_tensors(function: Callable[[Any], Any], outputs: Any) -> Any:
     return {name: function(rows) for name, rows in outputs.items()} if isinstance(outputs, dict) else function(outputs)
-
-
-def _copied(outputs: Any, device: torch.device) -> tuple[Any, torch.cuda.Event | None]:
-    """Outputs as float32 on the CPU, which hold them once the event has happened."""
-    # A GPU copies into pinned memory meanwhile; other devices do not tell when a copy has arrived.
-    from_gpu = device.type == "cuda"
-    copies = _map_tensors(lambda rows: rows.float().to("cpu", non_blocking=from_gpu), outputs)
-    if not from_gpu:
-        return copies, None
-    event = torch.cuda.Event()
-    event.record()
-    return copies, event
-
-
-def _arrived(ids: Tensor, outputs: Any, event: torch.cuda.Event | None) -> tuple[Tensor, Any]:
-    if event is not None:
-        event.synchronize()
-    return ids, outputs
 
 
 def _placed_on_all_ranks(local: Tensor, count: int, device: torch.device) -> Tensor:

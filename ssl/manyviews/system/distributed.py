@@ -4,6 +4,7 @@ The first axis of gathered tensors may differ between ranks, and be empty. Tenso
 by gloo from a CPU and by NCCL from a GPU; numbers, flags and objects travel on the CPU: they wait for no GPU.
 """
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -185,6 +186,17 @@ def raise_on_all_ranks() -> Iterator[None]:
 def barrier() -> None:
     """Waits for all ranks."""
     any_over_ranks(False)
+
+
+def leave_at_exit() -> None:
+    """Leaves the process group when the process ends, as torch asks of programs that have not failed."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _initialised():
+        dist.destroy_process_group()
 
 
 class _Gather(torch.autograd.Function):

@@ -72,7 +72,7 @@ def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None =
                 console.say(f"finished: the backbone is in {exported}")
             elif run is not None:
                 run.close()
-        end(session, accelerator, step)
+        end(session, step)
     return folder
 
 

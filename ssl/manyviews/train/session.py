@@ -73,9 +73,12 @@ def open_session(
         raise
 
 
-def end(session: Session, accelerator: Accelerator, step: int) -> None:
-    """Ends the session on all ranks; after a signal raises SystemExit, with a message."""
-    accelerator.end_training()
+def end(session: Session, step: int) -> None:
+    """Ends the session on all ranks; after a signal raises SystemExit, with a message.
+
+    The process group stays, for another run in the same processes, until they end.
+    """
+    distributed.leave_at_exit()
     if session.stop.signal is not None:
         session.console.say(f"stopped at step {step:,}, saved; re-run the same command with resume=true to continue")
         raise SystemExit(128 + session.stop.signal)

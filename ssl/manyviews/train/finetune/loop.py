@@ -88,7 +88,7 @@ def finetune(source: str, settings: FinetuneSettings, *, header: str = "", on_me
             if session.run is not None:
                 session.run.close()
         distributed.barrier()
-        end(session, accelerator, outcome["step"])
+        end(session, outcome["step"])
     return folder
 
 
