@@ -224,10 +224,10 @@ def test_every_launch_in_the_docs_is_one_that_its_launcher_understands() -> None
     launched = Counter[str]()
     for line in commands():
         for launcher, parser in launchers.items():
-            _, found, words = line.partition(f"{launcher} ")
-            if not found:
+            _, launch, args = line.partition(f"{launcher} ")
+            if not launch:
                 continue
-            given = parser.parse_args(words.split())
+            parsed = parser.parse_args(args.split())
             launched_scripts = {
                 "scripts/pretrain.py",
                 "scripts/evaluate.py",
@@ -235,8 +235,8 @@ def test_every_launch_in_the_docs_is_one_that_its_launcher_understands() -> None
                 "manyviews",
                 "my_script.py",
             }
-            assert given.training_script in launched_scripts, line
-            assert {word for word in given.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
+            assert parsed.training_script in launched_scripts, line
+            assert {word for word in parsed.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
             launched[launcher] += 1
     assert launched["accelerate launch"] >= 4
     assert launched["torchrun"] >= 3

@@ -149,7 +149,7 @@ class Folder(Settings):
         def opener(index: int) -> tuple[BufferedReader, State]:
             return open_image(root, names[index], follow_links=self.follow_links)
 
-        def opened(index: int) -> BufferedReader:
+        def open_file(index: int) -> BufferedReader:
             file, states[index] = opener(index)
             if in_memory:
                 digests[index] = np.frombuffer(digest(file), np.uint8)
@@ -158,9 +158,9 @@ class Folder(Settings):
         def visit(index: int) -> None:
             path = root / names[index]
             if in_memory:
-                pixels[index] = decoding.read(path, partial(opened, index))
+                pixels[index] = decoding.read(path, partial(open_file, index))
             else:
-                decoding.check(path, partial(opened, index))
+                decoding.check(path, partial(open_file, index))
 
         failures = shared(in_threads(visit, len(names), workers, report, "decoding" if in_memory else "checking"))
         if not in_memory:
