@@ -32,11 +32,12 @@ test-slow: .venv/installed-test
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The pictures in docs/: those that a run makes.
-pictures: .venv/installed
-	rm -rf runs/pictures
-	$(BIN)/manyviews pretrain quickstart output=runs/pictures train.epochs=0.01 train.monitor=0
+# The pictures in docs/, of a quickstart run (minutes); the report's needs Chromium.
+pictures: .venv/installed-test
+	$(BIN)/manyviews pretrain quickstart output=runs/pictures resume=true
+	$(BIN)/manyviews evaluate runs/pictures tasks=knn,linear
 	cp runs/pictures/views.png docs/images/views.png
+	$(BIN)/python scripts/picture.py runs/pictures docs/images/report.png
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

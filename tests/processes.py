@@ -33,8 +33,8 @@ def free_port() -> int:
 
 def world(rank: int, size: int, port: int) -> dict[str, str]:
     """The environment that a launcher gives each process."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _begun(number: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:

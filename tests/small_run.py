@@ -23,9 +23,9 @@ def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pa
     return place / folder_name(checkpoint.step)
 
 
-def small_run(folder: Path, *words: str, channels: int = 1, size: int = 28) -> Encoder:
+def small_run(folder: Path, *args: str, channels: int = 1, size: int = 28) -> Encoder:
     """Writes config.yaml, a checkpoint and the exported backbone; returns the encoder."""
-    made = load(recipe.Recipe, recipe.find("quickstart"), [f"views.size={size}", *words])
+    made = load(recipe.Recipe, recipe.find("quickstart"), [f"views.size={size}", *args])
     torch.manual_seed(1)
     encoder = made.encoder.build(channels=channels, size=size).eval()
     for norm in encoder.modules():

@@ -23,16 +23,16 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 def newest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run, of which none is damaged."""
-    found, damaged = newest_checkpoint(run / "checkpoints")
-    assert found is not None
+    result, damaged = newest_checkpoint(run / "checkpoints")
+    assert result is not None
     assert not damaged
-    return found
+    return result
 
 
-def tensors(found: Checkpoint) -> dict[str, Tensor]:
+def tensors(result: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, with what the optimiser keeps."""
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
+    named = {f"{part}.{key}": value for part, state in result.parts.items() for key, value in state.items()}
+    for index, state in result.optimiser["state"].items():
         named |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     return named
 

@@ -14,7 +14,7 @@ from manyviews.train.finetune import FinetuneSettings
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("args", "answer"),
     [
         ("objective=NTXentLoss", "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"),
         ("objective=SupConLoss", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
@@ -49,9 +49,9 @@ from manyviews.train.finetune import FinetuneSettings
         ("train.epochs=", "train.epochs has no value; it must be float > 0"),
     ],
 )
-def test_a_mistyped_word_is_answered_by_the_term_the_bound_and_the_way_out(words: str, answer: str) -> None:
+def test_a_mistyped_word_is_answered_by_the_term_the_bound_and_the_way_out(args: str, answer: str) -> None:
     with pytest.raises(ValueError, match=re.escape(answer)):
-        load(Recipe, None, words.split())
+        load(Recipe, None, args.split())
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_recipe_is_named_for_a_loss_however_it_is_written(name: str) -> None:
 @pytest.mark.parametrize("model", [EvaluateSettings, FinetuneSettings])
 def test_a_part_of_the_runs_own_data_is_changed_alone(model: type, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    words = [f"data={tmp_path / 'images'}", "data.size=24"]
-    (tmp_path / "config.yaml").write_text(dump_yaml(load(Recipe, None, words)))
+    args = [f"data={tmp_path / 'images'}", "data.size=24"]
+    (tmp_path / "config.yaml").write_text(dump_yaml(load(Recipe, None, args)))
     changed = [f"data.test={tmp_path}"]
     data = load(model, None, changed, base=own_data(tmp_path, changed)).data
     assert (data.path, data.size, data.test) == (str(tmp_path / "images"), 24, str(tmp_path))

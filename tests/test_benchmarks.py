@@ -42,6 +42,8 @@ COLUMNS = ["Recall@1, backbone", "Recall@1, embedding", "MAP@R, backbone", "MAP@
 IMAGES = ("data.size=12", "data.channels=1", "data.holdout=0.5")
 TRAINED = ("encoder.projector.dim=4", "train.batch_size=20", "optim.warmup=0", "train.preview=0")
 
+QUICK = ("maps=[]", "few.draws=2", "few.shots=[]")
+
 
 class InTurn(Executor):
     """Runs at once what is submitted: signals are heard in the main thread alone."""
@@ -72,12 +74,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands on small images and memory's measurements in this process: others would take seconds to start."""
 
     def commands(_: int, *lines: Sequence[str]) -> None:
-        for name, *words in lines:
+        for name, *overrides in lines:
             small = (*IMAGES, *(TRAINED if name == "pretrain" else ()))
-            wanted = any(word.startswith("data=") for word in words)
-            given = {word.partition("=")[0] for word in words}
-            words += [word for word in small if wanted and word.partition("=")[0] not in given]
-            assert getattr(cli, name)(words) == 0
+            wanted = any(word.startswith("data=") for word in overrides)
+            given = {word.partition("=")[0] for word in overrides}
+            overrides += QUICK if name == "evaluate" else ()
+            overrides += [word for word in small if wanted and word.partition("=")[0] not in given]
+            assert getattr(cli, name)(overrides) == 0
 
     def peak(prepare: Callable[..., harness.Work], *arguments: object) -> float:
         prepare(*arguments)()
@@ -89,9 +92,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ThreadPoolExecutor", InTurn)
 
 
-def rows_of(name: str, folder: Path, *words: str) -> list[dict[str, Any]]:
+def rows_of(name: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """What a benchmark writes as JSON."""
-    benchmark.main([name, *words, "--repetitions", "1", "--json", str(folder / "figures.json")])
+    benchmark.main([name, *overrides, "--repetitions", "1", "--json", str(folder / "figures.json")])
     report = json.loads((folder / "figures.json").read_text())
     assert {"title", "command", "machine", "notes"} < report.keys()
     rows: list[dict[str, Any]] = report["rows"]
@@ -117,7 +120,10 @@ def test_every_benchmark_is_tested_here_or_in_a_file_of_its_own() -> None:
     assert names - tested == elsewhere
 
 
-def test_bank_compares_steps_of_the_bank_with_the_original_and_the_limit(tmp_path: Path) -> None:
+def test_bank_compares_steps_of_the_bank_with_the_original_and_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank, "QUERIES", 16)
     rows = rows_of("bank", tmp_path, "--sizes", "5000")
     assert seconds_of(rows, "step").keys() == {*bank.OURS, bank.ORIGINAL, bank.PLAIN, "limit"}
     ratios = {row["step"]: row["of the original NCE"] for row in rows}
@@ -129,8 +135,8 @@ def test_bank_compares_steps_of_the_bank_with_the_original_and_the_limit(tmp_pat
 
 @pytest.mark.slow
 def test_checkpointing_times_the_steps_beside_a_checkpoint_and_the_growth_of_memory(tmp_path: Path) -> None:
-    words = ("--minutes", "0.3", "--every", "2", "--steps", "300", "--threads", "1", "--place", str(tmp_path))
-    *costs, growth = rows_of("checkpointing", tmp_path, *words)
+    overrides = ("--minutes", "0.3", "--every", "2", "--steps", "300", "--threads", "1", "--place", str(tmp_path))
+    *costs, growth = rows_of("checkpointing", tmp_path, *overrides)
     assert [row["run"] for row in costs] == ["quickstart", "wide projector"]
     assert all(row["checkpoints"] > 0 and row["one step (ms)"] > 0 for row in costs)
     assert growth["resident, at the end (MiB)"] > 0
@@ -171,8 +177,8 @@ def test_distances_are_fitted_beside_the_rival_in_an_environment_of_its_own(
 
 def test_extract_is_compared_with_the_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "BATCH", 16)
-    words = ("--data", "sample", "--sizes", "28", "--share", "0.001", "--threads", "1", "--folder", str(tmp_path))
-    rows = [row for row in rows_of("extract", tmp_path, *words) if row["precision"] == "fp32"]
+    overrides = ("--data", "sample", "--sizes", "28", "--share", "0.001", "--threads", "1", "--folder", str(tmp_path))
+    rows = [row for row in rows_of("extract", tmp_path, *overrides) if row["precision"] == "fp32"]
     assert [row["loop"] for row in rows] == ["backbone alone", "to files", "in memory"]
     assert rows[0]["of the backbone alone"] == 1
 
@@ -183,9 +189,9 @@ def test_finetune_stands_beside_the_probe_and_training_from_scratch(
     for name, value in {"EPOCHS": 1, "STEPS": 1, "RATES": (0.01,)}.items():
         monkeypatch.setattr(finetune, name, value)
     small_run(tmp_path / "run", *IMAGES, f"data={images}", size=12)
-    words = ("--run", str(tmp_path / "run"), "--data", str(images), "--fractions", "0.5")
-    words += ("--seeds", "1", "--longer", "2", "--keep", str(tmp_path / "runs"))
-    rows = rows_of("finetune", tmp_path, *words)
+    overrides = ("--run", str(tmp_path / "run"), "--data", str(images), "--fractions", "0.5")
+    overrides += ("--seeds", "1", "--longer", "2", "--keep", str(tmp_path / "runs"))
+    rows = rows_of("finetune", tmp_path, *overrides)
     scratch = [f"from scratch, {times} × the budget, rate 0.01" for times in (1, 2)]
     assert [row["method"] for row in rows] == ["linear probe on frozen features", "fine-tuned", *scratch]
     assert all(0 <= float(row["mean"]) <= 100 for row in rows)
@@ -217,8 +223,8 @@ def test_linear_stands_beside_scikit_learn_on_the_same_features(
     )
     monkeypatch.setattr(linear, "Sample", lambda: few)
     small_run(tmp_path / "run")
-    words = ("--run", str(tmp_path / "run"), "--epochs", "1", "--workers", "0", "--plain")
-    ours, theirs, lightly = rows_of("linear", tmp_path, *words)
+    overrides = ("--run", str(tmp_path / "run"), "--epochs", "1", "--workers", "0", "--plain")
+    ours, theirs, lightly = rows_of("linear", tmp_path, *overrides)
     assert abs(ours["accuracy %"] - theirs["accuracy %"]) <= 5
     assert ours["times ours"] == 1
     assert "accuracy %" in lightly or "pip install" in lightly["seconds"]
@@ -234,8 +240,8 @@ def test_negatives_are_counted_beside_the_accuracy_and_verdicts_name_the_order(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(negatives, "QUEUES", (8, 16))
-    words = ("--parts", "queue", "--epochs", "0.2", "--seeds", "1", "--data", str(images), "--keep", str(tmp_path))
-    rows = rows_of("negatives", tmp_path, *words)
+    overrides = ("--parts", "queue", "--epochs", "0.2", "--seeds", "1", "--data", str(images), "--keep", str(tmp_path))
+    rows = rows_of("negatives", tmp_path, *overrides)
     assert [row["negatives"] for row in rows if row["part"] == "queue"] == [8, 16]
     assert [row["case"] for row in rows if row["part"] == "baseline"] == ["random weights", "raw pixels"]
     assert "queue: " in json.loads((tmp_path / "figures.json").read_text())["notes"][-1]
@@ -274,7 +280,7 @@ def test_ranks_of_two_processes_hold_half_of_the_rows_each(tmp_path: Path) -> No
 
 
 def test_recipes_are_measured_beside_random_weights_and_pixels(tmp_path: Path, images: Path) -> None:
-    words = (
+    overrides = (
         "--minutes",
         "0.002",
         "--seeds",
@@ -286,7 +292,7 @@ def test_recipes_are_measured_beside_random_weights_and_pixels(tmp_path: Path, i
         "--keep",
         str(tmp_path),
     )
-    rows = rows_of("recipes", tmp_path, *words)
+    rows = rows_of("recipes", tmp_path, *overrides)
     assert [row["recipe"] for row in rows] == ["simclr", "random weights", "raw pixels"]
     assert all(0 <= row[name]["median"] <= 100 for row in rows for name in ("knn", "linear"))
 
@@ -305,8 +311,8 @@ def options(tmp_path: Path, images: Path) -> argparse.Namespace:
     """Runs of a few steps."""
     parser = argparse.ArgumentParser()
     objectives.add_options(parser)
-    words = ["--epochs", "0.5", "--seeds", "1", "--data", str(images), "--gallery", str(images)]
-    return parser.parse_args([*words, "--keep", str(tmp_path / "runs")])
+    overrides = ["--epochs", "0.5", "--seeds", "1", "--data", str(images), "--gallery", str(images)]
+    return parser.parse_args([*overrides, "--keep", str(tmp_path / "runs")])
 
 
 def test_objectives_show_backbone_and_embedding_side_by_side(

@@ -71,7 +71,7 @@ def test_help_lists_every_key_once_with_its_line(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["simclrr"], "neither a recipe"),
         (["train.epoch=3"], "did you mean train.epochs?"),
@@ -88,9 +88,9 @@ def test_help_lists_every_key_once_with_its_line(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    assert cli.pretrain([*words, f"output={tmp_path / 'run'}"]) == 2
+    assert cli.pretrain([*args, f"output={tmp_path / 'run'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -129,14 +129,14 @@ def test_a_folder_of_photographs_with_broken_ones_just_works(
     tmp_path: Path, classes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (classes / "dark" / "broken.jpg").write_bytes(b"no image")
-    words = [f"data={classes}", "data.size=32", "train.epochs=2", *(word for word in SHORT if "epochs" not in word)]
-    assert cli.pretrain([*words, "data.max_bad=0.1", f"output={tmp_path / 'run'}"]) == 0
+    args = [f"data={classes}", "data.size=32", "train.epochs=2", *(word for word in SHORT if "epochs" not in word)]
+    assert cli.pretrain([*args, "data.max_bad=0.1", f"output={tmp_path / 'run'}"]) == 0
     assert "broken.jpg" in (tmp_path / "run" / "unreadable.txt").read_text()
     assert cli.evaluate([str(tmp_path / "run")]) == 0
     assert "learned" in capsys.readouterr().out
     report = recorded(tmp_path / "run")
     assert report["tasks"] == ["knn", "linear", "fractions", "geometry"]
-    assert cli.pretrain([*words, f"output={tmp_path / 'other'}"]) == 2
+    assert cli.pretrain([*args, f"output={tmp_path / 'other'}"]) == 2
     assert "broken.jpg" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
@@ -173,15 +173,16 @@ def test_a_run_is_measured_beside_its_baselines_and_by_retrieval_among_unseen_cl
 
 
 def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
+    args = [
         "tasks=clustering,retrieval",
         "layer=backbone",
         "classes=[Sandal, 0, 1]",
         "metric=mahalanobis",
         "data.name=sample",
         "maps=[]",
+        "protocol.clustering.restarts=1",
     ]
-    assert cli.evaluate([str(unseen), *words, "baselines=false"]) == 0
+    assert cli.evaluate([str(unseen), *args, "baselines=false"]) == 0
     report = recorded(unseen)
     assert report["metric"]["name"] == "mahalanobis"
     assert report["tasks"] == ["retrieval", "clustering"]
@@ -189,12 +190,12 @@ def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pyt
     metric = LinearMetric.load(unseen / "metrics" / "mahalanobis" / "learned.safetensors")
     assert metric.settings["name"] == "mahalanobis"
     assert metric.weights.shape[1] == report["measurements"][0]["dim"]
-    assert cli.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null", "maps=[]"]) == 0
+    assert cli.evaluate([str(unseen), "tasks=clustering", "baselines=false", "classes=null", *args[-2:]]) == 0
     assert "of 3 classes never seen in training" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["tasks=retreival"], "did you mean retrieval?"),
         (["tasks=[knn, lineal]"], "did you mean linear?"),
@@ -208,9 +209,9 @@ def test_tasks_classes_and_a_metric_are_chosen_by_name(unseen: Path, capsys: pyt
     ],
 )
 def test_a_mistake_in_what_is_measured_is_one_sentence_before_any_image_is_encoded(
-    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    run: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    assert cli.evaluate([str(run), *words]) == 2
+    assert cli.evaluate([str(run), *args]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert shown.err.count("\n") == 1
@@ -223,8 +224,8 @@ def test_a_run_that_has_not_finished_is_measured_by_its_newest_checkpoint(
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
     shutil.rmtree(unfinished / "backbone")
     (unfinished / "done").unlink()
-    words = [f"data={classes}", "data.size=28", "data.channels=1"]
-    assert cli.evaluate([str(unfinished), *words]) == 0
+    args = [f"data={classes}", "data.size=28", "data.channels=1"]
+    assert cli.evaluate([str(unfinished), *args]) == 0
     assert "checkpoints/step-" in json.loads((unfinished / "evaluation.json").read_text())["weights"]["file"]
 
 
@@ -258,8 +259,8 @@ def test_features_of_a_folder_without_labels_have_names(run: Path, tmp_path: Pat
     for file in (classes / "dark").iterdir():
         shutil.copy(file, flat)
     output = tmp_path / "features"
-    words = [str(run), f"data={flat}", "data.size=28", "data.channels=1", f"output={output}"]
-    assert cli.extract(words) == 0
+    args = [str(run), f"data={flat}", "data.size=28", "data.channels=1", f"output={output}"]
+    assert cli.extract(args) == 0
     assert np.load(output / "backbone.npy").shape[0] == 20
     assert not (output / "labels.npy").exists()
     assert json.loads((output / "manifest.json").read_text())["images"][2] == ["train", 2, "2.png"]
@@ -267,10 +268,10 @@ def test_features_of_a_folder_without_labels_have_names(run: Path, tmp_path: Pat
 
 def test_a_run_started_from_the_scripts_folder_stops_at_a_signal_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [word for word in SHORT if "epochs" not in word]
-    words = ["quickstart", *words, "train.epochs=3", "train.log_every=1", f"output={folder}"]
+    args = [word for word in SHORT if "epochs" not in word]
+    args = ["quickstart", *args, "train.epochs=3", "train.log_every=1", f"output={folder}"]
     with subprocess.Popen(
-        [sys.executable, "pretrain.py", *words],
+        [sys.executable, "pretrain.py", *args],
         cwd=SCRIPTS,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -351,8 +352,8 @@ def test_images_and_a_recipe_may_have_an_equals_sign_in_their_path(
     data, recipe = shutil.copytree(classes, tmp_path / "k=v"), tmp_path / "lr=0.1.yaml"
     recipe.write_text("objective: {name: in_batch}\n")
     given = [word for word in SHORT if "epochs" not in word and "batch" not in word]
-    words = [str(recipe), f"data={data}", "data.size=16", "train.batch_size=8", "train.epochs=1", *given]
-    assert cli.pretrain([*words, f"output={tmp_path / 'runs' / 'a=b'}"]) == 0
+    args = [str(recipe), f"data={data}", "data.size=16", "train.batch_size=8", "train.epochs=1", *given]
+    assert cli.pretrain([*args, f"output={tmp_path / 'runs' / 'a=b'}"]) == 0
     assert (tmp_path / "runs" / "a=b" / "done").is_file()
     few = ["epochs=0.5", "min_steps=1", "batch_size=8", "views.size=16", f"output={tmp_path / 'x=y'}"]
     assert cli.finetune([str(tmp_path / "runs" / "a=b"), *few]) == 0

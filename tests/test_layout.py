@@ -204,6 +204,7 @@ def test_every_command_in_the_docs_names_scripts_and_keys_that_exist() -> None:
     }
     checked = 0
     for line in commands():
+        assert not line.startswith("python scripts/"), f"docs name the installed command: {line}"
         match = re.search(r"(?:scripts/|manyviews )(\w+)(?:\.py)?(.*)", line)
         if not match:
             continue
@@ -223,10 +224,10 @@ def test_every_launch_in_the_docs_is_one_that_its_launcher_understands() -> None
     launched = Counter[str]()
     for line in commands():
         for launcher, parser in launchers.items():
-            _, found, words = line.partition(f"{launcher} ")
-            if not found:
+            _, launch, args = line.partition(f"{launcher} ")
+            if not launch:
                 continue
-            given = parser.parse_args(words.split())
+            parsed = parser.parse_args(args.split())
             launched_scripts = {
                 "scripts/pretrain.py",
                 "scripts/evaluate.py",
@@ -234,8 +235,8 @@ def test_every_launch_in_the_docs_is_one_that_its_launcher_understands() -> None
                 "manyviews",
                 "my_script.py",
             }
-            assert given.training_script in launched_scripts, line
-            assert {word for word in given.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
+            assert parsed.training_script in launched_scripts, line
+            assert {word for word in parsed.training_script_args if word.startswith("-")} <= {cli.CHECK}, line
             launched[launcher] += 1
     assert launched["accelerate launch"] >= 4
     assert launched["torchrun"] >= 3

@@ -22,9 +22,10 @@ ELSEWHERE = {"docs/add_objective.md": "test_new_objective.py and test_interface.
 
 
 def shortened(code: str) -> str:
-    """The code with a training of a few steps, and of a few labels, in place of its own."""
+    """The code with a training of a few steps, and of a few labels, and without the evaluation of baselines."""
     code = re.sub(r'train=\{"epochs".*?\}', "train=SHORT", code)
     code = re.sub(r"(pretrain\([^)]*?)(, on_metrics|\)\n)", r"\1, train=SHORT\2", code) if "SHORT" not in code else code
+    code = code.replace(".evaluate(", ".evaluate(baselines=False, ")
     return code.replace("fraction=0.1", "fraction=0.5, epochs=1, min_steps=1, warmup_steps=0")
 
 

@@ -97,9 +97,9 @@ def test_a_text_in_yaml_that_reads_as_a_number_is_refused_by_key(tmp_path: Path,
 @pytest.mark.parametrize("value", [True, math.nan, math.inf])
 @pytest.mark.parametrize("path", [("inner", "rate"), ("seed",), ("part", "temperature")])
 def test_numbers_refuse_booleans_and_what_is_not_finite(path: tuple[str, ...], value: Any) -> None:
-    words = [f"{'.'.join(path)}={'true' if value is True else '.nan' if math.isnan(value) else '.inf'}"]
+    args = [f"{'.'.join(path)}={'true' if value is True else '.nan' if math.isnan(value) else '.inf'}"]
     with pytest.raises(ValueError, match=path[-1]):
-        load(Tree, None, words)
+        load(Tree, None, args)
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,10 @@ def test_neighbours_are_right_where_a_feature_of_noise_hides_them():
 
 
 def test_a_report_tells_how_many_steps_are_taken_at_each_search():
-    told = []
+    messages = []
     features, labels = overlapping()
-    LMNN(iterations=12, tolerance=1e-9).fit(features, labels, report=lambda *words: told.append(words))
-    assert told == [("LMNN", 10, 12), ("LMNN", 12, 12)]
+    LMNN(iterations=12, tolerance=1e-9).fit(features, labels, report=lambda *args: messages.append(args))
+    assert messages == [("LMNN", 10, 12), ("LMNN", 12, 12)]
 
 
 def test_what_cannot_be_fitted_is_said_with_the_way_out():

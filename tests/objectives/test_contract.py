@@ -322,6 +322,11 @@ def by_one(name: str, *, double: bool = True) -> dict[str, Any]:
     return train(CASES[name], double=double)
 
 
+def in_float32(name: str, processes: int) -> bool:
+    """Whether a case is also compared in float32: on 4 processes only the default settings of each objective."""
+    return CASES[name].narrow and (processes == 2 or "," not in name)
+
+
 def _keep_own(whole: Tensor, lengths: list[int]) -> Tensor:
     """A wrong way home: what this process found for its own rows, without what the others found for them."""
     return whole.split(list(lengths))[distributed.rank()]
@@ -331,7 +336,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{size}", rank=rank, world_size=size)
     found: dict[str, Any] = {name: train(CASES[name]) for name in names}
-    found |= {f"{name} in float32": train(CASES[name], double=False) for name in names}
+    found |= {f"{name} in float32": train(CASES[name], double=False) for name in names if in_float32(name, size)}
     right, distributed.scatter_sum = distributed.scatter_sum, _keep_own
     found["wrong"] = train(CASES["in_batch"])
     distributed.scatter_sum = right
@@ -359,11 +364,12 @@ def difference(found: dict[str, Any], expected: dict[str, Any], key: str) -> flo
 
 @every
 def test_several_processes_have_the_loss_gradient_and_state_of_one(name: str, ranks: list[dict[str, Any]]) -> None:
-    alone, narrow = by_one(name), by_one(name, double=False)
+    alone = by_one(name)
     for rank in ranks:
         for key in ("losses", "gradients"):
             assert difference(rank[name], alone, key) < 1e-10
-            if CASES[name].narrow:
+            if in_float32(name, len(ranks)):
+                narrow = by_one(name, double=False)
                 assert difference(rank[f"{name} in float32"], narrow, key) < 1e-6
         assert rank[name].keys() == alone.keys()
         for key in alone.keys() - {"losses", "gradients"}:

@@ -47,29 +47,39 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, *words: str) -> str:
-    """What a command says with the changed package."""
+    """The output of Python with the changed package."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(ROOT / "tests")])}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_it_is_trained_by_and_its_cost_is_told(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    said = run(source, "-m", "manyviews", "pretrain", "quickstart", "objective=uniformity", *TRAIN, f"output={folder}")
-    assert "objective  uniformity; it bounds no information" in said
-    assert "negatives  62 per anchor" in said
+@pytest.fixture(scope="module")
+def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run that was trained by it, its output, and the help, by one process."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train = ["quickstart", "objective=uniformity", *TRAIN, f"output={folder}"]
+    program = f"from manyviews import cli; assert cli.pretrain({train}) == 0; cli.pretrain(['--help'])"
+    output, mark, help_text = run(source, "-c", program).partition("usage: ")
+    assert mark
+    return folder, output, help_text
+
+
+def test_it_is_trained_by_and_its_cost_is_logged(trained: tuple[Path, str, str]) -> None:
+    folder, output, _ = trained
+    assert "objective  uniformity; it bounds no information" in output
+    assert "negatives  62 per anchor" in output
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines
     assert all({"loss", "uniformity", "positive_similarity"} <= line.keys() for line in lines)
     assert (folder / "done").exists()
 
 
-def test_help_lists_it_with_its_keys_and_a_mistake_is_answered_with_them(source: Path) -> None:
-    said = run(source, "-m", "manyviews", "pretrain", "--help")
-    assert "uniformity" in said
-    assert "objective.sharpness" in said
-    assert "Of the uniformity, beside the alignment." in said
+def test_help_lists_it_with_its_keys(trained: tuple[Path, str, str]) -> None:
+    _, _, help_text = trained
+    assert "uniformity" in help_text
+    assert "objective.sharpness" in help_text
+    assert "Of the uniformity, beside the alignment." in help_text
 
 
 def test_it_enters_the_tests_of_all_objectives_by_itself(source: Path) -> None:

@@ -309,7 +309,7 @@ def test_points_that_are_not_finite_are_left_out_of_the_map(tmp_path: Path) -> N
     data = report(given._replace(points={"umap": (torch.arange(60), points)})).map_data()
     places = data["maps"]
     assert isinstance(places, list)
-    assert [index for index, place in enumerate(places[0]) if place is None] == [7]
+    assert [index for index, position in enumerate(places[0]) if position is None] == [7]
 
 
 def test_a_run_without_a_configuration_has_a_report_too(tmp_path: Path) -> None:

@@ -72,25 +72,25 @@ def checkpoint(step: int, rows: int = ROWS, *, adam: bool = False) -> Checkpoint
     )
 
 
-def tensors(found: Checkpoint) -> dict[str, Tensor]:
-    named = {f"{part}.{key}": value for part, state in found.parts.items() for key, value in state.items()}
-    for index, state in found.optimiser["state"].items():
+def tensors(loaded: Checkpoint) -> dict[str, Tensor]:
+    named = {f"{part}.{key}": value for part, state in loaded.parts.items() for key, value in state.items()}
+    for index, state in loaded.optimiser["state"].items():
         named |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     return named
 
 
-def same(found: Checkpoint | None, expected: Checkpoint) -> bool:
+def same(loaded: Checkpoint | None, expected: Checkpoint) -> bool:
     """Whether two checkpoints are the same, bit for bit."""
-    if found is None:
+    if loaded is None:
         return False
-    one, two = tensors(found), tensors(expected)
+    one, two = tensors(loaded), tensors(expected)
     bits = [value.contiguous().flatten().view(torch.uint8) for value in (*one.values(), *(two[key] for key in one))]
     return (
         one.keys() == two.keys()
         and all(value.dtype == two[key].dtype and value.shape == two[key].shape for key, value in one.items())
         and all(torch.equal(a, b) for a, b in zip(bits[: len(one)], bits[len(one) :], strict=True))
-        and found.optimiser["param_groups"] == expected.optimiser["param_groups"]
-        and (found.step, found.shards) == (expected.step, expected.shards)
+        and loaded.optimiser["param_groups"] == expected.optimiser["param_groups"]
+        and (loaded.step, loaded.shards) == (expected.step, expected.shards)
     )
 
 
@@ -129,11 +129,11 @@ def said(work: Callable[[], object]) -> str:
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, adam: bool) -> None:
     saved = checkpoint(7, adam=adam)
     folder = save_checkpoint(tmp_path, saved)
-    found, skipped = newest_checkpoint(tmp_path)
+    loaded, skipped = newest_checkpoint(tmp_path)
     assert not skipped
-    assert same(found, saved)
-    assert found is not None
-    assert found.metadata == saved.metadata
+    assert same(loaded, saved)
+    assert loaded is not None
+    assert loaded.metadata == saved.metadata
     assert {file.name for file in folder.iterdir()} == {
         "encoder.safetensors",
         "objective.safetensors",
@@ -149,11 +149,11 @@ def test_what_is_not_asked_for_is_neither_read_nor_verified(tmp_path: Path) -> N
     folder = save_checkpoint(tmp_path, checkpoint(7))
     for file in folder.glob("o*"):
         file.unlink()
-    found, skipped = newest_checkpoint(tmp_path, only=("encoder",))
+    loaded, skipped = newest_checkpoint(tmp_path, only=("encoder",))
     assert not skipped
-    assert found is not None
-    assert found.parts.keys() == {"encoder"}
-    assert found.metadata["seconds"] == 1.5
+    assert loaded is not None
+    assert loaded.parts.keys() == {"encoder"}
+    assert loaded.metadata["seconds"] == 1.5
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, file: str
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncate" else content[:-9] + b"!" + content[-8:])
-    found, skipped = newest_checkpoint(tmp_path)
-    assert same(found, checkpoint(1))
+    loaded, skipped = newest_checkpoint(tmp_path)
+    assert same(loaded, checkpoint(1))
     assert "step-000000002" in skipped[0]
     assert file in skipped[0] or file == "manifest.json"
 
@@ -210,8 +210,8 @@ def test_other_folders_beside_the_checkpoints_are_no_checkpoints(tmp_path: Path)
     save_checkpoint(tmp_path, checkpoint(1))
     for name in (".step-000000002.partial", "tmp", "step-notes"):
         (tmp_path / name).mkdir()
-    found, skipped = newest_checkpoint(tmp_path)
-    assert same(found, checkpoint(1))
+    loaded, skipped = newest_checkpoint(tmp_path)
+    assert same(loaded, checkpoint(1))
     assert skipped == []
 
 
@@ -225,21 +225,21 @@ def test_shards_that_do_not_fit_the_process_or_the_state_are_refused(tmp_path: P
 
 
 def test_a_memory_whose_length_follows_the_processes_is_refused_on_another_number_of_them() -> None:
-    found = checkpoint(1)
-    check_lengths(found, {"rows": ROWS, "ids": ROWS})
+    loaded = checkpoint(1)
+    check_lengths(loaded, {"rows": ROWS, "ids": ROWS})
     with pytest.raises(ValueError, match=r"objective\.rows has 11 rows in the checkpoint.*has 22.*per_process=true"):
-        check_lengths(found, {"rows": 2 * ROWS})
+        check_lengths(loaded, {"rows": 2 * ROWS})
 
 
 def killed_at_every_moment(index: int, folder: str, before: int, after: int) -> None:
     """Saves in a child process that is killed before its n-th change to the disk, for every n; in a fresh process."""
-    place = Path(folder) / "checkpoints"
+    root = Path(folder) / "checkpoints"
     moments: list[tuple[Any, str]] = [*((writing, name) for name in STAGES), (shutil, "rmtree")]
     moments += [(Path, name) for name in ("mkdir", "rename", "write_text")]
     moment, alive = 0, False
     while not alive:
-        shutil.rmtree(place, ignore_errors=True)
-        save_checkpoint(place, checkpoint(before), keep=1)
+        shutil.rmtree(root, ignore_errors=True)
+        save_checkpoint(root, checkpoint(before), keep=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of forking beside threads, which sleep
             child = os.fork()
@@ -247,14 +247,14 @@ def killed_at_every_moment(index: int, folder: str, before: int, after: int) -> 
             left = [moment]
             for owner, name in moments:
                 setattr(owner, name, _last(getattr(owner, name), left))
-            save_checkpoint(place, checkpoint(after), keep=1)
+            save_checkpoint(root, checkpoint(after), keep=1)
             os._exit(0)
         alive = os.waitpid(child, 0)[1] == 0
-        found, skipped = newest_checkpoint(place)
+        loaded, skipped = newest_checkpoint(root)
         assert skipped == [], (moment, skipped)
-        assert same(found, checkpoint(before)) or same(found, checkpoint(after)), moment
-        save_checkpoint(place, checkpoint(3), keep=1)
-        assert [entry.name for entry in place.iterdir()] == ["step-000000003"], moment
+        assert same(loaded, checkpoint(before)) or same(loaded, checkpoint(after)), moment
+        save_checkpoint(root, checkpoint(3), keep=1)
+        assert [entry.name for entry in root.iterdir()] == ["step-000000003"], moment
         moment += 1
     assert moment > 15, moment
 
@@ -294,34 +294,34 @@ def pair(rank: int, name: str) -> None:
     """What two processes do: write, read what they and others wrote, fail together, find damage together."""
     folder = Path(name)
     join(rank, 2, folder)
-    told: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for rows in (ROWS, 1):
         save_checkpoint(folder / f"two-{rows}", checkpoint(5, rows))
         for writers in ("one", "two"):
-            found, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
-            told[f"{writers}-{rows}"] = same(found, checkpoint(5, rows)) and not skipped
+            loaded, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
+            outcomes[f"{writers}-{rows}"] = same(loaded, checkpoint(5, rows)) and not skipped
     save_checkpoint(folder / "adam", checkpoint(6, adam=True))
-    told["adam"] = same(newest_checkpoint(folder / "adam")[0], checkpoint(6, adam=True))
+    outcomes["adam"] = same(newest_checkpoint(folder / "adam")[0], checkpoint(6, adam=True))
 
-    place = folder / "failing"
-    save_checkpoint(place, checkpoint(1), keep=1)
+    root = folder / "failing"
+    save_checkpoint(root, checkpoint(1), keep=1)
     for failing in (0, 1):
         for stage in STAGES:
             original = getattr(writing, stage)
             with patched(stage, full if rank == failing else original):
-                text = said(lambda: save_checkpoint(place, checkpoint(2), keep=1))
+                text = said(lambda: save_checkpoint(root, checkpoint(2), keep=1))
             distributed.barrier()
-            there = [entry.name for entry in place.iterdir()]
-            whole = same(newest_checkpoint(place)[0], checkpoint(1))
-            told[f"{stage} of {failing}"] = (text, there, whole)
+            there = [entry.name for entry in root.iterdir()]
+            whole = same(newest_checkpoint(root)[0], checkpoint(1))
+            outcomes[f"{stage} of {failing}"] = (text, there, whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "publish", full)
-        told["publish of 0"] = said(lambda: save_checkpoint(place, checkpoint(2), keep=1))
+        outcomes["publish of 0"] = said(lambda: save_checkpoint(root, checkpoint(2), keep=1))
     distributed.barrier()
 
     # In the middle of a run: one process waits for its disk, then fails; both go on, and the next save is sound.
-    told["beside"] = []
-    saver = Saver(place, keep=1, warn=told["beside"].append)
+    outcomes["beside"] = []
+    saver = Saver(root, keep=1, warn=outcomes["beside"].append)
     for step, broken in ((3, True), (4, True), (5, False)):
         slow = slowly(full if rank == 1 and broken else writing.sha256)
         with patched("sha256", slow):
@@ -331,8 +331,11 @@ def pair(rank: int, name: str) -> None:
                 polls += 1
                 saver.poll()
                 time.sleep(0.001)
-        told[f"polls {step}"] = polls
-    told["beside ends"] = (same(newest_checkpoint(place)[0], checkpoint(5)), [entry.name for entry in place.iterdir()])
+        outcomes[f"polls {step}"] = polls
+    outcomes["beside ends"] = (
+        same(newest_checkpoint(root)[0], checkpoint(5)),
+        [entry.name for entry in root.iterdir()],
+    )
 
     def faulty() -> None:
         with raise_on_all_ranks():
@@ -340,30 +343,30 @@ def pair(rank: int, name: str) -> None:
                 raise ZeroDivisionError("a fault")
             raise ValueError("a wrong setting")
 
-    told["fault"] = said(faulty)
+    outcomes["fault"] = said(faulty)
 
     for number in range(2):
-        place = folder / f"damaged-{number}"
+        root = folder / f"damaged-{number}"
         for step in (1, 2):
-            path = save_checkpoint(place, checkpoint(step))
+            path = save_checkpoint(root, checkpoint(step))
         if rank == 0:
             file = path / f"objective-0000{number + 1}-of-00002.safetensors"
             content = file.read_bytes()
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         distributed.barrier()
-        found, skipped = newest_checkpoint(place)
-        told[f"damaged {number}"] = (same(found, checkpoint(1)), skipped)
+        loaded, skipped = newest_checkpoint(root)
+        outcomes[f"damaged {number}"] = (same(loaded, checkpoint(1)), skipped)
 
-    told["own folders"] = said(lambda: prepare(folder / "own" / str(rank), resume=False))
-    told["one folder"] = said(lambda: prepare(folder / "together" / "run", resume=False))
+    outcomes["own folders"] = said(lambda: prepare(folder / "own" / str(rank), resume=False))
+    outcomes["one folder"] = said(lambda: prepare(folder / "together" / "run", resume=False))
     distributed.barrier()
-    told["left"] = [path.name for path in (folder / "together" / "run").iterdir()]
+    outcomes["left"] = [path.name for path in (folder / "together" / "run").iterdir()]
     if rank == 0:
         (folder / "taken").mkdir()
         (folder / "taken" / "photo.jpg").touch()
     distributed.barrier()
-    told["taken"] = said(lambda: prepare(folder / "taken", resume=False))
-    torch.save(told, folder / f"pair-{rank}.pt")
+    outcomes["taken"] = said(lambda: prepare(folder / "taken", resume=False))
+    torch.save(outcomes, folder / f"pair-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -371,13 +374,13 @@ def four(rank: int, name: str) -> None:
     """What four processes read from the checkpoints of one and of two; and they write their own."""
     folder = Path(name)
     join(rank, 4, folder)
-    told = {}
+    outcomes = {}
     for rows in (ROWS, 1):
         save_checkpoint(folder / f"four-{rows}", checkpoint(5, rows))
         for writers in ("one", "two", "four"):
-            found, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
-            told[f"{writers}-{rows}"] = same(found, checkpoint(5, rows)) and not skipped
-    torch.save(told, folder / f"four-{rank}.pt")
+            loaded, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
+            outcomes[f"{writers}-{rows}"] = same(loaded, checkpoint(5, rows)) and not skipped
+    torch.save(outcomes, folder / f"four-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -400,12 +403,12 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 def test_every_number_of_processes_reads_what_every_other_wrote(folder: Path, rows: int) -> None:
     for readers, size in (("pair", 2), ("four", 4)):
         for rank in range(size):
-            told = torch.load(folder / f"{readers}-{rank}.pt")
+            outcomes = torch.load(folder / f"{readers}-{rank}.pt")
             for writers in ("one", "two", "four")[: 2 + (size == 4)]:
-                assert told[f"{writers}-{rows}"], f"process {rank} of {size} reads what {writers} wrote"
+                assert outcomes[f"{writers}-{rows}"], f"process {rank} of {size} reads what {writers} wrote"
     for writers in ("two", "four"):
-        found, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
-        assert same(found, checkpoint(5, rows))
+        loaded, skipped = newest_checkpoint(folder / f"{writers}-{rows}")
+        assert same(loaded, checkpoint(5, rows))
         assert skipped == []
 
 
@@ -428,8 +431,8 @@ def test_what_the_optimiser_keeps_of_sharded_parameters_is_sharded_with_them(
 def test_a_save_that_fails_on_one_process_fails_on_all_and_keeps_the_older_checkpoint(
     ranks: list[dict[str, Any]], stage: str, failing: int
 ) -> None:
-    for rank, told in enumerate(ranks):
-        text, there, whole = told[f"{stage} of {failing}"]
+    for rank, outcomes in enumerate(ranks):
+        text, there, whole = outcomes[f"{stage} of {failing}"]
         assert text.startswith("OSError: the checkpoint of step 2 could not be written: ")
         assert ("[Errno 28] No space left" if rank == failing else f"process {failing}: [Errno 28] No space") in text
         assert "step-000000001 stays" in text
@@ -440,12 +443,12 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_keeps_the_older_check
 def test_a_save_that_fails_on_one_process_in_mid_run_is_told_once_on_all_and_the_next_one_is_sound(
     ranks: list[dict[str, Any]],
 ) -> None:
-    for rank, told in enumerate(ranks):
-        failed, mended = told["beside"]
+    for rank, outcomes in enumerate(ranks):
+        failed, mended = outcomes["beside"]
         assert "step 3 could not be written: " in failed
         assert ("[Errno 28] No space" if rank else "process 1: [Errno 28] No space") in failed
         assert mended == "the checkpoint of step 5 is written, after 2 that could not be"
-        assert told["beside ends"] == (True, ["step-000000005"])
+        assert outcomes["beside ends"] == (True, ["step-000000005"])
     assert all(ranks[0][f"polls {step}"] == ranks[1][f"polls {step}"] > 5 for step in (3, 4, 5))
 
 
@@ -459,8 +462,8 @@ def test_a_failure_at_the_last_moment_and_a_fault_reach_every_process(ranks: lis
 def test_a_damaged_shard_turns_all_processes_to_the_older_checkpoint_and_is_named(
     ranks: list[dict[str, Any]], number: int
 ) -> None:
-    for told in ranks:
-        older, skipped = told[f"damaged {number}"]
+    for outcomes in ranks:
+        older, skipped = outcomes[f"damaged {number}"]
         assert older
         assert len(skipped) == 1
         assert "step-000000002 is damaged" in skipped[0]
@@ -468,12 +471,12 @@ def test_a_damaged_shard_turns_all_processes_to_the_older_checkpoint_and_is_name
 
 
 def test_a_run_folder_that_not_all_processes_see_is_refused_on_all_of_them(ranks: list[dict[str, Any]]) -> None:
-    for told in ranks:
-        assert told["own folders"].startswith("ValueError: output=")
-        assert "processes 1 write there" in told["own folders"]
-        assert told["one folder"] == ""
-        assert told["left"] == []
-        assert "holds other files" in told["taken"]
+    for outcomes in ranks:
+        assert outcomes["own folders"].startswith("ValueError: output=")
+        assert "processes 1 write there" in outcomes["own folders"]
+        assert outcomes["one folder"] == ""
+        assert outcomes["left"] == []
+        assert "holds other files" in outcomes["taken"]
 
 
 def abandoned(rank: int, name: str) -> None:

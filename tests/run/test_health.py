@@ -26,7 +26,7 @@ def gaussian(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
 
 
-def told(embeddings: Tensor, lines: int = PATIENCE, **others: float) -> list[str]:
+def messages_of(embeddings: Tensor, lines: int = PATIENCE, **others: float) -> list[str]:
     """The warnings over some lines of a run that is half over and has these embeddings all the time."""
     watch = Watch(min(embeddings.shape[1:]))
     seen = glimpse(embeddings, torch.arange(embeddings.shape[1]))
@@ -100,15 +100,15 @@ def test_the_cost_of_a_look_is_bounded() -> None:
 
 
 def test_collapsed_embeddings_are_warned_of_once() -> None:
-    (warning,) = told(1 + 0.01 * gaussian(2, 64, 32).abs(), lines=50, effective_rank=9.0)
+    (warning,) = messages_of(1 + 0.01 * gaussian(2, 64, 32).abs(), lines=50, effective_rank=9.0)
     assert "similarity of 1.000 on average" in warning
-    warnings = told(gaussian(1, 1, 32) + 1e-3 * gaussian(2, 64, 32), lines=50)
+    warnings = messages_of(gaussian(1, 1, 32) + 1e-3 * gaussian(2, 64, 32), lines=50)
     assert len(warnings) == 2
     assert "effective rank is 1." in warnings[1]
 
 
 def test_embeddings_that_are_all_zero_are_warned_of_once_and_are_one_place() -> None:
-    (warning,) = told(torch.zeros(2, 64, 32), lines=50)
+    (warning,) = messages_of(torch.zeros(2, 64, 32), lines=50)
     assert warning.startswith("the embeddings are all zero")
     seen = glimpse(torch.zeros(2, 64, 32), torch.arange(64))
     assert figures(seen) == {"embedding_std": 0, "effective_rank": 0}
@@ -125,22 +125,22 @@ def test_embeddings_that_are_not_finite_have_no_figures_and_end_nothing() -> Non
     embeddings = gaussian(2, 8, 4)
     embeddings[:, 3] = math.nan
     assert all(math.isnan(value) for value in figures(glimpse(embeddings, torch.arange(8))).values())
-    assert told(embeddings) == []
+    assert messages_of(embeddings) == []
 
 
 def test_embeddings_on_one_line_are_warned_of_though_they_are_spread() -> None:
-    (warning,) = told(gaussian(2, 64, 1) * gaussian(1, 1, 32))
+    (warning,) = messages_of(gaussian(2, 64, 1) * gaussian(1, 1, 32))
     assert "effective rank is 1.0 of at most 32" in warning
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
 def test_healthy_embeddings_are_not_warned_of(offset: float) -> None:
     # With the largest offset two images have a cosine similarity of 0.96 on average: untrained networks are like that.
-    assert told(gaussian(2, 64, 32) + offset) == []
+    assert messages_of(gaussian(2, 64, 32) + offset) == []
 
 
 def test_a_low_rank_is_no_fault_where_there_is_room_for_no_more() -> None:
-    assert told(torch.eye(2, dtype=torch.float64).repeat(2, 8, 1) + 0.3) == []
+    assert messages_of(torch.eye(2, dtype=torch.float64).repeat(2, 8, 1) + 0.3) == []
 
 
 def test_a_loss_at_log_n_is_warned_of_once() -> None:
@@ -246,15 +246,15 @@ def test_a_glimpse_is_of_all_processes_and_the_same_on_each(tmp_path: Path) -> N
             torch.testing.assert_close(seen[name], value)
 
 
-def run(folder: Path, *words: str) -> list[dict[str, float]]:
+def run(folder: Path, *args: str) -> list[dict[str, float]]:
     """The metrics of a short run."""
     short = "train.batch_size=32 train.log_every=2 train.precision=fp32 train.preview=0 train.monitor=0 train.threads=1"
-    words = (*short.split(), f"train.epochs={30 / 312}", f"output={folder}", *words)
-    return list(read_metrics(pretrain(load(Recipe, None, words))))
+    args = (*short.split(), f"train.epochs={30 / 312}", f"output={folder}", *args)
+    return list(read_metrics(pretrain(load(Recipe, None, args))))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ["objective=in_batch"],
         ["objective=queue", "objective.size=80", "objective.momentum=0.9", "encoder.batch_norm_splits=2"],
@@ -263,9 +263,9 @@ def run(folder: Path, *words: str) -> list[dict[str, float]]:
     ids=["in_batch", "queue", "bank"],
 )
 def test_a_healthy_run_shows_its_figures_and_is_not_warned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
-    lines = run(tmp_path / "run", *words)
+    lines = run(tmp_path / "run", *args)
     assert "collapsed" not in capsys.readouterr().out
     for line in lines:
         assert 0.1 < line["embedding_std"] < 1
@@ -275,10 +275,10 @@ def test_a_healthy_run_shows_its_figures_and_is_not_warned(
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
     assert {"information", "ceiling", "embedding_std", "effective_rank"} <= set(events.Tags()["scalars"])
-    kinds = {"similarity/negative"} | ({"similarity/positive"} if "objective=bank" not in words else set())
+    kinds = {"similarity/negative"} | ({"similarity/positive"} if "objective=bank" not in args else set())
     assert set(events.Tags()["histograms"]) == kinds
     assert [event.step for event in events.Histograms("similarity/negative")] == [1, 20]
-    if "objective=bank" in words:
+    if "objective=bank" in args:
         assert lines[-1]["staleness"] > lines[0]["staleness"]
 
 
@@ -295,5 +295,5 @@ def test_a_run_whose_encoder_says_the_same_of_every_image_is_warned_of_it_once(
     lines = run(tmp_path / "run")
     shown = capsys.readouterr().out
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["ceiling"], abs=1e-4)
-    for words in ("the embeddings have collapsed:", "collapsed to a line", "the loss sits at log N"):
-        assert shown.count(words) == 1
+    for text in ("the embeddings have collapsed:", "collapsed to a line", "the loss sits at log N"):
+        assert shown.count(text) == 1

@@ -26,11 +26,11 @@ ROWS = "objective-00001-of-00001.safetensors"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with one checkpoint."""
-    place = tmp_path_factory.mktemp("written")
+    path = tmp_path_factory.mktemp("written")
     optimiser = {"state": {0: {"step": torch.tensor(3.0), "momentum": torch.ones(2, 2)}}, "param_groups": [{"lr": 0.1}]}
     parts = {"encoder": {"weight": torch.ones(2, 2)}, "objective": {"rows": torch.ones(4, 2)}}
-    save_checkpoint(place, Checkpoint(7, parts, optimiser, {"images": "a"}, {"objective.rows": 4}))
-    return place
+    save_checkpoint(path, Checkpoint(7, parts, optimiser, {"images": "a"}, {"objective.rows": 4}))
+    return path
 
 
 @pytest.fixture
@@ -53,26 +53,26 @@ def known(folder: Path, *names: str) -> None:
     manifest(folder, lambda content: content["files"].update(entries))
 
 
-def passed_over(folder: Path, words: str) -> None:
-    found, skipped = newest_checkpoint(folder.parent)
-    assert found is None
+def passed_over(folder: Path, message: str) -> None:
+    loaded, skipped = newest_checkpoint(folder.parent)
+    assert loaded is None
     assert len(skipped) == 1
     assert skipped[0].startswith("step-000000007 is damaged and was passed over: ")
-    assert words in skipped[0]
+    assert message in skipped[0]
     assert "\n" not in skipped[0]
     assert len(skipped[0]) < 400
 
 
 def test_a_sealed_manifest_is_read_again(folder: Path) -> None:
     manifest(folder, lambda content: content["facts"].update(more=[1, None, "x", {"y": float("nan")}]))
-    found, skipped = newest_checkpoint(folder.parent)
+    loaded, skipped = newest_checkpoint(folder.parent)
     assert skipped == []
-    assert found is not None
-    assert found.metadata["more"][:3] == [1, None, "x"]
+    assert loaded is not None
+    assert loaded.metadata["more"][:3] == [1, None, "x"]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda content: content.update(step=8), "manifest.json is that of step 8"),
         (lambda content: content.update(step="7"), "should be a valid integer, at 'step'"),
@@ -108,14 +108,14 @@ def test_a_sealed_manifest_is_read_again(folder: Path) -> None:
     ],
 )
 def test_a_manifest_that_no_run_writes_is_refused_before_anything_else_is_opened(
-    folder: Path, change: Callable[[dict[str, Any]], object], words: str
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     manifest(folder, change)
-    passed_over(folder, words)
+    passed_over(folder, message)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("[" * 100_000, "recursion limit"),
         ('{"facts":' * 100_000, "recursion limit"),
@@ -127,11 +127,11 @@ def test_a_manifest_that_no_run_writes_is_refused_before_anything_else_is_opened
     ],
 )
 @pytest.mark.parametrize("name", [FILE, "optimiser.json"])
-def test_json_that_is_none_or_nests_or_swells_is_refused(folder: Path, name: str, text: str, words: str) -> None:
+def test_json_that_is_none_or_nests_or_swells_is_refused(folder: Path, name: str, text: str, message: str) -> None:
     (folder / name).write_text(text)
     if name != FILE:
         known(folder, name)
-    passed_over(folder, words)
+    passed_over(folder, message)
 
 
 def test_a_value_that_was_changed_without_the_seal_is_found(folder: Path) -> None:
@@ -167,8 +167,8 @@ def test_what_the_manifest_does_not_name_is_never_opened(folder: Path, tmp_path:
     for name in ("optimiser.pt", "scheduler.pkl", "encoder.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb(), protocol=2))
     os.mkfifo(folder / "optimiser.bin")
-    found, skipped = newest_checkpoint(folder.parent)
-    assert found is not None
+    loaded, skipped = newest_checkpoint(folder.parent)
+    assert loaded is not None
     assert skipped == []
     assert not (tmp_path / "exploded").exists()
 
@@ -199,9 +199,9 @@ def test_an_optimiser_of_other_parameters_is_refused_in_words(folder: Path) -> N
     known(folder, "optimiser.safetensors")
     passed_over(folder, "optimiser.json has no entry for the tensor '5.momentum'")
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(2, 2))], momentum=0.9)
-    for index, shape, words in ((-1, (2, 2), "number -1"), (1, (2, 2), "number 1"), (0, (3, 2), r"shape \(3, 2\)")):
+    for index, shape, message in ((-1, (2, 2), "number -1"), (1, (2, 2), "number 1"), (0, (3, 2), r"shape \(3, 2\)")):
         kept = {"state": {index: {"momentum_buffer": torch.zeros(shape)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             restore_optimiser(optimiser, kept)
 
 
@@ -222,9 +222,9 @@ def test_an_optimisers_state_is_laid_out_as_its_parameters_are() -> None:
 def test_bytes_that_are_changed_anywhere_are_damage_or_make_no_difference(
     written: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    place = tmp_path_factory.mktemp("changed") / "checkpoints"
-    shutil.copytree(written, place)
-    folder = place / "step-000000007"
+    path = tmp_path_factory.mktemp("changed") / "checkpoints"
+    shutil.copytree(written, path)
+    folder = path / "step-000000007"
     name = data.draw(st.sampled_from(sorted(file.name for file in folder.iterdir())))
     content = bytearray((folder / name).read_bytes())
     start = data.draw(st.integers(0, len(content) - 1))
@@ -232,6 +232,6 @@ def test_bytes_that_are_changed_anywhere_are_damage_or_make_no_difference(
     (folder / name).write_bytes(content)
     if name != FILE and data.draw(st.booleans()):
         known(folder, name)
-    found, skipped = newest_checkpoint(place)
-    assert (found is None) == (len(skipped) == 1)
-    shutil.rmtree(place.parent)
+    loaded, skipped = newest_checkpoint(path)
+    assert (loaded is None) == (len(skipped) == 1)
+    shutil.rmtree(path.parent)

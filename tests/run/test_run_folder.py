@@ -56,8 +56,8 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_its_curves_an
 def test_a_full_disk_is_told_of_once_and_no_line_and_no_point_is_lost_or_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    run, write, room = Run(tmp_path, warn=told.append), os.write, [10**9]
+    messages: list[str] = []
+    run, write, room = Run(tmp_path, warn=messages.append), os.write, [10**9]
 
     def bounded(descriptor: int, content: Any) -> int:
         """What a disk does that is full: it takes a part, then nothing."""
@@ -73,8 +73,8 @@ def test_a_full_disk_is_told_of_once_and_no_line_and_no_point_is_lost_or_torn(
     for step in (2, 3, 4):
         run.log(step, {"loss": float(step)})
     run.histogram("similarity", torch.linspace(-1, 1, 50), 4)
-    assert [text.partition(" cannot be written")[0].rpartition("/")[2][:6] for text in told] == ["metric", "events"]
-    assert all("No space left on device" in text for text in told)
+    assert [text.partition(" cannot be written")[0].rpartition("/")[2][:6] for text in messages] == ["metric", "events"]
+    assert all("No space left on device" in text for text in messages)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
     with pytest.raises(OSError, match="No space"):
         run.sync()
@@ -83,23 +83,23 @@ def test_a_full_disk_is_told_of_once_and_no_line_and_no_point_is_lost_or_torn(
     run.sync()
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert curve(tmp_path) == [(step, float(step)) for step in range(1, 6)]
-    assert len(told) == 2
+    assert len(messages) == 2
     room[0] = 0
     run.log(6, {"loss": 6.0})
     run.close()
     run.close()
-    assert len(told) == 6
-    assert all("bytes are missing at the end" in text for text in told[4:])
+    assert len(messages) == 6
+    assert all("bytes are missing at the end" in text for text in messages[4:])
 
 
 def test_a_picture_that_cannot_be_written_is_told_of_and_ends_nothing(tmp_path: Path) -> None:
-    told: list[str] = []
-    run = Run(tmp_path, warn=told.append)
+    messages: list[str] = []
+    run = Run(tmp_path, warn=messages.append)
     (tmp_path / "views.png").mkdir()
     run.picture("views", torch.zeros(3, 8, 12, dtype=torch.uint8))
     run.close()
-    assert len(told) == 1
-    assert "views.png could not be written" in told[0]
+    assert len(messages) == 1
+    assert "views.png could not be written" in messages[0]
 
 
 def test_curves_are_written_without_a_thread_that_could_fail_later(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_lines_that_are_no_metrics_are_dropped_on_resuming_and_named(tmp_path: P
         b'{"step": 2, "loss": 2.0}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "lo']))
-    told: list[str] = []
-    Run(tmp_path, step=2, warn=told.append).close()
+    messages: list[str] = []
+    Run(tmp_path, step=2, warn=messages.append).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    assert told == [f"{tmp_path}/metrics.jsonl: removed lines 2, 3, 4, 5, 6 and 4 more, which held no metrics"]
+    assert messages == [f"{tmp_path}/metrics.jsonl: removed lines 2, 3, 4, 5, 6 and 4 more, which held no metrics"]
 
 
 def test_a_last_line_that_was_cut_off_is_dropped_without_a_word(tmp_path: Path) -> None:
@@ -201,21 +201,21 @@ def replaced(folder: Path) -> None:
 def test_what_another_program_takes_from_a_live_run_is_told_of_and_written_again(
     tmp_path: Path, meddle: Callable[[Path], None]
 ) -> None:
-    folder, told, locked = tmp_path / "run", list[str](), list[int]()
+    folder, messages, locked = tmp_path / "run", list[str](), list[int]()
     folder.mkdir()
     (folder / "config.yaml").write_text("seed: 0\n")
-    run = Run(folder, warn=told.append, lock_again=lambda: locked.append(1))
+    run = Run(folder, warn=messages.append, lock_again=lambda: locked.append(1))
     run.picture("views", torch.zeros(3, 8, 8, dtype=torch.uint8))
     for step in (1, 2, 3, 4):
         run.log(step, {"loss": float(step)})
         if step == 2:
-            assert not told
+            assert not messages
             meddle(folder)
         if step == 3:
-            assert any("by another program" in text for text in told)
-            seen = len(told)
+            assert any("by another program" in text for text in messages)
+            seen = len(messages)
     run.sync()
-    assert len(told) == seen
+    assert len(messages) == seen
     assert bool(locked) == (meddle in (moved, removed))
     (folder / "backbone").mkdir()
     run.finish(folder / "backbone")
@@ -227,14 +227,14 @@ def test_what_another_program_takes_from_a_live_run_is_told_of_and_written_again
 
 
 def test_a_run_of_which_a_part_is_missing_at_its_end_is_not_called_finished(tmp_path: Path) -> None:
-    told: list[str] = []
-    run = Run(tmp_path, warn=told.append)
+    messages: list[str] = []
+    run = Run(tmp_path, warn=messages.append)
     (tmp_path / "backbone").mkdir()
     for step in (1, 2):
         run.log(step, {"loss": 1.0})
     os.truncate(tmp_path / "metrics.jsonl", 5)
     run.log(3, {"loss": 1.0})
-    assert told == [f"45 bytes of {tmp_path}/metrics.jsonl were cut off by another program"]
+    assert messages == [f"45 bytes of {tmp_path}/metrics.jsonl were cut off by another program"]
     with pytest.raises(OSError, match=r"metrics\.jsonl lacks 45 bytes; .*step-1 is missing; done is not written"):
         run.finish(tmp_path / "backbone", [tmp_path / "step-1"])
     assert not (tmp_path / "done").exists()

@@ -39,8 +39,8 @@ def saved(saver: Saver, *checkpoints: Checkpoint) -> None:
         saver.finish()
 
 
-def there(place: Path) -> list[str]:
-    return sorted(folder.name for folder in place.iterdir())
+def there(root: Path) -> list[str]:
+    return sorted(folder.name for folder in root.iterdir())
 
 
 def names(*steps: int) -> list[str]:
@@ -88,11 +88,11 @@ def test_what_is_written_is_the_moment_of_begin_whatever_training_does_meanwhile
         training.parts["encoder"]["weight"].fill_(torch.nan)
         training.optimiser["state"][0]["average"].fill_(torch.nan)
     until_written(saver)
-    found, skipped = newest_checkpoint(tmp_path)
-    assert found is not None
+    loaded, skipped = newest_checkpoint(tmp_path)
+    assert loaded is not None
     assert skipped == []
-    assert found.parts["encoder"]["weight"].unique().tolist() == [1.0]
-    assert found.optimiser["state"][0]["average"].unique().tolist() == [0.5]
+    assert loaded.parts["encoder"]["weight"].unique().tolist() == [1.0]
+    assert loaded.optimiser["state"][0]["average"].unique().tolist() == [0.5]
 
 
 def test_a_checkpoint_that_is_begun_while_another_is_written_comes_after_it(
@@ -148,9 +148,9 @@ def test_a_folder_that_cannot_be_made_is_told_of_like_a_full_disk(tmp_path: Path
     saver = Saver(tmp_path / "checkpoints", warn=news.append)
     saver.begin(checkpoint(1))
     until_written(saver)
-    (told,) = news
-    assert "could not be written" in told
-    assert "there is none before it" in told
+    (messages,) = news
+    assert "could not be written" in messages
+    assert "there is none before it" in messages
 
 
 def test_a_disk_that_takes_no_more_fails_the_last_save_in_a_sentence(tmp_path: Path) -> None:
@@ -214,9 +214,9 @@ def test_the_best_stays_until_a_better_one_comes_after_a_resume_too(tmp_path: Pa
     assert there(tmp_path) == names(2, 5, 6)
     saved(resumed, checkpoint(7, score=0.95), checkpoint(8), checkpoint(9))
     assert there(tmp_path) == names(7, 8, 9)
-    found, _ = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.step == 9
+    loaded, _ = newest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 9
 
 
 def test_without_keep_best_only_the_newest_stay_and_no_score_is_a_reason_to_save(tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_the_room_that_is_needed_is_that_of_the_files_and_no_more_than_a_little_
 def test_too_little_room_is_warned_of_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path / "checkpoints", keep=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 3 * 10**6))
-    told = saver.room_warning(checkpoint(1, size=10**6))
-    assert told is not None
-    assert "will take 32.5 MB, and there are 3.0 MB" in told
+    messages = saver.room_warning(checkpoint(1, size=10**6))
+    assert messages is not None
+    assert "will take 32.5 MB, and there are 3.0 MB" in messages
 
 
 def test_room_is_counted_only_when_no_file_comes_or_goes_any_more(
@@ -280,9 +280,9 @@ def test_a_reader_to_whom_a_run_beside_it_leaves_nothing_looks_again(
         original(*arguments)
 
     monkeypatch.setattr(reading, "verify", overtaken)
-    found, skipped = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert (found.step, found.metadata["score"]) == (step, 0.5)
+    loaded, skipped = newest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert (loaded.step, loaded.metadata["score"]) == (step, 0.5)
     assert not skipped
 
 

@@ -66,9 +66,9 @@ def splitmix(state, steps):
     return (finish(state + steps * 0x9E3779B97F4A7C15) >> 40) / 2**24
 
 
-def key(*words):
+def key(*args):
     state = 0
-    for word in words:
+    for word in args:
         state = finish(state + word + 0x9E3779B97F4A7C15)
     return state
 

@@ -70,7 +70,13 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """Images held in one tensor; reading is an index into it."""
+    """Images held in one tensor; reading is an index into it.
+
+    Examples:
+        >>> images = InMemory(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), ["a", "b"], None, (), "0" * 64)
+        >>> images.read(torch.tensor([1])).shape
+        torch.Size([1, 1, 8, 8])
+    """
 
     pixels: UInt8[Tensor, "images channels size size"]
     names: Sequence[str]

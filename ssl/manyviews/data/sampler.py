@@ -78,6 +78,11 @@ class ClassOrder(Order):
 
     Raises:
         ValueError: the batch is not a multiple of `per_class`, or there are too few classes to fill it.
+
+    Examples:
+        >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> labels[ClassOrder(labels, 4, 2, seed=0).batch(0)[1]].bincount()
+        tensor([2, 2])
     """
 
     def __init__(self, labels: Int64[Tensor, " images"], batch_size: int, per_class: int, seed: int) -> None:

@@ -27,7 +27,13 @@ def sample_ids(count: int, limit: int, *, seed: int) -> Int64[Tensor, " drawn"]:
 
 
 def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
-    """The images of these ids, in their order, with new ids from 0; raises ValueError if none."""
+    """The images of these ids, in their order, with new ids from 0; raises ValueError if none.
+
+    Examples:
+        >>> from manyviews.data import Sample
+        >>> len(select(Sample().build().test, torch.tensor([3, 5])))
+        2
+    """
     if not len(keep):
         raise ValueError(f"none of {plural(len(images), 'image')} is left")
     assert isinstance(images, InMemory | Mapped | Files)
@@ -50,6 +56,11 @@ def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " 
 
     Raises:
         ValueError: an unknown class, or images without labels.
+
+    Examples:
+        >>> from manyviews.data import Sample
+        >>> of_classes(Sample().build().test, ["Bag"]).shape
+        torch.Size([200])
     """
     if images.labels is None:
         raise ValueError(
@@ -61,7 +72,13 @@ def of_classes(images: Images, classes: Sequence[int | str]) -> Int64[Tensor, " 
 
 
 def leave_out(images: Images, classes: Sequence[int | str]) -> Images:
-    """All images but those of these classes; raises ValueError as `of_classes` and `select` do."""
+    """All images but those of these classes; raises ValueError as `of_classes` and `select` do.
+
+    Examples:
+        >>> from manyviews.data import Sample
+        >>> len(leave_out(Sample().build().test, ["Bag", "Sandal"]))
+        1600
+    """
     if not classes:
         return images
     kept = torch.ones(len(images), dtype=torch.bool)

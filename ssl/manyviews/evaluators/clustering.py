@@ -67,7 +67,13 @@ def k_means(
     nearness: Nearness = "cosine",
     seed: int = 0,
 ) -> Int64[Tensor, " images"]:
-    """Returns the cluster of each image by scikit-learn's k-means, deterministic for a seed."""
+    """Returns the cluster of each image by scikit-learn's k-means, deterministic for a seed.
+
+    Examples:
+        >>> first, second, third = k_means(torch.eye(2)[[0, 0, 1]], 2).tolist()
+        >>> first == second, first == third
+        (True, False)
+    """
     settings = settings or ClusteringSettings()
     rows = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features
     method = KMeans if len(rows) <= settings.most else MiniBatchKMeans

@@ -23,7 +23,12 @@ MOST_NAMES = 60
 def confusion(
     labels: Int[Tensor, " images"], predictions: Int[Tensor, " images"], classes: int
 ) -> Int[Tensor, "classes classes"]:
-    """Counts images by true class (row) and predicted class (column), numbered from 0."""
+    """Counts images by true class (row) and predicted class (column), numbered from 0.
+
+    Examples:
+        >>> confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2).tolist()
+        [[1, 0], [1, 1]]
+    """
     return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
 
 

@@ -85,6 +85,10 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
 
     Raises:
         ValueError: if there are fewer than 2 images.
+
+    Examples:
+        >>> uniformity(torch.eye(2))  # log(exp(-2 * 2))
+        -4.0
     """
     count = len(features)
     if count < 2:
@@ -106,6 +110,10 @@ def neighbourhood_overlap(first: Float[Tensor, "images dim"], second: Float[Tens
 
     Raises:
         ValueError: if k is not between 1 and the number of other images.
+
+    Examples:
+        >>> neighbourhood_overlap(torch.eye(4), torch.eye(4), 1)
+        1.0
     """
     count = len(first)
     if not 1 <= k < count:

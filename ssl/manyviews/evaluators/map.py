@@ -31,6 +31,10 @@ def flat_map(features: Float[Tensor, "images dim"], method: Method, *, seed: int
 
     Raises:
         ValueError: if there are fewer than 3 images, numbers that are not finite, or umap-learn is not installed.
+
+    Examples:
+        >>> flat_map(torch.eye(6), "pca", seed=0).shape
+        torch.Size([6, 2])
     """
     if len(features) < 3:
         raise ValueError(f"a map takes 3 images or more, and there are {len(features)}")

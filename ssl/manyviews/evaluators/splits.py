@@ -101,7 +101,12 @@ def uneven(labels: Int[Tensor, " images"]) -> bool:
 
 
 def balanced_accuracy(predictions: Int[Tensor, " images"], labels: Int[Tensor, " images"]) -> float:
-    """Computes the mean over classes of the accuracy on each class."""
+    """Computes the mean over classes of the accuracy on each class.
+
+    Examples:
+        >>> balanced_accuracy(torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1]))
+        0.5
+    """
     counts = labels.bincount()
     right = labels[predictions == labels].bincount(minlength=len(counts))
     return (right[counts > 0] / counts[counts > 0]).mean().item()

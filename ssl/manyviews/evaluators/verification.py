@@ -125,7 +125,12 @@ def verify(
 
 
 def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]) -> float:
-    """Returns the threshold with the most correct pairs, the highest of equally good ones."""
+    """Returns the threshold with the most correct pairs, the highest of equally good ones.
+
+    Examples:
+        >>> round(best_threshold(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, True, False])), 2)
+        0.45
+    """
     ordered, order = scores.sort(descending=True)
     # Accepting the first n pairs is right for those of the same class, and wrong for the others.
     gains = torch.cat([torch.zeros(1, dtype=torch.int64), torch.where(same[order], 1, -1).cumsum(0)])
@@ -142,7 +147,12 @@ def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]
 
 
 def threshold_at(negatives: Float[Tensor, " negatives"], rate: float) -> float:
-    """Returns the lowest score of a negative with at most this share of the negatives above it."""
+    """Returns the lowest score of a negative with at most this share of the negatives above it.
+
+    Examples:
+        >>> round(threshold_at(torch.tensor([0.9, 0.8, 0.1]), 0.5), 2)
+        0.8
+    """
     # A tenth of 30 is 3, though 0.1 · 30 need not be in floating point.
     allowed = int(rate * len(negatives) * (1 + 1e-12))
     return negatives.sort(descending=True).values[allowed].item()

@@ -206,7 +206,13 @@ def encoded(
 
 
 def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
-    """The baseline without learning: pixels in [0, 1], resized to `size` and flattened."""
+    """The baseline without learning: pixels in [0, 1], resized to `size` and flattened.
+
+    Examples:
+        >>> from manyviews.data import Sample
+        >>> raw_pixels(Sample().build().test, 28).shape
+        torch.Size([2000, 784])
+    """
     pieces = []
     for ids in torch.split(torch.arange(len(images)), batch_size):
         pixels = images.read(ids).float().div_(255)

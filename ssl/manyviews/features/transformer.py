@@ -84,16 +84,16 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
         if self.precision not in ("fp32", *encoding.AUTOCAST):
             raise ValueError(f"precision={self.precision!r} is none of fp32, {', '.join(encoding.AUTOCAST)}")
-        opened = open_model(str(self.model), pretrained=self.pretrained, size=self.size)
-        layers, _ = layers_of(opened, (self.layer,))
-        self._n_features_out = widths_of(layers, opened.blank())[self.layer]
+        model = open_model(str(self.model), pretrained=self.pretrained, size=self.size)
+        layers, _ = layers_of(model, (self.layer,))
+        self._n_features_out = widths_of(layers, model.blank())[self.layer]
         self.module_ = OneLayer(layers).cpu()
-        data = opened.recipe.data if opened.recipe is not None else None
+        data = model.recipe.data if model.recipe is not None else None
         # Files are decoded as the run's own images were.
-        own = Decoding(opened.channels, opened.size, (255, 255, 255), PILLOW_LIMIT)
+        own = Decoding(model.channels, model.size, (255, 255, 255), PILLOW_LIMIT)
         self.decoding_ = data.decoding() if isinstance(data, Folder) else own
         # The weights are in the module.
-        self.opened_ = dataclasses.replace(opened, weights={}, encoder=None)
+        self.opened_ = dataclasses.replace(model, weights={}, encoder=None)
         return self
 
     def transform(self, X: Any) -> Float32[np.ndarray, "images width"]:  # noqa: N803

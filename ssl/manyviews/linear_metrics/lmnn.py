@@ -33,7 +33,12 @@ RESERVE = 0.1
 
 
 class LMNN(Settings):
-    """Pulls neighbours of a class together, and pushes other classes out of their neighbourhood."""
+    """Pulls neighbours of a class together, and pushes other classes out of their neighbourhood.
+
+    Examples:
+        >>> LMNN().fit(torch.eye(4), torch.tensor([0, 0, 1, 1])).weights.shape
+        torch.Size([4, 4])
+    """
 
     name: Literal["lmnn"] = "lmnn"
 

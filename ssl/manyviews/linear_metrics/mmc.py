@@ -19,7 +19,12 @@ FIRST = 1_000
 
 
 class MMC(Settings):
-    """Minimises squared distances within classes for given distances between classes."""
+    """Minimises squared distances within classes for given distances between classes.
+
+    Examples:
+        >>> MMC().fit(torch.eye(4), torch.tensor([0, 0, 1, 1])).weights.shape
+        torch.Size([4, 4])
+    """
 
     name: Literal["mmc"] = "mmc"
 

@@ -27,6 +27,10 @@ class Bank(ObjectiveSettings):
     The defaults are the paper's for ImageNet, except for the estimator: one pass over all rows gives the exact softmax
     and its gradient. The negatives of each anchor are all other rows (exact, parametric) or those drawn as noise (nce,
     infonce), on any number of ranks, which share the rows; they do not grow with gradient accumulation.
+
+    Examples:
+        >>> Bank().build(dim=2, population=Population(torch.arange(3)), seed=0).rows.shape
+        torch.Size([3, 2])
     """
 
     name: Literal["bank"] = "bank"

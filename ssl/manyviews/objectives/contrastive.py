@@ -64,6 +64,12 @@ def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *,
     for it. Positives without a negative and anchors without a positive are left out: pulled alone all embeddings would
     collapse, pushed alone nothing would be learned. The mean over negative pairs is over those within the margin, or
     over all; where there is no pair the loss and its gradient are zero.
+
+    Examples:
+        >>> views = torch.eye(2).expand(2, 2, 2)  # two views of two images, at right angles
+        >>> loss = contrastive_loss(views, torch.arange(2), Contrastive(margin=2.0), seed=0, step=0)
+        >>> round(loss.total.item(), 4)  # (2 - 2 ** 0.5) ** 2 / 2
+        0.1716
     """
     batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
     weight = torch.ones_like(batch.positive_similarity)

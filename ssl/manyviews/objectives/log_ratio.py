@@ -84,6 +84,12 @@ def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squa
 
     `ids` are the images' numbers among all images, whose `labels` are given. A distance D that is not `squared` counts
     half, by its logarithm.
+
+    Examples:
+        >>> points = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> loss = log_ratio(points[None], torch.arange(3), Labels(points), squared="both", epsilon=1e-6)
+        >>> round(loss.total.item(), 4)  # distances as the labels have them
+        0.0
     """
     gathered = gather_views(at_least_float32(embeddings), ids)
     own, dtype = gathered.own, gathered.rows.dtype

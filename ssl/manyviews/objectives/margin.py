@@ -77,6 +77,12 @@ def margin_loss(
     The pairs are those of the sampled triples: each positive with the negative sampled for it, or, with `all`,
     each embedding of this rank with each other one of its id, and with each one of another id, on all ranks.
     Where no pair is active the loss and its gradient are zero, ν or not.
+
+    Examples:
+        >>> views = torch.eye(2).expand(2, 2, 2)  # two views of two images, at right angles
+        >>> loss = margin_loss(views, torch.arange(2), torch.full((2,), 2.0), Margin(), seed=0, step=0)
+        >>> round(loss.total.item(), 4)  # 0.2 - 2 ** 0.5 + 2
+        0.7858
     """
     batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)
 

@@ -23,7 +23,12 @@ NUMBERS = 1 << 20
 
 
 def squared_error(scores: Items, relevances: Items) -> Queries:
-    """Mean over items of (score − relevance)²: regression (Cossock and Zhang 2006)."""
+    """Mean over items of (score − relevance)²: regression (Cossock and Zhang 2006).
+
+    Examples:
+        >>> squared_error(torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, 0.0]]))
+        tensor([0.1250])
+    """
     return (scores - relevances).square().mean(1)
 
 
@@ -37,6 +42,10 @@ def rank_net(scores: Items, relevances: Items, most: int | None = None) -> Queri
 
     The paper sums over pairs; the mean keeps the gradient's size whatever the number of items. `most` is an upper bound
     of a query's items above its least relevant ones; they are counted without it, and a GPU is waited for.
+
+    Examples:
+        >>> rank_net(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # log 2
+        tensor([0.6931])
     """
     return _over_ordered_pairs(scores, relevances, "rank_net", most)
 
@@ -46,6 +55,10 @@ def hinge(scores: Items, relevances: Items, most: int | None = None) -> Queries:
 
     That is the loss of the ranking support vector machine (Herbrich et al. 2000; Joachims 2002), for any relevances.
     `most`: see `rank_net`.
+
+    Examples:
+        >>> hinge(torch.tensor([[2.0, 0.5]]), torch.tensor([[1.0, 0.0]]))
+        tensor([0.])
     """
     return _over_ordered_pairs(scores, relevances, "hinge", most)
 
@@ -73,6 +86,10 @@ def list_net(scores: Items, relevances: Items) -> Queries:
     """Cross-entropy of the softmax of scores and that of relevances (Cao et al. 2007, 4.3).
 
     They are the probabilities that an item comes first, if orders are drawn by the scores and by the relevances.
+
+    Examples:
+        >>> list_net(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # log 2
+        tensor([0.6931])
     """
     return -(relevances.softmax(1) * scores.log_softmax(1)).sum(1)
 
@@ -84,6 +101,10 @@ def list_mle(scores: Items, relevances: Items) -> Queries:
     Breslow's rule for ties, which is the paper's equation where there are none. The least relevant items have no term,
     as the last one has none there. The paper sums the terms; their mean keeps the gradient's size whatever the number
     of items. With one relevant item it is the softmax's cross-entropy.
+
+    Examples:
+        >>> list_mle(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # log 2
+        tensor([0.6931])
     """
     order = relevances.argsort(dim=1, descending=True, stable=True)
     scores, relevances = scores.gather(1, order), relevances.gather(1, order)

@@ -25,6 +25,10 @@ class Queue(ObjectiveSettings):
 
     With `ids=labels` the positives are the image's own key and all keys in the queue of the same label: the supervised
     contrast of Khosla et al. 2020 (equation 2, L_out) over the candidates of MoCo.
+
+    Examples:
+        >>> Queue(size=4).build(dim=2, population=Population(torch.arange(8)), seed=0).queue.rows.shape
+        torch.Size([4, 2])
     """
 
     name: Literal["queue"] = "queue"

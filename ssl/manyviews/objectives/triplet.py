@@ -73,6 +73,11 @@ def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: i
     With `all` the triplets are summed without being listed: for each positive the negatives within its margin, by a
     pass over the row, or by a search among the row's sorted positives where they are many. A soft margin, which every
     triplet exceeds, always takes the passes.
+
+    Examples:
+        >>> views = torch.eye(2).expand(2, 2, 2)  # two views of two images, at right angles
+        >>> triplet_loss(views, torch.arange(2), Triplet(margin=3.0), seed=0, step=0).total.item()
+        1.0
     """
     batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
     read = batch.squared_distances if settings.squared else batch.distances

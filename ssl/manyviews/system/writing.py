@@ -92,9 +92,9 @@ def replacing(file: Path, root: Path | None = None, *, synced: bool = True) -> I
     with folder_beneath(file.parent, root) as folder:
         name = name_at(aside, folder)
         try:
-            with os.fdopen(open_at(aside, folder, _NEW), "w+b") as opened:
-                mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
-                yield _path(file.parent, folder) / aside.name, opened
+            with os.fdopen(open_at(aside, folder, _NEW), "w+b") as stream:
+                mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+                yield _path(file.parent, folder) / aside.name, stream
             # A library may have replaced it, safetensors by a file that only its owner may read.
             descriptor = open_at(aside, folder, _THERE)
             try:

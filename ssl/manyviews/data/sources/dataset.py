@@ -138,6 +138,6 @@ def _read(name: str, dataset: MapDataset, decoding: Decoding, report: Report | N
 
 
 def _class_names(dataset: MapDataset, count: int) -> Iterator[str]:
-    given = getattr(dataset, "classes", ())
+    names = getattr(dataset, "classes", ())
     for number in range(count):
-        yield str(given[number]) if number < len(given) else str(number)
+        yield str(names[number]) if number < len(names) else str(number)

@@ -169,7 +169,7 @@ class Folder(Settings):
         def opener(index: int) -> tuple[BufferedReader, State]:
             return open_image(root, names[index], follow_links=self.follow_links)
 
-        def opened(index: int) -> BufferedReader:
+        def open_file(index: int) -> BufferedReader:
             file, states[index] = opener(index)
             if decoded:
                 digests[index] = np.frombuffer(digest(file), np.uint8)
@@ -178,9 +178,9 @@ class Folder(Settings):
         def visit(index: int) -> None:
             path = root / names[index]
             if decoded:
-                pixels[index] = decoding.read(path, partial(opened, index))
+                pixels[index] = decoding.read(path, partial(open_file, index))
             else:
-                decoding.check(path, partial(opened, index))
+                decoding.check(path, partial(open_file, index))
 
         failures = in_threads(visit, len(names), threads, report, "decoding" if decoded else "checking")
         if not decoded:
