@@ -1,17 +1,21 @@
 """What a GPU is fed with: small sets live there, other batches are copied ahead; all are those of the CPU."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from manyviews.data import Folder, Loader, Order, Sample, loader
 from manyviews.data.decoding.files import Files
 from manyviews.features.encoding import encoded
-from manyviews.system import hardware
+from manyviews.system import distributed, hardware
+from manyviews.system.launch import start
 from pretend_cuda import LOG, PretendTensor, pretend_cuda
+from processes import launched
 
 GPU = torch.device("cuda", 0)
 
@@ -173,3 +177,38 @@ def test_batches_that_are_prefetched_are_bounded_by_their_bytes(tmp_path, monkey
         with pytest.raises(ValueError, match="enough"):
             next(iter(Loader(images, Order(13, 4, 1), workers=2)))
         assert len(requested) == expected
+
+
+def work(data: str, out: str) -> None:
+    """Trains a rank's share of two steps from files, from memory and from a cache; writes what it was fed with."""
+    with pretend_cuda(2) as log:
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+        accelerator = start(8, "fp32", 1)
+        device, rank, size = accelerator.device, distributed.rank(), distributed.world_size()
+        fed = []
+        for words in ({"memory": 0}, {"memory": 1}, {"memory": 0, "cache": f"{out}/kept"}):
+            images = Folder(path=data, size=8, **words).build(workers=None).train
+            batches = iter(Loader(images, Order(13, 8, 1), rank=rank, size=size, workers=0, device=device))
+            log.clear()
+            for _ in range(2):
+                batch = next(batches)
+                assert batch.images.device == batch.ids.device == device
+                fed.append((batch.ids.numbers.tolist(), batch.images.numbers.flatten().tolist()))
+            # Images in memory are copied to the GPU once.
+            assert log.waits.total() == (words["memory"] == 1), log
+            batches.close()
+        Path(out, f"{rank}.json").write_text(json.dumps(fed))
+
+
+def test_two_processes_with_a_gpu_each_are_fed_with_the_batches_of_the_cpu(tmp_path):
+    folder(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    launched(work, str(tmp_path), str(out))
+    images, order = Folder(path=str(tmp_path), size=8, memory=1).build().train, Order(13, 8, 1)
+    for rank in range(2):
+        expected = [
+            [batch.ids.tolist(), batch.images.flatten().tolist()]
+            for batch in take(Loader(images, order, rank=rank, size=2), 2)
+        ]
+        assert json.loads((out / f"{rank}.json").read_text()) == expected * 3

@@ -148,7 +148,7 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_written(
 
 
 def test_after_an_interruption_the_rest_is_decoded(
-    tmp_path: Path, data: Path, decoded: Counter[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, decoded: Counter[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = build(data, None).train.read(torch.arange(30))
     decoded.clear()
@@ -162,8 +162,10 @@ def test_after_an_interruption_the_rest_is_decoded(
     with pytest.raises(KeyboardInterrupt):
         settings.build(workers=2, report=interrupted)
     assert 8 <= decoded.total() < 30
+    missing = 30 - decoded.total()
     split = settings.build(workers=2)
     assert decoded.total() == COUNT
+    assert f"take 0.00 GB there; the {missing} that are missing are decoded now" in caplog.text
     assert torch.equal(split.train.read(torch.arange(30)), expected)
 
 

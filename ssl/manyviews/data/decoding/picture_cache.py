@@ -81,8 +81,9 @@ class PictureCache:
             ValueError: the folder holds pictures of another key, or other files; or the disk has too little space.
         """
         try:
-            if len(self._missing(key, lost)):
-                self._check_space()
+            missing = self._missing(key, lost)
+            if len(missing):
+                self._check_space(len(missing))
                 make_folder(self.folder, self.folder)
                 with self._locked():
                     missing = self._missing(key, lost)
@@ -182,14 +183,14 @@ class PictureCache:
         except (OSError, ValueError):
             return False
 
-    def _check_space(self) -> None:
+    def _check_space(self, missing: int) -> None:
         """Tells what the pictures will take; raises ValueError for more than is free."""
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         needed, free = math.prod(self.shape) + 8 * self.shape[0], shutil.disk_usage(existing).free
         where, count = f"data.cache={shown(self.folder)}", plural(self.shape[0], "picture")
         size = f"{count} of {' × '.join(map(str, self.shape[1:]))} take {gigabytes(needed)} there"
         if self._allocated():
-            logger.warning("%s: %s, and an earlier start has begun with them", where, size)
+            logger.warning("%s: %s; the %s that are missing are decoded now", where, size, f"{missing:,}")
         elif needed > free:
             raise ValueError(
                 f"{where}: {size}, and {gigabytes(free)} are free; make room, name a folder on another disk, or lower "
