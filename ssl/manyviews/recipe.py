@@ -45,6 +45,8 @@ class TrainSettings(Settings):
     """Memory layout of the encoder: channels last is the faster one for convolutions on most devices."""
     compile: bool = False
     """Compile the encoder with torch.compile: a slow first step, then faster ones."""
+    deterministic: bool = False
+    """On a GPU, take deterministic algorithms, which are slower: without them a resume is not bit for bit there."""
     workers: int = Field(2, ge=0, le=1024)
     """Processes or threads that decode images, for each process."""
     threads: int | None = Field(None, ge=1, le=1024)
@@ -75,7 +77,7 @@ class Recipe(Settings):
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Resume from the newest valid checkpoint in the run folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the run folder, bit for bit; on a GPU with train.deterministic."""
     elastic: bool = False
     """Resume a run on another number of processes than its checkpoint was written by: from the same sample and
     with the same global batch, but not bit for bit. The rows of a bank or queue are redistributed; a queue with

@@ -57,7 +57,7 @@ def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a
         assert own_waits(log) - waits == 4
     assert [(line["step"], *line) for line in found] == [(line["step"], *line) for line in expected]
     for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, rel=2e-3), line["step"]
+        assert line == pytest.approx(other, rel=2e-2), line["step"]
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_to_the_same_bits(
@@ -106,7 +106,7 @@ def test_several_gpus_compute_what_one_does(tmp_path: Path, count: int) -> None:
     launched(on_gpus, tmp_path / "many", count=count)
     # Batch norms see the batches of all.
     for line, other in zip(lines(tmp_path / "many"), expected, strict=True):
-        assert line == pytest.approx(other, rel=2e-3), line["step"]
+        assert line == pytest.approx(other, rel=2e-2), line["step"]
     told = [json.loads(line) for line in (tmp_path / "many.jsonl").read_text().splitlines()]
     assert len(told) == count
     # Rank 0, which writes checkpoints and the backbone, waits for those too.

@@ -59,7 +59,7 @@ def _encode_by_twin(components: Components, views: Tensor, step: int, chunk: int
             projections: Tensor = components.twin(views)
             return projections
         # All views of an image are sent together: the axis of images comes first.
-        shuffle = Shuffle.draw(views.shape[1], (components.recipe.seed, step, chunk))
+        shuffle = Shuffle.draw(views.shape[1], (components.recipe.seed, step, chunk), views.device)
         shuffled = shuffle.away(views.transpose(0, 1))
         return shuffle.home(_full(components.twin(shuffled.transpose(0, 1))).transpose(0, 1)).transpose(0, 1)
 

@@ -99,6 +99,8 @@ class FinetuneSettings(Settings):
     """What is done to the images that are trained on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training; auto: bf16 where the device is built for it. Measuring is always fp32."""
+    deterministic: bool = False
+    """On a GPU, take deterministic algorithms, which are slower: without them a resume is not bit for bit there."""
     workers: int = Field(2, ge=0, le=1024)
     """Processes or threads that decode images, for each process."""
     threads: int | None = Field(None, ge=1, le=1024)
