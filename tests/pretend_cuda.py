@@ -9,8 +9,8 @@ for them. Not pretended: kernels, streams that run at the same time, memory.
 
 import collections
 import contextlib
+import os
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 PACKAGE = f"{Path('ssl') / 'manyviews'}/"
-GPU = torch.device("cuda", 0)
 MEMORY = 80 << 30
 NO_LAUNCH = {
     *("view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze"),
@@ -58,7 +57,6 @@ class Log:
     """Launches and host waits, by the line of the package that caused them; collectives by name."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -71,10 +69,9 @@ class Log:
     def wait(self, reason: str) -> None:
         """Notes that the host waits; pending copies have arrived then."""
         self.waits[f"{_line()} {reason}"] += 1
-        with self.lock:
-            for arrive in self.pending:
-                arrive()
-            self.pending.clear()
+        for arrive in self.pending:
+            arrive()
+        self.pending.clear()
 
     def __str__(self) -> str:
         waits = [f"  {count:6} waits {line}" for line, count in self.waits.most_common()]
@@ -96,7 +93,7 @@ class PretendTensor(torch.Tensor):
         form.numbers = numbers
         return form
 
-    device = property(lambda self: GPU)
+    device = property(lambda self: _gpu())
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
     is_meta = property(lambda self: False)
@@ -151,7 +148,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[Log]:
         "is_available": True,
         "is_initialized": True,
         "device_count": devices,
-        "current_device": 0,
+        "current_device": _gpu().index,
         "set_device": None,
         "get_device_capability": (9, 0),
         "get_device_name": "Pretend",
@@ -177,9 +174,10 @@ def pretend_cuda(devices: int = 1) -> Iterator[Log]:
         patch.setattr(torch.accelerator, "is_available", lambda *args: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda *args, **options: torch.device("cuda"))
         patch.setattr(torch.accelerator, "device_count", lambda: devices)
-        patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        patch.setattr(torch.accelerator, "current_device_index", lambda: _gpu().index)
         patch.setattr(torch.accelerator, "current_stream", lambda *args: _Stream())
         patch.setattr(torch.accelerator, "synchronize", lambda *args: LOG.wait("synchronize"))
+        patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -199,7 +197,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[Log]:
 
 
 class _Stream:
-    device = GPU
+    device = property(lambda self: _gpu())
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -234,6 +232,15 @@ class _Event:
         return 1.0
 
 
+class _Generator(torch.Generator):
+    """A generator of the pretend GPU, which is one of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        generator = super().__new__(cls)
+        generator.on_gpu = torch.device(device).type == "cuda"
+        return generator
+
+
 class _Autocast(torch.autocast):
     """Autocast of the pretend GPU is that of the CPU."""
 
@@ -246,9 +253,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), options: Any = None) -> Any:
         if func is torch.device:
-            made = func(*args, **(options or {}))
-            # Of several pretend GPUs each process has one, called the first.
-            return GPU if made.type == "cuda" else made
+            return func(*args, **(options or {}))
         # A device without index: torch would ask the driver for the current one.
         args, options = tree_map(_indexed, tuple(args)), tree_map(_indexed, dict(options or {}))
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
@@ -298,69 +303,6 @@ def _run(func: Any, args: Any, options: dict[str, Any]) -> Any:
     # What was written to is returned as the object it was.
     written = {id(tensor.numbers): tensor for tensor in pretend}
     return tree_map(lambda leaf: written.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
-
-
-def _columns(values: torch.Tensor) -> torch.Tensor:
-    """[images, channels, …] as [numbers, channels]."""
-    return values.transpose(0, 1).flatten(1).T.float()
-
-
-def _like(columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    shape = values.transpose(0, 1).shape
-    return columns.T.reshape(shape).transpose(0, 1).to(values.dtype).contiguous()
-
-
-def _stats(values: torch.Tensor, eps: float) -> Any:
-    variance, mean = torch.var_mean(_columns(values), 0, correction=0)
-    return mean, (variance + eps).rsqrt()
-
-
-def _gathered_stats(
-    values: Any,
-    means: Any,
-    inverses: Any,
-    running_mean: Any,
-    running_var: Any,
-    momentum: float,
-    eps: float,
-    counts: Any,
-) -> Any:
-    shares, number = counts[:, None] / counts.sum(), counts.sum()
-    mean = (shares * means).sum(0)
-    variance = (shares * (inverses.pow(-2) - eps + means.square())).sum(0) - mean.square()
-    if running_mean is not None:
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(variance * number / (number - 1), momentum)
-    return mean, (variance + eps).rsqrt()
-
-
-def _elemt(values: Any, weight: Any, bias: Any, mean: Any, inverse: Any, eps: float) -> Any:
-    columns = (_columns(values) - mean) * inverse
-    return _like(columns if weight is None else columns * weight + bias, values)
-
-
-def _backward_reduce(gradient: Any, values: Any, mean: Any, inverse: Any, weight: Any, *wanted: bool) -> Any:
-    gradients, products = _columns(gradient), _columns(gradient) * (_columns(values) - mean)
-    return gradients.sum(0), products.sum(0), products.sum(0) * inverse, gradients.sum(0)
-
-
-def _backward_elemt(
-    gradient: Any, values: Any, mean: Any, inverse: Any, weight: Any, sums: Any, products: Any, counts: Any
-) -> Any:
-    number = counts.sum()
-    centred = (_columns(values) - mean) * inverse.square() * products / number
-    columns = (_columns(gradient) - sums / number - centred) * inverse
-    return _like(columns if weight is None else columns * weight, values)
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "batch_norm_stats": _stats,
-    "batch_norm_gather_stats_with_counts": _gathered_stats,
-    "batch_norm_elemt": _elemt,
-    "batch_norm_backward_reduce": _backward_reduce,
-    "batch_norm_backward_elemt": _backward_elemt,
-}
-"""Those that torch has for GPUs alone."""
 
 
 def _copy(func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
@@ -415,7 +357,8 @@ def _note(name: str, args: Any, options: dict[str, Any]) -> None:
 
 
 def _check_generator(options: dict[str, Any]) -> None:
-    if options.get("generator") is not None:
+    generator = options.get("generator")
+    if generator is not None and not getattr(generator, "on_gpu", False):
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
 
@@ -446,8 +389,65 @@ def _init_process_group(real: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+def _gpu() -> torch.device:
+    """The only GPU that this process uses."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _per_channel(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.view(1, -1, *[1] * (like.dim() - 2)).to(like.dtype)
+
+
+def _batch_norm_stats(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    variance, mean = torch.var_mean(x.float(), [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _batch_norm_gather(
+    x: torch.Tensor, means: Any, inverse: Any, running_mean: Any, running_var: Any, momentum: float, eps: float, n: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    share = (n / n.sum()).unsqueeze(1)
+    mean = (share * means).sum(0)
+    variance = (share * (inverse**-2 - eps + (means - mean) ** 2)).sum(0)
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * n.sum() / (n.sum() - 1), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def _batch_norm_elemt(x: torch.Tensor, weight: Any, bias: Any, mean: Any, inverse: Any, eps: float) -> torch.Tensor:
+    weight, bias, mean, inverse = (_per_channel(value, x) for value in (weight, bias, mean, inverse))
+    return (x - mean) * inverse * weight + bias
+
+
+def _batch_norm_backward_reduce(
+    gradient: torch.Tensor, x: torch.Tensor, mean: Any, inverse: Any, weight: Any, *needed: bool
+) -> tuple[torch.Tensor, ...]:
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    total, product = gradient.sum(axes), (gradient * (x - _per_channel(mean, x))).sum(axes)
+    return total, product, product * inverse, total.clone()
+
+
+def _batch_norm_backward_elemt(
+    gradient: torch.Tensor, x: torch.Tensor, mean: Any, inverse: Any, weight: Any, total: Any, product: Any, n: Any
+) -> torch.Tensor:
+    mean, inverse, weight = (_per_channel(value, x) for value in (mean, inverse, weight))
+    total, product = (_per_channel(value / n.sum(), x) for value in (total, product))
+    return (gradient - total - (x - mean) * inverse**2 * product) * inverse * weight
+
+
+KERNELS: dict[str, Any] = {
+    "batch_norm_stats": _batch_norm_stats,
+    "batch_norm_gather_stats_with_counts": _batch_norm_gather,
+    "batch_norm_elemt": _batch_norm_elemt,
+    "batch_norm_backward_reduce": _batch_norm_backward_reduce,
+    "batch_norm_backward_elemt": _batch_norm_backward_elemt,
+}
+"""Operations that torch has on GPUs only: those of SyncBatchNorm."""
+
+
 def _indexed(leaf: Any) -> Any:
-    return GPU if (isinstance(leaf, str | torch.device) and str(leaf) == "cuda") else leaf
+    return _gpu() if isinstance(leaf, str | torch.device) and str(leaf) == "cuda" else leaf
 
 
 def _numbers(leaf: Any) -> Any:
