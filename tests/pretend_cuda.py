@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ class Log:
     """Launches and host waits, by the line of the package that caused them; collectives by name."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -67,11 +69,13 @@ class Log:
         self.pending: list[Callable[[], object]] = []
 
     def wait(self, reason: str) -> None:
-        """Notes that the host waits; pending copies have arrived then."""
-        self.waits[f"{_line()} {reason}"] += 1
-        for arrive in self.pending:
-            arrive()
-        self.pending.clear()
+        """Notes that the host waits, unless it is a thread beside the main one; pending copies have arrived then."""
+        if threading.current_thread() is threading.main_thread():
+            self.waits[f"{_line()} {reason}"] += 1
+        with self.lock:
+            for arrive in self.pending:
+                arrive()
+            self.pending.clear()
 
     def __str__(self) -> str:
         waits = [f"  {count:6} waits {line}" for line, count in self.waits.most_common()]

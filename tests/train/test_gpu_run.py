@@ -16,8 +16,6 @@ from processes import launched
 from stopped_runs import content, differing, stop_after
 
 ROOMS = ("train/", "run/", "system/", "encoder/", "optim.py")
-THREADS = "system/background.py"
-"""Where threads beside the main one wait."""
 OTHERS = ("blocking copy to GPU of", "index_put by a mask")
 """What DDP's buckets do on a pretend GPU, which is no CUDA device to them, and the backward of other rooms."""
 
@@ -38,13 +36,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_waits(log: Log) -> int:
-    """Waits of the main thread in the rooms of training."""
+    """Waits in the rooms of training."""
     found = {line: count for line, count in log.waits.items() if line.startswith(ROOMS)}
-    return sum(
-        count
-        for line, count in found.items()
-        if not line.startswith(THREADS) and not any(other in line for other in OTHERS)
-    )
+    return sum(count for line, count in found.items() if not any(other in line for other in OTHERS))
 
 
 def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a_step(tmp_path: Path) -> None:

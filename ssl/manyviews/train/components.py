@@ -188,6 +188,20 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, norms) for child in module.modules())
 
 
+def less_memory(components: Components) -> str:
+    """The settings by which a step takes less memory."""
+    settings = components.recipe.train
+    local = max(settings.batch_size // components.accelerator.num_processes, 1)
+    at_once = min(settings.chunk or local, local)
+    half, lower = max(at_once // 2, smallest_part(components.encoder)), "views.size or train.batch_size"
+    if half >= at_once:
+        return f"lower {lower}, or take a smaller encoder"
+    return (
+        f"set train.chunk={half}, where {at_once} images of a process pass at once (the same gradient, for one more "
+        f"forward pass), or lower {lower}"
+    )
+
+
 def cautions(components: Components) -> list[str]:
     """Warnings to show before the first step."""
     recipe, processes = components.recipe, components.accelerator.num_processes

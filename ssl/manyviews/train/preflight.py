@@ -1,10 +1,8 @@
 """Checks recipe, images, memory and disk before a run, by two steps and a checkpoint."""
 
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,11 +21,13 @@ from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint, room
 from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console, duration
+from manyviews.system.deterministic import deterministic
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import no_empty_folders_left
-from manyviews.system.hardware import device, gigabytes, ran_out
+from manyviews.system.hardware import gigabytes, memory, shortage
 from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
+from manyviews.train.components import less_memory
 from manyviews.train.pretrain import compile_encoder, train, train_step
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
@@ -47,6 +47,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: with a line for each problem.
     """
+    with deterministic(recipe.train.deterministic, "train.deterministic"):
+        _check(recipe)
+
+
+def _check(recipe: Recipe) -> None:
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
     with no_empty_folders_left(folder):
@@ -78,11 +83,8 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     run = open_run(setup._replace(components=short_run), folder, quiet) if first else None
     session = Session(run, Saver(folder / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
     try:
-        step = train(short_run, split.train, order, resumed, session)
-    except (RuntimeError, MemoryError) as problem:
-        if ran_out(problem):
-            raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
-        raise
+        with shortage(less_memory(components)):
+            step = train(short_run, split.train, order, resumed, session)
     finally:
         if run is not None:
             run.close()
@@ -147,14 +149,6 @@ def differences(checkpoint: Checkpoint, folder: Path) -> list[str]:
         if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(other, state, key)
     ]
     return [f"the checkpoint read back is not what was written: {', '.join(differing[:5])}"] if differing else []
-
-
-def memory() -> tuple[int, int]:
-    """Peak and available bytes of memory, on the GPU if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved(), device()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
 
 
 def _seconds_of_a_step(setup: Setup, step: int) -> float:

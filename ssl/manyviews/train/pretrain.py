@@ -16,11 +16,13 @@ from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
 from manyviews.run.folder import CHECKPOINTS, check_content, prepare
 from manyviews.system import distributed
 from manyviews.system.console import Console
+from manyviews.system.deterministic import deterministic
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import folder_lock
+from manyviews.system.hardware import shortage
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
-from manyviews.train.components import Components
+from manyviews.train.components import Components, less_memory
 from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
@@ -46,6 +48,11 @@ def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None =
     Raises:
         ValueError: if recipe, images or launch are invalid, before anything is written.
     """
+    with deterministic(recipe.train.deterministic, "train.deterministic"):
+        return _pretrain(recipe, header, on_metrics)
+
+
+def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path:
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(recipe)
@@ -61,7 +68,8 @@ def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None =
         opening = partial(open_run, setup, folder, console, header, lock_again)
         with open_session(opening, saver, console, on_metrics) as session:
             describe(setup, folder, console)
-            step = train(components, images, order, checkpoint, session)
+            with shortage(less_memory(components)):
+                step = train(components, images, order, checkpoint, session)
         run = session.run
         exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
         with raise_on_all_ranks():
