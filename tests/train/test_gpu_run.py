@@ -10,7 +10,8 @@ from manyviews import recipe
 from manyviews.config import load
 from manyviews.run.folder import read_metrics
 from manyviews.system.background import finished
-from manyviews.train.pretrain import pretrain, train_step
+from manyviews.train.pretrain import pretrain
+from manyviews.train.step import train_step
 from pretend_cuda import Log, pretend_cuda
 from processes import launched
 from stopped_runs import content, differing, stop_after

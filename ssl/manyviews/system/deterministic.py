@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def deterministic(enabled: bool, key: str) -> Iterator[None]:
                 "process has started it; set it and start again"
             )
         os.environ[WORKSPACE] = WORKSPACES[0]
-    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
+    cudnn = torch.backends.cudnn
+    filling: Any = torch.utils.deterministic
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     flags = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -27,11 +27,13 @@ from manyviews.system.folder_lock import no_empty_folders_left
 from manyviews.system.hardware import gigabytes, memory, shortage
 from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
+from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
-from manyviews.train.pretrain import compile_encoder, train, train_step
+from manyviews.train.pretrain import compile_encoder, train
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
+from manyviews.train.step import train_step
 from manyviews.views import MEAN, STD
 
 STEPS = 2
@@ -54,6 +56,7 @@ def check(recipe: Recipe) -> None:
 def _check(recipe: Recipe) -> None:
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
+    recipe = with_known_chunk(recipe, folder) if recipe.resume else recipe
     with no_empty_folders_left(folder):
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
@@ -75,7 +78,7 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     split, order, components, resumed = setup.split, setup.order, setup.components, setup.checkpoint
     settings, first = components.recipe.train, distributed.rank() == 0
     first_step = resumed.step if resumed else 0
-    compile_encoder(components, split.train, order, first_step)
+    compile_encoder(components, split.train, order)
     budget = {"epochs": (first_step + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
     short_run = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(folder)}))

@@ -133,7 +133,7 @@ def train(
     # Accelerate gives the model the precision of training.
     average = Average(model, decay=settings.ema, use_warmup=True)
     forward, optimiser = wrap(accelerator, model, optimiser)
-    state = FinetuneState(task, model, average.module, optimiser, probe)
+    state = FinetuneState(task, model, average.module, optimiser, probe, accelerator.scaler)
     if checkpoint is not None:
         state.restore(checkpoint)
 
