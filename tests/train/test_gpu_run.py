@@ -106,6 +106,23 @@ def on_gpus(folder: Path, *words: str) -> None:
         file.write(json.dumps(told) + "\n")
 
 
+def stopped_on_gpus(folder: Path, *words: str) -> None:
+    """As `on_gpus`, but stopped after two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit):
+            on_gpus(folder, *words)
+
+
+def test_a_run_on_several_gpus_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    # With a bank, whose rows are sharded.
+    launched(on_gpus, tmp_path / "straight", "objective=bank", count=2)
+    launched(stopped_on_gpus, tmp_path / "stopped", "objective=bank", count=2)
+    launched(on_gpus, tmp_path / "stopped", "objective=bank", "resume=true", count=2)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert differing(content(tmp_path / "straight"), content(tmp_path / "stopped")) == []
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_gpus_compute_what_one_does(tmp_path: Path, count: int) -> None:
     with pretend_cuda():

@@ -34,11 +34,11 @@ def finished(work: Callable[[], T]) -> "Future[T]":
 
 
 class HostCopy:
-    """Copies tensors to the host, if they are on a GPU, without waiting; `read` waits for the copies alone."""
+    """Copies tensors to the host, from a GPU without waiting; `read` waits for the copies alone."""
 
     def __init__(self, *tensors: Tensor) -> None:
         # A copy that does not block goes to pinned memory. Tensors of the CPU are not copied.
-        self._copies = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+        self._copies = [tensor.detach().to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
         self._copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in tensors) else None
         if self._copied is not None:
             self._copied.record()

@@ -46,7 +46,7 @@ class FinetuneSettings(Settings):
     output: str | None = None
     """The folder that is written; by default runs/ and the run's name with -finetuned, or -scratch."""
     resume: bool = False
-    """Resume from the newest valid checkpoint in the output folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the output folder, bit for bit; on a GPU with deterministic."""
     elastic: bool = False
     """Resume on another number of processes than the checkpoint was written by, where they give the same batch:
     from the same sample, but not bit for bit."""
