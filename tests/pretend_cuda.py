@@ -69,8 +69,9 @@ class Log:
         self.pending: list[Callable[[], object]] = []
 
     def wait(self, reason: str) -> None:
-        """Notes that the host waits; pending copies have arrived then."""
-        self.waits[f"{_line()} {reason}"] += 1
+        """Notes that the host waits, unless it is a thread beside the main one; pending copies have arrived then."""
+        if threading.current_thread() is threading.main_thread():
+            self.waits[f"{_line()} {reason}"] += 1
         with self.lock:
             for arrive in self.pending:
                 arrive()

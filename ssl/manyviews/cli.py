@@ -26,8 +26,8 @@ from manyviews.run.folder import CONFIG
 from manyviews.system import console, distributed
 from manyviews.system.disk import in_words
 from manyviews.system.files import spelled
-from manyviews.system.hardware import ran_out
-from manyviews.system.launch import Interrupted, Stop, in_a_line, lost_process
+from manyviews.system.hardware import ran_out, short_of_memory
+from manyviews.system.launch import Interrupted, Stop, lost_process
 from manyviews.system.names import did_you_mean
 from manyviews.system.versions import versions
 from manyviews.train.finetune import FinetuneSettings
@@ -78,8 +78,8 @@ class Command(NamedTuple):
                 text = str(problem)
             elif ran_out(problem):
                 text = (
-                    f"there is too little memory ({in_a_line(problem)}); use a smaller batch_size or size, a part of "
-                    "the batch at a time (train.chunk), or a smaller model"
+                    f"{short_of_memory(problem)}; use a smaller batch_size or size, a part of the batch at a time "
+                    "(train.chunk), or a smaller model"
                 )
             elif "can't start new thread" in str(problem):
                 text = (

@@ -28,9 +28,10 @@ class TrainSettings(Settings):
     batch_size: int = Field(256, ge=2, le=1_048_576)
     """Images per step over all processes together. Those of one step are negatives of each other in an in-batch loss,
     whatever the chunks and the processes."""
-    chunk: int | None = Field(None, ge=1, le=1_048_576)
+    chunk: Annotated[int, Field(ge=1, le=1_048_576)] | Literal["auto"] | None = None
     """Images per forward pass on each process, where a batch is beyond its memory: the same gradient for one more
-    forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time."""
+    forward pass (GradCache), with all negatives of the whole batch. Batch norms then see one chunk at a time. auto, on
+    GPUs: the most that fit, found by trying before the run."""
     images_per_class: int | None = Field(None, ge=1, le=1_048_576)
     """Images of each class in a batch, which then has batch_size / images_per_class different classes (with
     ids=labels); null: images as they come. An epoch is as many batches as can be filled so."""
@@ -45,6 +46,8 @@ class TrainSettings(Settings):
     """Memory layout of the encoder: channels last is the faster one for convolutions on most devices."""
     compile: bool = False
     """Compile the encoder with torch.compile: a slow first step, then faster ones."""
+    deterministic: bool = False
+    """On a GPU, take deterministic algorithms, which are slower: without them a resume is not bit for bit there."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Processes or threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
     threads: int | None = Field(None, ge=1, le=1024)
@@ -62,6 +65,11 @@ class TrainSettings(Settings):
     preview: int = Field(8, ge=0, le=256)
     """Images in the picture of originals and their views that is made before the first step; 0: none."""
 
+    @property
+    def part(self) -> int | None:
+        """`chunk` as a number; null too where it is to be found."""
+        return None if self.chunk == "auto" else self.chunk
+
     def steps(self, steps_per_epoch: int) -> int:
         """The number of steps of `epochs`."""
         return max(1, round(self.epochs * steps_per_epoch))
@@ -75,7 +83,7 @@ class Recipe(Settings):
     output: str | None = None
     """The run folder; by default runs/ and the recipe's name."""
     resume: bool = False
-    """Resume from the newest valid checkpoint in the run folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the run folder, bit for bit; on a GPU with train.deterministic."""
     elastic: bool = False
     """Resume a run on another number of processes than its checkpoint was written by: from the same sample and
     with the same global batch, but not bit for bit. The rows of a bank or queue are redistributed; a queue with

@@ -1,9 +1,10 @@
-"""What the CPU offers, with and without torch's public list of it."""
+"""What the machine offers, and how a lack of memory is told."""
 
 import pytest
 import torch
 
-from manyviews.system.hardware import cores, has_instructions
+from manyviews.system.hardware import cores, has_instructions, shortage
+from pretend_cuda import pretend_cuda
 
 
 def test_instructions_are_looked_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +25,16 @@ def test_older_versions_of_torch_have_a_function_for_each(monkeypatch: pytest.Mo
 
 def test_there_is_a_core() -> None:
     assert cores() >= 1
+
+
+def test_memory_that_runs_out_is_told_with_its_peak_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = r"^memory ran out: .* machine's .* in use at most \(9 GB more\); less$"
+    with pytest.raises(ValueError, match=told), shortage("less"):
+        raise MemoryError("9 GB more\nand a table")
+    with pytest.raises(RuntimeError, match="a shape"), shortage("less"):
+        raise RuntimeError("a shape")
+    with pretend_cuda():
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 60_000_000_000)
+        told = r"^memory ran out: 60\.00 GB of the GPU's 85\.90 GB were in use at most \(CUDA out of memory\); less$"
+        with pytest.raises(ValueError, match=told), shortage("less"):
+            raise torch.OutOfMemoryError("CUDA out of memory")

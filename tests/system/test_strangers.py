@@ -131,7 +131,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(
 
     monkeypatch.setattr(cli, "pretrain_recipe", full)
     assert cli.pretrain(["quickstart"]) == 2
-    assert "error: there is too little memory" in capsys.readouterr().err
+    assert "error: memory ran out: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("giant", ["vit_gigantic_patch14_224", "convnext_xxlarge"])

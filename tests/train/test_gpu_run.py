@@ -5,19 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_waits import log_and_results
 
 from manyviews import recipe
 from manyviews.config import load
 from manyviews.run.folder import read_metrics
 from manyviews.system.background import finished
-from manyviews.train.pretrain import pretrain, train_step
+from manyviews.train.finetune.loop import finetune
+from manyviews.train.finetune.settings import FinetuneSettings
+from manyviews.train.pretrain import pretrain
+from manyviews.train.step import train_step
 from pretend_cuda import Log, pretend_cuda
 from processes import launched
-from stopped_runs import content, differing, stop_after
+from small_run import photographs, small_run
+from stopped_runs import content, differing, newest, stop_after
 
 ROOMS = ("train/", "run/", "system/", "encoder/", "optim.py")
-THREADS = "system/background.py"
-"""Where threads beside the main one wait."""
 OTHERS = ("blocking copy to GPU of", "index_put by a mask")
 """What DDP's buckets do on a pretend GPU, which is no CUDA device to them, and the backward of other rooms."""
 
@@ -38,13 +41,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_waits(log: Log) -> int:
-    """Waits of the main thread in the rooms of training."""
+    """Waits in the rooms of training."""
     found = {line: count for line, count in log.waits.items() if line.startswith(ROOMS)}
-    return sum(
-        count
-        for line, count in found.items()
-        if not line.startswith(THREADS) and not any(other in line for other in OTHERS)
-    )
+    return sum(count for line, count in found.items() if not any(other in line for other in OTHERS))
 
 
 def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a_step(tmp_path: Path) -> None:
@@ -58,6 +57,14 @@ def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a
     assert [(line["step"], *line) for line in found] == [(line["step"], *line) for line in expected]
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=2e-2), line["step"]
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("train.precision=fp16",), ("optim.name=lars",), ("optim.clip=1",), ("train.chunk=8",)]
+)
+def test_training_adds_one_wait_to_a_step(words: tuple[str, ...]) -> None:
+    log, _ = log_and_results("list_net", *words)
+    assert own_waits(log) == 1
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_to_the_same_bits(
@@ -99,6 +106,23 @@ def on_gpus(folder: Path, *words: str) -> None:
         file.write(json.dumps(told) + "\n")
 
 
+def stopped_on_gpus(folder: Path, *words: str) -> None:
+    """As `on_gpus`, but stopped after two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit):
+            on_gpus(folder, *words)
+
+
+def test_a_run_on_several_gpus_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    # With a bank, whose rows are sharded.
+    launched(on_gpus, tmp_path / "straight", "objective=bank", count=2)
+    launched(stopped_on_gpus, tmp_path / "stopped", "objective=bank", count=2)
+    launched(on_gpus, tmp_path / "stopped", "objective=bank", "resume=true", count=2)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert differing(content(tmp_path / "straight"), content(tmp_path / "stopped")) == []
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_gpus_compute_what_one_does(tmp_path: Path, count: int) -> None:
     with pretend_cuda():
@@ -112,3 +136,28 @@ def test_several_gpus_compute_what_one_does(tmp_path: Path, count: int) -> None:
     # Rank 0, which writes checkpoints and the backbone, waits for those too.
     assert min(rank["waits"] for rank in told) <= 20
     assert all(name.startswith(("nccl", "gloo")) for rank in told for name in rank["collectives"])
+
+
+def test_fine_tuning_in_fp16_goes_on_with_its_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path / "run")
+    data = [f"data={photographs(tmp_path / 'photographs')}", "data.channels=1", "data.size=28", "precision=fp16"]
+    short = ["epochs=1", "min_steps=8", "batch_size=12", "threads=1", "workers=0", "log_every=2", "checks=2"]
+
+    def tune(folder: Path, *words: str) -> Path:
+        return finetune(
+            str(tmp_path / "run"), load(FinetuneSettings, None, [*data, *short, *words, f"output={folder}"])
+        )
+
+    with pretend_cuda():
+        tune(tmp_path / "straight")
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5)
+            with pytest.raises(SystemExit):
+                tune(tmp_path / "stopped")
+        kept = newest(tmp_path / "stopped").metadata["scaler"]
+        assert kept["_growth_tracker"] + kept["scale"] != 2.0**16
+        tune(tmp_path / "stopped", "resume=true")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert differing(content(tmp_path / "straight"), content(tmp_path / "stopped")) == []
+    scalers = [newest(tmp_path / name).metadata["scaler"] for name in ("straight", "stopped")]
+    assert scalers[0] == scalers[1]

@@ -16,8 +16,7 @@ from torch import Tensor
 from manyviews.system import distributed
 from manyviews.train.components import Components
 from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, SkippedStep, SkippedSteps, describe
-from manyviews.train.pretrain import train_step
-from manyviews.train.step import StepResult
+from manyviews.train.step import StepResult, train_step
 from processes import launched
 
 ADAM = ["optim.name=adamw", "optim.rate=0.01"]

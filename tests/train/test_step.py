@@ -25,8 +25,8 @@ from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import pretrain, step
 from manyviews.train.components import Components, batches, build, cautions, label_names
-from manyviews.train.pretrain import compile_encoder, gradient, train_step
-from manyviews.train.step import StepResult, num_chunks
+from manyviews.train.pretrain import compile_encoder
+from manyviews.train.step import StepResult, gradient, num_chunks, train_step
 from processes import launched
 
 SMALL = [
@@ -243,7 +243,7 @@ def test_compiling_before_the_first_step_leaves_no_trace(name: str) -> None:
 
     ids, built, other = torch.arange(12), components(*OBJECTIVES[name], *NORMED), components(*OBJECTIVES[name], *NORMED)
     before = state(built)
-    compile_encoder(compiling(built), images(), batches(built.recipe, images(), 1), 0)
+    compile_encoder(compiling(built), images(), batches(built.recipe, images(), 1))
     torch.testing.assert_close(state(built), before, rtol=0, atol=0, equal_nan=True)
     assert all(parameter.grad is None for parameter in (*built.encoder.parameters(), *built.objective.parameters()))
     for one in (built, other):
@@ -268,23 +268,52 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
     built = components()
     monkeypatch.setattr(pretrain, "gradient", broken)
     order = batches(built.recipe, images(), 1)
-    compile_encoder(built, images(), order, 0)
+    compile_encoder(built, images(), order)
     with pytest.raises(ValueError, match=rf"compiled here \({said}\); it takes a C\+\+ compiler .* leave train"):
-        compile_encoder(compiling(built), images(), order, 0)
+        compile_encoder(compiling(built), images(), order)
 
 
-@pytest.mark.slow
-def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
-    # In a process of its own, where no annotations are checked: torch.compile does not see through that.
+def in_a_process_of_its_own(call: str) -> None:
+    """Runs a function of this file where no annotations are checked: torch.compile does not see through that."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    code = (
-        f"import sys; sys.path[:0] = {paths!r}; import test_step; "
-        "test_step.check_that_dropout_is_drawn_alike('train.compile=true')"
-    )
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_step; test_step.{call}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_chunk_draws_its_dropout_alike_when_compiled() -> None:
+    in_a_process_of_its_own("check_that_dropout_is_drawn_alike('train.compile=true')")
+
+
+def check_that_a_run_compiles_nothing(*words: str) -> None:
+    graphs: list[int] = []
+
+    def counted(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    compile_ = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=counted, **options))
+        built = components("train.compile=true", "train.batch_size=12", "train.drop_last=false", *words)
+    order = batches(built.recipe, images(), 1)
+    assert [len(order.batch(number)[1]) for number in range(3)] == [12, 12, 6]
+    compile_encoder(built, images(), order)
+    before = len(graphs)
+    assert before >= 2
+    for number in range(6):
+        epoch, ids = order.batch(number)
+        train_step(built, images().read(ids), ids, epoch, number)
+    assert len(graphs) == before
+
+
+@pytest.mark.parametrize("words", [(), ("train.chunk=5",)], ids=["whole", "chunks"])
+def test_a_run_compiles_nothing_after_its_start(words: tuple[str, ...]) -> None:
+    # Of the last batch of an epoch, and of unequal chunks, too.
+    in_a_process_of_its_own(f"check_that_a_run_compiles_nothing(*{words!r})")
 
 
 def test_views_that_are_kept_and_views_that_are_made_again_give_the_same_bits() -> None:

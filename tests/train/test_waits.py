@@ -31,7 +31,9 @@ def log_and_results(name: str, *args: str, count: int = 2) -> tuple[Log, list[St
 
 def steps(name: str, *args: str, count: int = 2, log: Log | None = None) -> list[StepResult]:
     """Runs some training steps of a recipe, on the device that torch sees."""
-    loaded = load(recipe.Recipe, recipe.find(name), [*SMALL, *args])
+    given = {word.split("=")[0] for word in args}
+    kept = [word for word in SMALL if word.split("=")[0] not in given]
+    loaded = load(recipe.Recipe, recipe.find(name), [*kept, *args])
     accelerator, data = start(BATCH, loaded.train.precision, 1), images()
     loaded = loaded.model_copy(update={"views": loaded.views.resolve(size=data.size, channels=data.channels)})
     components = build(loaded, accelerator, data)

@@ -95,12 +95,13 @@ class Shuffle(NamedTuple):
     """Number of samples received from each rank."""
 
     @classmethod
-    def draw(cls, samples: int, key: Sequence[int]) -> "Shuffle":
+    def draw(cls, samples: int, key: Sequence[int], device: torch.device | str = "cpu") -> "Shuffle":
         """Draws a permutation of the samples of all ranks, from the key alone; collective.
 
         Args:
             samples: number on this rank; it may differ between ranks.
             key: numbers that are equal on all ranks and differ from step to step.
+            device: that of the samples.
         """
         lengths = torch.tensor(distributed.counts(samples))
         drawn = numpy_generator("shuffle", *key).permutation(int(lengths.sum()))
@@ -110,9 +111,10 @@ class Shuffle(NamedTuple):
         from_own, to_own = owners[permutation] == own, owners == own
         senders = owners[permutation[to_own]]
         return cls(
-            sent=permutation[from_own] - lengths[:own].sum(),
+            # Copies that do not block: indices on the CPU would make the host wait for a GPU.
+            sent=(permutation[from_own] - lengths[:own].sum()).to(device, non_blocking=True),
             outgoing=owners[from_own].bincount(minlength=len(lengths)).tolist(),
-            received=senders.argsort(stable=True),
+            received=senders.argsort(stable=True).to(device, non_blocking=True),
             incoming=senders.bincount(minlength=len(lengths)).tolist(),
         )
 

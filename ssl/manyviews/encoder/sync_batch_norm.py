@@ -23,7 +23,8 @@ def synchronise_batch_norms(module: nn.Module) -> nn.Module:
         for norm in module.modules():
             if isinstance(norm, nn.SyncBatchNorm) and norm.momentum is not None:
                 # The class, not the object, is replaced: parameters, buffers, hooks and references stay.
-                object.__setattr__(norm, "__class__", _without_waits(type(norm)))
+                kind: Any = type(norm)
+                object.__setattr__(norm, "__class__", _without_waits(kind))
     return module
 
 

@@ -26,7 +26,9 @@ def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
 def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, processes: int) -> None:
     """Raises ValueError if views do not fit in memory; `stored` is the images' side in pixels."""
     size, views, train = recipe.views.size or stored, recipe.views.num_views, recipe.train
-    part, picture = min(train.chunk or train.batch_size, train.batch_size // processes), channels * size**2 * NUMBER
+    local, picture = train.batch_size // processes, channels * size**2 * NUMBER
+    # With auto, what does not fit is tried.
+    part = 1 if train.chunk == "auto" else min(train.part or local, local)
     of_images = f"of {channels} × {size} × {size} pixels"
     _check(
         part * views * picture,

@@ -34,7 +34,7 @@ def finished(work: Callable[[], T]) -> "Future[T]":
 
 
 class HostCopy:
-    """Copies tensors to the host, if they are on a GPU, without waiting; `read` waits for the copies alone."""
+    """Copies tensors to the host, from a GPU without waiting; `read` waits for the copies alone."""
 
     def __init__(self, *tensors: Tensor) -> None:
         # A copy that does not block goes to pinned memory; only CUDA tells when it has arrived. Tensors of the CPU are

@@ -18,6 +18,7 @@ from torch import Tensor
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _meters: list["Traffic"] = []
+_alone: list[bool] = []
 T = TypeVar("T")
 FORESEEN = (OSError, ValueError, KeyError, SafetensorError)
 """Errors of damaged checkpoints, full disks and wrong settings; any other is an error of the program."""
@@ -38,6 +39,16 @@ def traffic() -> Iterator[Traffic]:
         yield meter
     finally:
         _meters.remove(meter)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Makes this rank one of one while open: nothing in the body is collective."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 def rank() -> int:
@@ -242,4 +253,4 @@ def _note(tensor: Tensor, rounds: int) -> None:
 
 
 def _initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _alone

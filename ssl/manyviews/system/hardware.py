@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -67,6 +68,37 @@ def free(gpu: torch.device) -> int:
 def ran_out(problem: BaseException) -> bool:
     """Whether an error means that memory ran out, of the machine or the GPU."""
     return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
+
+
+def memory() -> tuple[int, int]:
+    """Peak and available bytes of memory, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved(), device()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0, device()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
+
+
+@contextmanager
+def shortage(way_out: str) -> Iterator[None]:
+    """Raises a ValueError with the peak of memory and the way out, if memory runs out in the body."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not ran_out(problem):
+            raise
+        raise ValueError(f"{short_of_memory(problem)}; {way_out}") from problem
+
+
+def short_of_memory(problem: BaseException) -> str:
+    """Says that memory ran out, with its peak."""
+    used, available = memory()
+    reason = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    of = "the GPU's" if torch.cuda.is_available() else "the machine's"
+    return f"memory ran out: {gigabytes(used)} of {of} {gigabytes(available)} were in use at most ({reason})"
 
 
 def gigabytes(count: int) -> str:

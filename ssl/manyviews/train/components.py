@@ -15,6 +15,7 @@ from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.limits import check_encoder, check_objective, check_views
 from manyviews.objectives import ObjectiveModule, Population
 from manyviews.recipe import Recipe
+from manyviews.system import distributed
 from manyviews.train.session import wrap
 from manyviews.views import Views, enlarged
 
@@ -41,25 +42,25 @@ class Components(NamedTuple):
     """The fingerprint of the held-out images."""
 
 
-def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Components:
-    """Builds all components for a set of images.
+def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bool = False) -> Components:
+    """Builds all components for a set of images; `alone`, as if there were one process, and not compiled.
 
     Raises:
         ValueError: if a component cannot be built for the images, or does not go with another.
     """
-    names, processes = label_names(images) if recipe.ids == "labels" else None, accelerator.num_processes
+    names, processes = label_names(images) if recipe.ids == "labels" else None, distributed.world_size()
     check_views(recipe, images=len(images), channels=images.channels, stored=images.size, processes=processes)
     views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
     check_encoder(recipe.encoder, channels=images.channels, size=views.window.size)
     torch.manual_seed(recipe.seed)
     encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
-    chunk, smallest = recipe.train.chunk, smallest_part(encoder)
+    chunk, smallest = recipe.train.part, smallest_part(encoder)
     if chunk is not None and chunk < smallest:
         raise ValueError(
             f"train.chunk={chunk}: the encoder's batch norms need at least {smallest} images at a time; "
             f"use train.chunk={smallest} or more, or an encoder without batch norm"
         )
-    split, several = recipe.encoder.batch_norm_splits > 1, accelerator.num_processes > 1
+    split, several = recipe.encoder.batch_norm_splits > 1, processes > 1
     shuffled = several and not split and recipe.objective.traits.shuffles and has_batch_norm(encoder)
     # A split or shuffled batch norm must see only a part of the batch.
     if several and not split and not shuffled and accelerator.device.type == "cuda":
@@ -74,7 +75,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images) -> Component
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.traits.twin_momentum is not None else None
     optimiser = recipe.optim.build(encoder, objective, batch_size=recipe.train.batch_size)
-    forward, optimiser = wrap(accelerator, torch.compile(encoder) if recipe.train.compile else encoder, optimiser)
+    compiled = torch.compile(encoder, dynamic=False) if recipe.train.compile and not alone else encoder
+    forward, optimiser = wrap(accelerator, compiled, optimiser, alone=alone)
     if names is not None:
         names = names.to(accelerator.device)
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
@@ -188,10 +190,24 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, norms) for child in module.modules())
 
 
+def less_memory(components: Components) -> str:
+    """The settings by which a step takes less memory."""
+    settings = components.recipe.train
+    local = max(settings.batch_size // components.accelerator.num_processes, 1)
+    at_once = min(settings.part or local, local)
+    half, lower = max(at_once // 2, smallest_part(components.encoder)), "views.size or train.batch_size"
+    if half >= at_once:
+        return f"lower {lower}, or take a smaller encoder"
+    return (
+        f"set train.chunk={half}, where {at_once} images of a process pass at once (the same gradient, for one more "
+        f"forward pass), or lower {lower}"
+    )
+
+
 def cautions(components: Components) -> list[str]:
     """Warnings to show before the first step."""
     recipe, processes = components.recipe, components.accelerator.num_processes
-    chunk, normed, local = recipe.train.chunk, has_batch_norm(components.encoder), recipe.train.batch_size // processes
+    chunk, normed, local = recipe.train.part, has_batch_norm(components.encoder), recipe.train.batch_size // processes
     larger = enlarged(components.views.window.size, components.stored, recipe.data)
     warnings = [] if larger is None else [f"views.size: {larger}"]
     if chunk is not None and chunk >= local:

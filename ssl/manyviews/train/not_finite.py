@@ -17,7 +17,7 @@ from manyviews.run.checkpoints import not_finite, way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
 from manyviews.system.writing import write_json
-from manyviews.train.step import KeptBuffers
+from manyviews.train.kept_buffers import KeptBuffers
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20

@@ -1,10 +1,8 @@
 """Checks recipe, images, memory and disk before a run, by two steps and a checkpoint."""
 
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,15 +21,19 @@ from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint, room
 from manyviews.run.folder import CHECKPOINTS, prepare, read_metrics
 from manyviews.system import distributed
 from manyviews.system.console import Console, duration
+from manyviews.system.deterministic import deterministic
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import no_empty_folders_left
-from manyviews.system.hardware import device, gigabytes, ran_out
+from manyviews.system.hardware import gigabytes, memory, shortage
 from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
-from manyviews.train.pretrain import compile_encoder, train, train_step
+from manyviews.train.chunk_size import with_known_chunk
+from manyviews.train.components import less_memory
+from manyviews.train.pretrain import compile_encoder, train
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
+from manyviews.train.step import train_step
 from manyviews.views import MEAN, STD
 
 STEPS = 2
@@ -47,8 +49,14 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: with a line for each problem.
     """
+    with deterministic(recipe.train.deterministic, "train.deterministic"):
+        _check(recipe)
+
+
+def _check(recipe: Recipe) -> None:
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console, folder = Console(quiet=not accelerator.is_main_process), folder_of(recipe)
+    recipe = with_known_chunk(recipe, folder) if recipe.resume else recipe
     with no_empty_folders_left(folder):
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
@@ -70,7 +78,7 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     split, order, components, resumed = setup.split, setup.order, setup.components, setup.checkpoint
     settings, first = components.recipe.train, distributed.rank() == 0
     first_step = resumed.step if resumed else 0
-    compile_encoder(components, split.train, order, first_step)
+    compile_encoder(components, split.train, order)
     budget = {"epochs": (first_step + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
     short_run = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(folder)}))
@@ -78,11 +86,8 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     run = open_run(setup._replace(components=short_run), folder, quiet) if first else None
     session = Session(run, Saver(folder / CHECKPOINTS, keep=1, warn=quiet.warn), quiet, Stop())
     try:
-        step = train(short_run, split.train, order, resumed, session)
-    except (RuntimeError, MemoryError) as problem:
-        if ran_out(problem):
-            raise ValueError(f"a step does not fit in memory ({problem}); set train.chunk to fewer images") from problem
-        raise
+        with shortage(less_memory(components)):
+            step = train(short_run, split.train, order, resumed, session)
     finally:
         if run is not None:
             run.close()
@@ -147,14 +152,6 @@ def differences(checkpoint: Checkpoint, folder: Path) -> list[str]:
         if (distributed.rank() == 0 or f"{part}.{key}" in checkpoint.shards) and not _same(other, state, key)
     ]
     return [f"the checkpoint read back is not what was written: {', '.join(differing[:5])}"] if differing else []
-
-
-def memory() -> tuple[int, int]:
-    """Peak and available bytes of memory, on the GPU if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved(), device()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, device()
 
 
 def _seconds_of_a_step(setup: Setup, step: int) -> float:

@@ -3,37 +3,27 @@
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Int64, UInt8
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
-
 from manyviews.data import Images, Loader, Order, background_of
 from manyviews.encoder.timm_format import export
-from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
 from manyviews.run.folder import CHECKPOINTS, check_content, prepare
 from manyviews.system import distributed
 from manyviews.system.console import Console
+from manyviews.system.deterministic import deterministic
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import folder_lock
+from manyviews.system.hardware import shortage
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget
-from manyviews.train.components import Components
-from manyviews.train.not_finite import Guard, SkippedStep
+from manyviews.train.chunk_size import with_known_chunk
+from manyviews.train.components import Components, less_memory
+from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import (
-    KeptBuffers,
-    StepResult,
-    average_gradients,
-    cached_gradient,
-    embed,
-    finite_views,
-    num_chunks,
-)
+from manyviews.train.step import gradient, train_step
 from manyviews.views import MEAN, STD
 
 
@@ -46,22 +36,29 @@ def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None =
     Raises:
         ValueError: if recipe, images or launch are invalid, before anything is written.
     """
+    with deterministic(recipe.train.deterministic, "train.deterministic"):
+        return _pretrain(recipe, header, on_metrics)
+
+
+def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path:
     accelerator = start(recipe.train.batch_size, recipe.train.precision, recipe.train.threads)
     console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(recipe)
+    recipe = with_known_chunk(recipe, folder) if recipe.resume else recipe
     prepare(folder, resume=recipe.resume)
     if finished(recipe, folder, console):
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
         setup = make_setup(recipe, accelerator, folder, console)
         components, images, order, checkpoint = setup.components, setup.split.train, setup.order, setup.checkpoint
-        compile_encoder(components, images, order, checkpoint.step if checkpoint else 0)
+        compile_encoder(components, images, order)
         settings = recipe.train
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
         opening = partial(open_run, setup, folder, console, header, lock_again)
         with open_session(opening, saver, console, on_metrics) as session:
             describe(setup, folder, console)
-            step = train(components, images, order, checkpoint, session)
+            with shortage(less_memory(components)):
+                step = train(components, images, order, checkpoint, session)
         run = session.run
         exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
         with raise_on_all_ranks():
@@ -103,67 +100,11 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     return step
 
 
-def train_step(
-    components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
-    ids: Int64[Tensor, " batch"],
-    epoch: int,
-    step: int,
-) -> StepResult | SkippedStep:
-    """Updates the weights, then the state of the objective and the twin.
+def compile_encoder(components: Components, images: Images, order: Order) -> None:
+    """With train.compile=true, compiles the encoder for the batches of an epoch; collective.
 
-    If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
-    and the statistics of batch norms stay as they were.
-
-    Args:
-        components: the training components.
-        images: this rank's share of the batch.
-        ids: the indices of the images.
-        epoch: seeds the views, with the ids.
-        step: the number of earlier updates; seeds the dropout.
-    """
-    encoder, twin, objective = components.encoder, components.twin, components.objective
-    accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
-    # The objective has no buffers to restore: only its updates change it.
-    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
-    result = gradient(components, images, ids, epoch, step)
-    norm = guard.gradient_norm(result.loss.total)
-    if norm is None:
-        finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
-        return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
-    if recipe.optim.clip is not None:
-        clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    objective.update(result.embeddings, result.ids, result.targets)
-    if twin is not None and recipe.objective.traits.twin_momentum is not None:
-        twin.update(encoder, recipe.objective.traits.twin_momentum)
-    return result
-
-
-def gradient(
-    components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
-    ids: Int64[Tensor, " batch"],
-    epoch: int,
-    step: int,
-) -> StepResult:
-    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
-    named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
-    if chunks > 1:
-        loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
-    else:
-        views = components.views(images, ids, epoch)
-        embeddings, targets = embed(components, views, step)
-        loss = components.objective(embeddings, named, targets, step)
-        components.accelerator.backward(loss.total)
-    # DDP has averaged the encoder's.
-    average_gradients(components.objective, sharded={*components.objective.shards()})
-    return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
-
-
-def compile_encoder(components: Components, images: Images, order: Order, step: int) -> None:
-    """With train.compile=true, compiles the encoder by the next batch; collective.
+    The last batch of an epoch may be smaller, and the chunks of a batch unequal: each length is compiled here, and
+    none in the run.
 
     Raises:
         ValueError: if it cannot be compiled; earlier than in a run, whose folder would exist by then.
@@ -171,11 +112,12 @@ def compile_encoder(components: Components, images: Images, order: Order, step: 
     if not components.recipe.train.compile:
         return
     buffers = KeptBuffers(components.encoder, components.twin)
-    epoch, batch = order.batch(step)
-    ids, device = batch[distributed.share(len(batch))], components.accelerator.device
+    device, batches = components.accelerator.device, [order.batch(step)[1] for step in (0, order.steps_per_epoch - 1)]
     components.forward.train()
     try:
-        gradient(components, images.read(ids).to(device), ids.to(device), epoch, step)
+        for batch in {len(batch): batch for batch in batches}.values():
+            ids = batch[distributed.share(len(batch))]
+            gradient(components, images.read(ids).to(device), ids.to(device), 0, 0)
     except (RuntimeError, OSError, ImportError) as problem:
         # The compiler's errors are RuntimeErrors of a private module.
         kinds = [kind.__module__ for kind in type(problem).__mro__]

@@ -84,10 +84,12 @@ def end(session: Session, step: int) -> None:
         raise SystemExit(128 + session.stop.signal)
 
 
-def wrap(accelerator: Accelerator, model: Any, optimiser: Any) -> tuple[nn.Module, Any]:
-    """Wraps model and optimiser by Accelerate."""
+def wrap(accelerator: Accelerator, model: Any, optimiser: Any, *, alone: bool = False) -> tuple[nn.Module, Any]:
+    """Wraps model and optimiser by Accelerate; `alone`, without DDP."""
     with warnings.catch_warnings():
         # torch 2.14 renamed it; Accelerate passes the old name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        if alone:
+            return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimiser)
         wrapped: tuple[nn.Module, Any] = accelerator.prepare(model, optimiser)
         return wrapped

@@ -27,6 +27,7 @@ from manyviews.system.launch import in_a_line
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
+from manyviews.train.chunk_size import with_found_chunk
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
 
 
@@ -98,7 +99,10 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
     extended = resume.check_schedule(checkpoint, recipe, order.steps_per_epoch) if checkpoint else None
-    components = build(recipe, accelerator, split.train)
+    found = with_found_chunk(recipe, accelerator, split.train, order)
+    if found is not recipe:
+        console.say(f"chunk      {found.train.part or 'the whole batch'}: the most images that fit (train.chunk=auto)")
+    components = build(found, accelerator, split.train)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
     if checkpoint is not None:
@@ -113,7 +117,7 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
     recipe, accelerator, train = components.recipe, components.accelerator, split.train
     processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
-    local, chunk = recipe.train.batch_size // processes, recipe.train.chunk
+    local, chunk = recipe.train.batch_size // processes, recipe.train.part
     each = f" ({local} on each)" if processes > 1 else ""
     each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
     budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")

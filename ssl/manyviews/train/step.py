@@ -1,12 +1,12 @@
-"""Parts of an update: forward passes, gradient in chunks, objective's gradients, buffers."""
+"""An update: gradient of a batch, at once or in chunks, then weights and state of the objective."""
 
 from contextlib import nullcontext
-from itertools import chain
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
@@ -14,6 +14,8 @@ from manyviews.objectives import Loss
 from manyviews.system import distributed
 from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
+from manyviews.train.kept_buffers import KeptBuffers
+from manyviews.train.not_finite import Guard, SkippedStep
 
 
 class StepResult(NamedTuple):
@@ -24,6 +26,65 @@ class StepResult(NamedTuple):
     ids: Int64[Tensor, " batch"]
     """The ids that the objective gets."""
     targets: Float[Tensor, "others batch dim"] | None
+
+
+def train_step(
+    components: Components,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> StepResult | SkippedStep:
+    """Updates the weights, then the state of the objective and the twin.
+
+    If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
+    and the statistics of batch norms stay as they were.
+
+    Args:
+        components: the training components.
+        images: this rank's share of the batch.
+        ids: the indices of the images.
+        epoch: seeds the views, with the ids.
+        step: the number of earlier updates; seeds the dropout.
+    """
+    encoder, twin, objective = components.encoder, components.twin, components.objective
+    accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
+    # The objective has no buffers to restore: only its updates change it.
+    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
+    result = gradient(components, images, ids, epoch, step)
+    norm = guard.gradient_norm(result.loss.total)
+    if norm is None:
+        finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
+        return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
+    if recipe.optim.clip is not None:
+        clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    objective.update(result.embeddings, result.ids, result.targets)
+    if twin is not None and recipe.objective.traits.twin_momentum is not None:
+        twin.update(encoder, recipe.objective.traits.twin_momentum)
+    return result
+
+
+def gradient(
+    components: Components,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> StepResult:
+    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
+    named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
+    if chunks > 1:
+        loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
+    else:
+        views = components.views(images, ids, epoch)
+        embeddings, targets = embed(components, views, step)
+        loss = components.objective(embeddings, named, targets, step)
+        components.accelerator.backward(loss.total)
+    # DDP has averaged the encoder's.
+    average_gradients(components.objective, sharded={*components.objective.shards()})
+    return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
 def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +120,7 @@ def _encode_by_twin(components: Components, views: Tensor, step: int, chunk: int
             projections: Tensor = components.twin(views)
             return projections
         # All views of an image are sent together: the axis of images comes first.
-        shuffle = Shuffle.draw(views.shape[1], (components.recipe.seed, step, chunk))
+        shuffle = Shuffle.draw(views.shape[1], (components.recipe.seed, step, chunk), views.device)
         shuffled = shuffle.away(views.transpose(0, 1))
         return shuffle.home(_full(components.twin(shuffled.transpose(0, 1))).transpose(0, 1)).transpose(0, 1)
 
@@ -75,7 +136,7 @@ def num_chunks(components: Components, batch: int) -> int:
     The fewest that `train.chunk` allows, with sizes that differ by at most one image. A chunk may exceed `train.chunk`
     where batch norms would otherwise get too few images.
     """
-    chunk = components.recipe.train.chunk
+    chunk = components.recipe.train.part
     if chunk is None:
         return 1
     shares = distributed.counts(batch)
@@ -155,23 +216,3 @@ def average_gradients(objective: nn.Module, sharded: set[str]) -> None:
             parameter.grad = distributed.mean(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         elif parameter.grad is not None:
             parameter.grad /= distributed.world_size()
-
-
-class KeptBuffers:
-    """A copy of the buffers of modules (statistics of batch norms), to restore them from.
-
-    Buffers of a kind are copied into one tensor: on a GPU that is one launch, not one for each layer.
-    """
-
-    def __init__(self, *modules: nn.Module | None) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in chain.from_iterable(module.buffers() for module in modules if module is not None):
-            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self._kept = [(buffers, torch.cat([buffer.flatten() for buffer in buffers])) for buffers in kinds.values()]
-
-    def restore(self) -> None:
-        """Gives the buffers their values of before."""
-        for buffers, copy in self._kept:
-            pieces = copy.split([buffer.numel() for buffer in buffers])
-            for buffer, piece in zip(buffers, pieces, strict=True):
-                buffer.copy_(piece.view_as(buffer))

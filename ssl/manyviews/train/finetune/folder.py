@@ -37,6 +37,7 @@ METADATA = {
     "losses": list[float],
     "best_accuracy": resume.Measured | None,
     "skipped": resume.Counted | None,
+    "scaler": resume.METADATA["scaler"],
 }
 """Checkpoint metadata that resuming needs, with their types."""
 
@@ -147,10 +148,13 @@ def describe(
 
 
 class FinetuneState:
-    """The state of fine-tuning: model, average of its weights, best average, optimiser."""
+    """The state of fine-tuning: model, average of its weights, best average, optimiser, scaler of fp16."""
 
-    def __init__(self, task: Task, model: nn.Module, average: nn.Module, optimiser: Any, probe: Probe | None) -> None:
+    def __init__(
+        self, task: Task, model: nn.Module, average: nn.Module, optimiser: Any, probe: Probe | None, scaler: Any = None
+    ) -> None:
         self._task, self._model, self._average, self._optimiser, self._probe = task, model, average, optimiser, probe
+        self._scaler = scaler
         self.best = _copy(average)
         self.best_step, self.tested = 0, 0
         """The steps of the best and the last measurement."""
@@ -162,6 +166,9 @@ class FinetuneState:
         self._model.load_state_dict(dict(checkpoint.parts["model"]))
         self._average.load_state_dict(dict(checkpoint.parts["average"]))
         restore_optimiser(self._optimiser, checkpoint.optimiser)
+        # Checkpoints of older versions have none.
+        if self._scaler is not None and checkpoint.metadata.get("scaler") is not None:
+            self._scaler.load_state_dict(checkpoint.metadata["scaler"])
         device = next(self._model.parameters()).device
         self.best = {key: value.to(device) for key, value in checkpoint.parts["best"].items()}
         self.best_step, self.best_accuracy = checkpoint.metadata["best_step"], checkpoint.metadata["best_accuracy"]
@@ -182,6 +189,8 @@ class FinetuneState:
         parts = {"model": self._model.state_dict(), "average": self._average.state_dict(), "best": self.best}
         metadata = {"step": step, "tested": self.tested, "best_step": self.best_step} | self._task.origin
         metadata |= {"best_accuracy": self.best_accuracy, **known}
+        if self._scaler is not None:
+            metadata["scaler"] = self._scaler.state_dict()
         if self._probe is not None:
             parts["probe"] = {"weights": self._probe.weights, "biases": self._probe.biases}
             metadata["probe"] = [self._probe.regularisation, self._probe.held_out]

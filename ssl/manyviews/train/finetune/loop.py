@@ -24,7 +24,9 @@ from manyviews.run.checkpoints import Checkpoint, Saver
 from manyviews.run.folder import CHECKPOINTS, DONE, check_content, prepare
 from manyviews.system import distributed, keyed_random
 from manyviews.system.console import Console
+from manyviews.system.deterministic import deterministic
 from manyviews.system.folder_lock import folder_lock
+from manyviews.system.hardware import shortage
 from manyviews.system.launch import start
 from manyviews.train.budget import Budget, MetricAverager
 from manyviews.train.finetune.classifier import Probe, create_optimiser, train_mode
@@ -45,6 +47,7 @@ from manyviews.train.not_finite import Guard, SkippedSteps
 from manyviews.train.session import OnMetrics, Session, end, open_session, wrap
 
 CURE = "a lower rate or precision=fp32"
+LESS_MEMORY = "lower batch_size or views.size, or train less of the model (mode=last_blocks)"
 
 
 def finetune(source: str, settings: FinetuneSettings, *, header: str = "", on_metrics: OnMetrics | None = None) -> Path:
@@ -56,6 +59,11 @@ def finetune(source: str, settings: FinetuneSettings, *, header: str = "", on_me
         ValueError: if model, settings, labels or folder are invalid, before anything is written; after too many
             non-finite losses in a row.
     """
+    with deterministic(settings.deterministic, "deterministic"), shortage(LESS_MEMORY):
+        return _finetune(source, settings, header, on_metrics)
+
+
+def _finetune(source: str, settings: FinetuneSettings, header: str, on_metrics: OnMetrics | None) -> Path:
     accelerator = start(None, settings.precision, settings.threads)
     console = Console(quiet=not accelerator.is_main_process)
     folder = folder_of(source, settings)
@@ -125,7 +133,7 @@ def train(
     # Accelerate gives the model the precision of training.
     average = Average(model, decay=settings.ema, use_warmup=True)
     forward, optimiser = wrap(accelerator, model, optimiser)
-    state = FinetuneState(task, model, average.module, optimiser, probe)
+    state = FinetuneState(task, model, average.module, optimiser, probe, accelerator.scaler)
     if checkpoint is not None:
         state.restore(checkpoint)
 

@@ -46,7 +46,7 @@ class FinetuneSettings(Settings):
     output: str | None = None
     """The folder that is written; by default runs/ and the run's name with -finetuned, or -scratch."""
     resume: bool = False
-    """Resume from the newest valid checkpoint in the output folder, bit for bit."""
+    """Resume from the newest valid checkpoint in the output folder, bit for bit; on a GPU with deterministic."""
     elastic: bool = False
     """Resume on another number of processes than the checkpoint was written by, where they give the same batch:
     from the same sample, but not bit for bit."""
@@ -99,6 +99,8 @@ class FinetuneSettings(Settings):
     """What is done to the images that are trained on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training; auto: bf16 where the device is built for it. Measuring is always fp32."""
+    deterministic: bool = False
+    """On a GPU, take deterministic algorithms, which are slower: without them a resume is not bit for bit there."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Processes or threads that decode images, for each process; null: 2, or with a GPU its share of the cores."""
     threads: int | None = Field(None, ge=1, le=1024)
