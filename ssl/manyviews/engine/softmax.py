@@ -198,7 +198,9 @@ class _LogSumExp(torch.autograd.Function):
         if rest:
             query_order, logarithms, *of_pairs = rest
             gradient = take(distributed.gather_without_gradient(gradient, ctx.options.lengths), query_order)
-            key_gradient = _key_gradient(gradient, logarithms, Pairs(*of_pairs, ctx.options.tf32_gradient))
+            key_gradient = _key_gradient(
+                gradient, logarithms, Pairs(*of_pairs, tf32_gradient=ctx.options.tf32_gradient)
+            )
         return query_gradient, key_gradient, None, None, None
 
 
