@@ -163,7 +163,8 @@ def test_several_gpus_have_the_losses_gradients_and_state_of_one_cpu(gpus: list[
 def test_several_gpus_wait_no_more_than_one(gpus: list[dict[str, Any]]) -> None:
     for found in gpus:
         for name, trained in found.items():
-            assert trained["waits"] == len(BATCHES) * waits(CASES[name]), name
+            # Whether the first batch's normaliser is known is read until it is.
+            assert trained["waits"] == len(BATCHES) * waits(CASES[name]) + (name == "bank, nce, first Z"), name
 
 
 def test_the_budget_would_not_hold_tiles_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
