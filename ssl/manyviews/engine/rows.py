@@ -94,13 +94,11 @@ def sum_of_groups(
         >>> sum_of_groups(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 0, 1]), 3)
         tensor([2., 5., 0.])
     """
-    zeros = rows.new_zeros(count, *rows.shape[1:])
+    sums = rows.new_zeros(count, *rows.shape[1:])
     # On a GPU the one adds in any order; on a CPU of several cores the other does.
-    return (
-        zeros.index_add(0, groups, rows)
-        if rows.device.type == "cpu"
-        else zeros.index_put((groups,), rows, accumulate=True)
-    )
+    if rows.device.type == "cpu":
+        return sums.index_add_(0, groups, rows)
+    return sums.index_put_((groups,), rows, accumulate=True)
 
 
 def tile_numbers(device: torch.device, on_cpu: int) -> int:

@@ -196,9 +196,10 @@ class _LogSumExp(torch.autograd.Function):
         if mean is not None:
             query_gradient = mean * (gradient / ctx.options.temperature).unsqueeze(1)
         if rest:
-            query_order, logarithms, *of_pairs = rest
+            query_order, logarithms, rows, keys, query_ids, key_ids, key_order = rest
+            pairs = Pairs(rows, keys, query_ids, key_ids, key_order, ctx.options.tf32_gradient)
             gradient = take(distributed.gather_without_gradient(gradient, ctx.options.lengths), query_order)
-            key_gradient = _key_gradient(gradient, logarithms, Pairs(*of_pairs, ctx.options.tf32_gradient))
+            key_gradient = _key_gradient(gradient, logarithms, pairs)
         return query_gradient, key_gradient, None, None, None
 
 

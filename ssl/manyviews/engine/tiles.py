@@ -31,6 +31,9 @@ def sum_over_tiles(
     too. It may be any differentiable function: each tile is differentiated as soon as it is computed, in the memory of
     some tiles and of the gradient. Gradients reach the anchors, the candidates and the parameters.
 
+    Products are in float32 on a GPU too, never in TF32: where embeddings are near each other, so are the terms that
+    they are pulled and pushed by, and their difference would be lost.
+
     On a CPU the term is called in several threads at once, so it must be a pure function. Without any anchor it is
     called once, with an empty tile, for the number of figures.
 

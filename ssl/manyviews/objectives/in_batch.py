@@ -60,7 +60,8 @@ class InBatch(ObjectiveSettings):
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every image of the batch against every other, each pair once, with no memory.
 
-        A bilinear score is not symmetric: each pair is then two, and the matrix has products of its own.
+        That is on a CPU: a GPU computes a pair's products for both embeddings, twice as many. A bilinear score is not
+        symmetric: each pair is then two, and the matrix has products of its own.
         """
         _, views, batch, dim, _ = sizes
         anchors, sums = sizes.anchors, 2 if self.hardness else 1

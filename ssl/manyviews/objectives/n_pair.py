@@ -26,7 +26,7 @@ from manyviews.system import distributed
 
 Form = Literal["multi_class", "one_vs_one"]
 FAR = -1e30
-"""Product of a query with what is no pair: its exponential is zero."""
+"""Product of a query with what is no pair: neither costs anything."""
 
 
 class NPair(ObjectiveSettings):
@@ -130,23 +130,17 @@ def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tupl
     positives = (anchors * gathered.rows[partners]).sum(1)
     candidate_ids = gathered.ids[pairs.positives]
     if form == "multi_class":
-        if keys.device.type == "cpu":
-            queries = anchors
-        else:
-            # One more dimension, of eight columns for the sake of the product, keeps what is no pair far from all.
-            queries = F.pad(F.pad(anchors, (0, 1), value=1.0), (0, 7))
-            keys = torch.cat([keys, keys.new_full((len(keys), 1), FAR).masked_fill(keys_there[:, None], 0)], 1)
-            keys = F.pad(keys, (0, 7))
+        queries, keys = _far(anchors, keys, keys_there)
         others = log_sum_exp(queries, keys, 1.0, query_ids=anchor_ids, key_ids=key_ids)
         losses = cross_entropy(others, positives).where(there, 0)
     else:
 
         def term(tile: slice, products: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
             losses = softplus(products - own[tile, None])
-            compared = (anchor_ids[tile, None] != candidate_ids) & pairs.there & there[tile, None]
-            return losses.where(compared, 0).sum(), products.new_zeros(1)
+            return losses.where(anchor_ids[tile, None] != candidate_ids, 0).sum(), products.new_zeros(1)
 
-        losses = sum_over_tiles(anchors, gathered.rows[pairs.positives], term, positives)[0][None]
+        queries, candidates = _far(anchors, gathered.rows[pairs.positives], pairs.there)
+        losses = sum_over_tiles(queries, candidates, term, positives.where(there, -FAR))[0][None]
     with torch.no_grad():
         cosines = F.cosine_similarity(anchors, gathered.rows[partners], eps=1e-6).where(there, 0)
         # Ids of what is no pair come last, and are no anchor's.
@@ -154,6 +148,15 @@ def _one_way(rows: Tensor, gathered: Gathered, pairs: Pairs, form: Form) -> tupl
         equal = torch.searchsorted(present, anchor_ids, right=True) - torch.searchsorted(present, anchor_ids)
         negatives = (pairs.there.sum() - equal).to(rows.dtype).where(there, 0)
     return losses, there, negatives, cosines
+
+
+def _far(queries: Tensor, keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the keys that are not there far from all queries, by one more dimension; on a GPU."""
+    if keys.device.type == "cpu":
+        return queries, keys
+    # By eight columns, which products are made for.
+    last = keys.new_full((len(keys), 1), FAR).masked_fill(there[:, None], 0)
+    return F.pad(F.pad(queries, (0, 1), value=1.0), (0, 7)), F.pad(torch.cat([keys, last], 1), (0, 7))
 
 
 def _compared(rows: Tensor, gathered: Gathered, pairs: Pairs) -> _Compared:

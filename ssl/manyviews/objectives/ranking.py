@@ -101,7 +101,7 @@ class RankingObjective(Objective):
         """Loss function of the cosines and relevances of queries' items."""
         settings = self.settings
         name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
-        loss: Callable[[Tensor, Tensor], Tensor] = getattr(query_losses, name)
+        loss: Callable[..., Tensor] = getattr(query_losses, name)
         if name == "squared_error":
             return loss
         if name == "list_net":

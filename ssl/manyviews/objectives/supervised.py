@@ -29,7 +29,10 @@ class Supervised(ObjectiveSettings):
     """Divides the similarities; smaller: harder negatives count more."""
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Cost of the in-batch loss, and of gathering sums of classes, one row per id and rank."""
+        """Cost of the in-batch loss, and of gathering sums of classes, one row per id and rank.
+
+        On a GPU the in-batch loss has twice as many products, and each rank gathers a row per image.
+        """
         _, views, batch, dim, _ = sizes
         traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
         return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
