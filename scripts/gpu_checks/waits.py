@@ -1,0 +1,112 @@
+"""Stage 4: how often a step of each recipe waits for the GPU, by torch's own warnings, and how much it launches."""
+
+import collections
+import itertools
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from gpu_checks.loops import images_in_memory, prepared, run_loop, steps_of
+from gpu_checks.measure import Row, Setup
+from manyviews import recipe as recipes
+from manyviews.config import load
+from manyviews.recipe import Recipe
+
+MOST = 2
+"""Host waits that a step on one GPU may have."""
+WARM, COUNTED, PROFILED = 4, 4, 3
+"""Steps before the count, in it, and under the profiler after it."""
+SIGN = "synchronizing CUDA operation"
+"""Words of the warning of `torch.cuda.set_sync_debug_mode`."""
+ROOT = Path(recipes.__file__).parent
+
+
+def rows(setup: Setup) -> Iterator[Row]:
+    """Trains each recipe for some steps that write a line of metrics each; the step with the most waits counts."""
+    names = [name for name in recipes.names() if load(Recipe, recipes.find(name)).encoder.name == "light_resnet"]
+    for name in setup.pick(names, ["moco"]):
+        watch = Watch(setup)
+        batch = setup.pick(100, 8)
+        images = images_in_memory(10 * batch, 28, 1)
+        words = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
+        components = prepared(name, [*words, "train.log_every=1"], images)
+        folder = setup.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch.caught = caught
+            try:
+                run_loop(components, images, folder, watch.see)
+            finally:
+                watch.close()
+        yield from watch.rows(name)
+
+
+class Watch:
+    """Called after each line of metrics: counts warnings between lines, then starts and ends the profiler."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.caught: list[warnings.WarningMessage] = []
+        self.lines = 0
+        self.ends: list[int] = []
+        self.begun = self.wall = 0.0
+        self.profiler: torch.profiler.profile | None = None
+
+    def see(self, _: Mapping[str, float]) -> None:
+        """Notes the end of a step."""
+        self.lines += 1
+        if not self.setup.cuda:
+            return
+        counted = self.lines - WARM
+        if counted == 0:
+            torch.cuda.set_sync_debug_mode("warn")
+        if 0 <= counted <= COUNTED:
+            self.ends.append(len(self.caught))
+        if counted == COUNTED:
+            torch.cuda.set_sync_debug_mode("default")
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.start()
+            self.begun = time.perf_counter()
+        if counted == COUNTED + PROFILED:
+            torch.cuda.synchronize()
+            self.wall = time.perf_counter() - self.begun
+            self.close()
+
+    def close(self) -> None:
+        """Ends what is still on."""
+        if not self.setup.cuda:
+            return
+        torch.cuda.set_sync_debug_mode("default")
+        if self.profiler is not None and self.wall:
+            self.profiler.stop()
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """The rows of a recipe."""
+        if not self.setup.cuda:
+            yield Row(f"{name}: host waits of a step", None, goal=f"≤ {MOST}", note=f"{self.lines} steps; takes a GPU")
+            return
+        steps = [
+            [warning for warning in self.caught[begin:end] if SIGN in str(warning.message)]
+            for begin, end in itertools.pairwise(self.ends)
+        ]
+        most = max(steps, key=len)
+        places = collections.Counter(f"{_place(warning.filename)}:{warning.lineno}" for warning in most)
+        note = ", ".join(f"{place} ×{count}" if count > 1 else place for place, count in places.most_common())
+        yield Row(f"{name}: host waits of a step", len(most), "", f"≤ {MOST}", len(most) <= MOST, True, note)
+        assert self.profiler is not None
+        kernels = [own for own in self.profiler.key_averages() if own.self_device_time_total > 0]
+        launches = sum(own.count for own in kernels) / PROFILED
+        busy = sum(own.self_device_time_total for own in kernels) / 1e6 / self.wall
+        yield Row(
+            f"{name}: kernels and copies of a step", round(launches), note=f"the GPU is busy {busy:.0%} of the time"
+        )
+
+
+def _place(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
