@@ -1,12 +1,13 @@
 """Stage 2: objectives, engine, views, evaluators and linear metrics give on the GPU what they give on the CPU."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gpu_checks import evaluators, launches
-from gpu_checks.measure import Row, Setup, agreement, error
+from gpu_checks.measure import Row, Setup, agreement, attempted, error
 from manyviews import recipe as recipes
 from manyviews.config import load
 from manyviews.engine import log_sum_exp, normalize, top_k
@@ -47,25 +48,28 @@ VARIANTS: dict[str, Sequence[str]] = {
 
 def rows(setup: Setup) -> Iterator[Row]:
     """Compares everything once; each error is relative to the largest number, or a share of answers."""
-    yield from _objectives(setup)
-    yield from _engine(setup)
-    yield from _views(setup)
+    yield from objectives(setup)
+    yield from attempted("engine", partial(engine, setup))
+    yield from attempted("views", partial(views, setup))
     yield from evaluators.rows(setup)
     yield from launches.rows(setup)
 
 
-def _objectives(setup: Setup) -> Iterator[Row]:
+def objectives(setup: Setup) -> Iterator[Row]:
     """Loss, gradient and state after two steps, for each recipe and variant."""
     cases = [(name, load(Recipe, recipes.find(name))) for name in recipes.names()]
     cases += [(name, load(Recipe, None, list(words))) for name, words in VARIANTS.items()]
     for name, recipe in cases:
-        with torch.random.fork_rng(devices=[]):
-            expected = _two_steps(recipe, torch.device("cpu"), setup)
-            found = _two_steps(recipe, setup.device, setup)
-        narrow = getattr(recipe.objective, "storage", "float32") != "float32"
-        errors = {part: error(found[part], expected[part]) for part in expected}
-        note = ", ".join(f"{part} {value:.1e}" for part, value in errors.items())
-        yield agreement(f"objective: {name}", max(errors.values()), SIXTEEN_BITS if narrow else TOLERANCE, note)
+        yield from attempted(f"objective: {name}", partial(_objective, setup, name, recipe))
+
+
+def _objective(setup: Setup, name: str, recipe: Recipe) -> Iterator[Row]:
+    with torch.random.fork_rng(devices=[]):
+        expected, found = (_two_steps(recipe, device, setup) for device in (torch.device("cpu"), setup.device))
+    narrow = getattr(recipe.objective, "storage", "float32") != "float32"
+    errors = {part: error(found[part], expected[part]) for part in expected}
+    note = ", ".join(f"{part} {value:.1e}" for part, value in errors.items())
+    yield agreement(f"objective: {name}", max(errors.values()), SIXTEEN_BITS if narrow else TOLERANCE, note)
 
 
 def _two_steps(recipe: Recipe, device: torch.device, setup: Setup) -> dict[str, Tensor]:
@@ -94,7 +98,7 @@ def _two_steps(recipe: Recipe, device: torch.device, setup: Setup) -> dict[str, 
     return parts | ({"state": torch.cat(state)} if state else {})
 
 
-def _engine(setup: Setup) -> Iterator[Row]:
+def engine(setup: Setup) -> Iterator[Row]:
     """Log-sum-exp with and without keys and ids, and the nearest keys."""
     count, dim = setup.pick(4096, 96), setup.pick(128, 16)
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +134,7 @@ def _engine(setup: Setup) -> Iterator[Row]:
     yield agreement("nearest keys: other answers", others, 1e-2, "neighbours that tie to the last bit change places")
 
 
-def _views(setup: Setup) -> Iterator[Row]:
+def views(setup: Setup) -> Iterator[Row]:
     """Views with every effect, of colour and of grey images."""
     size, count = setup.pick(96, 16), setup.pick(64, 4)
     settings = {
@@ -145,8 +149,8 @@ def _views(setup: Setup) -> Iterator[Row]:
     for channels in (3, 1):
         shape = (count, channels, size, size)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        views = ViewsSettings.model_validate(settings).build(size=size, channels=channels, seed=0)
-        expected = views(pixels, torch.arange(count), 1)
-        found = views.to(setup.device)(pixels.to(setup.device), torch.arange(count, device=setup.device), 1).cpu()
+        made = ViewsSettings.model_validate(settings).build(size=size, channels=channels, seed=0)
+        expected = made(pixels, torch.arange(count), 1)
+        found = made.to(setup.device)(pixels.to(setup.device), torch.arange(count, device=setup.device), 1).cpu()
         name = "colour" if channels == 3 else "grey"
         yield agreement(f"views, {name}: mean difference", float((found - expected).abs().mean()), 1e-3)

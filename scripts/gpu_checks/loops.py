@@ -1,6 +1,6 @@
 """What stages 2, 4 and 5 train with: images in memory, components of a recipe, and the loop of pretraining itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ def images_in_memory(count: int, size: int, channels: int = 3) -> InMemory:
 def prepared(name: str | None, words: Sequence[str], images: Images) -> Components:
     """The components of a recipe by name, or of the defaults, with settings, for these images."""
     recipe = load(Recipe, None if name is None else recipes.find(name), list(words))
-    accelerator = start(recipe.train.batch_size, recipe.train.precision)
+    # The threads stay as they are: more than there are free cores would wait for each other by spinning.
+    accelerator = start(recipe.train.batch_size, recipe.train.precision, torch.get_num_threads())
     return build(recipe, accelerator, images)
 
 
@@ -54,11 +55,23 @@ def steps_of(count: int, batch: int, images: Images) -> list[str]:
 def run_loop(components: Components, images: Images, folder: Path, on_metrics: OnMetrics | None = None) -> None:
     """Trains as scripts/pretrain.py does; `on_metrics` is called with each line of metrics."""
     make_folder(folder, folder)
-    log = Run(folder)
+    log, problems = Run(folder), list[Exception]()
+
+    def call(values: Mapping[str, float]) -> None:
+        # The session would only warn.
+        try:
+            if on_metrics is not None:
+                on_metrics(values)
+        except Exception as problem:
+            problems.append(problem)
+            raise
+
     order = batches(components.recipe, images, 1)
     try:
         with Stop() as stop:
-            session = Session(log, Unsaved(folder), Console(quiet=True), stop, on_metrics)
+            session = Session(log, Unsaved(folder), Console(quiet=True), stop, call)
             train(components, images, order, None, session)
     finally:
         log.close()
+    if problems:
+        raise problems[0]

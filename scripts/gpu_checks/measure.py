@@ -3,7 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -79,6 +80,19 @@ class Setup:
         work()
         self.wait()
         return time.perf_counter() - start
+
+
+def attempted(what: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a part of a stage; if it fails, a check that fails, so that the other parts are measured too."""
+    try:
+        yield from measure()
+    except Exception as problem:
+        # After an error of the driver nothing works in this process.
+        if isinstance(problem, getattr(torch, "AcceleratorError", ())):
+            raise
+        traceback.print_exc()
+        text = " ".join(str(problem).split())
+        yield Row(what, None, holds=False, check=True, note=f"{type(problem).__name__}: {text[:300]}")
 
 
 def agreement(what: str, error: float, tolerance: float, note: str = "") -> Row:

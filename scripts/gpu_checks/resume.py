@@ -58,14 +58,18 @@ def train(name: str, folder: Path, *, small: bool, cut: bool = False) -> bool:
     """Trains a recipe, or what is left of it; with `cut` it is interrupted. Returns whether it was."""
     batch, steps, last = (16, 2, 1) if small else (100, STEPS, CUT)
     settings: dict[str, object] = {"batch_size": batch, "epochs": steps * batch / 10_000, "monitor": 0, "preview": 0}
-    settings |= {"log_every": 1} | ({"deterministic": True} if deterministic() else {})
+    settings |= {"log_every": 1, "threads": torch.get_num_threads()} | (
+        {"deterministic": True} if deterministic() else {}
+    )
+    views = {"size": 12} if small else {}
 
     def interrupt(values: Mapping[str, float]) -> None:
         if cut and values["step"] >= last:
             signal.raise_signal(signal.SIGINT)
 
     try:
-        manyviews.pretrain(name, output=str(folder), train=settings, resume=folder.exists(), on_metrics=interrupt)
+        resume = folder.exists()
+        manyviews.pretrain(name, output=str(folder), train=settings, views=views, resume=resume, on_metrics=interrupt)
     except KeyboardInterrupt:
         return True
     return False

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from gpu_checks.loops import images_in_memory, prepared, run_loop, steps_of
-from gpu_checks.measure import GIBIBYTE, Row, Setup, at_least
+from gpu_checks.measure import GIBIBYTE, Row, Setup, at_least, attempted
 from gpu_checks.pictures import write_pictures
 from manyviews.data import Batch, Folder, Images, Loader
 from manyviews.train.components import Components, batches
@@ -40,23 +40,24 @@ CASES = (
     Case("resnet18_small", 32, 1024, 10),
     Case("resnet18_small", 32, 1024, 10, words=("train.compile=true",)),
 )
-SMALL = (Case("light_resnet", 32, 8, 1, files=True),)
+SMALL = (Case("light_resnet", 12, 4, 1, files=True),)
 LOOKS = 5
 """Looks at the clock after the first one; the median of the spans counts."""
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    """Measures each case; one that does not fit the memory says so and the next one follows."""
+    """Measures each case; one that fails, for memory say, leaves the others."""
     for case in setup.pick(CASES, SMALL):
         shutil.rmtree(setup.folder / "run", ignore_errors=True)
-        try:
-            yield from _measure(setup, case)
-        except torch.OutOfMemoryError as problem:
-            yield Row(f"{case.encoder} at {case.size}", None, note=f"out of memory: {problem}")
+        yield from attempted(_name(case), partial(_measure, setup, case))
+
+
+def _name(case: Case) -> str:
+    return f"{case.encoder} at {case.size}{', compiled' if case.words else ''}"
 
 
 def _measure(setup: Setup, case: Case) -> Iterator[Row]:
-    name = f"{case.encoder} at {case.size}{', compiled' if case.words else ''}"
+    name = _name(case)
     images: Images = images_in_memory(setup.pick(max(8 * case.batch, 2048), 4 * case.batch), case.size)
     steps = case.each * (LOOKS + 3)
     words = [*steps_of(steps, case.batch, images), f"train.log_every={case.each}", f"encoder.name={case.encoder}"]

@@ -6,12 +6,13 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gpu_checks.loops import images_in_memory, prepared, run_loop, steps_of
-from gpu_checks.measure import Row, Setup
+from gpu_checks.measure import Row, Setup, attempted
 from manyviews import recipe as recipes
 from manyviews.config import load
 from manyviews.recipe import Recipe
@@ -29,21 +30,22 @@ def rows(setup: Setup) -> Iterator[Row]:
     """Trains each recipe for some steps that write a line of metrics each; the step with the most waits counts."""
     names = [name for name in recipes.names() if load(Recipe, recipes.find(name)).encoder.name == "light_resnet"]
     for name in setup.pick(names, ["moco"]):
-        watch = Watch(setup)
-        batch = setup.pick(100, 8)
-        images = images_in_memory(10 * batch, 28, 1)
-        words = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
-        components = prepared(name, [*words, "train.log_every=1"], images)
-        folder = setup.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            watch.caught = caught
-            try:
-                run_loop(components, images, folder, watch.see)
-            finally:
-                watch.close()
-        yield from watch.rows(name)
+        yield from attempted(f"{name}: host waits of a step", partial(_of_recipe, setup, name))
+
+
+def _of_recipe(setup: Setup, name: str) -> Iterator[Row]:
+    watch, batch, folder = Watch(setup), setup.pick(100, 8), setup.folder / name
+    images = images_in_memory(10 * batch, setup.pick(28, 12), 1)
+    words = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
+    components = prepared(name, [*words, "train.log_every=1"], images)
+    shutil.rmtree(folder, ignore_errors=True)
+    with warnings.catch_warnings(record=True) as watch.caught:
+        warnings.simplefilter("always")
+        try:
+            run_loop(components, images, folder, watch.see)
+        finally:
+            watch.close()
+    yield from watch.rows(name)
 
 
 class Watch:
@@ -72,18 +74,15 @@ class Watch:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.start()
             self.begun = time.perf_counter()
-        if counted == COUNTED + PROFILED:
+        if counted == COUNTED + PROFILED and self.profiler is not None:
             torch.cuda.synchronize()
             self.wall = time.perf_counter() - self.begun
-            self.close()
+            self.profiler.stop()
 
     def close(self) -> None:
-        """Ends what is still on."""
-        if not self.setup.cuda:
-            return
-        torch.cuda.set_sync_debug_mode("default")
-        if self.profiler is not None and self.wall:
-            self.profiler.stop()
+        """Ends the warnings, also after an error."""
+        if self.setup.cuda:
+            torch.cuda.set_sync_debug_mode("default")
 
     def rows(self, name: str) -> Iterator[Row]:
         """The rows of a recipe."""
