@@ -8,6 +8,7 @@ come a table with the goals beside, and FOLDER/table.md. The exit status is 1 if
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -39,14 +40,14 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    1: Stage("ceilings", 20, "ceilings of the machine"),
-    2: Stage("equality", 90, "the GPU computes what the CPU computes"),
+    1: Stage("ceilings", 15, "ceilings of the machine"),
+    2: Stage("equality", 75, "the GPU computes what the CPU computes"),
     3: Stage("resume", 60, "an interrupted run ends with the same bits"),
-    4: Stage("waits", 60, "host waits and launches of a step"),
-    5: Stage("training", 100, "pretraining, from the encoder alone to the whole run"),
-    6: Stage("engine", 45, "softmax over many candidates"),
-    7: Stage("decoding", 20, "decoding on the machine's cores"),
-    8: Stage("views", 25, "views"),
+    4: Stage("waits", 70, "host waits and launches of a step"),
+    5: Stage("training", 120, "pretraining, from the encoder alone to the whole run"),
+    6: Stage("engine", 40, "softmax over many candidates"),
+    7: Stage("decoding", 25, "decoding on the machine's cores"),
+    8: Stage("views", 20, "views"),
     9: Stage("evaluation", 45, "kNN and probe of 1.28 million features"),
 }
 Record = dict[str, Any]
@@ -187,6 +188,7 @@ def _work(stages: Sequence[int], device: str, output: Path, sender: int) -> None
             if problem:
                 # An error on a GPU stays with the process: another one does the other stages.
                 return
+            gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
 

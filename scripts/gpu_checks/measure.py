@@ -82,6 +82,12 @@ class Setup:
         return time.perf_counter() - start
 
 
+def on_device(profiler: torch.profiler.profile) -> tuple[int, float]:
+    """Kernels and copies that a profiler has seen on the GPU, and the seconds that they took together."""
+    kernels = [own for own in profiler.key_averages() if own.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(own.count for own in kernels), sum(own.self_device_time_total for own in kernels) / 1e6
+
+
 def attempted(what: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     """The rows of a part of a stage; if it fails, a check that fails, so that the other parts are measured too."""
     try:

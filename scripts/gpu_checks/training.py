@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from gpu_checks.loops import images_in_memory, prepared, run_loop, steps_of
-from gpu_checks.measure import GIBIBYTE, Row, Setup, at_least, attempted
+from gpu_checks.measure import GIBIBYTE, Row, Setup, at_least, attempted, on_device
 from gpu_checks.pictures import write_pictures
 from manyviews.data import Batch, Folder, Images, Loader
 from manyviews.train.components import Components, batches
@@ -141,8 +141,7 @@ def _whole(setup: Setup, case: Case, components: Components, images: Images) -> 
             profiler.start()
         if profiler is not None and len(looks) == LOOKS + 2:
             profiler.stop()
-            busy = sum(own.self_device_time_total for own in profiler.key_averages()) / 1e6
-            shares.append(busy / (looks[-1] - looks[-2]))
+            shares.append(on_device(profiler)[1] / (looks[-1] - looks[-2]))
 
     folder: Path = setup.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)

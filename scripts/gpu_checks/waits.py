@@ -5,14 +5,16 @@ import itertools
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from gpu_checks.loops import images_in_memory, prepared, run_loop, steps_of
-from gpu_checks.measure import Row, Setup, attempted
+from gpu_checks.measure import Row, Setup, attempted, on_device
 from manyviews import recipe as recipes
 from manyviews.config import load
 from manyviews.recipe import Recipe
@@ -57,6 +59,7 @@ class Watch:
         self.lines = 0
         self.ends: list[int] = []
         self.begun = self.wall = 0.0
+        self.explicit = ExitStack()
         self.profiler: torch.profiler.profile | None = None
 
     def see(self, _: Mapping[str, float]) -> None:
@@ -67,10 +70,11 @@ class Watch:
         counted = self.lines - WARM
         if counted == 0:
             torch.cuda.set_sync_debug_mode("warn")
+            self.explicit.enter_context(_explicit_waits())
         if 0 <= counted <= COUNTED:
             self.ends.append(len(self.caught))
         if counted == COUNTED:
-            torch.cuda.set_sync_debug_mode("default")
+            self.close()
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.start()
             self.begun = time.perf_counter()
@@ -81,6 +85,7 @@ class Watch:
 
     def close(self) -> None:
         """Ends the warnings, also after an error."""
+        self.explicit.close()
         if self.setup.cuda:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -98,12 +103,30 @@ class Watch:
         note = ", ".join(f"{place} ×{count}" if count > 1 else place for place, count in places.most_common())
         yield Row(f"{name}: host waits of a step", len(most), "", f"≤ {MOST}", len(most) <= MOST, True, note)
         assert self.profiler is not None
-        kernels = [own for own in self.profiler.key_averages() if own.self_device_time_total > 0]
-        launches = sum(own.count for own in kernels) / PROFILED
-        busy = sum(own.self_device_time_total for own in kernels) / 1e6 / self.wall
+        launches, seconds = on_device(self.profiler)
+        busy = seconds / self.wall
         yield Row(
-            f"{name}: kernels and copies of a step", round(launches), note=f"the GPU is busy {busy:.0%} of the time"
+            f"{name}: kernels and copies of a step",
+            round(launches / PROFILED),
+            note=f"the GPU is busy {busy:.0%} of the time",
         )
+
+
+@contextmanager
+def _explicit_waits() -> Iterator[None]:
+    """Waits for an event, a stream or the device are warnings too: torch's own are of operations alone."""
+
+    def warning(wait: Callable[..., object]) -> Callable[..., object]:
+        def warned(*arguments: object) -> object:
+            warnings.warn(f"called a {SIGN}: {wait.__qualname__}", stacklevel=2)
+            return wait(*arguments)
+
+        return warned
+
+    with ExitStack() as stack:
+        for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda):
+            stack.enter_context(patch.object(owner, "synchronize", warning(owner.synchronize)))
+        yield
 
 
 def _place(file: str) -> str:
