@@ -21,7 +21,7 @@ import pretend_cuda
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import gpu_check
-from gpu_checks import engine, equality, evaluation, launches, training, views, waits
+from gpu_checks import engine, equality, launches, training, views, waits
 from gpu_checks.measure import Row, Setup, attempted, error
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def warn(log: pretend_cuda.Log, reason: str) -> None:
         wait(log, reason)
-        if mode[0] == "warn":
+        # Of explicit waits torch does not warn; the stage itself does.
+        if mode[0] == "warn" and "synchronize" not in reason:
             warnings.warn(f"called a {waits.SIGN}", stacklevel=2)
 
     monkeypatch.setattr(pretend_cuda.Log, "wait", warn)
@@ -157,8 +158,6 @@ def test_stages_that_measure_run_on_the_pretend_gpu(gpu: Any, tmp_path: Path) ->
     assert not [(row.what, row.note) for row in rows if row.check and row.holds is False]
     assert [row for row in rows if "GPU busy" in row.note]
     assert next(row for row in rows if "memory" in row.what).unit == "GiB"
-    row = next(evaluation.neighbours(setup, evaluation.made_up(setup)))
-    assert row.what == "kNN of 50 among 600 × 16"
 
 
 def test_the_wheels_are_all_that_the_package_needs_beyond_the_bare_machine() -> None:

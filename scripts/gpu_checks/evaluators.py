@@ -85,7 +85,8 @@ def rows(setup: Setup) -> Iterator[Row]:
     features = torch.randn(CLASSES, dim, generator=generator)[labels] + torch.randn(count, dim, generator=generator)
     half = count // 2
     here = Features(features[:half], features[half:], labels[:half], labels[half:])
-    there = Features(*(part.to(setup.device) for part in here))
+    # Labels stay on the CPU, where the images are listed.
+    there = here._replace(train=here.train.to(setup.device), test=here.test.to(setup.device))
     for name in CASES:
         yield from attempted(f"evaluator: {name}", partial(_compared, name, here, there))
 

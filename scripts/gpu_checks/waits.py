@@ -3,6 +3,7 @@
 import collections
 import itertools
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -41,8 +42,10 @@ def _of_recipe(setup: Setup, name: str) -> Iterator[Row]:
     words = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
     components = prepared(name, [*words, "train.log_every=1"], images)
     shutil.rmtree(folder, ignore_errors=True)
-    with warnings.catch_warnings(record=True) as watch.caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        # Restored with the filters.
+        warnings.showwarning = watch.note
         try:
             run_loop(components, images, folder, watch.see)
         finally:
@@ -55,12 +58,21 @@ class Watch:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.caught: list[warnings.WarningMessage] = []
         self.lines = 0
+        self.waits: list[str] = []
+        """The place of each wait."""
         self.ends: list[int] = []
+        """The number of waits at the end of each counted step."""
         self.begun = self.wall = 0.0
         self.explicit = ExitStack()
         self.profiler: torch.profiler.profile | None = None
+
+    def note(self, message: Warning | str, kind: type[Warning], file: str, line: int, *_: object) -> None:
+        """Notes a wait; those of other threads keep no step from being prepared."""
+        if SIGN in str(message) and threading.current_thread() is threading.main_thread():
+            path = Path(file)
+            place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+            self.waits.append(f"{place}:{line}")
 
     def see(self, _: Mapping[str, float]) -> None:
         """Notes the end of a step."""
@@ -72,7 +84,7 @@ class Watch:
             torch.cuda.set_sync_debug_mode("warn")
             self.explicit.enter_context(_explicit_waits())
         if 0 <= counted <= COUNTED:
-            self.ends.append(len(self.caught))
+            self.ends.append(len(self.waits))
         if counted == COUNTED:
             self.close()
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -94,13 +106,9 @@ class Watch:
         if not self.setup.cuda:
             yield Row(f"{name}: host waits of a step", None, goal=f"≤ {MOST}", note=f"{self.lines} steps; takes a GPU")
             return
-        steps = [
-            [warning for warning in self.caught[begin:end] if SIGN in str(warning.message)]
-            for begin, end in itertools.pairwise(self.ends)
-        ]
-        most = max(steps, key=len)
-        places = collections.Counter(f"{_place(warning.filename)}:{warning.lineno}" for warning in most)
-        note = ", ".join(f"{place} ×{count}" if count > 1 else place for place, count in places.most_common())
+        most = max((self.waits[begin:end] for begin, end in itertools.pairwise(self.ends)), key=len)
+        places = collections.Counter(most).most_common()
+        note = ", ".join(f"{place} ×{count}" if count > 1 else place for place, count in places)
         yield Row(f"{name}: host waits of a step", len(most), "", f"≤ {MOST}", len(most) <= MOST, True, note)
         assert self.profiler is not None
         launches, seconds = on_device(self.profiler)
@@ -127,8 +135,3 @@ def _explicit_waits() -> Iterator[None]:
         for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda):
             stack.enter_context(patch.object(owner, "synchronize", warning(owner.synchronize)))
         yield
-
-
-def _place(file: str) -> str:
-    path = Path(file)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
