@@ -81,14 +81,16 @@ def _measure(size: int, repetitions: int) -> list[dict[str, harness.Value]]:
     return rows
 
 
-def prepare(name: str, size: int) -> Callable[[], object]:
+def prepare(name: str, size: int, queries: int = QUERIES, device: str = "cpu") -> Callable[[], object]:
     """One case with its bank and queries, as work that ends with the bank updated."""
-    embeddings = torch.randn(1, QUERIES, DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ids = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:QUERIES]
+    drawn = torch.randn(1, queries, DIM, generator=torch.Generator().manual_seed(0))
+    embeddings = drawn.to(device).requires_grad_()
+    ids = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:queries].to(device)
     if name in OURS:
         objective = Bank.model_validate({"temperature": TEMPERATURE, "momentum": MOMENTUM, **OURS[name]}).build(
             dim=DIM, population=Population(torch.arange(size)), seed=0
         )
+        objective = objective.to(device)
         steps = iter(range(1 << 30))
 
         def step() -> None:
@@ -101,16 +103,16 @@ def prepare(name: str, size: int) -> Callable[[], object]:
 
         return step
 
-    rows = unit_rows(slice(0, size), DIM, seed=0)
+    rows = unit_rows(slice(0, size), DIM, seed=0).to(device)
     loss_of = _original_nce if name == ORIGINAL else _full_logits
 
     def rival() -> None:
         embeddings.grad = None
-        queries = F.normalize(embeddings[0], dim=1)
-        loss = loss_of(queries, ids, rows)
+        unit = F.normalize(embeddings[0], dim=1)
+        loss = loss_of(unit, ids, rows)
         torch.autograd.backward(loss)
         with torch.no_grad():
-            moved = MOMENTUM * rows[ids] + (1 - MOMENTUM) * queries
+            moved = MOMENTUM * rows[ids] + (1 - MOMENTUM) * unit
             rows.index_copy_(0, ids, F.normalize(moved, dim=1))
         assert embeddings.grad is not None
         assert math.isfinite(float(loss.detach()))
@@ -123,12 +125,13 @@ def _full_logits(queries: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
 
 
 def _original_nce(queries: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-    drawn = torch.randint(len(rows), (QUERIES, NEGATIVES + 1))
+    count = len(queries)
+    drawn = torch.randint(len(rows), (count, NEGATIVES + 1), device=rows.device)
     drawn[:, 0] = ids
-    weight = rows.index_select(0, drawn.flatten()).view(QUERIES, NEGATIVES + 1, DIM)
+    weight = rows.index_select(0, drawn.flatten()).view(count, NEGATIVES + 1, DIM)
     normaliser = len(rows) * math.exp(0.5 / (DIM * TEMPERATURE**2))
     probability = torch.bmm(weight, queries.unsqueeze(2)).squeeze(2).div(TEMPERATURE).exp().div(normaliser)
     share = NEGATIVES / len(rows)
     data = probability[:, 0].div(probability[:, 0] + share + 1e-7).log().sum()
     noise = (share / (probability[:, 1:] + share + 1e-7)).log().sum()
-    return -(data + noise) / QUERIES
+    return -(data + noise) / count

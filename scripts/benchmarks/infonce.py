@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import harness
 from manyviews.objectives.in_batch import nt_xent
@@ -13,6 +14,8 @@ from manyviews.objectives.in_batch import nt_xent
 DIM, TEMPERATURE = 128, 0.1
 SIZES = (2_048, 16_384, 131_072)
 MEBIBYTE = 2**20
+PLAIN = "plain torch"
+"""The whole matrix of scores, as a few lines of torch make it."""
 RIVALS: dict[str, Callable[[int], float]] = {
     # Bytes at the peak as a function of the embeddings: N×N matrices of float32, counted by measuring smaller sizes.
     "lightly NTXentLoss": lambda size: 4.25 * size**2 * 4,
@@ -92,12 +95,12 @@ def _measure(size: int, repetitions: int) -> list[dict[str, harness.Value]]:
     return rows
 
 
-def prepare(name: str, size: int) -> Callable[[], object]:
+def prepare(name: str, size: int, device: str = "cpu") -> Callable[[], object]:
     """One loss with its inputs, as work that ends with the gradient."""
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(size // 2, DIM, generator=generator) for _ in range(2)]
-    loss = _loss(name, size)
-    embeddings = torch.stack(views).requires_grad_()
+    loss = _loss(name, size, device)
+    embeddings = torch.stack(views).to(device).requires_grad_()
     del views
 
     def work() -> None:
@@ -109,14 +112,23 @@ def prepare(name: str, size: int) -> Callable[[], object]:
     return work
 
 
-def _loss(name: str, size: int) -> Callable[[Tensor], Tensor]:
-    ids = torch.arange(size // 2)
+def _loss(name: str, size: int, device: str) -> Callable[[Tensor], Tensor]:
+    ids = torch.arange(size // 2, device=device)
     match name:
         case "manyviews":
             return lambda views: nt_xent(views, ids, TEMPERATURE).total
+        case _ if name == PLAIN:
+            return _plain
         case "lightly NTXentLoss":
             lightly = harness.rival("lightly.loss", "NTXentLoss")(temperature=TEMPERATURE)
             return lambda views: lightly(views[0], views[1])
         case _:
             metric = harness.rival("pytorch_metric_learning.losses", name.split()[1])(temperature=TEMPERATURE)
             return lambda views: metric(views.flatten(0, 1), ids.repeat(2))
+
+
+def _plain(views: Tensor) -> Tensor:
+    unit = F.normalize(views.flatten(0, 1), dim=1)
+    scores = unit @ unit.T / TEMPERATURE
+    scores = scores.masked_fill(torch.eye(len(unit), dtype=torch.bool, device=unit.device), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(unit), device=unit.device).roll(len(unit) // 2))
