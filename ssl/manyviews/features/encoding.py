@@ -178,7 +178,7 @@ def encoded(
         ValueError: the module does not return one vector per image.
     """
     device = torch.device(device)
-    previous: tuple[Tensor, Any, torch.cuda.Event | None] | None = None
+    previous: tuple[Tensor, Any, Callable[[], object]] | None = None
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
         for ids, pixels in zip(batches, _read_ahead(images, batches, workers), strict=True):
@@ -188,7 +188,7 @@ def encoded(
                 with tf32(precision == "fp32"):
                     outputs = module(inputs)
             # Its copy follows the batch at once, and arrives while the next one is computed.
-            copied = (_map_tensors(Tensor.float, outputs), None) if keep else _copied(outputs, device)
+            copied = (_map_tensors(Tensor.float, outputs), _no_wait) if keep else _copied(outputs, device)
             if previous is not None:
                 yield _arrived(*previous)
             _map_tensors(partial(_check_vectors, len(ids)), outputs)
@@ -225,21 +225,23 @@ def _map_tensors(function: Callable[[Tensor], Any], outputs: Any) -> Any:
     return {name: function(rows) for name, rows in outputs.items()} if isinstance(outputs, dict) else function(outputs)
 
 
-def _copied(outputs: Any, device: torch.device) -> tuple[Any, torch.cuda.Event | None]:
-    """Outputs as float32 on the CPU, which hold them once the event has happened."""
+def _copied(outputs: Any, device: torch.device) -> tuple[Any, Callable[[], object]]:
+    """Outputs as float32 on the CPU, and the call that waits until they hold them."""
     # A GPU copies into pinned memory meanwhile; other devices do not tell when a copy has arrived.
     from_gpu = device.type == "cuda"
     copies = _map_tensors(lambda rows: rows.float().to("cpu", non_blocking=from_gpu), outputs)
     if not from_gpu:
-        return copies, None
+        return copies, _no_wait
     event = torch.cuda.Event()
     event.record()
-    return copies, event
+    return copies, event.synchronize
 
 
-def _arrived(ids: Tensor, outputs: Any, event: torch.cuda.Event | None) -> tuple[Tensor, Any]:
-    if event is not None:
-        event.synchronize()
+def _no_wait() -> None: ...
+
+
+def _arrived(ids: Tensor, outputs: Any, wait: Callable[[], object]) -> tuple[Tensor, Any]:
+    wait()
     return ids, outputs
 
 
