@@ -5,12 +5,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from manyviews.system.launch import SIGNALS, Interrupted, Stop, start
+from manyviews.system import distributed
+from manyviews.system.launch import GPU_BACKENDS, SIGNALS, Interrupted, Stop, start
 from pages import commands
+from processes import launched
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -82,6 +85,57 @@ def test_more_processes_than_gpus_are_refused_and_on_the_cpu_they_are_not(monkey
     # What `accelerate launch --cpu` sets.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert start(8, "fp32").device.type == "cpu"
+
+
+def test_a_local_rank_beyond_the_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a scheduler sets it, without LOCAL_WORLD_SIZE.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"^4 processes on this machine and 2 GPUs: .* start 2, or set CUDA_VISIBLE"):
+        start(8, "fp32")
+
+
+def on_two_pretended_gpus(folder: str, begun: str) -> None:
+    """Starts Accelerate as on two GPUs, whose group is then one of gloo; writes what it asked for."""
+    asked: list[str] = []
+    init = torch.distributed.init_process_group
+
+    def noted(backend: str, **options: Any) -> None:
+        asked.append(backend)
+        init("gloo", **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        for module in (torch.cuda, torch.accelerator):
+            patch.setattr(module, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H100")
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.distributed, "init_process_group", noted)
+        if begun:
+            init("gloo")
+            patch.setattr(torch.distributed, "get_backend_config", lambda: begun)
+            with pytest.raises(ValueError, match=rf"started as {begun}, .* init_process_group\('cpu:gloo,cuda:nccl'\)"):
+                start(8, "fp32")
+            return
+        accelerator = start(8, "fp32")
+    place = distributed.rank()
+    assert (accelerator.device, accelerator.num_processes) == (torch.device("cuda", place), 2)
+    # On the CPU, though the device of the rank is a GPU: a GPU that is pretended holds no tensor.
+    found = [distributed.counts(place), distributed.any_over_ranks(place == 1), distributed.from_first_rank(7 + place)]
+    assert found == [[0, 1], True, 7]
+    assert distributed.all_gather_object({"rank": place}) == [{"rank": 0}, {"rank": 1}]
+    (Path(folder) / f"{place}").write_text(" ".join(asked))
+
+
+def test_the_group_of_gpus_carries_tensors_of_the_cpu_too(tmp_path: Path) -> None:
+    launched(on_two_pretended_gpus, str(tmp_path), "")
+    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [GPU_BACKENDS, GPU_BACKENDS]
+
+
+def test_a_group_that_would_make_numbers_wait_for_the_gpus_is_refused(tmp_path: Path) -> None:
+    launched(on_two_pretended_gpus, str(tmp_path), "cuda:nccl")
 
 
 def test_accelerates_own_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Collectives that work with and without an initialised `torch.distributed`.
 
-The first axis of gathered tensors may differ between ranks, and be empty.
+The first axis of gathered tensors may differ between ranks, and be empty. Tensors travel on their own device,
+by gloo from a CPU and by NCCL from a GPU; numbers, flags and objects travel on the CPU: they wait for no GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,7 @@ def counts(count: int) -> list[int]:
     """All-gathers an integer; returns one per rank."""
     if world_size() == 1:
         return [count]
-    gathered: list[int] = _all_gather(torch.tensor([count], device=_device())).tolist()
+    gathered: list[int] = _all_gather(torch.tensor([count])).tolist()
     return gathered
 
 
@@ -134,7 +135,7 @@ def any_over_ranks(flag: bool) -> bool:
     """Logical OR over ranks."""
     if world_size() == 1:
         return flag
-    votes = torch.tensor(int(flag), device=_device())
+    votes = torch.tensor(int(flag))
     dist.all_reduce(votes)
     return bool(votes.item())
 
@@ -143,8 +144,7 @@ def from_first_rank(value: float) -> float:
     """Broadcasts a number from rank 0."""
     if world_size() == 1:
         return value
-    # Gloo and NCCL support float64; MPS, which does not, has one process.
-    number = torch.tensor(value, dtype=torch.float64, device=_device())
+    number = torch.tensor(value, dtype=torch.float64)
     dist.broadcast(number, src=0)
     return float(number.item())
 
@@ -227,11 +227,6 @@ def _note(tensor: Tensor, rounds: int) -> None:
     """Counts the bytes of a ring: all but one part per round; an all-reduce has two rounds."""
     for meter in _meters:
         meter.received += rounds * tensor.numel() * tensor.element_size() * (world_size() - 1) // world_size()
-
-
-def _device() -> torch.device:
-    """The device of the process group: CPU for gloo, GPU for NCCL."""
-    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
 
 
 def _initialised() -> bool:

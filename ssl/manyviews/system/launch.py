@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, KwargsHandler
 
 from manyviews.system import distributed
 from manyviews.system.disk import in_words
@@ -20,6 +20,8 @@ from manyviews.system.hardware import cores, has_instructions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+GPU_BACKENDS = "cpu:gloo,cuda:nccl"
+"""A process group of GPUs: tensors on them travel by NCCL, those on the CPU by gloo."""
 SHOW_CURSOR = b"\x1b[?25h"
 """Terminal code that shows the cursor, which a progress bar hides."""
 SHARDING = {
@@ -53,11 +55,17 @@ def start(
     # `accelerate launch --cpu` sets it.
     on_cpu = _is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if not on_cpu:
-        _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        _check_gpus(max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)) + 1))
     if precision == "auto":
         precision = "bf16" if bf16_pays(on_cpu) else "fp32"
     # Accelerate's state is global and refuses another precision, even for another run.
     AcceleratorState._reset_state()
+    # Each rank keeps its own batch statistics, the only buffers of the encoder.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # Without LOCAL_RANK there is one process, for which Accelerate would take a backend as that of a group.
+    if not on_cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        _check_group()
+        handlers.append(InitProcessGroupKwargs(backend=GPU_BACKENDS))
     try:
         with _mortal():
             accelerator = Accelerator(
@@ -66,8 +74,7 @@ def start(
                 # Otherwise taken from the environment.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 dynamo_backend="no",
-                # Each rank keeps its own batch statistics, the only buffers of the encoder.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+                kwargs_handlers=handlers,
             )
     except (ImportError, ValueError, KeyError, NotImplementedError) as problem:
         raise ValueError(f"Accelerate does not start with the settings of its environment ({problem}); {PLAIN}") from (
@@ -146,6 +153,15 @@ def _check_gpus(processes: int) -> None:
         raise ValueError(
             f"{processes} processes on this machine and {gpus} GPU{'' if gpus == 1 else 's'}: each process needs a GPU "
             f"of its own; start {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        )
+
+
+def _check_group() -> None:
+    """Raises ValueError for a group that a program has started without a backend for the CPU."""
+    if torch.distributed.is_initialized() and "cpu:" not in torch.distributed.get_backend_config():
+        raise ValueError(
+            f"the process group was started as {torch.distributed.get_backend_config()}, where numbers and objects "
+            f"would wait for the GPUs; start it by init_process_group({GPU_BACKENDS!r}), or leave that to manyviews"
         )
 
 
