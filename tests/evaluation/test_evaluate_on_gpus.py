@@ -15,10 +15,11 @@ from processes import launched
 from recorded import recorded
 from small_run import photographs, small_run
 
-FEW = ["few.draws=2", "few.shares=[0.5]", "few.shots=[2]", "few.regularisations=[0.1]", "maps=pca", "batch_size=16"]
+FEW = ["few.draws=2", "few.shares=[]", "few.shots=[2]", "few.regularisations=[0.1]", "report=false", "batch_size=16"]
 PROTOCOL = ["protocol.knn.neighbours=[1, 5]", "protocol.linear.regularisations=[0.1, 1]"]
 PAIRS = ["protocol.verification.pairs=40", "protocol.verification.folds=2", "protocol.augmented.epochs=2"]
 TASKS = "tasks=knn,linear,augmented,retrieval,clustering,verification,geometry,fractions"
+METRIC = "metric=mahalanobis"
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +39,18 @@ def on_gpus(command: str, args: list[str], log: str, count: int) -> int:
         return code
 
 
-@pytest.mark.parametrize("metric", [None, "lmnn"])
+@pytest.fixture(scope="module")
+def measured_by_the_cpu(run: Path) -> Path:
+    folder = shutil.copytree(run, run.parent / "cpu")
+    launched(cli.evaluate, [str(folder), *FEW, *PROTOCOL, *PAIRS, TASKS, METRIC], count=1)
+    return folder
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_gpus_measure_what_the_cpu_measures(count: int, metric: str | None, run: Path, tmp_path: Path) -> None:
-    if metric is not None and count == 4:
-        pytest.skip("measured on two")
-    args = [*FEW, *PROTOCOL, *PAIRS, TASKS if metric is None else f"metric={metric}"]
-    args += [] if metric is None else ["tasks=knn,retrieval", "metric.iterations=20"]
-    folders = [shutil.copytree(run, tmp_path / name) for name in ("cpu", "gpu")]
-    launched(cli.evaluate, [str(folders[0]), *args], count=1)
-    launched(on_gpus, "evaluate", [str(folders[1]), *args], str(tmp_path / "log"), count, count=count)
+def test_gpus_measure_what_the_cpu_measures(count: int, run: Path, measured_by_the_cpu: Path, tmp_path: Path) -> None:
+    folders = measured_by_the_cpu, shutil.copytree(run, tmp_path / "gpu")
+    args = [str(folders[1]), *FEW, *PROTOCOL, *PAIRS, TASKS, METRIC]
+    launched(on_gpus, "evaluate", args, str(tmp_path / "log"), count, count=count)
     expected, found = (recorded(folder)["measurements"] for folder in folders)
     assert len(found) == len(expected) > 0
     for own, other in zip(found, expected, strict=True):
@@ -75,11 +78,3 @@ def test_gpus_extract_what_the_cpu_extracts(count: int, run: Path, tmp_path: Pat
     for name in ("backbone", "projector", "labels"):
         cpu, gpu = (np.load(output / f"{name}.npy") for output in outputs)
         np.testing.assert_allclose(gpu, cpu, rtol=1e-4, atol=1e-5)
-
-
-def test_several_runs_are_compared_on_a_gpu(run: Path, tmp_path: Path) -> None:
-    small_run(tmp_path / "other", "seed=1")
-    data = f"data={run.parent / 'photographs'}"
-    args = [str(run), str(tmp_path / "other"), data, "data.size=28", "data.channels=1", "tasks=knn,geometry"]
-    launched(on_gpus, "evaluate", [*args, f"comparison={tmp_path / 'table.json'}"], str(tmp_path / "log"), 1, count=1)
-    assert (tmp_path / "table.json").exists()
