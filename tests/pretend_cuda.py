@@ -285,6 +285,10 @@ class _Functions(TorchFunctionMode):
 
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), options: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "to":
+            # In inference mode it arrives as a whole.
+            with self:
+                return func.decompose(*args, **(options or {}))
         return _run(func, args, options or {})
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from manyviews.evaluators.clustering import clustering
+from manyviews.evaluators.clustering import clustering, k_means
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.confusion import confusion, worst
 from manyviews.evaluators.distance import Euclidean
@@ -197,3 +198,23 @@ def test_all_tasks_together_measure_the_same_whatever_fits_on_the_gpu(
         found = measured()
         assert (log.launches.total() > 0) == (room > 0)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 40, 300])
+def test_k_means_on_a_gpu_finds_the_clusters_of_scikit_learn(clusters: int, log: Log) -> None:
+    expected = k_means(TRAIN, clusters, nearness="euclidean")
+    log.clear()
+    found = k_means(TRAIN.to("cuda"), clusters, nearness="euclidean")
+    centres = [torch.stack([TRAIN[own == group].mean(0) for group in own.unique()]) for own in (found, expected)]
+    spread = [torch.cdist(TRAIN, own).amin(1).square().sum().item() for own in centres]
+    assert spread[0] == pytest.approx(spread[1], rel=0.03, abs=1e-2)
+    if clusters <= 5:
+        assert normalized_mutual_info_score(found, expected) > 0.99
+    # One for each step of each start.
+    assert log.waits.total() < 10 * 300
+
+
+def test_k_means_on_a_gpu_leaves_no_cluster_empty_where_rows_differ(log: Log) -> None:
+    rows = torch.arange(12.0).repeat(2)[:, None].to("cuda")
+    assert len(k_means(rows, 12, nearness="euclidean").unique()) == 12
+    assert len(k_means(rows * 0, 3, nearness="euclidean").unique()) <= 3

@@ -3,17 +3,21 @@
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from pydantic import Field
-from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.evaluators.distance import Nearness
+
+STEPS, SHIFT = 300, 1e-4
+"""Steps of k-means at most, and the squared shift of all centres, in mean variances, that ends it; scikit-learn's."""
 
 
 class ClusteringSettings(Settings):
@@ -53,7 +57,7 @@ def clustering(
     classes = len(labels.unique())
     if classes < 2:
         raise ValueError(f"images of {classes} class{'' if classes == 1 else 'es'} cannot be clustered; give 2 or more")
-    groups = k_means(features, classes, settings, nearness=nearness, seed=seed).cpu().numpy()
+    groups = k_means(features, classes, settings, nearness=nearness, seed=seed).numpy()
     truth = labels.cpu().numpy()
     nmi, ami = (score(truth, groups) for score in (normalized_mutual_info_score, adjusted_mutual_info_score))
     return ClusteringResult(float(nmi), float(ami))
@@ -69,6 +73,9 @@ def k_means(
 ) -> Int64[Tensor, " images"]:
     """Returns the cluster of each image by scikit-learn's k-means, deterministic for a seed.
 
+    On a GPU its steps are computed there, from the same starts; mini-batches are scikit-learn's own. The result is on
+    the CPU.
+
     Examples:
         >>> first, second, third = k_means(torch.eye(2)[[0, 0, 1]], 2).tolist()
         >>> first == second, first == third
@@ -76,9 +83,46 @@ def k_means(
     """
     settings = settings or ClusteringSettings()
     rows = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features
+    if rows.device.type == "cuda" and len(rows) <= settings.most:
+        return _on_gpu(rows, clusters, settings.restarts, seed).cpu()
     method = KMeans if len(rows) <= settings.most else MiniBatchKMeans
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters leave some empty, which the scores show.
         warnings.simplefilter("ignore", ConvergenceWarning)
         groups = method(clusters, n_init=settings.restarts, random_state=seed).fit_predict(rows.cpu().numpy())
     return torch.from_numpy(groups).long()
+
+
+def _on_gpu(rows: Tensor, clusters: int, restarts: int, seed: int) -> Tensor:
+    """The cluster of each row by the start with the least squared distances; Lloyd's algorithm."""
+    rows = rows - rows.mean(0)
+    host, draws = rows.cpu().numpy(), np.random.RandomState(seed)
+    least, best = torch.full((), torch.inf, device=rows.device), torch.empty(0)
+    bound = SHIFT * rows.var(0, correction=0).mean()
+    squares = rows.square().sum(1)
+    for _ in range(restarts):
+        centres = torch.from_numpy(kmeans_plusplus(host, clusters, random_state=draws)[0]).to(rows)
+        groups = torch.full((len(rows),), -1, device=rows.device)
+        for _ in range(STEPS):
+            previous, (groups, distances) = groups, _nearest(rows, squares, centres)
+            members = F.one_hot(groups, clusters).to(rows.dtype).T
+            sizes, before = members.sum(1, keepdim=True), centres
+            centres = (members @ rows) / sizes.clamp(min=1)
+            # Empty clusters move to the rows that are farthest from their centres.
+            farthest = rows[distances.topk(min(clusters, len(rows))).indices]
+            place = ((sizes == 0).cumsum(0) - 1).clamp(0, len(farthest) - 1)
+            centres = torch.where(sizes == 0, farthest[place.squeeze(1)], centres)
+            if bool((groups == previous).all() | ((centres - before).square().sum() <= bound)):
+                break
+        groups, distances = _nearest(rows, squares, centres)
+        total = distances.sum()
+        best = torch.where(total < least, groups, best) if len(best) else groups
+        least = torch.minimum(total, least)
+    return best
+
+
+def _nearest(rows: Tensor, squares: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each row, and its squared distance."""
+    distances = torch.addmm(centres.square().sum(1), rows, centres.T, alpha=-2)
+    nearest = distances.min(1)
+    return nearest.indices, (nearest.values + squares).clamp(min=0)
