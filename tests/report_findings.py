@@ -43,7 +43,7 @@ def run_folder(folder: Path, *, lines: int = 40, curves: bool = False) -> Path:
     """A run's folder as far as a report reads it; with curves its metrics are all that a run writes."""
     folder.mkdir(parents=True)
     made = load(Recipe, recipe.find("quickstart"), ["train.epochs=2"])
-    header = "# pretrain.py quickstart train.epochs=2\n# commit 0123abc; manyviews 0.1.0 torch 2.10\n"
+    header = "# manyviews pretrain quickstart train.epochs=2\n# commit 0123abc; manyviews 0.1.0 torch 2.10\n"
     (folder / "config.yaml").write_text(header + dump_yaml(made))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, lines + 1):

@@ -33,7 +33,7 @@ SMALL = (
 def test_a_recipe_for_gpus_says_what_it_takes_and_that_it_was_not_run(name: str) -> None:
     loaded, text = load(Recipe, recipe.find(name), ["data.path=."]), recipe.find(name).read_text()
     header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
-    assert f"python scripts/pretrain.py {name} " in text
+    assert f"manyviews pretrain {name} " in text
     assert "Not yet run. By calculation" in header
     assert re.search(r"on one H100: \d+ GB", header)
     assert re.search(r"[\d,]+ to [\d,]+ images/s", header)

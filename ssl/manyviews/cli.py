@@ -161,7 +161,7 @@ def run_pretrain(args: Sequence[str], *, on_metrics: OnMetrics | None = None) ->
         check_recipe(recipe)
         return Path(str(recipe.output))
     command = shlex.join([name or recipes.QUICKSTART, *overrides])
-    return pretrain_recipe(recipe, header=header(f"pretrain.py {command}"), on_metrics=on_metrics)
+    return pretrain_recipe(recipe, header=header(f"manyviews pretrain {command}"), on_metrics=on_metrics)
 
 
 def run_evaluate(args: Sequence[str]) -> None:
@@ -193,7 +193,7 @@ def run_finetune(args: Sequence[str], *, on_metrics: OnMetrics | None = None) ->
     # resume=true is enough: the folder has the settings of the first start.
     if settings.resume and config.is_file():
         settings = load(FinetuneSettings, config, overrides)
-    command = header(f"finetune.py {shlex.join(args)}")
+    command = header(f"manyviews finetune {shlex.join(args)}")
     return finetune_model(model, settings, header=command, on_metrics=on_metrics)
 
 

@@ -130,7 +130,7 @@ def test_verdict_command_commit_and_warnings_are_told(made: tuple[Findings, Page
     text = " ".join(page.text.split())
     for part in re.split("; |: ", given.evaluation.verdict().rstrip(".")):
         assert part in text
-    assert "pretrain.py quickstart train.epochs=2" in text
+    assert "manyviews pretrain quickstart train.epochs=2" in text
     assert "0123abc" in text
     assert "in_batch, temperature 0.15" in text
     assert "the images are of other data than the run's" in text

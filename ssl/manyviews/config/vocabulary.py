@@ -71,7 +71,7 @@ _RANKING = "{} is objective=ranking objective.loss={}"
 _ABSENT = "{} and is not here; the nearest that is: objective={}"
 _PROXIES = (
     "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
-    "by finetune.py)"
+    "by manyviews finetune)"
 )
 
 OBJECTIVES: Mapping[str, str] = _by_name(
@@ -191,6 +191,6 @@ HINTS: Mapping[str, str] = _by_name(
     ("train.accumulate train.accumulation train.accumulation_steps", _ACCUMULATION),
     ("train.gradient_accumulation train.gradient_accumulation_steps", _ACCUMULATION),
     ("_base_ base defaults", "a recipe stands alone: begin with the other one and add key=value, or copy its file"),
-    ("config cfg recipe", "a recipe comes first and has no key: pretrain.py simclr key=value"),
+    ("config cfg recipe", "a recipe comes first and has no key: manyviews pretrain simclr key=value"),
 )
 """The dotted key of a setting that does not exist here, and what to use instead."""
