@@ -262,6 +262,14 @@ def test_a_folder_that_may_not_be_written_is_used_once_it_is_whole(tmp_path: Pat
     os.chmod(tmp_path / "kept", 0o700)
 
 
+def test_images_of_which_none_can_be_read_leave_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 1 image in .* cannot be read"):
+        build(tmp_path / "data", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_path_that_is_a_file_is_named(tmp_path: Path, data: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match=r"data\.cache=.*kept cannot be used: .*"):

@@ -197,7 +197,7 @@ class Folder(Settings):
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
         files = self._files(listing, kept, digests, states, lost, threads)
-        if self.cache is not None:
+        if self.cache is not None and kept:
             rows = torch.arange(len(kept))
             cache = self._pictures(files, split, threads, report)
             if in_memory:
