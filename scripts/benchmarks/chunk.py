@@ -13,7 +13,7 @@ from manyviews.data import Sample
 from manyviews.recipe import Recipe
 from manyviews.system.launch import start
 from manyviews.train.components import Components, build
-from manyviews.train.step import gradient
+from manyviews.train.pretrain import gradient
 
 BATCH, CHUNK = 8_192, 256
 MEBIBYTE = 2**20

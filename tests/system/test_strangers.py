@@ -30,6 +30,7 @@ from manyviews.system.console import Console
 from manyviews.system.files import sha256
 from manyviews.system.launch import start
 from manyviews.train.finetune import FinetuneSettings
+from manyviews.train.pretrain import train_step
 from manyviews.train.setup import make_setup
 from small_run import photographs, small_run
 
@@ -110,7 +111,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(
     given = [f"data={images}", f"output={tmp_path / 'run'}", *SMALL, "train.batch_size=6", *words, *size]
     recipe = load(Recipe, None, list({word.partition("=")[0]: word for word in given}.values()))
     with pytest.raises(ValueError, match=message):
-        make_setup(recipe, start(6, "fp32", 1), tmp_path / "run", Console(quiet=True))
+        make_setup(recipe, start(6, "fp32", 1), tmp_path / "run", Console(quiet=True), train_step)
     assert not (tmp_path / "run").exists()
 
 

@@ -13,8 +13,7 @@ from manyviews.run.folder import read_metrics
 from manyviews.system.background import finished
 from manyviews.train.finetune.loop import finetune
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.train.pretrain import pretrain
-from manyviews.train.step import train_step
+from manyviews.train.pretrain import pretrain, train_step
 from pretend_cuda import Log, pretend_cuda
 from processes import launched
 from small_run import photographs, small_run

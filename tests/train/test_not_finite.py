@@ -16,7 +16,8 @@ from torch import Tensor
 from manyviews.system import distributed
 from manyviews.train.components import Components
 from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, SkippedStep, SkippedSteps, describe
-from manyviews.train.step import StepResult, train_step
+from manyviews.train.pretrain import train_step
+from manyviews.train.step import StepResult
 from processes import launched
 
 ADAM = ["optim.name=adamw", "optim.rate=0.01"]

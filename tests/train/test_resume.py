@@ -23,7 +23,7 @@ from manyviews.system.console import Console
 from manyviews.system.launch import Stop
 from manyviews.system.launch import start as start_run
 from manyviews.train import pretrain as loop
-from manyviews.train.pretrain import pretrain
+from manyviews.train.pretrain import pretrain, train_step
 from manyviews.train.recorder import Recorder, state_of
 from manyviews.train.resume import check_metadata, check_processes, check_settings
 from manyviews.train.setup import make_setup, restore
@@ -328,7 +328,7 @@ def test_another_number_of_processes_is_refused_unless_it_is_asked_for(capsys: p
 def test_the_scale_of_half_precision_gradients_goes_on_where_it_was(tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", *ALONE)
     accelerator = start_run(16, "fp32", 1)
-    ready = make_setup(made, accelerator, tmp_path / "run", Console(quiet=True))
+    ready = make_setup(made, accelerator, tmp_path / "run", Console(quiet=True), train_step)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     save_checkpoint(
         tmp_path / "run" / "checkpoints", state_of(ready.components, ready.split.train, 0, {"seconds": 0.0})

@@ -25,8 +25,8 @@ from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import pretrain, step
 from manyviews.train.components import Components, batches, build, cautions, label_names
-from manyviews.train.pretrain import compile_encoder
-from manyviews.train.step import StepResult, gradient, num_chunks, train_step
+from manyviews.train.pretrain import compile_encoder, gradient, train_step
+from manyviews.train.step import StepResult, num_chunks
 from processes import launched
 
 SMALL = [

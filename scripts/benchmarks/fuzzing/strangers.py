@@ -23,7 +23,7 @@ from manyviews.run import folder as run
 from manyviews.system import hardware
 from manyviews.system.console import Console
 from manyviews.system.launch import start
-from manyviews.train.pretrain import pretrain
+from manyviews.train.pretrain import pretrain, train_step
 from manyviews.train.setup import make_setup
 
 SMALL = [
@@ -191,7 +191,7 @@ def _unbounded(images: Path) -> Callable[[Path, bytes], None]:
         try:
             recipe = load(Recipe, None, list(words.values()))
             accelerator = start(recipe.train.batch_size, "fp32", 1)
-            components = make_setup(recipe, accelerator, folder / "run", Console(quiet=True)).components
+            components = make_setup(recipe, accelerator, folder / "run", Console(quiet=True), train_step).components
             assert sum(value.nbytes for value in components.objective.state_dict().values()) <= ROOM
         finally:
             hardware.device = device

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from manyviews.config import load
 from manyviews.data import Images, Order
@@ -15,8 +16,9 @@ from manyviews.run.folder import CONFIG
 from manyviews.system import distributed, hardware
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.train.components import Components, build, smallest_part
-from manyviews.train.step import train_step
 
+Step = Callable[[Components, Tensor, Tensor, int, int], object]
+"""A training step, on images and ids of an epoch, with the number of steps before."""
 RESERVE = 0.03
 """Share of the memory that stays free for fragments, measurements and pictures."""
 
@@ -28,10 +30,10 @@ def with_known_chunk(recipe: Recipe, folder: Path) -> Recipe:
     return _with_chunk(recipe, load(Recipe, folder / CONFIG).train.part)
 
 
-def with_found_chunk(recipe: Recipe, accelerator: Accelerator, images: Images, order: Order) -> Recipe:
+def with_found_chunk(recipe: Recipe, accelerator: Accelerator, images: Images, order: Order, step: Step) -> Recipe:
     """With train.chunk=auto, a recipe with the largest chunk that fits on every rank; collective.
 
-    The steps that are tried are those of other components, built for it and dropped: nothing has to be restored.
+    `step` is tried on other components, built for it and dropped: nothing has to be restored.
 
     Raises:
         ValueError: on a CPU, or if not even the smallest chunk fits.
@@ -49,7 +51,7 @@ def with_found_chunk(recipe: Recipe, accelerator: Accelerator, images: Images, o
     parts = 0
     # A rank that runs out of memory leaves a step in which the others would wait for it.
     with raise_on_all_ranks(), distributed.alone():
-        parts = _fewest_parts(recipe, accelerator, images, order, own)
+        parts = _fewest_parts(recipe, accelerator, images, order, own, step)
     # Accelerate keeps what it has wrapped.
     accelerator.free_memory()
     torch.cuda.empty_cache()
@@ -80,7 +82,9 @@ def fewest_parts(local: int, smallest: int, fits: Callable[[int], bool]) -> int:
     return parts
 
 
-def _fewest_parts(recipe: Recipe, accelerator: Accelerator, images: Images, order: Order, own: slice) -> int:
+def _fewest_parts(
+    recipe: Recipe, accelerator: Accelerator, images: Images, order: Order, own: slice, step: Step
+) -> int:
     """As `fewest_parts`, by steps of this rank on its share of the first batch."""
     device, (epoch, batch) = accelerator.device, order.batch(0)
     ids = batch[own]
@@ -95,7 +99,7 @@ def _fewest_parts(recipe: Recipe, accelerator: Accelerator, images: Images, orde
 
     def fits(parts: int) -> bool:
         tried = components._replace(recipe=_with_chunk(recipe, -(-len(ids) // parts)))
-        fitting = _runs(lambda: train_step(tried, pixels, numbers, epoch, 0))
+        fitting = _runs(lambda: step(tried, pixels, numbers, epoch, 0))
         _clear(components)
         return fitting
 

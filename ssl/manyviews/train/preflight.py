@@ -29,11 +29,10 @@ from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
-from manyviews.train.pretrain import compile_encoder, train
+from manyviews.train.pretrain import compile_encoder, train, train_step
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import train_step
 from manyviews.views import MEAN, STD
 
 STEPS = 2
@@ -61,7 +60,7 @@ def _check(recipe: Recipe) -> None:
         prepare(folder, resume=recipe.resume)
         if finished(recipe, folder, console, record=False):
             return
-        setup = make_setup(recipe, accelerator, folder, console)
+        setup = make_setup(recipe, accelerator, folder, console, train_step)
         describe(setup, folder, console)
         with _folder_beside(folder) as temporary:
             rows, problems = _rehearse(setup, temporary)

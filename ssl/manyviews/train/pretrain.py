@@ -3,8 +3,13 @@
 from functools import partial
 from pathlib import Path
 
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
 from manyviews.data import Images, Loader, Order, background_of
 from manyviews.encoder.timm_format import export
+from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
@@ -20,10 +25,18 @@ from manyviews.train.budget import Budget
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import Components, less_memory
 from manyviews.train.kept_buffers import KeptBuffers
+from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
 from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
-from manyviews.train.step import gradient, train_step
+from manyviews.train.step import (
+    StepResult,
+    average_gradients,
+    cached_gradient,
+    embed,
+    finite_views,
+    num_chunks,
+)
 from manyviews.views import MEAN, STD
 
 
@@ -49,7 +62,7 @@ def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path
     if finished(recipe, folder, console):
         return folder
     with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
-        setup = make_setup(recipe, accelerator, folder, console)
+        setup = make_setup(recipe, accelerator, folder, console, train_step)
         components, images, order, checkpoint = setup.components, setup.split.train, setup.order, setup.checkpoint
         compile_encoder(components, images, order)
         settings = recipe.train
@@ -98,6 +111,65 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     recorder.save(step)
     session.saver.finish()
     return step
+
+
+def train_step(
+    components: Components,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> StepResult | SkippedStep:
+    """Updates the weights, then the state of the objective and the twin.
+
+    If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
+    and the statistics of batch norms stay as they were.
+
+    Args:
+        components: the training components.
+        images: this rank's share of the batch.
+        ids: the indices of the images.
+        epoch: seeds the views, with the ids.
+        step: the number of earlier updates; seeds the dropout.
+    """
+    encoder, twin, objective = components.encoder, components.twin, components.objective
+    accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
+    # The objective has no buffers to restore: only its updates change it.
+    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
+    result = gradient(components, images, ids, epoch, step)
+    norm = guard.gradient_norm(result.loss.total)
+    if norm is None:
+        finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
+        return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
+    if recipe.optim.clip is not None:
+        clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    objective.update(result.embeddings, result.ids, result.targets)
+    if twin is not None and recipe.objective.traits.twin_momentum is not None:
+        twin.update(encoder, recipe.objective.traits.twin_momentum)
+    return result
+
+
+def gradient(
+    components: Components,
+    images: UInt8[Tensor, "batch channels height width"],
+    ids: Int64[Tensor, " batch"],
+    epoch: int,
+    step: int,
+) -> StepResult:
+    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
+    named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
+    if chunks > 1:
+        loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
+    else:
+        views = components.views(images, ids, epoch)
+        embeddings, targets = embed(components, views, step)
+        loss = components.objective(embeddings, named, targets, step)
+        components.accelerator.backward(loss.total)
+    # DDP has averaged the encoder's.
+    average_gradients(components.objective, sharded={*components.objective.shards()})
+    return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
 def compile_encoder(components: Components, images: Images, order: Order) -> None:

@@ -27,7 +27,7 @@ from manyviews.system.launch import in_a_line
 from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
-from manyviews.train.chunk_size import with_found_chunk
+from manyviews.train.chunk_size import Step, with_found_chunk
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
 
 
@@ -84,8 +84,10 @@ def _began_with(folder: Path, split: Split, now: Inventory, console: Console) ->
     return before
 
 
-def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: Console) -> Setup:
+def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: Console, step: Step) -> Setup:
     """Reads the images, builds the components and loads the newest checkpoint; collective.
+
+    `step` is what train.chunk=auto tries.
 
     Raises:
         ValueError: if recipe, images or checkpoint are invalid; nothing is written.
@@ -99,7 +101,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
     extended = resume.check_schedule(checkpoint, recipe, order.steps_per_epoch) if checkpoint else None
-    found = with_found_chunk(recipe, accelerator, split.train, order)
+    found = with_found_chunk(recipe, accelerator, split.train, order, step)
     if found is not recipe:
         console.say(f"chunk      {found.train.part or 'the whole batch'}: the most images that fit (train.chunk=auto)")
     components = build(found, accelerator, split.train)

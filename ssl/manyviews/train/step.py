@@ -1,12 +1,11 @@
-"""An update: gradient of a batch, at once or in chunks, then weights and state of the objective."""
+"""Parts of an update: forward passes, gradient in chunks, objective's gradients."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
@@ -15,7 +14,6 @@ from manyviews.system import distributed
 from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
 from manyviews.train.kept_buffers import KeptBuffers
-from manyviews.train.not_finite import Guard, SkippedStep
 
 
 class StepResult(NamedTuple):
@@ -26,65 +24,6 @@ class StepResult(NamedTuple):
     ids: Int64[Tensor, " batch"]
     """The ids that the objective gets."""
     targets: Float[Tensor, "others batch dim"] | None
-
-
-def train_step(
-    components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
-    ids: Int64[Tensor, " batch"],
-    epoch: int,
-    step: int,
-) -> StepResult | SkippedStep:
-    """Updates the weights, then the state of the objective and the twin.
-
-    If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
-    and the statistics of batch norms stay as they were.
-
-    Args:
-        components: the training components.
-        images: this rank's share of the batch.
-        ids: the indices of the images.
-        epoch: seeds the views, with the ids.
-        step: the number of earlier updates; seeds the dropout.
-    """
-    encoder, twin, objective = components.encoder, components.twin, components.objective
-    accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
-    # The objective has no buffers to restore: only its updates change it.
-    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
-    result = gradient(components, images, ids, epoch, step)
-    norm = guard.gradient_norm(result.loss.total)
-    if norm is None:
-        finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
-        return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
-    if recipe.optim.clip is not None:
-        clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    objective.update(result.embeddings, result.ids, result.targets)
-    if twin is not None and recipe.objective.traits.twin_momentum is not None:
-        twin.update(encoder, recipe.objective.traits.twin_momentum)
-    return result
-
-
-def gradient(
-    components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
-    ids: Int64[Tensor, " batch"],
-    epoch: int,
-    step: int,
-) -> StepResult:
-    """Accumulates the gradient of the whole batch; arguments as of `train_step`."""
-    named, chunks = ids if components.names is None else components.names[ids], num_chunks(components, len(ids))
-    if chunks > 1:
-        loss, embeddings, targets = cached_gradient(components, images, ids, named, epoch, step, chunks)
-    else:
-        views = components.views(images, ids, epoch)
-        embeddings, targets = embed(components, views, step)
-        loss = components.objective(embeddings, named, targets, step)
-        components.accelerator.backward(loss.total)
-    # DDP has averaged the encoder's.
-    average_gradients(components.objective, sharded={*components.objective.shards()})
-    return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
 def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
