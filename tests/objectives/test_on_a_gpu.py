@@ -9,7 +9,7 @@ import torch.distributed as dist
 from test_contract import BATCHES, CASES, IMAGES, Case, by_one, difference, drawn, every, step, train
 
 from manyviews.engine import pairs, softmax, tiles
-from manyviews.objectives import OBJECTIVES, Margin, noise, query_losses
+from manyviews.objectives import OBJECTIVES, Margin, Population, noise, query_losses
 from manyviews.system import distributed
 from pretend_cuda import LOG, pretend_cuda
 from processes import start
@@ -36,7 +36,7 @@ CUBIC = "ranking, hinge, values"
 
 
 def waits(case: Case) -> int:
-    """How often a host waits: where it has to know how many embeddings an id has, once."""
+    """How often a host waits: once, where it has to know how many embeddings an id has and has no bound of it."""
     name, settings = case.settings.name, case.settings
     of_pairs = name in ("contrastive", "triplet", "margin") or getattr(settings, "loss", None) == "rank_net"
     return int(of_pairs)
@@ -67,6 +67,25 @@ def test_values_gradients_and_state_are_those_of_a_cpu_and_nothing_waits(name: s
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, equal_nan=True)
         else:
             assert found[key] == value
+
+
+@pytest.mark.parametrize("alike", [2, 5], ids=["as many", "more"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if waits(case)])
+def test_where_the_number_of_images_of_an_id_is_bounded_nothing_waits(name: str, alike: int) -> None:
+    case = CASES[name]
+    views, ids = drawn(case)
+    expected: list[torch.Tensor] = []
+    with pretend_cuda() as log:
+        for device in ("cpu", "cuda"):
+            population = Population(torch.arange(IMAGES), alike=alike)
+            objective = case.settings.build(dim=5, population=population, seed=3).to(device, torch.float64)
+            z, own_ids = views.to(device).requires_grad_(), ids.to(device)
+            log.clear()
+            loss = step(objective, case, z, own_ids, 0)
+            found = [loss.total.detach(), *torch.autograd.grad(loss.total, z), *loss.terms.values()]
+            assert not log.waits
+            expected = expected or found
+        torch.testing.assert_close([part.cpu() for part in found], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != CUBIC])

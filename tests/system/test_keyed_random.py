@@ -2,7 +2,8 @@
 
 import torch
 
-from manyviews.system.keyed_random import numpy_generator, seed_of, torch_generator, uniform
+from manyviews.system.keyed_random import numpy_generator, seed_of, send, torch_generator, uniform
+from pretend_cuda import pretend_cuda
 
 EXPECTED = [956768, 6195876, 12287414, 16093271]
 
@@ -40,3 +41,13 @@ def test_the_numbers_are_uniform_and_independent_of_their_neighbours() -> None:
     for other in (found[1:], uniform(torch.arange(1, 1 << 16), 1).double()):
         pair = torch.stack([found[:-1], other])
         assert torch.corrcoef(pair)[0, 1].abs() < 5 / 256
+
+
+def test_what_is_sent_to_a_gpu_arrives_without_a_wait() -> None:
+    drawn = torch.arange(7)
+    assert send(drawn, torch.device("cpu")) is drawn
+    with pretend_cuda() as log:
+        sent = send(drawn, torch.device("cuda", 0))
+        assert not log.waits
+        assert sent.device.type == "cuda"
+        assert torch.equal(sent.cpu(), drawn)

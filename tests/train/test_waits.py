@@ -93,3 +93,11 @@ def test_the_step_of_every_recipe_keeps_to_its_budget_of_waits_and_launches(name
     log, _ = log_and_results(name)
     assert log.waits.total() <= WAITS, log
     assert log.launches.total() <= LAUNCHES[name], log
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_no_objective_makes_the_host_wait(name: str) -> None:
+    # A batch of 24 images of four classes has 6 of each, no more than the 8 that bound them.
+    of_classes = load(recipe.Recipe, recipe.find(name)).ids == "labels"
+    log, _ = log_and_results(name, *["train.images_per_class=8"] * of_classes)
+    assert not [line for line in log.waits if line.startswith(("objectives/", "engine/"))], str(log)

@@ -48,11 +48,14 @@ class Contrastive(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws pairs by `seed`."""
-        return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step))
+        alike = population.alike
+        return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike))
 
 
 @float32_island
-def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *, seed: int, step: int) -> Loss:
+def contrastive_loss(
+    embeddings: Embeddings, ids: Ids, settings: Contrastive, *, seed: int, step: int, alike: int | None = None
+) -> Loss:
     """Mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
 
     That is equation 4 of Hadsell et al. 2006 but for the two means: in their sum over all pairs the positives would
@@ -71,7 +74,7 @@ def contrastive_loss(embeddings: Embeddings, ids: Ids, settings: Contrastive, *,
         >>> round(loss.total.item(), 4)  # (2 - 2 ** 0.5) ** 2 / 2
         0.1716
     """
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
+    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step, alike=alike)
     weight = torch.ones_like(batch.positive_similarity)
 
     def hinge(products: Tensor) -> Tensor:

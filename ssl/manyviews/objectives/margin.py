@@ -51,20 +51,27 @@ class MarginObjective(Objective):
 
     def __init__(self, settings: Margin, population: Population, seed: int) -> None:
         super().__init__()
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.alike = settings, seed, population.alike
         count = population.size if settings.beta_per == "class" else 1
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
-        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step)
+        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step, alike=self.alike)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
 
 
 @float32_island
 def margin_loss(
-    embeddings: Embeddings, ids: Ids, boundaries: Float[Tensor, " batch"], settings: Margin, *, seed: int, step: int
+    embeddings: Embeddings,
+    ids: Ids,
+    boundaries: Float[Tensor, " batch"],
+    settings: Margin,
+    *,
+    seed: int,
+    step: int,
+    alike: int | None = None,
 ) -> Loss:
     """Mean over active pairs of [α + d − β]₊ (positive pairs) and [α − d + β]₊ (negative pairs).
 
@@ -84,7 +91,7 @@ def margin_loss(
         >>> round(loss.total.item(), 4)  # 0.2 - 2 ** 0.5 + 2
         0.7858
     """
-    batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step)
+    batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step, alike=alike)
 
     def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)

@@ -12,7 +12,7 @@ from manyviews.engine.rows import slices, tile_numbers
 from manyviews.objectives.losses import softplus, with_gradient
 from manyviews.objectives.sharded_rows import owned
 from manyviews.system import distributed
-from manyviews.system.keyed_random import torch_generator
+from manyviews.system.keyed_random import send, torch_generator
 
 Weigh = Callable[[Tensor], Tensor]
 
@@ -44,10 +44,10 @@ class Noise:
 
     def __init__(self, rows: Tensor, start: int, total: int, ids: Tensor, lengths: list[int]) -> None:
         self.rows, self.start, self.total, self.lengths = rows, start, total, lengths
-        self.ids, self.count = ids.to(rows.device, non_blocking=True), ids.shape[-1]
+        self.ids, self.count = send(ids, rows.device), ids.shape[-1]
         # Of one draw this rank's rows, found where they were drawn: on the CPU.
         drawn = ids - start
-        self.own_draws = drawn[owned(rows, drawn)].to(rows.device, non_blocking=True) if ids.ndim == 1 else None
+        self.own_draws = send(drawn[owned(rows, drawn)], rows.device) if ids.ndim == 1 else None
 
     def own_hits(self, ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Number of draws that are the own row of each image of this rank."""

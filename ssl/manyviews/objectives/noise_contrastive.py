@@ -20,7 +20,7 @@ from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
-from manyviews.system.keyed_random import torch_generator
+from manyviews.system.keyed_random import send, torch_generator
 
 
 class NoiseContrastive(ObjectiveSettings):
@@ -155,11 +155,11 @@ class NoiseContrastiveObjective(LearnedRows):
         count, key = self.settings.traits.noise, {"seed": self.seed, "step": step}
         if self.settings.traits.one_draw:
             drawn, number = draw(self._cumulative, count, **key).unique(return_counts=True)
-            times = number.to(like, non_blocking=True)
-            return drawn.to(like.device, non_blocking=True), self._shared_rows(drawn), lambda rows: times
+            times = send(number.to(like.dtype), like.device)
+            return send(drawn, like.device), self._shared_rows(drawn), lambda rows: times
         whole = draw(self._cumulative, sum(batch) * views * count, **key).view(sum(batch), views, count)
         own = whole.split(batch)[distributed.rank()].transpose(0, 1).flatten(0, 1)
-        drawn, indices = (part.to(like.device, non_blocking=True) for part in own.unique(return_inverse=True))
+        drawn, indices = (send(part, like.device) for part in own.unique(return_inverse=True))
         fetched = fetch(self.weight, self.own.start, drawn, distributed.counts(len(drawn)))
 
         def times_of(rows: slice) -> Tensor:
@@ -173,7 +173,7 @@ class NoiseContrastiveObjective(LearnedRows):
         rank, world_size = distributed.rank(), distributed.world_size()
         stops = [distributed.share(self.classes, other, world_size).stop for other in range(world_size)]
         edges = torch.searchsorted(drawn, torch.tensor([0, *stops])).tolist()
-        own = drawn[edges[rank] : edges[rank + 1]].to(self.weight.device, non_blocking=True) - self.own.start
+        own = send(drawn[edges[rank] : edges[rank + 1]], self.weight.device) - self.own.start
         return distributed.gather(self.weight[own], [last - first for first, last in itertools.pairwise(edges)])
 
     def _log_normaliser(self, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from manyviews.objectives import query_losses
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.labels import Labels
 from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
+from manyviews.objectives.mining import most_alike
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 
@@ -45,15 +46,15 @@ class Ranking(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective, with the label of each image if the population has values."""
-        return RankingObjective(self, population.values)
+        return RankingObjective(self, population.values, population.alike)
 
 
 class RankingObjective(Objective):
     """Ranking loss with all images' labels, if any, and the cross-entropy's learned threshold."""
 
-    def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None) -> None:
+    def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None, alike: int | None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.alike = settings, alike
         self.labels = None if values is None else Labels(values)
         # Few items are relevant: at 1 nearly all are predicted to be irrelevant (Zhai et al. 2023, section 3.2).
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
@@ -67,7 +68,7 @@ class RankingObjective(Objective):
         gathered = gather_views(normalize(embeddings), ids)
         queries = normalize(embeddings).flatten(0, 1)
         relevance = self._relevance(gathered.ids, gathered.own, queries.dtype)
-        own, loss = gathered.own, self._loss(self._most(gathered.ids))
+        own, loss = gathered.own, self._loss(self._most(gathered.ids, len(embeddings)))
         learned = () if self.threshold is None else (self.threshold,)
 
         def term(tile: slice, products: Tensor, *threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,15 +88,15 @@ class RankingObjective(Objective):
             terms["threshold"] = self.threshold.detach().clone()
         return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
 
-    def _most(self, ids: Tensor) -> int | None:
+    def _most(self, ids: Tensor, views: int) -> int | None:
         """On a GPU an upper bound of a query's relevant items, for which each tile would wait."""
         if ids.device.type == "cpu" or self.settings.loss not in ("rank_net", "hinge"):
             return None
         if self.labels is not None or self.settings.loss == "hinge":
             return len(ids)
         ordered = ids.sort().values
-        # The number of tiles of pairs has to be known on the host.
-        return int((torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)).max()) - 1
+        members = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+        return most_alike(members, self.alike, views=views) - 1
 
     def _loss(self, most: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Loss function of the cosines and relevances of queries' items."""

@@ -21,6 +21,8 @@ class Population(NamedTuple):
     """Id of each image: its own number, or that of its class; from 0, without gaps."""
     values: Float[Tensor, "images numbers"] | None = None
     """Continuous labels of each image, where the recipe has them."""
+    alike: int | None = None
+    """Images of a batch that share an id, at most; None: unknown, and a GPU is waited for where it is needed."""
 
     @property
     def size(self) -> int:

@@ -58,11 +58,14 @@ class Triplet(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws triplets by `seed`."""
-        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step))
+        alike = population.alike
+        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike))
 
 
 @float32_island
-def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int) -> Loss:
+def triplet_loss(
+    embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int, alike: int | None = None
+) -> Loss:
     """Mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² instead of d if `squared`.
 
     Anchors are all embeddings of this rank, positives the other embeddings of the anchor's id and negatives those of
@@ -79,7 +82,7 @@ def triplet_loss(embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: i
         >>> triplet_loss(views, torch.arange(2), Triplet(margin=3.0), seed=0, step=0).total.item()
         1.0
     """
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step)
+    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step, alike=alike)
     read = batch.squared_distances if settings.squared else batch.distances
     margin = None if settings.soft else settings.margin
 

@@ -53,6 +53,12 @@ def torch_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(repr(key), 4))
 
 
+def send(drawn: Tensor, device: torch.device) -> Tensor:
+    """Sends what was drawn on the CPU to the device, without waiting for a GPU."""
+    # From other than pinned memory the driver may wait for what the GPU has to do before.
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+
+
 def numpy_generator(stream: str, *key: int) -> np.random.Generator:
     """A generator of NumPy, seeded by the name of its stream and a key."""
     return np.random.default_rng([int.from_bytes(stream.encode(), "big"), *key])

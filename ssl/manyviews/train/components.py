@@ -69,7 +69,9 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
     values = None if recipe.values is None else values_of(images, recipe.values)
-    population = Population(torch.arange(len(images)) if names is None else names, values)
+    # No image comes twice in a batch, and with images per class no other number of a class.
+    alike = 1 if names is None else recipe.train.images_per_class
+    population = Population(torch.arange(len(images)) if names is None else names, values, alike)
     check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)

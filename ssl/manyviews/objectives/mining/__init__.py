@@ -1,6 +1,6 @@
 """Selection of the pairs and triplets of a batch: positives, and negatives sampled for each."""
 
-from manyviews.objectives.mining.batch import Batch, batch_of
+from manyviews.objectives.mining.batch import Batch, batch_of, most_alike
 from manyviews.objectives.mining.hardness import hardness, shares
 from manyviews.objectives.mining.sampling import (
     All,
@@ -28,6 +28,7 @@ __all__ = [
     "batch_of",
     "choose",
     "hardness",
+    "most_alike",
     "refuse_off_sphere",
     "shares",
 ]

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     members: Int[Tensor, " anchors"]
     """Number of candidates with its id, itself among them."""
     largest: int
-    """Maximum of `members`."""
+    """Maximum of `members`, or on a GPU an upper bound."""
 
     def mates(self, rows: slice) -> Int[Tensor, "rows members"]:
         """Indices of the embeddings with the anchors' ids, repeated for equal width."""
@@ -85,10 +85,12 @@ class Batch(NamedTuple):
         return {"positive_similarity": self.positive_similarity, "negatives": average(negatives)}
 
 
-def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, step: int) -> Batch:
+def batch_of(
+    embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, step: int, alike: int | None = None
+) -> Batch:
     """Makes anchors of this rank's embeddings, and candidates of those of all ranks; collective.
 
-    Compares points on the unit sphere if `normalized`, else the embeddings as they are.
+    Compares points on the unit sphere if `normalized`, else the embeddings as they are. `alike` as in `Population`.
     """
     unit = normalize(embeddings)
     used = unit if normalized else embeddings.to(unit.dtype)
@@ -99,7 +101,7 @@ def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, s
     starts = torch.searchsorted(ordered, ids[own])
     members = torch.searchsorted(ordered, ids[own], right=True) - starts
     # The width of the lists has to be known on the host; it is the same for all tiles.
-    largest = int(members.max()) if len(members) else 0
+    largest = most_alike(members, alike, views=len(embeddings))
     # Cosines with all of a class add up to that with its sum.
     anchors, rows = unit.detach().flatten(0, 1), normalize(candidates.detach())
     classes, groups = distinct(ids)
@@ -110,3 +112,10 @@ def batch_of(embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, s
         anchors, candidates = squared_distance_rows(anchors, candidates)
     by_id = (order, own, seats[own], starts, members, largest)
     return Batch(anchors, candidates, normalized, embeddings.shape[2], (seed, step), similarity, *by_id)
+
+
+def most_alike(members: Int[Tensor, " anchors"], alike: int | None, *, views: int) -> int:
+    """Maximum of the numbers of embeddings with the anchors' ids; a GPU is waited for only if it has no bound."""
+    if alike is not None and members.device.type != "cpu":
+        return views * alike
+    return int(members.max()) if len(members) else 0
