@@ -225,7 +225,7 @@ def _show(records: Sequence[Record], file: Path) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    machine = next((record["machine"] for record in records if record["machine"]), {})
+    machine: Record = next((record["machine"] for record in records if record["machine"]), {})
     for key, text in machine.items():
         console.print(f"[dim]{key:>11}[/dim]  {text}", highlight=False)
     heads = ("stage", "what", "value", "goal", "", "note")
