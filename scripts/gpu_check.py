@@ -13,12 +13,14 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ START = 180.0
 """Seconds that a process has to import its modules."""
 
 
+ENDING = 30.0
+"""Seconds that a process has to end."""
 PATIENCE = 5
 """Times the limits of a GPU on a CPU, which others may use too."""
 
@@ -107,26 +111,56 @@ def _run(todo: Sequence[int], device: str, output: Path, commit: str) -> list[Re
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     # Deterministic products need it before CUDA starts; it costs nothing else.
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device == "cpu":
+        # Where there is a GPU, too.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with (output / "log.txt").open("ab") as log:
-        words = [*command, "--stages", *map(str, todo)]
         worker = subprocess.Popen(
-            words, pass_fds=[sender], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [*command, "--stages", *map(str, todo)],
+            pass_fds=[sender],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # With a group of its own, what it has started ends with it.
+            start_new_session=True,
         )
     os.close(sender)
     messages: queue.Queue[Record | None] = queue.Queue()
     threading.Thread(target=_receive, args=(receiver, messages), daemon=True).start()
     records: list[Record] = []
+    try:
+        problem = _follow(messages, records, device, output, commit)
+        if not problem:
+            # It may still have to say why it ends.
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(ENDING)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        status = worker.wait()
+    if records and records[-1]["status"] == "begun":
+        why = problem or f"the process ended with status {status}, see log.txt"
+        records[-1] |= {"status": "cut off", "problem": why}
+        _write(output, records[-1])
+    return records
+
+
+def _follow(
+    messages: "queue.Queue[Record | None]", records: list[Record], device: str, output: Path, commit: str
+) -> str:
+    """Writes down what a process sends, until it ends or exceeds a limit; returns which."""
     machine: Record = {}
-    begun, limit, problem = time.monotonic(), START, ""
+    begun, limit = time.monotonic(), START
     while True:
         try:
             message = messages.get(timeout=max(0.0, begun + limit - time.monotonic()))
         except queue.Empty:
-            problem = f"not done after {limit:g} seconds"
-            worker.kill()
-            break
+            if records:
+                records[-1]["seconds"] = time.monotonic() - begun
+            return f"not done after {limit:g} seconds"
         if message is None:
-            break
+            return ""
         if "machine" in message:
             machine = message["machine"]
             continue
@@ -142,12 +176,6 @@ def _run(todo: Sequence[int], device: str, output: Path, commit: str) -> list[Re
             records[-1] |= {"status": "failed" if message["problem"] else "done", "problem": message["problem"]}
         records[-1]["seconds"] = time.monotonic() - begun
         _write(output, records[-1])
-    status = worker.wait()
-    if records and records[-1]["status"] == "begun":
-        why = problem or f"the process ended with status {status}, see log.txt"
-        records[-1] |= {"status": "cut off", "problem": why, "seconds": time.monotonic() - begun}
-        _write(output, records[-1])
-    return records
 
 
 def _receive(receiver: int, messages: "queue.Queue[Record | None]") -> None:
@@ -173,12 +201,14 @@ def _work(stages: Sequence[int], device: str, output: Path, sender: int) -> None
         if device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("no GPU is seen: use --device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
         send({"machine": harness.components(("accelerate", "timm", "kornia", "torchvision", "triton", "lightly"))})
-        modules = {number: importlib.import_module(f"gpu_checks.{STAGES[number].name}") for number in stages}
-        for number, module in modules.items():
+        # What most stages import is not on their time.
+        importlib.import_module("gpu_checks.loops")
+        for number in stages:
             folder = output / f"files-{STAGES[number].name}"
             send({"stage": number})
             problem = ""
             try:
+                module = importlib.import_module(f"gpu_checks.{STAGES[number].name}")
                 for row in module.rows(Setup(torch.device(device), device == "cpu", folder)):
                     send({"row": dataclasses.asdict(row)})
             except Exception as raised:
@@ -225,7 +255,7 @@ def _show(records: Sequence[Record], file: Path) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    machine = next((record["machine"] for record in records if record["machine"]), {})
+    machine: Record = next((record["machine"] for record in records if record["machine"]), {})
     for key, text in machine.items():
         console.print(f"[dim]{key:>11}[/dim]  {text}", highlight=False)
     heads = ("stage", "what", "value", "goal", "", "note")

@@ -1,6 +1,7 @@
 """Stage 6: NT-Xent of ever more embeddings and the bank of ImageNet, beside products, plain torch and lightly."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -42,7 +43,7 @@ def _beside(
     *more: int,
 ) -> Iterator[Row]:
     """Rows of our time, with the share of the products in it, and of the others as times of ours."""
-    own = _measured(setup, lambda: prepare(ours, size, *more, setup.device.type))
+    own = _measured(setup, partial(prepare, ours, size, *more, setup.device.type))
     if isinstance(own, str):
         yield Row(f"{title}: {ours}", None, note=own)
         return
@@ -53,7 +54,7 @@ def _beside(
     what = f"{title}: the products' share of the time"
     yield at_least(what, share, OF_PRODUCTS) if at_goal else Row(what, share)
     for name in others:
-        other = _measured(setup, lambda name=name: prepare(name, size, *more, setup.device.type))
+        other = _measured(setup, partial(prepare, name, size, *more, setup.device.type))
         if isinstance(other, str):
             yield Row(f"{title}: {name}", None, note=other)
             continue

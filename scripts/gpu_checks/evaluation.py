@@ -47,11 +47,11 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 def neighbours(setup: Setup, problem: Problem) -> Iterator[Row]:
     """Times kNN, and compares its answers with those of plain products."""
-    grid = {"neighbours": (NEIGHBOURS,), "temperatures": (TEMPERATURE,), "classes": problem.classes}
+    vote = partial(predict, neighbours=(NEIGHBOURS,), temperatures=(TEMPERATURE,), classes=problem.classes)
     answers: list[Tensor] = []
 
     def search() -> None:
-        answers.append(predict(problem.test, problem.train, problem.labels, **grid)[0, 0])
+        answers.append(vote(problem.test, problem.train, problem.labels)[0, 0])
 
     what = f"kNN of {len(problem.test):,} among {problem.title}"
     limit = 2 * problem.train.numel() * len(problem.test) / gemm(setup)

@@ -33,6 +33,13 @@ class Features(NamedTuple):
     test_labels: Tensor
 
 
+def products(metric: Mahalanobis | MMC | LMNN, data: Features) -> Tensor:
+    """Products of all pairs after the fitted map: a rotation of it means the same."""
+    train, test = (rows[:FITTED, :NARROW] for rows in (data.train, data.test))
+    mapped = metric.fit(train, data.train_labels[:FITTED]).transform(test)
+    return mapped @ mapped.T
+
+
 CASES: dict[str, tuple[float, Callable[[Features], object]]] = {
     "kNN: other answers": (
         2e-3,
@@ -70,10 +77,7 @@ CASES: dict[str, tuple[float, Callable[[Features], object]]] = {
     ),
     "clustering: mutual information": (2e-2, lambda data: [clustering(data.test, data.test_labels).nmi]),
     "ranking: NDCG": (2e-3, lambda data: ndcg(data.train.abs(), data.test, 10)),
-    **{
-        f"linear metric: {metric.name}": (2e-2, lambda data, metric=metric: products(metric, data))
-        for metric in (Mahalanobis(), MMC(), LMNN())
-    },
+    **{f"linear metric: {metric.name}": (2e-2, partial(products, metric)) for metric in (Mahalanobis(), MMC(), LMNN())},
 }
 
 
@@ -97,10 +101,3 @@ def _compared(name: str, here: Features, there: Features) -> Iterator[Row]:
     shares = not expected.is_floating_point()
     different = float((found != expected).double().mean()) if shares else error(found, expected)
     yield agreement(f"evaluator: {name}", different, tolerance)
-
-
-def products(metric: Mahalanobis | MMC | LMNN, data: Features) -> Tensor:
-    """Products of all pairs after the fitted map: a rotation of it means the same."""
-    train, test = (rows[:FITTED, :NARROW] for rows in (data.train, data.test))
-    mapped = metric.fit(train, data.train_labels[:FITTED]).transform(test)
-    return mapped @ mapped.T

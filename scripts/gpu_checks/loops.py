@@ -10,9 +10,10 @@ from manyviews.config import load
 from manyviews.data import Images, InMemory
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, Saver
-from manyviews.run.folder import Run, make_folder
+from manyviews.run.folder import Run
 from manyviews.system.console import Console
 from manyviews.system.launch import Stop, start
+from manyviews.system.writing import make_folder
 from manyviews.train.components import Components, batches, build
 from manyviews.train.pretrain import train
 from manyviews.train.session import OnMetrics, Session

@@ -84,7 +84,7 @@ class Setup:
 
 def on_device(profiler: torch.profiler.profile) -> tuple[int, float]:
     """Kernels and copies that a profiler has seen on the GPU, and the seconds that they took together."""
-    kernels = [own for own in profiler.key_averages() if own.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [own for own in profiler.key_averages() if own.device_type.name == "CUDA"]
     return sum(own.count for own in kernels), sum(own.self_device_time_total for own in kernels) / 1e6
 
 

@@ -67,7 +67,9 @@ class Watch:
         self.explicit = ExitStack()
         self.profiler: torch.profiler.profile | None = None
 
-    def note(self, message: Warning | str, kind: type[Warning], file: str, line: int, *_: object) -> None:
+    def note(
+        self, message: Warning | str, kind: type[Warning], file: str, line: int, to: object = None, text: object = None
+    ) -> None:
         """Notes a wait; those of other threads keep no step from being prepared."""
         if SIGN in str(message) and threading.current_thread() is threading.main_thread():
             path = Path(file)
