@@ -30,7 +30,8 @@ WORK, SHARE = 1 << 40, 32
 """Products of numbers, and keys per neighbour, from which on candidates are faster than all products in float32."""
 SPARE = 32
 """Candidates beyond k, to which a quarter of k comes: so many may be nearer than the error of their products."""
-TINY, LEAST_SPREAD = torch.finfo(torch.float32).tiny, 2.0**-6
+TINY, LEAST_SPREAD, LEAST = torch.finfo(torch.float32).tiny, 2.0**-6, 1e-12
+"""Least divisors, and the number below which squares may vanish."""
 LOW = 0xFFFFFFFF
 """Mask of the column in the code of a value and a column; the column is less."""
 
@@ -107,7 +108,7 @@ class Frame(NamedTuple):
     def keys(self, rows: Tensor) -> tuple[Half, Tensor]:
         """Maps keys into the frame, and returns the greatest number of their last columns and of its rounding."""
         rows = (rows - self.centre) * self.inverse
-        products = (rows @ self.origin) / self.spread
+        products = (rows * self.origin).sum(1, dtype=torch.float64).float() / self.spread
         first = products.half()
         second = (products - first.float()).half()
         errors = products - first.float() - second.float()
@@ -148,9 +149,10 @@ def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tup
     least, (length, rounding, last, remainder) = best.amin(1).double(), longest.double()
     error = left.errors * length + (left.lengths + left.errors) * rounding + remainder
     # Tensor cores truncate where they add, hence 2⁻²² for 2⁻²⁴. float16 rounds by a share of 2⁻¹¹, or by 2⁻²⁵.
-    error += (queries.shape[1] + 16) * 2.0**-22 * (left.lengths * length + last) + 2.0**-11 * least.abs() + 2.0**-24
+    error += (queries.shape[1] + 16) * 2.0**-22 * (left.lengths * length + last) + 1.01 * 2.0**-11 * least.abs()
+    error += 2.0**-22 * length / frame.spread + 2.0**-24
     # Exact values, which are summed in float64, and centred numbers are rounded by a share of those that they are from.
-    size = queries.abs() @ (frame.greatest + frame.centre.abs())
+    size = queries.abs().clamp(min=LEAST) @ (frame.greatest + frame.centre.abs()).clamp(min=LEAST)
     reached = queries.double() @ frame.centre.double() + factors * (least + error) + 2.0**-21 * size
     values, indices = _exact(queries, keys, k, query_ids, indices.sort(dim=1).values)
     return values, indices, values[:, -1] > reached
