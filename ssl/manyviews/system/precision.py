@@ -1,13 +1,12 @@
 """Precision of matrix products on a GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
-@contextmanager
-def tf32(wanted: bool = True) -> Iterator[None]:
+def tf32(wanted: bool = True) -> AbstractContextManager[None]:
     """Allows TF32 in float32 matrix products on GPUs while the context is open, if `wanted`.
 
     Tensor cores multiply TF32 some eight times as fast as float32, and add up in float32. The factors keep 10 of the 23
@@ -21,11 +20,13 @@ def tf32(wanted: bool = True) -> Iterator[None]:
         ...     torch.backends.cuda.matmul.fp32_precision
         'tf32'
     """
+    return _allowed() if wanted else nullcontext()
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    if not wanted or before == "tf32":
-        yield
-        return
     matmul.fp32_precision = "tf32"
     try:
         yield
