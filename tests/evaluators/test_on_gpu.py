@@ -218,3 +218,14 @@ def test_k_means_on_a_gpu_leaves_no_cluster_empty_where_rows_differ(log: Log) ->
     rows = torch.arange(12.0).repeat(2)[:, None].to("cuda")
     assert len(k_means(rows, 12, nearness="euclidean").unique()) == 12
     assert len(k_means(rows * 0, 3, nearness="euclidean").unique()) <= 3
+
+
+def test_the_probe_leaves_a_gpu_without_room_for_it_and_no_cpu(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = linear(TRAIN, TRAIN_LABELS, TEST, CLASSES, LinearSettings())
+    assert not log.launches
+    given = TRAIN.to("cuda"), TRAIN_LABELS, TEST.to("cuda"), CLASSES, LinearSettings()
+    monkeypatch.setattr(hardware, "free", lambda gpu: 1 << 30)
+    log.clear()
+    found = linear(*given)
+    assert log.launches.total() <= 2
+    assert torch.equal(found.predictions, expected.predictions)

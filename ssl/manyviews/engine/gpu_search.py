@@ -4,7 +4,7 @@
 the candidates again in float32. *A bound*: with q̃ and x̃ the rounded rows, |q·x − q̃·x̃| ≤ |q − q̃| |x| + |q̃| |x − x̃|
 (Cauchy and Schwarz). All four lengths are measured; to them comes what sums in float32 and the rounding of the result
 add. The result is proved for each query whose k-th best exact value is above the least candidate by more than that.
-*A frame* tightens the bound: keys are centred, and columns scaled so that queries and keys are equally long in each.
+*A frame* tightens the bound: queries and keys are centred, and columns scaled so that both are equally long in each.
 *No reading*: shapes depend on the sizes alone, so that the host never waits for the GPU.
 """
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manyviews.engine.candidates import Keys
@@ -29,6 +30,8 @@ WORK, SHARE = 1 << 40, 32
 """Products of numbers, and keys per neighbour, from which on candidates are faster than all products in float32."""
 SPARE = 32
 """Candidates beyond k, to which a quarter of k comes: so many may be nearer than the error of their products."""
+TINY, LEAST_SPREAD, LEAST = torch.finfo(torch.float32).tiny, 2.0**-6, 1e-12
+"""Least divisors, and the number below which squares may vanish."""
 LOW = 0xFFFFFFFF
 """Mask of the column in the code of a value and a column; the column is less."""
 
@@ -48,21 +51,37 @@ class Half(NamedTuple):
         # Lengths are sums of squares, with errors of their own.
         return cls(half, 1.001 * rows.norm(dim=1), 1.001 * (half.float() - rows).norm(dim=1))
 
+    def with_columns(self, columns: Tensor) -> "Half":
+        """Appends columns, and zeros up to a multiple of 8 numbers, which tensor cores take."""
+        rows = torch.cat([self.rows, columns], 1)
+        return self._replace(rows=F.pad(rows, (0, -rows.shape[1] % 8)))
+
 
 class Frame(NamedTuple):
-    """Where products of queries and keys are rounded: q·x = q·centre + (q · scales) · ((x − centre) · inverse)."""
+    """Where products of queries and keys are rounded.
+
+    q·x = q·centre + |q · scales| spread (v·y + o·y / spread), with y = (x − centre) · inverse and v = (u − o) / spread,
+    where u is q · scales at length 1. The second product is a number for each key, in two more columns: what float16
+    holds of it, and what remains.
+    """
 
     centre: Tensor
     scales: Tensor
     inverse: Tensor
+    origin: Tensor
+    spread: Tensor
+    greatest: Tensor
+    """Largest number of the keys in each column."""
 
     @classmethod
     def of(cls, queries: Tensor, keys: Keys) -> "Frame":
-        """Fits a frame: centred keys have a mean square length of 1, and columns are balanced."""
+        """Fits a frame: rows have a mean square length of 1, and columns are balanced."""
         count, dim = keys.rows.shape
-        centre, squares = queries.new_zeros(dim), queries.new_zeros(dim)
+        centre, squares, greatest = (queries.new_zeros(dim) for _ in range(3))
         for span in slices(0, count, COLUMNS):
-            centre += keys.part(span).scaled().sum(0) / count
+            rows = keys.part(span).scaled()
+            centre += rows.sum(0) / count
+            greatest = torch.maximum(greatest, rows.abs().amax(0))
         for span in slices(0, count, COLUMNS):
             squares += (keys.part(span).scaled() - centre).square_().sum(0) / count
         spread, wanted = squares.sqrt(), queries.square().mean(0).sqrt()
@@ -71,8 +90,30 @@ class Frame(NamedTuple):
         # A column of zeros on either side adds nothing.
         empty = ~((spread > 0) & (wanted > 0))
         scales, inverse = scales.masked_fill(empty, 0), inverse.masked_fill(empty, 0)
-        length = (squares * inverse.square()).sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        return cls(centre, scales * length, inverse / length)
+        length = (squares * inverse.square()).sum().sqrt().clamp(min=TINY)
+        scales, inverse = scales * length, inverse / length
+        units = queries * scales / (queries * scales).norm(dim=1, keepdim=True).clamp_(min=TINY)
+        origin = units.mean(0)
+        # A spread of nearly nothing would leave the range of float16.
+        deviation = (units - origin).square().sum(1).mean().sqrt().clamp(min=LEAST_SPREAD)
+        return cls(centre, scales, inverse, origin, deviation, greatest)
+
+    def queries(self, rows: Tensor) -> tuple[Half, Tensor]:
+        """Maps queries into the frame, and returns the factors of their products."""
+        rows = rows * self.scales
+        lengths = rows.norm(dim=1).clamp_(min=TINY)
+        half = Half.of((rows / lengths[:, None] - self.origin) / self.spread)
+        return half.with_columns(half.rows.new_ones(len(rows), 2)), lengths * self.spread
+
+    def keys(self, rows: Tensor) -> tuple[Half, Tensor]:
+        """Maps keys into the frame, and returns the greatest number of their last columns and of its rounding."""
+        rows = (rows - self.centre) * self.inverse
+        products = (rows * self.origin).sum(1, dtype=torch.float64).float() / self.spread
+        first = products.half()
+        second = (products - first.float()).half()
+        errors = products - first.float() - second.float()
+        half = Half.of(rows).with_columns(torch.stack([first, second], 1))
+        return half, torch.stack([products.abs().max(), errors.abs().max()])
 
 
 def pays(queries: Tensor, keys: Tensor, k: int) -> bool:
@@ -89,32 +130,30 @@ def search(queries: Tensor, keys: Keys, k: int, query_ids: Tensor | None) -> tup
         Values and indices, [queries, k], and whether each query's answer is proved; it means nothing where it is not.
     """
     frame, few = Frame.of(queries, keys), k + k // 4 + SPARE
-    # A query's length changes no order; products of unit rows with keys of length 1 stay within half precision.
-    scaled = queries * frame.scales
-    lengths = scaled.norm(dim=1).clamp_(min=torch.finfo(scaled.dtype).tiny)
-    left = Half.of(scaled / lengths[:, None])
+    left, factors = frame.queries(queries)
     best = left.rows.new_full((len(queries), few), -torch.inf)
     indices = torch.zeros(len(queries), few, dtype=torch.int64, device=queries.device)
-    # The greatest length of a key, of one in the frame, and of what rounding changed.
-    longest = queries.new_zeros(3)
+    # The greatest length of a key in the frame and of what rounding changed, and the same of its last columns.
+    longest = queries.new_zeros(4)
     with _sums_in_float32():
         for span in slices(0, len(keys.rows), COLUMNS):
-            rows = keys.part(span).scaled()
-            right = Half.of((rows - frame.centre) * frame.inverse)
-            greatest = torch.stack([rows.norm(dim=1).max(), right.lengths.max(), right.errors.max()])
-            longest = torch.maximum(longest, greatest)
-            for part in slices(0, len(queries), SCORES // len(rows)):
-                values, columns = most(left.rows[part] @ right.rows.T, min(few, len(rows)))
+            right, last = frame.keys(keys.part(span).scaled())
+            longest = torch.maximum(longest, torch.cat([torch.stack([right.lengths.max(), right.errors.max()]), last]))
+            count = len(right.rows)
+            for part in slices(0, len(queries), SCORES // count):
+                values, columns = most(left.rows[part] @ right.rows.T, min(few, count))
                 values = torch.cat([best[part], values], 1)
                 columns = torch.cat([indices[part], columns + span.start], 1)
                 best[part], chosen = values.topk(few, dim=1, sorted=False)
                 indices[part] = columns.gather(1, chosen)
-    dim, least = queries.shape[1], best.amin(1).float()
+    least, (length, rounding, last, remainder) = best.amin(1).double(), longest.double()
+    error = left.errors * length + (left.lengths + left.errors) * rounding + remainder
     # Tensor cores truncate where they add, hence 2⁻²² for 2⁻²⁴. float16 rounds by a share of 2⁻¹¹, or by 2⁻²⁵.
-    error = left.errors * longest[1] + (left.lengths + left.errors) * longest[2]
-    error += (dim + 16) * 2.0**-22 * left.lengths * longest[1] + 2.0**-11 * least.abs() + 2.0**-24
-    shift, size = queries @ frame.centre, queries.norm(dim=1) * (longest[0] + frame.centre.norm())
-    reached = shift + lengths * (least + error) + (dim + 16) * 2.0**-22 * size
+    error += (queries.shape[1] + 16) * 2.0**-22 * (left.lengths * length + last) + 1.01 * 2.0**-11 * least.abs()
+    error += 2.0**-22 * length / frame.spread + 2.0**-24
+    # Exact values, which are summed in float64, and centred numbers are rounded by a share of those that they are from.
+    size = queries.abs().clamp(min=LEAST) @ (frame.greatest + frame.centre.abs()).clamp(min=LEAST)
+    reached = queries.double() @ frame.centre.double() + factors * (least + error) + 2.0**-21 * size
     values, indices = _exact(queries, keys, k, query_ids, indices.sort(dim=1).values)
     return values, indices, values[:, -1] > reached
 

@@ -135,7 +135,7 @@ def _project(head: nn.Module, features: Tensor) -> Tensor:
     """The output of a projection head, float32 on the CPU."""
     device = _device()
     head = head.to(device).eval()
-    return torch.cat([head(part.to(device)).float().cpu() for part in features.split(HEAD_BATCH)])
+    return torch.cat([head(part.to(device)).float() for part in features.split(HEAD_BATCH)]).cpu()
 
 
 def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) -> Evaluation:

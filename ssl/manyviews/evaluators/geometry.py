@@ -172,9 +172,9 @@ def two_views(
         for part in ids.split(batch_size):
             pixels = images.read(part).to(device).expand(-1, channels, -1, -1)
             one, other, *_ = views(pixels, part.to(device), 0)
-            first.append(backbone(one).float().cpu())
-            second.append(backbone(other).float().cpu())
-    return torch.cat(first), torch.cat(second)
+            first.append(backbone(one).float())
+            second.append(backbone(other).float())
+    return torch.cat(first).cpu(), torch.cat(second).cpu()
 
 
 class Pixels(nn.Module):

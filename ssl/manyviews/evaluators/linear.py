@@ -74,11 +74,12 @@ def linear(
     """Predicts the test images by logistic regression on all training images.
 
     The strength is chosen on held-out training images, `share` of each class; equal validation accuracies go to the
-    stronger regularisation. Training images labelled −1 are left out. All is computed on the GPU, if there is one with
-    room for it; the predictions are on the CPU.
+    stronger regularisation. Training images labelled −1 are left out. All is computed where the training features are,
+    or on the CPU if they are on a GPU without room for it; the predictions are on the CPU.
     """
-    # Beside the features their standardised and rotated copies, and five arrays of logits.
-    train = placed(train, 3, 20 * max(MOST_LOGITS, len(train) * classes) + 8 * MOST_REMEMBERED)
+    if train.device.type == "cuda":
+        # Beside the features there are standardised and rotated ones, and five arrays of logits.
+        train = placed(train, 3, 20 * max(MOST_LOGITS, len(train) * classes) + 8 * MOST_REMEMBERED)
     strengths = sorted(settings.regularisations, reverse=True)
     best = min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / UNCHOSEN)))
     validation, start, axes = None, None, None
