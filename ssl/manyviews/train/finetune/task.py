@@ -171,7 +171,10 @@ def model_input(
 ) -> Float[Tensor, "batch _ height width"]:
     """Converts views to the channels, mean and std of the backbone's input."""
     shape = (1, -1, 1, 1)
-    mean, std = (torch.tensor(value, device=views.device).view(shape) for value in (opened.mean, opened.std))
+    # Copies that do not block: made on a GPU, the host would wait for it.
+    mean, std = (
+        torch.tensor(value).to(views.device, non_blocking=True).view(shape) for value in (opened.mean, opened.std)
+    )
     return views.expand(-1, opened.channels, -1, -1) * (STD / std) + (MEAN - mean) / std
 
 
