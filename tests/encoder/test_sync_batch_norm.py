@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+import timm
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
+from manyviews.encoder import sync_batch_norm
+from manyviews.encoder.sync_batch_norm import SyncBatchNorm, synchronise_batch_norms
 from manyviews.system import distributed
 from manyviews.system.launch import start
 from pretend_cuda import pretend_cuda
@@ -63,3 +66,24 @@ def test_norms_of_two_gpus_are_those_of_the_whole_batch_and_wait_for_nothing(tmp
             found = ranks[0][name]
             assert torch.equal(found, ranks[1][name]), name
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_process_computes_as_before_with_the_same_keys(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).train(training)
+    images, keys = torch.randn(4, 3, 32, 32), [*model.state_dict()]
+    expected = model(images)
+    synchronised = synchronise_batch_norms(model)
+    norms = [child for child in synchronised.modules() if isinstance(child, nn.SyncBatchNorm)]
+    assert norms
+    assert all(isinstance(norm, SyncBatchNorm) for norm in norms)
+    assert [*synchronised.state_dict()] == keys
+    torch.testing.assert_close(synchronised(images), expected)
+
+
+def test_torchs_own_layers_stay_where_torch_lacks_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_batch_norm, "KERNELS", ("stats", "of_the_future"))
+    found = synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(3)))
+    assert type(found[0]) is nn.SyncBatchNorm
