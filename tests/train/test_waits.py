@@ -14,7 +14,7 @@ from manyviews.train.step import StepResult
 from pretend_cuda import Log, pretend_cuda
 
 BATCH = 24
-SMALL = [f"train.batch_size={BATCH}", "train.precision=fp32"]
+SMALL = [f"train.batch_size={BATCH}", "train.precision=fp32", "train.images_per_class=null"]
 
 
 def images() -> InMemory:
@@ -23,15 +23,15 @@ def images() -> InMemory:
     return array_split("images", pixels, torch.arange(96) % 4, "0123")
 
 
-def log_and_results(name: str, *args: str, count: int = 2, per_class: str = "null") -> tuple[Log, list[StepResult]]:
+def log_and_results(name: str, *args: str, count: int = 2) -> tuple[Log, list[StepResult]]:
     """Some training steps of a recipe on the pretend GPU: the log of the last one, and the results of all."""
     with pretend_cuda() as log:
-        return log, steps(name, *args, count=count, log=log, per_class=per_class)
+        return log, steps(name, *args, count=count, log=log)
 
 
-def steps(name: str, *args: str, count: int = 2, log: Log | None = None, per_class: str = "null") -> list[StepResult]:
+def steps(name: str, *args: str, count: int = 2, log: Log | None = None) -> list[StepResult]:
     """Runs some training steps of a recipe, on the device that torch sees."""
-    loaded = load(recipe.Recipe, recipe.find(name), [*SMALL, f"train.images_per_class={per_class}", *args])
+    loaded = load(recipe.Recipe, recipe.find(name), [*SMALL, *args])
     accelerator, data = start(BATCH, loaded.train.precision, 1), images()
     loaded = loaded.model_copy(update={"views": loaded.views.resolve(size=data.size, channels=data.channels)})
     components = build(loaded, accelerator, data)
@@ -56,11 +56,3 @@ def test_the_steps_of_every_recipe_are_those_of_the_cpu(name: str) -> None:
         assert result.loss.total.device.type == "cuda"
         torch.testing.assert_close(result.loss.total.cpu(), expected.loss.total, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(result.embeddings.cpu(), expected.embeddings, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", recipe.names())
-def test_no_objective_makes_the_host_wait(name: str) -> None:
-    # A batch of 24 images of four classes has 6 of each, no more than the 8 that bound them.
-    of_classes = load(recipe.Recipe, recipe.find(name)).ids == "labels"
-    log, _ = log_and_results(name, per_class="8" if of_classes else "null")
-    assert not [line for line in log.waits if line.startswith(("objectives/", "engine/"))], str(log)
