@@ -48,7 +48,7 @@ STAGES = {
     2: Stage("equality", 75, "the GPU computes what the CPU computes"),
     3: Stage("resume", 60, "an interrupted run ends with the same bits"),
     4: Stage("waits", 70, "host waits and launches of a step"),
-    5: Stage("training", 120, "pretraining, from the encoder alone to the whole run"),
+    5: Stage("training", 130, "pretraining, from the encoder alone to the whole run"),
     6: Stage("engine", 40, "softmax over many candidates"),
     7: Stage("decoding", 25, "decoding on the machine's cores"),
     8: Stage("views", 20, "views"),

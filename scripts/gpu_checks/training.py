@@ -1,9 +1,7 @@
 """Stage 5: images per second from the encoder alone to the whole run, from memory and JPEG, with the busy share."""
 
-import itertools
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -42,7 +40,7 @@ CASES = (
 )
 SMALL = (Case("light_resnet", 12, 4, 1, files=True),)
 LOOKS = 5
-"""Looks at the clock after the first one; the median of the spans counts."""
+"""Spans that are measured."""
 
 
 def rows(setup: Setup) -> Iterator[Row]:
@@ -59,9 +57,7 @@ def _name(case: Case) -> str:
 def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     name = _name(case)
     images: Images = images_in_memory(setup.pick(max(8 * case.batch, 2048), 4 * case.batch), case.size)
-    steps = case.each * (LOOKS + 3)
-    words = [*steps_of(steps, case.batch, images), f"train.log_every={case.each}", f"encoder.name={case.encoder}"]
-    components = prepared(None, [*words, *case.words], images)
+    components = prepared(None, _words(case, images, LOOKS + 4), images)
     components.forward.train()
     if setup.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -80,17 +76,25 @@ def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     yield _share(f"{name}: with views", _rate(setup, case, viewed), alone)
     loads = iter(_loader(components, images))
     yield _share(f"{name}: with loader", _rate(setup, case, partial(_step, components, loads)), alone)
-    rate, busy = _whole(setup, case, components, images)
+    rate, busy = _whole(setup, case, components, images, LOOKS + 4, 1)
     yield _share(f"{name}: whole run from memory", rate, alone, FROM_MEMORY, busy)
     if not case.files:
         return
     folder = write_pictures(setup.folder.parent / "pictures", setup.pick(4096, 64))
     images = Folder(path=str(folder), size=case.size, memory=0, holdout=0).build(workers=os.cpu_count() or 1).train
-    words = [*steps_of(steps, case.batch, images), f"train.log_every={case.each}", f"encoder.name={case.encoder}"]
     workers = setup.pick(os.cpu_count() or 1, 1)
-    components = prepared(None, [*words, f"train.workers={workers}", *case.words], images)
-    rate, busy = _whole(setup, case, components, images)
+    # All workers bring their first batches at once: only after the second ones is the rate that of decoding.
+    looks = max(LOOKS + 4, 4 * workers // case.each)
+    words = [*_words(case, images, looks), f"train.workers={workers}"]
+    components = prepared(None, words, images)
+    rate, busy = _whole(setup, case, components, images, looks, looks // 2)
     yield _share(f"{name}: whole run from JPEG", rate, alone, FROM_JPEG, f"{busy}, {workers} workers".strip(", "))
+
+
+def _words(case: Case, images: Images, looks: int) -> list[str]:
+    """The settings of a run with so many lines of metrics, the first of them after the first step."""
+    steps = steps_of(case.each * (looks - (case.each > 1)), case.batch, images)
+    return [*steps, f"train.log_every={case.each}", f"encoder.name={case.encoder}", *case.words]
 
 
 def _share(what: str, rate: float, alone: float, goal: float | None = None, note: str = "") -> Row:
@@ -127,25 +131,31 @@ def _rate(setup: Setup, case: Case, work: Callable[[], object]) -> float:
     return case.each * case.batch / setup.seconds(span, repetitions=LOOKS)
 
 
-def _whole(setup: Setup, case: Case, components: Components, images: Images) -> tuple[float, str]:
-    """Images per second of the loop of pretraining between its lines of metrics, and the share that the GPU is busy."""
-    looks: list[float] = []
+def _whole(
+    setup: Setup, case: Case, components: Components, images: Images, looks: int, warm: int
+) -> tuple[float, str]:
+    """Images per second of the loop of pretraining, and the share of time that the GPU is busy, between metrics.
+
+    There are so many looks at the clock, of which the first `warm` do not count; the last span but one is profiled.
+    """
+    times: list[float] = []
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if setup.cuda else None
-    shares: list[float] = []
+    begun, shares = 0.0, list[float]()
 
     def look(_: Mapping[str, float]) -> None:
+        nonlocal begun
         setup.wait()
-        looks.append(time.perf_counter())
-        # The first spans are the warm-up; the profiler, which costs a little, sees a later one that does not count.
-        if profiler is not None and len(looks) == LOOKS + 1:
+        times.append(time.perf_counter())
+        if profiler is not None and len(times) == looks - 2:
             profiler.start()
-        if profiler is not None and len(looks) == LOOKS + 2:
+            begun = time.perf_counter()
+        if profiler is not None and len(times) == looks - 1:
             profiler.stop()
-            shares.append(on_device(profiler)[1] / (looks[-1] - looks[-2]))
+            shares.append(on_device(profiler)[1] / (times[-1] - begun))
 
     folder: Path = setup.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
     run_loop(components, images, folder, look)
-    spans = [end - begin for begin, end in itertools.pairwise(looks)][1 : LOOKS + 1]
+    seconds = times[looks - 3] - times[warm]
     note = f"GPU busy {shares[0]:.0%}" if shares else ""
-    return case.each * case.batch / statistics.median(spans), note
+    return (looks - 3 - warm) * case.each * case.batch / seconds, note
