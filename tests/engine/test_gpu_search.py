@@ -19,6 +19,7 @@ QUERIES, KEYS, DIM = 230, 5300, 24
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates pay for small problems, which take several tiles of keys and of queries, the last ones not full."""
     monkeypatch.setattr(gpu_search, "WORK", 1)
+    monkeypatch.setattr(gpu_search, "SHARE", 32)
     monkeypatch.setattr(gpu_search, "COLUMNS", 2048)
     monkeypatch.setattr(gpu_search, "SCORES", 100 * 2048)
     monkeypatch.setattr(gpu_search, "NUMBERS", 50 * 64 * DIM)
@@ -188,3 +189,14 @@ def test_codes_keep_values_and_order() -> None:
     expected = scores.sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, expected.values)
     assert torch.equal(columns, expected.indices)
+
+
+def test_candidates_are_taken_for_imagenet_and_not_for_few_keys_or_many_neighbours(log: Log) -> None:
+    queries, keys = torch.empty(50_000, 1, device="cuda"), torch.empty(1_280_000, 1, device="cuda")
+    wide = queries.expand(-1, 2048), keys.expand(-1, 2048)
+    assert gpu_search.pays(*wide, 200)
+    # Exact values of so many candidates would take longer than all products.
+    assert not gpu_search.pays(*wide, 10_000)
+    assert not gpu_search.pays(queries, keys[:10_000], 20)
+    assert not gpu_search.pays(queries.double(), keys.double(), 20)
+    assert not gpu_search.pays(*(rows[:10].cpu() for rows in wide), 1)

@@ -26,8 +26,9 @@ COLUMNS = 1 << 16
 """Keys of a tile."""
 NUMBERS = 1 << 27
 """Numbers of the candidates' rows in memory at a time: 512 MiB."""
-WORK, SHARE = 1 << 40, 32
-"""Products of numbers, and keys per neighbour, from which on candidates are faster than all products in float32."""
+WORK, SHARE = 1 << 40, 1 << 8
+"""Products of numbers, and keys per neighbour, from which on candidates are faster than all products in float32: by
+calculation the exact value of a candidate takes as long as some 200 products."""
 SPARE = 32
 """Candidates beyond k, to which a quarter of k comes: so many may be nearer than the error of their products."""
 TINY, LEAST_SPREAD, LEAST = torch.finfo(torch.float32).tiny, 2.0**-6, 1e-12
