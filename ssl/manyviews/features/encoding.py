@@ -20,7 +20,7 @@ from manyviews.data.decoding.files import Files
 from manyviews.data.images import Images, Readable
 from manyviews.data.loader import copied_ahead
 from manyviews.features.backbone import PretrainedBackbone
-from manyviews.features.placing import fits
+from manyviews.features.placing import fits, placed_on_all_ranks
 from manyviews.system import distributed
 from manyviews.system.background import HostCopy
 from manyviews.system.console import Console
@@ -155,7 +155,7 @@ def extract(
     local = local[:count]
     if distributed.world_size() > 1:
         # Shares are consecutive: the rank order is that of the ids.
-        local = distributed.gather_without_gradient(_placed_on_all_ranks(local, len(chosen), device))
+        local = distributed.gather_without_gradient(placed_on_all_ranks(local, len(chosen), device))
         assert len(local) == len(chosen), f"{len(local)} features for {len(chosen)} images"
     check_finite(local)
     return local if keep else local.cpu()
@@ -237,15 +237,6 @@ def check_finite(features: Tensor) -> None:
 
 def _map_tensors(function: Callable[[Any], Any], outputs: Any) -> Any:
     return {name: function(rows) for name, rows in outputs.items()} if isinstance(outputs, dict) else function(outputs)
-
-
-def _placed_on_all_ranks(local: Tensor, count: int, device: torch.device) -> Tensor:
-    """This rank's features on the device if all of them fit there on each rank, else on the CPU; collective."""
-    if device.type != "cuda":
-        return local.to(device)
-    # Those of the ranks, padded to one length, then those of all.
-    needed = 3 * count * local.shape[1] * local.element_size()
-    return local.to("cpu" if distributed.any_over_ranks(not fits(needed, device)) else device)
 
 
 def _check_vectors(count: int, rows: Tensor) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from manyviews.system import hardware
+from manyviews.system import distributed, hardware
 
 SHARE = 0.9
 """Share of a GPU's free memory that features, and what is computed from them, may take."""
@@ -24,6 +24,15 @@ def placed(features: Tensor, copies: int = 1, work: int = 0) -> Tensor:
 def fits(count: int, gpu: torch.device, there: int = 0) -> bool:
     """Whether a GPU has memory for so many bytes, of which some are `there` already."""
     return count <= SHARE * (hardware.free(gpu) + there)
+
+
+def placed_on_all_ranks(local: Tensor, count: int, device: torch.device) -> Tensor:
+    """Moves own rows to the device if `count` rows, of all ranks, fit on each; collective."""
+    if device.type != "cuda":
+        return local.to(device)
+    # Those of the ranks, padded to one length, then those of all.
+    needed = 3 * count * local.shape[1] * local.element_size()
+    return local.to("cpu" if distributed.any_over_ranks(not fits(needed, device)) else device)
 
 
 def gpu_of_this_process() -> torch.device | None:
