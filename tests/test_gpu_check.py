@@ -21,7 +21,7 @@ import pretend_cuda
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import gpu_check
-from gpu_checks import engine, equality, launches, training, views, waits
+from gpu_checks import engine, equality, evaluation, evaluators, launches, training, views, waits
 from gpu_checks.measure import Row, Setup, attempted, error
 
 ROOT = Path(__file__).parents[1]
@@ -136,9 +136,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield log
 
 
-def test_objectives_engine_and_views_agree_on_the_pretend_gpu(gpu: Any, tmp_path: Path) -> None:
+def test_everything_agrees_on_the_pretend_gpu(gpu: Any, tmp_path: Path) -> None:
     setup = Setup(torch.device("cuda"), True, tmp_path)
-    parts = (equality.objectives, equality.engine, equality.views, launches.rows)
+    parts = (equality.objectives, equality.engine, equality.views, evaluators.rows, launches.rows)
     rows = [row for part in parts for row in part(setup)]
     assert gpu.launches.total() > 1000
     assert not [(row.what, row.value, row.note) for row in rows if row.holds is False]
@@ -156,7 +156,7 @@ def test_waits_are_counted_by_place_in_steps_that_write_a_line(gpu: Any, tmp_pat
 
 def test_stages_that_measure_run_on_the_pretend_gpu(gpu: Any, tmp_path: Path) -> None:
     setup = Setup(torch.device("cuda"), True, tmp_path)
-    rows = [row for module in (engine, training, views) for row in module.rows(setup)]
+    rows = [row for module in (engine, training, views, evaluation) for row in module.rows(setup)]
     assert not [(row.what, row.note) for row in rows if row.check and row.holds is False]
     assert [row for row in rows if "GPU busy" in row.note]
     assert next(row for row in rows if "memory" in row.what).unit == "GiB"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from gpu_checks.measure import Row, Setup
+from manyviews.system.precision import tf32
 
 GIGABYTE = 1e9
 
@@ -37,9 +38,5 @@ def gemm(setup: Setup, precision: str = "bf16") -> float:
         for _ in range(several):
             torch.mm(left, right, out=result)
 
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "TF32" else "ieee"
-    try:
+    with tf32(precision == "TF32"):
         return several * 2 * side**3 / setup.seconds(work)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

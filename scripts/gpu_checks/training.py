@@ -62,7 +62,7 @@ def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     if setup.cuda:
         torch.cuda.reset_peak_memory_stats()
     batch = next(iter(_loader(components, images)))
-    pixels, ids = batch.images.to(setup.device), batch.ids.to(setup.device)
+    pixels, ids = batch.images, batch.ids
     views = components.views(pixels, ids, 0)
     alone = _rate(setup, case, partial(_pass, components, views))
     yield Row(f"{name}: encoder alone", alone, "images/s", note=f"two views of {case.batch} images, bf16 on a GPU")
@@ -105,7 +105,7 @@ def _share(what: str, rate: float, alone: float, goal: float | None = None, note
 
 
 def _loader(components: Components, images: Images) -> Loader:
-    return Loader(images, batches(components.recipe, images, 1))
+    return Loader(images, batches(components.recipe, images, 1), device=components.accelerator.device)
 
 
 def _pass(components: Components, views: torch.Tensor) -> None:
@@ -116,8 +116,7 @@ def _pass(components: Components, views: torch.Tensor) -> None:
 
 def _step(components: Components, loads: Iterator[Batch]) -> None:
     images, ids, epoch = next(loads)
-    device = components.accelerator.device
-    views = components.views(images.to(device, non_blocking=True), ids.to(device, non_blocking=True), epoch)
+    views = components.views(images, ids, epoch)
     _pass(components, views)
 
 
