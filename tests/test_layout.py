@@ -204,7 +204,8 @@ def test_every_command_in_the_docs_names_scripts_and_keys_that_exist() -> None:
     }
     checked = 0
     for line in commands():
-        assert not line.startswith("python scripts/"), f"docs name the installed command: {line}"
+        spelled = line.startswith(tuple(f"python scripts/{name}.py" for name in models))
+        assert not spelled, f"docs name the installed command: {line}"
         match = re.search(r"(?:scripts/|manyviews )(\w+)(?:\.py)?(.*)", line)
         if not match:
             continue
