@@ -23,8 +23,9 @@ quickstart: .venv/installed
 	$(BIN)/manyviews extract runs/quickstart output=runs/features
 	$(BIN)/manyviews finetune runs/quickstart fraction=0.1 resume=true
 
+# By file, so that no two processes build the same fixtures.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow

@@ -120,6 +120,7 @@ def test_every_benchmark_is_tested_here_or_in_a_file_of_its_own() -> None:
     assert names - tested == elsewhere
 
 
+@pytest.mark.slow
 def test_bank_compares_steps_of_the_bank_with_the_original_and_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,12 +231,14 @@ def test_linear_stands_beside_scikit_learn_on_the_same_features(
     assert "accuracy %" in lightly or "pip install" in lightly["seconds"]
 
 
+@pytest.mark.slow
 def test_mining_stands_beside_the_rival(tmp_path: Path) -> None:
     rows = rows_of("mining", tmp_path, "--sizes", "32")
     assert [row["loss"] for row in rows if row["by"] == mining.OURS] == list(mining.CASES)
     assert all(row["times ours"] == 1 for row in rows if row["by"] == mining.OURS)
 
 
+@pytest.mark.slow
 def test_negatives_are_counted_beside_the_accuracy_and_verdicts_name_the_order(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

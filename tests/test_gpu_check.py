@@ -54,6 +54,7 @@ def test_all_stages_run_in_small_on_a_cpu_and_are_not_repeated(
     assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_stage_beyond_its_limit_is_cut_off_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def measured_by_the_cpu(run: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gpus_measure_what_the_cpu_measures(count: int, run: Path, measured_by_the_cpu: Path, tmp_path: Path) -> None:
     folders = measured_by_the_cpu, shutil.copytree(run, tmp_path / "gpu")
     args = [str(folders[1]), *FEW, *PROTOCOL, *PAIRS, TASKS, METRIC]

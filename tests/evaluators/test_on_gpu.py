@@ -179,7 +179,12 @@ def test_features_are_placed_on_the_gpu_where_they_fit(log: Log, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("room", "metric"),
-    [(80 << 30, None), (4 * TRAIN.nbytes, Mahalanobis()), (2 * TRAIN.nbytes // 3, Euclidean()), (0, None)],
+    [
+        (4 * TRAIN.nbytes, Mahalanobis()),
+        pytest.param(80 << 30, None, marks=pytest.mark.slow),
+        pytest.param(2 * TRAIN.nbytes // 3, Euclidean(), marks=pytest.mark.slow),
+        pytest.param(0, None, marks=pytest.mark.slow),
+    ],
 )
 def test_all_tasks_together_measure_the_same_whatever_fits_on_the_gpu(
     room: int, metric: Any, monkeypatch: pytest.MonkeyPatch

@@ -349,7 +349,9 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda size: f"{size} processes"
+)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
     # Those of the tests that were chosen.

@@ -82,6 +82,7 @@ def test_help_lists_it_with_its_keys(trained: tuple[Path, str, str]) -> None:
     assert "Of the uniformity, beside the alignment." in help_text
 
 
+@pytest.mark.slow
 def test_it_enters_the_tests_of_all_objectives_by_itself(source: Path) -> None:
     tests = [f"tests/objectives/{name}.py" for name in ("test_contract", "test_cost")]
     said = run(source, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "uniformity")

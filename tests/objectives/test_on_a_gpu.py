@@ -159,7 +159,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} GPUs")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda size: f"{size} GPUs")
 def gpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder, size = tmp_path_factory.mktemp("gpus"), request.param
     names = list(CASES) if size == 2 else list(OBJECTIVES)
@@ -186,6 +186,7 @@ def test_several_gpus_wait_no_more_than_one(gpus: list[dict[str, Any]]) -> None:
             assert trained["waits"] == len(BATCHES) * waits(CASES[name]) + (name == "bank, nce, first Z"), name
 
 
+@pytest.mark.slow
 def test_the_budget_would_not_hold_tiles_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "tile_numbers", lambda device, on_cpu: (1 << 18) // 1024)
     with pretend_cuda() as log:

@@ -240,7 +240,7 @@ def test_an_indivisible_batch_names_a_batch_that_divides(tmp_path: object) -> No
 @pytest.mark.parametrize(
     ("parts", "machines"),
     [
-        (["accelerate launch", "--num_machines 2"], 2),
+        pytest.param(["accelerate launch", "--num_machines 2"], 2, marks=pytest.mark.slow),
         pytest.param(["torchrun", "--nnodes 2"], 2, marks=pytest.mark.slow),
         pytest.param(["torchrun --standalone", "pretrain.py"], 1, marks=pytest.mark.slow),
     ],
