@@ -25,7 +25,7 @@ from manyviews.system import distributed
 from manyviews.system.launch import start
 from manyviews.train import pretrain, step
 from manyviews.train.components import Components, batches, build, cautions, label_names
-from manyviews.train.pretrain import compile_encoder, gradient, train_step
+from manyviews.train.pretrain import gradient, train_step, warm_up
 from manyviews.train.step import StepResult, num_chunks
 from processes import launched
 
@@ -243,7 +243,7 @@ def test_compiling_before_the_first_step_leaves_no_trace(name: str) -> None:
 
     ids, built, other = torch.arange(12), components(*OBJECTIVES[name], *NORMED), components(*OBJECTIVES[name], *NORMED)
     before = state(built)
-    compile_encoder(compiling(built), images(), batches(built.recipe, images(), 1))
+    warm_up(compiling(built), images(), batches(built.recipe, images(), 1))
     torch.testing.assert_close(state(built), before, rtol=0, atol=0, equal_nan=True)
     assert all(parameter.grad is None for parameter in (*built.encoder.parameters(), *built.objective.parameters()))
     for one in (built, other):
@@ -268,9 +268,9 @@ def test_what_cannot_be_compiled_is_said_before_the_first_step(
     built = components()
     monkeypatch.setattr(pretrain, "gradient", broken)
     order = batches(built.recipe, images(), 1)
-    compile_encoder(built, images(), order)
+    warm_up(built, images(), order)
     with pytest.raises(ValueError, match=rf"compiled here \({said}\); it takes a C\+\+ compiler .* leave train"):
-        compile_encoder(compiling(built), images(), order)
+        warm_up(compiling(built), images(), order)
 
 
 def in_a_process_of_its_own(call: str) -> None:
@@ -301,7 +301,7 @@ def check_that_a_run_compiles_nothing(*words: str) -> None:
         built = components("train.compile=true", "train.batch_size=12", "train.drop_last=false", *words)
     order = batches(built.recipe, images(), 1)
     assert [len(order.batch(number)[1]) for number in range(3)] == [12, 12, 6]
-    compile_encoder(built, images(), order)
+    warm_up(built, images(), order)
     before = len(graphs)
     assert before >= 2
     for number in range(6):

@@ -29,7 +29,7 @@ from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
-from manyviews.train.pretrain import compile_encoder, train, train_step
+from manyviews.train.pretrain import train, train_step, warm_up
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
@@ -77,7 +77,7 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     split, order, components, resumed = setup.split, setup.order, setup.components, setup.checkpoint
     settings, first = components.recipe.train, distributed.rank() == 0
     first_step = resumed.step if resumed else 0
-    compile_encoder(components, split.train, order)
+    warm_up(components, split.train, order)
     budget = {"epochs": (first_step + STEPS) / order.steps_per_epoch, "minutes": None, "log_every": 1}
     short = settings.model_copy(update=budget | {"monitor": min(settings.monitor, 1)})
     short_run = components._replace(recipe=components.recipe.model_copy(update={"train": short, "output": str(folder)}))

@@ -64,7 +64,7 @@ def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path
     with folder_lock(folder, partial(check_content, folder, resume=recipe.resume), console.warn) as lock_again:
         setup = make_setup(recipe, accelerator, folder, console, train_step)
         components, images, order, checkpoint = setup.components, setup.split.train, setup.order, setup.checkpoint
-        compile_encoder(components, images, order)
+        warm_up(components, images, order, resumed=checkpoint is not None)
         settings = recipe.train
         saver = Saver(folder / CHECKPOINTS, keep=settings.keep, keep_best=settings.keep_best, warn=console.warn)
         opening = partial(open_run, setup, folder, console, header, lock_again)
@@ -172,19 +172,24 @@ def gradient(
     return StepResult(Loss(loss.total.detach(), loss.terms), embeddings.detach(), named, targets)
 
 
-def compile_encoder(components: Components, images: Images, order: Order) -> None:
-    """With train.compile=true, compiles the encoder for the batches of an epoch; collective.
+def warm_up(components: Components, images: Images, order: Order, *, resumed: bool = False) -> None:
+    """Passes batches before the run and drops their gradients, where a run needs that; collective.
 
-    The last batch of an epoch may be smaller, and the chunks of a batch unequal: each length is compiled here, and
-    none in the run.
+    With train.compile=true the encoder is compiled for the batches of an epoch. The last batch may be smaller, and the
+    chunks of a batch unequal: each length is compiled here, and none in the run. A run that is resumed on several ranks
+    passes a batch, since DDP orders its buckets anew after the first one, and with them the sums of three ranks.
 
     Raises:
         ValueError: if it cannot be compiled; earlier than in a run, whose folder would exist by then.
     """
-    if not components.recipe.train.compile:
+    compiled = components.recipe.train.compile
+    if not compiled and not (resumed and distributed.world_size() > 1):
         return
     buffers = KeptBuffers(components.encoder, components.twin)
-    device, batches = components.accelerator.device, [order.batch(step)[1] for step in (0, order.steps_per_epoch - 1)]
+    device, batches = (
+        components.accelerator.device,
+        [order.batch(step)[1] for step in ((0, order.steps_per_epoch - 1) if compiled else (0,))],
+    )
     components.forward.train()
     try:
         for batch in {len(batch): batch for batch in batches}.values():
@@ -193,7 +198,9 @@ def compile_encoder(components: Components, images: Images, order: Order) -> Non
     except (RuntimeError, OSError, ImportError) as problem:
         # The compiler's errors are RuntimeErrors of a private module.
         kinds = [kind.__module__ for kind in type(problem).__mro__]
-        if isinstance(problem, RuntimeError) and not any(kind.startswith("torch._dynamo") for kind in kinds):
+        if not compiled or (
+            isinstance(problem, RuntimeError) and not any(kind.startswith("torch._dynamo") for kind in kinds)
+        ):
             raise
         reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise ValueError(

@@ -43,6 +43,7 @@ from manyviews.train.finetune.folder import (
 from manyviews.train.finetune.result import measure
 from manyviews.train.finetune.settings import FinetuneSettings
 from manyviews.train.finetune.task import Task, first_model, fitted_probe, model_input, task_of
+from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.not_finite import Guard, SkippedSteps
 from manyviews.train.session import OnMetrics, Session, end, open_session, wrap
 
@@ -160,6 +161,14 @@ def train(
     if not step and settings.mode == "linear_then_full":
         check()
     train_mode(model)
+    if checkpoint is not None and size > 1:
+        # DDP orders its buckets anew after the first pass, as when the run started; sums of three ranks depend on it.
+        kept, ids = KeptBuffers(model), order.batch(0)[1][distributed.share(task.batch_size)]
+        inputs = model_input(task.opened, views(task.images.read(ids).to(device), ids.to(device), 0)[0])
+        with draws_of(settings.seed, 0):
+            accelerator.backward(forward(inputs).float().square().mean())
+        optimiser.zero_grad()
+        kept.restore()
     with session.console.bar():
         for images, ids, epoch in loader:
             # At least one step.

@@ -141,8 +141,8 @@ def outputs(
     `report` is called with the number of images that are done, and of all.
     """
     if distributed.world_size() > 1:
-        # The running statistics differ between ranks.
-        distribute_bn(model, distributed.world_size(), reduce=True)
+        # The running statistics differ between ranks; those of rank 0 are saved, so that a resume measures the same.
+        distribute_bn(model, distributed.world_size(), reduce=False)
     device, workers = next(model.parameters()).device, task.settings.workers
     done, total = 0, len(images) if ids is None else len(ids)
 
