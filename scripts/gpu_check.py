@@ -57,9 +57,9 @@ STAGES = {
 Record = dict[str, Any]
 
 
-def main(words: Sequence[str]) -> int:
+def main(args: Sequence[str]) -> int:
     """Runs the stages, prints the table, and returns the exit status."""
-    options = _parser().parse_args(words)
+    options = _parser().parse_args(args)
     if options.worker is not None:
         _work(options.stages, options.device, options.output, options.worker)
         return 0
@@ -233,8 +233,8 @@ def _commit() -> str:
 
 def _read(output: Path) -> dict[int, Record]:
     files = [output / f"{number}-{stage.name}.json" for number, stage in STAGES.items()]
-    found = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
-    return {record["stage"]: record for record in found}
+    records = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
+    return {record["stage"]: record for record in records}
 
 
 def _write(output: Path, record: Record) -> None:

@@ -58,16 +58,16 @@ def rows(setup: Setup) -> Iterator[Row]:
 def objectives(setup: Setup) -> Iterator[Row]:
     """Loss, gradient and state after two steps, for each recipe and variant."""
     cases = [(name, load(Recipe, recipes.find(name))) for name in recipes.names()]
-    cases += [(name, load(Recipe, None, list(words))) for name, words in VARIANTS.items()]
+    cases += [(name, load(Recipe, None, list(args))) for name, args in VARIANTS.items()]
     for name, recipe in cases:
         yield from attempted(f"objective: {name}", partial(_objective, setup, name, recipe))
 
 
 def _objective(setup: Setup, name: str, recipe: Recipe) -> Iterator[Row]:
     with torch.random.fork_rng(devices=[]):
-        expected, found = (_two_steps(recipe, device, setup) for device in (torch.device("cpu"), setup.device))
+        expected, actual = (_two_steps(recipe, device, setup) for device in (torch.device("cpu"), setup.device))
     narrow = getattr(recipe.objective, "storage", "float32") != "float32"
-    errors = {part: error(found[part], expected[part]) for part in expected}
+    errors = {part: error(actual[part], expected[part]) for part in expected}
     note = ", ".join(f"{part} {value:.1e}" for part, value in errors.items())
     yield agreement(f"objective: {name}", max(errors.values()), SIXTEEN_BITS if narrow else TOLERANCE, note)
 
@@ -126,11 +126,11 @@ def engine(setup: Setup) -> Iterator[Row]:
         worst = max(error(*pair) for pair in pairs)
         yield agreement(f"log-sum-exp: {name}", worst, SIXTEEN_BITS if narrow else TOLERANCE)
     neighbours = setup.pick(200, 5)
-    found, expected = (
+    actual, expected = (
         top_k(rows[:count].to(device), rows[count:].to(device), neighbours) for device in (setup.device, "cpu")
     )
-    yield agreement("nearest keys: values", error(found[0], expected[0]), 1e-5)
-    others = float((found[1].cpu() != expected[1]).double().mean())
+    yield agreement("nearest keys: values", error(actual[0], expected[0]), 1e-5)
+    others = float((actual[1].cpu() != expected[1]).double().mean())
     yield agreement("nearest keys: other answers", others, 1e-2, "neighbours that tie to the last bit change places")
 
 
@@ -151,6 +151,6 @@ def views(setup: Setup) -> Iterator[Row]:
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         made = ViewsSettings.model_validate(settings).build(size=size, channels=channels, seed=0)
         expected = made(pixels, torch.arange(count), 1)
-        found = made.to(setup.device)(pixels.to(setup.device), torch.arange(count, device=setup.device), 1).cpu()
+        actual = made.to(setup.device)(pixels.to(setup.device), torch.arange(count, device=setup.device), 1).cpu()
         name = "colour" if channels == 3 else "grey"
-        yield agreement(f"views, {name}: mean difference", float((found - expected).abs().mean()), 1e-3)
+        yield agreement(f"views, {name}: mean difference", float((actual - expected).abs().mean()), 1e-3)

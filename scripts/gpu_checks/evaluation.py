@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The sizes, in words."""
+        """A readable text of the sizes."""
         return f"{len(self.train):,} × {self.train.shape[1]:,}"
 
     def accuracy(self, predictions: Tensor) -> float:
@@ -66,16 +66,16 @@ def neighbours(setup: Setup, problem: Problem) -> Iterator[Row]:
 
 
 def _probe(setup: Setup, problem: Problem) -> Iterator[Row]:
-    settings, found = LinearSettings(regularisations=(0.1,)), list[Tensor]()
+    settings, actual = LinearSettings(regularisations=(0.1,)), list[Tensor]()
 
     def probe() -> None:
         fitted = linear(problem.train, problem.labels, problem.test, problem.classes, settings)
-        found.append(fitted.predictions)
+        actual.append(fitted.predictions)
 
     seconds = setup.once(probe)
     what = f"linear probe of {problem.title}, {problem.classes:,} classes"
     yield Row(what, seconds, "s", note="one strength, cold start")
-    yield Row("linear probe: accuracy on made-up classes", problem.accuracy(found[-1]))
+    yield Row("linear probe: accuracy on made-up classes", problem.accuracy(actual[-1]))
 
 
 def made_up(setup: Setup) -> Problem:

@@ -97,7 +97,7 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 def _compared(name: str, here: Features, there: Features) -> Iterator[Row]:
     tolerance, compute = CASES[name]
-    found, expected = (torch.as_tensor(compute(data)).cpu() for data in (there, here))
+    actual, expected = (torch.as_tensor(compute(data)).cpu() for data in (there, here))
     shares = not expected.is_floating_point()
-    different = float((found != expected).double().mean()) if shares else error(found, expected)
+    different = float((actual != expected).double().mean()) if shares else error(actual, expected)
     yield agreement(f"evaluator: {name}", different, tolerance)

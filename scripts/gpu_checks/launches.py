@@ -31,10 +31,10 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 
 def _encoder(setup: Setup, name: str) -> Iterator[Row]:
-    expected, found = (_encoded(setup, name, device) for device in (torch.device("cpu"), setup.device))
+    expected, actual = (_encoded(setup, name, device) for device in (torch.device("cpu"), setup.device))
     # cuDNN's convolutions have ten bits by torch's default.
-    yield agreement(f"encoder {name}: embeddings", error(found[0], expected[0]), 2e-2)
-    yield agreement(f"encoder {name}: gradient", error(found[1], expected[1]), 5e-2)
+    yield agreement(f"encoder {name}: embeddings", error(actual[0], expected[0]), 2e-2)
+    yield agreement(f"encoder {name}: gradient", error(actual[1], expected[1]), 5e-2)
 
 
 def _precisions(setup: Setup) -> Iterator[Row]:
@@ -59,8 +59,8 @@ def _begun(setup: Setup, precision: str) -> tuple[Components, Callable[[int], St
     """The components of the quickstart, and its step by number."""
     batch = setup.pick(BATCH, 8)
     images = images_in_memory(4 * batch, setup.pick(28, 12), 1)
-    words = [f"train.precision={precision}", f"train.batch_size={batch}", "optim.warmup=0", "optim.rate=1e-4"]
-    components = prepared("quickstart", words, images)
+    args = [f"train.precision={precision}", f"train.batch_size={batch}", "optim.warmup=0", "optim.rate=1e-4"]
+    components = prepared("quickstart", args, images)
     components.forward.train()
 
     def step(number: int) -> StepResult | SkippedStep:
@@ -72,7 +72,7 @@ def _begun(setup: Setup, precision: str) -> tuple[Components, Callable[[int], St
 
 
 def _loss(setup: Setup, precision: str) -> Tensor:
-    """The loss of the first step; one that is left out, as in fp16 until the scale is found, has a loss too."""
+    """The loss of the first step; one that is left out, as in fp16 until the scale has settled, has a loss too."""
     _, step = _begun(setup, precision)
     result = step(0)
     return torch.tensor(result.loss["loss"] if isinstance(result, SkippedStep) else float(result.loss.total))

@@ -35,16 +35,16 @@ def images_in_memory(count: int, size: int, channels: int = 3) -> InMemory:
     return InMemory(pixels, names, torch.arange(count) % len(classes), classes, f"random {count} {size} {channels}")
 
 
-def prepared(name: str | None, words: Sequence[str], images: Images) -> Components:
+def prepared(name: str | None, args: Sequence[str], images: Images) -> Components:
     """The components of a recipe by name, or of the defaults, with settings, for these images."""
-    recipe = load(Recipe, None if name is None else recipes.find(name), list(words))
+    recipe = load(Recipe, None if name is None else recipes.find(name), list(args))
     # The threads stay as they are: more than there are free cores would wait for each other by spinning.
     accelerator = start(recipe.train.batch_size, recipe.train.precision, torch.get_num_threads())
     return build(recipe, accelerator, images)
 
 
 def steps_of(count: int, batch: int, images: Images) -> list[str]:
-    """The words for a run of so many steps, without measuring on the way."""
+    """The arguments of a run of so many steps, without measuring on the way."""
     return [
         f"train.batch_size={batch}",
         f"train.epochs={count / (len(images) // batch)}",

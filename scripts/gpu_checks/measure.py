@@ -116,14 +116,14 @@ def at_most(what: str, value: float, goal: float, unit: str = "", note: str = ""
     return Row(what, value, unit, f"≤ {goal:g}", value <= goal, note=note)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor) -> float:
     """The norm of the difference of two results by the norm of the expected one; infinite if one alone is not finite.
 
     Numbers that neither result has, as the figures of a bank before its first step, are left out.
     """
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()):
+    if not torch.equal(finite, actual.isfinite()):
         return math.inf
-    found, expected = found[finite], expected[finite]
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    actual, expected = actual[finite], expected[finite]
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -29,14 +29,14 @@ class Case(NamedTuple):
     each: int
     """Steps between two looks at the clock: some tenths of a second."""
     files: bool = False
-    words: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
 
 
 CASES = (
     Case("resnet50", 224, 256, 2, files=True),
     Case("vit_small_patch16_224", 224, 256, 3, files=True),
     Case("resnet18_small", 32, 1024, 10),
-    Case("resnet18_small", 32, 1024, 10, words=("train.compile=true",)),
+    Case("resnet18_small", 32, 1024, 10, args=("train.compile=true",)),
 )
 SMALL = (Case("light_resnet", 12, 4, 1, files=True),)
 LOOKS = 5
@@ -51,13 +51,13 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 
 def _name(case: Case) -> str:
-    return f"{case.encoder} at {case.size}{', compiled' if case.words else ''}"
+    return f"{case.encoder} at {case.size}{', compiled' if case.args else ''}"
 
 
 def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     name = _name(case)
     images: Images = images_in_memory(setup.pick(max(8 * case.batch, 2048), 4 * case.batch), case.size)
-    components = prepared(None, _words(case, images, LOOKS + 4), images)
+    components = prepared(None, _args(case, images, LOOKS + 4), images)
     components.forward.train()
     if setup.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -85,16 +85,16 @@ def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     workers = setup.pick(os.cpu_count() or 1, 1)
     # All workers bring their first batches at once: only after the second ones is the rate that of decoding.
     looks = max(LOOKS + 4, 4 * workers // case.each)
-    words = [*_words(case, images, looks), f"train.workers={workers}"]
-    components = prepared(None, words, images)
+    args = [*_args(case, images, looks), f"train.workers={workers}"]
+    components = prepared(None, args, images)
     rate, busy = _whole(setup, case, components, images, looks, looks // 2)
     yield _share(f"{name}: whole run from JPEG", rate, alone, FROM_JPEG, f"{busy}, {workers} workers".strip(", "))
 
 
-def _words(case: Case, images: Images, looks: int) -> list[str]:
+def _args(case: Case, images: Images, looks: int) -> list[str]:
     """The settings of a run with so many lines of metrics, the first of them after the first step."""
     steps = steps_of(case.each * (looks - (case.each > 1)), case.batch, images)
-    return [*steps, f"train.log_every={case.each}", f"encoder.name={case.encoder}", *case.words]
+    return [*steps, f"train.log_every={case.each}", f"encoder.name={case.encoder}", *case.args]
 
 
 def _share(what: str, rate: float, alone: float, goal: float | None = None, note: str = "") -> Row:

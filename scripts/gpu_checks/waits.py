@@ -39,8 +39,8 @@ def rows(setup: Setup) -> Iterator[Row]:
 def _of_recipe(setup: Setup, name: str) -> Iterator[Row]:
     watch, batch, folder = Watch(setup), setup.pick(100, 8), setup.folder / name
     images = images_in_memory(10 * batch, setup.pick(28, 12), 1)
-    words = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
-    components = prepared(name, [*words, "train.log_every=1"], images)
+    args = steps_of(WARM + COUNTED + PROFILED + 3, batch, images)
+    components = prepared(name, [*args, "train.log_every=1"], images)
     shutil.rmtree(folder, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -60,7 +60,7 @@ class Watch:
         self.setup = setup
         self.lines = 0
         self.waits: list[str] = []
-        """The place of each wait."""
+        """The location of each wait."""
         self.ends: list[int] = []
         """The number of waits at the end of each counted step."""
         self.begun = self.wall = 0.0
@@ -73,8 +73,8 @@ class Watch:
         """Notes a wait; those of other threads keep no step from being prepared."""
         if SIGN in str(message) and threading.current_thread() is threading.main_thread():
             path = Path(file)
-            place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-            self.waits.append(f"{place}:{line}")
+            location = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+            self.waits.append(f"{location}:{line}")
 
     def see(self, _: Mapping[str, float]) -> None:
         """Notes the end of a step."""
@@ -109,8 +109,8 @@ class Watch:
             yield Row(f"{name}: host waits of a step", None, goal=f"≤ {MOST}", note=f"{self.lines} steps; takes a GPU")
             return
         most = max((self.waits[begin:end] for begin, end in itertools.pairwise(self.ends)), key=len)
-        places = collections.Counter(most).most_common()
-        note = ", ".join(f"{place} ×{count}" if count > 1 else place for place, count in places)
+        locations = collections.Counter(most).most_common()
+        note = ", ".join(f"{location} ×{count}" if count > 1 else location for location, count in locations)
         yield Row(f"{name}: host waits of a step", len(most), "", f"≤ {MOST}", len(most) <= MOST, True, note)
         assert self.profiler is not None
         launches, seconds = on_device(self.profiler)

@@ -90,8 +90,8 @@ class Loader:
         if device.type != "cuda":
             return (Batch(images.to(device), ids.to(device), epoch) for images, ids, epoch in self._from_host())
         if not isinstance(self.images, Files):
-            taken = len(self.images) * self.images.channels * self.images.size**2
-            if taken <= torch.cuda.mem_get_info(device)[0] // RESIDENT:
+            nbytes = len(self.images) * self.images.channels * self.images.size**2
+            if nbytes <= torch.cuda.mem_get_info(device)[0] // RESIDENT:
                 return self._on_device(device)
         return copied_ahead(self._from_host(), device)
 

@@ -22,24 +22,24 @@ SENT = 1 << 26
 
 
 def for_all_ranks(find: Callable[[], Split]) -> Split:
-    """Calls `find` on rank 0 and returns what it found on all ranks; collective."""
+    """Calls `find` on rank 0 and returns its result on all ranks; collective."""
     if distributed.world_size() == 1:
         return find()
-    found: list[Split] = []
+    splits: list[Split] = []
 
     def sent() -> Split:
-        found.append(find())
+        splits.append(find())
         # Pixels are sent in parts: a pickle of all would take their memory again.
-        return Split(*map(_without_pixels, found[0]))
+        return Split(*map(_without_pixels, splits[0]))
 
     split = from_first(sent)
-    own = found[0] if found else split
+    own = splits[0] if splits else split
     test = None if split.test is None else _with_pixels(split.test, own.test)
     return split._replace(train=_with_pixels(split.train, own.train), test=test)
 
 
 def check_files(split: Split, root: Path, *, follow_links: bool) -> None:
-    """Compares some files below `root` with those that rank 0 has found; collective.
+    """Compares some files below `root` with those that rank 0 has listed; collective.
 
     Raises:
         ValueError: on all ranks, if a rank sees others; on a rank that does not see the cache of decoded images.
