@@ -1,8 +1,9 @@
 """Augmented views of a batch of images, on its device."""
 
+from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, per_channel, plain
+from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain
 
 __all__ = [
     "MEAN",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyviews.config import Settings
+from manyviews.data.images import Interpolation
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views.colour import RandomColour, blur, erase, random_gamma, solarize
 from manyviews.views.geometry import RandomWindow, box_extents
@@ -17,7 +18,6 @@ from manyviews.views.geometry import RandomWindow, box_extents
 # The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an
 # exported backbone's transform is known without the data; networks with batch norm do not care for more.
 MEAN, STD = 0.5, 0.25
-Interpolation = Literal["bilinear", "bicubic"]
 
 # First draw of each stage, with room to grow: a parameter that is added or left out does not change the other draws.
 WINDOW, COLOUR, GAMMA, EFFECTS = 0, 16, 32, 48

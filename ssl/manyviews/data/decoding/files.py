@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
-from manyviews.data.images import Images, Names, Report
+from manyviews.data.images import Cropper, Crops, Images, Names, Pictures, Report
 from manyviews.system import distributed
 from manyviews.system.files import open_beneath, open_regular, shown
 from manyviews.system.plural import plural
@@ -102,6 +102,10 @@ class Files:
     """Decoded pictures, which are read instead of the files."""
     rows: Int64[Tensor, " images"] | None = None
     """The number of each image in the cache, -1 for none; set with it."""
+    aspects: Float[Tensor, " images"] | None = None
+    """Width over height of each image as it is upright, in float64; None: all are square."""
+    whole: bool = False
+    """Whether whole images are read, as those in memory are; else crops are decoded as they are needed."""
 
     @property
     def channels(self) -> int:
@@ -125,6 +129,12 @@ class Files:
                 return picture
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
+    def decode_crops(self, image: int, crops: Sequence[Crops], column: int, cropper: Cropper) -> list[Tensor]:
+        """Decodes the crops in a column of the boxes, [crops, channels, side, side]; raises `UnreadableImageError`."""
+        own = [(boxes[:, column], side) for boxes, side in crops]
+        opener, path = partial(self._open, image), self.root / self.names[image]
+        return self.decoding.crop(path, own, interpolation=cropper.interpolation, opener=opener)
+
     def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
         if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
@@ -135,7 +145,11 @@ class Files:
         return file
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, decoded by `workers` threads; raises ValueError as `note` does."""
+        """The whole images of these ids, each squeezed into a square, decoded by `workers` threads.
+
+        Raises:
+            ValueError: as `note`.
+        """
         # An inference tensor could not be written to by the threads, which are not in the caller's inference mode.
         with torch.inference_mode(mode=False):
             pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
@@ -144,9 +158,29 @@ class Files:
         def visit(position: int) -> None:
             pixels[position] = self.decode(images[position])
 
+        self._read(visit, images)
+        return pixels
+
+    def crop(
+        self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int
+    ) -> tuple[UInt8[Tensor, "crops batch channels side side"], ...]:
+        """Crops of these images for each size, decoded by `workers` threads; raises ValueError as `note` does."""
+        images = ids.tolist()
+        crops = cropper.crops(ids, epoch, None if self.aspects is None else self.aspects[ids])
+        with torch.inference_mode(mode=False):
+            pixels = tuple(empty(self, crops, len(images)).fill_(127) for crops in crops)
+
+        def visit(position: int) -> None:
+            for group, own in zip(pixels, self.decode_crops(images[position], crops, position, cropper), strict=True):
+                group[:, position] = own
+
+        self._read(visit, images)
+        return pixels
+
+    def _read(self, visit: Callable[[int], None], images: Sequence[int]) -> None:
+        """Visits the positions of images in threads, and notes those that cannot be decoded."""
         for position, reason in in_threads(visit, len(images), self.workers).items():
             self.note(self.names[images[position]], reason)
-        return pixels
 
     def note(self, name: str, reason: str) -> None:
         """Records an undecodable image; raises ValueError beyond the share `max_bad` of all images."""
@@ -155,6 +189,21 @@ class Files:
         self.failed[name] = reason
         logger.warning("%s cannot be decoded and is left out: %s", shown(self.root / name), reason)
         refuse_too_many(self.root, list(self.failed.items()), len(self), self.max_bad)
+
+
+def pictures(images: Images, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int = 0) -> Pictures:
+    """Reads images by their ids: crops where they are decoded as needed, else whole ones."""
+    if isinstance(images, Files) and not images.whole:
+        return Pictures(images.crop(ids, cropper, epoch), cropped=True)
+    return Pictures((images.read(ids),), None if images.aspects is None else images.aspects[ids])
+
+
+def empty(
+    images: Images, crops: Crops, count: int, *, pin: bool = False
+) -> UInt8[Tensor, "crops count channels side side"]:
+    """Uninitialised memory for crops of `count` images."""
+    shape = len(crops.boxes), count, images.channels, crops.side, crops.side
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
 
 
 def newly_unreadable(images: Images) -> list[tuple[str, str]]:
