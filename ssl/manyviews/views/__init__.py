@@ -3,7 +3,7 @@
 from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain
+from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain, renormalised
 
 __all__ = [
     "MEAN",
@@ -16,4 +16,5 @@ __all__ = [
     "enlarged",
     "per_channel",
     "plain",
+    "renormalised",
 ]

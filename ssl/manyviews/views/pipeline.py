@@ -1,7 +1,7 @@
 """Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -24,6 +24,10 @@ WINDOW, COLOUR, GAMMA, EFFECTS = 0, 16, 32, 48
 ERASED_RATIO = (0.3, 1 / 0.3)
 GAP = 2
 """White pixels between the images of a preview."""
+CROPPED_FROM, CROP_PCT = 160, 0.875
+"""Side of a view from which the standard view leaves out the image's margins, and what it shows of the shorter side."""
+Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+Std = Annotated[float, Field(gt=0, le=1e4)]
 
 
 class ViewsSettings(Settings):
@@ -33,6 +37,14 @@ class ViewsSettings(Settings):
     """Views per image."""
     size: int | None = Field(None, ge=8, le=4096)
     """Side of a view in pixels; null is the size of the data."""
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    """Share of the shorter side that evaluation shows: it is resized to size / crop_pct, then the centre is cropped;
+    null: 0.875 from 160 pixels on, else 1."""
+    mean: Mean | tuple[Mean, ...] | None = None
+    """Mean of the encoder's input in [0, 1], one for all channels or one for each; null: that which the weights were
+    trained with, with encoder.pretrained=true, else 0.5."""
+    std: Std | tuple[Std, ...] | None = None
+    """Standard deviation of the encoder's input, likewise; else 0.25."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of the image's area that a crop shows."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -91,8 +103,17 @@ class ViewsSettings(Settings):
                 raise ValueError(f"{name} is {list(pair)}; it must be [smallest, largest] between {low:g} and {high:g}")
         return self
 
-    def resolve(self, *, size: int, channels: int) -> "ViewsSettings":
+    def resolve(
+        self,
+        *,
+        size: int,
+        channels: int,
+        mean: float | tuple[float, ...] = MEAN,
+        std: float | tuple[float, ...] = STD,
+    ) -> "ViewsSettings":
         """Fills in every null for images of this size and number of channels.
+
+        `mean` and `std` are those of the encoder's weights.
 
         From 64 pixels on, SimCLR's ImageNet recipe (Chen et al. 2020, appendix A), its crops from 0.2 of the area
         below 160 pixels. Below, its CIFAR recipe (half the colour strength, no blur). Small single-channel images get
@@ -100,13 +121,17 @@ class ViewsSettings(Settings):
         would lift their black ground (on Fashion-MNIST, gamma is worth two points of kNN accuracy, contrast none).
 
         Raises:
-            ValueError: saturation, hue or greyscale are set for images without three channels.
+            ValueError: saturation, hue or greyscale are set for images without three channels, or `mean` or `std` have
+                other channels than the images.
         """
         view, colours = self.size or size, channels == 3
         strength = 1.0 if view >= 64 else 0.5
         smallest = 0.08 if view >= 160 else 0.2 if view >= 64 or colours else 0.6
         preset: dict[str, Any] = {
             "size": size,
+            "crop_pct": CROP_PCT if view >= CROPPED_FROM else 1.0,
+            "mean": mean,
+            "std": std,
             "crop_scale": (smallest, 1.0),
             "brightness": 0.8 * strength,
             "contrast": 0.8 * strength if colours or view >= 64 else 0.0,
@@ -122,6 +147,13 @@ class ViewsSettings(Settings):
                 raise ValueError(
                     f"views.{name} is {getattr(filled, name):g}, but images of {channels} channel"
                     f"{'s have' if channels > 1 else ' have'} no colours; leave it out or set it to 0"
+                )
+        for name in ("mean", "std"):
+            values = getattr(filled, name)
+            if isinstance(values, tuple) and len(values) != channels:
+                raise ValueError(
+                    f"views.{name} has {len(values)} numbers, and the images have {channels} channels; give one for "
+                    "each channel, or one for all"
                 )
         return filled
 
@@ -147,6 +179,9 @@ class Views(nn.Module):
         self.settings, self.seed, self.num_views = settings, seed, settings.num_views
         assert settings.size is not None
         assert settings.crop_scale is not None
+        assert settings.mean is not None
+        assert settings.std is not None
+        self.normalisation = settings.mean, settings.std
         self.window = RandomWindow(
             settings.size,
             scale=settings.crop_scale,
@@ -193,6 +228,8 @@ class Views(nn.Module):
             views = self.window.apply_transform(views, params, self.window.flags)
             views = self.colour.apply_transform(views, self.colour.interpret(colour.flatten(1)), self.colour.flags)
             views = self._effects(views, effects.flatten(1))
+            # The stages before know black and white by the pipeline's own mean and deviation.
+            views = renormalised(views, *self.normalisation)
             stacked: Tensor = views.unflatten(0, (self.num_views, len(images)))
             return stacked
 
@@ -252,6 +289,21 @@ def plain(
     if isinstance(mean, float) and isinstance(std, float):
         return scaled.mul_(1 / (255 * std)).sub_(mean / std)
     return (scaled / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
+
+
+def renormalised(
+    views: Float[Tensor, "batch _ height width"], mean: float | tuple[float, ...], std: float | tuple[float, ...]
+) -> Float[Tensor, "batch channels height width"]:
+    """Views normalised by `MEAN` and `STD`, normalised by others instead; the same tensor for the same ones.
+
+    Examples:
+        >>> renormalised(torch.zeros(1, 1, 1, 1), 0.0, 1.0).item()
+        0.5
+    """
+    if (mean, std) == (MEAN, STD):
+        return views
+    new_mean, new_std = (per_channel(value, views.device) for value in (mean, std))
+    return views * (STD / new_std) + (MEAN - new_mean) / new_std
 
 
 @cache

@@ -63,7 +63,7 @@ def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedRe
 
 
 @runtime_checkable
-class Pictures(Protocol):
+class CachedImages(Protocol):
     """Decoded images by their number."""
 
     def read(self, image: int, /) -> UInt8[Tensor, "channels size size"] | None:
@@ -98,7 +98,7 @@ class Files:
     """The reasons of files that have become unreadable, by name."""
     reported: set[str] = field(default_factory=set)
     """Names in `failed` that `newly_unreadable` has returned."""
-    cache: Pictures | None = None
+    cache: CachedImages | None = None
     """Decoded pictures, which are read instead of the files."""
     rows: Int64[Tensor, " images"] | None = None
     """The number of each image in the cache, -1 for none; set with it."""
