@@ -4,6 +4,7 @@ from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
 from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain, renormalised
+from manyviews.views.standard import StandardView, standard_view
 
 __all__ = [
     "MEAN",
@@ -11,10 +12,12 @@ __all__ = [
     "Interpolation",
     "RandomColour",
     "RandomWindow",
+    "StandardView",
     "Views",
     "ViewsSettings",
     "enlarged",
     "per_channel",
     "plain",
     "renormalised",
+    "standard_view",
 ]
