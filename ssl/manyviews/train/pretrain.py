@@ -3,11 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from manyviews.data import Images, Loader, Order, background_of
+from manyviews.data.decoding.files import pictures
+from manyviews.data.images import Pictures
 from manyviews.encoder.timm_format import export
 from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
@@ -94,7 +96,8 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
     recorder = Recorder(components, images, order, budget, session, checkpoint)
     rank, size = distributed.rank(), distributed.world_size()
-    loader = Loader(images, order, rank=rank, size=size, workers=settings.workers, start=step, device=device)
+    options = {"rank": rank, "size": size, "workers": settings.workers, "start": step, "device": device}
+    loader = Loader(images, order, components.views, **options)
     progress = budget.progress(step)
     components.forward.train()
     with session.console.bar(), recorder.last_line():
@@ -115,7 +118,7 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
 
 def train_step(
     components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: Pictures,
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
@@ -153,7 +156,7 @@ def train_step(
 
 def gradient(
     components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: Pictures,
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
@@ -194,7 +197,8 @@ def warm_up(components: Components, images: Images, order: Order, *, resumed: bo
     try:
         for batch in {len(batch): batch for batch in batches}.values():
             ids = batch[distributed.share(len(batch))]
-            gradient(components, images.read(ids).to(device), ids.to(device), 0, 0)
+            given = pictures(images, ids, components.views).to(device)
+            gradient(components, given, ids.to(device), 0, 0)
     except (RuntimeError, OSError, ImportError) as problem:
         # The compiler's errors are RuntimeErrors of a private module.
         kinds = [kind.__module__ for kind in type(problem).__mro__]

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import ClassOrder, Folder, Order, Split, leave_out
-from manyviews.data.decoding.files import listed
+from manyviews.data import ClassOrder, Folder, Images, Order, Split, leave_out
+from manyviews.data.decoding.files import Files, listed
 from manyviews.data.images import Inventory
 from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
 from manyviews.data.sampler import Composition
@@ -29,6 +29,7 @@ from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
 from manyviews.train.chunk_size import Step, with_found_chunk
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
+from manyviews.views.preview import preview
 
 
 class Setup(NamedTuple):
@@ -125,14 +126,15 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")
     budget += f", {plural(order.steps_per_epoch, 'step')} an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    console.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    console.say(f"images     {len(train):,} of {recipe.data.name}, {pixels_of(train)}")
     if split.layout:
         console.say(f"layout     {split.layout}")
     if recipe.unseen and train.labels is not None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
         console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
-    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
+    local = f" and {recipe.views.local} local ones, {recipe.views.local_size} px" if recipe.views.local else ""
+    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px{local}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
     )
@@ -164,6 +166,16 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
+
+
+def pixels_of(images: Images) -> str:
+    """What is read of images: their pixels in memory, or crops of the files."""
+    channels = "grey" if images.channels == 1 else "in colour"
+    if isinstance(images, Files) and not images.whole:
+        return f"{channels}, cropped from the files as needed, at full resolution"
+    if images.aspects is None:
+        return f"{images.channels} × {images.size} × {images.size}"
+    return f"{channels}, whole and of any shape, squeezed to {images.size} × {images.size} in memory"
 
 
 def restore(components: Components, checkpoint: Checkpoint) -> None:
@@ -260,7 +272,7 @@ def open_run(
         ids = torch.linspace(0, len(split.train) - 1, count).long()
         device = components.accelerator.device
         try:
-            run.picture(VIEWS, components.views.preview(split.train.read(ids).to(device), ids.to(device)))
+            run.picture(VIEWS, preview(components.views, split.train, ids, device))
         except Exception as problem:
             console.warn(f"there is no picture of the views: {in_a_line(problem)}")
     return run

@@ -1,7 +1,7 @@
 """Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyviews.config import Settings
-from manyviews.data.images import Interpolation
+from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views.colour import RandomColour, blur, erase, random_gamma, solarize
-from manyviews.views.geometry import RandomWindow, box_extents
+from manyviews.views.geometry import RandomWindow, box_extents, crop_boxes, resample, window_matrix, within
 
 # The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an
 # exported backbone's transform is known without the data; networks with batch norm do not care for more.
 MEAN, STD = 0.5, 0.25
 
 # First draw of each stage, with room to grow: a parameter that is added or left out does not change the other draws.
-WINDOW, COLOUR, GAMMA, EFFECTS = 0, 16, 32, 48
+WINDOW, COLOUR, GAMMA, EFFECTS, MORE = 0, 16, 32, 48, 64
 ERASED_RATIO = (0.3, 1 / 0.3)
-GAP = 2
-"""White pixels between the images of a preview."""
+LOCAL_SCALE = (0.05, 0.14)
+"""Shares of the area that local views show (Caron et al. 2020, section 4.1), and what global ones then start from."""
 CROPPED_FROM, CROP_PCT = 160, 0.875
 """Side of a view from which the standard view leaves out the image's margins, and what it shows of the shorter side."""
 Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
@@ -37,6 +37,14 @@ class ViewsSettings(Settings):
     """Views per image."""
     size: int | None = Field(None, ge=8, le=4096)
     """Side of a view in pixels; null is the size of the data."""
+    local: int = Field(0, ge=0, le=256)
+    """Further views per image that show a small part of it (multi-crop, Caron et al. 2020): they are compared with the
+    views of num_views, and no view with them."""
+    local_size: int | None = Field(None, ge=8, le=4096)
+    """Side of a local view in pixels; null: 3/7 of that of a view, as 96 of 224."""
+    local_scale: tuple[float, float] | None = None
+    """Smallest and largest share of the image's area that a local view shows; null: 0.05 to 0.14, and then the other
+    views start at 0.14."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Share of the shorter side that evaluation shows: it is resized to size / crop_pct, then the centre is cropped;
     null: 0.875 from 160 pixels on, else 1."""
@@ -94,6 +102,7 @@ class ViewsSettings(Settings):
     def _ranges_are_ordered(self) -> "ViewsSettings":
         for name, low, high in (
             ("crop_scale", 1e-4, 1.0),
+            ("local_scale", 1e-4, 1.0),
             ("crop_ratio", 1e-2, 1e2),
             ("blur_sigma", 1e-3, 1e3),
             ("erase_scale", 0.0, 1.0),
@@ -132,7 +141,9 @@ class ViewsSettings(Settings):
             "crop_pct": CROP_PCT if view >= CROPPED_FROM else 1.0,
             "mean": mean,
             "std": std,
-            "crop_scale": (smallest, 1.0),
+            "crop_scale": (max(smallest, LOCAL_SCALE[1]) if self.local else smallest, 1.0),
+            "local_size": max(8, round(view * 3 / 7)),
+            "local_scale": LOCAL_SCALE,
             "brightness": 0.8 * strength,
             "contrast": 0.8 * strength if colours or view >= 64 else 0.0,
             "gamma": 0.0 if colours or view >= 64 else 0.7,
@@ -162,37 +173,41 @@ class ViewsSettings(Settings):
         return Views(self.resolve(size=size, channels=channels), seed)
 
 
+class Group(NamedTuple):
+    """The views of one size."""
+
+    numbers: range
+    """Among all views of an image."""
+    window: RandomWindow
+    blur_kernel: int
+
+
 class Views(nn.Module):
-    """V random views per image in one stacked pass; `ViewsSettings.build` makes it.
+    """Random views per image, in one stacked pass for each size; `ViewsSettings.build` makes it.
 
     Every draw is a pure function of (seed, epoch, image id, view, parameter): a view is the same in any batch, on any
     rank, with any number of workers and after a resume. There is no random state, and the global one is not touched.
 
+    It is a `Cropper`: where images are decoded as they are needed, crops are made then, and the rest on the device.
+
     Examples:
-        >>> views = ViewsSettings().build(size=32, channels=3, seed=0)
-        >>> views(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5), epoch=0).shape
-        torch.Size([2, 5, 3, 32, 32])
+        >>> views = ViewsSettings(local=4).build(size=32, channels=3, seed=0)
+        >>> images = Pictures((torch.zeros(5, 3, 32, 32, dtype=torch.uint8),))
+        >>> [list(group.shape) for group in views(images, torch.arange(5), epoch=0)]
+        [[2, 5, 3, 32, 32], [4, 5, 3, 14, 14]]
     """
+
+    interpolation: Interpolation = "bilinear"
 
     def __init__(self, settings: ViewsSettings, seed: int) -> None:
         super().__init__()
         self.settings, self.seed, self.num_views = settings, seed, settings.num_views
-        assert settings.size is not None
-        assert settings.crop_scale is not None
-        assert settings.mean is not None
-        assert settings.std is not None
-        self.normalisation = settings.mean, settings.std
-        self.window = RandomWindow(
-            settings.size,
-            scale=settings.crop_scale,
-            ratio=settings.crop_ratio,
-            flip=settings.flip,
-            vertical_flip=settings.vertical_flip,
-            rotation=settings.rotation,
-            translation=settings.translation,
-            shear=settings.shear,
-            padding=settings.padding,
-        )
+        self.groups = [self._group(range(settings.num_views), settings.size, settings.crop_scale)]
+        if settings.local:
+            numbers = range(settings.num_views, settings.num_views + settings.local)
+            self.groups.append(self._group(numbers, settings.local_size, settings.local_scale))
+        self.window = self.groups[0].window
+        self.normalisation = MEAN if settings.mean is None else settings.mean, settings.std or STD
         self.colour = RandomColour(
             brightness=settings.brightness or 0.0,
             contrast=settings.contrast or 0.0,
@@ -205,55 +220,105 @@ class Views(nn.Module):
             mean=MEAN,
             std=STD,
         )
-        self.blur_kernel = max(3, (settings.size // 10) | 1)
         effects = 8 if settings.blur or settings.solarize or settings.erase else 0
-        stages = {GAMMA: 2, WINDOW: self.window.num_draws, COLOUR: self.colour.num_draws, EFFECTS: effects}
-        self.sections = list(stages.values())
-        numbers = torch.cat([torch.arange(first, first + count) for first, count in stages.items()])
-        self.register_buffer("numbers", numbers, persistent=False)
+        self.stages = {GAMMA: 2, WINDOW: self.window.num_draws, COLOUR: self.colour.num_draws, EFFECTS: effects}
+        self.sections = list(self.stages.values())
 
     @torch.no_grad()
     def forward(
-        self, images: UInt8[Tensor, "batch channels height width"], ids: Int64[Tensor, " batch"], epoch: int
+        self, pictures: Pictures, ids: Int64[Tensor, " batch"], epoch: int
+    ) -> tuple[Float[Tensor, "views batch channels size size"], ...]:
+        """Views of each size, normalised to the encoder's input; `ids` are the images' own, not their labels."""
+        with torch.autocast(ids.device.type, enabled=False):
+            draws = self._draws(ids, epoch, pictures.aspects)
+            return tuple(
+                self._views(group, pictures, pictures.squares[index if pictures.cropped else 0], draws)
+                for index, group in enumerate(self.groups)
+            )
+
+    def crops(
+        self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
+    ) -> tuple[Crops, ...]:
+        """What the views of each size show of their images."""
+        draws = self._draws(ids, epoch, aspects)
+        crops = []
+        for group in self.groups:
+            boxes = crop_boxes(window_matrix(self._windows(group, draws, aspects)), self.settings.padding)
+            side = group.window.side if group.window.turns else group.window.size
+            crops.append(Crops(boxes.unflatten(0, (len(group.numbers), len(ids))), side))
+        return tuple(crops)
+
+    def windows(
+        self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
+    ) -> Float[Tensor, "views batch 2 3"]:
+        """Maps from the coordinates of all views to those of their images, both from -1 to 1."""
+        draws = self._draws(ids, epoch, aspects)
+        matrices = [window_matrix(self._windows(group, draws, aspects)) for group in self.groups]
+        return torch.cat(matrices).unflatten(0, (-1, len(ids)))
+
+    def _draws(self, ids: Tensor, epoch: int, aspects: Tensor | None) -> Float[Tensor, "draws views batch"]:
+        keys = [(self.seed, epoch, view) for group in self.groups for view in group.numbers]
+        # Images that are all square take no further draws.
+        more = {} if aspects is None else {MORE: self.window.more_draws}
+        return uniform_sequences(ids, keys, _members(tuple((self.stages | more).items()), ids.device))
+
+    def _windows(self, group: Group, draws: Tensor, aspects: Tensor | None) -> dict[str, Tensor]:
+        own = draws[:, group.numbers.start : group.numbers.stop]
+        window = own[self.sections[0] :][: self.sections[1]]
+        if aspects is not None:
+            window = torch.cat([window, own[sum(self.sections) :]])
+            aspects = aspects.repeat(len(group.numbers))
+        return group.window.interpret(window.flatten(1), aspects)
+
+    def _views(
+        self, group: Group, pictures: Pictures, pixels: UInt8[Tensor, "*batch channels side side"], draws: Tensor
     ) -> Float[Tensor, "views batch channels size size"]:
-        """Views, normalised to the encoder's input; `ids` are the images' own, not their labels."""
-        with torch.autocast(images.device.type, enabled=False):
-            keys = [(self.seed, epoch, view) for view in range(self.num_views)]
-            draws = uniform_sequences(ids.to(images.device), keys, self.get_buffer("numbers"))
-            gamma, window, colour, effects = torch.split(draws, self.sections)
-            views = random_gamma(images, gamma, self.settings.gamma or 0.0, self.settings.colour_probability)
-            views = views.flatten(0, 1)
-            # The transforms themselves, without kornia's bookkeeping around them, which would take a tenth of the time.
-            params = self.window.interpret(window.flatten(1), aspect=images.shape[3] / images.shape[2])
-            views = self.window.apply_transform(views, params, self.window.flags)
-            views = self.colour.apply_transform(views, self.colour.interpret(colour.flatten(1)), self.colour.flags)
-            views = self._effects(views, effects.flatten(1))
-            # The stages before know black and white by the pipeline's own mean and deviation.
-            views = renormalised(views, *self.normalisation)
-            stacked: Tensor = views.unflatten(0, (self.num_views, len(images)))
-            return stacked
+        count = len(group.numbers)
+        params = self._windows(group, draws, pictures.aspects)
+        own = draws[:, group.numbers.start : group.numbers.stop]
+        gamma, _, colour, effects, _ = torch.split(own, [*self.sections, len(own) - sum(self.sections)])
+        if pictures.cropped:
+            # Each view has pixels of its own.
+            pixels, gamma = pixels.flatten(0, 1), gamma.reshape(2, 1, -1)
+        views = random_gamma(pixels, gamma, self.settings.gamma or 0.0, self.settings.colour_probability)
+        views = views.flatten(0, 1)
+        # The transforms themselves, without kornia's bookkeeping around them, which would take a tenth of the time.
+        if not pictures.cropped:
+            views = group.window.apply_transform(views, params, group.window.flags)
+        elif group.window.turns:
+            window, padding = window_matrix(params), self.settings.padding
+            window = within(window, crop_boxes(window, padding)).to(views)
+            views = resample(views, window, group.window.size, padding=padding)
+        else:
+            views = group.window.flipped(views, params)
+        views = self.colour.apply_transform(views, self.colour.interpret(colour.flatten(1)), self.colour.flags)
+        views = self._effects(views, effects.flatten(1), group.blur_kernel)
+        stacked: Tensor = renormalised(views, *self.normalisation).unflatten(0, (count, -1))
+        return stacked
 
-    def preview(
-        self, images: UInt8[Tensor, "batch channels height width"], ids: Int64[Tensor, " batch"], *, epochs: int = 4
-    ) -> UInt8[Tensor, "3 rows columns"]:
-        """One row per image: the original, then its views of the first epochs, enlarged if small."""
-        original = plain(images, self.window.size).unsqueeze(0)
-        columns = torch.cat([original, *(self(images, ids, epoch) for epoch in range(epochs))])
-        columns = ((columns * STD + MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
-        if columns.shape[2] != 3:
-            columns = columns.float().mean(2, keepdim=True).byte().expand(-1, -1, 3, -1, -1)
-        zoom = max(1, 64 // self.window.size)
-        columns = columns.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
-        framed = F.pad(columns, (GAP, 0, GAP, 0), value=255)
-        picture = framed.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2)
-        return F.pad(picture, (0, GAP, 0, GAP), value=255)
+    def _group(self, numbers: range, size: int | None, scale: tuple[float, float] | None) -> Group:
+        settings = self.settings
+        assert size is not None
+        assert scale is not None
+        window = RandomWindow(
+            size,
+            scale=scale,
+            ratio=settings.crop_ratio,
+            flip=settings.flip,
+            vertical_flip=settings.vertical_flip,
+            rotation=settings.rotation,
+            translation=settings.translation,
+            shear=settings.shear,
+            padding=settings.padding,
+        )
+        return Group(numbers, window, max(3, (size // 10) | 1))
 
-    def _effects(self, views: Tensor, draws: Tensor) -> Tensor:
+    def _effects(self, views: Tensor, draws: Tensor, kernel: int) -> Tensor:
         """Blur, solarisation and one erased box, in this order; may work in place."""
         settings = self.settings
         if settings.blur:
             low, high = settings.blur_sigma
-            views = blur(views, draws[0] < settings.blur, low + draws[1] * (high - low), self.blur_kernel)
+            views = blur(views, draws[0] < settings.blur, low + draws[1] * (high - low), kernel)
         if settings.solarize:
             views = solarize(views, draws[2] < settings.solarize, (0.5 - MEAN) / STD)
         if settings.erase:
@@ -261,6 +326,13 @@ class Views(nn.Module):
             centre = (2 * draws[6:8].T - 1) * (1 - extent)
             views = erase(views, draws[3] < settings.erase, extent, centre, (settings.erase_fill - MEAN) / STD)
         return views
+
+
+@cache
+def _members(stages: tuple[tuple[int, int], ...], device: torch.device) -> Int64[Tensor, " members"]:
+    """The members of a sequence that stages draw, from their first one on, copied to a device once."""
+    with torch.inference_mode(mode=False):
+        return torch.cat([torch.arange(first, first + count) for first, count in stages]).to(device)
 
 
 @torch.no_grad()

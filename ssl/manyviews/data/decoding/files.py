@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
-from manyviews.data.images import Cropper, Crops, Images, Names, Pictures, Report
+from manyviews.data.images import Cropper, Crops, Images, Interpolation, Names, Pictures, Report
 from manyviews.system import distributed
 from manyviews.system.files import open_beneath, open_regular, shown
 from manyviews.system.plural import plural
@@ -129,11 +129,13 @@ class Files:
                 return picture
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
-    def decode_crops(self, image: int, crops: Sequence[Crops], column: int, cropper: Cropper) -> list[Tensor]:
-        """Decodes the crops in a column of the boxes, [crops, channels, side, side]; raises `UnreadableImageError`."""
+    def decode_crops(
+        self, image: int, crops: Sequence[Crops], column: int, interpolation: Interpolation
+    ) -> list[UInt8[Tensor, "crops channels side side"]]:
+        """Decodes the crops of one image, by a column of the boxes; raises `UnreadableImageError`."""
         own = [(boxes[:, column], side) for boxes, side in crops]
         opener, path = partial(self._open, image), self.root / self.names[image]
-        return self.decoding.crop(path, own, interpolation=cropper.interpolation, opener=opener)
+        return self.decoding.crop(path, own, interpolation=interpolation, opener=opener)
 
     def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
@@ -165,17 +167,21 @@ class Files:
         self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int
     ) -> tuple[UInt8[Tensor, "crops batch channels side side"], ...]:
         """Crops of these images for each size, decoded by `workers` threads; raises ValueError as `note` does."""
-        images = ids.tolist()
-        crops = cropper.crops(ids, epoch, None if self.aspects is None else self.aspects[ids])
+        images, crops = ids.tolist(), self.crops(ids, cropper, epoch)
         with torch.inference_mode(mode=False):
-            pixels = tuple(empty(self, crops, len(images)).fill_(127) for crops in crops)
+            squares = tuple(square.fill_(127) for square in empty(self, len(images), crops))
 
         def visit(position: int) -> None:
-            for group, own in zip(pixels, self.decode_crops(images[position], crops, position, cropper), strict=True):
-                group[:, position] = own
+            decoded = self.decode_crops(images[position], crops, position, cropper.interpolation)
+            for square, own in zip(squares, decoded, strict=True):
+                square[:, position] = own
 
         self._read(visit, images)
-        return pixels
+        return squares
+
+    def crops(self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int) -> tuple[Crops, ...]:
+        """The boxes that a cropper chooses in these images."""
+        return cropper.crops(ids, epoch, None if self.aspects is None else self.aspects[ids])
 
     def _read(self, visit: Callable[[int], None], images: Sequence[int]) -> None:
         """Visits the positions of images in threads, and notes those that cannot be decoded."""
@@ -194,16 +200,24 @@ class Files:
 def pictures(images: Images, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int = 0) -> Pictures:
     """Reads images by their ids: crops where they are decoded as needed, else whole ones."""
     if isinstance(images, Files) and not images.whole:
-        return Pictures(images.crop(ids, cropper, epoch), cropped=True)
-    return Pictures((images.read(ids),), None if images.aspects is None else images.aspects[ids])
+        return Pictures(images.crop(ids, cropper, epoch), aspects_of(images, ids), cropped=True)
+    return Pictures((images.read(ids),), aspects_of(images, ids))
+
+
+def aspects_of(images: Images, ids: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"] | None:
+    """Width over height of these images, in float32; None if all of the set are square."""
+    return None if images.aspects is None else images.aspects[ids].float()
 
 
 def empty(
-    images: Images, crops: Crops, count: int, *, pin: bool = False
-) -> UInt8[Tensor, "crops count channels side side"]:
-    """Uninitialised memory for crops of `count` images."""
-    shape = len(crops.boxes), count, images.channels, crops.side, crops.side
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+    images: Files, count: int, crops: Sequence[Crops] | None, *, pin: bool = False
+) -> tuple[UInt8[Tensor, "*shape channels side side"], ...]:
+    """Uninitialised memory for `count` whole images, or for the crops of so many."""
+    side, channels = images.size, images.channels
+    shapes: list[tuple[int, ...]] = [(count, channels, side, side)]
+    if crops is not None:
+        shapes = [(len(boxes), count, channels, side, side) for boxes, side in crops]
+    return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
 
 
 def newly_unreadable(images: Images) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Images of a torch dataset that a Python program passes, read once into memory."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.images import InMemory, Report, Split, array_split
+from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding, aspect
+from manyviews.data.images import InMemory, Report, Split, array_split, fingerprint
 
 DATASET: Literal["dataset"] = "dataset"
 WHITE = (255, 255, 255)
@@ -73,7 +74,8 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
     Args:
         train: the images to learn from.
         test: the held-out images, for evaluation.
-        size: side of the square that images are resized to; by default all must be squares of one size.
+        size: side of the square that images are squeezed into, with their aspect ratios kept beside them; by default
+            all must be squares of one size.
 
     Raises:
         ValueError: if a dataset is empty.
@@ -119,7 +121,7 @@ def _of_picture(item: Any) -> Image.Image:
 def _read(name: str, dataset: MapDataset, decoding: Decoding, report: Report | None, *, exact: bool) -> InMemory:
     count = len(dataset)
     pixels = torch.empty(count, decoding.channels, decoding.size, decoding.size, dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.int64)
+    labels, aspects = torch.empty(count, dtype=torch.int64), torch.ones(count, dtype=torch.float64)
     for index in range(count):
         image, label = _of_item(dataset[index])
         picture = _of_picture(image)
@@ -128,13 +130,15 @@ def _read(name: str, dataset: MapDataset, decoding: Decoding, report: Report | N
                 f"image {index} of {name} has {picture.size[0]} × {picture.size[1]} pixels, and not {decoding.size} × "
                 f"{decoding.size}; resize all with manyviews.of_dataset(dataset, size={decoding.size})"
             )
-        pixels[index], labels[index] = decoding.square(picture), label
+        pixels[index], labels[index], aspects[index] = decoding.square(picture), label, aspect(picture)
         if report is not None:
             report("reading", index + 1, count)
-    if (labels < 0).all():
-        split = array_split(name, pixels, labels, ())
-        return InMemory(split.pixels, split.names, None, (), split.fingerprint)
-    return array_split(name, pixels, labels, tuple(_class_names(dataset, int(labels.max()) + 1)))
+    classes = tuple(_class_names(dataset, int(labels.max()) + 1)) if (labels >= 0).any() else ()
+    split = array_split(name, pixels, labels, classes)
+    if (aspects != 1).any():
+        mark = fingerprint([split.fingerprint, aspects.numpy()])
+        split = replace(split, aspects=aspects, fingerprint=mark)
+    return split if classes else replace(split, labels=None)
 
 
 def _class_names(dataset: MapDataset, count: int) -> Iterator[str]:
