@@ -91,7 +91,11 @@ def fill(
     """Encodes the images whose rows are missing in a `held` folder; collective.
 
     Each rank encodes its share, in batches that are the same for any world size: rows are then bitwise equal, as far as
-    the device's arithmetic is. `view` makes the backbone's input; `root` is that of `held`. Raises ValueError if features are not finite, OSError if they cannot be written.
+    the device's arithmetic is. `view` makes the backbone's input; `root` is that of `held`.
+
+    Raises:
+        ValueError: features are not finite.
+        OSError: they cannot be written.
     """
     total = sum(len(part.images) for part in parts)
     done = store.rows_done(folder, total)

@@ -3,7 +3,8 @@
 from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain, renormalised
+from manyviews.views.normalisation import MEAN, STD, per_channel, plain, renormalised
+from manyviews.views.pipeline import Views, ViewsSettings, enlarged
 from manyviews.views.standard import StandardView, standard_view
 
 __all__ = [

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.precision import exact
-from manyviews.views.pipeline import MEAN, STD, ViewsSettings, plain
+from manyviews.views.normalisation import MEAN, STD, plain
+from manyviews.views.pipeline import ViewsSettings
 
 CropMode = Literal["center", "squash"]
 ROUNDING = 1e-4
