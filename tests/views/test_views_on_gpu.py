@@ -21,13 +21,13 @@ FULL: dict[str, Any] = {
 def both(views: Views, channels: int, size: int, most_launches: int) -> None:
     draw = torch.Generator().manual_seed(1)
     images, ids = torch.randint(0, 256, (6, channels, size, size), dtype=torch.uint8, generator=draw), torch.arange(6)
-    expected = views(images, ids, 3)
+    (expected,) = views(images, ids, 3)
     with pretend_cuda() as log:
         views, images, ids = views.to(GPU), images.to(GPU), ids.to(GPU)
         # The basis of the chroma is copied once.
         views(images, ids, 0)
         log.clear()
-        made = views(images, ids, 3)
+        (made,) = views(images, ids, 3)
         assert log.waits.total() == 0, log
         assert log.launches.total() <= most_launches, log
     assert isinstance(made, PretendTensor)

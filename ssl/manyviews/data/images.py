@@ -50,7 +50,7 @@ class Pictures:
         [2, 1, 1]
     """
 
-    squares: tuple[UInt8[Tensor, "*batch channels side side"], ...]
+    squares: tuple[UInt8[Tensor, "..."], ...]
     """Of whole images one tensor [batch, channels, side, side], each image squeezed into a square; of crops a tensor
     [crops, batch, channels, side, side] for each of the cropper's sizes."""
     aspects: Float[Tensor, " batch"] | None = None

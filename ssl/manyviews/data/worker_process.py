@@ -37,7 +37,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 
 class Decoded(NamedTuple):
     """A decoded batch."""
 
-    squares: tuple[UInt8[Tensor, "*batch channels side side"], ...]
+    squares: tuple[UInt8[Tensor, "..."], ...]
     """As in `Pictures`."""
     ids: list[int]
     """Ids of the images, some of them replacements."""

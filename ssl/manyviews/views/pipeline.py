@@ -188,7 +188,7 @@ class Views(nn.Module):
 
     Examples:
         >>> views = ViewsSettings(local=4).build(size=32, channels=3, seed=0)
-        >>> images = Pictures((torch.zeros(5, 3, 32, 32, dtype=torch.uint8),))
+        >>> images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
         >>> [list(group.shape) for group in views(images, torch.arange(5), epoch=0)]
         [[2, 5, 3, 32, 32], [4, 5, 3, 14, 14]]
     """
@@ -222,9 +222,16 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, pictures: Pictures, ids: Int64[Tensor, " batch"], epoch: int
-    ) -> tuple[Float[Tensor, "views batch channels size size"], ...]:
-        """Views of each size, normalised to the encoder's input; `ids` are the images' own, not their labels."""
+        self,
+        images: Pictures | UInt8[Tensor, "batch channels height width"],
+        ids: Int64[Tensor, " batch"],
+        epoch: int,
+    ) -> tuple[Float[Tensor, "_ batch channels _ _"], ...]:
+        """Views of each size, normalised to the encoder's input; `ids` are the images' own, not their labels.
+
+        A tensor is of whole square images.
+        """
+        pictures = Pictures((images,)) if isinstance(images, Tensor) else images
         with torch.autocast(ids.device.type, enabled=False):
             draws = self._draws(ids, epoch, pictures.aspects)
             return tuple(
@@ -267,7 +274,7 @@ class Views(nn.Module):
         return group.window.interpret(window.flatten(1), aspects)
 
     def _views(
-        self, group: Group, pictures: Pictures, pixels: UInt8[Tensor, "*batch channels side side"], draws: Tensor
+        self, group: Group, pictures: Pictures, pixels: UInt8[Tensor, "..."], draws: Tensor
     ) -> Float[Tensor, "views batch channels size size"]:
         count = len(group.numbers)
         params = self._windows(group, draws, pictures.aspects)

@@ -131,7 +131,7 @@ class Files:
 
     def decode_crops(
         self, image: int, crops: Sequence[Crops], column: int, interpolation: Interpolation
-    ) -> list[UInt8[Tensor, "crops channels side side"]]:
+    ) -> list[UInt8[Tensor, "_ channels _ _"]]:
         """Decodes the crops of one image, by a column of the boxes; raises `UnreadableImageError`."""
         own = [(boxes[:, column], side) for boxes, side in crops]
         opener, path = partial(self._open, image), self.root / self.names[image]
@@ -165,7 +165,7 @@ class Files:
 
     def crop(
         self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int
-    ) -> tuple[UInt8[Tensor, "crops batch channels side side"], ...]:
+    ) -> tuple[UInt8[Tensor, "_ batch channels _ _"], ...]:
         """Crops of these images for each size, decoded by `workers` threads; raises ValueError as `note` does."""
         images, crops = ids.tolist(), self.crops(ids, cropper, epoch)
         with torch.inference_mode(mode=False):
@@ -211,7 +211,7 @@ def aspects_of(images: Images, ids: Int64[Tensor, " batch"]) -> Float[Tensor, " 
 
 def empty(
     images: Files, count: int, crops: Sequence[Crops] | None, *, pin: bool = False
-) -> tuple[UInt8[Tensor, "*shape channels side side"], ...]:
+) -> tuple[UInt8[Tensor, "..."], ...]:
     """Uninitialised memory for `count` whole images, or for the crops of so many."""
     side, channels = images.size, images.channels
     shapes: list[tuple[int, ...]] = [(count, channels, side, side)]
