@@ -12,7 +12,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
-from manyviews.encoder.timm_format import LOCAL, WEIGHTS, TimmFolder, from_hub, local_name, other_weights, read_folder
+from manyviews.encoder.timm_format import (
+    LOCAL,
+    WEIGHTS,
+    Described,
+    TimmFolder,
+    from_hub,
+    local_name,
+    other_weights,
+    read_folder,
+)
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
 from manyviews.system.names import did_you_mean
@@ -102,6 +111,25 @@ def _create_from_folder(folder: TimmFolder, name: str, options: dict[str, Any], 
             model = timm.create_model(architecture, **bare).state_dict()
             message = other_weights(folder.folder, architecture, model, read_tensors(file)) or message
         raise ValueError(message) from problem
+
+
+def description_of(name: str) -> Described:
+    """Reads the input that the published weights of a model were trained with; `name` is as of `local_name`.
+
+    Raises:
+        ValueError: it has no description.
+    """
+    if name.startswith(LOCAL):
+        return read_folder(Path(name.removeprefix(LOCAL)).expanduser()).described
+    try:
+        description = timm.get_pretrained_cfg(name)
+    except Exception as problem:
+        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        hint = f"; it has {', '.join(known)}" if known else ""
+        raise ValueError(f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}){hint}") from problem
+    if description is None:
+        raise ValueError(f"timm does not describe the input of {shown(name)}; choose another model")
+    return Described.model_validate(description, from_attributes=True)
 
 
 def weight_count(build: Callable[[], nn.Module]) -> int | None:

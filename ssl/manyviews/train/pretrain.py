@@ -39,7 +39,7 @@ from manyviews.train.step import (
     finite_views,
     num_chunks,
 )
-from manyviews.views import MEAN, STD
+from manyviews.views import standard_view
 
 
 def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None = None) -> Path:
@@ -75,11 +75,11 @@ def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path
             with shortage(less_memory(components)):
                 step = train(components, images, order, checkpoint, session)
         run = session.run
-        exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
+        exported, background = folder / "backbone", background_of(recipe.data)
         with raise_on_all_ranks():
             if run is not None and session.stop.signal is None:
-                backbone, channels = components.encoder.backbone, images.channels
-                export(backbone, exported, channels=channels, size=size, mean=MEAN, std=STD, background=background)
+                view = standard_view(components.views.settings, images.channels)
+                export(components.encoder.backbone, exported, view.pretrained_cfg, background=background)
                 run.finish(exported, [folder / CHECKPOINTS / folder_name(step)])
                 console.say(f"finished: the backbone is in {exported}")
             elif run is not None:

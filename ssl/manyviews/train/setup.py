@@ -13,6 +13,9 @@ from manyviews.data.decoding.files import Files, listed
 from manyviews.data.images import Inventory
 from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
 from manyviews.data.sampler import Composition
+from manyviews.encoder.backbone import description_of
+from manyviews.encoder.encoder import EncoderSettings
+from manyviews.encoder.timm_format import local_name
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
@@ -94,7 +97,8 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
         ValueError: if recipe, images or checkpoint are invalid; nothing is written.
     """
     split = read_images(recipe, folder, console)
-    views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
+    channels = split.train.channels
+    views = recipe.views.resolve(size=split.train.size, channels=channels, **_of_weights(recipe.encoder, channels))
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
     checkpoint = resume.resumable(recipe, folder, split.train, processes, console) if recipe.resume else None
@@ -113,6 +117,21 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
             console.warn("the held-out images are not those that the run was started with: scores are not comparable")
         restore(components, checkpoint)
     return Setup(split, order, components, checkpoint, extended, contrasts)
+
+
+def _of_weights(encoder: EncoderSettings, channels: int) -> dict[str, Any]:
+    """The mean and standard deviation that pretrained weights were trained with; none for random weights."""
+    if not encoder.pretrained:
+        return {}
+    described = description_of(local_name(encoder.name, pretrained=True))
+
+    def of_channels(values: tuple[float, ...]) -> float | tuple[float, ...]:
+        if len(set(values)) == 1:
+            return values[0]
+        # timm adds up the weights of colours for grey images.
+        return values if len(values) == channels else sum(values) / len(values)
+
+    return {"mean": of_channels(described.mean), "std": of_channels(described.std)}
 
 
 def describe(setup: Setup, folder: Path, console: Console) -> None:

@@ -3,7 +3,9 @@
 from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Views, ViewsSettings, enlarged, per_channel, plain
+from manyviews.views.normalisation import MEAN, STD, per_channel, plain, renormalised
+from manyviews.views.pipeline import Views, ViewsSettings, enlarged
+from manyviews.views.standard import StandardView, standard_view
 
 __all__ = [
     "MEAN",
@@ -11,9 +13,12 @@ __all__ = [
     "Interpolation",
     "RandomColour",
     "RandomWindow",
+    "StandardView",
     "Views",
     "ViewsSettings",
     "enlarged",
     "per_channel",
     "plain",
+    "renormalised",
+    "standard_view",
 ]

@@ -1,29 +1,29 @@
 """Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyviews.config import Settings
 from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views.colour import RandomColour, blur, erase, random_gamma, solarize
 from manyviews.views.geometry import RandomWindow, box_extents, crop_boxes, resample, window_matrix, within
-
-# The encoder's input is (value in [0, 1] - MEAN) / STD in every channel, so it lies in [-2, 2]. Fixed, so that an
-# exported backbone's transform is known without the data; networks with batch norm do not care for more.
-MEAN, STD = 0.5, 0.25
+from manyviews.views.normalisation import MEAN, STD, renormalised
 
 # First draw of each stage, with room to grow: a parameter that is added or left out does not change the other draws.
 WINDOW, COLOUR, GAMMA, EFFECTS, MORE = 0, 16, 32, 48, 64
 ERASED_RATIO = (0.3, 1 / 0.3)
 LOCAL_SCALE = (0.05, 0.14)
 """Shares of the area that local views show (Caron et al. 2020, section 4.1), and what global ones then start from."""
+CROPPED_FROM, CROP_PCT = 160, 0.875
+"""Side of a view from which the standard view leaves out the image's margins, and what it shows of the shorter side."""
+Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+Std = Annotated[float, Field(gt=0, le=1e4)]
 
 
 class ViewsSettings(Settings):
@@ -41,6 +41,14 @@ class ViewsSettings(Settings):
     local_scale: tuple[float, float] | None = None
     """Smallest and largest share of the image's area that a local view shows; null: 0.05 to 0.14, and then the other
     views start at 0.14."""
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    """Share of the shorter side that evaluation shows: it is resized to size / crop_pct, then the centre is cropped;
+    null: 0.875 from 160 pixels on, else 1."""
+    mean: Mean | tuple[Mean, ...] | None = None
+    """Mean of the encoder's input in [0, 1], one for all channels or one for each; null: that which the weights were
+    trained with, with encoder.pretrained=true, else 0.5."""
+    std: Std | tuple[Std, ...] | None = None
+    """Standard deviation of the encoder's input, likewise; else 0.25."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of the image's area that a crop shows."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -100,8 +108,17 @@ class ViewsSettings(Settings):
                 raise ValueError(f"{name} is {list(pair)}; it must be [smallest, largest] between {low:g} and {high:g}")
         return self
 
-    def resolve(self, *, size: int, channels: int) -> "ViewsSettings":
+    def resolve(
+        self,
+        *,
+        size: int,
+        channels: int,
+        mean: float | tuple[float, ...] = MEAN,
+        std: float | tuple[float, ...] = STD,
+    ) -> "ViewsSettings":
         """Fills in every null for images of this size and number of channels.
+
+        `mean` and `std` are those of the encoder's weights.
 
         From 64 pixels on, SimCLR's ImageNet recipe (Chen et al. 2020, appendix A), its crops from 0.2 of the area
         below 160 pixels. Below, its CIFAR recipe (half the colour strength, no blur). Small single-channel images get
@@ -109,13 +126,17 @@ class ViewsSettings(Settings):
         would lift their black ground (on Fashion-MNIST, gamma is worth two points of kNN accuracy, contrast none).
 
         Raises:
-            ValueError: saturation, hue or greyscale are set for images without three channels.
+            ValueError: saturation, hue or greyscale are set for images without three channels, or `mean` or `std` have
+                other channels than the images.
         """
         view, colours = self.size or size, channels == 3
         strength = 1.0 if view >= 64 else 0.5
         smallest = 0.08 if view >= 160 else 0.2 if view >= 64 or colours else 0.6
         preset: dict[str, Any] = {
             "size": size,
+            "crop_pct": CROP_PCT if view >= CROPPED_FROM else 1.0,
+            "mean": mean,
+            "std": std,
             "crop_scale": (max(smallest, LOCAL_SCALE[1]) if self.local else smallest, 1.0),
             "local_size": max(8, round(view * 3 / 7)),
             "local_scale": LOCAL_SCALE,
@@ -133,6 +154,13 @@ class ViewsSettings(Settings):
                 raise ValueError(
                     f"views.{name} is {getattr(filled, name):g}, but images of {channels} channel"
                     f"{'s have' if channels > 1 else ' have'} no colours; leave it out or set it to 0"
+                )
+        for name in ("mean", "std"):
+            values = getattr(filled, name)
+            if isinstance(values, tuple) and len(values) != channels:
+                raise ValueError(
+                    f"views.{name} has {len(values)} numbers, and the images have {channels} channels; give one for "
+                    "each channel, or one for all"
                 )
         return filled
 
@@ -175,6 +203,7 @@ class Views(nn.Module):
             numbers = range(settings.num_views, settings.num_views + settings.local)
             self.groups.append(self._group(numbers, settings.local_size, settings.local_scale))
         self.window = self.groups[0].window
+        self.normalisation = MEAN if settings.mean is None else settings.mean, settings.std or STD
         self.colour = RandomColour(
             brightness=settings.brightness or 0.0,
             contrast=settings.contrast or 0.0,
@@ -267,7 +296,7 @@ class Views(nn.Module):
             views = group.window.flipped(views, params)
         views = self.colour.apply_transform(views, self.colour.interpret(colour.flatten(1)), self.colour.flags)
         views = self._effects(views, effects.flatten(1), group.blur_kernel)
-        stacked: Tensor = views.unflatten(0, (count, -1))
+        stacked: Tensor = renormalised(views, *self.normalisation).unflatten(0, (count, -1))
         return stacked
 
     def _group(self, numbers: range, size: int | None, scale: tuple[float, float] | None) -> Group:
@@ -307,41 +336,6 @@ def _members(stages: tuple[tuple[int, int], ...], device: torch.device) -> Int64
     """The members of a sequence that stages draw, from their first one on, copied to a device once."""
     with torch.inference_mode(mode=False):
         return torch.cat([torch.arange(first, first + count) for first, count in stages]).to(device)
-
-
-@torch.no_grad()
-def plain(
-    images: UInt8[Tensor, "batch channels height width"],
-    size: int,
-    *,
-    mean: float | tuple[float, ...] = MEAN,
-    std: float | tuple[float, ...] = STD,
-    interpolation: Interpolation = "bilinear",
-) -> Float[Tensor, "batch _ size size"]:
-    """The view for evaluation: the whole image, resized with antialiasing and normalised.
-
-    By default as the views are; or by a mean and a standard deviation of values in [0, 1] for each channel, as other
-    backbones were trained. Grey images then get as many channels as there are means.
-
-    Examples:
-        >>> plain(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4).unique()
-        tensor([-2.])
-    """
-    scaled = images.to(torch.float32)
-    if images.shape[-2:] != (size, size):
-        scaled = F.interpolate(scaled, (size, size), mode=interpolation, antialias=True)
-        if interpolation == "bicubic":
-            scaled = scaled.clamp_(0, 255)  # it overshoots at edges, where an 8-bit image would not
-    if isinstance(mean, float) and isinstance(std, float):
-        return scaled.mul_(1 / (255 * std)).sub_(mean / std)
-    return (scaled / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
-
-
-@cache
-def per_channel(values: float | tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
-    """Numbers for the channels of images, copied to a device once."""
-    with torch.inference_mode(mode=False):
-        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def enlarged(size: int, stored: int, data: Settings) -> str | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.data.decoding.files import pictures
-from manyviews.views.pipeline import MEAN, STD, Views
+from manyviews.views.normalisation import MEAN, STD
+from manyviews.views.pipeline import Views
 
 GAP = 2
 """White pixels between the images."""

@@ -300,3 +300,8 @@ def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, m
     share += f", more than data.max_bad={max_bad:g}"
     way_out = "Repair or remove them, or allow a larger share with data.max_bad"
     raise ValueError("\n".join([f"{share} allows:", *lines, way_out]))
+
+
+def reads_crops(images: Images) -> bool:
+    """Whether crops of images are decoded as they are needed, instead of whole images."""
+    return isinstance(images, Files) and not images.whole
