@@ -165,7 +165,7 @@ class Noise:
     """Five images."""
 
     names, labels, classes = tuple("abcde"), None, ()
-    channels, size, fingerprint = 1, 16, "0" * 64
+    channels, size, aspects, fingerprint = 1, 16, None, "0" * 64
 
     def __len__(self) -> int:
         return 5
@@ -178,7 +178,7 @@ class Noise:
 def test_two_views_are_those_that_a_run_would_see_whatever_the_batch() -> None:
     views = ViewsSettings(num_views=2).build(size=16, channels=1, seed=3)
     ids = torch.tensor([4, 0, 2])
-    made = views(Noise().read(ids), ids, 0)
+    (made,) = views(Noise().read(ids), ids, 0)
     for size in (1, 2, 8):
         first, second = two_views(Pixels(), views, Noise(), ids, channels=1, batch_size=size)
         torch.testing.assert_close(first, (made[0] * 0.25 + 0.5).flatten(1))

@@ -716,14 +716,15 @@ def test_what_is_measured_is_the_average_and_without_one_the_weights(tmp_path: P
 
 
 def test_training_and_measuring_show_a_timm_model_the_same_input(images: Path) -> None:
+    from manyviews.data.images import Pictures
     from manyviews.train.finetune.task import model_input
     from manyviews.views import ViewsSettings
 
     opened = open_model(TINY, pretrained=False)
     pixels = Folder(path=str(images), channels=1, size=20).build().train.read(torch.arange(4))
     still = ViewsSettings(num_views=1, flip=0, crop_scale=(1, 1), crop_ratio=(1, 1), brightness=0, contrast=0, gamma=0)
-    views = still.build(size=20, channels=1, seed=0)(pixels, torch.arange(4), 0)[0]
-    torch.testing.assert_close(model_input(opened, views), opened.prepare(pixels), rtol=1e-4, atol=1e-4)
+    views = still.build(size=20, channels=1, seed=0)(pixels, torch.arange(4), 0)[0][0]
+    torch.testing.assert_close(model_input(opened, views), opened.view(Pictures((pixels,))), rtol=1e-4, atol=1e-4)
 
 
 # Mistakes
