@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Embeddings = Float[Tensor, "views batch dim"]
+Targets = Float[Tensor, "others batch dim"]
 Ids = Int[Tensor, " batch"]
 
 
@@ -25,11 +26,11 @@ class Objective(nn.Module, ABC):
     """A loss of embeddings, and memory that is updated after each optimizer step."""
 
     @abstractmethod
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors; `targets` are the momentum twin's embeddings, if any."""
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None) -> None:
         """Updates the memory after an optimizer step; does nothing by default."""
 
     def shards(self) -> dict[str, int]:
@@ -47,6 +48,6 @@ class Stateless(Objective):
         super().__init__()
         self.loss = loss
 
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
         return self.loss(embeddings, ids, step)

@@ -85,11 +85,16 @@ class Decoding:
         Raises:
             UnreadableImageError: it cannot be read or decoded, is truncated, or has more than `max_pixels` pixels.
         """
+        return self.read_whole(path, opener)[0]
 
-        def draft(image: Image.Image) -> Tensor:
+    def read_whole(self, path: Path, opener: Opener | None = None) -> tuple[UInt8[Tensor, "channels size size"], float]:
+        """Decodes an image as `read` does, and returns its aspect too."""
+
+        def draft(image: Image.Image) -> tuple[Tensor, float]:
+            shape = aspect(image)
             # JPEG decodes at 1/2, 1/4 or 1/8 at a fraction of the work; at twice the size the resize still antialiases.
             image.draft(None, (2 * self.size, 2 * self.size))
-            return self.square(image)
+            return self.square(image), shape
 
         return _of_picture(draft, path, self.max_pixels, opener)
 
