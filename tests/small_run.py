@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from manyviews import recipe
 from manyviews.config import dump_yaml, load
@@ -12,7 +10,7 @@ from manyviews.encoder.encoder import Encoder
 from manyviews.encoder.timm_format import export
 from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
 from manyviews.run.folder import CONFIG
-from manyviews.views import MEAN, STD
+from manyviews.views import standard_view
 
 
 def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
@@ -36,16 +34,5 @@ def small_run(folder: Path, *args: str, channels: int = 1, size: int = 28) -> En
     optimiser = {"state": {}, "param_groups": []}
     parts = {"encoder": encoder.state_dict()}
     save_checkpoint(folder / "checkpoints", Checkpoint(7, parts, optimiser, {"channels": channels}))
-    export(encoder.backbone, folder / "backbone", channels=channels, size=size, mean=MEAN, std=STD)
+    export(encoder.backbone, folder / "backbone", standard_view(made.views, channels).pretrained_cfg)
     return encoder
-
-
-def photographs(folder: Path, count: int = 20, *, step: int = 12) -> Path:
-    """Three classes that differ little, so that some images are mistaken."""
-    for number, name in enumerate(("dark", "grey", "light")):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            draw = np.random.default_rng((number, index))
-            pixels = draw.normal(100 + step * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
-    return folder

@@ -21,13 +21,14 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Sample, select
+from manyviews.data.images import Pictures
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
 from manyviews.features.encoding import EncodeSettings, encoded, images_of
 from manyviews.features.extract import ExtractSettings, extract
 from manyviews.system.console import Console
-from manyviews.views import plain
+from manyviews.views import StandardView
 from processes import launched
 from small_run import small_run
 
@@ -82,7 +83,7 @@ def test_every_layer_and_every_image_is_written_once(run: Path, folder: Path, tm
     pixels = torch.cat([part.read(torch.arange(len(part))) for part in (images.train, images.test)])
     backbone, projector = opened.backbone().eval(), opened.head("projector").module.eval()
     with torch.inference_mode():
-        seen = plain(pixels, 28)
+        seen = StandardView(28, 1)(Pictures((pixels,)))
         expected = {"backbone": backbone(seen), "projector": projector(backbone.forward_summary(seen))}
         expected["stages.0"] = backbone.stages[0](backbone.stem(seen)).mean((2, 3))
     for name, rows in expected.items():
@@ -214,7 +215,7 @@ def test_a_process_that_is_killed_leaves_rows_that_count(run: Path, tmp_path: Pa
     backbone = open_run(run).backbone().eval()
     chosen = torch.tensor([0, 1, 2, 500, 9_999])
     with torch.inference_mode():
-        expected = backbone(plain(SAMPLE.train.read(chosen), 28))
+        expected = backbone(StandardView(28, 1)(Pictures((SAMPLE.train.read(chosen),))))
     torch.testing.assert_close(torch.from_numpy(features[chosen]), expected, atol=1e-5, rtol=1e-4)
     assert len(features) == len(SAMPLE.train) + len(SAMPLE.test)
 
@@ -331,7 +332,7 @@ def test_an_image_that_breaks_after_the_listing_is_named_in_the_manifest(
 
 def test_an_exported_model_gives_the_same_features_without_torchs_eager_mode(run: Path) -> None:
     backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
-    images = plain(SAMPLE.test.read(torch.arange(7)), 28)
+    images = StandardView(28, 1)(Pictures((SAMPLE.test.read(torch.arange(7)),)))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(backbone, (images[:2],), dynamic_shapes=({0: batch},))
     with torch.inference_mode():
@@ -343,7 +344,7 @@ def test_onnx_gives_the_same_features(run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
-    images = plain(SAMPLE.test.read(torch.arange(7)), 28)
+    images = StandardView(28, 1)(Pictures((SAMPLE.test.read(torch.arange(7)),)))
     dynamic = {0: torch.export.Dim("batch", min=1, max=1024)}
     torch.onnx.export(
         backbone, (images[:2],), tmp_path / "b.onnx", input_names=["images"], dynamo=True, dynamic_shapes=(dynamic,)

@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
+from manyviews.config import Settings
 from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.precision import exact
-from manyviews.views.normalisation import MEAN, STD, plain
+from manyviews.views.normalisation import MEAN, STD, normalised
 from manyviews.views.pipeline import ViewsSettings
 
 CropMode = Literal["center", "squash"]
@@ -47,11 +49,11 @@ class StandardView:
     crop_mode: CropMode = "center"
     """squash: both sides are resized to floor(size / crop_pct), whatever the aspect ratio."""
 
+    @torch.no_grad()
     def __call__(self, pictures: Pictures) -> Float[Tensor, "batch channels size size"]:
         """The input of a backbone, on the device of the pictures."""
-        pixels = pictures.squares[0][0] if pictures.cropped else self._resampled(pictures)
-        view = plain(pixels, self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
-        return view.expand(-1, self.channels, -1, -1)
+        pixels = pictures.squares[0][0].to(torch.float32) if pictures.cropped else self._resampled(pictures)
+        return normalised(pixels, self.mean, self.std).expand(-1, self.channels, -1, -1)
 
     def bytes(self, pictures: Pictures) -> UInt8[Tensor, "batch _ size size"]:
         """The view as pixels from 0 to 255, to be looked at."""
@@ -85,14 +87,15 @@ class StandardView:
         entries = {name: getattr(self, name) for name in ("interpolation", "crop_pct", "crop_mode")}
         return {"input_size": (self.channels, self.size, self.size), "mean": mean, "std": std, **entries}
 
-    @torch.no_grad()
-    def _resampled(self, pictures: Pictures) -> Tensor:
-        """The crops of whole images; images of which all is seen, unchanged."""
+    def _resampled(self, pictures: Pictures) -> Float[Tensor, "batch _ size size"]:
+        """The crops of whole images, from 0 to 255."""
         (squares,), aspects = pictures.squares, pictures.aspects
-        if aspects is None:
-            if self.crop_pct == 1:
-                return squares
-            aspects = torch.ones(1, device=squares.device)
+        if aspects is None and self.crop_pct == 1:
+            pixels, size = squares.to(torch.float32), (self.size, self.size)
+            if squares.shape[-2:] != size:
+                pixels = F.interpolate(pixels, size, mode=self.interpolation, antialias=True).clamp_(0, 255)
+            return pixels
+        aspects = torch.ones(1, device=squares.device) if aspects is None else aspects
         left, top, right, bottom = self.boxes(aspects).to(torch.float32).unbind(1)
         columns = resampling(left, right, squares.shape[-1], self.size, self.interpolation)
         rows = resampling(top, bottom, squares.shape[-2], self.size, self.interpolation)
@@ -149,3 +152,18 @@ def _cubic(distance: Tensor) -> Tensor:
     inner = (1.5 * distance - 2.5) * distance.square() + 1
     outer = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     return torch.where(distance < 1, inner, torch.where(distance < 2, outer, 0.0))
+
+
+def enlarged(size: int, stored: int, data: Settings) -> str | None:
+    """A warning if images are viewed at `size` pixels and stored at fewer, else None.
+
+    `data` are the settings of their source.
+    """
+    if size <= stored:
+        return None
+    cure = (
+        f"data.size={size} keeps as many pixels of them as the files have"
+        if "size" in type(data).model_fields
+        else f"these images have no more pixels, and data.size is for folders; a size of {stored} costs less"
+    )
+    return f"images are enlarged from {stored} to {size} pixels, which adds cost and no detail: {cure}"

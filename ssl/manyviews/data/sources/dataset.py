@@ -6,7 +6,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -50,8 +49,8 @@ class TorchDataset(Settings):
             )
         train, test = _PASSED[self.key]
         first = _of_item(train[0])[0]
-        channels = 1 if _of_picture(first).mode in ("1", "L", "I;16") else 3
-        size = self.size or min(_of_picture(first).size)
+        channels = 1 if picture_of(first).mode in ("1", "L", "I;16") else 3
+        size = self.size or min(picture_of(first).size)
         decoding = Decoding(channels, size, WHITE, PILLOW_LIMIT)
         parts = [
             None if part is None else _read(f"{self.key}/{name}", part, decoding, report, exact=self.size is None)
@@ -91,11 +90,6 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
     return TorchDataset(key=key, size=size)
 
 
-def square_of(item: Any, decoding: Decoding) -> UInt8[Tensor, "channels size size"]:
-    """Converts a PIL image, uint8 array or uint8 tensor to a square; raises ValueError for anything else."""
-    return decoding.square(_of_picture(item))
-
-
 def _of_item(item: Any) -> tuple[Any, int]:
     """The image and the class of an item; -1 without a class."""
     if isinstance(item, tuple | list) and len(item) == 2:
@@ -103,7 +97,8 @@ def _of_item(item: Any) -> tuple[Any, int]:
     return item, -1
 
 
-def _of_picture(item: Any) -> Image.Image:
+def picture_of(item: Any) -> Image.Image:
+    """Converts a PIL image, uint8 array or uint8 tensor to a PIL image; raises ValueError for anything else."""
     if isinstance(item, Tensor):
         item = (item.permute(1, 2, 0) if item.ndim == 3 else item).cpu().numpy()
     if isinstance(item, np.ndarray):
@@ -124,7 +119,7 @@ def _read(name: str, dataset: MapDataset, decoding: Decoding, report: Report | N
     labels, aspects = torch.empty(count, dtype=torch.int64), torch.ones(count, dtype=torch.float64)
     for index in range(count):
         image, label = _of_item(dataset[index])
-        picture = _of_picture(image)
+        picture = picture_of(image)
         if exact and picture.size != (decoding.size, decoding.size):
             raise ValueError(
                 f"image {index} of {name} has {picture.size[0]} × {picture.size[1]} pixels, and not {decoding.size} × "
