@@ -327,7 +327,10 @@ def check_that_a_run_compiles_nothing(*words: str) -> None:
     assert len(graphs) == before
 
 
-@pytest.mark.parametrize("words", [(), ("train.chunk=5",)], ids=["whole", "chunks"])
+LOCAL_OF_SMALL = ("train.chunk=5", "views.local=2", "views.local_size=16")
+
+
+@pytest.mark.parametrize("words", [(), ("train.chunk=5",), LOCAL_OF_SMALL], ids=["whole", "chunks", "local views"])
 def test_a_run_compiles_nothing_after_its_start(words: tuple[str, ...]) -> None:
     # Of the last batch of an epoch, and of unequal chunks, too.
     in_a_process_of_its_own(f"check_that_a_run_compiles_nothing(*{words!r})")
