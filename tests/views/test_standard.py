@@ -93,7 +93,7 @@ def test_decoded_from_the_file_it_is_timms_transform_within_one_grey_level_on_av
     # Pillow's filters of a box and of the whole differ by rounding.
     assert max(means.values()) < 0.01
     others = off[torch.tensor([file != "3.jpg" for file in images.names])]
-    assert others.max() < 2.5
+    assert others.max() < 3.5
 
 
 @pytest.mark.parametrize(("size", "bound"), [(512, 1.5), (224, 6.0)])
