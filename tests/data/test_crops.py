@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resized_crop
 
 from manyviews.data.decoding.crops import DIVISORS, divisor
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError
@@ -15,8 +16,11 @@ BOXES = torch.tensor([[0.1, 0.2, 0.6, 0.7], [0.0, 0.0, 1.0, 1.0], [0.55, 0.05, 0
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def crop(path, boxes: Tensor, side: int, *, channels: int = 3, interpolation="bilinear", background=WHITE) -> Tensor:
-    (squares,) = Decoding(channels, 8, background, 10**8).crop(path, [(boxes, side)], interpolation=interpolation)
+def crop(
+    path, boxes: Tensor, side: int, *, channels: int = 3, interpolation="bilinear", background=WHITE, exact=True
+) -> Tensor:
+    decoding = Decoding(channels, 8, background, 10**8)
+    (squares,) = decoding.crop(path, [(boxes, side)], interpolation=interpolation, exact=exact)
     assert squares.dtype == torch.uint8
     assert squares.shape == (len(boxes), channels, side, side)
     return squares
@@ -130,6 +134,44 @@ def test_several_sides_come_from_one_opened_file(tmp_path):
     large, small = decoding.crop(tmp_path / "a.jpg", [(BOXES, 64), (BOXES[:2], 24)], opener=opener)
     assert (large.shape, small.shape, len(opened)) == ((3, 3, 64, 64), (2, 3, 24, 24), 1)
     assert torch.equal(large, crop(tmp_path / "a.jpg", BOXES, 64))
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rounded_crops_are_those_that_torchvision_takes_of_whole_pixels(tmp_path, orientation, interpolation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    photograph("china.jpg").save(path, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    size = torch.tensor([*upright.size, *upright.size])
+    whole = torch.tensor([[20, 10, 300, 290], [50, 0, upright.width, 330]])
+    found = crop(
+        path, (whole + 0.4 * torch.tensor([1, -1, -1, 1])) / size, 96, interpolation=interpolation, exact=False
+    )
+    for square, (left, top, right, bottom) in zip(found, whole.tolist(), strict=True):
+        sides = bottom - top, right - left
+        by_pillow = resized_crop(upright, top, left, *sides, [96, 96], InterpolationMode(interpolation))
+        difference = (square.int() - pil_to_tensor(by_pillow).int()).abs()
+        assert difference.max() <= (1 if orientation < 5 else 3)
+        assert difference.float().mean() < 0.2
+
+
+@pytest.mark.parametrize("side", [32, 96, 224])
+def test_rounding_moves_a_crop_by_at_most_half_a_pixel_of_its_square(tmp_path, side):
+    """The brightness of a ramp is its position."""
+    ramp = np.tile(np.linspace(0, 255, 640), (480, 1)).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    for boxes in random_boxes(32, side).split(8):
+        exact, rounded = (crop(tmp_path / "a.png", boxes, side, channels=1, exact=exact) for exact in (True, False))
+        step = (boxes[:, 2] - boxes[:, 0]) * 255 / side
+        assert ((exact.float() - rounded.float()).abs().amax((1, 2, 3)) <= step / 2 + 1.5).all()
+
+
+def test_rounded_boxes_with_fewer_pixels_than_their_square_are_exact(tmp_path):
+    photograph("china.jpg", 0.3).save(tmp_path / "a.png")
+    found = [crop(tmp_path / "a.png", BOXES, 224, exact=exact) for exact in (True, False)]
+    assert torch.equal(*found)
 
 
 def kinds(folder) -> dict[str, object]:

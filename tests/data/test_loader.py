@@ -16,7 +16,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from manyviews.data import Folder, Images, Loader, Order
-from manyviews.data.decoding.files import Files, newly_unreadable, pictures
+from manyviews.data.decoding.files import Files, newly_unreadable
+from manyviews.data.pictures import pictures
 from manyviews.views import ViewsSettings
 from processes import start
 
@@ -113,7 +114,7 @@ def test_crops_are_the_same_with_any_number_of_workers_and_after_a_resume(tmp_pa
     views = ViewsSettings(size=16, local=2, rotation=10.0).build(size=8, channels=3, seed=2)
     disk, order = images(shapes(tmp_path)), Order(9, 4, 1)
     straight = take(Loader(disk, order, views, rank=1, size=2), 6)
-    assert [list(part.shape) for part in straight[0].images.squares] == [[2, 2, 3, 19, 19], [2, 2, 3, 9, 9]]
+    assert [list(part.shape) for part in straight[0].images.squares] == [[2, 2, 3, 19, 19], [2, 2, 3, 10, 10]]
     assert equal(take(Loader(disk, order, views, rank=1, size=2, workers=workers, start=2), 4), straight[2:])
     for batch in straight:
         both = pictures(disk, batch.ids, views, batch.epoch)

@@ -141,8 +141,11 @@ class Recorder:
         before, self._last = self._last, (step, self._budget.seconds())
         values = pace(self._order, before, self._last)
         values |= {"rate": self._components.optimiser.param_groups[0]["lr"], "skipped": self._skips.total}
-        sample = glimpse(result.embeddings, result.ids, result.targets) if isinstance(result, StepResult) else None
-        seen = None
+        sample = seen = None
+        if isinstance(result, StepResult):
+            views = slice(self._components.recipe.keys)
+            targets = None if result.targets is None else result.targets[views]
+            sample = glimpse(result.embeddings[views], result.ids, targets)
         if sample is not None and self._session.run is not None:
             seen = HostCopy(*(part for part in sample if part is not None))
         histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0

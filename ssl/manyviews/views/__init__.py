@@ -4,8 +4,8 @@ from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
 from manyviews.views.normalisation import MEAN, STD, normalised, per_channel, renormalised
-from manyviews.views.pipeline import Views, ViewsSettings, enlarged
-from manyviews.views.standard import StandardView, standard_view
+from manyviews.views.pipeline import Views, ViewsSettings
+from manyviews.views.standard import StandardView, enlarged, standard_view
 
 __all__ = [
     "MEAN",

@@ -1,7 +1,7 @@
 """Random views of a batch of images; draws are a function of seed, epoch, id and view."""
 
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -12,12 +12,14 @@ from manyviews.config import Settings
 from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.keyed_random import uniform_sequences
 from manyviews.views.colour import RandomColour, blur, erase, random_gamma, solarize
-from manyviews.views.geometry import RandomWindow, box_extents, crop_boxes, resample, window_matrix, within
+from manyviews.views.geometry import RandomWindow, box_extents, window_matrix
 from manyviews.views.normalisation import MEAN, STD, renormalised
+from manyviews.views.windows import Windows
 
 # First draw of each stage, with room to grow: a parameter that is added or left out does not change the other draws.
 WINDOW, COLOUR, GAMMA, EFFECTS, MORE = 0, 16, 32, 48, 64
 ERASED_RATIO = (0.3, 1 / 0.3)
+GEOMETRY = {"flip", "vertical_flip", "rotation", "translation", "shear", "padding"}
 LOCAL_SCALE = (0.05, 0.14)
 """Shares of the area that local views show (Caron et al. 2020, section 4.1), and what global ones then start from."""
 CROPPED_FROM, CROP_PCT = 160, 0.875
@@ -169,15 +171,6 @@ class ViewsSettings(Settings):
         return Views(self.resolve(size=size, channels=channels), seed)
 
 
-class Group(NamedTuple):
-    """The views of one size."""
-
-    numbers: range
-    """Among all views of an image."""
-    window: RandomWindow
-    blur_kernel: int
-
-
 class Views(nn.Module):
     """Random views per image, in one stacked pass for each size; `ViewsSettings.build` makes it.
 
@@ -198,10 +191,10 @@ class Views(nn.Module):
     def __init__(self, settings: ViewsSettings, seed: int) -> None:
         super().__init__()
         self.settings, self.seed, self.num_views = settings, seed, settings.num_views
-        self.groups = [self._group(range(settings.num_views), settings.size, settings.crop_scale)]
+        self.groups = [self._windows(range(settings.num_views), settings.size, settings.crop_scale)]
         if settings.local:
             numbers = range(settings.num_views, settings.num_views + settings.local)
-            self.groups.append(self._group(numbers, settings.local_size, settings.local_scale))
+            self.groups.append(self._windows(numbers, settings.local_size, settings.local_scale))
         self.window = self.groups[0].window
         self.normalisation = MEAN if settings.mean is None else settings.mean, settings.std or STD
         self.colour = RandomColour(
@@ -218,7 +211,6 @@ class Views(nn.Module):
         )
         effects = 8 if settings.blur or settings.solarize or settings.erase else 0
         self.stages = {GAMMA: 2, WINDOW: self.window.num_draws, COLOUR: self.colour.num_draws, EFFECTS: effects}
-        self.sections = list(self.stages.values())
 
     @torch.no_grad()
     def forward(
@@ -234,94 +226,64 @@ class Views(nn.Module):
         pictures = Pictures((images,)) if isinstance(images, Tensor) else images
         with torch.autocast(ids.device.type, enabled=False):
             draws = self._draws(ids, epoch, pictures.aspects)
-            return tuple(
-                self._views(group, pictures, pictures.squares[index if pictures.cropped else 0], draws)
-                for index, group in enumerate(self.groups)
-            )
+            return tuple(self._views(group, pictures, index, draws) for index, group in enumerate(self.groups))
 
     def crops(
         self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
     ) -> tuple[Crops, ...]:
         """What the views of each size show of their images."""
-        draws = self._draws(ids, epoch, aspects)
-        crops = []
-        for group in self.groups:
-            boxes = crop_boxes(window_matrix(self._windows(group, draws, aspects)), self.settings.padding)
-            side = group.window.side if group.window.turns else group.window.size
-            crops.append(Crops(boxes.unflatten(0, (len(group.numbers), len(ids))), side))
-        return tuple(crops)
+        draws = self._draws(ids, epoch, aspects)[WINDOW]
+        return tuple(group.crops(group.draw(draws, aspects)) for group in self.groups)
 
     def windows(
         self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
     ) -> Float[Tensor, "views batch 2 3"]:
         """Maps from the coordinates of all views to those of their images, both from -1 to 1."""
-        draws = self._draws(ids, epoch, aspects)
-        matrices = [window_matrix(self._windows(group, draws, aspects)) for group in self.groups]
+        draws = self._draws(ids, epoch, aspects)[WINDOW]
+        matrices = [window_matrix(group.draw(draws, aspects)) for group in self.groups]
         return torch.cat(matrices).unflatten(0, (-1, len(ids)))
 
-    def _draws(self, ids: Tensor, epoch: int, aspects: Tensor | None) -> Float[Tensor, "draws views batch"]:
-        keys = [(self.seed, epoch, view) for group in self.groups for view in group.numbers]
+    def _draws(self, ids: Tensor, epoch: int, aspects: Tensor | None) -> dict[int, Float[Tensor, "draws views batch"]]:
+        """The draws of each stage."""
         # Images that are all square take no further draws.
-        more = {} if aspects is None else {MORE: self.window.more_draws}
-        return uniform_sequences(ids, keys, _members(tuple((self.stages | more).items()), ids.device))
-
-    def _windows(self, group: Group, draws: Tensor, aspects: Tensor | None) -> dict[str, Tensor]:
-        own = draws[:, group.numbers.start : group.numbers.stop]
-        window = own[self.sections[0] :][: self.sections[1]]
-        if aspects is not None:
-            window = torch.cat([window, own[sum(self.sections) :]])
-            aspects = aspects.repeat(len(group.numbers))
-        return group.window.interpret(window.flatten(1), aspects)
+        stages = self.stages | ({} if aspects is None else {MORE: self.window.more_draws})
+        keys = [(self.seed, epoch, view) for group in self.groups for view in group.numbers]
+        draws = uniform_sequences(ids, keys, _members(tuple(stages.items()), ids.device))
+        parts = dict(zip(stages, torch.split(draws, list(stages.values())), strict=True))
+        return parts | ({WINDOW: torch.cat([parts[WINDOW], parts[MORE]])} if MORE in parts else {})
 
     def _views(
-        self, group: Group, pictures: Pictures, pixels: UInt8[Tensor, "..."], draws: Tensor
+        self, group: Windows, pictures: Pictures, index: int, draws: dict[int, Tensor]
     ) -> Float[Tensor, "views batch channels size size"]:
-        count = len(group.numbers)
-        params = self._windows(group, draws, pictures.aspects)
-        own = draws[:, group.numbers.start : group.numbers.stop]
-        gamma, _, colour, effects, _ = torch.split(own, [*self.sections, len(own) - sum(self.sections)])
+        params = group.draw(draws[WINDOW], pictures.aspects)
+        gamma, colour, effects = (
+            draws[stage][:, group.numbers.start : group.numbers.stop] for stage in (GAMMA, COLOUR, EFFECTS)
+        )
+        pixels = pictures.squares[0]
         if pictures.cropped:
             # Each view has pixels of its own.
-            pixels, gamma = pixels.flatten(0, 1), gamma.reshape(2, 1, -1)
+            pixels, gamma = pictures.squares[index].flatten(0, 1), gamma.reshape(2, 1, -1)
         views = random_gamma(pixels, gamma, self.settings.gamma or 0.0, self.settings.colour_probability)
-        views = views.flatten(0, 1)
-        # The transforms themselves, without kornia's bookkeeping around them, which would take a tenth of the time.
-        if not pictures.cropped:
-            views = group.window.apply_transform(views, params, group.window.flags)
-        elif group.window.turns:
-            window, padding = window_matrix(params), self.settings.padding
-            window = within(window, crop_boxes(window, padding)).to(views)
-            views = resample(views, window, group.window.size, padding=padding)
-        else:
-            views = group.window.flipped(views, params)
+        views = group.look(views.flatten(0, 1), params, cropped=pictures.cropped)
         views = self.colour.apply_transform(views, self.colour.interpret(colour.flatten(1)), self.colour.flags)
-        views = self._effects(views, effects.flatten(1), group.blur_kernel)
-        stacked: Tensor = renormalised(views, *self.normalisation).unflatten(0, (count, -1))
+        views = self._effects(views, effects.flatten(1))
+        stacked: Tensor = renormalised(views, *self.normalisation).unflatten(0, (len(group.numbers), -1))
         return stacked
 
-    def _group(self, numbers: range, size: int | None, scale: tuple[float, float] | None) -> Group:
-        settings = self.settings
+    def _windows(self, numbers: range, size: int | None, scale: tuple[float, float] | None) -> Windows:
         assert size is not None
         assert scale is not None
-        window = RandomWindow(
-            size,
-            scale=scale,
-            ratio=settings.crop_ratio,
-            flip=settings.flip,
-            vertical_flip=settings.vertical_flip,
-            rotation=settings.rotation,
-            translation=settings.translation,
-            shear=settings.shear,
-            padding=settings.padding,
-        )
-        return Group(numbers, window, max(3, (size // 10) | 1))
+        options = self.settings.model_dump(include=GEOMETRY)
+        window = RandomWindow(size, scale=scale, ratio=self.settings.crop_ratio, **options)
+        return Windows(numbers, window)
 
-    def _effects(self, views: Tensor, draws: Tensor, kernel: int) -> Tensor:
+    def _effects(self, views: Tensor, draws: Tensor) -> Tensor:
         """Blur, solarisation and one erased box, in this order; may work in place."""
         settings = self.settings
         if settings.blur:
             low, high = settings.blur_sigma
-            views = blur(views, draws[0] < settings.blur, low + draws[1] * (high - low), kernel)
+            sigma, kernel = low + draws[1] * (high - low), max(3, (views.shape[-1] // 10) | 1)
+            views = blur(views, draws[0] < settings.blur, sigma, kernel)
         if settings.solarize:
             views = solarize(views, draws[2] < settings.solarize, (0.5 - MEAN) / STD)
         if settings.erase:
@@ -336,18 +298,3 @@ def _members(stages: tuple[tuple[int, int], ...], device: torch.device) -> Int64
     """The members of a sequence that stages draw, from their first one on, copied to a device once."""
     with torch.inference_mode(mode=False):
         return torch.cat([torch.arange(first, first + count) for first, count in stages]).to(device)
-
-
-def enlarged(size: int, stored: int, data: Settings) -> str | None:
-    """A warning if images are viewed at `size` pixels and stored at fewer, else None.
-
-    `data` are the settings of their source.
-    """
-    if size <= stored:
-        return None
-    cure = (
-        f"data.size={size} keeps as many pixels of them as the files have"
-        if "size" in type(data).model_fields
-        else f"these images have no more pixels, and data.size is for folders; a size of {stored} costs less"
-    )
-    return f"images are enlarged from {stored} to {size} pixels, which adds cost and no detail: {cure}"

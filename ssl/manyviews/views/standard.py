@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyviews.config import Settings
 from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.system.precision import exact
 from manyviews.views.normalisation import MEAN, STD, normalised
@@ -151,3 +152,18 @@ def _cubic(distance: Tensor) -> Tensor:
     inner = (1.5 * distance - 2.5) * distance.square() + 1
     outer = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     return torch.where(distance < 1, inner, torch.where(distance < 2, outer, 0.0))
+
+
+def enlarged(size: int, stored: int, data: Settings) -> str | None:
+    """A warning if images are viewed at `size` pixels and stored at fewer, else None.
+
+    `data` are the settings of their source.
+    """
+    if size <= stored:
+        return None
+    cure = (
+        f"data.size={size} keeps as many pixels of them as the files have"
+        if "size" in type(data).model_fields
+        else f"these images have no more pixels, and data.size is for folders; a size of {stored} costs less"
+    )
+    return f"images are enlarged from {stored} to {size} pixels, which adds cost and no detail: {cure}"

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 DENSITY = 1.5
 """Pixels that a JPEG is decoded to along a box, for each pixel along the side of its square.
@@ -65,8 +67,16 @@ def divisor(sizes: Iterable[tuple[float, float, int]]) -> int:
     return next((number for number in DIVISORS if number <= enough), 1)
 
 
-def resized(image: Image.Image, box: Box, side: int, interpolation: str) -> Pixels:
-    """The square of a box, in pixels, with antialiasing; what lies beyond the image is left out."""
+def resized(image: Image.Image, box: Box, side: int, interpolation: str, *, exact: bool) -> Pixels:
+    """The square [side, side, channels] of a box, in pixels, with antialiasing; what lies beyond the image is left out.
+
+    Unless `exact`, a box of more pixels than its square is rounded to whole ones, and resized by PyTorch.
+    """
     left, top = max(box[0], 0.0), max(box[1], 0.0)
-    inner = (left, top, min(box[2], image.width), min(box[3], image.height))
-    return np.asarray(image.resize((side, side), FILTERS[interpolation], box=inner, reducing_gap=3.0))
+    right, bottom = min(box[2], image.width), min(box[3], image.height)
+    if exact or min(right - left, bottom - top) < side:
+        small = image.resize((side, side), FILTERS[interpolation], box=(left, top, right, bottom), reducing_gap=3.0)
+        return np.asarray(small).reshape(side, side, -1)
+    part = image.crop((round(left), round(top), round(right), round(bottom)))
+    pixels = torch.from_numpy(np.array(part).reshape(part.height, part.width, -1)).permute(2, 0, 1).unsqueeze(0)
+    return F.interpolate(pixels, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()

@@ -104,6 +104,7 @@ class Decoding:
         crops: Sequence[tuple[Float[Tensor, "_ 4"], int]],
         *,
         interpolation: Interpolation = "bilinear",
+        exact: bool = True,
         opener: Opener | None = None,
     ) -> list[UInt8[Tensor, "_ channels _ _"]]:
         """Decodes boxes of the image in a file to squares, from as few pixels as they need.
@@ -112,7 +113,10 @@ class Decoding:
             path: the file.
             crops: for each side of squares, boxes (left, top, right, bottom) in shares of the upright image, and the
                 side in pixels.
-            interpolation: the filter, antialiased; near its edge a box sees what lies beside it.
+            interpolation: the filter, antialiased.
+            exact: keep fractions of pixels, at which a square also sees what lies beside its box. Otherwise boxes are
+                rounded to whole pixels where that moves them by less than half a pixel of the square, and resizing
+                takes less than half the time.
             opener: opens the file instead.
 
         Raises:
@@ -121,7 +125,9 @@ class Decoding:
         """
         for boxes, _ in crops:
             _check_boxes(boxes)
-        return _of_picture(lambda image: self.squares(image, crops, interpolation), path, self.max_pixels, opener)
+        return _of_picture(
+            lambda image: self.squares(image, crops, interpolation, exact=exact), path, self.max_pixels, opener
+        )
 
     def check(self, path: Path, opener: Opener | None = None) -> float:
         """Reads the aspect of the image in a file, which is decoded only if it is a PNG that ends with EXIF.
@@ -141,7 +147,12 @@ class Decoding:
         return torch.from_numpy(pixels.reshape(*shape, self.channels)).permute(2, 0, 1).contiguous()
 
     def squares(
-        self, image: Image.Image, crops: Sequence[tuple[Float[Tensor, "_ 4"], int]], interpolation: Interpolation
+        self,
+        image: Image.Image,
+        crops: Sequence[tuple[Float[Tensor, "_ 4"], int]],
+        interpolation: Interpolation,
+        *,
+        exact: bool = True,
     ) -> list[UInt8[Tensor, "_ channels _ _"]]:
         """Converts boxes of an open image to squares, as `crop` does."""
         wanted = [(boxes.tolist(), side) for boxes, side in crops]
@@ -164,10 +175,11 @@ class Decoding:
         results = []
         for boxes, side in wanted:
             result = torch.empty(len(boxes), self.channels, side, side, dtype=torch.uint8)
-            for target, box in zip(result.numpy(), boxes, strict=True):
-                left, top, right, bottom = stored_box(box, orientation)
-                pixels = resized(plain, (left * wide, top * high, right * wide, bottom * high), side, interpolation)
-                target[:] = upright_pixels(pixels.reshape(side, side, -1), orientation).transpose(2, 0, 1)
+            for target, upright in zip(result.numpy(), boxes, strict=True):
+                left, top, right, bottom = stored_box(upright, orientation)
+                box = (left * wide, top * high, right * wide, bottom * high)
+                pixels = resized(plain, box, side, interpolation, exact=exact)
+                target[:] = upright_pixels(pixels, orientation).transpose(2, 0, 1)
             results.append(result)
         return results
 
