@@ -98,6 +98,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     """
     split = read_images(recipe, folder, console)
     channels = split.train.channels
+    recipe = resume.with_known_views(recipe, folder) if recipe.resume else recipe
     views = recipe.views.resolve(size=split.train.size, channels=channels, **_of_weights(recipe.encoder, channels))
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
