@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from manyviews.data.decoding.bit_depth import eight_bits, metadata_follows, without_text
 from manyviews.data.decoding.crops import SIDEWAYS, TURNS, divisor, resized, stored_box, upright_pixels
+from manyviews.data.images import Interpolation
 from manyviews.system.files import RefusedFileError, open_regular, shown
 
 # Not all of Pillow's: some run other programs (EPS), or match files of other formats.
@@ -54,7 +55,6 @@ class UnreadableImageError(ValueError):
         self.reason = reason
 
 
-Interpolation = Literal["bilinear", "bicubic"]
 T = TypeVar("T")
 Opener = Callable[[], BinaryIO]
 """Opens a regular file for reading; raises OSError or ValueError."""
