@@ -87,5 +87,5 @@ def rounded(pixels: UInt8[Tensor, "height width channels"], box: Box, side: int,
     return F.interpolate(part, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _within(box: Box, width: float, height: float) -> Box:
+def _within(box: Box, width: int, height: int) -> Box:
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
