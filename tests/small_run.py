@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from manyviews import recipe
 from manyviews.config import dump_yaml, load
@@ -36,3 +38,14 @@ def small_run(folder: Path, *args: str, channels: int = 1, size: int = 28) -> En
     save_checkpoint(folder / "checkpoints", Checkpoint(7, parts, optimiser, {"channels": channels}))
     export(encoder.backbone, folder / "backbone", standard_view(made.views, channels).pretrained_cfg)
     return encoder
+
+
+def photographs(folder: Path, count: int = 20, *, step: int = 12) -> Path:
+    """Three classes that differ little, so that some images are mistaken."""
+    for number, name in enumerate(("dark", "grey", "light")):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            draw = np.random.default_rng((number, index))
+            pixels = draw.normal(100 + step * number, 60, (28, 28)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from manyviews.data import Folder, Images, Loader, Order
-from manyviews.data.decoding.files import Files, newly_unreadable, pictures
+from manyviews.data.decoding.files import Files, newly_unreadable
+from manyviews.data.pictures import pictures
 from manyviews.views import ViewsSettings
 from processes import start
 

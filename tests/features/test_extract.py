@@ -21,6 +21,7 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Sample, select
+from manyviews.data.decoding.files import pictures
 from manyviews.data.images import Pictures
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
@@ -80,10 +81,10 @@ def test_every_layer_and_every_image_is_written_once(run: Path, folder: Path, tm
     ]
     assert [entry[2] for entry in told["images"]] == [*images.train.names, *images.test.names]
     assert np.load(output / "labels.npy").tolist() == images.train.labels.tolist() + images.test.labels.tolist()
-    pixels = torch.cat([part.read(torch.arange(len(part))) for part in (images.train, images.test)])
+    parts = (images.train, images.test)
+    seen = torch.cat([opened.view(pictures(part, torch.arange(len(part)), opened.view)) for part in parts])
     backbone, projector = opened.backbone().eval(), opened.head("projector").module.eval()
     with torch.inference_mode():
-        seen = StandardView(28, 1)(Pictures((pixels,)))
         expected = {"backbone": backbone(seen), "projector": projector(backbone.forward_summary(seen))}
         expected["stages.0"] = backbone.stages[0](backbone.stem(seen)).mean((2, 3))
     for name, rows in expected.items():
@@ -185,7 +186,7 @@ def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, 
     # A third of the rows, as a killed process leaves them.
     shutil.copytree(tmp_path / "one", tmp_path / "two" / ".partial")
     key = manifest(tmp_path / "one")
-    names = ("weights", "input", "precision", "fingerprints", "layers")
+    names = ("weights", "input", "stored", "precision", "fingerprints", "layers")
     (tmp_path / "two" / ".partial" / "key.json").write_text(json.dumps({name: key[name] for name in names}))
     (tmp_path / "two" / ".partial" / "done-00003.txt").write_text("8 16 done\n16 2")
     for name in ("backbone.npy", "projector.npy"):

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from manyviews.data import Folder, Images
-from manyviews.data.decoding.files import Files, pictures
+from manyviews.data.decoding.files import Files
 from manyviews.data.images import InMemory
+from manyviews.data.pictures import pictures
 from manyviews.views import Views, ViewsSettings
 from manyviews.views.geometry import ATTEMPTS, RandomWindow, box_extents, crop_boxes, window_matrix, within
 from manyviews.views.preview import original, outlines, preview

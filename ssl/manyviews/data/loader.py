@@ -14,8 +14,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from manyviews.data.decoding.decode import quiet
-from manyviews.data.decoding.files import Files, aspects_of
+from manyviews.data.decoding.files import Files
 from manyviews.data.images import Cropper, Images, Pictures
+from manyviews.data.pictures import aspects_of
 from manyviews.data.sampler import Order
 from manyviews.data.worker_process import Decoded, Decoder, Request
 from manyviews.data.workers import Packed, Worker

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from manyviews.data import Images, sample_ids
-from manyviews.data.decoding.files import pictures
+from manyviews.data.pictures import pictures
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
 from manyviews.evaluators.results.measurement import Measurement
 from manyviews.features.encoding import evaluation_mode

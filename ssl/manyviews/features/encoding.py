@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from manyviews.config import Settings
 from manyviews.data import AnyData, Batch, Data, Split, shorthand
-from manyviews.data.decoding.files import Files, pictures, reads_crops
+from manyviews.data.decoding.files import Files
 from manyviews.data.images import Cropper, Images, Pictures
 from manyviews.data.loader import copied_ahead
+from manyviews.data.pictures import pictures, reads_crops
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.placing import fits, placed_on_all_ranks
 from manyviews.system import distributed

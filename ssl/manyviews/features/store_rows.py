@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manyviews.data import Images
-from manyviews.data.decoding.files import reads_crops
+from manyviews.data.pictures import reads_crops
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import EncodeSettings, View

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from manyviews.data import Images
-from manyviews.data.decoding.files import pictures, reads_crops
+from manyviews.data.pictures import pictures, reads_crops
 from manyviews.report.findings import Findings, drawn, has_labels, labels_of
 from manyviews.report.plots import OTHER, PALETTE
 from manyviews.system.files import spelled

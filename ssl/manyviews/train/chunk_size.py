@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manyviews.config import load
 from manyviews.data import Images, Order
-from manyviews.data.decoding.files import pictures
 from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.optim import set_rate
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CONFIG

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from manyviews.data import Images, Loader, Order, background_of
-from manyviews.data.decoding.files import pictures
 from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.encoder.timm_format import export
 from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate

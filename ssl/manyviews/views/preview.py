@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from manyviews.data import Images
-from manyviews.data.decoding.files import pictures
+from manyviews.data.pictures import pictures
 from manyviews.views.normalisation import MEAN, STD
 from manyviews.views.pipeline import Views
 

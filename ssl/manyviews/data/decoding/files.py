@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
-from manyviews.data.images import Cropper, Crops, Images, Interpolation, Names, Pictures, Report
+from manyviews.data.images import Cropper, Crops, Images, Interpolation, Names, Report
 from manyviews.system import distributed
 from manyviews.system.files import open_beneath, open_regular, shown
 from manyviews.system.plural import plural
@@ -198,18 +198,6 @@ class Files:
         refuse_too_many(self.root, list(self.failed.items()), len(self), self.max_bad)
 
 
-def pictures(images: Images, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int = 0) -> Pictures:
-    """Reads images by their ids: crops where they are decoded as needed, else whole ones."""
-    if isinstance(images, Files) and not images.whole:
-        return Pictures(images.crop(ids, cropper, epoch), aspects_of(images, ids), cropped=True)
-    return Pictures((images.read(ids),), aspects_of(images, ids))
-
-
-def aspects_of(images: Images, ids: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"] | None:
-    """Width over height of these images, in float32; None if all of the set are square."""
-    return None if images.aspects is None else images.aspects[ids].float()
-
-
 def empty(
     images: Files, count: int, crops: Sequence[Crops] | None, *, pin: bool = False
 ) -> tuple[UInt8[Tensor, "..."], ...]:
@@ -301,8 +289,3 @@ def refuse_too_many(root: Path, unreadable: list[tuple[str, str]], total: int, m
     share += f", more than data.max_bad={max_bad:g}"
     way_out = "Repair or remove them, or allow a larger share with data.max_bad"
     raise ValueError("\n".join([f"{share} allows:", *lines, way_out]))
-
-
-def reads_crops(images: Images) -> bool:
-    """Whether crops of images are decoded as they are needed, instead of whole images."""
-    return isinstance(images, Files) and not images.whole

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from manyviews.data import Loader, Order
-from manyviews.data.decoding.files import pictures
+from manyviews.data.pictures import pictures
 from manyviews.encoder.encoder import follow
 from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.backbone import open_model

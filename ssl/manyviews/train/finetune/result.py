@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyviews.data import background_of
-from manyviews.data.decoding.files import pictures
+from manyviews.data.pictures import pictures
 from manyviews.encoder.timm_format import export
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.results.intervals import wilson
