@@ -196,7 +196,7 @@ def pixels_of(images: Images) -> str:
         return f"{channels}, cropped from the files as needed, at full resolution"
     if images.aspects is None:
         return f"{images.channels} × {images.size} × {images.size}"
-    return f"{channels}, whole and of any shape, squeezed to {images.size} × {images.size} in memory"
+    return f"{channels}, whole and of any shape, squeezed to {images.size} × {images.size} in memory (data.memory=0: cropped from the files)"
 
 
 def restore(components: Components, checkpoint: Checkpoint) -> None:
