@@ -60,10 +60,7 @@ def test_a_check_tells_the_pace_of_each_part_for_files_that_are_decoded_as_neede
     words = [*WORDS, f"data={photographs}", "data.size=32", "train.batch_size=8", "train.workers=1"]
     assert cli.pretrain(["quickstart", "--check", *words, "train.monitor=0", f"output={tmp_path / 'run'}"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for row in (
-        r"decoding\W+\d+ images/s by one worker, of 1",
-        r"augmentation\W+\d+ images/s",
-        r"encoder\W+\d+ images/s",
-    ):
-        assert re.search(row, shown.replace(",", ""))
-    assert re.search(r"bottleneck\W+(decoding|the encoder|the augmentation)", shown)
+    shown = re.sub(r"\W+", " ", shown.replace(",", ""))
+    for row in (r"decoding \d+ images s by one worker", r"augmentation \d+ images s", r"encoder \d+ images s"):
+        assert re.search(row, shown)
+    assert re.search(r"bottleneck (decoding|the encoder|the augmentation)", shown)

@@ -81,7 +81,7 @@ class Pace(NamedTuple):
                     "smaller files or data.cache, which keeps whole pictures of data.size, take less"
                 )
         return {
-            "decoding": f"{self.decoding:,.0f} images/s by one worker, of {workers}",
+            "decoding": f"{self.decoding:,.0f} images/s by one worker",
             "augmentation": f"{self.augmentation:,.0f} images/s",
             "encoder": f"{self.encoder:,.0f} images/s, with loss and optimiser",
             "bottleneck": verdict,
