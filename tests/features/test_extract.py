@@ -21,8 +21,8 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Sample, select
-from manyviews.data.decoding.files import pictures
 from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of

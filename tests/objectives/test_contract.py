@@ -54,11 +54,14 @@ class Case(NamedTuple):
     """Whether float32 is good to 1e-6 over a few steps: not for products of long embeddings, which are exponents, for
     small distances, and at a temperature of 0.01."""
 
+    @property
+    def keys(self) -> int | None:
+        return self.views if self.local else None
+
     def build(self, *, seed: int = 3) -> Objective:
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
-        keys = self.views if self.local else None
-        population = Population(torch.arange(IMAGES) % self.classes, values, keys=keys)
+        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,14 +164,15 @@ CASES: dict[str, Case] = {
     "log_ratio, local": Case(LogRatio(), views=1, local=2, narrow=False),
     "ranking, list_net, local": Case(Ranking(), local=2),
     "ranking, cross_entropy, local": Case(Ranking(loss="cross_entropy"), local=2),
-    "ranking, rank_net, values, local": Case(Ranking(loss="rank_net"), local=2, values=True),
+    "ranking, rank_net, local": Case(Ranking(loss="rank_net"), local=2),
+    "ranking, list_mle, values, local": Case(Ranking(loss="list_mle"), local=2, values=True),
     "contrastive, local": Case(Contrastive(), local=2),
     "contrastive, random, local": Case(Contrastive(sampling=Random(positives="random")), local=2),
     "triplet, local": Case(Triplet(margin=1.0), local=2),
     "triplet, all, local": Case(Triplet(sampling=All()), local=2),
     "triplet, hardest, one view, local": Case(Triplet(sampling=Hardest(), squared=False), views=1, local=2),
     "margin, local": Case(Margin(), local=2),
-    "margin, classes, local": Case(Margin(sampling=SemiHard()), views=1, classes=5, local=2),
+    "margin, semi-hard, one view, local": Case(Margin(sampling=SemiHard()), views=1, local=2),
 }
 for name, settings in OBJECTIVES.items():
     CASES.setdefault(name, Case(settings(), views=max(2, settings().traits.fewest_views)))
@@ -296,8 +300,8 @@ def test_an_objective_without_a_cost_cannot_be_made() -> None:
 @every
 def test_one_process_receives_nothing_and_more_of_them_share_the_work(name: str) -> None:
     case = CASES[name]
-    views, keys = case.views + case.local, case.views if case.local else None
-    one, four = (case.settings.cost(Sizes(IMAGES, views, 64, DIM, processes, keys)) for processes in (1, 4))
+    views = case.views + case.local
+    one, four = (case.settings.cost(Sizes(IMAGES, views, 64, DIM, processes, case.keys)) for processes in (1, 4))
     assert isinstance(one, Cost)
     assert one.traffic == 0 < min(four.traffic, one.products, one.negatives)
     assert four.products <= one.products

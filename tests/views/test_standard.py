@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from manyviews.data import Folder, Images
-from manyviews.data.decoding.files import Files, pictures
+from manyviews.data.decoding.files import Files
 from manyviews.data.images import InMemory, Pictures
+from manyviews.data.pictures import pictures
 from manyviews.encoder.backbone import description_of
 from manyviews.features.backbone import view_of
 from manyviews.views import StandardView, ViewsSettings, standard_view

@@ -24,6 +24,8 @@ class Crops(NamedTuple):
     """Left, top, right and bottom, as shares of the width and height of the whole upright image."""
     side: int
     """Side in pixels of the squares that the crops are resized to."""
+    exact: bool = True
+    """Keep fractions of pixels; otherwise boxes may be rounded to whole ones, which takes less time."""
 
 
 @runtime_checkable

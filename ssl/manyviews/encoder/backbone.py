@@ -78,8 +78,9 @@ def create_backbone(
             return timm.create_model(name, **options)
     except TypeError as problem:
         if "dynamic_img_size" in options:
-            given = {"channels": channels, "size": size, "pretrained": pretrained, "drop_path": drop_path, "key": key}
-            return create_backbone(name, **given)
+            return create_backbone(
+                name, channels=channels, size=size, pretrained=pretrained, drop_path=drop_path, key=key
+            )
         raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
 
 

@@ -48,8 +48,10 @@ class Contrastive(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws pairs by `seed`."""
-        options = {"seed": seed, "alike": population.alike, "keys": population.keys}
-        return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, step=step, **options))
+        alike, keys = population.alike, population.keys
+        return Stateless(
+            lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys)
+        )
 
 
 @float32_island
@@ -81,8 +83,8 @@ def contrastive_loss(
         >>> round(loss.total.item(), 4)  # (2 - 2 ** 0.5) ** 2 / 2
         0.1716
     """
-    options = {"seed": seed, "step": step, "alike": alike, "keys": keys}
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, **options)
+    normalized = settings.normalized
+    batch = batch_of(embeddings, ids, normalized=normalized, seed=seed, step=step, alike=alike, keys=keys)
     weight = torch.ones_like(batch.positive_similarity)
 
     def hinge(products: Tensor) -> Tensor:

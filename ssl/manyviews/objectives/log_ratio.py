@@ -61,8 +61,8 @@ class LogRatioObjective(Objective):
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of the triplets whose anchors are this rank's."""
-        options = {"squared": self.settings.squared, "epsilon": self.settings.epsilon, "keys": self.keys}
-        return log_ratio(embeddings, ids, self.labels, **options)
+        squared, epsilon = self.settings.squared, self.settings.epsilon
+        return log_ratio(embeddings, ids, self.labels, squared=squared, epsilon=epsilon, keys=self.keys)
 
 
 @float32_island

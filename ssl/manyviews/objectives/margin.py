@@ -58,8 +58,8 @@ class MarginObjective(Objective):
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
-        options = {"seed": self.seed, "step": step, "alike": self.alike, "keys": self.keys}
-        loss = margin_loss(embeddings, ids, boundaries, self.settings, **options)
+        seed, alike, keys = self.seed, self.alike, self.keys
+        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=seed, step=step, alike=alike, keys=keys)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
 
 

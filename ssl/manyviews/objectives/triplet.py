@@ -58,8 +58,8 @@ class Triplet(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws triplets by `seed`."""
-        options = {"seed": seed, "alike": population.alike, "keys": population.keys}
-        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, step=step, **options))
+        alike, keys = population.alike, population.keys
+        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys))
 
 
 @float32_island
@@ -89,8 +89,8 @@ def triplet_loss(
         >>> triplet_loss(views, torch.arange(2), Triplet(margin=3.0), seed=0, step=0).total.item()
         1.0
     """
-    options = {"seed": seed, "step": step, "alike": alike, "keys": keys}
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, **options)
+    normalized = settings.normalized
+    batch = batch_of(embeddings, ids, normalized=normalized, seed=seed, step=step, alike=alike, keys=keys)
     read = batch.squared_distances if settings.squared else batch.distances
     margin = None if settings.soft else settings.margin
 

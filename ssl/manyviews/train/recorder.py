@@ -121,7 +121,9 @@ class Recorder:
         # A buffer of the objective may be NaN until it is known.
         for part in checkpoint.parts.keys() - {"objective"}:
             weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
-        if run is not None and (unreadable := newly_unreadable(self._images)):
+        # Collective: not only where there is a run folder to write to.
+        unreadable = newly_unreadable(self._images)
+        if run is not None and unreadable:
             run.unreadable(listed(unreadable))
         self._session.save(checkpoint, weights)
 

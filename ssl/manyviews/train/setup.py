@@ -98,6 +98,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     """
     split = read_images(recipe, folder, console)
     channels = split.train.channels
+    recipe = resume.with_known_views(recipe, folder) if recipe.resume else recipe
     views = recipe.views.resolve(size=split.train.size, channels=channels, **_of_weights(recipe.encoder, channels))
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
@@ -162,8 +163,8 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     )
     console.say(f"objective  {recipe.objective.name}{silent}")
     ids = len(train) if components.names is None else int(components.names.max()) + 1
-    views, batch = recipe.views.num_views + recipe.views.local, recipe.train.batch_size
-    sizes = Sizes(ids, views, batch, components.encoder.dim, processes, recipe.keys)
+    views, dim = recipe.views.num_views + recipe.views.local, components.encoder.dim
+    sizes = Sizes(ids, views, recipe.train.batch_size, dim, processes, recipe.keys)
     cost = recipe.objective.cost(sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
     console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")

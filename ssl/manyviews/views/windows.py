@@ -27,7 +27,7 @@ class Windows(NamedTuple):
         """The boxes that windows see."""
         boxes = crop_boxes(window_matrix(params), self.window.flags["padding_mode"])
         side = self.window.side if self.window.turns else self.window.size
-        return Crops(boxes.unflatten(0, (len(self.numbers), -1)), side)
+        return Crops(boxes.unflatten(0, (len(self.numbers), -1)), side, exact=False)
 
     def look(
         self, pixels: Float[Tensor, "batch channels side side"], params: dict[str, Tensor], *, cropped: bool

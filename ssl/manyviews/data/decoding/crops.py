@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 DENSITY = 1.5
@@ -67,16 +68,24 @@ def divisor(sizes: Iterable[tuple[float, float, int]]) -> int:
     return next((number for number in DIVISORS if number <= enough), 1)
 
 
-def resized(image: Image.Image, box: Box, side: int, interpolation: str, *, exact: bool) -> Pixels:
+def resized(image: Image.Image, box: Box, side: int, interpolation: str) -> Pixels:
     """The square [side, side, channels] of a box, in pixels, with antialiasing; what lies beyond the image is left out.
 
-    Unless `exact`, a box of more pixels than its square is rounded to whole ones, and resized by PyTorch.
+    Near its edge the square also sees what lies beside the box, as far as the filter reaches.
     """
-    left, top = max(box[0], 0.0), max(box[1], 0.0)
-    right, bottom = min(box[2], image.width), min(box[3], image.height)
-    if exact or min(right - left, bottom - top) < side:
-        small = image.resize((side, side), FILTERS[interpolation], box=(left, top, right, bottom), reducing_gap=3.0)
-        return np.asarray(small).reshape(side, side, -1)
-    part = image.crop((round(left), round(top), round(right), round(bottom)))
-    pixels = torch.from_numpy(np.array(part).reshape(part.height, part.width, -1)).permute(2, 0, 1).unsqueeze(0)
-    return F.interpolate(pixels, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    left, top, right, bottom = _within(box, image.width, image.height)
+    small = image.resize((side, side), FILTERS[interpolation], box=(left, top, right, bottom), reducing_gap=3.0)
+    return np.asarray(small).reshape(side, side, -1)
+
+
+def rounded(pixels: UInt8[Tensor, "height width channels"], box: Box, side: int, interpolation: str) -> Pixels:
+    """The square of a box that is rounded to whole pixels, at least one, as `resized` makes it in half the time."""
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = map(round, _within(box, width, height))
+    left, top = min(left, width - 1), min(top, height - 1)
+    part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)].permute(2, 0, 1).unsqueeze(0)
+    return F.interpolate(part, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _within(box: Box, width: int, height: int) -> Box:
+    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))

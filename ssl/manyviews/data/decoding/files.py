@@ -133,9 +133,10 @@ class Files:
         self, image: int, crops: Sequence[Crops], column: int, interpolation: Interpolation
     ) -> list[UInt8[Tensor, "_ channels _ _"]]:
         """Decodes the crops of one image, by a column of the boxes; raises `UnreadableImageError`."""
-        own = [(boxes[:, column], side) for boxes, side in crops]
+        own = [(boxes[:, column], side) for boxes, side, _ in crops]
+        exact = any(part.exact for part in crops)
         opener, path = partial(self._open, image), self.root / self.names[image]
-        return self.decoding.crop(path, own, interpolation=interpolation, opener=opener)
+        return self.decoding.crop(path, own, interpolation=interpolation, exact=exact, opener=opener)
 
     def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
@@ -204,7 +205,7 @@ def empty(
     side, channels = images.size, images.channels
     shapes: list[tuple[int, ...]] = [(count, channels, side, side)]
     if crops is not None:
-        shapes = [(len(boxes), count, channels, side, side) for boxes, side in crops]
+        shapes = [(len(boxes), count, channels, side, side) for boxes, side, _ in crops]
     return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
 
 
