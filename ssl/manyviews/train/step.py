@@ -1,5 +1,6 @@
 """Parts of an update: forward passes, gradient in chunks, objective's gradients."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from manyviews.system import distributed
 from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
 from manyviews.train.kept_buffers import KeptBuffers
+from manyviews.train.not_finite import SkippedStep
 
 
 class StepResult(NamedTuple):
@@ -24,6 +26,9 @@ class StepResult(NamedTuple):
     ids: Int64[Tensor, " batch"]
     """The ids that the objective gets."""
     targets: Float[Tensor, "others batch dim"] | None
+    skipped: Callable[[], SkippedStep | None] = lambda: None
+    """What was not finite, if a GPU has skipped the step; waits until it is done. Asked one step later, the GPU has work
+    meanwhile."""
 
 
 def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
