@@ -12,7 +12,7 @@ from manyviews.encoder.encoder import Encoder
 from manyviews.encoder.timm_format import export
 from manyviews.run.checkpoints import Checkpoint, Saver, folder_name
 from manyviews.run.folder import CONFIG
-from manyviews.views import MEAN, STD
+from manyviews.views import standard_view
 
 
 def save_checkpoint(place: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
@@ -36,7 +36,7 @@ def small_run(folder: Path, *args: str, channels: int = 1, size: int = 28) -> En
     optimiser = {"state": {}, "param_groups": []}
     parts = {"encoder": encoder.state_dict()}
     save_checkpoint(folder / "checkpoints", Checkpoint(7, parts, optimiser, {"channels": channels}))
-    export(encoder.backbone, folder / "backbone", channels=channels, size=size, mean=MEAN, std=STD)
+    export(encoder.backbone, folder / "backbone", standard_view(made.views, channels).pretrained_cfg)
     return encoder
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 from manyviews import cli
 from manyviews.data import Sample
+from manyviews.data.images import Pictures
 from manyviews.linear_metrics import LinearMetric
-from manyviews.views import plain
+from manyviews.views import StandardView
 from recorded import measured, recorded, values
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -248,7 +249,7 @@ def test_extracted_features_are_those_of_plain_timm(run: Path, tmp_path: Path) -
     assert [entry[2] for entry in manifest["images"]] == list(test.names)
     backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
     with torch.inference_mode():
-        expected = backbone(plain(test.read(torch.arange(16)), 28))
+        expected = backbone(StandardView(28, 1)(Pictures((test.read(torch.arange(16)),))))
     torch.testing.assert_close(torch.from_numpy(features[:16]), expected, rtol=1e-4, atol=1e-5)
     assert cli.extract([str(run), f"output={output}"]) == 2
 

@@ -30,7 +30,8 @@ README = (ROOT / "README.md").read_text()
 LEVELS = [
     {"system"},
     {"config", "engine"},
-    {"run", "data", "views", "encoder", "objectives", "linear_metrics", "optim"},
+    {"run", "data", "encoder", "objectives", "linear_metrics", "optim"},
+    {"views"},
     {"recipe"},
     {"features"},
     {"evaluators"},

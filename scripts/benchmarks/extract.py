@@ -5,7 +5,6 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from benchmarks import harness
 from manyviews.config import load
 from manyviews.data import InMemory
+from manyviews.data.images import Pictures
 from manyviews.encoder.backbone import create_backbone
 from manyviews.features import encoding, store
 from manyviews.features.encoding import EncodeSettings, Precision
@@ -23,7 +23,7 @@ from manyviews.features.layers import BACKBONE, Layers, OneLayer, widths_of
 from manyviews.features.store_rows import Part, fill
 from manyviews.system.console import Console
 from manyviews.system.launch import bf16_pays, start
-from manyviews.views import plain
+from manyviews.views import StandardView
 
 
 class Case(NamedTuple):
@@ -79,8 +79,8 @@ def _measure(
     torch.manual_seed(0)
     backbone = create_backbone(case.backbone, channels=case.channels, size=size).eval()
     layers = Layers(backbone, (BACKBONE,)).to(device, memory_format=torch.channels_last)
-    prepare = partial(plain, size=size)
-    inputs = prepare(images.read(torch.arange(BATCH)).to(device))
+    view = StandardView(size, case.channels)
+    inputs = view(Pictures((images.read(torch.arange(BATCH)).to(device),)))
     shape = [len(images), widths_of(layers, inputs[:1])[BACKBONE]]
     key = {"layers": {BACKBONE: {"file": f"{BACKBONE}.npy", "shape": shape, "dtype": "float32"}}}
 
@@ -98,7 +98,7 @@ def _measure(
                 folder,
                 layers,
                 [Part("train", images, 0)],
-                prepare=prepare,
+                view=view,
                 settings=EncodeSettings(precision=precision, batch_size=BATCH),
                 console=Console(quiet=True),
             )
@@ -106,9 +106,7 @@ def _measure(
         shutil.rmtree(folder)
 
     def in_memory() -> None:
-        encoding.extract(
-            OneLayer(layers), images, prepare=prepare, device=device, batch_size=BATCH, precision=precision
-        )
+        encoding.extract(OneLayer(layers), images, view=view, device=device, batch_size=BATCH, precision=precision)
 
     works: dict[str, Callable[[], object]] = {"backbone alone": alone, "to files": to_files, "in memory": in_memory}
     times = harness.seconds(works, repetitions)

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import harness
 from manyviews.data import FashionMNIST, Images, Sample
+from manyviews.data.images import Pictures
 from manyviews.evaluators.linear import LinearSettings, linear
 from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.features.backbone import PretrainedBackbone, open_run
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> harness.Report:
 
     def ours() -> None:
         start = time.perf_counter()
-        features = [extract(backbone, images, prepare=opened.prepare, batch_size=BATCH) for images in (train, test)]
+        features = [extract(backbone, images, view=opened.view, batch_size=BATCH) for images in (train, test)]
         middle = time.perf_counter()
         results.append(linear(features[0], train.labels, features[1], 10, LinearSettings(), share=SHARE, seed=SEED))
         parts["encoding"].append(middle - start)
@@ -127,7 +128,7 @@ def _scikit_learn(opened: PretrainedBackbone, backbone: nn.Module, train: Images
     """The same protocol by scikit-learn: predictions of the test images and the strength that was chosen."""
     assert train.labels is not None
     features, shown = (
-        extract(backbone, images, prepare=opened.prepare, batch_size=BATCH).numpy() for images in (train, test)
+        extract(backbone, images, view=opened.view, batch_size=BATCH).numpy() for images in (train, test)
     )
     labels = train.labels.numpy()
     kept, held = (part.numpy() for part in hold_out(train.labels, share=SHARE, seed=SEED))
@@ -174,7 +175,7 @@ def _lightly(
     trainer, classifier = harness.rival("pytorch_lightning", "Trainer"), _classifier()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
-    finish = [transforms.ToTensor(), transforms.Normalize(opened.mean, opened.std)]
+    finish = [transforms.ToTensor(), transforms.Normalize(opened.view.mean, opened.view.std)]
     crops = [] if options.plain else [transforms.RandomResizedCrop(opened.size), transforms.RandomHorizontalFlip()]
     pictures = _Pictures(train, transforms.Compose([*crops, *finish]))
     loader = DataLoader(
@@ -184,7 +185,7 @@ def _lightly(
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
     )
-    width = backbone(opened.prepare(train.read(torch.arange(1)))).shape[1]
+    width = backbone(opened.view(Pictures((train.read(torch.arange(1)),)))).shape[1]
     torch.manual_seed(SEED)
     model = classifier(backbone, BATCH, lr=options.rate, feature_dim=width, num_classes=10)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

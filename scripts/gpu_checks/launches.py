@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpu_checks.loops import images_in_memory, prepared
 from gpu_checks.measure import Row, Setup, agreement, attempted, error
+from manyviews.data.images import Pictures
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.train.components import Components
 from manyviews.train.not_finite import SkippedStep
@@ -66,7 +67,7 @@ def _begun(setup: Setup, precision: str) -> tuple[Components, Callable[[int], St
     def step(number: int) -> StepResult | SkippedStep:
         ids = (torch.arange(batch) + number * batch) % len(images)
         device = setup.device
-        return train_step(components, images.read(ids).to(device), ids.to(device), 0, number)
+        return train_step(components, Pictures((images.read(ids),)).to(device), ids.to(device), 0, number)
 
     return components, step
 

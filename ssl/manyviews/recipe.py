@@ -111,6 +111,11 @@ class Recipe(Settings):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
 
+    @property
+    def keys(self) -> int | None:
+        """Number of views that embeddings are compared with, without local ones; None: all."""
+        return self.views.num_views if self.views.local else None
+
     @model_validator(mode="after")
     def _settings_go_together(self) -> "Recipe":
         if self.extend and not self.resume:
@@ -172,6 +177,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"views.num_views={number}, but objective={self.objective.name} contrasts {bound} of each image; "
                 f"set views.num_views={fewest}"
+            )
+        if self.views.local and self.objective.traits.pairs_off:
+            raise ValueError(
+                f"views.local={self.views.local}, but objective={self.objective.name} compares pairs, in which each "
+                "view has one partner; set views.local=0, or use objective=in_batch"
             )
         return self
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
 
@@ -25,8 +25,8 @@ def read(path: Path, channels: int = 3, size: int = 2, background=WHITE, max_pix
     return pixels.tolist()
 
 
-def check(path: Path) -> None:
-    Decoding(3, 2, WHITE, 10**6).check(path)
+def check(path: Path) -> float:
+    return Decoding(3, 2, WHITE, 10**6).check(path)
 
 
 def save(path: Path, values, **options) -> Path:
@@ -170,12 +170,47 @@ def test_the_kind_is_found_in_the_content_not_in_the_name(tmp_path):
     assert read(path, channels=1) == [GREY]
 
 
-def test_a_wide_image_is_cropped_in_its_centre_never_squashed(tmp_path):
-    values = np.zeros((8, 40), np.uint8)
-    values[:, 16:24] = np.arange(64).reshape(8, 8) * 4
+def test_of_a_wide_or_tall_image_the_whole_is_squeezed_to_a_square(tmp_path):
+    values = np.repeat(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, 4, axis=1)
     wide, tall = save(tmp_path / "wide.png", values), save(tmp_path / "tall.png", values.T.copy())
-    assert read(wide, 1, 8) == [values[:, 16:24].tolist()]
-    assert read(tall, 1, 8) == [values[:, 16:24].T.tolist()]
+    squeezed = torch.tensor(read(wide, 1, 8))[0]
+    assert (squeezed - torch.arange(64).view(8, 8) * 4).abs().max() <= 1
+    assert torch.equal(torch.tensor(read(tall, 1, 8))[0], squeezed.T)
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_a_square_image_is_resized_as_pillow_resizes_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    expected = np.asarray(upright.resize((16, 16), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    assert read(tmp_path / "a.png", size=16) == expected.transpose(2, 0, 1).tolist()
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp", "avif"])
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_checking_a_file_gives_the_aspect_of_the_upright_image_and_decodes_nothing(
+    tmp_path, orientation, ending, monkeypatch
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert check(path) == (1.5 if orientation < 5 else 20 / 30)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8) * 40).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    path = tmp_path / "late.png"
+    path.write_bytes(content[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + content[-12:])
+    assert check(path) == 2 / 3
+    assert read(path, 1, 8) == read(save(tmp_path / "b.png", np.array([[4, 1], [5, 2], [6, 3]], np.uint8) * 40), 1, 8)
 
 
 def test_shrinking_averages_instead_of_skipping_pixels(tmp_path):

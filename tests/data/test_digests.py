@@ -80,13 +80,14 @@ def test_images_that_change_names_with_each_other_have_another_fingerprint(tmp_p
     assert read(tmp_path, memory).fingerprint != before
 
 
-def test_a_copy_elsewhere_with_other_times_has_the_same_fingerprint_in_memory_and_on_disk(tmp_path, eager):
+def test_a_copy_elsewhere_with_other_times_has_the_same_fingerprint(tmp_path, eager):
     before = read(folder(tmp_path / "one")).fingerprint
     shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
     os.utime(tmp_path / "two/a/1.bmp", (1, 1))
     (tmp_path / "one").rename(tmp_path / "moved")
-    marks = {read(tmp_path / name, memory).fingerprint for name in ("two", "moved") for memory in (0.0, 1.0)}
-    assert marks == {before}
+    marks = [{read(tmp_path / name, memory).fingerprint for name in ("two", "moved")} for memory in (0.0, 1.0)]
+    assert marks[0] == {before}
+    assert len(marks[1]) == 1
 
 
 def test_the_fingerprint_sees_names_labels_and_the_stored_form(tmp_path):

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from manyviews.data import Folder, Loader, Order
+from manyviews.data import Folder, Images, Loader, Order
 from manyviews.data.decoding.files import Files, newly_unreadable
+from manyviews.data.pictures import pictures
+from manyviews.views import ViewsSettings
 from processes import start
 
 
@@ -28,7 +30,15 @@ def folder(path: Path, count: int = 13) -> Path:
     return path
 
 
-def images(path: Path, memory: float = 0, max_bad: float = 0.5):
+def shapes(root: Path) -> Path:
+    """Noise of nine shapes."""
+    for number in range(9):
+        noise = np.random.default_rng(number).integers(0, 256, (20 + 5 * number, 60 - 4 * number, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"{number}.png")
+    return root
+
+
+def images(path: Path, memory: float = 0, max_bad: float = 0.5) -> Images:
     return Folder(path=str(path), size=8, memory=memory, max_bad=max_bad).build().train
 
 
@@ -41,7 +51,10 @@ def take(loader: Loader, steps: int) -> list:
 
 def equal(left: list, right: list) -> bool:
     return all(
-        a.epoch == b.epoch and torch.equal(a.ids, b.ids) and torch.equal(a.images, b.images)
+        a.epoch == b.epoch
+        and torch.equal(a.ids, b.ids)
+        and a.images.cropped == b.images.cropped
+        and all(map(torch.equal, a.images.tensors(), b.images.tensors()))
         for a, b in zip(left, right, strict=True)
     )
 
@@ -73,7 +86,7 @@ def test_a_file_that_breaks_later_is_replaced_under_the_others_id(tmp_path, work
     batch = take(Loader(disk, order, workers=workers), 1)[0]
     expected = order.batch(0)[1]
     assert batch.ids.tolist() == [7 if index in (5, 6) else index for index in expected.tolist()]
-    assert torch.equal(batch.images, whole[batch.ids])
+    assert torch.equal(batch.images.squares[0], whole[batch.ids])
     assert sorted(disk.failed) == ["5.png", "6.png"]
     assert "5.png cannot be decoded" in caplog.text
 
@@ -94,6 +107,32 @@ def test_a_vanished_folder_ends_in_an_error_that_names_a_file(tmp_path, workers)
         path.unlink()
     with pytest.raises(ValueError, match=r"\d+\.png.* no such file"):
         take(Loader(disk, Order(13, 13, 0), workers=workers), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_crops_are_the_same_with_any_number_of_workers_and_after_a_resume(tmp_path, workers):
+    views = ViewsSettings(size=16, local=2, rotation=10.0).build(size=8, channels=3, seed=2)
+    disk, order = images(shapes(tmp_path)), Order(9, 4, 1)
+    straight = take(Loader(disk, order, views, rank=1, size=2), 6)
+    assert [list(part.shape) for part in straight[0].images.squares] == [[2, 2, 3, 19, 19], [2, 2, 3, 10, 10]]
+    assert equal(take(Loader(disk, order, views, rank=1, size=2, workers=workers, start=2), 4), straight[2:])
+    for batch in straight:
+        both = pictures(disk, batch.ids, views, batch.epoch)
+        assert all(map(torch.equal, both.tensors(), batch.images.tensors()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_in_the_place_of_a_broken_file_are_those_of_the_image_that_replaces_it(tmp_path, workers):
+    views = ViewsSettings(size=16).build(size=8, channels=3, seed=2)
+    disk, order = images(shapes(tmp_path)), Order(9, 9, 0)
+    expected = pictures(disk, torch.tensor([5]), views, 0)
+    (tmp_path / "4.png").write_text("gone")
+    batch = take(Loader(disk, order, views, workers=workers), 1)[0]
+    (rows,) = (batch.ids == 5).nonzero(as_tuple=True)
+    assert len(rows) == 2
+    for row in rows:
+        assert torch.equal(batch.images.squares[0][:, row], expected.squares[0][:, 0])
+        assert batch.images.aspects[row] == expected.aspects[0]
 
 
 def work(number: int, path: str, port: int) -> None:

@@ -105,7 +105,7 @@ def test_a_run_resumed_at_any_step_sees_what_a_straight_run_sees(start, smallest
 
 def test_a_batch_holds_the_pixels_of_its_ids():
     batch = next(iter(Loader(images(13), Order(13, 4, 0))))
-    assert batch.images[:, 0, 0, 0].tolist() == batch.ids.tolist()
+    assert batch.images.squares[0][:, 0, 0, 0].tolist() == batch.ids.tolist()
 
 
 def test_fewer_images_than_a_batch_are_refused_with_both_numbers():

@@ -17,6 +17,7 @@ from test_loader import equal, folder, images, take, trapped
 
 from manyviews.data import Loader, Order
 from manyviews.data.decoding.files import Files
+from manyviews.data.worker_process import Decoder, Request
 from manyviews.data.workers import Packed
 
 RUNS = """
@@ -115,11 +116,11 @@ def test_what_killed_a_process_is_named_at_once(tmp_path, number, name):
 
 def test_a_data_set_is_in_memory_once_for_all_processes_and_comes_whole(tmp_path):
     disk = images(folder(tmp_path))
-    packed = Packed(disk, 2)
+    packed = Packed(Decoder(disk, None), 2)
     process, connection = packed.start_process(1)
     try:
         assert connection.recv_bytes() == b"ready"
-        connection.send([3, 3, 11])
+        connection.send(Request([3, 3, 11], 0))
         assert connection.recv() == ([3, 3, 11], [])
         # Names, states and labels are no part of what each process is sent.
         assert len(packed._content) < 3_000

@@ -21,6 +21,7 @@ from manyviews.encoder.encoder import (
 )
 from manyviews.encoder.timm_format import export
 from manyviews.train.finetune.loop import Average
+from manyviews.views import StandardView
 
 TINY = {"projector": ProjectorSettings(hidden=16, dim=8)}
 
@@ -179,7 +180,7 @@ def test_without_a_network_weights_are_looked_for_once_in_the_cache_alone(monkey
 )
 def test_what_a_folder_lacks_of_a_models_weights_is_named(tmp_path, change, message):
     torch.manual_seed(0)
-    export(build().backbone, tmp_path, channels=1, size=28, mean=0.5, std=0.5)
+    export(build().backbone, tmp_path, StandardView(28, 1, 0.5, 0.5).pretrained_cfg)
     file = tmp_path / "model.safetensors"
     if change is None:
         file.unlink()
@@ -325,7 +326,7 @@ def test_plain_timm_loads_the_export_strictly_and_gives_equal_features(tmp_path)
         encoder(torch.randn(2, 4, channels, size, size))
         images = torch.randn(3, channels, size, size)
         description = dict(encoder.backbone.pretrained_cfg)
-        export(encoder.backbone, tmp_path / name, channels=channels, size=size, mean=0.5, std=0.25)
+        export(encoder.backbone, tmp_path / name, StandardView(size, channels, 0.5, 0.25).pretrained_cfg)
         assert encoder.backbone.pretrained_cfg == description
         contiguous = encoder.backbone.eval().to(memory_format=torch.contiguous_format)
         torch.save({"images": images, "features": contiguous(images)}, tmp_path / f"{name}.pt")
@@ -382,7 +383,7 @@ def strided():
 def test_weights_that_share_memory_are_exported_each_under_its_name(tmp_path, made):
     torch.manual_seed(0)
     backbone, images = made().eval(), torch.randn(2, 3, 32, 32)
-    export(backbone, tmp_path / "backbone", channels=3, size=32, mean=0.5, std=0.25)
+    export(backbone, tmp_path / "backbone", StandardView(32, 3, 0.5, 0.25).pretrained_cfg)
     assert load_file(tmp_path / "backbone" / "model.safetensors").keys() == backbone.state_dict().keys()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
     with torch.no_grad():
@@ -390,14 +391,14 @@ def test_weights_that_share_memory_are_exported_each_under_its_name(tmp_path, ma
 
 
 def test_an_export_is_readable_for_whom_its_folder_is(tmp_path):
-    export(build().backbone, tmp_path / "backbone", channels=1, size=28, mean=0.5, std=0.25)
+    export(build().backbone, tmp_path / "backbone", StandardView(28, 1, 0.5, 0.25).pretrained_cfg)
     for file in (tmp_path / "backbone").iterdir():
         assert file.stat().st_mode & 0o777 == (tmp_path / "backbone").stat().st_mode & 0o666
 
 
 def test_an_export_is_a_starting_point_for_another_encoder(tmp_path):
     first = build()
-    export(first.backbone, tmp_path, channels=1, size=28, mean=0.5, std=0.25)
+    export(first.backbone, tmp_path, StandardView(28, 1, 0.5, 0.25).pretrained_cfg)
     second = build(f"local-dir:{tmp_path}", pretrained=True)
     other = build(f"local-dir:{tmp_path}")
     assert all(

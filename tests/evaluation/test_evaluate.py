@@ -14,9 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from manyviews import cli
+from manyviews.data.images import Pictures
 from manyviews.evaluators.geometry import Pixels, two_views
 from manyviews.evaluators.splits import hold_out
-from manyviews.views import ViewsSettings, plain
+from manyviews.views import StandardView, ViewsSettings
 from processes import launched
 from recorded import measured, recorded, values
 from small_run import photographs as make_photographs
@@ -165,7 +166,7 @@ class Noise:
     """Five images."""
 
     names, labels, classes = tuple("abcde"), None, ()
-    channels, size, fingerprint = 1, 16, "0" * 64
+    channels, size, aspects, fingerprint = 1, 16, None, "0" * 64
 
     def __len__(self) -> int:
         return 5
@@ -178,7 +179,7 @@ class Noise:
 def test_two_views_are_those_that_a_run_would_see_whatever_the_batch() -> None:
     views = ViewsSettings(num_views=2).build(size=16, channels=1, seed=3)
     ids = torch.tensor([4, 0, 2])
-    made = views(Noise().read(ids), ids, 0)
+    (made,) = views(Noise().read(ids), ids, 0)
     for size in (1, 2, 8):
         first, second = two_views(Pixels(), views, Noise(), ids, channels=1, batch_size=size)
         torch.testing.assert_close(first, (made[0] * 0.25 + 0.5).flatten(1))
@@ -187,7 +188,7 @@ def test_two_views_are_those_that_a_run_would_see_whatever_the_batch() -> None:
 
 def test_pixels_of_the_plain_view_are_the_images_own() -> None:
     images = Noise().read(torch.arange(5))
-    torch.testing.assert_close(Pixels()(plain(images, 16)), images.flatten(1) / 255)
+    torch.testing.assert_close(Pixels()(StandardView(16, 1)(Pictures((images,)))), images.flatten(1) / 255)
 
 
 def test_a_run_that_has_learned_from_colour_is_measured_on_grey_images(photographs: Path, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyviews.data import InMemory
+from manyviews.data.images import Pictures
 from manyviews.data.sampler import order
-from manyviews.evaluators.augmented import AugmentedSettings, Heads, augmented_probe, crops
+from manyviews.evaluators.augmented import AugmentedSettings, Heads, RandomCrops, augmented_probe
 from manyviews.evaluators.splits import Prediction, hold_out
-from manyviews.views import Views, ViewsSettings
+from manyviews.views import StandardView, Views, ViewsSettings
 from processes import start
 
 SETTINGS = AugmentedSettings(epochs=3, batch_size=16, rates=(0.1, 3.0), decays=(0.0, 1e-2))
@@ -34,8 +35,11 @@ def backbone() -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten())
 
 
+VIEW = StandardView(12, 1, mean=128 / 255, std=64 / 255)
+
+
 def prepare(images: Tensor) -> Tensor:
-    return images.float() / 64 - 2
+    return VIEW(Pictures((images,)))
 
 
 def windows(seed: int = 0) -> Views:
@@ -44,7 +48,7 @@ def windows(seed: int = 0) -> Views:
 
 
 def probe(images: InMemory, settings: AugmentedSettings = SETTINGS, module: nn.Module | None = None) -> Prediction:
-    return augmented_probe(module or backbone(), images, striped(30, seed=1), prepare, settings, 3, seed=2)
+    return augmented_probe(module or backbone(), images, striped(30, seed=1), VIEW, settings, 3, seed=2)
 
 
 def test_every_head_takes_the_steps_of_torch_on_the_images_that_count():
@@ -108,6 +112,10 @@ def test_it_learns_what_the_features_show():
     truth = striped(30, seed=1).labels
     assert (result.predictions == truth).float().mean() > 0.8
     assert result.validation > 0.8
+
+
+def crops(images: Tensor, ids: Tensor, views: Views, epoch: int) -> Tensor:
+    return RandomCrops(VIEW, views, epoch, iter(())).pixels(Pictures((images,)), ids)
 
 
 def test_a_crop_depends_on_image_and_epoch_alone():

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from manyviews.data.images import Pictures
 from manyviews.features import run_weights
 from manyviews.features.backbone import open_model, open_run
 from manyviews.run.checkpoints import Checkpoint
+from manyviews.views import StandardView
 from small_run import save_checkpoint, small_run
 
 
@@ -30,11 +32,11 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 def test_a_run_is_opened_with_its_weights_and_the_input_it_was_trained_on(run: Path) -> None:
     opened = open_model(str(run))
     assert (opened.channels, opened.size, opened.folder) == (1, 28, run)
-    assert opened.transform == {"channels": 1, "size": 28, "mean": 0.5, "std": 0.25, "interpolation": "bicubic"}
+    assert opened.view == StandardView(28, 1, mean=0.5, std=0.25, interpolation="bicubic", crop_pct=1.0)
     assert opened.origin["file"] == "backbone/model.safetensors"
     assert not equal(opened.backbone(), opened.untrained())
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    torch.testing.assert_close(opened.prepare(images), (images / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(opened.view(Pictures((images,))), (images / 255 - 0.5) / 0.25)
 
 
 def test_a_run_that_has_not_finished_is_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
@@ -63,8 +65,10 @@ def test_a_timm_model_sees_what_timm_says_it_was_trained_on() -> None:
     opened = open_model("resnet18", pretrained=False, size=32)
     assert (opened.channels, opened.size, opened.folder, opened.recipe) == (3, 32, None, None)
     grey = torch.randint(0, 256, (2, 1, 40, 40), dtype=torch.uint8)
-    prepared = opened.prepare(grey)
-    resized = F.interpolate(grey.float(), (32, 32), mode="bicubic", antialias=True).clamp(0, 255)
+    assert opened.view.crop_pct == 0.95
+    prepared = opened.view(Pictures((grey,)))
+    # 32 / 0.95 is 33.7, and one pixel too many is left out at the lower right.
+    resized = F.interpolate(grey.float(), (33, 33), mode="bicubic", antialias=True).clamp(0, 255)[..., :32, :32]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (resized.expand(-1, 3, -1, -1) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(prepared, expected, atol=1e-5, rtol=0)
@@ -86,14 +90,15 @@ def test_an_exported_backbone_is_a_timm_model(run: Path) -> None:
     words = f"local-dir:{run / 'backbone'}"
     learned, afresh = open_model(words, pretrained=True), open_model(words, pretrained=False)
     assert equal(learned.backbone(), open_run(run).backbone())
-    assert (learned.channels, learned.size, learned.mean) == (1, 28, (0.5,))
+    assert (learned.channels, learned.size, learned.view.mean) == (1, 28, (0.5,))
     assert learned.origin["sha256"] != afresh.origin["sha256"]
-    images = torch.randint(0, 256, (2, 1, 30, 30), dtype=torch.uint8)
-    torch.testing.assert_close(learned.prepare(images), open_run(run).prepare(images), atol=1e-6, rtol=1e-6)
+    images = Pictures((torch.randint(0, 256, (2, 1, 30, 30), dtype=torch.uint8),))
+    torch.testing.assert_close(learned.view(images), open_run(run).view(images), atol=1e-6, rtol=1e-6)
 
 
 def test_another_size_is_seen_by_what_can_take_it(run: Path, tmp_path: Path) -> None:
-    assert open_model(str(run), size=40).prepare(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).shape[-1] == 40
+    pictures = Pictures((torch.zeros(1, 1, 8, 8, dtype=torch.uint8),))
+    assert open_model(str(run), size=40).view(pictures).shape[-1] == 40
     vit = ("encoder.name=vit_tiny_patch16_224",)
     small_run(tmp_path / "vit", *vit, channels=3, size=32)
     with pytest.raises(ValueError, match="trained on 32 pixels, cannot take that; leave size out"):

@@ -1,6 +1,7 @@
 """Encoding on a GPU, a pretend one: the features of the CPU, and when the host waits for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from manyviews.data import InMemory
-from manyviews.data.images import array_split
+from manyviews.data.images import Pictures, array_split
 from manyviews.features.encoding import encoded, extract
 from manyviews.system import hardware
 from manyviews.system.distributed import all_gather_object
+from manyviews.views import StandardView
 from pretend_cuda import Log, pretend_cuda
 from processes import start
 
@@ -24,8 +26,18 @@ def images() -> InMemory:
     return array_split("images", pixels, torch.arange(COUNT) % 4, "0123")
 
 
-def prepare(pixels: Tensor) -> Tensor:
-    return pixels.float() / 255
+VIEW = StandardView(8, 1, mean=(0.0,), std=(1.0,))
+
+
+@dataclass(frozen=True)
+class Noted(StandardView):
+    """A view that calls a function before each batch."""
+
+    note: Callable[[], object] = lambda: None
+
+    def __call__(self, pictures: Pictures) -> Tensor:
+        self.note()
+        return super().__call__(pictures)
 
 
 def backbone() -> nn.Module:
@@ -59,17 +71,14 @@ def waits(log: Log, file: str = "features/encoding.py") -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_host_waits_once_for_each_batch_when_the_next_one_has_begun(precision: Any, log: Log) -> None:
     module = backbone()
-    expected = extract(module, images(), prepare=prepare, batch_size=10, precision=precision)
+    expected = extract(module, images(), view=VIEW, batch_size=10, precision=precision)
     module.to("cuda")
     batches = torch.arange(COUNT).split(10)
     log.clear()
     begun, results = [], []
 
-    def noted(pixels: Tensor) -> Tensor:
-        begun.append(len(results))
-        return prepare(pixels)
-
-    given: Any = {"prepare": noted, "device": "cuda", "precision": precision}
+    noted = Noted(8, 1, (0.0,), (1.0,), note=lambda: begun.append(len(results)))
+    given: Any = {"view": noted, "device": "cuda", "precision": precision}
     for ids, rows in encoded(module, images(), batches, **given):
         assert rows.device.type == "cpu"
         results.append(rows)
@@ -82,23 +91,23 @@ def test_the_host_waits_once_for_each_batch_when_the_next_one_has_begun(precisio
 def test_features_that_stay_on_the_gpu_are_waited_for_by_nobody(log: Log) -> None:
     module, batches = backbone().to("cuda"), torch.arange(COUNT).split(10)
     log.clear()
-    rows = [rows for _, rows in encoded(module, images(), batches, prepare=prepare, device="cuda", keep=True)]
+    rows = [rows for _, rows in encoded(module, images(), batches, view=VIEW, device="cuda", keep=True)]
     assert waits(log) == 0
     assert {each.device.type for each in rows} == {"cuda"}
     log.clear()
-    kept = extract(module, images(), prepare=prepare, device="cuda", batch_size=10, keep=True)
+    kept = extract(module, images(), view=VIEW, device="cuda", batch_size=10, keep=True)
     assert kept.device.type == "cuda"
     # Whether they are finite.
     assert waits(log) <= 1
     assert torch.equal(kept.cpu(), torch.cat(rows).cpu())
-    assert torch.equal(kept.cpu(), extract(module, images(), prepare=prepare, device="cuda", batch_size=10))
+    assert torch.equal(kept.cpu(), extract(module, images(), view=VIEW, device="cuda", batch_size=10))
 
 
 def test_features_that_do_not_fit_on_the_gpu_are_on_the_cpu(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     module = backbone().to("cuda")
-    expected = extract(module, images(), prepare=prepare, device="cuda", keep=True)
+    expected = extract(module, images(), view=VIEW, device="cuda", keep=True)
     monkeypatch.setattr(hardware, "free", lambda gpu: 100)
-    found = extract(module, images(), prepare=prepare, device="cuda", keep=True)
+    found = extract(module, images(), view=VIEW, device="cuda", keep=True)
     assert found.device.type == "cpu"
     assert torch.equal(found, expected.cpu())
 
@@ -106,20 +115,16 @@ def test_features_that_do_not_fit_on_the_gpu_are_on_the_cpu(log: Log, monkeypatc
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", "tf32"), ("bf16", "as before")])
 def test_only_the_backbone_multiplies_in_tf32(precision: Any, expected: str) -> None:
     module, before = Products(), torch.backends.cuda.matmul.fp32_precision
-    outside = []
-
-    def noted(pixels: Tensor) -> Tensor:
-        outside.append(torch.backends.cuda.matmul.fp32_precision)
-        return prepare(pixels)
-
-    extract(module, images(), prepare=noted, precision=precision)
+    outside: list[str] = []
+    noted = Noted(8, 1, note=lambda: outside.append(torch.backends.cuda.matmul.fp32_precision))
+    extract(module, images(), view=noted, precision=precision)
     assert module.seen == {"tf32" if expected == "tf32" else before}
     assert {*outside, torch.backends.cuda.matmul.fp32_precision} == {before}
 
 
 def _part(rank: int, world: int, folder: str, room: int) -> None:
     torch.set_num_threads(1)
-    whole = extract(backbone(), images(), prepare=prepare, batch_size=3)
+    whole = extract(backbone(), images(), view=VIEW, batch_size=3)
     hardware.free = lambda gpu: room
     with pretend_cuda() as log:
         store = f"file://{folder}/store"
@@ -127,7 +132,7 @@ def _part(rank: int, world: int, folder: str, room: int) -> None:
         for keep in (False, True):
             log.clear()
             module = backbone().to("cuda")
-            found = extract(module, images(), prepare=prepare, device="cuda", batch_size=3, keep=keep)
+            found = extract(module, images(), view=VIEW, device="cuda", batch_size=3, keep=keep)
             assert found.device.type == ("cuda" if keep and room else "cpu")
             torch.testing.assert_close(found.cpu(), whole)
             rows = [name for name in log.collectives if "gather" in name and name.startswith("nccl")]
@@ -135,7 +140,7 @@ def _part(rank: int, world: int, folder: str, room: int) -> None:
         if rank == 0 and room:
             # The memory of one rank is too small for all features: all of them gather on the CPU.
             hardware.free = lambda gpu: 0
-        mixed = extract(module, images(), prepare=prepare, device="cuda", batch_size=3, keep=True)
+        mixed = extract(module, images(), view=VIEW, device="cuda", batch_size=3, keep=True)
         assert all_gather_object(mixed.device.type) == ["cpu"] * world
         torch.testing.assert_close(mixed, whole)
     torch.distributed.destroy_process_group()

@@ -21,13 +21,15 @@ from PIL import Image
 from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Sample, select
+from manyviews.data.decoding.files import pictures
+from manyviews.data.images import Pictures
 from manyviews.features import store, store_rows
 from manyviews.features.backbone import open_run
 from manyviews.features.cached import features_of
 from manyviews.features.encoding import EncodeSettings, encoded, images_of
 from manyviews.features.extract import ExtractSettings, extract
 from manyviews.system.console import Console
-from manyviews.views import plain
+from manyviews.views import StandardView
 from processes import launched
 from small_run import small_run
 
@@ -79,10 +81,10 @@ def test_every_layer_and_every_image_is_written_once(run: Path, folder: Path, tm
     ]
     assert [entry[2] for entry in told["images"]] == [*images.train.names, *images.test.names]
     assert np.load(output / "labels.npy").tolist() == images.train.labels.tolist() + images.test.labels.tolist()
-    pixels = torch.cat([part.read(torch.arange(len(part))) for part in (images.train, images.test)])
+    parts = (images.train, images.test)
+    seen = torch.cat([opened.view(pictures(part, torch.arange(len(part)), opened.view)) for part in parts])
     backbone, projector = opened.backbone().eval(), opened.head("projector").module.eval()
     with torch.inference_mode():
-        seen = plain(pixels, 28)
         expected = {"backbone": backbone(seen), "projector": projector(backbone.forward_summary(seen))}
         expected["stages.0"] = backbone.stages[0](backbone.stem(seen)).mean((2, 3))
     for name, rows in expected.items():
@@ -184,7 +186,7 @@ def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, 
     # A third of the rows, as a killed process leaves them.
     shutil.copytree(tmp_path / "one", tmp_path / "two" / ".partial")
     key = manifest(tmp_path / "one")
-    names = ("weights", "input", "precision", "fingerprints", "layers")
+    names = ("weights", "input", "stored", "precision", "fingerprints", "layers")
     (tmp_path / "two" / ".partial" / "key.json").write_text(json.dumps({name: key[name] for name in names}))
     (tmp_path / "two" / ".partial" / "done-00003.txt").write_text("8 16 done\n16 2")
     for name in ("backbone.npy", "projector.npy"):
@@ -214,7 +216,7 @@ def test_a_process_that_is_killed_leaves_rows_that_count(run: Path, tmp_path: Pa
     backbone = open_run(run).backbone().eval()
     chosen = torch.tensor([0, 1, 2, 500, 9_999])
     with torch.inference_mode():
-        expected = backbone(plain(SAMPLE.train.read(chosen), 28))
+        expected = backbone(StandardView(28, 1)(Pictures((SAMPLE.train.read(chosen),))))
     torch.testing.assert_close(torch.from_numpy(features[chosen]), expected, atol=1e-5, rtol=1e-4)
     assert len(features) == len(SAMPLE.train) + len(SAMPLE.test)
 
@@ -331,7 +333,7 @@ def test_an_image_that_breaks_after_the_listing_is_named_in_the_manifest(
 
 def test_an_exported_model_gives_the_same_features_without_torchs_eager_mode(run: Path) -> None:
     backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
-    images = plain(SAMPLE.test.read(torch.arange(7)), 28)
+    images = StandardView(28, 1)(Pictures((SAMPLE.test.read(torch.arange(7)),)))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(backbone, (images[:2],), dynamic_shapes=({0: batch},))
     with torch.inference_mode():
@@ -343,7 +345,7 @@ def test_onnx_gives_the_same_features(run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     backbone = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).eval()
-    images = plain(SAMPLE.test.read(torch.arange(7)), 28)
+    images = StandardView(28, 1)(Pictures((SAMPLE.test.read(torch.arange(7)),)))
     dynamic = {0: torch.export.Dim("batch", min=1, max=1024)}
     torch.onnx.export(
         backbone, (images[:2],), tmp_path / "b.onnx", input_names=["images"], dynamo=True, dynamic_shapes=(dynamic,)

@@ -48,19 +48,28 @@ class Case(NamedTuple):
     """Whether images have continuous labels; they have in any case where the objective needs them."""
     rate: float = 1.0
     """Of learning: embeddings that are not normalised would grow without bound."""
+    local: int = 0
+    """Local views, which come after the others."""
     narrow: bool = True
     """Whether float32 is good to 1e-6 over a few steps: not for products of long embeddings, which are exponents, for
     small distances, and at a temperature of 0.01."""
 
+    @property
+    def keys(self) -> int | None:
+        return self.views if self.local else None
+
     def build(self, *, seed: int = 3) -> Objective:
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
-        population = Population(torch.arange(IMAGES) % self.classes, values)
+        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the views the encoder gets, and which the twin."""
-        return (views[:1], views[1:]) if self.settings.traits.splits_views else (views, views)
+        traits, seen = self.settings.traits, views[: self.views]
+        if traits.splits_views:
+            return torch.cat([views[:1], views[self.views :]]), seen[1:]
+        return views, views if traits.twin_momentum is None else seen
 
 
 CASES: dict[str, Case] = {
@@ -138,6 +147,32 @@ CASES: dict[str, Case] = {
     "margin": Case(Margin()),
     "margin, a boundary for each id": Case(Margin(beta_per="class", nu=0.1, sampling=SemiHard())),
     "margin, all": Case(Margin(sampling=All(), nu=0.1)),
+    "in_batch, local": Case(InBatch(), local=3),
+    "in_batch, three views, local": Case(InBatch(temperature=0.5, decoupled=True), views=3, local=2),
+    "in_batch, hard, local": Case(InBatch(temperature=0.5, positive_probability=0.1, hardness=1.0), local=3),
+    "in_batch, bilinear, local": Case(InBatch(score="bilinear", temperature=20.0, hardness=0.5), local=2),
+    "supervised, local": Case(Supervised(), local=3),
+    "supervised, classes, one view, local": Case(Supervised(), views=1, local=2, classes=7),
+    "nearest_neighbours, local": Case(NearestNeighbours(size=27), local=2),
+    "queue, local": Case(Queue(size=27), local=3),
+    "queue, symmetric, local": Case(Queue(size=5, symmetric=True), local=2),
+    "queue, symmetric, classes, local": Case(Queue(size=13, symmetric=True), classes=5, local=2),
+    "bank, local": Case(Bank(), local=2),
+    "bank, nce, local": Case(Bank(estimator="nce", negatives=12, shared=False), views=1, local=2),
+    "noise_contrastive, local": Case(NoiseContrastive(negatives=12, temperature=0.5), local=2),
+    "margin_softmax, local": Case(MarginSoftmax(), local=2),
+    "log_ratio, local": Case(LogRatio(), views=1, local=2, narrow=False),
+    "ranking, list_net, local": Case(Ranking(), local=2),
+    "ranking, cross_entropy, local": Case(Ranking(loss="cross_entropy"), local=2),
+    "ranking, rank_net, local": Case(Ranking(loss="rank_net"), local=2),
+    "ranking, list_mle, values, local": Case(Ranking(loss="list_mle"), local=2, values=True),
+    "contrastive, local": Case(Contrastive(), local=2),
+    "contrastive, random, local": Case(Contrastive(sampling=Random(positives="random")), local=2),
+    "triplet, local": Case(Triplet(margin=1.0), local=2),
+    "triplet, all, local": Case(Triplet(sampling=All()), local=2),
+    "triplet, hardest, one view, local": Case(Triplet(sampling=Hardest(), squared=False), views=1, local=2),
+    "margin, local": Case(Margin(), local=2),
+    "margin, semi-hard, one view, local": Case(Margin(sampling=SemiHard()), views=1, local=2),
 }
 for name, settings in OBJECTIVES.items():
     CASES.setdefault(name, Case(settings(), views=max(2, settings().traits.fewest_views)))
@@ -160,7 +195,7 @@ def drawn(case: Case, batch: int = 8, *, seed: int = 0) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(IMAGES, generator=generator)[:batch] % case.classes
     ids[-1] = ids[0]
-    return torch.randn(case.views, batch, DIM, generator=generator, dtype=torch.float64), ids
+    return torch.randn(case.views + case.local, batch, DIM, generator=generator, dtype=torch.float64), ids
 
 
 @every
@@ -206,7 +241,7 @@ def test_points_that_coincide_oppose_vanish_or_are_far_have_finite_gradients(nam
         for settings in (case.settings, case.settings.model_copy(update=cold)):
             objective = case._replace(settings=settings).build()
             for number in range(2):
-                z = rows.repeat(case.views, 1, 1).requires_grad_()
+                z = rows.repeat(case.views + case.local, 1, 1).requires_grad_()
                 loss = step(objective, case, z, torch.tensor(ids) % case.classes, number).total
                 assert loss.isfinite()
                 gradients = torch.autograd.grad(loss, [z, *objective.parameters()], allow_unused=True)
@@ -264,9 +299,9 @@ def test_an_objective_without_a_cost_cannot_be_made() -> None:
 
 @every
 def test_one_process_receives_nothing_and_more_of_them_share_the_work(name: str) -> None:
-    one, four = (
-        CASES[name].settings.cost(Sizes(IMAGES, CASES[name].views, 64, DIM, processes)) for processes in (1, 4)
-    )
+    case = CASES[name]
+    views = case.views + case.local
+    one, four = (case.settings.cost(Sizes(IMAGES, views, 64, DIM, processes, case.keys)) for processes in (1, 4))
     assert isinstance(one, Cost)
     assert one.traffic == 0 < min(four.traffic, one.products, one.negatives)
     assert four.products <= one.products
@@ -283,7 +318,8 @@ def train(case: Case, *, double: bool = True, device: str = "cpu") -> dict[str, 
     losses, gradients = [], []
     for number, batch in enumerate(BATCHES):
         own = distributed.share(batch)
-        images = torch.randn(case.views, batch, INPUTS, generator=generator, dtype=torch.float64).to(dtype)
+        shape = (case.views + case.local, batch, INPUTS)
+        images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         # The second half is another kind of data: a gradient that forgets the other processes shows.
         images[:, batch // 2 :] = images[:, batch // 2 :].abs() * 3 + 1
         ids = torch.randperm(IMAGES, generator=generator)[:batch]

@@ -34,6 +34,8 @@ from manyviews.system import distributed
 from processes import start
 
 BATCH, DIM, IMAGES = 64, 24, 203
+LOCAL = 2
+"""Local views of the objectives that have "local" in their names."""
 VIEWS = {"n_pair, five views, both ways round": 5, "supervised": 3, "nearest_neighbours": 3, "bank": 1}
 OBJECTIVES: dict[str, ObjectiveSettings] = {
     "in_batch": InBatch(),
@@ -72,6 +74,18 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
     "triplet": Triplet(),
     "triplet, un-normalised": Triplet(normalized=False, sampling=Hardest()),
     "margin": Margin(),
+    "in_batch, local": InBatch(),
+    "in_batch, bilinear, local": InBatch(score="bilinear"),
+    "supervised, local": Supervised(),
+    "nearest_neighbours, local": NearestNeighbours(size=70),
+    "queue, local": Queue(size=70),
+    "queue, symmetric, local": Queue(size=70, symmetric=True),
+    "bank, local": Bank(),
+    "bank, nce, local": Bank(estimator="nce", negatives=40),
+    "noise_contrastive, local": NoiseContrastive(negatives=5_000),
+    "log_ratio, local": LogRatio(),
+    "ranking, local": Ranking(),
+    "triplet, local": Triplet(),
 }
 ENTERED = {name: settings() for name, settings in ALL.items() if name not in OBJECTIVES}
 """Those of the union that nobody has written down here."""
@@ -80,12 +94,20 @@ AGREEMENTS = 12
 """How often the processes may agree on a number of 8 bytes in a step: fewer bytes than one number for each anchor."""
 
 
+def local(name: str) -> int:
+    return LOCAL if "local" in name else 0
+
+
 def views(name: str) -> int:
-    return VIEWS.get(name, 2)
+    return VIEWS.get(name, 2) + local(name)
+
+
+def keys(name: str) -> int | None:
+    return views(name) - LOCAL if local(name) else None
 
 
 def predicted(name: str, processes: int) -> Cost:
-    return OBJECTIVES[name].cost(Sizes(IMAGES, views(name), BATCH, DIM, processes))
+    return OBJECTIVES[name].cost(Sizes(IMAGES, views(name), BATCH, DIM, processes, keys(name)))
 
 
 class Products(TorchDispatchMode):
@@ -100,35 +122,38 @@ class Products(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def step(objective: Any, settings: ObjectiveSettings, number: int, num_views: int) -> Tensor:
+def step(objective: Any, name: str, number: int) -> Tensor:
     """One step of training on this process's share; the mean number of negatives."""
     generator = torch.Generator().manual_seed(number)
-    encoded = 1 if settings.traits.splits_views else num_views
+    traits, seen = OBJECTIVES[name].traits, views(name) - local(name)
+    encoded = (1 if traits.splits_views else seen) + local(name)
+    others = encoded if traits.twin_momentum is None else encoded - local(name)
     own = distributed.share(BATCH)
     ids = torch.randperm(IMAGES, generator=generator)[:BATCH]
     embeddings = torch.randn(encoded, BATCH, DIM, generator=generator)[:, own].requires_grad_()
-    targets = torch.randn(encoded, BATCH, DIM, generator=generator)[:, own]
+    targets = torch.randn(others, BATCH, DIM, generator=generator)[:, own]
     loss = objective(embeddings, ids[own], targets, number)
     loss.total.backward()
     objective.update(embeddings.detach(), ids[own], targets)
     return loss.terms["negatives"]
 
 
-def build(settings: ObjectiveSettings) -> Any:
+def build(name: str) -> Any:
+    settings = OBJECTIVES[name]
     values = torch.arange(1.0 * IMAGES).unsqueeze(1) if settings.traits.uses_values == "always" else None
-    return settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values), seed=0)
+    return settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values, keys=keys(name)), seed=0)
 
 
 def work(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     found = {}
-    for name, settings in OBJECTIVES.items():
-        objective = build(settings)
+    for name in OBJECTIVES:
+        objective = build(name)
         for number in range(2):
-            step(objective, settings, number, views(name))
+            step(objective, name, number)
         with distributed.traffic() as traffic:
-            negatives = step(objective, settings, 2, views(name))
+            negatives = step(objective, name, 2)
         state = objective.state_dict()
         spread = [state[key] for key in objective.shards()]
         found[name] = {
@@ -158,7 +183,9 @@ def test_traffic_memory_and_negatives_are_what_processes_measure(
     name: str, measured: list[list[dict[str, Any]]]
 ) -> None:
     # What every process holds besides: a pointer, a count, a normaliser, a matrix; a digest of what it was built with.
-    rest = {"in_batch, bilinear": 4 * DIM**2, "log_ratio": 32}.get(name.removesuffix(", hard negatives"), 16)
+    rest = {"in_batch, bilinear": 4 * DIM**2, "log_ratio": 32}.get(
+        name.removesuffix(", hard negatives").removesuffix(", local"), 16
+    )
     for ranks in measured:
         expected, found = predicted(name, len(ranks)), [rank[name] for rank in ranks]
         assert max(rank["rows"] for rank in found) == expected.rows
@@ -177,11 +204,11 @@ def test_products_are_those_that_one_process_computes(name: str, monkeypatch: py
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     # Pairs that were sampled are few, and their gradient is then found without products.
     monkeypatch.setattr(tiles, "FEW", -1)
-    objective = build(OBJECTIVES[name])
+    objective = build(name)
     for number in range(2):
-        step(objective, OBJECTIVES[name], number, views(name))
+        step(objective, name, number)
     with Products() as products:
-        step(objective, OBJECTIVES[name], 2, views(name))
+        step(objective, name, 2)
     expected = predicted(name, 1).products
     # Positives and normalisation are products too, of views alone; of a batch beside itself a part of the diagonal is
     # computed on both of its sides.

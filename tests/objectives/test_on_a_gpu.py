@@ -77,7 +77,7 @@ def test_where_the_number_of_images_of_an_id_is_bounded_nothing_waits(name: str,
     expected: list[torch.Tensor] = []
     with pretend_cuda() as log:
         for device in ("cpu", "cuda"):
-            population = Population(torch.arange(IMAGES), alike=alike)
+            population = Population(torch.arange(IMAGES), alike=alike, keys=case.keys)
             objective = case.settings.build(dim=5, population=population, seed=3).to(device, torch.float64)
             z, own_ids = views.to(device).requires_grad_(), ids.to(device)
             log.clear()
@@ -102,8 +102,9 @@ def test_launches_stay_within_the_budget_where_a_batch_has_several_tiles(
     monkeypatch.setattr("test_contract.IMAGES", 1000)
     with pretend_cuda() as log:
         objective = case._replace(classes=classes).build().to("cuda")
-        ids = (torch.randperm(1000, generator=torch.Generator().manual_seed(0)) % classes)[: embeddings // case.views]
-        views = torch.randn(case.views, len(ids), 5, generator=torch.Generator().manual_seed(0)).to("cuda")
+        count, generator = case.views + case.local, torch.Generator().manual_seed(0)
+        ids = (torch.randperm(1000, generator=generator) % classes)[: embeddings // count]
+        views = torch.randn(count, len(ids), 5, generator=torch.Generator().manual_seed(0)).to("cuda")
         views, ids = views.requires_grad_(), ids.to("cuda")
         for number in range(2):
             log.clear()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from manyviews import cli
 from manyviews.config import load
 from manyviews.data import Folder, select
+from manyviews.data.images import Pictures
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.results.intervals import wilson
 from manyviews.features.backbone import open_model, open_run
@@ -44,7 +45,7 @@ from manyviews.train.finetune.folder import describe
 from manyviews.train.finetune.loop import Average, draws_of
 from manyviews.train.finetune.task import task_of
 from manyviews.train.not_finite import Guard
-from manyviews.views import plain
+from manyviews.views import StandardView
 from processes import launched
 from stopped_runs import newest, stop_after, tensors
 
@@ -169,7 +170,7 @@ def test_the_classifier_is_timms_own_and_predicts_what_the_result_says(tuned: Pa
     test = Folder(path=str(images), channels=1, size=20).build().test
     assert test is not None
     with torch.inference_mode():
-        predictions = model(plain(test.read(torch.arange(len(test))), 20)).argmax(1)
+        predictions = model(StandardView(20, 1)(Pictures((test.read(torch.arange(len(test))),)))).argmax(1)
     found = result(tuned)
     assert found["confusion"] == confusion_matrix(test.labels, predictions, labels=range(3)).tolist()
     right = int((predictions == test.labels).sum())
@@ -722,8 +723,8 @@ def test_training_and_measuring_show_a_timm_model_the_same_input(images: Path) -
     opened = open_model(TINY, pretrained=False)
     pixels = Folder(path=str(images), channels=1, size=20).build().train.read(torch.arange(4))
     still = ViewsSettings(num_views=1, flip=0, crop_scale=(1, 1), crop_ratio=(1, 1), brightness=0, contrast=0, gamma=0)
-    views = still.build(size=20, channels=1, seed=0)(pixels, torch.arange(4), 0)[0]
-    torch.testing.assert_close(model_input(opened, views), opened.prepare(pixels), rtol=1e-4, atol=1e-4)
+    views = still.build(size=20, channels=1, seed=0)(pixels, torch.arange(4), 0)[0][0]
+    torch.testing.assert_close(model_input(opened, views), opened.view(Pictures((pixels,))), rtol=1e-4, atol=1e-4)
 
 
 # Mistakes

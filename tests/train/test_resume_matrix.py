@@ -45,7 +45,9 @@ FEWER = {
 }
 CLOCKED = {"images_per_second", "seconds"}
 """What depends on the time of day."""
-BY_TWO = ("arcface_instances", "instance_discrimination", "moco")
+LOCAL = ("moco views.local=2", "nnclr views.local=2")
+"""Recipes with local views too: a queue and a twin, neighbours and a predictor."""
+BY_TWO = ("arcface_instances", "instance_discrimination", "moco", LOCAL[0])
 """The recipes that two processes try by default: rows of weights, of a bank and of a queue, each spread over them."""
 
 
@@ -61,9 +63,10 @@ DEFAULT = first_of_each_objective()
 
 def recipe(name: str, images: Path, output: Path, *words: str) -> Recipe:
     """The recipe in small."""
+    name, *more = name.split()
     few = ["train.images_per_class=4"] if load(Recipe, find(name)).train.images_per_class else []
     small = [*SMALL, *few, *FEWER.get(name, []), f"data.path={images}", f"output={output}"]
-    return load(Recipe, find(name), [*small, *words])
+    return load(Recipe, find(name), [*small, *more, *words])
 
 
 @contextmanager
@@ -140,7 +143,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in names()]
+    "name",
+    [*(pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in names()), *LOCAL],
 )
 def test_a_recipe_that_was_stopped_three_times_ends_as_one_that_never_was(
     images: Path, tmp_path: Path, name: str

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_gpu_run import lines, run
 from test_not_finite import ADAM, OBJECTIVES, SPOILS, differing, infinite_value, state
-from test_step import NORMED, components, images
+from test_step import NORMED, components, own
 from torch import Tensor
 
 from manyviews.run.folder import read_metrics
@@ -45,9 +45,7 @@ CASES = [
 def step(built: Components, number: int) -> StepResult | SkippedStep:
     """A step on this process's part of twelve images, with image 3 among them."""
     ids = torch.tensor(sorted({3, *((7 * number + 5 * place) % 30 for place in range(11))}))
-    ids = ids[distributed.share(len(ids))]
-    device = built.accelerator.device
-    return train_step(built, images().read(ids).to(device), ids.to(device), 0, number)
+    return train_step(built, *(part.to(built.accelerator.device) for part in own(ids)), 0, number)
 
 
 def seen(result: StepResult | SkippedStep) -> SkippedStep | None:

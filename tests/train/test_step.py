@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from manyviews.config import load
 from manyviews.data import InMemory
+from manyviews.data.images import Pictures
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
@@ -54,6 +55,18 @@ OBJECTIVES = {
     "margin_softmax": ["objective=margin_softmax", "ids=labels"],
     "bilinear": ["objective=in_batch", "objective.score=bilinear"],
 }
+# timm resizes positions in float32, so that a ViT of several sizes is not to be had in float64.
+LOCAL = ["encoder.name=test_convnext", "views.size=48", "views.local=3", "views.local_size=32"]
+PREDICTED = ["encoder.predictor.layers=2", "encoder.predictor.batch_norm=false"]
+OBJECTIVES |= {
+    "in_batch, local": [*OBJECTIVES["in_batch"], *LOCAL],
+    "supervised, local": ["objective=supervised", "ids=labels", *LOCAL],
+    "queue, local": [*QUEUE, *LOCAL],
+    "queue, symmetric, local": [*OBJECTIVES["queue, symmetric"], *LOCAL],
+    "bank, local": [*OBJECTIVES["bank"], *LOCAL],
+    "nearest_neighbours, local": ["objective=nearest_neighbours", "objective.size=20", *PREDICTED, *LOCAL],
+    "triplet, local": ["objective=triplet", *LOCAL],
+}
 
 
 def images(labelled: bool = True) -> InMemory:
@@ -66,8 +79,9 @@ def images(labelled: bool = True) -> InMemory:
 
 
 def components(*words: str) -> Components:
-    given = {word.split("=")[0] for word in words}
-    recipe = load(Recipe, None, [*(word for word in SMALL if word.split("=")[0] not in given), *words])
+    # Of a key that comes twice, the last one.
+    given = {word.split("=")[0]: word for word in (*SMALL, *words)}
+    recipe = load(Recipe, None, list(given.values()))
     recipe = recipe.model_copy(update={"views": recipe.views.resolve(size=28, channels=1)})
     built = build(recipe, start(recipe.train.batch_size, recipe.train.precision, 1), images())
     built.forward.train()
@@ -81,9 +95,8 @@ class Precise(nn.Module):
         super().__init__()
         self.views = views
 
-    def forward(self, *arguments: Any) -> Tensor:
-        views: Tensor = self.views(*arguments)
-        return views.double()
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(group.double() for group in self.views(*arguments))
 
 
 @pytest.fixture
@@ -103,10 +116,14 @@ def precise_machine(*words: str) -> Components:
     return built._replace(views=Precise(built.views), objective=built.objective.double())
 
 
-def own(ids: Tensor) -> tuple[Tensor, Tensor]:
+def read(ids: Tensor) -> Pictures:
+    return Pictures((images().read(ids),))
+
+
+def own(ids: Tensor) -> tuple[Pictures, Tensor]:
     """This process's part of a batch."""
     part = ids[distributed.share(len(ids))]
-    return images().read(part), part
+    return read(part), part
 
 
 def gradients(built: Components, ids: Tensor) -> dict[str, Tensor]:
@@ -167,8 +184,8 @@ class Recorded(nn.Module):
         self.inner = forward
         self.outputs: list[Tensor] = []
 
-    def forward(self, views: Tensor) -> Any:
-        embedded = self.inner(views)
+    def forward(self, *views: Tensor) -> Any:
+        embedded = self.inner(*views)
         self.outputs.append(embedded.embeddings.detach().clone())
         return embedded
 
@@ -181,7 +198,7 @@ def recorded(built: Components) -> tuple[Components, list[Tensor]]:
 def check_that_dropout_is_drawn_alike(*words: str) -> None:
     built, outputs = recorded(components(*SMOOTH, *QUEUE, "encoder.drop_path=0.5", "train.chunk=4", *words))
     same = torch.zeros(12, dtype=torch.int64)
-    train_step(built, images().read(same), same, 0, 5)
+    train_step(built, read(same), same, 0, 5)
     assert len(outputs) == 6
     for chunk in range(3):
         assert torch.equal(outputs[chunk], outputs[chunk + 3])
@@ -204,7 +221,7 @@ def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypat
         built, outputs = recorded(components(*SMOOTH, "encoder.drop_path=0.5", "train.chunk=6", *words))
         # In a step alone: the engine would wait for the other processes.
         monkeypatch.setattr(step, "distributed", SimpleNamespace(**vars(distributed) | {"rank": lambda: rank}))
-        gradient(built, images().read(same), same, 0, number)
+        gradient(built, read(same), same, 0, number)
         monkeypatch.undo()
         return outputs[:2]
 
@@ -218,7 +235,7 @@ def test_dropout_follows_from_the_seed_the_step_the_rank_and_the_chunk(monkeypat
     monkeypatch.setattr(torch, "manual_seed", keys.append)
     for seed in (0, 1):
         recipe = built.recipe.model_copy(update={"seed": seed})
-        gradient(built._replace(recipe=recipe), images().read(same), same, 0, 5)
+        gradient(built._replace(recipe=recipe), read(same), same, 0, 5)
     assert keys[-1] != keys[-2]
 
 
@@ -247,7 +264,7 @@ def test_compiling_before_the_first_step_leaves_no_trace(name: str) -> None:
     torch.testing.assert_close(state(built), before, rtol=0, atol=0, equal_nan=True)
     assert all(parameter.grad is None for parameter in (*built.encoder.parameters(), *built.objective.parameters()))
     for one in (built, other):
-        train_step(one, images().read(ids), ids, 0, 0)
+        train_step(one, read(ids), ids, 0, 0)
     torch.testing.assert_close(state(built), state(other), rtol=0, atol=0, equal_nan=True)
 
 
@@ -306,11 +323,14 @@ def check_that_a_run_compiles_nothing(*words: str) -> None:
     assert before >= 2
     for number in range(6):
         epoch, ids = order.batch(number)
-        train_step(built, images().read(ids), ids, epoch, number)
+        train_step(built, read(ids), ids, epoch, number)
     assert len(graphs) == before
 
 
-@pytest.mark.parametrize("words", [(), ("train.chunk=5",)], ids=["whole", "chunks"])
+LOCAL_OF_SMALL = ("train.chunk=5", "views.local=2", "views.local_size=16")
+
+
+@pytest.mark.parametrize("words", [(), ("train.chunk=5",), LOCAL_OF_SMALL], ids=["whole", "chunks", "local views"])
 def test_a_run_compiles_nothing_after_its_start(words: tuple[str, ...]) -> None:
     # Of the last batch of an epoch, and of unequal chunks, too.
     in_a_process_of_its_own(f"check_that_a_run_compiles_nothing(*{words!r})")
@@ -332,7 +352,7 @@ def test_running_statistics_move_once_for_each_chunk() -> None:
     ids = torch.arange(12)
     gradient(built, *own(ids), 0, 0)
     for part in ids.split(4):
-        other.forward(other.views(images().read(part), part, 0))
+        other.forward(*other.views(read(part), part, 0))
     assert not torch.equal(before, other.encoder.state_dict()["backbone.stem.1.running_mean"])
     for (name, one), (_, two) in zip(built.encoder.named_buffers(), other.encoder.named_buffers(), strict=True):
         torch.testing.assert_close(one, two, msg=name)
@@ -410,8 +430,8 @@ def test_the_encoder_sees_one_view_and_the_twin_the_other_where_the_objective_as
 def test_targets_are_the_projections_where_there_is_a_predictor_and_no_twin(chunk: str) -> None:
     ids, words = torch.arange(12), [*SMOOTH, f"train.chunk={chunk}"]
     assert gradient(components(*words), *own(ids), 0, 0).targets is None
-    built = components(*words, "encoder.predictor.layers=2", "encoder.predictor.batch_norm=false")
-    embedded = built.encoder(built.views(*own(ids), 0))
+    built = components(*words, *PREDICTED)
+    embedded = built.encoder(*built.views(*own(ids), 0))
     taken = gradient(built, *own(ids), 0, 0)
     assert taken.targets is not None
     assert not taken.targets.requires_grad
@@ -496,6 +516,59 @@ def test_whoever_looks_for_gradient_accumulation_is_told_of_chunks(key: str) -> 
         load(Recipe, None, [f"train.{key}=4"])
 
 
+# Local views
+
+
+def test_local_views_are_the_encoders_alone_and_come_after_the_others() -> None:
+    for words, shapes in (
+        (QUEUE, ((4, 12, 8), (1, 12, 8))),
+        (OBJECTIVES["queue, symmetric"], ((5, 12, 8), (2, 12, 8))),
+        (OBJECTIVES["in_batch"], ((5, 12, 8), None)),
+    ):
+        built = components(*SMOOTH, *words, *LOCAL)
+        views = built.views(*own(torch.arange(12)), 0)
+        assert [group.shape for group in views] == [(2, 12, 1, 48, 48), (3, 12, 1, 32, 32)]
+        taken = gradient(built, *own(torch.arange(12)), 0, 0)
+        assert (taken.embeddings.shape, taken.targets if taken.targets is None else taken.targets.shape) == shapes
+        local = built.encoder(views[1]).embeddings
+        torch.testing.assert_close(taken.embeddings[-3:], local, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["queue, local", "in_batch, local"])
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_local_views_that_are_kept_or_made_again_give_the_gradient_of_the_whole(name: str, keep: str) -> None:
+    ids, words = torch.arange(12), [*SMOOTH, *OBJECTIVES[name]]
+    words += ["encoder.name=test_vit", "views.size=32", "views.local_size=16"]
+    found = gradients(components(*words, "train.chunk=4", f"train.keep_views={keep}"), ids)
+    assert difference(found, gradients(components(*words), ids)) < 1e-5
+
+
+@pytest.mark.parametrize("words", [(), QUEUE, [*QUEUE, "encoder.batch_norm_splits=2"]], ids=str)
+def test_batch_norms_of_the_backbone_see_the_views_of_each_size_apart(words: list[str]) -> None:
+    built = components(*NORMED, *words, "views.local=3", "views.local_size=16")
+    seen: list[list[int]] = []
+    norm = dict(built.encoder.backbone.named_modules())["stem.1"]
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(list(inputs[0].shape[::3])))
+    assert isinstance(train_step(built, *own(torch.arange(12)), 0, 0), StepResult)
+    assert seen == [[12 if words else 24, 14], [36, 8]]
+    assert norm.get_buffer("num_batches_tracked") == 2
+
+
+def test_a_step_with_a_local_view_that_is_not_finite_names_its_image() -> None:
+    built = components(*SMOOTH, *OBJECTIVES["in_batch, local"])
+    views = built.views
+
+    class Broken(nn.Module):
+        def forward(self, pictures: Pictures, ids: Tensor, epoch: int) -> tuple[Tensor, ...]:
+            whole, local = views(pictures, ids, epoch)
+            local[1, (ids == 7).nonzero().flatten()] = torch.nan
+            return whole, local
+
+    skipped = train_step(built._replace(views=Broken()), *own(torch.arange(12)), 0, 0)
+    assert not isinstance(skipped, StepResult)
+    assert [one for one, finite in zip(skipped.ids, skipped.views, strict=True) if not finite] == [7]
+
+
 # Two processes
 
 
@@ -533,7 +606,7 @@ def shuffled() -> dict[str, Any]:
     ids = torch.arange(12)
     taken = train_step(built, *own(ids), 0, 0)
     assert isinstance(taken, StepResult)
-    views = built.views(*own(ids), 0)
+    (views,) = built.views(*own(ids), 0)
     alone = components(*NORMED, *QUEUE, "objective.shuffle=false")
     chunked = components(*NORMED, *QUEUE, "objective.symmetric=true", "train.chunk=4")
     assert chunked.twin is not None

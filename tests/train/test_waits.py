@@ -6,7 +6,7 @@ import torch
 from manyviews import recipe
 from manyviews.config import load
 from manyviews.data import InMemory
-from manyviews.data.images import array_split
+from manyviews.data.images import Pictures, array_split
 from manyviews.system.launch import start
 from manyviews.train.components import build
 from manyviews.train.pretrain import train_step
@@ -41,7 +41,7 @@ def steps(name: str, *args: str, count: int = 2, log: Log | None = None) -> list
     results = []
     for step in range(count):
         ids = (torch.arange(BATCH) + step * BATCH) % len(data)
-        batch = data.read(ids).to(accelerator.device), ids.to(accelerator.device)
+        batch = Pictures((data.read(ids),)).to(accelerator.device), ids.to(accelerator.device)
         if log is not None:
             log.clear()
         result = train_step(components, *batch, 0, step)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from manyviews.data.images import Pictures
 from manyviews.features.backbone import open_model
 from manyviews.train.finetune.settings import GentleViews
 from manyviews.train.finetune.task import model_input
-from manyviews.views import Views, ViewsSettings, plain
+from manyviews.views import StandardView, Views, ViewsSettings
 from pretend_cuda import PretendTensor, pretend_cuda
 
 GPU = torch.device("cuda", 0)
@@ -21,13 +22,13 @@ FULL: dict[str, Any] = {
 def both(views: Views, channels: int, size: int, most_launches: int) -> None:
     draw = torch.Generator().manual_seed(1)
     images, ids = torch.randint(0, 256, (6, channels, size, size), dtype=torch.uint8, generator=draw), torch.arange(6)
-    expected = views(images, ids, 3)
+    (expected,) = views(images, ids, 3)
     with pretend_cuda() as log:
         views, images, ids = views.to(GPU), images.to(GPU), ids.to(GPU)
         # The basis of the chroma is copied once.
         views(images, ids, 0)
         log.clear()
-        made = views(images, ids, 3)
+        (made,) = views(images, ids, 3)
         assert log.waits.total() == 0, log
         assert log.launches.total() <= most_launches, log
     assert isinstance(made, PretendTensor)
@@ -63,11 +64,12 @@ def test_the_view_for_fine_tuning_and_its_scale_make_the_host_wait_once_for_all_
 def test_the_view_for_evaluation_makes_the_host_wait_once_for_all_batches() -> None:
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     scale: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    expected = plain(images, 32, **scale)
+    view, aspects = StandardView(32, 3, **scale, crop_pct=0.9), torch.tensor([0.5, 1, 1.5, 3])
+    expected = view(Pictures((images,), aspects))
     with pretend_cuda() as log:
-        given = images.to(GPU)
-        plain(given, 32, **scale)
+        given = Pictures((images,), aspects).to(torch.device(GPU))
+        view(given)
         log.clear()
-        made = plain(given, 32, **scale)
+        made = view(given)
         assert log.waits.total() == 0, log
     assert torch.equal(made.numbers, expected)

@@ -1,17 +1,88 @@
-"""Sets of images: uint8 squares that are read by id, with names, labels and a fingerprint."""
+"""Sets of images that are read by id, as uint8 squares, with names, labels and a fingerprint."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 Report = Callable[[str, int, int], None]
 """Progress callback, called from the calling thread with the task, the number done and the total."""
+
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class Crops(NamedTuple):
+    """Boxes to crop from each image of a batch."""
+
+    boxes: Float[Tensor, "crops batch 4"]
+    """Left, top, right and bottom, as shares of the width and height of the whole upright image."""
+    side: int
+    """Side in pixels of the squares that the crops are resized to."""
+    exact: bool = True
+    """Keep fractions of pixels; otherwise boxes may be rounded to whole ones, which takes less time."""
+
+
+@runtime_checkable
+class Cropper(Protocol):
+    """Chooses the boxes that are cropped from images, as a function of id, epoch and aspect ratio alone."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How crops are resized."""
+
+    def crops(
+        self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
+    ) -> tuple[Crops, ...]:
+        """The boxes for each size of crops; `aspects` are widths over heights, None for square images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The pixels of a batch: whole images, or crops of them.
+
+    Examples:
+        >>> whole = Pictures((torch.zeros(4, 3, 8, 8, dtype=torch.uint8),))
+        >>> [len(part) for part in whole.tensor_split(3)]
+        [2, 1, 1]
+    """
+
+    squares: tuple[UInt8[Tensor, "..."], ...]
+    """Of whole images one tensor [batch, channels, side, side], each image squeezed into a square; of crops a tensor
+    [crops, batch, channels, side, side] for each of the cropper's sizes."""
+    aspects: Float[Tensor, " batch"] | None = None
+    """Width over height of each whole image; None: all are square."""
+    cropped: bool = False
+
+    def __len__(self) -> int:
+        return self.squares[0].shape[int(self.cropped)]
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Pictures":
+        """Copies the pixels to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Pictures":
+        """Copies the pixels to pinned memory, from which they are copied to a GPU while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def tensor_split(self, parts: int) -> list["Pictures"]:
+        """Splits the batch into parts whose lengths differ by at most one image."""
+        squares = zip(*(tensor.tensor_split(parts, int(self.cropped)) for tensor in self.squares), strict=True)
+        aspects = [None] * parts if self.aspects is None else self.aspects.tensor_split(parts)
+        return [Pictures(own, aspect, self.cropped) for own, aspect in zip(squares, aspects, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [*self.squares, *([] if self.aspects is None else [self.aspects])]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Pictures":
+        aspects = None if self.aspects is None else change(self.aspects)
+        return Pictures(tuple(map(change, self.squares)), aspects, self.cropped)
 
 
 @runtime_checkable
@@ -19,7 +90,7 @@ class Readable(Protocol):
     """Anything that images can be read from by their ids."""
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, in their order."""
+        """The whole images of these ids, in their order, each squeezed into a square."""
 
 
 @runtime_checkable
@@ -48,6 +119,10 @@ class Images(Readable, Protocol):
     @property
     def size(self) -> int:
         """Side of the square, in pixels."""
+
+    @property
+    def aspects(self) -> Float[Tensor, " images"] | None:
+        """Width over height of each image as it is upright, in float64; None: all are square."""
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +158,7 @@ class InMemory:
     labels: Int64[Tensor, " images"] | None
     classes: tuple[str, ...]
     fingerprint: str
+    aspects: Float[Tensor, " images"] | None = None
 
     @property
     def channels(self) -> int:
@@ -98,7 +174,7 @@ class InMemory:
         return len(self.pixels)
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, in their order."""
+        """The whole images of these ids, in their order, each squeezed into a square."""
         return self.pixels.index_select(0, ids)
 
 

@@ -10,14 +10,15 @@ from queue import Empty
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
 from manyviews.data.decoding.decode import quiet
 from manyviews.data.decoding.files import Files
-from manyviews.data.images import Images
+from manyviews.data.images import Cropper, Images, Pictures
+from manyviews.data.pictures import aspects_of
 from manyviews.data.sampler import Order
-from manyviews.data.worker_process import Decoded, decode
+from manyviews.data.worker_process import Decoded, Decoder, Request
 from manyviews.data.workers import Packed, Worker
 from manyviews.system import distributed
 from manyviews.system.hardware import decoders
@@ -39,7 +40,7 @@ UPLOADED = 4096
 class Batch(NamedTuple):
     """One rank's share of a global batch, with the epoch it belongs to."""
 
-    images: UInt8[Tensor, "batch channels size size"]
+    images: Pictures
     ids: Int64[Tensor, " batch"]
     epoch: int
 
@@ -53,13 +54,14 @@ class Loader:
     memory that take at most a quarter of its free memory are copied there once and indexed there; of other images the
     batches are copied two ahead.
 
-    A file that cannot be decoded any more is replaced by the next readable image, under that image's id, and listed in
+    With a `cropper`, images that are decoded as they are needed come as its crops. A file that cannot be decoded any
+    more is replaced by the next readable image, under that image's id, and listed in
     `images.failed`.
 
     Examples:
         >>> from manyviews.data import Sample
         >>> images = Sample().build().train
-        >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.shape
+        >>> next(iter(Loader(images, Order(len(images), 4, seed=0)))).images.squares[0].shape
         torch.Size([4, 1, 28, 28])
 
     Raises:
@@ -69,6 +71,7 @@ class Loader:
 
     images: Images
     order: Order
+    cropper: Cropper | None = None
     _: KW_ONLY
     rank: int = 0
     size: int = 1
@@ -80,6 +83,9 @@ class Loader:
     def __post_init__(self) -> None:
         self._pin = torch.cuda.is_available() if self.device is None else self.device.type == "cuda"
         self._workers = decoders(self.workers)
+        self._decoder: Decoder | None = None
+        if isinstance(self.images, Files):
+            self._decoder = Decoder(self.images, None if self.images.whole else self.cropper)
         batch, size = self.order.batch_size, self.size
         if batch % size:
             nearest = max(round(batch / size), 1) * size
@@ -96,61 +102,74 @@ class Loader:
         return copied_ahead(self._from_host(), device)
 
     def _from_host(self) -> Generator[Batch]:
-        if isinstance(self.images, Files) and self._workers:
-            cached = self.images.cache is not None
-            return self._from_threads(self.images) if cached else self._from_workers(self.images)
-        return self._in_process()
+        if self._decoder is None or not self._workers:
+            return self._in_process()
+        cached = self._decoder.images.cache is not None
+        return self._from_threads(self._decoder) if cached else self._from_workers(self._decoder)
 
-    def _plan(self) -> Generator[tuple[int, list[int]]]:
+    def _plan(self) -> Generator[Request]:
         for step in count(self.start):
             epoch, ids = self.order.batch(step)
             # The shares of a smaller last batch differ by at most one image.
-            yield epoch, ids[distributed.share(len(ids), self.rank, self.size)].tolist()
+            yield Request(ids[distributed.share(len(ids), self.rank, self.size)].tolist(), epoch)
 
     def _on_device(self, device: torch.device) -> Generator[Batch]:
         images = self.images
         pixels = torch.empty(len(images), images.channels, images.size, images.size, dtype=torch.uint8, device=device)
         for ids in torch.arange(len(images)).split(UPLOADED):
             pixels[int(ids[0]) : int(ids[-1]) + 1] = images.read(ids).to(device)
-        for epoch, share in self._plan():
+        aspects = None if images.aspects is None else images.aspects.float().to(device)
+        for share, epoch in self._plan():
             ids = torch.tensor(share).pin_memory().to(device, non_blocking=True)
-            yield Batch(pixels.index_select(0, ids), ids, epoch)
+            own = None if aspects is None else aspects.index_select(0, ids)
+            yield Batch(Pictures((pixels.index_select(0, ids),), own), ids, epoch)
 
     def _in_process(self) -> Generator[Batch]:
-        for epoch, ids in self._plan():
-            if isinstance(self.images, Files):
+        for request in self._plan():
+            if self._decoder is not None:
                 with quiet():
-                    pixels, ids, failures = decode(self.images, ids, lambda image: None)
-                _note(self.images, failures)
+                    decoded = self._decoder.decode(request, lambda image: None, pin=self._pin)
+                yield self._batch(decoded, request.epoch)
             else:
-                pixels = self.images.read(torch.tensor(ids))
-            yield Batch(pixels.pin_memory() if self._pin else pixels, torch.tensor(ids), epoch)
+                ids = torch.tensor(request.ids)
+                whole = Pictures((self.images.read(ids),), aspects_of(self.images, ids))
+                yield Batch(whole.pin_memory() if self._pin else whole, ids, request.epoch)
 
-    def _from_threads(self, images: Files) -> Generator[Batch]:
+    def _batch(self, decoded: Decoded, epoch: int) -> Batch:
+        """A batch of what was decoded; notes what could not be."""
+        squares, ids, failures = decoded
+        assert self._decoder is not None
+        for name, reason in failures:
+            self._decoder.images.note(name, reason)
+        images, numbers = self._decoder.images, torch.tensor(ids)
+        aspects = aspects_of(images, numbers)
+        if aspects is not None and self._pin:
+            aspects = aspects.pin_memory()
+        return Batch(Pictures(squares, aspects, self._decoder.cropper is not None), numbers, epoch)
+
+    def _from_threads(self, decoder: Decoder) -> Generator[Batch]:
         """Batches of decoded pictures, which threads read ahead."""
         plan, number = self._plan(), min(self._workers, READING)
         pool = ThreadPoolExecutor(number, thread_name_prefix="read")
         waiting: deque[tuple[int, Future[Decoded]]] = deque()
 
         def request() -> None:
-            epoch, share = next(plan)
-            waiting.append((epoch, pool.submit(decode, images, share, lambda image: None, pin=self._pin)))
+            wanted = next(plan)
+            waiting.append((wanted.epoch, pool.submit(decoder.decode, wanted, lambda image: None, pin=self._pin)))
 
         try:
             for _ in range(number):
                 request()
             while True:
-                epoch, batch = waiting.popleft()
+                epoch, decoded = waiting.popleft()
                 request()
-                pixels, ids, failures = batch.result()
-                _note(images, failures)
-                yield Batch(pixels, torch.tensor(ids), epoch)
+                yield self._batch(decoded.result(), epoch)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _from_workers(self, images: Files) -> Generator[Batch]:
+    def _from_workers(self, decoder: Decoder) -> Generator[Batch]:
         with ExitStack() as stack:
-            packed = stack.enter_context(closing(Packed(images, self._workers)))
+            packed = stack.enter_context(closing(Packed(decoder, self._workers)))
             workers: list[Worker] = []
             for number in range(self._workers):
                 try:
@@ -165,24 +184,23 @@ class Loader:
             pending: deque[tuple[Worker, int]] = deque()
 
             def request() -> None:
-                (epoch, share), worker = next(plan), next(turns)
-                worker.request(share)
-                pending.append((worker, epoch))
+                wanted, worker = next(plan), next(turns)
+                worker.request(wanted)
+                pending.append((worker, wanted.epoch))
 
-            one = self.order.batch_size // self.size * images.channels * images.size**2
+            one = sum(square.nbytes for square in decoder.empty(self.order.batch_size // self.size))
             for _ in range(max(len(workers), min(PREFETCHED * len(workers), MOST_PREFETCHED // one))):
                 request()
             while True:
                 worker, epoch = pending.popleft()
                 try:
-                    pixels, ids, failures = worker.get(self.timeout)
+                    decoded = worker.get(self.timeout)
                 except Empty:
                     reading = worker.reading()
                     where = f"; being read: {reading}" if reading else ""
                     raise TimeoutError(f"no batch of images came for {self.timeout:g} seconds{where}") from None
                 request()
-                _note(images, failures)
-                yield Batch(pixels, torch.tensor(ids), epoch)
+                yield self._batch(decoded, epoch)
 
 
 def copied_ahead(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:
@@ -197,7 +215,7 @@ def copied_ahead(batches: Generator[Batch], device: torch.device) -> Generator[B
         batch, copied = copies.popleft()
         user = torch.cuda.current_stream(device)
         user.wait_event(copied)
-        for tensor in (batch.images, batch.ids):
+        for tensor in (*batch.images.tensors(), batch.ids):
             # Their memory belongs to the other stream, which must not fill it again before they were used.
             tensor.record_stream(user)
         return batch
@@ -212,8 +230,3 @@ def copied_ahead(batches: Generator[Batch], device: torch.device) -> Generator[B
                 yield first()
         while copies:
             yield first()
-
-
-def _note(images: Files, failures: list[tuple[str, str]]) -> None:
-    for name, reason in failures:
-        images.note(name, reason)

@@ -45,7 +45,7 @@ def select(images: Images, keep: Int64[Tensor, " kept"]) -> Images:
         }
         changed["reported"] = set(changed["failed"])
     # All that has a row per image.
-    for field in ("labels", "pixels", "rows", "states", "digests"):
+    for field in ("labels", "pixels", "rows", "states", "digests", "aspects"):
         if (rows := getattr(images, field, None)) is not None:
             changed[field] = rows[keep]
     return dataclasses.replace(images, **changed)

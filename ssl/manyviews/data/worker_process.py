@@ -24,7 +24,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from manyviews.data.decoding.decode import UnreadableImageError
-from manyviews.data.decoding.files import Files
+from manyviews.data.decoding.files import Files, empty
+from manyviews.data.images import Cropper, Crops
 from manyviews.system.files import shown
 
 MAX_SUBSTITUTIONS = 32
@@ -36,46 +37,81 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 
 class Decoded(NamedTuple):
     """A decoded batch."""
 
-    pixels: UInt8[Tensor, "batch channels size size"]
+    squares: tuple[UInt8[Tensor, "..."], ...]
+    """As in `Pictures`."""
     ids: list[int]
     """Ids of the images, some of them replacements."""
     failures: list[tuple[str, str]]
     """Names and reasons of files that cannot be decoded any more."""
 
 
-def decode(images: Files, ids: list[int], mark: Callable[[int], object], *, pin: bool = False) -> Decoded:
-    """Decodes images in turn, into pinned memory if asked to; an undecodable one is replaced by the next readable one.
+class Request(NamedTuple):
+    """The images of a batch, and the epoch, on which crops depend."""
 
-    `mark` is called with each image before it is decoded, and with `NOTHING` after it. Raises ValueError if none of the
-    next images can be decoded either.
-    """
-    pixels = torch.empty(len(ids), images.channels, images.size, images.size, dtype=torch.uint8, pin_memory=pin)
-    decoded = Decoded(pixels, [], [])
-    for row, wanted in enumerate(ids):
-        for image in ((wanted + offset) % len(images) for offset in range(min(MAX_SUBSTITUTIONS, len(images)))):
-            mark(image)
-            try:
-                pixels[row] = images.decode(image)
-                decoded.ids.append(image)
-                break
-            except UnreadableImageError as error:
-                decoded.failures.append((images.names[image], error.reason))
-            finally:
-                mark(NOTHING)
-        else:
-            name, reason = decoded.failures[-1]
-            raise ValueError(f"{shown(images.root / name)} and the images before it cannot be read: {reason}")
-    return decoded
+    ids: list[int]
+    epoch: int
 
 
-def pack(images: Files, workers: int) -> tuple[Any, bytes]:
-    """A file with a mark per worker and the images' tensors, and a pickle of all the rest."""
+class Decoder(NamedTuple):
+    """Decodes batches of images: crops of them, or with no cropper whole ones."""
+
+    images: Files
+    cropper: Cropper | None
+
+    def decode(self, request: Request, mark: Callable[[int], object], *, pin: bool = False) -> Decoded:
+        """Decodes images in turn, into pinned memory if asked to.
+
+        An undecodable image is replaced by the next readable one. `mark` is called with each image before it is
+        decoded, and with `NOTHING` after it. Raises ValueError if none of the next images can be decoded either.
+        """
+        images, (ids, epoch) = self.images, request
+        crops = self._crops(ids, epoch)
+        decoded = Decoded(empty(images, len(ids), crops, pin=pin), [], [])
+        for row, wanted in enumerate(ids):
+            for image in ((wanted + offset) % len(images) for offset in range(min(MAX_SUBSTITUTIONS, len(images)))):
+                mark(image)
+                try:
+                    self._decode_into(decoded.squares, row, image, crops if image == wanted else None, epoch)
+                    decoded.ids.append(image)
+                    break
+                except UnreadableImageError as error:
+                    decoded.failures.append((images.names[image], error.reason))
+                finally:
+                    mark(NOTHING)
+            else:
+                name, reason = decoded.failures[-1]
+                raise ValueError(f"{shown(images.root / name)} and the images before it cannot be read: {reason}")
+        return decoded
+
+    def empty(self, count: int, *, pin: bool = False) -> tuple[Tensor, ...]:
+        """Uninitialised memory for a batch of `count` images."""
+        return empty(self.images, count, self._crops([0], 0), pin=pin)
+
+    def _crops(self, ids: list[int], epoch: int) -> tuple[Crops, ...] | None:
+        return None if self.cropper is None else self.images.crops(torch.tensor(ids), self.cropper, epoch)
+
+    def _decode_into(
+        self, squares: tuple[Tensor, ...], row: int, image: int, crops: tuple[Crops, ...] | None, epoch: int
+    ) -> None:
+        if self.cropper is None:
+            squares[0][row] = self.images.decode(image)
+            return
+        column = row
+        if crops is None:
+            crops, column = self.images.crops(torch.tensor([image]), self.cropper, epoch), 0
+        decoded = self.images.decode_crops(image, crops, column, self.cropper.interpolation)
+        for square, own in zip(squares, decoded, strict=True):
+            square[:, row] = own
+
+
+def pack(decoder: Decoder, workers: int) -> tuple[Any, bytes]:
+    """A file with a mark per worker and the decoder's tensors, and a pickle of all the rest."""
     file = _unnamed_file()
     for number in range(workers):
         set_mark(file.fileno(), number, NOTHING)
     file.seek(0, os.SEEK_END)
     content = io.BytesIO()
-    _Pickler(content, file).dump(images)
+    _Pickler(content, file).dump(decoder)
     file.flush()
     return file, content.getvalue()
 
@@ -99,36 +135,38 @@ def serve(connection: Connection, shared: Connection, content: bytes, number: in
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     marks = shared.fileno()
-    images = _Unpickler(content, mmap.mmap(marks, 0, access=mmap.ACCESS_COPY)).load()
+    decoder: Decoder = _Unpickler(content, mmap.mmap(marks, 0, access=mmap.ACCESS_COPY)).load()
     with suppress(EOFError, ConnectionError):
         connection.send_bytes(b"ready")
         while True:
-            ids = connection.recv()
+            request = connection.recv()
             try:
-                decoded = decode(images, ids, lambda image: set_mark(marks, number, image))
+                decoded = decoder.decode(request, lambda image: set_mark(marks, number, image))
             except Exception as problem:
                 # Other types might not be picklable.
                 known = type(problem) in (ValueError, MemoryError, OSError)
                 connection.send(problem if known else RuntimeError("".join(traceback.format_exception(problem))))
                 continue
             connection.send((decoded.ids, decoded.failures))
-            left = decoded.pixels.view(-1).numpy().data
-            while left:
-                left = left[os.write(connection.fileno(), left) :]
+            for square in decoded.squares:
+                left = square.view(-1).numpy().data
+                while left:
+                    left = left[os.write(connection.fileno(), left) :]
 
 
-def receive(connection: Connection, pixels: Tensor) -> tuple[list[int], list[tuple[str, str]]]:
+def receive(connection: Connection, squares: tuple[Tensor, ...]) -> tuple[list[int], list[tuple[str, str]]]:
     """Receives pixels, and returns ids and failures; raises what the process raised."""
     answer: Any = connection.recv()
     if isinstance(answer, Exception):
         raise answer
     # Into the memory of the tensor: `Connection.recv_bytes` would copy twice.
-    left = pixels.view(-1).numpy().data
-    while left:
-        count = os.readv(connection.fileno(), [left])
-        if not count:
-            raise EOFError
-        left = left[count:]
+    for square in squares:
+        left = square.view(-1).numpy().data
+        while left:
+            count = os.readv(connection.fileno(), [left])
+            if not count:
+                raise EOFError
+            left = left[count:]
     ids, failures = answer
     return ids, failures
 

@@ -16,10 +16,17 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
-from manyviews.data.decoding.files import Files
-from manyviews.data.worker_process import NOTHING, Decoded, block_signals, decode, get_mark, pack, receive, serve
+from manyviews.data.worker_process import (
+    NOTHING,
+    Decoded,
+    Decoder,
+    Request,
+    block_signals,
+    get_mark,
+    pack,
+    receive,
+    serve,
+)
 from manyviews.system.files import shown
 
 logger = logging.getLogger(__name__)
@@ -34,8 +41,8 @@ for all workers, but needs a socket in TMPDIR, whose path may be too long."""
 class Packed:
     """Images as worker processes receive them, with their tensors in memory once for all."""
 
-    def __init__(self, images: Files, workers: int) -> None:
-        self.images = images
+    def __init__(self, decoder: Decoder, workers: int) -> None:
+        self.decoder = decoder
         self._workers = workers
         self._file: Any = None
         self._content = b""
@@ -43,7 +50,7 @@ class Packed:
     def start_process(self, number: int) -> tuple[Any, Connection]:
         """Starts a process, and returns it with this end of its pipe; may raise any exception."""
         if self._file is None:
-            self._file, self._content = pack(self.images, self._workers)
+            self._file, self._content = pack(self.decoder, self._workers)
         problem: Exception | None = None
         for method in METHODS:
             if method in multiprocessing.get_all_start_methods():
@@ -88,7 +95,7 @@ class Worker:
     def __init__(self, packed: Packed, number: int, *, pin: bool) -> None:
         self._packed, self._number, self._pin = packed, number, pin
         self._image = NOTHING
-        self._requests: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._done: SimpleQueue[Decoded | Exception] = SimpleQueue()
         self._process: Any = None
         self._connection: Connection | None = None
@@ -106,9 +113,9 @@ class Worker:
         finally:
             self._started.set()
 
-    def request(self, ids: list[int]) -> None:
+    def request(self, request: Request) -> None:
         """Requests a batch, to be decoded after earlier ones."""
-        self._requests.put(ids)
+        self._requests.put(request)
 
     def get(self, timeout: float) -> Decoded:
         """Waits for the oldest request; raises queue.Empty, or ChildProcessError if it died."""
@@ -119,7 +126,7 @@ class Worker:
 
     def reading(self) -> str:
         """The path of the image in work, also when the process died; empty if there is none."""
-        image, images = self._image, self._packed.images
+        image, images = self._image, self._packed.decoder.images
         image = self._packed.marked(self._number) if image == NOTHING else image
         return "" if image == NOTHING else shown(images.root / images.names[image])
 
@@ -138,17 +145,15 @@ class Worker:
     def _work(self) -> None:
         self._started.wait()
         connection, ready = self._connection, self._connection is None
-        while (ids := self._requests.get()) is not None and not self._closed:
+        while (request := self._requests.get()) is not None and not self._closed:
             try:
                 if connection is not None and not ready:
                     ready = self._is_ready(connection)
                     connection = connection if ready else None
                 if connection is None:
-                    decoded = decode(self._packed.images, ids, self._mark)
+                    decoded = self._packed.decoder.decode(request, self._mark, pin=self._pin)
                 else:
-                    decoded = self._received(connection, ids)
-                if self._pin and not decoded.pixels.is_pinned():
-                    decoded = decoded._replace(pixels=decoded.pixels.pin_memory())
+                    decoded = self._received(connection, request)
                 self._done.put(decoded)
             except Exception as problem:
                 self._done.put(problem)
@@ -170,13 +175,11 @@ class Worker:
             return False
         return True
 
-    def _received(self, connection: Connection, ids: list[int]) -> Decoded:
-        images = self._packed.images
+    def _received(self, connection: Connection, request: Request) -> Decoded:
         try:
-            connection.send(ids)
-            shape = len(ids), images.channels, images.size, images.size
-            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
-            return Decoded(pixels, *receive(connection, pixels))
+            connection.send(request)
+            squares = self._packed.decoder.empty(len(request.ids), pin=self._pin)
+            return Decoded(squares, *receive(connection, squares))
         except (EOFError, ConnectionError) as problem:
             where = self.reading()
             raise ChildProcessError(

@@ -12,7 +12,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import manyviews.encoder.small_models  # noqa: F401  (for its registrations with timm)
-from manyviews.encoder.timm_format import LOCAL, WEIGHTS, TimmFolder, from_hub, local_name, other_weights, read_folder
+from manyviews.encoder.timm_format import (
+    LOCAL,
+    WEIGHTS,
+    Described,
+    TimmFolder,
+    from_hub,
+    local_name,
+    other_weights,
+    read_folder,
+)
 from manyviews.system.arrays import read_tensors
 from manyviews.system.files import shown
 from manyviews.system.names import did_you_mean
@@ -28,12 +37,14 @@ def create_backbone(
     size: int,
     pretrained: bool = False,
     drop_path: float = 0.0,
+    several_sizes: bool = False,
     key: str = "pretrained",
 ) -> nn.Module:
     """Creates a timm model without classifier, for square images.
 
     Of a folder or a model on the hub only what `read_folder` accepts of config.json is used, and model.safetensors.
-    Without `pretrained` no network is used; `key` is the setting that asks for it, for messages.
+    Without `pretrained` no network is used; `key` is the setting that asks for it, for messages. For images of
+    `several_sizes` beside `size` it gets timm's dynamic_img_size, if it has that.
 
     Examples:
         >>> create_backbone("light_resnet", channels=1, size=28).num_features
@@ -54,6 +65,8 @@ def create_backbone(
     description = published if folder is None else folder.described
     if description is None or not description.fixed_input_size:
         del options["img_size"]
+    elif several_sizes:
+        options["dynamic_img_size"] = True
     try:
         if folder is not None:
             return _create_from_folder(folder, name, options, key)
@@ -64,12 +77,16 @@ def create_backbone(
         with from_hub(f"the weights of {name}", f"; {key}=false starts from random weights"):
             return timm.create_model(name, **options)
     except TypeError as problem:
+        if "dynamic_img_size" in options:
+            return create_backbone(
+                name, channels=channels, size=size, pretrained=pretrained, drop_path=drop_path, key=key
+            )
         raise ValueError(f"{shown(name)} does not take {', '.join(options)}: {problem}") from problem
 
 
 def _create_from_folder(folder: TimmFolder, name: str, options: dict[str, Any], key: str) -> nn.Module:
-    file, architecture = folder.folder / WEIGHTS, folder.architecture
-    options |= folder.options(pretrained=options["pretrained"])
+    file, architecture, dynamic = folder.folder / WEIGHTS, folder.architecture, "dynamic_img_size" in options
+    options |= folder.options(pretrained=options["pretrained"]) | ({"dynamic_img_size": True} if dynamic else {})
     bare = {**options, "pretrained": False}
     if options["pretrained"]:
         if not file.is_file():
@@ -95,6 +112,25 @@ def _create_from_folder(folder: TimmFolder, name: str, options: dict[str, Any], 
             model = timm.create_model(architecture, **bare).state_dict()
             message = other_weights(folder.folder, architecture, model, read_tensors(file)) or message
         raise ValueError(message) from problem
+
+
+def description_of(name: str) -> Described:
+    """Reads the input that the published weights of a model were trained with; `name` is as of `local_name`.
+
+    Raises:
+        ValueError: it has no description.
+    """
+    if name.startswith(LOCAL):
+        return read_folder(Path(name.removeprefix(LOCAL)).expanduser()).described
+    try:
+        description = timm.get_pretrained_cfg(name)
+    except Exception as problem:
+        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        hint = f"; it has {', '.join(known)}" if known else ""
+        raise ValueError(f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}){hint}") from problem
+    if description is None:
+        raise ValueError(f"timm does not describe the input of {shown(name)}; choose another model")
+    return Described.model_validate(description, from_attributes=True)
 
 
 def weight_count(build: Callable[[], nn.Module]) -> int | None:
@@ -124,8 +160,10 @@ def summary(backbone: nn.Module, images: Float[Tensor, "batch channels height wi
 
 
 @torch.no_grad()
-def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
+def widths(backbone: nn.Module, *, channels: int, size: int, key: str = "views.size") -> tuple[int, int]:
     """Measures the widths of the features and of `summary`; `num_features` may be wrong.
+
+    `key` is the setting of the size, for messages.
 
     Raises:
         ValueError: the backbone cannot take such images, or does not return one vector per image.
@@ -138,7 +176,7 @@ def widths(backbone: nn.Module, *, channels: int, size: int) -> tuple[int, int]:
     except (RuntimeError, AssertionError, ValueError) as problem:
         raise ValueError(
             f"{type(backbone).__name__} cannot take {size} x {size} pixels of {channels} channels: {problem}; "
-            "set views.size to what it takes, or choose another encoder.name"
+            f"set {key} to what it takes, or choose another encoder.name"
         ) from problem
     finally:
         backbone.train(training)

@@ -68,17 +68,25 @@ class EncoderSettings(Settings):
     predictor: PredictorSettings = PredictorSettings()
     """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
 
-    def build(self, *, channels: int, size: int) -> "Encoder":
-        """Builds the encoder for square images; raises as `create_backbone` and `widths` do."""
+    def build(self, *, channels: int, size: int, local_size: int | None = None) -> "Encoder":
+        """Builds the encoder for square images, of a second size too; raises as `create_backbone` and `widths` do."""
         backbone = create_backbone(
             self.name,
             channels=channels,
             size=size,
             pretrained=self.pretrained,
             drop_path=self.drop_path,
+            several_sizes=local_size is not None,
             key="encoder.pretrained",
         )
         num_features, width = widths(backbone, channels=channels, size=size)
+        if local_size is not None:
+            _, local_width = widths(backbone, channels=channels, size=local_size, key="views.local_size")
+            if local_width != width:
+                raise ValueError(
+                    f"encoder.name={self.name} returns {width:,} features of {size} pixels and {local_width:,} of "
+                    f"{local_size}, and local views share the projector; set views.local=0, or take another encoder"
+                )
         projector = self.projector.build(width)
         dim = self.projector.dim if self.projector.layers else width
         return Encoder(
@@ -108,8 +116,8 @@ class Encoder(nn.Module):
 
     Examples:
         >>> encoder = EncoderSettings().build(channels=1, size=28)
-        >>> encoder(torch.zeros(2, 3, 1, 28, 28)).embeddings.shape
-        torch.Size([2, 3, 128])
+        >>> encoder(torch.zeros(2, 3, 1, 28, 28), torch.zeros(4, 3, 1, 12, 12)).embeddings.shape
+        torch.Size([6, 3, 128])
     """
 
     def __init__(
@@ -129,11 +137,17 @@ class Encoder(nn.Module):
         if batch_norm_splits > 1:
             split_batch_norms(self, batch_norm_splits, interleaved=True)
 
-    def forward(self, views: Float[Tensor, "views batch channels height width"]) -> Embedded:
-        """Embeddings and projections of all views in one pass, with shared batch statistics."""
-        projections: Tensor = self.projector(summary(self.backbone, views.flatten(0, 1)))
+    def forward(self, *groups: Float[Tensor, "_ batch channels _ _"]) -> Embedded:
+        """Embeddings and projections of all views, of a group for each size.
+
+        A group passes the backbone at once, so that its batch norms have the statistics of one size; projector and
+        predictor get all views together (as the code of Caron et al. 2020, SwAV).
+        """
+        features = [summary(self.backbone, views.flatten(0, 1)) for views in groups]
+        projections: Tensor = self.projector(torch.cat(features) if len(features) > 1 else features[0])
         embeddings: Tensor = self.predictor(projections)
-        return Embedded(embeddings.view(*views.shape[:2], -1), projections.view(*views.shape[:2], -1))
+        shape = sum(len(views) for views in groups), groups[0].shape[1], -1
+        return Embedded(embeddings.view(shape), projections.view(shape))
 
 
 class MomentumTwin(nn.Module):

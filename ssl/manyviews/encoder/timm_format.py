@@ -53,6 +53,8 @@ class Described(BaseModel):
     mean: tuple[Number, ...] = Field((0.485, 0.456, 0.406), min_length=1, max_length=64)
     std: tuple[Annotated[Number, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), min_length=1, max_length=64)
     interpolation: Annotated[str, Field(max_length=20)] = "bicubic"
+    crop_pct: Annotated[float, Field(gt=0, le=10)] | None = None
+    crop_mode: Annotated[str, Field(max_length=20)] | None = None
     num_classes: int = Field(1000, strict=True, ge=0, le=1_000_000)
     fixed_input_size: bool = False
     first_conv: Name | tuple[Name, ...] | None = None
@@ -179,30 +181,22 @@ def other_weights(folder: Path, architecture: str, model: Mapping[str, Any], sto
 def export(
     backbone: nn.Module,
     folder: Path,
+    view: Mapping[str, Any],
     *,
-    channels: int,
-    size: int,
-    mean: float | tuple[float, ...],
-    std: float | tuple[float, ...],
     classes: Sequence[str] = (),
     background: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes a backbone that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
-    The folder gets `model.safetensors` and `config.json`: the input (`mean` and `std` are of values in [0, 1]), of a
-    classifier the names of its `classes`, and the `background` colour behind transparent pixels. The interpolation is
-    that of decoding files. Weights that layers share are written under each of their names.
+    The folder gets `model.safetensors` and `config.json`: the entries of `pretrained_cfg` from which timm makes the
+    `view` of the backbone, of a classifier the names of its `classes`, and the `background` colour behind transparent
+    pixels. Weights that layers share are written under each of their names.
     """
     source = cast("dict[str, Any]", backbone.pretrained_cfg)
     # Only what describes the model: tag, licence and address are those of weights that these no longer are.
-    description = {name: source[name] for name in DESCRIPTION if name in source} | {
-        "input_size": (channels, size, size),
-        "mean": mean if isinstance(mean, tuple) else (mean,) * channels,
-        "std": std if isinstance(std, tuple) else (std,) * channels,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "num_classes": len(classes),
-    }
+    description = {name: source[name] for name in DESCRIPTION if name in source}
+    description |= {**view, "num_classes": len(classes)}
+    channels, *sides = view["input_size"]
     root = folder.parent
     make_folder(folder, root)
     for left in folder.glob(".*.partial"):
@@ -220,7 +214,7 @@ def export(
         "model_args": {"in_chans": channels, "num_classes": len(classes)},
         "pretrained_cfg": description,
     }
-    content["model_args"] |= {"img_size": [size, size]} if source.get("fixed_input_size") else {}
+    content["model_args"] |= {"img_size": sides} if source.get("fixed_input_size") else {}
     content |= {"label_names": list(classes)} if classes else {}
     content |= {"background": list(background)} if background is not None else {}
     with replacing(folder / CONFIG, root) as (path, _):

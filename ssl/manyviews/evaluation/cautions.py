@@ -21,6 +21,7 @@ from manyviews.run.folder import INVENTORY
 from manyviews.run.health import LEAST_RANK
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.plural import plural
+from manyviews.views import StandardView
 
 DECODED = {"size", "channels", "background", "bits", "max_bad", "max_pixels", "memory"}
 """Settings of a folder that change the pixels of its images, not which images there are."""
@@ -103,7 +104,7 @@ def thumbnails(images: Images, pixels: Float[Tensor, "images width"] | None) -> 
         side = round((pixels.shape[1] / images.channels) ** 0.5)
         squares = pixels.view(-1, images.channels, side, side)
         return F.adaptive_avg_pool2d(squares, SIDE).flatten(1)
-    return raw_pixels(images, SIDE) if isinstance(images, InMemory) else None
+    return raw_pixels(images, StandardView(SIDE, images.channels)) if isinstance(images, InMemory) else None
 
 
 def same_pictures(train: Float[Tensor, "train small"], test: Float[Tensor, "test small"]) -> Int[Tensor, " pictures"]:

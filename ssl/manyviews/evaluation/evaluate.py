@@ -111,6 +111,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         ),
         layers=layers.reason,
         failures=tuple(failures),
+        view=pretrained.view,
     )
     with raise_on_all_ranks():
         if distributed.rank() == 0:

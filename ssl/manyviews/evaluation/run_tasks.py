@@ -111,7 +111,7 @@ def kinds_of(job: Job, learned: Sequence[str], *, training: bool) -> Kinds:
 
     def features(kind: str, images: Images) -> Tensor:
         if kind == PIXELS:
-            return encoding.raw_pixels(images, pretrained.size)
+            return encoding.raw_pixels(images, pretrained.view)
         if kind == EMBEDDED and not hasattr(pretrained.backbone(), "forward_summary"):
             # The projector reads the backbone's features: no image need be encoded twice.
             return _project(pretrained.head(EMBEDDING).module, features(LEARNED, images))
@@ -162,7 +162,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
             _backbone_of(job.pretrained, kind).to(device),
             job.split.train,
             job.shown,
-            job.pretrained.prepare,
+            job.pretrained.view,
             settings.protocol.augmented,
             num_classes(*labels),
             share=settings.protocol.held_out,
@@ -199,8 +199,8 @@ def geometries_of(job: Job, kinds: Kinds) -> list[Measurement]:
         return measurements
     job.console.say("geometry")
     device, size = _device(), job.settings.batch_size
-    pairs = job.recipe.views.model_copy(update={"num_views": 2})
-    views = pairs.build(size=shown.size, channels=channels, seed=job.recipe.seed).to(device)
+    pairs = job.recipe.views.model_copy(update={"num_views": 2, "local": 0})
+    views = pairs.build(size=job.pretrained.size, channels=channels, seed=job.recipe.seed).to(device)
     ids = sample_ids(len(shown), PAIRED, seed=seed)
     for kind in in_order(kinds):
         with catch_failure("geometry", kind, job.on_failure):
@@ -214,7 +214,9 @@ def _backbone_of(pretrained: PretrainedBackbone, kind: str) -> nn.Module:
     """The module that computes a kind of features."""
     if kind == EMBEDDED:
         return OneLayer(layers_of(pretrained, (EMBEDDING,))[0])
-    return {LEARNED: pretrained.backbone, RANDOM: pretrained.untrained, PIXELS: Pixels}[kind]()
+    if kind == PIXELS:
+        return Pixels(pretrained.view.mean, pretrained.view.std)
+    return pretrained.backbone() if kind == LEARNED else pretrained.untrained()
 
 
 def _device() -> torch.device:

@@ -1,6 +1,7 @@
 """The linear probe as papers train it: on new crops and flips in every epoch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from manyviews.config import Settings
 from manyviews.data import Images, Report
+from manyviews.data.images import Crops, Interpolation, Pictures
 from manyviews.data.sampler import order
 from manyviews.evaluators.splits import Prediction, hold_out
 from manyviews.features.encoding import encoded, extract
 from manyviews.optim import cosine
 from manyviews.system import distributed
-from manyviews.views import MEAN, STD, Views, ViewsSettings
+from manyviews.views import MEAN, STD, StandardView, Views, ViewsSettings
 
 MOMENTUM = 0.9
 
@@ -48,20 +50,44 @@ class AugmentedSettings(Settings):
         return self
 
 
-def crops(
-    images: UInt8[Tensor, "batch channels size size"], ids: Int64[Tensor, " batch"], views: Views, epoch: int
-) -> UInt8[Tensor, "batch channels size size"]:
-    """Crops images at random, a pure function of id and epoch; 8-bit, the input of any backbone's own transform."""
-    pixels: UInt8[Tensor, "batch channels size size"]
-    pixels = views(images, ids, epoch)[0].mul(255 * STD).add(255 * MEAN).round().byte()
-    return pixels
+@dataclass
+class RandomCrops:
+    """Crops of the images of an epoch, as 8-bit pixels, normalised as a view is; a `View`."""
+
+    view: StandardView
+    views: Views
+    epoch: int
+    ids: Iterator[Int64[Tensor, " batch"]]
+    """Of the batches to come, on their device."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How crops are resized."""
+        return self.views.interpolation
+
+    def crops(
+        self, ids: Int64[Tensor, " batch"], epoch: int, aspects: Float[Tensor, " batch"] | None
+    ) -> tuple[Crops, ...]:
+        """The boxes of the random crops, a function of id and epoch."""
+        return self.views.crops(ids, self.epoch, aspects)
+
+    def __call__(self, pictures: Pictures) -> Float[Tensor, "batch channels size size"]:
+        """The input of a backbone."""
+        return self.view(Pictures((self.pixels(pictures, next(self.ids))[None],), cropped=True))
+
+    def pixels(self, pictures: Pictures, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
+        """The crops as pixels from 0 to 255."""
+        (views,) = self.views(pictures, ids, self.epoch)
+        pixels: UInt8[Tensor, "batch channels size size"]
+        pixels = views[0].mul(255 * STD).add(255 * MEAN).round().byte()
+        return pixels
 
 
 def augmented_probe(
     backbone: nn.Module,
     images: Images,
     test: Images,
-    prepare: Callable[[Tensor], Tensor],
+    view: StandardView,
     settings: AugmentedSettings,
     classes: int,
     *,
@@ -82,9 +108,8 @@ def augmented_probe(
     The backbone stays unchanged, in evaluation mode meanwhile. Draws are a pure function of seed, epoch and image.
     Collective: each rank encodes its part of every batch.
 
-    `backbone` maps [batch, channels, height, width] to [batch, width] and is on `device`; `prepare` turns a uint8 batch
-    on the device into its input. Training images labelled −1 are left out. `workers` threads read
-    images ahead.
+    `backbone` maps [batch, channels, height, width] to [batch, width] and is on `device`; `view` makes its input of
+    test images, and normalises crops. Training images labelled −1 are left out. `workers` threads read images ahead.
 
     Raises:
         ValueError: if no training image has a label, or no class has two images.
@@ -103,19 +128,17 @@ def augmented_probe(
         num_views=1, crop_scale=settings.crop_scale, flip=settings.flip, brightness=0.0, contrast=0.0, saturation=0.0,
         hue=0.0, gamma=0.0, greyscale=0.0, blur=0.0,
     )  # fmt: skip
-    views = crop.build(size=images.size, channels=images.channels, seed=seed).to(device)
+    views = crop.build(size=view.size, channels=images.channels, seed=seed).to(device)
     grid = list(product(settings.rates, settings.decays))
     heads: Heads | None = None
     total, step = settings.epochs * -(-len(labelled) // settings.batch_size), 0
     read = partial(encoded, device=device, workers=workers, keep=True)
-    encode = partial(
-        extract, prepare=prepare, device=device, workers=workers, batch_size=settings.batch_size, keep=True
-    )
+    encode = partial(extract, view=view, device=device, workers=workers, batch_size=settings.batch_size, keep=True)
     for epoch in range(settings.epochs):
         shuffled = labelled[order(len(labelled), seed, epoch)]
         batches, on_device = (torch.split(ids, settings.batch_size) for ids in (shuffled, shuffled.to(device)))
-        cropped = partial(_crop_next, map(_own_part, on_device), views, epoch, prepare)
-        rows = read(backbone, images, [*map(_own_part, batches)], prepare=cropped)
+        cropped = RandomCrops(view, views, epoch, map(_own_part, on_device))
+        rows = read(backbone, images, [*map(_own_part, batches)], view=cropped)
         for batch, (_, own) in zip(on_device, rows, strict=True):
             lengths = [len(part) for part in batch.tensor_split(distributed.world_size())]
             features = distributed.gather_without_gradient(own[: lengths[distributed.rank()]], lengths)
@@ -139,13 +162,6 @@ def _own_part(batch: Tensor) -> Tensor:
     part = batch.tensor_split(distributed.world_size())[distributed.rank()]
     # The gather is collective.
     return part if len(part) else batch[:1]
-
-
-def _crop_next(
-    ids: Iterator[Tensor], views: Views, epoch: int, prepare: Callable[[Tensor], Tensor], pixels: Tensor
-) -> Tensor:
-    """The backbone's input from the crops of the batch whose turn it is."""
-    return prepare(crops(pixels, next(ids), views, epoch))
 
 
 class Heads:

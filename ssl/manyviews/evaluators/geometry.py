@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,12 +10,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from manyviews.data import Images, sample_ids
+from manyviews.data.pictures import pictures
 from manyviews.engine import directions, log_sum_exp, normalize, top_k
 from manyviews.evaluators.results.measurement import Measurement
 from manyviews.features.encoding import evaluation_mode
 from manyviews.run import health
 from manyviews.system import distributed
-from manyviews.views import MEAN, STD, Views
+from manyviews.views import MEAN, STD, Views, per_channel
 
 IMAGES = 25_600
 """Most images that are used, sampled from more (Garrido et al. 2023 report that the rank has settled by then)."""
@@ -168,18 +170,25 @@ def two_views(
     `channels`.
     """
     first, second = [], []
+    device = torch.device(device)
     with evaluation_mode(backbone):
         for part in ids.split(batch_size):
-            pixels = images.read(part).to(device).expand(-1, channels, -1, -1)
-            one, other, *_ = views(pixels, part.to(device), 0)
+            read = pictures(images, part, views).to(device)
+            squares = tuple(square.expand(*square.shape[:-3], channels, -1, -1) for square in read.squares)
+            one, other, *_ = views(replace(read, squares=squares), part.to(device), 0)[0]
             first.append(backbone(one).float())
             second.append(backbone(other).float())
     return torch.cat(first).cpu(), torch.cat(second).cpu()
 
 
 class Pixels(nn.Module):
-    """A baseline backbone that returns the pixels of a view, in [0, 1] and flattened."""
+    """A baseline backbone that returns the pixels of views with this normalisation, in [0, 1] and flattened."""
+
+    def __init__(self, mean: float | tuple[float, ...] = MEAN, std: float | tuple[float, ...] = STD) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
 
     def forward(self, views: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pixels"]:
         """Undoes the normalisation of the views."""
-        return views.mul(STD).add(MEAN).flatten(1)
+        mean, std = (per_channel(value, views.device) for value in (self.mean, self.std))
+        return views.mul(std).add(mean).flatten(1)

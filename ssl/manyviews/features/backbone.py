@@ -1,28 +1,30 @@
 """A pretrained backbone and its preprocessing, loaded from a run folder or from timm."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyviews.config import load
-from manyviews.encoder.backbone import check_count, create_backbone, widths
-from manyviews.encoder.timm_format import LOCAL, SOURCES, Described, local_name, read_folder
+from manyviews.encoder.backbone import check_count, create_backbone, description_of, widths
+from manyviews.encoder.timm_format import LOCAL, SOURCES, Described, local_name
 from manyviews.features.run_weights import digest_of, newest_encoder, read_run_weights
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CLASSIFIER, CONFIG
 from manyviews.system.files import check_links, shown
 from manyviews.system.names import closest, some
-from manyviews.views import MEAN, STD, Interpolation, plain
+from manyviews.views import StandardView, standard_view
 
 SEED = 0
 """Seed of the random weights of a timm model."""
+CROP_PCT = 0.875
+"""timm's, for a model that names none."""
 
 
 class Head(NamedTuple):
@@ -41,19 +43,11 @@ class PretrainedBackbone:
     """The run folder or the timm name, as the user wrote it."""
     model: str
     """Name for `create_backbone` that needs no network: a timm name or local-dir:FOLDER."""
-    channels: int
-    """Input channels, 1 or 3."""
-    size: int
-    """Side of the input square, in pixels."""
+    view: StandardView
+    """The preprocessing, from pictures to the input."""
     origin: Mapping[str, Any]
     """Provenance of the weights, as JSON values that change with them."""
     weights: Mapping[str, Tensor] = field(repr=False)
-    mean: float | tuple[float, ...]
-    """Mean of the input in [0, 1], one for all channels or one for each."""
-    std: float | tuple[float, ...]
-    """Standard deviation of the input, likewise."""
-    interpolation: Interpolation
-    """How images of another size are resized."""
     folder: Path | None = None
     """The run folder; None for a timm model, as are the recipe, step and encoder."""
     recipe: Recipe | None = None
@@ -63,16 +57,14 @@ class PretrainedBackbone:
     """The whole encoder of that checkpoint, which the run may have replaced since."""
 
     @property
-    def transform(self) -> dict[str, Any]:
-        """The preprocessing, as JSON values."""
-        mean, std = (list(value) if isinstance(value, tuple) else value for value in (self.mean, self.std))
-        described = {"channels": self.channels, "size": self.size, "mean": mean, "std": std}
-        return described | {"interpolation": self.interpolation}
+    def channels(self) -> int:
+        """Input channels, 1 or 3."""
+        return self.view.channels
 
-    def prepare(self, images: UInt8[Tensor, "batch _ height width"]) -> Float[Tensor, "batch channels size size"]:
-        """Resizes and normalises images on their device; grey images get three equal channels."""
-        prepared = plain(images, self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
-        return prepared.expand(-1, self.channels, -1, -1)
+    @property
+    def size(self) -> int:
+        """Side of the input square, in pixels."""
+        return self.view.size
 
     def blank(self) -> Float[Tensor, "1 channels size size"]:
         """An input of zeros, to measure the widths of outputs."""
@@ -190,15 +182,17 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
     if recipe.views.size is None:
         raise ValueError(f"{shown(folder / CONFIG)} is not a run's: it has no views.size")
     read = read_run_weights(folder, recipe.encoder.name)
+    view = standard_view(recipe.views, read.channels)
     opened = PretrainedBackbone(
         name=str(folder),
-        size=size or recipe.views.size,
-        mean=MEAN,
-        std=STD,
-        interpolation="bicubic",
+        model=read.model,
+        view=replace(view, size=size or view.size),
+        origin=read.origin,
+        weights=read.weights,
         folder=folder,
         recipe=recipe,
-        **read._asdict(),
+        step=read.step,
+        encoder=read.encoder,
     )
     build = partial(opened._create, opened.model, pretrained=False)
     check_count(shown(opened.name), _bytes(opened.weights), build)
@@ -215,7 +209,7 @@ def open_run(folder: Path, *, size: int | None = None) -> PretrainedBackbone:
 
 def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackbone:
     model = local_name(name, pretrained=pretrained)
-    described = _description(model)
+    described = description_of(model)
     channels, side = described.input_size[0], size or described.input_size[-1]
     backbone = seeded_backbone(model, SEED, channels, side, pretrained=pretrained)
     widths(backbone, channels=channels, size=side)
@@ -223,14 +217,26 @@ def _open_timm(name: str, pretrained: bool, size: int | None) -> PretrainedBackb
     return PretrainedBackbone(
         name=name,
         model=model,
-        channels=channels,
-        size=side,
+        view=view_of(described, side),
         origin={"timm": name, "pretrained": pretrained, "sha256": digest_of(weights)},
         weights=weights,
-        mean=described.mean,
-        std=described.std,
-        # timm has a few models with other interpolations, which torch does not have.
+    )
+
+
+def view_of(described: Described, size: int) -> StandardView:
+    """The view that timm's transform makes for evaluation, with a side of `size` pixels.
+
+    timm has a few models whose pictures are resized with other filters, or padded: their view is bicubic, or shows the
+    whole shorter side.
+    """
+    return StandardView(
+        size,
+        described.input_size[0],
+        described.mean,
+        described.std,
         interpolation="bilinear" if described.interpolation == "bilinear" else "bicubic",
+        crop_pct=min(described.crop_pct or CROP_PCT, 1.0),
+        crop_mode="squash" if described.crop_mode == "squash" else "center",
     )
 
 
@@ -239,20 +245,6 @@ def seeded_backbone(name: str, seed: int, channels: int, size: int, **options: A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create_backbone(name, channels=channels, size=size, **options)
-
-
-def _description(name: str) -> Described:
-    if name.startswith(LOCAL):
-        return read_folder(Path(name.removeprefix(LOCAL)).expanduser()).described
-    try:
-        description = timm.get_pretrained_cfg(name)
-    except Exception as problem:
-        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-        hint = f"; it has {', '.join(known)}" if known else ""
-        raise ValueError(f"{shown(name)} cannot be had ({type(problem).__name__}: {shown(problem)}){hint}") from problem
-    if description is None:
-        raise ValueError(f"timm does not describe the input of {shown(name)}; choose another model")
-    return Described.model_validate(description, from_attributes=True)
 
 
 def _bytes(weights: Mapping[str, Tensor]) -> int:

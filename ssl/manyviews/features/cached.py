@@ -54,7 +54,7 @@ def features_of(
             with store.held(folder, key, replace=True, root=root) as complete:
                 if not complete:
                     console.say(message)
-                    fill(folder, layers, [part], prepare=opened.prepare, settings=settings, console=console, root=root)
+                    fill(folder, layers, [part], view=opened.view, settings=settings, console=console, root=root)
                     # Read on all ranks before rank 0 moves the files.
                     with raise_on_all_ranks():
                         count = len(store.remarks(folder))
@@ -78,7 +78,7 @@ def features_of(
     return encoding.extract(
         OneLayer(layers),
         images,
-        prepare=opened.prepare,
+        view=opened.view,
         device=layers.device,
         batch_size=settings.batch_size,
         precision=settings.precision,

@@ -4,12 +4,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from manyviews.config import Settings
 from manyviews.data import AnyData, Batch, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
-from manyviews.data.images import Images, Readable
+from manyviews.data.images import Cropper, Images, Pictures
 from manyviews.data.loader import copied_ahead
+from manyviews.data.pictures import pictures, reads_crops
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.placing import fits, placed_on_all_ranks
 from manyviews.system import distributed
@@ -27,7 +28,7 @@ from manyviews.system.console import Console
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.hardware import decoders
 from manyviews.system.precision import tf32
-from manyviews.views import enlarged
+from manyviews.views import StandardView, enlarged
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +63,7 @@ def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Con
         )
     with console.bar():
         split = data.build(workers=settings.workers, report=console.report)
-    # Fewer channels are fine: `PretrainedBackbone.prepare` repeats them.
+    # Fewer channels are fine: the view repeats them.
     if split.train.channels > opened.channels:
         raise ValueError(
             f"the images have {split.train.channels} channels, but {opened.name} was trained on {opened.channels}: for "
@@ -70,10 +71,17 @@ def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Con
         )
     if split.layout:
         console.say(f"images     {split.layout}")
-    larger = enlarged(opened.size, split.train.size, data)
+    larger = None if reads_crops(split.train) else enlarged(opened.size, split.train.size, data)
     if larger is not None:
         console.warn(larger)
     return split
+
+
+class View(Cropper, Protocol):
+    """Chooses what is read of each image, and makes a backbone's input of it: `StandardView`."""
+
+    def __call__(self, pictures: Pictures, /) -> Float[Tensor, "batch channels size size"]:
+        """The input, on the device of the pictures."""
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -84,13 +92,14 @@ def extract(
     backbone: nn.Module,
     images: Images,
     *,
-    prepare: Callable[[Tensor], Tensor],
+    view: View,
     device: torch.device | str = "cpu",
     ids: Int[Tensor, " chosen"] | None = None,
     batch_size: int = 512,
     precision: Precision = "fp32",
     workers: int | None = None,
     stopped: Callable[[], bool] | None = None,
+    report: Callable[[int, int], object] | None = None,
     keep: bool = False,
 ) -> Float[Tensor, "chosen width"]:
     """Features of all images, or of those in `ids`, in that order: float32 on the CPU.
@@ -101,13 +110,14 @@ def extract(
     Args:
         backbone: any module from [batch, channels, height, width] to [batch, width], on the device.
         images: the split that `ids` refer to.
-        prepare: from a uint8 batch on the device to the backbone's input: the evaluation view.
+        view: what the backbone sees of an image.
         device: that of the backbone.
         ids: distinct ids, the same on every rank.
         batch_size: images per forward pass of each rank.
         precision: bf16 and fp16 run the backbone under autocast.
         workers: threads that read files ahead; None: as many as the machine has cores for.
         stopped: called on all ranks before each batch, with the same result; true ends the work.
+        report: called after each batch with the number of images that are done, and of all.
         keep: leave the features on a GPU where they fit: then the host waits for no batch.
 
     Raises:
@@ -128,7 +138,7 @@ def extract(
     batches = batches[distributed.share(len(batches))]
     count = sum(map(len, batches))
     batches = batches or (chosen[:1],)
-    given: Any = {"prepare": prepare, "device": device, "precision": precision, "workers": workers, "keep": keep}
+    given: Any = {"view": view, "device": device, "precision": precision, "workers": workers, "keep": keep}
     passes = encoded(backbone, images, batches, **given)
     local = torch.empty(0)
     done = 0
@@ -146,6 +156,8 @@ def extract(
                         local = torch.empty(max(count, 1), rows.shape[1], device=rows.device if stays else "cpu")
                     local[done : done + len(ids_of_batch)] = rows
                     done += len(ids_of_batch)
+                    if report is not None:
+                        report(min(done * distributed.world_size(), len(chosen)), len(chosen))
             except Exception as raised:
                 # This rank still calls `stopped` with the others, which would wait for it; then all raise.
                 problem = problem or raised
@@ -163,10 +175,10 @@ def extract(
 
 def encoded(
     module: nn.Module,
-    images: Readable,
+    images: Images,
     batches: Sequence[Int[Tensor, " _"]],
     *,
-    prepare: Callable[[Tensor], Tensor],
+    view: View,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     workers: int | None = None,
@@ -188,10 +200,10 @@ def encoded(
 
     cast = partial(torch.autocast, device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with evaluation_mode(module):
-        for ids, pixels in _batches_on_device(images, batches, workers, device):
+        for ids, pixels in _batches_on_device(images, batches, view, workers, device):
             # Not around the loop: the mode would hold in the caller between two batches.
             with torch.inference_mode(), cast():
-                inputs = prepare(pixels)
+                inputs = view(pixels)
                 with tf32(precision == "fp32"):
                     outputs = module(inputs)
             outputs = _map_tensors(Tensor.float, outputs)
@@ -205,21 +217,17 @@ def encoded(
             yield previous[0], arrived(previous[1])
 
 
-def raw_pixels(images: Images, size: int, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
-    """The baseline without learning: pixels in [0, 1], resized to `size` and flattened.
+def raw_pixels(images: Images, view: StandardView, *, batch_size: int = 1024) -> Float[Tensor, "images width"]:
+    """The baseline without learning: the pixels of a view in [0, 1], resized bilinearly and flattened.
 
     Examples:
         >>> from manyviews.data import Sample
-        >>> raw_pixels(Sample().build().test, 28).shape
+        >>> raw_pixels(Sample().build().test, StandardView(28, 1)).shape
         torch.Size([2000, 784])
     """
-    pieces = []
-    for ids in torch.split(torch.arange(len(images)), batch_size):
-        pixels = images.read(ids).float().div_(255)
-        if pixels.shape[-2:] != (size, size):
-            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-        pieces.append(pixels.flatten(1))
-    return torch.cat(pieces)
+    view = replace(view, channels=images.channels, mean=(0.0,), std=(1.0,), interpolation="bilinear")
+    batches = torch.split(torch.arange(len(images)), batch_size)
+    return torch.cat([view(pictures(images, ids, view)).flatten(1) for ids in batches])
 
 
 def check_finite(features: Tensor) -> None:
@@ -260,10 +268,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _batches_on_device(
-    images: Readable, batches: Sequence[Tensor], workers: int | None, device: torch.device
-) -> Generator[tuple[Tensor, Tensor]]:
+    images: Images, batches: Sequence[Tensor], cropper: Cropper, workers: int | None, device: torch.device
+) -> Generator[tuple[Tensor, Pictures]]:
     """Yields the ids of batches and their pixels on the device, on a GPU copied ahead."""
-    pixels = _read_ahead(images, batches, decoders(workers))
+    pixels = _read_ahead(images, batches, cropper, decoders(workers))
     if device.type != "cuda":
         yield from ((ids, rows.to(device)) for ids, rows in zip(batches, pixels, strict=True))
         return
@@ -272,17 +280,17 @@ def _batches_on_device(
         yield ids, batch.images
 
 
-def _read_ahead(images: Readable, batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+def _read_ahead(images: Images, batches: Sequence[Tensor], cropper: Cropper, workers: int) -> Iterator[Pictures]:
     # Images in memory need no threads, which would take the cores from the backbone.
     if workers < 1 or not isinstance(images, Files):
-        yield from map(images.read, batches)
+        yield from (pictures(images, ids, cropper) for ids in batches)
         return
     # Each batch is decoded by threads of its own.
     ahead = max(workers // max(images.workers, 1), min(workers, 2))
     with ThreadPoolExecutor(ahead) as pool:
-        waiting: deque[Future[Tensor]] = deque()
+        waiting: deque[Future[Pictures]] = deque()
         for ids in batches:
-            waiting.append(pool.submit(images.read, ids))
+            waiting.append(pool.submit(pictures, images, ids, cropper))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -88,7 +88,7 @@ def extract(model: str | Path, settings: ExtractSettings) -> Path:
             console.say(f"{output} is up to date")
             return output
         if not complete:
-            fill(output, layers, parts, prepare=opened.prepare, settings=settings, console=console)
+            fill(output, layers, parts, view=opened.view, settings=settings, console=console)
         with raise_on_all_ranks():
             if distributed.rank() == 0:
                 _publish(output, key, opened, settings.data_of(opened), split, parts, wanted)
@@ -143,8 +143,7 @@ def _publish(
     manifest = {
         "model": opened.name if opened.folder is None else str(opened.folder.resolve()),
         **key,
-        # Files are decoded to squares first, which "input" then resizes.
-        "decoded": {"size": split.train.size, "interpolation": "bicubic", "background": background_of(data)},
+        "background": background_of(data),
         "classes": list(split.train.classes),
         "unreadable": unreadable,
         "versions": versions(),

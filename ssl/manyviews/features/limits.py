@@ -25,19 +25,24 @@ def check_steps(settings: TrainSettings, steps_per_epoch: int) -> None:
 
 def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, processes: int) -> None:
     """Raises ValueError if views do not fit in memory; `stored` is the images' side in pixels."""
-    size, views, train = recipe.views.size or stored, recipe.views.num_views, recipe.train
-    local, picture = train.batch_size // processes, channels * size**2 * NUMBER
+    views, train = recipe.views.resolve(size=stored, channels=channels), recipe.train
+    assert views.size is not None
+    assert views.local_size is not None
+    local, size, picture = train.batch_size // processes, views.size, channels * views.size**2 * NUMBER
+    of_an_image = views.num_views * picture + views.local * channels * views.local_size**2 * NUMBER
     # With auto, what does not fit is tried.
     part = 1 if train.chunk == "auto" else min(train.part or local, local)
     of_images = f"of {channels} × {size} × {size} pixels"
+    and_local = f" and {views.local} local ones" if views.local else ""
     _check(
-        part * views * picture,
-        f"{part:,} × {views} views {of_images}, by train.batch_size, views.num_views and views.size,",
+        part * of_an_image,
+        f"{part:,} × {views.num_views} views {of_images}{and_local}, by train.batch_size, views.num_views and "
+        "views.size,",
         "lower one of them, or set train.chunk to fewer images",
     )
     pictured = min(train.preview, images)
     _check(
-        pictured * (1 + PREVIEW_EPOCHS * views) * picture,
+        pictured * (picture + PREVIEW_EPOCHS * of_an_image),
         f"the picture of views, for train.preview={train.preview} images {of_images},",
         "lower it, or set train.preview=0",
     )
@@ -61,7 +66,7 @@ def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> No
     `ids` is the number of images, or of classes where these are the ids; `dim` that of the embeddings.
     """
     settings, batch = recipe.objective, recipe.train.batch_size
-    cost = settings.cost(Sizes(ids, recipe.views.num_views, batch, dim, processes))
+    cost = settings.cost(Sizes(ids, recipe.views.num_views + recipe.views.local, batch, dim, processes, recipe.keys))
     length = "objective.size, " if "size" in type(settings).model_fields else ""
     _check(
         cost.memory,

@@ -18,7 +18,7 @@ PREFIX = "backbone."
 
 
 class RunWeights(NamedTuple):
-    """A backbone's weights and metadata; the fields are those of `PretrainedBackbone`."""
+    """A backbone's weights and metadata."""
 
     model: str
     channels: int

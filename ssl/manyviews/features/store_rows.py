@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from manyviews.data import Images
+from manyviews.data.pictures import reads_crops
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
-from manyviews.features.encoding import EncodeSettings
+from manyviews.features.encoding import EncodeSettings, View
 from manyviews.features.layers import Layers
 from manyviews.features.store import DONE, PARTIAL, REMARK
 from manyviews.system import distributed
@@ -67,7 +68,8 @@ def key_of(
     total = sum(len(part.images) for part in parts)
     return {
         "weights": dict(origin),
-        "input": opened.transform,
+        "input": opened.view.described,
+        "stored": {part.name: None if reads_crops(part.images) else part.images.size for part in parts},
         "precision": precision,
         "fingerprints": {part.name: part.images.fingerprint for part in parts},
         "layers": {
@@ -81,7 +83,7 @@ def fill(
     layers: Layers,
     parts: Sequence[Part],
     *,
-    prepare: Callable[[Tensor], Tensor],
+    view: View,
     settings: EncodeSettings,
     console: Console,
     root: Path | None = None,
@@ -89,8 +91,11 @@ def fill(
     """Encodes the images whose rows are missing in a `held` folder; collective.
 
     Each rank encodes its share, in batches that are the same for any world size: rows are then bitwise equal, as far as
-    the device's arithmetic is. `prepare` maps a uint8 batch on the device to the backbone's input; `root` is that of
-    `held`. Raises ValueError if features are not finite, OSError if they cannot be written.
+    the device's arithmetic is. `view` makes the backbone's input; `root` is that of `held`.
+
+    Raises:
+        ValueError: features are not finite.
+        OSError: they cannot be written.
     """
     total = sum(len(part.images) for part in parts)
     done = store.rows_done(folder, total)
@@ -119,7 +124,7 @@ def fill(
                 layers,
                 part.images,
                 batches,
-                prepare=prepare,
+                view=view,
                 device=layers.device,
                 precision=settings.precision,
                 workers=settings.workers,

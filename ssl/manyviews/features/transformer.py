@@ -1,26 +1,27 @@
 """Features as a scikit-learn transformer."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manyviews.data import Images, InMemory
-from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.decoding.files import Files
+from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding, aspect
+from manyviews.data.decoding.files import Files, in_threads, refuse_too_many
 from manyviews.data.images import Names
-from manyviews.data.sources.dataset import square_of
+from manyviews.data.sources.dataset import picture_of
 from manyviews.data.sources.folder import Folder
 from manyviews.features import encoding
 from manyviews.features.backbone import open_model
 from manyviews.features.layers import BACKBONE, OneLayer, layers_of, widths_of
+from manyviews.views import StandardView
 
 FINGERPRINT = "0" * 64
 """Placeholder: the fingerprint of these images is not used."""
@@ -34,8 +35,9 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     Images are an array, uint8 [images, height, width] or [images, height, width, channels]; or a tensor, uint8
     [images, height, width] or [images, channels, height, width]; or a list of paths, PIL images, arrays or tensors of
-    any sizes. Only the central square is used. Files and PIL images in colour become grey for a backbone that was
-    trained on grey images; the channel of grey images is repeated for one that was trained on colour.
+    any sizes. Each is resized and cropped as the backbone's transform for evaluation does. Files and PIL images in
+    colour become grey for a backbone that was trained on grey images; the channel of grey images is repeated for one
+    that was trained on colour.
 
     Examples:
         >>> features = Features("light_resnet", pretrained=False).fit()
@@ -93,7 +95,7 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         own = Decoding(model.channels, model.size, (255, 255, 255), PILLOW_LIMIT)
         self.decoding_ = data.decoding() if isinstance(data, Folder) else own
         # The weights are in the module.
-        self.opened_ = dataclasses.replace(model, weights={}, encoder=None)
+        self.opened_ = replace(model, weights={}, encoder=None)
         return self
 
     def transform(self, X: Any) -> Float32[np.ndarray, "images width"]:  # noqa: N803
@@ -105,11 +107,12 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         """
         check_is_fitted(self)
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        images, view = images_from(X, self.decoding_, self.opened_.view)
         try:
             rows = encoding.extract(
                 self.module_.to(device),
-                images_from(X, self.decoding_),
-                prepare=self.opened_.prepare,
+                images,
+                view=view,
                 device=device,
                 batch_size=int(self.batch_size),
                 precision=self.precision,
@@ -130,31 +133,49 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         return tags
 
 
-def images_from(inputs: Any, decoding: Decoding) -> Images:
-    """Converts any input of `Features` to uint8 squares; raises ValueError for anything else."""
-    if isinstance(inputs, Tensor):
-        return _stacked(inputs, decoding.channels)
-    if isinstance(inputs, np.ndarray) and inputs.ndim > 1:
-        pixels = torch.from_numpy(np.ascontiguousarray(inputs))
-        return _stacked(pixels.permute(0, 3, 1, 2) if inputs.ndim == 4 else pixels, decoding.channels)
+def images_from(inputs: Any, decoding: Decoding, view: StandardView) -> tuple[Images, StandardView]:
+    """Converts any input of `Features` to images, and the view of them; raises ValueError for anything else."""
+    if isinstance(inputs, Tensor | np.ndarray) and inputs.ndim > 1:
+        pixels = torch.as_tensor(np.ascontiguousarray(inputs)) if isinstance(inputs, np.ndarray) else inputs.cpu()
+        by_channel = isinstance(inputs, np.ndarray) and inputs.ndim == 4
+        pixels = _stacked(pixels.permute(0, 3, 1, 2) if by_channel else pixels, decoding.channels)
+        if pixels.shape[2] == pixels.shape[3]:
+            return _unnamed(pixels.contiguous()), view
+        inputs = list(pixels)
     if isinstance(inputs, str | Path | Image.Image) or not hasattr(inputs, "__iter__"):
         raise ValueError(f"{type(inputs).__name__} is not a list of images; for one image give a list of one")
     items = list(inputs)
     if not items:
         raise ValueError("there is no image")
     if all(isinstance(item, str | Path) for item in items):
-        names = Names(str(Path(item).expanduser()) for item in items)
-        return Files(Path(), names, None, (), FINGERPRINT, decoding, max_bad=0.0, workers=0)
-    return _unnamed(torch.stack([square_of(item, decoding) for item in items]))
+        return _files(Names(str(Path(item).expanduser()) for item in items), decoding), view
+    shown = torch.cat([_shown(picture_of(item), decoding, view) for item in items])
+    return _unnamed(shown), replace(view, crop_pct=1.0)
 
 
-def _stacked(pixels: Tensor, channels: int) -> InMemory:
+def _files(names: Names, decoding: Decoding) -> Files:
+    aspects = torch.ones(len(names), dtype=torch.float64)
+
+    def visit(index: int) -> None:
+        aspects[index] = decoding.check(Path(names[index]))
+
+    failures = in_threads(visit, len(names), 1)
+    refuse_too_many(Path(), [(names[index], reason) for index, reason in failures.items()], len(names), 0.0)
+    return Files(Path(), names, None, (), FINGERPRINT, decoding, max_bad=0.0, aspects=aspects)
+
+
+def _shown(picture: Image.Image, decoding: Decoding, view: StandardView) -> UInt8[Tensor, "1 channels size size"]:
+    """What a view shows of a picture."""
+    boxes = view.boxes(torch.tensor([aspect(picture)], dtype=torch.float64))
+    return decoding.squares(picture, [(boxes, view.size)], view.interpolation)[0]
+
+
+def _stacked(pixels: Tensor, channels: int) -> UInt8[Tensor, "images channels height width"]:
     if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
         raise ValueError(
             f"images are uint8, [images, height, width] or with channels too, not {str(pixels.dtype).split('.')[-1]} "
             f"{list(pixels.shape)}; multiply values in [0, 1] by 255, round and convert them"
         )
-    pixels = pixels.cpu()
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
     if pixels.shape[1] not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {pixels.shape[1]}, in {list(pixels.shape)}")
@@ -162,10 +183,7 @@ def _stacked(pixels: Tensor, channels: int) -> InMemory:
         raise ValueError("there is no image")
     if pixels.shape[1] > channels:
         raise ValueError(f"the images have {pixels.shape[1]} channels, but the backbone was trained on {channels}")
-    height, width = pixels.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return _unnamed(pixels[:, :, top : top + side, left : left + side].contiguous())
+    return pixels
 
 
 def _unnamed(pixels: Tensor) -> InMemory:

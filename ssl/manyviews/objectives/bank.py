@@ -13,7 +13,7 @@ from manyviews.engine.rows import distinct, sum_of_groups
 from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, row_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, overwrite, owned, unit_rows
 from manyviews.system import distributed
@@ -78,7 +78,7 @@ class Bank(ObjectiveSettings):
         """Cost of every anchor against all rows, or those drawn; rows are sharded over the ranks."""
         if self.estimator == "parametric":
             return row_softmax(sizes)
-        images, _, batch, dim, _ = sizes
+        images, batch, dim = sizes.images, sizes.batch, sizes.dim
         anchors, number = sizes.anchors, getattr(torch, self.storage).itemsize
         # The anchors' own rows come from where they are: ids there, rows back. What was seen goes to its rows.
         traffic = batch * (ID + number * dim) + batch * (ID + NUMBER * dim)
@@ -116,7 +116,7 @@ class Bank(ObjectiveSettings):
         """Builds the objective, with random unit rows by `seed`, equal on any number of ranks."""
         if self.estimator == "parametric":
             return ParametricObjective(self.temperature, dim=dim, population=population, seed=seed)
-        return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed)
+        return BankObjective(self, dim=dim, num_images=len(population.ids), seed=seed, keys=population.keys)
 
 
 class BankObjective(Objective):
@@ -131,9 +131,9 @@ class BankObjective(Objective):
     steps: Tensor
     log_normaliser: Tensor
 
-    def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int) -> None:
+    def __init__(self, settings: Bank, *, dim: int, num_images: int, seed: int, keys: int | None = None) -> None:
         super().__init__()
-        self.settings, self.num_images, self.seed = settings, num_images, seed
+        self.settings, self.num_images, self.seed, self.keys = settings, num_images, seed, keys
         self.own = distributed.share(num_images)
         self.register_buffer("rows", unit_rows(self.own, dim, seed=seed, storage=settings.storage))
         self.register_buffer("written", torch.zeros(len(self.rows), dtype=torch.int32))
@@ -148,7 +148,7 @@ class BankObjective(Objective):
         return {"rows": self.num_images, "written": self.num_images}
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors, averaged over views, against the rows of the last step.
 
         Raises:
@@ -182,15 +182,15 @@ class BankObjective(Objective):
         return Loss(average(losses), terms)
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, taken: Taken | None = None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Moves the rows of all ranks' images towards their embeddings; stores the step's Z.
 
-        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views,
-        repetitions in the batch and ranks.
+        row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views but
+        local ones, repetitions in the batch and ranks.
         """
         check_ids(ids, self.num_images)
         lengths = distributed.counts(len(ids))
-        means = distributed.gather_without_gradient(normalize(embeddings).mean(0), lengths)
+        means = distributed.gather_without_gradient(normalize(embeddings[: self.keys]).mean(0), lengths)
         indices = distributed.gather_without_gradient(ids, lengths) - self.own.start
         if indices.device.type == "cpu":
             here = owned(self.rows, indices)
@@ -273,7 +273,7 @@ class ParametricObjective(LearnedRows):
         self.temperature = temperature
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Cross-entropy of this rank's anchors, each image its own class, averaged over views.
 
         Raises:

@@ -48,13 +48,22 @@ class Contrastive(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws pairs by `seed`."""
-        alike = population.alike
-        return Stateless(lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike))
+        alike, keys = population.alike, population.keys
+        return Stateless(
+            lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys)
+        )
 
 
 @float32_island
 def contrastive_loss(
-    embeddings: Embeddings, ids: Ids, settings: Contrastive, *, seed: int, step: int, alike: int | None = None
+    embeddings: Embeddings,
+    ids: Ids,
+    settings: Contrastive,
+    *,
+    seed: int,
+    step: int,
+    alike: int | None = None,
+    keys: int | None = None,
 ) -> Loss:
     """Mean over positive pairs of ½ d², plus the mean over negative pairs of ½ [margin − d]₊².
 
@@ -74,7 +83,8 @@ def contrastive_loss(
         >>> round(loss.total.item(), 4)  # (2 - 2 ** 0.5) ** 2 / 2
         0.1716
     """
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step, alike=alike)
+    normalized = settings.normalized
+    batch = batch_of(embeddings, ids, normalized=normalized, seed=seed, step=step, alike=alike, keys=keys)
     weight = torch.ones_like(batch.positive_similarity)
 
     def hinge(products: Tensor) -> Tensor:

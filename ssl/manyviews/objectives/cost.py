@@ -3,7 +3,7 @@
 The formulas stand in `cost` of each objective's settings. Traffic is what a rank receives in a step, forward, backward
 and update, as `distributed.traffic` counts it: of what all ranks gather, or add up for one of them, a ring brings it
 all but its own W-th part. Left out is what does not grow: the exchanges of how many images each rank has, 8 bytes from
-every other rank, a dozen times at most.
+every other rank, a dozen times at most, and without local views.
 
 Throughout, anchors are the embeddings of a step that have a loss, over all ranks: its views of its images.
 """
@@ -48,18 +48,30 @@ class Sizes(NamedTuple):
     images: int
     """N, the images to train on; for class weights, the number of classes."""
     views: int
-    """V, the views of each image in a step."""
+    """V, the views of each image in a step, local ones among them."""
     batch: int
     """B, the images of a step over all ranks."""
     dim: int
     """D, of the embeddings."""
     processes: int
     """W."""
+    keys: int | None = None
+    """K, the views that embeddings are compared with; None: all."""
 
     @property
     def anchors(self) -> int:
         """Embeddings of a step, V · B."""
         return self.views * self.batch
+
+    @property
+    def compared(self) -> int:
+        """Embeddings of a step that anchors are compared with, K · B."""
+        return (self.views if self.keys is None else self.keys) * self.batch
+
+    @property
+    def negatives(self) -> int:
+        """Embeddings of other images that anchors are compared with."""
+        return self.compared - self.compared // self.batch
 
     def cost(self, negatives: int, *, traffic: int, products: int, rows: int = 0, row_bytes: int = 0) -> Cost:
         """Cost of each rank from sums over all; `traffic` is what they gather, or add up for one."""
@@ -75,8 +87,21 @@ def all_pairs(sizes: Sizes, distance: Distance, *, passes: int = 3) -> Cost:
     """
     # Squared distances are products of longer rows.
     width = sizes.dim if distance == "cosine" else sizes.dim + 2
-    products = passes * sizes.anchors**2 * width
-    return sizes.cost(sizes.views * (sizes.batch - 1), traffic=gathered_traffic(sizes), products=products)
+    products = passes * sizes.anchors * sizes.compared * width
+    return sizes.cost(sizes.negatives, traffic=gathered_traffic(sizes), products=products)
+
+
+def batch_softmax(sizes: Sizes) -> tuple[int, int]:
+    """Traffic and products of a softmax of every anchor over the batch.
+
+    If all views are compared with all, a pair's product serves two anchors, on a CPU: ids, embeddings and sums go to
+    all ranks, and backward the sums' gradients to all and the embeddings' home. Else the anchors go to the keys, and
+    backward the sums' gradients to all keys, whose own gradient stays.
+    """
+    anchors, dim = sizes.anchors, sizes.dim
+    if sizes.keys is None:
+        return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER), 2 * anchors**2 * dim
+    return softmax_traffic(anchors, dim) + anchors * NUMBER, 4 * anchors * sizes.compared * dim
 
 
 def row_softmax(sizes: Sizes) -> Cost:
@@ -84,7 +109,7 @@ def row_softmax(sizes: Sizes) -> Cost:
 
     Not counted, as they are the optimizer's: the gradient of the rows and its averages.
     """
-    images, _, batch, dim, _ = sizes
+    images, batch, dim = sizes.images, sizes.batch, sizes.dim
     # The anchors' own rows come from where they are: ids there, rows back.
     traffic = batch * (ID + NUMBER * dim) + softmax_traffic(sizes.anchors, dim)
     # In backward the losses' gradients go to all rows, and those of the anchors' own rows home.
@@ -100,7 +125,7 @@ def softmax_traffic(anchors: int, dim: int) -> int:
 
 def gathered_traffic(sizes: Sizes) -> int:
     """Embeddings and the ids of images go to all ranks, and the embeddings' gradients home."""
-    return sizes.batch * ID + sizes.anchors * 2 * NUMBER * sizes.dim
+    return sizes.batch * ID + sizes.compared * 2 * NUMBER * sizes.dim
 
 
 def amount(count: int) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, softmax_traffic
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, batch_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.system import distributed
 
@@ -63,34 +63,33 @@ class InBatch(ObjectiveSettings):
         That is on a CPU: a GPU computes a pair's products for both embeddings, twice as many. A bilinear score is not
         symmetric: each pair is then two, and the matrix has products of its own.
         """
-        _, views, batch, dim, _ = sizes
-        anchors, sums = sizes.anchors, 2 if self.hardness else 1
+        anchors, dim, sums = sizes.anchors, sizes.dim, 2 if self.hardness else 1
         if self.score == "bilinear":
             # In backward the sums' gradients go to all keys, whose own gradient stays.
-            traffic = sums * (softmax_traffic(anchors, dim) + anchors * NUMBER) + batch * ID
-            products = sums * 4 * anchors**2 * dim + 3 * anchors * dim**2
+            traffic = softmax_traffic(anchors, dim) + anchors * NUMBER
+            products = sums * 4 * anchors * sizes.compared * dim + 3 * anchors * dim**2
         else:
-            # Ids give the number of negatives.
-            traffic = sums * symmetric_traffic(anchors, dim) + batch * ID
-            products = sums * 2 * anchors**2 * dim
-        return sizes.cost(views * (batch - 1), traffic=traffic, products=products)
+            traffic, products = batch_softmax(sizes)
+            products *= sums
+        # Ids give the number of negatives.
+        return sizes.cost(sizes.negatives, traffic=sums * traffic + sizes.batch * ID, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; its only state is the matrix of a bilinear score, an identity."""
-        return InBatchObjective(self, dim=dim)
+        return InBatchObjective(self, dim=dim, keys=population.keys)
 
 
 class InBatchObjective(Objective):
     """In-batch loss with, for a bilinear score, its matrix, equal on all ranks."""
 
-    def __init__(self, settings: InBatch, *, dim: int) -> None:
+    def __init__(self, settings: InBatch, *, dim: int, keys: int | None = None) -> None:
         super().__init__()
-        self.options = settings.model_dump(exclude={"name", "score"})
+        self.options, self.keys = settings.model_dump(exclude={"name", "score"}), keys
         self.matrix = nn.Parameter(torch.eye(dim)) if settings.score == "bilinear" else None
 
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
-        return nt_xent(embeddings, ids, matrix=self.matrix, **self.options)
+        return nt_xent(embeddings, ids, matrix=self.matrix, keys=self.keys, **self.options)
 
 
 @float32_island
@@ -103,6 +102,7 @@ def nt_xent(
     positive_probability: float = 0.0,
     hardness: float = 0.0,
     matrix: Float[Tensor, "dim dim"] | None = None,
+    keys: int | None = None,
 ) -> Loss:
     """Normalised-temperature cross-entropy of each embedding against the whole batch.
 
@@ -119,6 +119,10 @@ def nt_xent(
     the dimension and the temperature: with the identity, and embeddings of unit variance in each dimension, scores
     start on the scale of cosines.
 
+    With `keys` only the first so many views are positives and negatives, of all views; the loss is the mean over all
+    pairs of a view and another one that is a key (as Caron et al. 2020, SwAV, equation 6; vissl's SimCLR with several
+    crops compares all with all).
+
     Raises:
         ValueError: if there is only one view.
 
@@ -127,49 +131,45 @@ def nt_xent(
         >>> nt_xent(z, torch.arange(3), temperature=0.5).total
         tensor(0.4327)
     """
-    keys: Tensor | None = None  # the queries
     if matrix is None:
-        queries = normalize(embeddings)
+        queries = contexts = normalize(embeddings)
     else:
-        keys = at_least_float32(embeddings)
-        queries = keys @ matrix.T / len(matrix)
+        contexts = at_least_float32(embeddings)
+        queries = contexts @ matrix.T / len(matrix)
     views = len(queries)
     if views < 2:
         raise ValueError(
             f"an in-batch loss contrasts 2 views or more of each image, not {views}; set views.num_views=2"
         )
+    if keys is not None:
+        contexts = contexts[:keys]
     # Each ordered pair of views: [anchor's view, positive's view, image].
-    similarities = torch.einsum("vbd,wbd->vwb", queries, queries if keys is None else keys)
-    positives = _off_diagonal(similarities)
-    counts = (views * other_images(ids)).to(positives.dtype)
+    positives = _off_diagonal(torch.einsum("vbd,wbd->vwb", queries, contexts))
+    counts = (len(contexts) * other_images(ids)).to(positives.dtype)
     # Where positives are taken off the sum its gradient may nearly cancel.
-    options = {"unit": keys is None, "tf32_gradient": keys is None and not positive_probability}
-    sums, negatives = _negatives(queries, keys, ids, temperature, hardness, counts, **options)
-    negatives, logits = negatives.unsqueeze(1).expand_as(positives), positives / temperature
-    plain = cross_entropy(sums.detach().unsqueeze(1).expand_as(positives), (1 + hardness) * logits.detach())
+    options = {"unit": matrix is None, "tf32_gradient": matrix is None and not positive_probability}
+    compared = None if matrix is None and keys is None else contexts
+    sums, negatives = (
+        _of_pairs(part, len(contexts))
+        for part in _negatives(queries, compared, ids, temperature, hardness, counts, **options)
+    )
+    logits = positives / temperature
+    plain = cross_entropy(sums.detach(), (1 + hardness) * logits.detach())
     if positive_probability:
         negatives = debiased(negatives, logits, counts, positive_probability, temperature)
     if decoupled:
         losses = (negatives - logits).masked_fill(negatives.isneginf(), 0)
     else:
         losses = cross_entropy(negatives, logits)
-    total = average(losses.mean(1).flatten())
     cosines = positives.detach()
-    if keys is not None:
-        unit = normalize(keys.detach())
-        cosines = _off_diagonal(torch.einsum("vbd,wbd->vwb", unit, unit))
+    if matrix is not None:
+        unit = normalize(embeddings.detach())
+        cosines = _off_diagonal(torch.einsum("vbd,wbd->vwb", unit, unit[:keys]))
     terms = {"positive_similarity": cosines.mean(), "negatives": counts.mean()}
-    terms |= information(plain.mean(1).flatten(), 1 + counts.repeat(views))
-    return Loss(total, terms)
-
-
-def symmetric_traffic(anchors: int, dim: int) -> int:
-    """Bytes gathered by a softmax over the batch, in which a pair's product serves two anchors.
-
-    Forward, ids, embeddings and sums go to all ranks. Backward, the sums' gradients go to all, and the embeddings'
-    home.
-    """
-    return anchors * (ID + 2 * NUMBER * dim + 3 * NUMBER)
+    if keys is None:
+        losses, plain = (part.unflatten(0, (views, -1)).mean(1) for part in (losses, plain))
+    terms |= information(plain.flatten(), 1 + counts.repeat(len(plain)))
+    return Loss(average(losses.flatten()), terms)
 
 
 def debiased(
@@ -204,16 +204,23 @@ def other_images(ids: Ids) -> Int[Tensor, " batch"]:
     return len(ordered) - equal
 
 
-def _off_diagonal(matrix: Float[Tensor, "views views batch"]) -> Float[Tensor, "views others batch"]:
-    """Drops the diagonal: a view after another of the rest, which begins with one element of it less."""
-    views, _, batch = matrix.shape
-    rest = matrix.reshape(views * views, batch)[1:].view(views - 1, views + 1, batch)
-    return rest[:, :-1].reshape(views, -1, batch).contiguous()
+def _off_diagonal(matrix: Float[Tensor, "views keys batch"]) -> Float[Tensor, "pairs batch"]:
+    """Pairs of a view and another one that is a key, view by view."""
+    _, keys, batch = matrix.shape
+    # Without its first element the square is rows of one element more, the last of which is on the diagonal.
+    rest = matrix[:keys].reshape(keys * keys, batch)[1:].view(keys - 1, keys + 1, batch)
+    return torch.cat([rest[:, :-1].flatten(0, 1), matrix[keys:].flatten(0, 1)])
+
+
+def _of_pairs(values: Float[Tensor, "views batch"], keys: int) -> Float[Tensor, "pairs batch"]:
+    """Repeats the anchors' values for their pairs, in the order of `_off_diagonal`."""
+    parts = (values[:keys], keys - 1), (values[keys:], keys)
+    return torch.cat([part.unsqueeze(1).expand(-1, count, -1).flatten(0, 1) for part, count in parts])
 
 
 def _negatives(
     queries: Tensor,
-    keys: Tensor | None,
+    keys: Tensor | None,  # the queries
     ids: Tensor,
     temperature: float,
     hardness: float,
@@ -227,7 +234,7 @@ def _negatives(
     """
     views, batch, _ = queries.shape
     anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(views)
-    others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), anchor_ids)
+    others, other_ids = (None, None) if keys is None else (keys.flatten(0, 1), ids.repeat(len(keys)))
 
     def logarithms(temperature: float) -> Tensor:
         sums = log_sum_exp(anchors, others, temperature, query_ids=anchor_ids, key_ids=other_ids, **options)

@@ -12,7 +12,7 @@ from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.labels import Labels, mean_squared_distance
 from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 
 Squared = Literal["both", "embeddings", "neither"]
@@ -49,23 +49,26 @@ class LogRatio(ObjectiveSettings):
                 "objective=log_ratio compares distances with those of continuous labels, and there are none; set "
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
             )
-        return LogRatioObjective(self, population.values)
+        return LogRatioObjective(self, population.values, population.keys)
 
 
 class LogRatioObjective(Objective):
     """Log-ratio loss with the labels of all images."""
 
-    def __init__(self, settings: LogRatio, values: Float[Tensor, "images numbers"]) -> None:
+    def __init__(self, settings: LogRatio, values: Float[Tensor, "images numbers"], keys: int | None = None) -> None:
         super().__init__()
-        self.settings, self.labels = settings, Labels(values)
+        self.settings, self.labels, self.keys = settings, Labels(values), keys
 
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of the triplets whose anchors are this rank's."""
-        return log_ratio(embeddings, ids, self.labels, squared=self.settings.squared, epsilon=self.settings.epsilon)
+        squared, epsilon = self.settings.squared, self.settings.epsilon
+        return log_ratio(embeddings, ids, self.labels, squared=squared, epsilon=epsilon, keys=self.keys)
 
 
 @float32_island
-def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squared, epsilon: float) -> Loss:
+def log_ratio(
+    embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squared, epsilon: float, keys: int | None = None
+) -> Loss:
     """Mean over triplets of {log(D(f_a, f_i) / D(f_a, f_j)) − log(D(y_a, y_i) / D(y_a, y_j))}².
 
     D is the squared Euclidean distance (Kim et al. 2019, equation 2). Every embedding of the batch is an anchor a, and
@@ -83,7 +86,7 @@ def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squa
     where embeddings coincide.
 
     `ids` are the images' numbers among all images, whose `labels` are given. A distance D that is not `squared` counts
-    half, by its logarithm.
+    half, by its logarithm. With `keys` only embeddings of the first so many views are i or j.
 
     Examples:
         >>> points = torch.tensor([[0.0], [1.0], [3.0]])
@@ -91,10 +94,10 @@ def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squa
         >>> round(loss.total.item(), 4)  # distances as the labels have them
         0.0
     """
-    gathered = gather_views(at_least_float32(embeddings), ids)
-    own, dtype = gathered.own, gathered.rows.dtype
+    gathered = gather_views(at_least_float32(embeddings), ids, keys)
+    dtype = gathered.rows.dtype
     left, right = squared_distance_rows(embeddings.flatten(0, 1), gathered.rows)
-    between = labels.between(gathered.ids[own], gathered.ids, dtype)
+    between = labels.between(ids.repeat(len(embeddings)), gathered.ids, dtype)
     # Never 0, or the logarithm would be unbounded where all coincide.
     least = torch.finfo(dtype).eps ** 2
     smallest = epsilon * mean_squared_distance(gathered.rows.detach()) + least
@@ -116,7 +119,7 @@ def log_ratio(embeddings: Embeddings, ids: Ids, labels: Labels, *, squared: Squa
     total, (triplets, negatives, misfit, spread) = sum_over_tiles(left, right, term)
     # Embeddings with equal distances throughout would have a misfit equal to the spread of the labels.
     explained = torch.where(spread > 0, 1 - misfit / spread, 0)
-    terms = {"negatives": negatives / max(len(own), 1), "explained": explained}
+    terms = {"negatives": negatives / max(len(left), 1), "explained": explained}
     return Loss(share_of_mean(total, triplets), {name: figure.to(dtype) for name, figure in terms.items()})
 
 

@@ -24,16 +24,18 @@ class Gathered(NamedTuple):
     """With gradient to the rank that each came from."""
     ids: Int[Tensor, " all"]
     own: Int[Tensor, " anchors"]
-    """Indices of this rank's embeddings, view by view."""
+    """Indices of this rank's embeddings, view by view; those of views that are no keys lie beyond the rows."""
 
 
-def gather_views(embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"]) -> Gathered:
-    """Gathers the embeddings of all ranks with their ids; collective."""
+def gather_views(
+    embeddings: Float[Tensor, "views batch dim"], ids: Int[Tensor, " batch"], keys: int | None = None
+) -> Gathered:
+    """Gathers the embeddings of all ranks' first `keys` views (None: all) with their ids; collective."""
     views, lengths = len(embeddings), distributed.counts(len(ids))
-    rows = distributed.gather(embeddings.transpose(0, 1), lengths).transpose(0, 1).flatten(0, 1)
+    rows = distributed.gather(embeddings[:keys].transpose(0, 1), lengths).transpose(0, 1).flatten(0, 1)
     own = torch.arange(sum(lengths), device=ids.device).split(lengths)[distributed.rank()]
     starts = sum(lengths) * torch.arange(views, device=ids.device)
-    gathered_ids = distributed.gather_without_gradient(ids, lengths).repeat(views)
+    gathered_ids = distributed.gather_without_gradient(ids, lengths).repeat(views if keys is None else keys)
     return Gathered(rows, gathered_ids, (starts[:, None] + own).flatten())
 
 

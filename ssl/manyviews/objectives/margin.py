@@ -11,7 +11,7 @@ from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.losses import float32_island
 from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
@@ -51,14 +51,15 @@ class MarginObjective(Objective):
 
     def __init__(self, settings: Margin, population: Population, seed: int) -> None:
         super().__init__()
-        self.settings, self.seed, self.alike = settings, seed, population.alike
+        self.settings, self.seed, self.alike, self.keys = settings, seed, population.alike, population.keys
         count = population.size if settings.beta_per == "class" else 1
         self.beta = nn.Parameter(torch.full((count,), settings.beta))
 
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
         boundaries = self.beta[ids] if self.settings.beta_per == "class" else self.beta.expand(len(ids))
-        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=self.seed, step=step, alike=self.alike)
+        seed, alike, keys = self.seed, self.alike, self.keys
+        loss = margin_loss(embeddings, ids, boundaries, self.settings, seed=seed, step=step, alike=alike, keys=keys)
         return Loss(loss.total, loss.terms | {"beta": self.beta.detach().mean()})
 
 
@@ -72,6 +73,7 @@ def margin_loss(
     seed: int,
     step: int,
     alike: int | None = None,
+    keys: int | None = None,
 ) -> Loss:
     """Mean over active pairs of [α + d − β]₊ (positive pairs) and [α − d + β]₊ (negative pairs).
 
@@ -91,7 +93,7 @@ def margin_loss(
         >>> round(loss.total.item(), 4)  # 0.2 - 2 ** 0.5 + 2
         0.7858
     """
-    batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step, alike=alike)
+    batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step, alike=alike, keys=keys)
 
     def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(settings.sampling, batch, rows, products)

@@ -12,7 +12,7 @@ from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import Cost, Sizes, row_softmax
 from manyviews.objectives.losses import average, cross_entropy, float32_island
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
@@ -92,7 +92,7 @@ class MarginSoftmaxObjective(LearnedRows):
         self.scale = least_scale(self.classes) if settings.scale is None else settings.scale
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Cross-entropy of this rank's anchors, averaged over views, over the classes of all ranks.
 
         Raises:

@@ -51,7 +51,7 @@ class NPair(ObjectiveSettings):
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of the first of each pair (views, or images of a class) against all second ones."""
-        _, views, batch, dim, _ = sizes
+        views, batch, dim = sizes.views, sizes.batch, sizes.dim
         pairs, of_an_id = (views // 2 * batch, views // 2) if views > 1 else (batch // 2, 1)
         ways = 2 if self.symmetric else 1
         traffic, products = gathered_traffic(sizes), ways * 3 * pairs**2 * dim

@@ -12,7 +12,7 @@ from manyviews.engine import normalize, top_k
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.in_batch import other_images
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import Ring
 from manyviews.system import distributed
@@ -40,8 +40,8 @@ class NearestNeighbours(ObjectiveSettings):
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every image's neighbour in the sharded support set against the batch."""
-        _, views, batch, dim, processes = sizes
-        queries, pairs = sizes.anchors, views * (views - 1)
+        batch, dim, processes, queries = sizes.batch, sizes.dim, sizes.processes, sizes.compared
+        pairs = (sizes.views - 1) * queries // batch
         # Queries go to all rows, every rank's best similarity to all ranks, and the nearest row of all home with its
         # id.
         traffic = queries * (2 * NUMBER * dim + processes * NUMBER + ID)
@@ -54,7 +54,7 @@ class NearestNeighbours(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective with an empty support set."""
-        return NearestNeighboursObjective(self, dim=dim, seed=seed)
+        return NearestNeighboursObjective(self, dim=dim, seed=seed, keys=population.keys)
 
 
 class NearestNeighboursObjective(Objective):
@@ -65,16 +65,17 @@ class NearestNeighboursObjective(Objective):
     the share of images that are their own neighbours.
     """
 
-    def __init__(self, settings: NearestNeighbours, *, dim: int, seed: int) -> None:
+    def __init__(self, settings: NearestNeighbours, *, dim: int, seed: int, keys: int | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.keys = settings, keys
         self.ring = Ring(settings.size, dim, seed=seed)
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's neighbours against all ranks' predictions, over all pairs of views.
 
-        `embeddings` are the predictions, `targets` the projections; without targets the embeddings are both.
+        `embeddings` are the predictions, `targets` the projections; without targets the embeddings are both. Local
+        views have predictions, and no neighbours.
 
         Raises:
             ValueError: if there is one view only.
@@ -85,11 +86,13 @@ class NearestNeighboursObjective(Objective):
                 f"nearest neighbours of one view are contrasted with another view of each image, and there is {views}; "
                 "set views.num_views=2"
             )
-        predictions, projections = normalize(embeddings), normalize(_projections(embeddings, targets))
-        neighbours, neighbour_ids = self.neighbours(projections.flatten(0, 1), ids.repeat(views))
+        predictions = normalize(embeddings)
+        projections = normalize(_projections(embeddings, targets)[: self.keys])
+        neighbours, neighbour_ids = self.neighbours(projections.flatten(0, 1), ids.repeat(len(projections)))
         neighbours = neighbours.view_as(projections)
         losses, similarities = [], []
-        for view, other in itertools.permutations(range(views), 2):
+        pairs = itertools.product(range(len(projections)), range(views))
+        for view, other in ((view, other) for view, other in pairs if view != other):
             near, predicted = neighbours[view], predictions[other]
             positives = (near * predicted).sum(1)
             losses.append(softmax_cross_entropy(near, positives, ids, predicted, ids, self.settings.temperature))
@@ -98,13 +101,13 @@ class NearestNeighboursObjective(Objective):
         terms = {
             "positive_similarity": torch.stack(similarities).mean(),
             "negatives": negatives.mean(),
-            "own_neighbours": (neighbour_ids == ids.repeat(views)).to(predictions.dtype).mean(),
+            "own_neighbours": (neighbour_ids == ids.repeat(len(projections))).to(predictions.dtype).mean(),
             "filled": self.ring.filled.to(predictions.dtype),
         }
         return Loss(average(mean_losses), terms | information(mean_losses, 1 + negatives))
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, taken: Taken | None = None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Enqueues view 0's projections of all ranks; the other views never enter the support set."""
         self.ring.enqueue(_projections(embeddings, targets)[0], ids, taken)
 

@@ -16,7 +16,7 @@ from manyviews.engine import normalize, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.losses import average, cross_entropy, float32_island, share_of_mean, softplus
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
@@ -66,7 +66,7 @@ class NoiseContrastive(ObjectiveSettings):
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every anchor against the noise, assumed distinct and evenly spread over the ranks."""
-        images, _, batch, dim, processes = sizes
+        images, batch, dim, processes = sizes.images, sizes.batch, sizes.dim, sizes.processes
         noise = self.traits.noise
         # Ids go to the anchors' own rows, and these back. Then come the noise rows: of one draw all of them, else those
         # of the rank's own anchors. In backward come the gradients.
@@ -106,7 +106,7 @@ class NoiseContrastiveObjective(LearnedRows):
             self.log_normaliser = nn.Parameter(torch.tensor(math.log(self.classes)))
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against own rows and the step's noise, averaged over views.
 
         Raises:

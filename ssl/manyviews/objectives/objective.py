@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Embeddings = Float[Tensor, "views batch dim"]
+Targets = Float[Tensor, "others batch dim"]
 Ids = Int[Tensor, " batch"]
 Taken = Bool[Tensor, ""]
 
@@ -26,11 +27,11 @@ class Objective(nn.Module, ABC):
     """A loss of embeddings, and memory that is updated after each optimizer step."""
 
     @abstractmethod
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors; `targets` are the momentum twin's embeddings, if any."""
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, taken: Taken | None = None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Updates the memory after an optimizer step; does nothing by default.
 
         Where `taken`, on a GPU, is false, the step was skipped and nothing may change; the host does not read it.
@@ -51,6 +52,6 @@ class Stateless(Objective):
         super().__init__()
         self.loss = loss
 
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""
         return self.loss(embeddings, ids, step)

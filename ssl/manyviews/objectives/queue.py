@@ -11,7 +11,7 @@ from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32, distinct, sum_of_groups
 from manyviews.objectives.cost import ID, Cost, Sizes, softmax_traffic
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import Ring, Storage
 from manyviews.system import distributed
@@ -49,7 +49,7 @@ class Queue(ObjectiveSettings):
 
     @property
     def traits(self) -> Traits:
-        """Without symmetry the encoder needs view 0 only, and the twin view 1."""
+        """Without symmetry the encoder needs view 0 only, and the twin view 1; local views are the encoder's."""
         return Traits(
             negatives_from="queue",
             fewest_views=2,
@@ -62,8 +62,10 @@ class Queue(ObjectiveSettings):
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every anchor against every key of the queue, which is sharded over the ranks."""
-        _, views, batch, dim, processes = sizes
-        anchors = (views if self.symmetric else 1) * batch
+        batch, dim, processes = sizes.batch, sizes.dim, sizes.processes
+        # Each local view has the loss of a pair with each of the twin's views.
+        local = sizes.views - sizes.compared // batch
+        anchors = (2 * (1 + local) if self.symmetric else 1 + local) * batch
         size, number = self.size * (processes if self.per_process else 1), getattr(torch, self.storage).itemsize
         # Of what a step enqueues, keys and ids go to all.
         traffic = softmax_traffic(anchors, dim) + batch * (ID + number * dim)
@@ -80,6 +82,7 @@ class QueueObjective(Objective):
 
     def __init__(self, settings: Queue, *, dim: int, population: Population, seed: int) -> None:
         super().__init__()
+        self.local = population.keys is not None
         self.settings, self.supervised = settings, population.size < len(population.ids)
         size = settings.size * (distributed.world_size() if settings.per_process else 1)
         self.queue = Ring(size, dim, seed=seed, storage=settings.storage)
@@ -89,17 +92,20 @@ class QueueObjective(Objective):
         return {"queue.rows": self.queue.size, "queue.ids": self.queue.size}
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the queue as the last step left it.
 
         With symmetry `embeddings` and `targets` are both views of the encoder and of the twin, and each view is
-        contrasted with the other; without, they are view 0 of the encoder and view 1 of the twin.
+        contrasted with the other; without, they are view 0 of the encoder and view 1 of the twin. Local views, further
+        ones of the encoder, are contrasted with each view of the twin.
 
         Raises:
             ValueError: if there are no targets, or another number of views.
         """
         targets = self._checked(embeddings, targets)
         queries, keys = normalize(embeddings), normalize(targets.detach()).flip(0)
+        if self.local:
+            queries, keys = self._paired(queries, keys)
         positives = (queries * keys).sum(2).flatten()
         anchors, anchor_ids = queries.flatten(0, 1), ids.repeat(len(queries))
         temperature = self.settings.temperature
@@ -120,7 +126,7 @@ class QueueObjective(Objective):
         return Loss(average(losses), terms | information(losses, candidates, positives=1 + counts))
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, taken: Taken | None = None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Enqueues one key per image of all ranks: the twin's view 1.
 
         So does the symmetric loss: MoCo's notebook for CIFAR-10 enqueues both views, which halves the number of images
@@ -134,12 +140,19 @@ class QueueObjective(Objective):
                 "the queue contrasts with a momentum twin: pass its embeddings of the same views as targets"
             )
         views = 2 if self.settings.symmetric else 1
-        if len(embeddings) != views or len(targets) != views:
+        if len(embeddings) < views or (len(embeddings) > views and not self.local) or len(targets) != views:
             raise ValueError(
                 f"the queue contrasts 2 views of each image; {len(embeddings)} of the encoder and {len(targets)} of "
                 f"the twin are not {views} and {views}; set views.num_views=2"
             )
         return targets
+
+    @staticmethod
+    def _paired(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Each view with its key, and each local view, which come after them, with every key."""
+        local = queries[len(keys) :]
+        repeated = [torch.cat([local] * len(keys)), keys.repeat_interleave(len(local), 0)]
+        return torch.cat([queries[: len(keys)], repeated[0]]), torch.cat([keys, repeated[1]])
 
 
 def supervised_queue_softmax(

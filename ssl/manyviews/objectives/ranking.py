@@ -15,9 +15,11 @@ from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.labels import Labels
 from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
 from manyviews.objectives.mining import most_alike
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 
+Relevance = Callable[[slice], Tensor]
+Sums = tuple[Tensor, Tensor]
 RankingLoss = Literal["squared_error", "cross_entropy", "rank_net", "hinge", "list_net", "list_mle"]
 
 
@@ -46,33 +48,34 @@ class Ranking(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective, with the label of each image if the population has values."""
-        return RankingObjective(self, population.values, population.alike)
+        return RankingObjective(self, population)
 
 
 class RankingObjective(Objective):
     """Ranking loss with all images' labels, if any, and the cross-entropy's learned threshold."""
 
-    def __init__(self, settings: Ranking, values: Float[Tensor, "images numbers"] | None, alike: int | None) -> None:
+    def __init__(self, settings: Ranking, population: Population) -> None:
         super().__init__()
-        self.settings, self.alike = settings, alike
-        self.labels = None if values is None else Labels(values)
+        self.settings, self.alike, self.keys = settings, population.alike, population.keys
+        self.labels = None if population.values is None else Labels(population.values)
         # Few items are relevant: at 1 nearly all are predicted to be irrelevant (Zhai et al. 2023, section 3.2).
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
     @float32_island
-    def forward(self, embeddings: Embeddings, ids: Ids, targets: Embeddings | None, step: int) -> Loss:
+    def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's queries, averaged over those with items of different relevance.
 
-        Items are all embeddings of the batch, on all ranks, but the query itself.
+        Items are all embeddings of the batch, on all ranks, but the query itself; local views are no items.
         """
-        gathered = gather_views(normalize(embeddings), ids)
-        queries = normalize(embeddings).flatten(0, 1)
-        relevance = self._relevance(gathered.ids, gathered.own, queries.dtype)
-        own, loss = gathered.own, self._loss(self._most(gathered.ids, len(embeddings)))
+        gathered = gather_views(normalize(embeddings), ids, self.keys)
+        queries, query_ids = normalize(embeddings).flatten(0, 1), ids.repeat(len(embeddings))
+        loss = self._loss(self._most(gathered.ids, self.keys or len(embeddings)))
         learned = () if self.threshold is None else (self.threshold,)
 
-        def term(tile: slice, products: Tensor, *threshold: Tensor) -> tuple[Tensor, Tensor]:
-            cosines, relevances = _without(own[tile], products), _without(own[tile], relevance(tile))
+        def term(own: Tensor | None, relevance: Relevance, tile: slice, products: Tensor, *threshold: Tensor) -> Sums:
+            cosines, relevances = products, relevance(tile)
+            if own is not None:
+                cosines, relevances = (_without(own[tile], items) for items in (cosines, relevances))
             if not cosines.shape[1]:
                 return cosines.sum(), products.new_zeros(4, dtype=torch.float64)
             best = relevances.amax(1, keepdim=True)
@@ -82,7 +85,13 @@ class RankingObjective(Objective):
             figures = [asked, cosines.where(first, 0), first, ~first & asked[:, None]]
             return total, torch.stack([figure.detach().sum().double() for figure in figures])
 
-        total, (asked, similarities, first, rest) = sum_over_tiles(queries, gathered.rows, term, *learned)
+        keys = len(queries) if self.keys is None else self.keys * len(ids)
+        sums = []
+        for part in [slice(0, keys), slice(keys, len(queries))][: 1 if self.keys is None else 2]:
+            relevance = self._relevance(query_ids[part], gathered.ids, queries.dtype)
+            own = gathered.own[part] if part.start == 0 else None
+            sums.append(sum_over_tiles(queries[part], gathered.rows, partial(term, own, relevance), *learned))
+        total, (asked, similarities, first, rest) = (torch.stack(values).sum(0) for values in zip(*sums, strict=True))
         terms = {"positive_similarity": similarities / first.clamp(min=1), "negatives": rest / asked.clamp(min=1)}
         if self.threshold is not None:
             terms["threshold"] = self.threshold.detach().clone()
@@ -96,7 +105,7 @@ class RankingObjective(Objective):
             return len(ids)
         ordered = ids.sort().values
         members = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-        return most_alike(members, self.alike, views=views) - 1
+        return most_alike(members, self.alike, views=views) - (self.keys is None)
 
     def _loss(self, most: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Loss function of the cosines and relevances of queries' items."""
@@ -113,11 +122,11 @@ class RankingObjective(Objective):
             loss = partial(loss, most=most)
         return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
 
-    def _relevance(self, ids: Tensor, own: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-        """Relevance of all embeddings of the batch to a slice of this rank's queries."""
+    def _relevance(self, query_ids: Tensor, ids: Tensor, dtype: torch.dtype) -> Relevance:
+        """Relevance of items of these ids to a slice of the queries."""
         if self.labels is None:
-            return lambda tile: (ids[own[tile], None] == ids).to(dtype)
-        between = self.labels.between(ids[own], ids, dtype)
+            return lambda tile: (query_ids[tile, None] == ids).to(dtype)
+        between = self.labels.between(query_ids, ids, dtype)
         return lambda tile: 1 / (1 + between(tile)[0].sqrt())
 
 

@@ -23,6 +23,9 @@ class Population(NamedTuple):
     """Continuous labels of each image, where the recipe has them."""
     alike: int | None = None
     """Images of a batch that share an id, at most; None: unknown, and a GPU is waited for where it is needed."""
+    keys: int | None = None
+    """Number of views, the first ones, that embeddings are compared with; None: all. Local views come after them: they
+    are anchors, but nobody's positive or negative (Caron et al. 2020, SwAV, equation 6)."""
 
     @property
     def size(self) -> int:

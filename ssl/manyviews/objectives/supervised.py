@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import distinct, sum_of_groups
-from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
-from manyviews.objectives.in_batch import symmetric_traffic
+from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes, batch_softmax
 from manyviews.objectives.losses import float32_island, information, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
@@ -33,17 +33,17 @@ class Supervised(ObjectiveSettings):
 
         On a GPU the in-batch loss has twice as many products, and each rank gathers a row per image.
         """
-        _, views, batch, dim, _ = sizes
-        traffic = symmetric_traffic(sizes.anchors, dim) + batch * (2 * ID + 2 * NUMBER * dim)
-        return sizes.cost(views * (batch - 1), traffic=traffic, products=2 * sizes.anchors**2 * dim)
+        traffic, products = batch_softmax(sizes)
+        traffic += sizes.batch * (2 * ID + 2 * NUMBER * sizes.dim)
+        return sizes.cost(sizes.negatives, traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective; it has no state, so the arguments change nothing."""
-        return Stateless(lambda z, ids, _: supervised_contrast(z, ids, self.temperature))
+        """Builds the objective; it has no state."""
+        return Stateless(lambda z, ids, _: supervised_contrast(z, ids, self.temperature, keys=population.keys))
 
 
 @float32_island
-def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) -> Loss:
+def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float, *, keys: int | None = None) -> Loss:
     """Mean over positives of −log(e^(s/τ) / Σ e^(s/τ)), with the mean outside the logarithm.
 
     An anchor's positives are all other embeddings of its id, on every rank; the sum is over all embeddings but the
@@ -56,6 +56,8 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     The similarities with all embeddings of a class add up to that with their sum: memory and traffic are linear, one
     row for each id of each rank.
 
+    With `keys` only the first so many views are compared with, as positives and in the sum.
+
     Examples:
         >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
         >>> supervised_contrast(z, torch.tensor([0, 0, 1]), temperature=0.5).total
@@ -63,16 +65,22 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     """
     views, batch, _ = embeddings.shape
     embeddings = normalize(embeddings)
-    anchors = embeddings.flatten(0, 1)
-    rows = distributed.counts(len(anchors))
+    compared, anchors = embeddings if keys is None else embeddings[:keys], embeddings.flatten(0, 1)
+    rows = distributed.counts(len(compared) * batch)
     first = sum(rows[: distributed.rank()])
-    own_rows = torch.arange(first, first + len(anchors), device=ids.device)
-    candidates = log_sum_exp(anchors, None, temperature, query_ids=own_rows, unit=True).view(views, batch)
-    sums, members = class_sums(embeddings, ids)
-    positives = (members - 1).to(anchors.dtype)
-    # An anchor is a member of its class, but not its own positive.
-    similarities = (embeddings * (sums - embeddings)).sum(2) / positives.clamp(min=1)
-    contrasted = (positives > 0).expand_as(similarities)
+    own_rows = torch.arange(first, first + len(compared) * batch, device=ids.device)
+    others, numbers = (None, None) if keys is None else (compared.flatten(0, 1), own_rows)
+    # An anchor that is no key is none of the rows.
+    query_ids = F.pad(own_rows, (0, len(anchors) - len(own_rows)), value=-1)
+    candidates = log_sum_exp(anchors, others, temperature, query_ids=query_ids, key_ids=numbers, unit=True)
+    candidates = candidates.view(views, batch)
+    sums, members = class_sums(compared, ids)
+    # An anchor that is a key is a member of its class, but not its own positive.
+    itself = (torch.arange(views, device=ids.device) < len(compared)).long()[:, None]
+    own = compared if keys is None else F.pad(compared, (0, 0, 0, 0, 0, views - keys))
+    positives = (members - itself).to(anchors.dtype)
+    similarities = (embeddings * (sums - own)).sum(2) / positives.clamp(min=1)
+    contrasted = positives > 0
     losses = (candidates - similarities / temperature).where(contrasted, 0)
     total = share_of_mean(losses.sum(), contrasted.sum())
     terms = {
@@ -81,8 +89,8 @@ def supervised_contrast(embeddings: Embeddings, ids: Ids, temperature: float) ->
     }
     terms |= information(
         losses.flatten(),
-        torch.full_like(losses, sum(rows) - 1).flatten(),
-        positives=positives.repeat(views),
+        (sum(rows) - itself).to(losses.dtype).expand_as(losses).flatten(),
+        positives=positives.flatten(),
         counted=contrasted.flatten(),
     )
     return Loss(total, terms)

@@ -58,13 +58,20 @@ class Triplet(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws triplets by `seed`."""
-        alike = population.alike
-        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike))
+        alike, keys = population.alike, population.keys
+        return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys))
 
 
 @float32_island
 def triplet_loss(
-    embeddings: Embeddings, ids: Ids, settings: Triplet, *, seed: int, step: int, alike: int | None = None
+    embeddings: Embeddings,
+    ids: Ids,
+    settings: Triplet,
+    *,
+    seed: int,
+    step: int,
+    alike: int | None = None,
+    keys: int | None = None,
 ) -> Loss:
     """Mean over triplets of [d(a, p) − d(a, n) + margin]₊, with d² instead of d if `squared`.
 
@@ -82,7 +89,8 @@ def triplet_loss(
         >>> triplet_loss(views, torch.arange(2), Triplet(margin=3.0), seed=0, step=0).total.item()
         1.0
     """
-    batch = batch_of(embeddings, ids, normalized=settings.normalized, seed=seed, step=step, alike=alike)
+    normalized = settings.normalized
+    batch = batch_of(embeddings, ids, normalized=normalized, seed=seed, step=step, alike=alike, keys=keys)
     read = batch.squared_distances if settings.squared else batch.distances
     margin = None if settings.soft else settings.margin
 

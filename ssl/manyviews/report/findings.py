@@ -13,6 +13,7 @@ from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import Evaluation, in_order
 from manyviews.system import keyed_random
 from manyviews.system.files import spelled
+from manyviews.views import StandardView
 
 
 class Findings(NamedTuple):
@@ -31,6 +32,8 @@ class Findings(NamedTuple):
     layers: str = ""
     """A sentence on the layer that images are compared by; empty if one layer was measured."""
     failures: tuple[Failure, ...] = ()
+    view: StandardView | None = None
+    """What the backbone sees of an image, as which images are shown; None: the whole shorter side."""
     also: tuple[tuple[str, Evaluation], ...] = ()
     """Earlier results of the same weights and images, after the settings that differ: protocol.seed=1."""
 

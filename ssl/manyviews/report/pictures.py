@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from manyviews.data import Images
+from manyviews.data.pictures import pictures, reads_crops
 from manyviews.report.findings import Findings, drawn, has_labels, labels_of
 from manyviews.report.plots import OTHER, PALETTE
 from manyviews.system.files import spelled
+from manyviews.views import StandardView
 
 READ_AT_ONCE = 256
 BLOCK = 8
@@ -64,23 +67,19 @@ class HoverMap(NamedTuple):
 
 
 def thumbnails(
-    images: Images, ids: Int64[Tensor, " chosen"], side: int
+    images: Images, ids: Int64[Tensor, " chosen"], side: int, view: StandardView | None = None
 ) -> UInt8[Tensor, "chosen channels small small"]:
-    """Reads the images of these ids, resized to `side` pixels if they are larger."""
-    pieces = [torch.empty(0, images.channels, *[min(side, images.size)] * 2, dtype=torch.uint8)]
-    for part in ids.split(READ_AT_ONCE):
-        pixels = images.read(part)
-        if images.size > side:
-            shrunk = F.interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True)
-            pixels = shrunk.round().clamp(0, 255).to(torch.uint8)
-        pieces.append(pixels)
-    return torch.cat(pieces)
+    """Reads what a view shows of these images, with `side` pixels or, of smaller images in memory, with theirs."""
+    side = side if reads_crops(images) else min(side, images.size)
+    small = replace(view or StandardView(side, images.channels), size=side, interpolation="bilinear")
+    pieces = [small.bytes(pictures(images, part, small)) for part in ids.split(READ_AT_ONCE) if len(part)]
+    return torch.cat(pieces) if pieces else torch.empty(0, images.channels, side, side, dtype=torch.uint8)
 
 
-def uris(images: Images, ids: Sequence[int], side: int) -> dict[int, str]:
+def uris(images: Images, ids: Sequence[int], side: int, view: StandardView | None = None) -> dict[int, str]:
     """Returns the thumbnails of some images as data URIs, by id; each is read once."""
     chosen = sorted(set(ids))
-    small = thumbnails(images, torch.tensor(chosen, dtype=torch.int64), side)
+    small = thumbnails(images, torch.tensor(chosen, dtype=torch.int64), side, view)
     return {index: picture_uri(picture) for index, picture in zip(chosen, small, strict=True)}
 
 
@@ -124,7 +123,7 @@ def hover_map(findings: Findings, seed: int) -> HoverMap | None:
     chosen = drawn(common, MOST_POINTS, seed, 6).sort().values
     images, labels = findings.shown, labels_of(findings.shown)[chosen]
     groups, group_of = legend(findings, labels)
-    tiles = sprite(thumbnails(images, chosen, SIDE))
+    tiles = sprite(thumbnails(images, chosen, SIDE, findings.view))
     data = {
         "maps": [_scaled(*maps[method], chosen) for method in maps],
         "names": [spelled(images.names[index]) for index in chosen.tolist()],

@@ -18,6 +18,7 @@ from manyviews.report.findings import Findings, drawn, labels_of
 from manyviews.report.pictures import sheet, thumbnails
 from manyviews.system.files import spelled
 from manyviews.system.writing import aside_of, folder_path, make_folder, remove, rename
+from manyviews.views import StandardView
 
 FOLDER = "evaluation"
 MOST = 2_000
@@ -71,8 +72,8 @@ def neighbour_rows(findings: Findings, queries: tuple[Query, ...]) -> UInt8[Tens
     tiles = torch.full((len(queries), columns, 3, TILE, TILE), 255, dtype=torch.uint8)
     images, *_ = references(findings)
     for row, query in enumerate(queries):
-        pictures = [_squares(findings.shown, [query.id])]
-        pictures += [_squares(images, [near.id for near in query.near])] if query.near else []
+        pictures = [_squares(findings.shown, [query.id], findings.view)]
+        pictures += [_squares(images, [near.id for near in query.near], findings.view)] if query.near else []
         inside = slice(2 * FRAME, 2 * FRAME + SIDE)
         tiles[row, : 1 + len(query.near), :, inside, inside] = torch.cat(pictures)
         for column, near in enumerate(query.near, 1):
@@ -82,9 +83,9 @@ def neighbour_rows(findings: Findings, queries: tuple[Query, ...]) -> UInt8[Tens
     return sheet(tiles.flatten(0, 1), columns, TILE)
 
 
-def _squares(images: Images, ids: list[int]) -> Tensor:
+def _squares(images: Images, ids: list[int], view: StandardView | None) -> Tensor:
     """Images in colour at SIDE × SIDE pixels; small ones are enlarged without smoothing."""
-    small = thumbnails(images, torch.tensor(ids), SIDE)
+    small = thumbnails(images, torch.tensor(ids), SIDE, view)
     if small.shape[-1] != SIDE:
         small = F.interpolate(small.float(), (SIDE, SIDE), mode="nearest").to(torch.uint8)
     return small.expand(-1, 3, -1, -1)
@@ -108,7 +109,7 @@ def _project(writer: SummaryWriter, findings: Findings, seed: int) -> None:
     if embeddings.shape[1] > WIDEST:
         embeddings = principal_components(embeddings, min(WIDEST, len(ids)))
     side = min(32, SHEET // max(1, int(len(ids) ** 0.5 + 1)))
-    small = thumbnails(images, ids, side).float() / 255
+    small = thumbnails(images, ids, side, findings.view).float() / 255
     pairs = zip(labels_of(images)[ids].tolist(), ids.tolist(), strict=True)
     writer.add_embedding(
         # Written as text: four digits are more than a screen shows.

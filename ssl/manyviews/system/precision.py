@@ -20,14 +20,19 @@ def tf32(wanted: bool = True) -> AbstractContextManager[None]:
         ...     torch.backends.cuda.matmul.fp32_precision
         'tf32'
     """
-    return _allowed() if wanted else nullcontext()
+    return _set("tf32") if wanted else nullcontext()
+
+
+def exact() -> AbstractContextManager[None]:
+    """Allows no TF32 in float32 matrix products while the context is open, whatever the process allows."""
+    return _set("ieee")
 
 
 @contextmanager
-def _allowed() -> Iterator[None]:
+def _set(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    matmul.fp32_precision = precision
     try:
         yield
     finally:

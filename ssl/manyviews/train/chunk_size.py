@@ -10,6 +10,8 @@ from torch import Tensor
 
 from manyviews.config import load
 from manyviews.data import Images, Order
+from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.optim import set_rate
 from manyviews.recipe import Recipe
 from manyviews.run.folder import CONFIG
@@ -17,7 +19,7 @@ from manyviews.system import distributed, hardware
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.train.components import Components, build, smallest_part
 
-Step = Callable[[Components, Tensor, Tensor, int, int], object]
+Step = Callable[[Components, Pictures, Tensor, int, int], object]
 """A training step, on images and ids of an epoch, with the number of steps before."""
 RESERVE = 0.03
 """Share of the memory that stays free for fragments, measurements and pictures."""
@@ -88,8 +90,8 @@ def _fewest_parts(
     """As `fewest_parts`, by steps of this rank on its share of the first batch."""
     device, (epoch, batch) = accelerator.device, order.batch(0)
     ids = batch[own]
-    pixels, numbers = images.read(ids).to(device), ids.to(device)
     components = build(recipe, accelerator, images, alone=True)
+    read, numbers = pictures(images, ids, components.views, epoch).to(device), ids.to(device)
     components.forward.train()
     # Averages are allocated, and the weights stay.
     set_rate(components.optimiser, 0.0)
@@ -99,7 +101,7 @@ def _fewest_parts(
 
     def fits(parts: int) -> bool:
         tried = components._replace(recipe=_with_chunk(recipe, -(-len(ids) // parts)))
-        fitting = _runs(lambda: step(tried, pixels, numbers, epoch, 0))
+        fitting = _runs(lambda: step(tried, read, numbers, epoch, 0))
         _clear(components)
         return fitting
 

@@ -53,7 +53,8 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     views = recipe.views.build(size=images.size, channels=images.channels, seed=recipe.seed)
     check_encoder(recipe.encoder, channels=images.channels, size=views.window.size)
     torch.manual_seed(recipe.seed)
-    encoder = recipe.encoder.build(channels=images.channels, size=views.window.size)
+    local_size = views.settings.local_size if views.settings.local else None
+    encoder = recipe.encoder.build(channels=images.channels, size=views.window.size, local_size=local_size)
     chunk, smallest = recipe.train.part, smallest_part(encoder)
     if chunk is not None and chunk < smallest:
         raise ValueError(
@@ -71,7 +72,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     values = None if recipe.values is None else values_of(images, recipe.values)
     # No image comes twice in a batch, and with images per class no other number of a class.
     alike = 1 if names is None else recipe.train.images_per_class
-    population = Population(torch.arange(len(images)) if names is None else names, values, alike)
+    population = Population(torch.arange(len(images)) if names is None else names, values, alike, recipe.keys)
     check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
@@ -139,7 +140,8 @@ def check_classes(recipe: Recipe, images: Images, order: Order) -> Composition |
             f"objective={name} takes negatives from the batch, and with {asked} each batch holds one class alone: the "
             f"loss would be 0 without anything learned; {fewer}"
         )
-    if counts.without_positives == counts.batches:
+    # A local view has a positive in its own image.
+    if counts.without_positives == counts.batches and not recipe.views.local:
         raise ValueError(
             f"objective={name} takes positives from the batch, and with {asked}, of one view each, no batch "
             f"holds two images of a class; {fewer}, or set views.num_views=2"

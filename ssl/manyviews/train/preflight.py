@@ -33,7 +33,7 @@ from manyviews.train.pretrain import train, train_step, warm_up
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
 from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
-from manyviews.views import MEAN, STD
+from manyviews.views import standard_view
 
 STEPS = 2
 MOST_TIMED, LONGEST_TIMED = 20, 5.0
@@ -91,8 +91,8 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
         if run is not None:
             run.close()
     if first:
-        pixels, channels = components.views.window.size, split.train.channels
-        export(components.encoder.backbone, folder / "backbone", channels=channels, size=pixels, mean=MEAN, std=STD)
+        view = standard_view(components.views.settings, split.train.channels)
+        export(components.encoder.backbone, folder / "backbone", view.pretrained_cfg)
     checkpoint = state_of(short_run, split.train, step, {})
     rows, problems = {"recipe": f"{components.recipe.objective.name} with {components.recipe.encoder.name}"}, []
 

@@ -3,11 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from manyviews.data import Images, Loader, Order, background_of
+from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.encoder.timm_format import export
 from manyviews.objectives import Loss
 from manyviews.optim import cosine, set_rate
@@ -37,7 +39,7 @@ from manyviews.train.step import (
     finite_views,
     num_chunks,
 )
-from manyviews.views import MEAN, STD
+from manyviews.views import standard_view
 
 
 def pretrain(recipe: Recipe, *, header: str = "", on_metrics: OnMetrics | None = None) -> Path:
@@ -73,11 +75,11 @@ def _pretrain(recipe: Recipe, header: str, on_metrics: OnMetrics | None) -> Path
             with shortage(less_memory(components)):
                 step = train(components, images, order, checkpoint, session)
         run = session.run
-        exported, size, background = folder / "backbone", components.views.window.size, background_of(recipe.data)
+        exported, background = folder / "backbone", background_of(recipe.data)
         with raise_on_all_ranks():
             if run is not None and session.stop.signal is None:
-                backbone, channels = components.encoder.backbone, images.channels
-                export(backbone, exported, channels=channels, size=size, mean=MEAN, std=STD, background=background)
+                view = standard_view(components.views.settings, images.channels)
+                export(components.encoder.backbone, exported, view.pretrained_cfg, background=background)
                 run.finish(exported, [folder / CHECKPOINTS / folder_name(step)])
                 console.say(f"finished: the backbone is in {exported}")
             elif run is not None:
@@ -94,7 +96,8 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
     budget = Budget(steps=steps, minutes=settings.minutes, spent=spent)
     recorder = Recorder(components, images, order, budget, session, checkpoint)
     rank, size = distributed.rank(), distributed.world_size()
-    loader = Loader(images, order, rank=rank, size=size, workers=settings.workers, start=step, device=device)
+    options = {"rank": rank, "size": size, "workers": settings.workers, "start": step, "device": device}
+    loader = Loader(images, order, components.views, **options)
     progress = budget.progress(step)
     components.forward.train()
     with session.console.bar(), recorder.last_line():
@@ -115,7 +118,7 @@ def train(components: Components, images: Images, order: Order, checkpoint: Chec
 
 def train_step(
     components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: Pictures,
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
@@ -159,7 +162,7 @@ def train_step(
 
 def gradient(
     components: Components,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: Pictures,
     ids: Int64[Tensor, " batch"],
     epoch: int,
     step: int,
@@ -200,7 +203,8 @@ def warm_up(components: Components, images: Images, order: Order, *, resumed: bo
     try:
         for batch in {len(batch): batch for batch in batches}.values():
             ids = batch[distributed.share(len(batch))]
-            gradient(components, images.read(ids).to(device), ids.to(device), 0, 0)
+            given = pictures(images, ids, components.views).to(device)
+            gradient(components, given, ids.to(device), 0, 0)
     except (RuntimeError, OSError, ImportError) as problem:
         # The compiler's errors are RuntimeErrors of a private module.
         kinds = [kind.__module__ for kind in type(problem).__mro__]

@@ -28,7 +28,7 @@ from manyviews.train.not_finite import SkippedStep, SkippedSteps
 from manyviews.train.resume import SCHEDULE, differences
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
-from manyviews.views import plain
+from manyviews.views import standard_view
 
 MIN_MONITOR_IMAGES, MAX_MONITOR_IMAGES = 100, 5_000
 FEWEST_OF_A_CLASS = 5
@@ -161,10 +161,11 @@ class Recorder:
         self.write_line()
         before, self._last = self._last, (step, seconds)
         values = pace(self._order, before, self._last) | {"rate": rate, "skipped": self._skips.total}
-        sample = None
+        sample = seen = None
         if skipped is None and isinstance(result, StepResult):
-            sample = glimpse(result.embeddings, result.ids, result.targets)
-        seen = None
+            views = slice(self._components.recipe.keys)
+            targets = None if result.targets is None else result.targets[views]
+            sample = glimpse(result.embeddings[views], result.ids, targets)
         if sample is not None and self._session.run is not None:
             seen = HostCopy(*(part for part in sample if part is not None))
         histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0
@@ -214,14 +215,13 @@ class Recorder:
         """The kNN accuracy on held-out labels; None if interrupted by a signal, NaN if it failed."""
         images, recipe, stop = self._images, self._components.recipe, self._session.stop
         assert images.labels is not None
-        assert recipe.views.size is not None
         device, backbone = self._components.accelerator.device, self._components.encoder.backbone
-        prepare = partial(plain, size=recipe.views.size)
+        view = standard_view(self._components.views.settings, images.channels)
         if distributed.world_size() > 1:
             # Batch statistics differ between ranks; those of rank 0 are saved and exported.
             distribute_bn(backbone, distributed.world_size(), reduce=False)
         try:
-            features = extract(backbone, images, prepare=prepare, device=device, ids=chosen, stopped=stop.agreed)
+            features = extract(backbone, images, view=view, device=device, ids=chosen, stopped=stop.agreed)
             with raise_on_all_ranks():
                 return monitor_knn(features, images.labels[chosen], seed=recipe.seed)
         except Stopped:

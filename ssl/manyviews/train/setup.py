@@ -8,11 +8,14 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import ClassOrder, Folder, Order, Split, leave_out
-from manyviews.data.decoding.files import listed
+from manyviews.data import ClassOrder, Folder, Images, Order, Split, leave_out
+from manyviews.data.decoding.files import Files, listed
 from manyviews.data.images import Inventory
 from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
 from manyviews.data.sampler import Composition
+from manyviews.encoder.backbone import description_of
+from manyviews.encoder.encoder import EncoderSettings
+from manyviews.encoder.timm_format import local_name
 from manyviews.features.limits import check_steps
 from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
@@ -29,6 +32,7 @@ from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
 from manyviews.train.chunk_size import Step, with_found_chunk
 from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
+from manyviews.views.preview import preview
 
 
 class Setup(NamedTuple):
@@ -93,7 +97,8 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
         ValueError: if recipe, images or checkpoint are invalid; nothing is written.
     """
     split = read_images(recipe, folder, console)
-    views = recipe.views.resolve(size=split.train.size, channels=split.train.channels)
+    channels = split.train.channels
+    views = recipe.views.resolve(size=split.train.size, channels=channels, **_of_weights(recipe.encoder, channels))
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
     checkpoint = resume.resumable(recipe, folder, split.train, processes, console) if recipe.resume else None
@@ -114,6 +119,21 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     return Setup(split, order, components, checkpoint, extended, contrasts)
 
 
+def _of_weights(encoder: EncoderSettings, channels: int) -> dict[str, Any]:
+    """The mean and standard deviation that pretrained weights were trained with; none for random weights."""
+    if not encoder.pretrained:
+        return {}
+    described = description_of(local_name(encoder.name, pretrained=True))
+
+    def of_channels(values: tuple[float, ...]) -> float | tuple[float, ...]:
+        if len(set(values)) == 1:
+            return values[0]
+        # timm adds up the weights of colours for grey images.
+        return values if len(values) == channels else sum(values) / len(values)
+
+    return {"mean": of_channels(described.mean), "std": of_channels(described.std)}
+
+
 def describe(setup: Setup, folder: Path, console: Console) -> None:
     """Prints what will run."""
     split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
@@ -125,14 +145,15 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")
     budget += f", {plural(order.steps_per_epoch, 'step')} an epoch"
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    console.say(f"images     {len(train):,} of {recipe.data.name}, {train.channels} × {train.size} × {train.size}")
+    console.say(f"images     {len(train):,} of {recipe.data.name}, {pixels_of(train)}")
     if split.layout:
         console.say(f"layout     {split.layout}")
     if recipe.unseen and train.labels is not None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
         console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
-    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px")
+    local = f" and {recipe.views.local} local ones, {recipe.views.local_size} px" if recipe.views.local else ""
+    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px{local}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
     )
@@ -141,7 +162,8 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     )
     console.say(f"objective  {recipe.objective.name}{silent}")
     ids = len(train) if components.names is None else int(components.names.max()) + 1
-    sizes = Sizes(ids, recipe.views.num_views, recipe.train.batch_size, components.encoder.dim, processes)
+    views, dim = recipe.views.num_views + recipe.views.local, components.encoder.dim
+    sizes = Sizes(ids, views, recipe.train.batch_size, dim, processes, recipe.keys)
     cost = recipe.objective.cost(sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
     console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")
@@ -164,6 +186,16 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
+
+
+def pixels_of(images: Images) -> str:
+    """What is read of images: their pixels in memory, or crops of the files."""
+    channels = "grey" if images.channels == 1 else "in colour"
+    if isinstance(images, Files) and not images.whole:
+        return f"{channels}, cropped from the files as needed, at full resolution"
+    if images.aspects is None:
+        return f"{images.channels} × {images.size} × {images.size}"
+    return f"{channels}, whole and of any shape, squeezed to {images.size} × {images.size} in memory"
 
 
 def restore(components: Components, checkpoint: Checkpoint) -> None:
@@ -260,7 +292,7 @@ def open_run(
         ids = torch.linspace(0, len(split.train) - 1, count).long()
         device = components.accelerator.device
         try:
-            run.picture(VIEWS, components.views.preview(split.train.read(ids).to(device), ids.to(device)))
+            run.picture(VIEWS, preview(components.views, split.train, ids, device))
         except Exception as problem:
             console.warn(f"there is no picture of the views: {in_a_line(problem)}")
     return run

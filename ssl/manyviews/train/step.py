@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from manyviews.data.images import Pictures
 from manyviews.encoder.batch_norm import Shuffle
 from manyviews.encoder.encoder import Embedded
 from manyviews.objectives import Loss
@@ -16,6 +17,9 @@ from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
 from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.not_finite import SkippedStep
+
+Groups = tuple[Float[Tensor, "_ batch channels _ _"], ...]
+"""Views, those of each size in a tensor of their own; local ones come last."""
 
 
 class StepResult(NamedTuple):
@@ -27,32 +31,32 @@ class StepResult(NamedTuple):
     """The ids that the objective gets."""
     targets: Float[Tensor, "others batch dim"] | None
     skipped: Callable[[], SkippedStep | None] = lambda: None
-    """What was not finite, if a GPU has skipped the step; waits until it is done. Asked one step later, the GPU has work
-    meanwhile."""
+    """What was not finite, if a GPU has skipped the step; waits until it has. Asked one step later, the GPU is busy."""
 
 
-def embed(components: Components, views: Tensor, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
+def embed(components: Components, views: Groups, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
     """Embeddings and targets: projections of the twin, or the inputs of the predictor."""
     embedded = encode(components, queries_of(components, views), step, chunk)
     targets = None
     if components.twin is not None:
-        keys = views[1:] if components.recipe.objective.traits.splits_views else views
+        # Local views are the encoder's alone.
+        keys = views[0][1:] if components.recipe.objective.traits.splits_views else views[0]
         targets = _full(_encode_by_twin(components, keys, step, chunk))
     elif len(components.encoder.predictor):
         targets = embedded.projections.detach()
     return embedded.embeddings, targets
 
 
-def queries_of(components: Components, views: Tensor) -> Tensor:
+def queries_of(components: Components, views: Groups) -> Groups:
     """The views for the encoder, without those for its twin."""
-    return views[:1] if components.recipe.objective.traits.splits_views else views
+    return (views[0][:1], *views[1:]) if components.recipe.objective.traits.splits_views else views
 
 
-def encode(components: Components, queries: Tensor, step: int, chunk: int) -> Embedded:
+def encode(components: Components, queries: Groups, step: int, chunk: int) -> Embedded:
     """Passes views through the encoder; dropout is seeded by step, rank and chunk."""
     key = f"{components.recipe.seed} {step} {distributed.rank()} {chunk}"
     torch.manual_seed(seed_of(key) >> 1)
-    embedded: Embedded = components.forward(queries)
+    embedded: Embedded = components.forward(*queries)
     return Embedded(_full(embedded.embeddings), _full(embedded.projections))
 
 
@@ -88,7 +92,7 @@ def num_chunks(components: Components, batch: int) -> int:
 
 
 def cached_gradient(
-    components: Components, images: Tensor, ids: Tensor, named: Tensor, epoch: int, step: int, chunks: int
+    components: Components, images: Pictures, ids: Tensor, named: Tensor, epoch: int, step: int, chunks: int
 ) -> tuple[Loss, Tensor, Tensor | None]:
     """Gradient of a batch that does not fit in memory: GradCache (Gao et al. 2021, section 3.2).
 
@@ -116,19 +120,24 @@ def cached_gradient(
     return loss, embeddings, targets
 
 
-def finite_views(components: Components, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+def finite_views(components: Components, images: Pictures, ids: Tensor, epoch: int) -> Tensor:
     """Whether the views of each image are finite; makes them again, chunk by chunk."""
     chunks = num_chunks(components, len(ids))
     batches = zip(images.tensor_split(chunks), ids.tensor_split(chunks), strict=True)
-    return torch.cat([components.views(*batch, epoch).isfinite().flatten(2).all(2).all(0) for batch in batches])
+    finite = []
+    for batch in batches:
+        groups = [group.isfinite().flatten(2).all(2).all(0) for group in components.views(*batch, epoch)]
+        finite.append(torch.stack(groups).all(0))
+    return torch.cat(finite)
 
 
 def _first_passes(
-    components: Components, batches: list[tuple[Tensor, Tensor]], epoch: int, step: int
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    components: Components, batches: list[tuple[Pictures, Tensor]], epoch: int, step: int
+) -> tuple[Tensor, Tensor | None, list[Groups]]:
     """Embeddings and targets of all chunks, and with `train.keep_views` the views of each."""
     buffers = KeptBuffers(components.encoder)
-    embeddings, targets, kept = [], [], []
+    embeddings, targets = [], []
+    kept: list[Groups] = []
     for chunk, batch in enumerate(batches):
         views = components.views(*batch, epoch)
         # Without gradient a compiled encoder would be compiled again, to a graph that may draw other dropout.
@@ -138,9 +147,9 @@ def _first_passes(
         embeddings.append(embedded.detach())
         targets += [target] if target is not None else []
         if components.recipe.train.keep_views:
-            queries = queries_of(components, views)
+            first, *local = queries_of(components, views)
             # A slice would keep the twin's views in memory too.
-            kept.append(queries.clone() if len(queries) < len(views) else queries)
+            kept.append((first.clone() if len(first) < len(views[0]) else first, *local))
         # The memory of the chunk and its graph is freed before the next one.
         del views, embedded
     # The second pass updates the running statistics.

@@ -1,8 +1,11 @@
 """Augmented views of a batch of images, on its device."""
 
+from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.pipeline import MEAN, STD, Interpolation, Views, ViewsSettings, enlarged, per_channel, plain
+from manyviews.views.normalisation import MEAN, STD, normalised, per_channel, renormalised
+from manyviews.views.pipeline import Views, ViewsSettings
+from manyviews.views.standard import StandardView, enlarged, standard_view
 
 __all__ = [
     "MEAN",
@@ -10,9 +13,12 @@ __all__ = [
     "Interpolation",
     "RandomColour",
     "RandomWindow",
+    "StandardView",
     "Views",
     "ViewsSettings",
     "enlarged",
+    "normalised",
     "per_channel",
-    "plain",
+    "renormalised",
+    "standard_view",
 ]

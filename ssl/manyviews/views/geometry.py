@@ -10,6 +10,11 @@ from kornia.constants import Resample
 from torch import Tensor
 from torch.nn import functional as F
 
+ATTEMPTS = 10
+"""Draws of an area and a ratio for a crop of an image that is not square."""
+LEAST = 1e-3
+"""Least extent of a box, as a share of half the image's side."""
+
 
 class RandomWindow(GeometricAugmentationBase2D):
     """Every geometric augmentation as one bilinear `grid_sample` through a random window.
@@ -21,12 +26,15 @@ class RandomWindow(GeometricAugmentationBase2D):
     A kornia augmentation: usable in `AugmentationSequential` (masks, boxes and keypoints follow) and with `params=`.
     Input float [batch, channels, height, width], output [batch, channels, size, size].
 
-    The share of the area is uniform in `scale` and the logarithm of the aspect ratio is uniform among those which let
-    the crop fit. (torchvision and kornia redraw both up to ten times instead, which makes large crops rarer than
-    `scale` says; and they round the crop to whole pixels.)
+    In square images the share of the area is uniform in `scale`, and the logarithm of the aspect ratio is uniform among
+    those which let the crop fit. In others crops are those of torchvision's RandomResizedCrop, the first of ten draws
+    of area and ratio that fits, which makes large crops rarer than `scale` says; only, they are not rounded to whole
+    pixels, and where none of ten fits the first one gets a ratio that does (torchvision then takes the centre).
     """
 
     num_draws = 11
+    more_draws = 2 * (ATTEMPTS - 1)
+    """Further draws, for images that are not square."""
     # No image passes through the matrix: it is only needed for boxes, keypoints and the inverse.
     _compute_matrix_lazily = True
 
@@ -52,12 +60,22 @@ class RandomWindow(GeometricAugmentationBase2D):
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Parameters from torch's global generator, as kornia's own augmentations draw them."""
-        return self.interpret(torch.rand(self.num_draws, batch_shape[0]), aspect=batch_shape[-1] / batch_shape[-2])
+        count, aspect = batch_shape[0], batch_shape[-1] / batch_shape[-2]
+        if aspect == 1:
+            return self.interpret(torch.rand(self.num_draws, count))
+        return self.interpret(torch.rand(self.num_draws + self.more_draws, count), torch.full((count,), aspect))
 
-    def interpret(self, draws: Float[Tensor, "draws batch"], *, aspect: float = 1.0) -> dict[str, Tensor]:
-        """Parameters from numbers in [0, 1); `aspect` is the images' width over their height."""
-        area, ratio, x, y, horizontal, vertical, angle, *rest = draws
-        extent = box_extents(area, ratio, self.scale, self.ratio, aspect)
+    def interpret(
+        self, draws: Float[Tensor, "draws batch"], aspects: Float[Tensor, " batch"] | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters from numbers in [0, 1); `aspects` are the images' widths over their heights, None for squares."""
+        area, ratio, x, y, horizontal, vertical, angle, *rest = draws[: self.num_draws]
+        if aspects is None:
+            extent = box_extents(area, ratio, self.scale, self.ratio)
+        else:
+            more = draws[self.num_draws :].unflatten(0, (ATTEMPTS - 1, 2))
+            areas, ratios = (torch.cat([first[None], more[:, row]]) for row, first in enumerate((area, ratio)))
+            extent = first_that_fits(areas, ratios, self.scale, self.ratio, aspects.to(draws))
         parameters = {"extent": extent, "centre": (2 * torch.stack([x, y], 1) - 1) * (1 - extent)}
         if any(self.flip_probabilities):
             chances = zip((horizontal, vertical), self.flip_probabilities, strict=True)
@@ -76,6 +94,26 @@ class RandomWindow(GeometricAugmentationBase2D):
         """The images [batch, channels, height, width] through their windows."""
         mode, padding = flags["resample"].name.lower(), flags["padding_mode"]
         return resample(input, window_matrix(params).to(input), self.size, mode=mode, padding=padding)
+
+    @property
+    def turns(self) -> bool:
+        """Whether windows are turned, moved or sheared, and so may look beyond the crop."""
+        return bool(self.rotation or self.translation or self.shear)
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of a square of what a window sees, that has as many pixels as the view."""
+        angle, slant = math.radians(min(self.rotation, 45)), math.tan(math.radians(self.shear))
+        return math.ceil(self.size * (math.cos(angle) + math.sin(angle)) * (1 + slant + slant**2) - 1e-6)
+
+    def flipped(
+        self, images: Float[Tensor, "batch channels size size"], params: dict[str, Tensor]
+    ) -> Float[Tensor, "batch channels size size"]:
+        """The flips alone, of images that are the crops."""
+        if "flip" in params:
+            for axis, flips in ((-1, params["flip"][:, 0]), (-2, params["flip"][:, 1])):
+                images = torch.where(flips[:, None, None, None], images.flip(axis), images)
+        return images
 
     def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
         """3 x 3 matrices from image to view pixels, whose centres are integers as in kornia."""
@@ -114,22 +152,66 @@ def box_extents(
     ratio: Float[Tensor, " batch"],
     area_range: tuple[float, float],
     ratio_range: tuple[float, float],
-    aspect: float = 1.0,
+    aspects: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch 2"]:
     """Relative sizes of random boxes of uniform area and log-uniform aspect ratio that fit.
 
-    `area` and `ratio` are numbers in [0, 1); `aspect` is the width over the height of what the boxes lie in.
+    `area` and `ratio` are numbers in [0, 1); `aspects` are width over height of what the boxes lie in, None for 1.
     """
     area = area_range[0] + area * (area_range[1] - area_range[0])
-    room = area.log().neg()
-    low = torch.clamp(math.log(aspect) - room, min=math.log(ratio_range[0]))
-    high = torch.clamp(math.log(aspect) + room, max=math.log(ratio_range[1]))
-    if not ratio_range[0] <= aspect <= ratio_range[1]:
+    room, shape = area.log().neg(), 0.0 if aspects is None else aspects.log()
+    low = torch.clamp(shape - room, min=math.log(ratio_range[0]))
+    high = torch.clamp(shape + room, max=math.log(ratio_range[1]))
+    if aspects is not None or not ratio_range[0] <= 1 <= ratio_range[1]:
         # An image more elongated than the range allows: the box keeps the image's own elongation as far as it must.
-        high, low = torch.maximum(high, math.log(aspect) - room), torch.minimum(low, math.log(aspect) + room)
-    half = (low + ratio * (high - low) - math.log(aspect)) / 2
+        high, low = torch.maximum(high, shape - room), torch.minimum(low, shape + room)
+    return _extents(area, low + ratio * (high - low) - shape).clamp(max=1.0)
+
+
+def first_that_fits(
+    areas: Float[Tensor, "attempts batch"],
+    ratios: Float[Tensor, "attempts batch"],
+    area_range: tuple[float, float],
+    ratio_range: tuple[float, float],
+    aspects: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch 2"]:
+    """Relative sizes of the first random boxes that fit, as torchvision draws them.
+
+    Arguments as of `box_extents`, whose boxes replace those of which no attempt fits.
+    """
+    low, high = map(math.log, ratio_range)
+    area = area_range[0] + areas * (area_range[1] - area_range[0])
+    extents = _extents(area, low + ratios * (high - low) - aspects.log())
+    # The number of attempts before the first that fits.
+    failed = (extents.amax(-1) <= 1).cumsum(0).eq(0).sum(0)
+    index = failed.clamp(max=len(areas) - 1)[None, :, None].expand(1, -1, 2)
+    fitted = box_extents(areas[0], ratios[0], area_range, ratio_range, aspects)
+    return torch.where((failed < len(areas))[:, None], extents.gather(0, index)[0], fitted)
+
+
+def _extents(area: Tensor, log_ratio: Tensor) -> Float[Tensor, "*batch 2"]:
+    half = log_ratio / 2
     width, height = area.sqrt() * half.exp(), area.sqrt() * half.neg().exp()
-    return torch.stack([width, height], -1).clamp(max=1.0)
+    return torch.stack([width, height], -1)
+
+
+def crop_boxes(window: Float[Tensor, "batch 2 3"], padding: str) -> Float[Tensor, "batch 4"]:
+    """Boxes of what windows see of their images: left, top, right, bottom, as shares of width and height."""
+    centre, reach = window[..., 2], window[..., :2].abs().sum(-1)
+    low, high = centre - reach, centre + reach
+    if padding == "reflection":
+        low, high = torch.minimum(low, 2 - high), torch.maximum(high, -2 - low)
+    # Of a window beyond the image's edge, the edge.
+    low, high = low.clamp(-1, 1 - LEAST), high.clamp(-1 + LEAST, 1)
+    return torch.cat([low, torch.maximum(high, low + LEAST)], -1) / 2 + 0.5
+
+
+def within(window: Float[Tensor, "batch 2 3"], boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch 2 3"]:
+    """Maps of windows into boxes of their images, instead of the whole images."""
+    low, high = (2 * boxes - 1).chunk(2, -1)
+    half = (high - low)[..., None] / 2
+    window = window - torch.cat([torch.zeros_like(window[..., :2]), ((low + high) / 2)[..., None]], -1)
+    return window / half
 
 
 def resample(

@@ -107,6 +107,18 @@ def without_text(file: BinaryIO) -> io.BytesIO:
     return kept
 
 
+def metadata_follows(image: Image.Image) -> bool:
+    """Whether a PNG that is not loaded yet has texts or EXIF after its pixels."""
+    start, pixels = 8, False
+    while len(head := _peek(image, start, 8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        pixels |= kind == b"IDAT"
+        start += 12 + length
+    return False
+
+
 def _correct(image: Image.Image) -> None:
     """Corrects how Pillow unpacks an image; raises ValueError where that cannot be corrected."""
     if image.format == "JPEG2000" and _signed_jpeg2000(image):

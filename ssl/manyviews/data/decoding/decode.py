@@ -1,11 +1,11 @@
-"""Decodes image files of any format to uint8 squares."""
+"""Decodes image files of any format to uint8 squares, whole or by boxes."""
 
 import errno
 import io
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +14,14 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from manyviews.data.decoding.bit_depth import eight_bits, without_text
+from manyviews.data.decoding.bit_depth import eight_bits, metadata_follows, without_text
+from manyviews.data.decoding.crops import SIDEWAYS, TURNS, divisor, resized, stored_box, upright_pixels
+from manyviews.data.images import Interpolation
 from manyviews.system.files import RefusedFileError, open_regular, shown
 
 # Not all of Pillow's: some run other programs (EPS), or match files of other formats.
@@ -40,16 +43,8 @@ SIGNATURES = (
 PILLOW_LIMIT = 178_956_970
 """Pillow itself refuses more pixels than this."""
 
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 ORIENTATION = 0x0112
+JPEGS = ("JPEG", "MPO")
 
 
 class UnreadableImageError(ValueError):
@@ -67,7 +62,7 @@ Opener = Callable[[], BinaryIO]
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decodes the central square of an image, upright and resized with antialiasing.
+    """Decodes images, upright and resized with antialiasing: whole, squeezed to a square, or boxes of them.
 
     The format is detected from the content, not the name. More than 8 bits are reduced to 8 by `eight_bits`, of an
     animation the first frame is used, and colour profiles are ignored.
@@ -85,32 +80,122 @@ class Decoding:
     """Significant bits of 16-bit values that do not declare them; None: guessed from the largest."""
 
     def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
-        """Decodes the image in a file, which `opener` opens if given.
+        """Decodes the whole image in a file, which `opener` opens if given, to a square.
 
         Raises:
             UnreadableImageError: it cannot be read or decoded, is truncated, or has more than `max_pixels` pixels.
         """
+        return self.read_whole(path, opener)[0]
 
-        def square(image: Image.Image) -> Tensor:
+    def read_whole(self, path: Path, opener: Opener | None = None) -> tuple[UInt8[Tensor, "channels size size"], float]:
+        """Decodes an image as `read` does, and returns its aspect too."""
+
+        def draft(image: Image.Image) -> tuple[Tensor, float]:
+            shape = aspect(image)
             # JPEG decodes at 1/2, 1/4 or 1/8 at a fraction of the work; at twice the size the resize still antialiases.
             image.draft(None, (2 * self.size, 2 * self.size))
-            return self.square(image)
+            return self.square(image), shape
 
-        return _of_picture(square, path, self.max_pixels, opener)
+        return _of_picture(draft, path, self.max_pixels, opener)
 
-    def check(self, path: Path, opener: Opener | None = None) -> None:
-        """Raises UnreadableImageError if a file is not an image or too large; decodes nothing."""
-        _of_picture(lambda image: None, path, self.max_pixels, opener)
+    def crop(
+        self,
+        path: Path,
+        crops: Sequence[tuple[Float[Tensor, "_ 4"], int]],
+        *,
+        interpolation: Interpolation = "bilinear",
+        exact: bool = True,
+        opener: Opener | None = None,
+    ) -> list[UInt8[Tensor, "_ channels _ _"]]:
+        """Decodes boxes of the image in a file to squares, from as few pixels as they need.
+
+        Args:
+            path: the file.
+            crops: for each side of squares, boxes (left, top, right, bottom) in shares of the upright image, and the
+                side in pixels.
+            interpolation: the filter, antialiased.
+            exact: keep fractions of pixels, at which a square also sees what lies beside its box. Otherwise boxes are
+                rounded to whole pixels where that moves them by less than half a pixel of the square, and resizing
+                takes less than half the time.
+            opener: opens the file instead.
+
+        Raises:
+            UnreadableImageError: as `read` does.
+            ValueError: a box is empty, or outside the image.
+        """
+        for boxes, _ in crops:
+            _check_boxes(boxes)
+        return _of_picture(
+            lambda image: self.squares(image, crops, interpolation, exact=exact), path, self.max_pixels, opener
+        )
+
+    def check(self, path: Path, opener: Opener | None = None) -> float:
+        """Reads the aspect of the image in a file, which is decoded only if it is a PNG that ends with EXIF.
+
+        Raises:
+            UnreadableImageError: it is not an image, or too large.
+        """
+        return _of_picture(aspect, path, self.max_pixels, opener)
 
     def square(self, image: Image.Image) -> UInt8[Tensor, "channels size size"]:
         """Converts an open image to a square."""
-        converted = eight_bits(image, self.background, self.bits).convert("L" if self.channels == 1 else "RGB")
-        # Pillow turns TIFFs itself.
-        upright = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
-        if upright is not None:
-            converted = converted.transpose(upright)
-        pixels = np.array(_square(converted, self.size)).reshape(self.size, self.size, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        converted = _in_mode(eight_bits(image, self.background, self.bits), "L" if self.channels == 1 else "RGB")
+        turn = TURNS.get(_orientation(image))
+        upright = converted if turn is None else converted.transpose(turn)
+        shape = (self.size, self.size)
+        pixels = np.array(upright.resize(shape, Image.Resampling.BICUBIC, reducing_gap=3.0))
+        return torch.from_numpy(pixels.reshape(*shape, self.channels)).permute(2, 0, 1).contiguous()
+
+    def squares(
+        self,
+        image: Image.Image,
+        crops: Sequence[tuple[Float[Tensor, "_ 4"], int]],
+        interpolation: Interpolation,
+        *,
+        exact: bool = True,
+    ) -> list[UInt8[Tensor, "_ channels _ _"]]:
+        """Converts boxes of an open image to squares, as `crop` does."""
+        wanted = [(boxes.tolist(), side) for boxes, side in crops]
+        drafted = None
+        if image.format in JPEGS:
+            width, height = image.size
+            orientation = _orientation(image)
+            stored = [(stored_box(box, orientation), side) for boxes, side in wanted for box in boxes]
+            share = divisor(
+                ((right - left) * width, (bottom - top) * height, side) for (left, top, right, bottom), side in stored
+            )
+            # Of a grey image, the luma alone is decoded.
+            drafted = image.draft("L" if self.channels == 1 else None, (width // share, height // share))
+        loaded = eight_bits(image, self.background, self.bits)
+        # Of a JPEG decoded small, the last pixels may lie partly outside.
+        wide, high = loaded.size if drafted is None else drafted[1][2:]
+        orientation = _orientation(image)
+        # Grey becomes colour as a square.
+        plain = loaded if loaded.mode == "L" else _in_mode(loaded, "L" if self.channels == 1 else "RGB")
+        results = []
+        for boxes, side in wanted:
+            result = torch.empty(len(boxes), self.channels, side, side, dtype=torch.uint8)
+            for target, upright in zip(result.numpy(), boxes, strict=True):
+                left, top, right, bottom = stored_box(upright, orientation)
+                box = (left * wide, top * high, right * wide, bottom * high)
+                pixels = resized(plain, box, side, interpolation, exact=exact)
+                target[:] = upright_pixels(pixels, orientation).transpose(2, 0, 1)
+            results.append(result)
+        return results
+
+
+def aspect(image: Image.Image) -> float:
+    """Width over height of an open image when it is upright.
+
+    Examples:
+        >>> aspect(Image.new("L", (3, 2)))
+        1.5
+    """
+    width, height = image.size
+    # Pillow would load a PNG to look for EXIF behind its pixels.
+    known = isinstance(image, PngImageFile) and not metadata_follows(image)
+    orientation = _orientation(image, Image.Image.getexif if known else None)
+    return height / width if orientation in SIDEWAYS else width / height
 
 
 def looks_like_an_image(path: Path) -> bool:
@@ -186,18 +271,26 @@ def _reason(error: Exception, path: Path) -> str:
     return shown(error) or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, exif: Callable[[Image.Image], Image.Exif] | None = None) -> int:
+    """The EXIF orientation of an image, 1 for a TIFF, which Pillow turns itself."""
+    if image.format == "TIFF":
+        return 1
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        return int((image.getexif() if exif is None else exif(image)).get(ORIENTATION, 1))
     except Exception:  # broken metadata of a valid image
         return 1
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return image.crop(box)
-    # One resize of the central square is the resize of the shorter side followed by the crop, at less cost.
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    # Pillow would copy an image that is in the mode.
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _check_boxes(boxes: Float[Tensor, "_ 4"]) -> None:
+    """Raises ValueError for a box that is empty, or outside the image."""
+    for left, top, right, bottom in boxes.tolist():
+        if not (max(left, 0) < min(right, 1) and max(top, 0) < min(bottom, 1)):
+            raise ValueError(
+                f"the box ({left:g}, {top:g}, {right:g}, {bottom:g}) is empty or outside the image; give left, top, "
+                "right and bottom as shares of its width and height, from 0 to 1"
+            )

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from manyviews.data.decoding.decode import Decoding, UnreadableImageError, quiet
-from manyviews.data.images import Images, Names, Report
+from manyviews.data.images import Cropper, Crops, Images, Interpolation, Names, Report
 from manyviews.system import distributed
 from manyviews.system.files import open_beneath, open_regular, shown
 from manyviews.system.plural import plural
@@ -63,7 +63,7 @@ def open_image(root: Path, name: str, *, follow_links: bool) -> tuple[BufferedRe
 
 
 @runtime_checkable
-class Pictures(Protocol):
+class CachedImages(Protocol):
     """Decoded images by their number."""
 
     def read(self, image: int, /) -> UInt8[Tensor, "channels size size"] | None:
@@ -98,10 +98,14 @@ class Files:
     """The reasons of files that have become unreadable, by name."""
     reported: set[str] = field(default_factory=set)
     """Names in `failed` that `newly_unreadable` has returned."""
-    cache: Pictures | None = None
+    cache: CachedImages | None = None
     """Decoded pictures, which are read instead of the files."""
     rows: Int64[Tensor, " images"] | None = None
     """The number of each image in the cache, -1 for none; set with it."""
+    aspects: Float[Tensor, " images"] | None = None
+    """Width over height of each image as it is upright, in float64; None: all are square."""
+    whole: bool = False
+    """Whether whole images are read, as those in memory are; else crops are decoded as they are needed."""
 
     @property
     def channels(self) -> int:
@@ -125,6 +129,15 @@ class Files:
                 return picture
         return self.decoding.read(self.root / self.names[image], partial(self._open, image))
 
+    def decode_crops(
+        self, image: int, crops: Sequence[Crops], column: int, interpolation: Interpolation
+    ) -> list[UInt8[Tensor, "_ channels _ _"]]:
+        """Decodes the crops of one image, by a column of the boxes; raises `UnreadableImageError`."""
+        own = [(boxes[:, column], side) for boxes, side, _ in crops]
+        exact = any(part.exact for part in crops)
+        opener, path = partial(self._open, image), self.root / self.names[image]
+        return self.decoding.crop(path, own, interpolation=interpolation, exact=exact, opener=opener)
+
     def _open(self, image: int) -> BufferedReader:
         file, state = open_image(self.root, self.names[image], follow_links=self.follow_links)
         if self.states is not None and self.digests is not None and list(state) != self.states[image].tolist():
@@ -135,7 +148,11 @@ class Files:
         return file
 
     def read(self, ids: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch channels size size"]:
-        """The images of these ids, decoded by `workers` threads; raises ValueError as `note` does."""
+        """The whole images of these ids, each squeezed into a square, decoded by `workers` threads.
+
+        Raises:
+            ValueError: as `note`.
+        """
         # An inference tensor could not be written to by the threads, which are not in the caller's inference mode.
         with torch.inference_mode(mode=False):
             pixels = torch.full((len(ids), self.channels, self.size, self.size), 127, dtype=torch.uint8)
@@ -144,9 +161,33 @@ class Files:
         def visit(position: int) -> None:
             pixels[position] = self.decode(images[position])
 
+        self._read(visit, images)
+        return pixels
+
+    def crop(
+        self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int
+    ) -> tuple[UInt8[Tensor, "_ batch channels _ _"], ...]:
+        """Crops of these images for each size, decoded by `workers` threads; raises ValueError as `note` does."""
+        images, crops = ids.tolist(), self.crops(ids, cropper, epoch)
+        with torch.inference_mode(mode=False):
+            squares = tuple(square.fill_(127) for square in empty(self, len(images), crops))
+
+        def visit(position: int) -> None:
+            decoded = self.decode_crops(images[position], crops, position, cropper.interpolation)
+            for square, own in zip(squares, decoded, strict=True):
+                square[:, position] = own
+
+        self._read(visit, images)
+        return squares
+
+    def crops(self, ids: Int64[Tensor, " batch"], cropper: Cropper, epoch: int) -> tuple[Crops, ...]:
+        """The boxes that a cropper chooses in these images."""
+        return cropper.crops(ids, epoch, None if self.aspects is None else self.aspects[ids])
+
+    def _read(self, visit: Callable[[int], None], images: Sequence[int]) -> None:
+        """Visits the positions of images in threads, and notes those that cannot be decoded."""
         for position, reason in in_threads(visit, len(images), self.workers).items():
             self.note(self.names[images[position]], reason)
-        return pixels
 
     def note(self, name: str, reason: str) -> None:
         """Records an undecodable image; raises ValueError beyond the share `max_bad` of all images."""
@@ -155,6 +196,17 @@ class Files:
         self.failed[name] = reason
         logger.warning("%s cannot be decoded and is left out: %s", shown(self.root / name), reason)
         refuse_too_many(self.root, list(self.failed.items()), len(self), self.max_bad)
+
+
+def empty(
+    images: Files, count: int, crops: Sequence[Crops] | None, *, pin: bool = False
+) -> tuple[UInt8[Tensor, "..."], ...]:
+    """Uninitialised memory for `count` whole images, or for the crops of so many."""
+    side, channels = images.size, images.channels
+    shapes: list[tuple[int, ...]] = [(count, channels, side, side)]
+    if crops is not None:
+        shapes = [(len(boxes), count, channels, side, side) for boxes, side, _ in crops]
+    return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
 
 
 def newly_unreadable(images: Images) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from manyviews.system.writing import make_folder, open_new, open_there, remove, 
 
 logger = logging.getLogger(__name__)
 
-DECODER = f"Pillow {PIL.__version__}, 1"
+DECODER = f"Pillow {PIL.__version__}, 2"
 """Pillow's version, and a number that changes with the package's own conversion to squares."""
 LARGEST_JSON = 1 << 28
 """Bytes of the file of a key, with the reasons of unreadable images."""

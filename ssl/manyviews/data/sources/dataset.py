@@ -1,18 +1,18 @@
 """Images of a torch dataset that a Python program passes, read once into memory."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
-from manyviews.data.images import InMemory, Report, Split, array_split
+from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding, aspect
+from manyviews.data.images import InMemory, Report, Split, array_split, fingerprint
 
 DATASET: Literal["dataset"] = "dataset"
 WHITE = (255, 255, 255)
@@ -49,8 +49,8 @@ class TorchDataset(Settings):
             )
         train, test = _PASSED[self.key]
         first = _of_item(train[0])[0]
-        channels = 1 if _of_picture(first).mode in ("1", "L", "I;16") else 3
-        size = self.size or min(_of_picture(first).size)
+        channels = 1 if picture_of(first).mode in ("1", "L", "I;16") else 3
+        size = self.size or min(picture_of(first).size)
         decoding = Decoding(channels, size, WHITE, PILLOW_LIMIT)
         parts = [
             None if part is None else _read(f"{self.key}/{name}", part, decoding, report, exact=self.size is None)
@@ -73,7 +73,8 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
     Args:
         train: the images to learn from.
         test: the held-out images, for evaluation.
-        size: side of the square that images are resized to; by default all must be squares of one size.
+        size: side of the square that images are squeezed into, with their aspect ratios kept beside them; by default
+            all must be squares of one size.
 
     Raises:
         ValueError: if a dataset is empty.
@@ -89,11 +90,6 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
     return TorchDataset(key=key, size=size)
 
 
-def square_of(item: Any, decoding: Decoding) -> UInt8[Tensor, "channels size size"]:
-    """Converts a PIL image, uint8 array or uint8 tensor to a square; raises ValueError for anything else."""
-    return decoding.square(_of_picture(item))
-
-
 def _of_item(item: Any) -> tuple[Any, int]:
     """The image and the class of an item; -1 without a class."""
     if isinstance(item, tuple | list) and len(item) == 2:
@@ -101,7 +97,8 @@ def _of_item(item: Any) -> tuple[Any, int]:
     return item, -1
 
 
-def _of_picture(item: Any) -> Image.Image:
+def picture_of(item: Any) -> Image.Image:
+    """Converts a PIL image, uint8 array or uint8 tensor to a PIL image; raises ValueError for anything else."""
     if isinstance(item, Tensor):
         item = (item.permute(1, 2, 0) if item.ndim == 3 else item).cpu().numpy()
     if isinstance(item, np.ndarray):
@@ -119,22 +116,24 @@ def _of_picture(item: Any) -> Image.Image:
 def _read(name: str, dataset: MapDataset, decoding: Decoding, report: Report | None, *, exact: bool) -> InMemory:
     count = len(dataset)
     pixels = torch.empty(count, decoding.channels, decoding.size, decoding.size, dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.int64)
+    labels, aspects = torch.empty(count, dtype=torch.int64), torch.ones(count, dtype=torch.float64)
     for index in range(count):
         image, label = _of_item(dataset[index])
-        picture = _of_picture(image)
+        picture = picture_of(image)
         if exact and picture.size != (decoding.size, decoding.size):
             raise ValueError(
                 f"image {index} of {name} has {picture.size[0]} × {picture.size[1]} pixels, and not {decoding.size} × "
                 f"{decoding.size}; resize all with manyviews.of_dataset(dataset, size={decoding.size})"
             )
-        pixels[index], labels[index] = decoding.square(picture), label
+        pixels[index], labels[index], aspects[index] = decoding.square(picture), label, aspect(picture)
         if report is not None:
             report("reading", index + 1, count)
-    if (labels < 0).all():
-        split = array_split(name, pixels, labels, ())
-        return InMemory(split.pixels, split.names, None, (), split.fingerprint)
-    return array_split(name, pixels, labels, tuple(_class_names(dataset, int(labels.max()) + 1)))
+    classes = tuple(_class_names(dataset, int(labels.max()) + 1)) if (labels >= 0).any() else ()
+    split = array_split(name, pixels, labels, classes)
+    if (aspects != 1).any():
+        mark = fingerprint([split.fingerprint, aspects.numpy()])
+        split = replace(split, aspects=aspects, fingerprint=mark)
+    return split if classes else replace(split, labels=None)
 
 
 def _class_names(dataset: MapDataset, count: int) -> Iterator[str]:

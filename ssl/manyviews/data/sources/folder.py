@@ -5,11 +5,13 @@ from dataclasses import replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
@@ -34,6 +36,15 @@ from manyviews.system.hardware import cores, host
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
 Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class Table(NamedTuple):
+    """A row for each file of a listing."""
+
+    digests: Digests
+    states: Rows
+    aspects: Float[Tensor, " files"]
+    """Width over height of the upright image; 1 for what cannot be read."""
 
 
 class Folder(Settings):
@@ -67,7 +78,8 @@ class Folder(Settings):
     """Which images are held out; not the run's seed, so that runs stay comparable."""
 
     size: int = Field(default=96, ge=8, le=1024)
-    """Side of the stored square in pixels: the shorter side is resized to it, then the centre is cut out."""
+    """Side in pixels of the square that a whole image is squeezed into, to be kept in memory; its aspect ratio is kept
+    beside it. Images beyond `memory` are cropped from their files as they are needed, at full resolution."""
 
     channels: Literal[1, 3] = 3
     """Stored channels: 3 for colour, 1 for grey."""
@@ -86,7 +98,7 @@ class Folder(Settings):
     """Files of more pixels are refused before they are decoded."""
 
     memory: float = Field(default=2.0, ge=0, le=1_000_000)
-    """GiB per process that the decoded images may take; a larger set is decoded again in each epoch."""
+    """GiB per process that the decoded images may take; a larger set is decoded again in each epoch. 0: always."""
 
     follow_links: bool = False
     """Follow symbolic links, also out of the folder."""
@@ -131,9 +143,9 @@ class Folder(Settings):
         )
         listings = [discovered.train] if discovered.test is None else [discovered.train, discovered.test]
         total = sum(len(listing.names) for listing in listings)
-        in_memory = not began and total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
+        fits = total * self.channels * self.size**2 <= min(self.memory * 2**30, host() / 2)
         read = [
-            self._read(listing, name, in_memory, threads, report, began)
+            self._read(listing, name, fits, threads, report, began)
             for listing, name in zip(listings, SPLITS, strict=False)
         ]
         unreadable = [entry for part in read for entry in part.unreadable]
@@ -155,13 +167,15 @@ class Folder(Settings):
         self,
         listing: Listing,
         split: str,
-        in_memory: bool,
+        fits: bool,
         threads: int,
         report: Report | None,
         began: Mapping[str, str],
     ) -> ReadSplit:
         root, names = listing.root, listing.names
+        in_memory, whole = fits and not began, fits or self.cache is not None
         decoding, decoded = self.decoding(), in_memory and self.cache is None
+        aspects = torch.ones(len(names), dtype=torch.float64)
         states = np.zeros((len(names), len(State._fields)), np.int64)
         digests = np.zeros((len(names), DIGEST), np.uint8)
         pixels = torch.empty(len(names) if decoded else 0, self.channels, self.size, self.size, dtype=torch.uint8)
@@ -178,9 +192,9 @@ class Folder(Settings):
         def visit(index: int) -> None:
             path = root / names[index]
             if decoded:
-                pixels[index] = decoding.read(path, partial(open_file, index))
+                pixels[index], aspects[index] = decoding.read_whole(path, partial(open_file, index))
             else:
-                decoding.check(path, partial(open_file, index))
+                aspects[index] = decoding.check(path, partial(open_file, index))
 
         failures = in_threads(visit, len(names), threads, report, "decoding" if decoded else "checking")
         if not decoded:
@@ -196,7 +210,8 @@ class Folder(Settings):
             # The gaps are closed in place: a copy would need the memory twice.
             for target, index in enumerate(kept):
                 pixels[target] = pixels[index]
-        files = self._files(listing, kept, digests, states, lost, threads)
+        table = Table(digests, states, aspects)
+        files = self._files(listing, kept, table, lost, threads, whole=whole)
         if self.cache is not None and kept:
             rows = torch.arange(len(kept))
             cache = self._pictures(files, split, threads, report)
@@ -205,38 +220,45 @@ class Folder(Settings):
                 failures |= {kept[row]: reason for row, reason in cache.unreadable.items()}
                 rows = torch.tensor([row for row in range(len(kept)) if row not in cache.unreadable], dtype=torch.int64)
                 kept = [kept[row] for row in rows.tolist()]
-                files = self._files(listing, kept, digests, states, lost, threads)
+                files = self._files(listing, kept, table, lost, threads, whole=whole)
             rows[[name in lost for name in files.names]] = -1
             files = replace(files, cache=cache, rows=rows)
             pixels = files.read(torch.arange(len(kept))) if in_memory else pixels
         unreadable = [*((names[index], reason) for index, reason in sorted(failures.items())), *lost.items()]
         images: Images = files
         if in_memory:
-            images = InMemory(pixels[: len(kept)], files.names, files.labels, files.classes, files.fingerprint)
+            described = (files.names, files.labels, files.classes, files.fingerprint, files.aspects)
+            images = InMemory(pixels[: len(kept)], *described)
         return ReadSplit(images, unreadable, digests[kept])
 
     def _files(
-        self, listing: Listing, kept: list[int], digests: Digests, states: Rows, lost: dict[str, str], threads: int
+        self, listing: Listing, kept: list[int], table: Table, lost: dict[str, str], threads: int, *, whole: bool
     ) -> Files:
-        """The files of these numbers in a listing, with digests and states of all its files."""
+        """The files of these numbers in a listing; the table has a row for each of its files."""
         names, decoding = Names(listing.names[index] for index in kept), self.decoding()
         labels = None if listing.labels is None else torch.tensor([listing.labels[index] for index in kept])
+        aspects = table.aspects[kept]
+        square = bool((aspects == 1).all())
         # Without path and times: a copy elsewhere has the same fingerprint.
-        table = [] if labels is None else [labels.numpy(), listing.classes]
+        marks: list[object] = [] if labels is None else [labels.numpy(), listing.classes]
+        marks += [] if square else [aspects.numpy()]
+        marks += [] if whole else ["cropped from the files"]
         return Files(
             listing.root,
             names,
             labels,
             listing.classes,
-            fingerprint([decoding, names, digests[kept], *table]),
+            fingerprint([decoding, names, table.digests[kept], *marks]),
             decoding,
             self.max_bad,
             threads,
-            states=torch.from_numpy(states[kept]),
-            digests=torch.from_numpy(digests[kept]),
+            states=torch.from_numpy(table.states[kept]),
+            digests=torch.from_numpy(table.digests[kept]),
             follow_links=self.follow_links,
             failed=dict(lost),
             reported=set(lost),
+            aspects=None if square else aspects,
+            whole=whole,
         )
 
     def _pictures(self, files: Files, split: str, threads: int, report: Report | None) -> PictureCache:

@@ -55,6 +55,7 @@ class Mapped:
     """Index of each image in the concatenated parts."""
     channels: int = 3
     size: int = SIZE
+    aspects: None = None
 
     def __len__(self) -> int:
         return len(self.names)

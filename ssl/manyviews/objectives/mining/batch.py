@@ -32,15 +32,17 @@ class Batch(NamedTuple):
     order: Int[Tensor, " all"]
     """Indices of the candidates, sorted by id."""
     indices: Int[Tensor, " anchors"]
-    """Index of each anchor among the candidates."""
+    """Index of each anchor among the candidates; of local views, which are none of them, beyond these."""
     seats: Int[Tensor, " anchors"]
-    """Position of each anchor in `order`."""
+    """Position of each anchor in `order`; of local views its length."""
     starts: Int[Tensor, " anchors"]
     """Position in `order` at which its id begins."""
     members: Int[Tensor, " anchors"]
-    """Number of candidates with its id, itself among them."""
+    """Number of candidates with its id, itself among them unless it is of a local view."""
     largest: int
     """Maximum of `members`, or on a GPU an upper bound."""
+    local: bool
+    """Whether some anchors are of local views."""
 
     def mates(self, rows: slice) -> Int[Tensor, "rows members"]:
         """Indices of the embeddings with the anchors' ids, repeated for equal width."""
@@ -50,10 +52,14 @@ class Batch(NamedTuple):
 
     def positives(self, rows: slice) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
         """Indices of the anchors' positives, and a mask of them: rows with fewer are padded."""
-        columns = torch.arange(self.largest - 1 if self.largest else 0, device=self.order.device)
+        columns = torch.arange(max(self.largest - (not self.local), 0), device=self.order.device)
         seats = self.starts[rows, None] + columns
         seats = seats + (seats >= self.seats[rows, None])
-        return self.order[seats.clamp(max=len(self.order) - 1)], columns < self.members[rows, None] - 1
+        return self.order[seats.clamp(max=len(self.order) - 1)], columns < self.positive_counts(rows)[:, None]
+
+    def positive_counts(self, rows: slice) -> Int[Tensor, " rows"]:
+        """Number of positives of each anchor."""
+        return self.members[rows] - (self.seats[rows] < len(self.order)).long()
 
     def negatives(self, rows: slice) -> Int[Tensor, " rows"]:
         """Number of negatives of each anchor."""
@@ -86,31 +92,43 @@ class Batch(NamedTuple):
 
 
 def batch_of(
-    embeddings: Embeddings, ids: Ids, *, normalized: bool, seed: int, step: int, alike: int | None = None
+    embeddings: Embeddings,
+    ids: Ids,
+    *,
+    normalized: bool,
+    seed: int,
+    step: int,
+    alike: int | None = None,
+    keys: int | None = None,
 ) -> Batch:
     """Makes anchors of this rank's embeddings, and candidates of those of all ranks; collective.
 
-    Compares points on the unit sphere if `normalized`, else the embeddings as they are. `alike` as in `Population`.
+    Compares points on the unit sphere if `normalized`, else the embeddings as they are. `alike` and `keys` as in
+    `Population`.
     """
     unit = normalize(embeddings)
     used = unit if normalized else embeddings.to(unit.dtype)
-    candidates, ids, own = gather_views(used, ids)
+    views, anchor_ids, images = len(embeddings), ids.repeat(len(embeddings)), len(ids)
+    candidates, ids, own = gather_views(used, ids, keys)
+    compared = views if keys is None else keys
     ordered, order = ids.sort(stable=True)
-    seats = torch.empty_like(order)
+    seats = order.new_full((len(order) // compared * views,), len(order))
     seats[order] = torch.arange(len(order), device=order.device)
-    starts = torch.searchsorted(ordered, ids[own])
-    members = torch.searchsorted(ordered, ids[own], right=True) - starts
+    starts = torch.searchsorted(ordered, anchor_ids)
+    members = torch.searchsorted(ordered, anchor_ids, right=True) - starts
     # The width of the lists has to be known on the host; it is the same for all tiles.
-    largest = most_alike(members, alike, views=len(embeddings))
+    largest = most_alike(members, alike, views=compared)
     # Cosines with all of a class add up to that with its sum.
     anchors, rows = unit.detach().flatten(0, 1), normalize(candidates.detach())
     classes, groups = distinct(ids)
     sums = sum_of_groups(rows, groups, len(classes))
-    similarity = share_of_mean((anchors * (sums[groups[own]] - anchors)).sum(), (members - 1).sum())
+    itself = seats[own] < len(order)
+    mates = sums[groups[own[:images]]].repeat(views, 1) - anchors * itself[:, None]
+    similarity = share_of_mean((anchors * mates).sum(), (members - itself.long()).sum())
     anchors = used.flatten(0, 1)
     if not normalized:
         anchors, candidates = squared_distance_rows(anchors, candidates)
-    by_id = (order, own, seats[own], starts, members, largest)
+    by_id = (order, own, seats[own], starts, members, largest, keys is not None)
     return Batch(anchors, candidates, normalized, embeddings.shape[2], (seed, step), similarity, *by_id)
 
 

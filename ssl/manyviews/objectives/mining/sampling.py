@@ -206,7 +206,7 @@ def _positives(which: Which, batch: Batch, rows: slice, nearness: Tensor) -> tup
         return positives, there
     if which == "random":
         shares = uniform(batch.indices[rows, None], *batch.key, POSITIVES)
-        count = batch.members[rows, None] - 1
+        count = batch.positive_counts(rows)[:, None]
         column = (shares.double() * count).long().minimum((count - 1).clamp(min=0))
     else:
         sign = 1 if which == "easy" else -1

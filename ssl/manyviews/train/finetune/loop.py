@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from manyviews.data import Loader, Order
+from manyviews.data.pictures import pictures
 from manyviews.encoder.encoder import follow
 from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
 from manyviews.features.backbone import open_model
@@ -46,6 +47,7 @@ from manyviews.train.finetune.task import Task, first_model, fitted_probe, model
 from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.not_finite import Guard, SkippedSteps
 from manyviews.train.session import OnMetrics, Session, end, open_session, wrap
+from manyviews.views import MEAN, STD
 
 CURE = "a lower rate or precision=fp32"
 LESS_MEMORY = "lower batch_size or views.size, or train less of the model (mode=last_blocks)"
@@ -116,7 +118,9 @@ def train(
     settings, device, saver = task.settings, accelerator.device, session.saver
     if accelerator.num_processes > 1 and device.type == "cuda":
         model = synchronise_batch_norms(model)
-    views = settings.views.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
+    # In the pipeline's own normalisation, which `model_input` changes.
+    crops = settings.views.model_copy(update={"mean": MEAN, "std": STD})
+    views = crops.build(size=task.opened.size, channels=task.images.channels, seed=settings.seed).to(device)
     mix = Mixup(
         settings.mixing,
         settings.cutmix,
@@ -156,7 +160,9 @@ def train(
             session.log(step, {"held_out": accuracy})
 
     rank, size = distributed.rank(), distributed.world_size()
-    loader = Loader(task.images, order, rank=rank, size=size, workers=settings.workers, start=step, device=device)
+    loader = Loader(
+        task.images, order, views, rank=rank, size=size, workers=settings.workers, start=step, device=device
+    )
     labels, checked = task.labels.to(device), int(budget.progress(step) * settings.checks)
     if not step and settings.mode == "linear_then_full":
         check()
@@ -164,7 +170,8 @@ def train(
     if checkpoint is not None and size > 1:
         # DDP orders its buckets anew after the first pass, as when the run started; sums of three ranks depend on it.
         kept, ids = KeptBuffers(model), order.batch(0)[1][distributed.share(task.batch_size)]
-        inputs = model_input(task.opened, views(task.images.read(ids).to(device), ids.to(device), 0)[0])
+        given = pictures(task.images, ids, views).to(device)
+        inputs = model_input(task.opened, views(given, ids.to(device), 0)[0][0])
         with draws_of(settings.seed, 0):
             accelerator.backward(forward(inputs).float().square().mean())
         optimiser.zero_grad()
@@ -176,7 +183,7 @@ def train(
                 break
             set_rate(optimiser, min(cosine(budget.progress(step + 0.5), settings.warmup), (step + 0.5) / slowest))
             guard = Guard(accelerator, optimiser, {"model": model}, model)
-            inputs = model_input(task.opened, views(images, ids, epoch)[0])
+            inputs = model_input(task.opened, views(images, ids, epoch)[0][0])
             with draws_of(settings.seed, step):
                 inputs, targets = mix(inputs, labels[ids])
                 logits = forward(inputs)
@@ -184,7 +191,7 @@ def train(
             accelerator.backward(loss)
             skipped = None
             if guard.gradient_norm(loss) is None:
-                inputs = views(images, ids, epoch)[0]
+                inputs = views(images, ids, epoch)[0][0]
                 finite = inputs.isfinite().flatten(1).all(1), logits.isfinite().all(1)
                 skipped = guard.skip(step, epoch, ids, *finite, {"loss": loss.detach()})
             else:

@@ -1,13 +1,14 @@
 """Result of a fine-tuning: test accuracy, exported classifier, pictures, result.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from manyviews.data import Images, background_of
+from manyviews.data import background_of
+from manyviews.data.pictures import pictures
 from manyviews.encoder.timm_format import export
 from manyviews.evaluators.confusion import confusion, confusion_picture, mistakes_picture, worst
 from manyviews.evaluators.results.intervals import wilson
@@ -52,10 +53,7 @@ def measure(
     export(
         model,
         run.folder / CLASSIFIER,
-        channels=opened.channels,
-        size=opened.size,
-        mean=opened.mean,
-        std=opened.std,
+        opened.view.pretrained_cfg,
         classes=classes,
         background=background_of(settings.data or (opened.recipe.data if opened.recipe is not None else None)),
     )
@@ -83,7 +81,7 @@ def measure(
         lines.append(line)
     write_json(run.folder / RESULT, record)
     if test is not None and logits is not None:
-        _draw(logits, test, ids, classes, record["step"], run, console)
+        _draw(logits, task, ids, record["step"], run, console)
     run.finish(run.folder / CLASSIFIER)
     for line in lines:
         console.say(line)
@@ -143,13 +141,14 @@ def _with_accuracy(
 
 def _draw(
     logits: Float[Tensor, "tested classes"],
-    test: Images,
+    task: Task,
     ids: Int[Tensor, " tested"],
-    classes: Sequence[str],
     step: int,
     run: Run,
     console: Console,
 ) -> None:
+    test, classes, view = task.split.test, task.images.classes, task.opened.view
+    assert test is not None
     assert test.labels is not None
     labels, predictions = test.labels[ids], logits.argmax(1)
     try:
@@ -159,6 +158,7 @@ def _draw(
         rows, scores = worst(logits, labels, MISTAKES)
         mistakes = zip(labels[rows].tolist(), predictions[rows].tolist(), scores.tolist(), strict=True)
         captions = [(classes[true], f"→ {classes[wrong]}, {100 * score:.0f} %") for true, wrong, score in mistakes]
-        run.picture("mistakes", mistakes_picture(test.read(ids[rows]), captions), step)
+        seen = view.bytes(pictures(test, ids[rows], view)) if len(rows) else test.read(rows)
+        run.picture("mistakes", mistakes_picture(seen, captions), step)
     except Exception as problem:
         console.warn(f"a picture could not be drawn ({type(problem).__name__}: {shown(problem)}); {RESULT} is complete")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from manyviews.config import Settings
 from manyviews.data import Data, shorthand
 from manyviews.views import ViewsSettings
+from manyviews.views.pipeline import Mean, Std
 
 Mode = Literal["full", "linear_then_full", "last_blocks"]
 
@@ -17,6 +18,15 @@ class GentleViews(ViewsSettings):
 
     num_views: int = Field(1, ge=1, le=1)
     """A classifier sees one view of each image at a time."""
+    local: int = Field(0, ge=0, le=0)
+    """No further views."""
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    """Share of the shorter side that is measured on: it is resized to size / crop_pct, then the centre is cropped;
+    null: the backbone's own."""
+    mean: Mean | tuple[Mean, ...] | None = None
+    """Mean of the input in [0, 1], one for all channels or one for each; null: the backbone's own."""
+    std: Std | tuple[Std, ...] | None = None
+    """Standard deviation of the input, likewise."""
     crop_scale: tuple[float, float] | None = (0.6, 1.0)
     """Smallest and largest share of the image's area that a crop shows."""
     brightness: float | None = Field(0.0, ge=0, le=100)

@@ -1,6 +1,7 @@
 """The backbone, images and initial classifier of a fine-tuning."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from manyviews.system import distributed
 from manyviews.system.console import Console
 from manyviews.train.finetune.classifier import Probe, fit_probe, freeze, set_classes, set_head
 from manyviews.train.finetune.settings import FinetuneSettings
-from manyviews.views import MEAN, STD, per_channel
+from manyviews.views import ViewsSettings, renormalised
 
 MOST_PROBED = 10_000
 """Images that the linear probe is fitted to; more would take longer than they save."""
@@ -68,6 +69,7 @@ def task_of(settings: FinetuneSettings, opened: PretrainedBackbone, processes: i
     Raises:
         ValueError: without labels, with one class only, or with too few images for a batch on every rank.
     """
+    opened = _with_view(opened, settings.views)
     split = images_of(opened, EncodeSettings(data=settings.data, workers=settings.workers), console)
     labels = split.train.labels
     if labels is None or not bool((labels >= 0).any()):
@@ -144,15 +146,7 @@ def outputs(
         # The running statistics differ between ranks; those of rank 0 are saved, so that a resume measures the same.
         distribute_bn(model, distributed.world_size(), reduce=False)
     device, workers = next(model.parameters()).device, task.settings.workers
-    done, total = 0, len(images) if ids is None else len(ids)
-
-    def prepare(pixels: Tensor) -> Tensor:
-        nonlocal done
-        done += len(pixels)
-        report(min(done * distributed.world_size(), total), total)
-        return task.opened.prepare(pixels)
-
-    return extract(model, images, prepare=prepare, device=device, ids=ids, workers=workers)
+    return extract(model, images, view=task.opened.view, device=device, ids=ids, workers=workers, report=report)
 
 
 def backbone_of(task: Task, device: torch.device) -> nn.Module:
@@ -170,8 +164,18 @@ def model_input(
     opened: PretrainedBackbone, views: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch _ height width"]:
     """Converts views to the channels, mean and std of the backbone's input."""
-    mean, std = (per_channel(value, views.device) for value in (opened.mean, opened.std))
-    return views.expand(-1, opened.channels, -1, -1) * (STD / std) + (MEAN - mean) / std
+    # Mixing works in place.
+    return renormalised(views.expand(-1, opened.channels, -1, -1).contiguous(), opened.view.mean, opened.view.std)
+
+
+def _with_view(opened: PretrainedBackbone, views: ViewsSettings) -> PretrainedBackbone:
+    """The backbone with another standard view, where the settings name one."""
+    view = opened.view
+    named = views.resolve(size=view.size, channels=view.channels, mean=view.mean, std=view.std)
+    assert named.mean is not None
+    assert named.std is not None
+    crop_pct = views.crop_pct or view.crop_pct
+    return replace(opened, view=replace(view, crop_pct=crop_pct, mean=named.mean, std=named.std))
 
 
 def _hold_out(labels: Tensor, chosen: Tensor, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
