@@ -169,6 +169,8 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
     began = last = distributed.from_first_rank(time.monotonic())
     for images, ids, epoch in islice(loader, MOST_TIMED):
         train_step(components, images, ids, epoch, step + len(times))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = distributed.from_first_rank(time.monotonic())
         times.append(now - last)
         last = now
