@@ -153,8 +153,9 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
         console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
-    local = f" and {recipe.views.local} local ones, {recipe.views.local_size} px" if recipe.views.local else ""
-    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px{local}")
+    views = recipe.views
+    small = f" and {views.local} local ones, {views.local_size} px" if views.local else ""
+    console.say(f"views      {views.num_views} per image, {views.size} px{small}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
     )
