@@ -30,11 +30,12 @@ from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
+from manyviews.train.describe import describe
 from manyviews.train.pace import measure
 from manyviews.train.pretrain import train, train_step, warm_up
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
-from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
+from manyviews.train.setup import Setup, finished, folder_of, make_setup, open_run
 from manyviews.views import standard_view
 
 STEPS = 2

@@ -26,11 +26,12 @@ from manyviews.system.launch import start
 from manyviews.train.budget import Budget
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import Components, less_memory
+from manyviews.train.describe import describe
 from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
-from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
+from manyviews.train.setup import finished, folder_of, make_setup, open_run
 from manyviews.train.step import (
     StepResult,
     average_gradients,
