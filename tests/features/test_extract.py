@@ -226,9 +226,9 @@ def test_a_backbone_that_sees_more_pixels_than_are_stored_is_told_of(
 ) -> None:
     given = [word for word in words(folder, tmp_path / "a") if not word.startswith("data.size")]
     assert cli.extract([str(run), *given, "data.size=16"]) == 0
-    assert "images are enlarged from 16 to 28 pixels" in (said := capsys.readouterr().out)
-    assert "data.size=28 keeps" in said
-    assert cli.extract([str(run), *given, "overwrite=true", "data.size=28"]) == 0
+    assert "images are enlarged from 14 to 28 pixels" in (said := capsys.readouterr().out)
+    assert "data.size=32 keeps" in said
+    assert cli.extract([str(run), *given, "overwrite=true", "data.size=32"]) == 0
     assert "enlarged" not in capsys.readouterr().out
 
 
