@@ -164,7 +164,9 @@ def test_rounding_moves_the_edges_of_a_crop_by_at_most_half_a_pixel(tmp_path, si
     Image.fromarray(ramp).save(tmp_path / "a.png")
     for boxes in random_boxes(32, side).split(8):
         exact, rounded = (crop(tmp_path / "a.png", boxes, side, channels=1, exact=exact) for exact in (True, False))
-        assert (exact.float() - rounded.float()).abs().max() <= 0.5 * 255 / 639 + 1.5
+        # At its edge the exact square sees what lies beside it.
+        inside = (exact.float() - rounded.float())[..., 1:-1]
+        assert inside.abs().max() <= 0.5 * 255 / 639 + 1.5
 
 
 def kinds(folder) -> dict[str, object]:

@@ -186,7 +186,7 @@ def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, 
     # A third of the rows, as a killed process leaves them.
     shutil.copytree(tmp_path / "one", tmp_path / "two" / ".partial")
     key = manifest(tmp_path / "one")
-    names = ("weights", "input", "stored", "precision", "fingerprints", "layers")
+    names = ("weights", "input", "precision", "fingerprints", "layers")
     (tmp_path / "two" / ".partial" / "key.json").write_text(json.dumps({name: key[name] for name in names}))
     (tmp_path / "two" / ".partial" / "done-00003.txt").write_text("8 16 done\n16 2")
     for name in ("backbone.npy", "projector.npy"):

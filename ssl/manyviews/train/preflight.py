@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from manyviews.data import Loader
+from manyviews.data.decoding.files import Files
 from manyviews.encoder.timm_format import export
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, Saver, newest_checkpoint, room_needed
@@ -24,15 +25,17 @@ from manyviews.system.console import Console, duration
 from manyviews.system.deterministic import deterministic
 from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.folder_lock import no_empty_folders_left
-from manyviews.system.hardware import gigabytes, memory, shortage
+from manyviews.system.hardware import decoders, gigabytes, memory, shortage
 from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
+from manyviews.train.describe import describe
+from manyviews.train.pace import measure
 from manyviews.train.pretrain import train, train_step, warm_up
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
-from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
+from manyviews.train.setup import Setup, finished, folder_of, make_setup, open_run
 from manyviews.views import standard_view
 
 STEPS = 2
@@ -124,14 +127,18 @@ def _rehearse(setup: Setup, folder: Path) -> tuple[dict[str, str], list[str]]:
     if used * several > MOST_MEMORY * available:
         problems.append(f"{rows['memory']}: too little; set train.chunk to fewer images, or data.memory to less")
 
-    seconds = _seconds_of_a_step(setup, step)
+    if isinstance(split.train, Files) and not split.train.whole:
+        workers, pace = decoders(settings.workers), measure(components, split.train, order, step)
+        rows |= pace.rows(workers)
+        seconds = order.batch_size / distributed.world_size() / pace.reached(workers)
+    else:
+        seconds = _seconds_of_a_step(setup, step)
     if settings.minutes:
         expected = f"{duration(60 * settings.minutes)}, about {60 * settings.minutes / seconds:,.0f} steps"
     else:
         left = max(1, round(settings.epochs * order.steps_per_epoch)) - first_step
         expected = f"about {duration(left * seconds)} for {plural(left, 'step')}"
-    pace = order.batch_size / seconds
-    rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {pace:,.0f} images/s)"
+    rows["time"] = f"{expected} ({1e3 * seconds:,.0f} ms each, {order.batch_size / seconds:,.0f} images/s)"
     return rows, problems
 
 
@@ -163,6 +170,8 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
     began = last = distributed.from_first_rank(time.monotonic())
     for images, ids, epoch in islice(loader, MOST_TIMED):
         train_step(components, images, ids, epoch, step + len(times))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = distributed.from_first_rank(time.monotonic())
         times.append(now - last)
         last = now

@@ -240,8 +240,8 @@ class Views(nn.Module):
     ) -> Float[Tensor, "views batch 2 3"]:
         """Maps from the coordinates of all views to those of their images, both from -1 to 1."""
         draws = self._draws(ids, epoch, aspects)[WINDOW]
-        matrices = [window_matrix(group.draw(draws, aspects)) for group in self.groups]
-        return torch.cat(matrices).unflatten(0, (-1, len(ids)))
+        matrices = torch.cat([window_matrix(group.draw(draws, aspects)) for group in self.groups])
+        return matrices.view(-1, len(ids), 2, 3)
 
     def _draws(self, ids: Tensor, epoch: int, aspects: Tensor | None) -> dict[int, Float[Tensor, "draws views batch"]]:
         """The draws of each stage."""
