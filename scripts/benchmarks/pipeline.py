@@ -124,7 +124,7 @@ def _passes(components: Components, images: InMemory, steps: int) -> None:
     views = components.views(images.read(ids).to(device), ids.to(device), 0)
     components.forward.train()
     for _ in range(steps):
-        embeddings = components.forward(views).embeddings
+        embeddings = components.forward(*views).embeddings
         embeddings.backward(torch.ones_like(embeddings))
         components.optimiser.zero_grad(set_to_none=True)
 

@@ -41,9 +41,9 @@ class Traits(NamedTuple):
     pairs_off: bool = False
     """Whether embeddings of an id are paired off, with only the second ones of other pairs as negatives."""
     fewest_views: int = 1
-    """Minimum number of views of each image."""
+    """Minimum number of views of each image, without local ones."""
     most_views: int | None = None
-    """Maximum number of views of each image; None: unbounded."""
+    """Maximum number of views of each image, without local ones; None: unbounded."""
     images_only: str | None = None
     """Why `ids=labels` is not supported, as a clause about the objective; None: ids may be classes."""
     uses_values: Literal["always", "if given"] | None = None
@@ -64,7 +64,7 @@ class Traits(NamedTuple):
     bounds_information: bool = False
     """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
     splits_views: bool = False
-    """Whether the encoder gets view 0 only and the twin view 1 only, instead of both views each."""
+    """Whether the encoder gets view 0 (and the local views) and the twin view 1 only, instead of both views each."""
     shuffles: bool = False
     """Whether images are shuffled over the ranks for the twin, so that its batch norms get other batches."""
 

@@ -84,6 +84,7 @@ def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
         projector = recipe.encoder.projector
         projected = f"projected onto {projector.dim:,}" if projector.layers else "no projector"
         views = f"{plural(recipe.views.num_views, 'view')} of each image, {recipe.views.size} px"
+        views += f", and {recipe.views.local} local ones, {recipe.views.local_size} px" if recipe.views.local else ""
         unseen = f"; without classes {', '.join(map(str, recipe.unseen))}" if recipe.unseen else ""
         rows = [
             ("objective", f"{in_words(recipe.objective)}; positives are {positives}"),
