@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+BEHIND = 100
+"""Launches after an event that keep a GPU busy while the host waits for the event."""
 PACKAGE = f"{Path('ssl') / 'manyviews'}/"
 MEMORY = 80 << 30
 NO_LAUNCH = {
@@ -55,23 +57,37 @@ TWO_DEVICES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_
 
 
 class Log:
-    """Launches and host waits, by the line of the package that caused them; collectives by name."""
+    """Launches and host waits, by the line of the package that caused them; collectives by name.
+
+    A look is a wait for an event with much work launched after it, which the GPU does meanwhile.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.launched = 0
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         self.launches: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
+        self.looks: collections.Counter[str] = collections.Counter()
         self.collectives: collections.Counter[str] = collections.Counter()
         self.pending: list[Callable[[], object]] = []
 
-    def wait(self, reason: str) -> None:
-        """Notes that the host waits, unless it is a thread beside the main one; pending copies have arrived then."""
+    def launch(self) -> None:
+        """Notes a launch."""
+        self.launched += 1
+        self.launches[_line()] += 1
+
+    def wait(self, reason: str, since: int | None = None) -> None:
+        """Notes that the host waits, unless it is a thread beside the main one; pending copies have arrived then.
+
+        `since`: launches before what is waited for, if not all is.
+        """
         if threading.current_thread() is threading.main_thread():
-            self.waits[f"{_line()} {reason}"] += 1
+            busy = since is not None and self.launched - since >= BEHIND
+            (self.looks if busy else self.waits)[f"{_line()} {reason}"] += 1
         with self.lock:
             for arrive in self.pending:
                 arrive()
@@ -219,16 +235,20 @@ class _Stream:
     def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
+        event = event or _Event()
+        event.record()
+        return event
 
     def synchronize(self) -> None:
         LOG.wait("stream.synchronize")
 
 
 class _Event:
-    def __init__(self, *args: Any, **options: Any) -> None: ...
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.recorded = 0
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self.recorded = LOG.launched
 
     def wait(self, stream: Any = None) -> None: ...
 
@@ -236,7 +256,7 @@ class _Event:
         return False
 
     def synchronize(self) -> None:
-        LOG.wait("event.synchronize")
+        LOG.wait("event.synchronize", self.recorded)
 
     def elapsed_time(self, other: Any) -> float:
         return 1.0
@@ -353,7 +373,7 @@ def _copy(func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
         else (torch.device(device).type != "cpu")
     )
     waits = not (options.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-    LOG.launches[_line()] += 1
+    LOG.launch()
     if from_gpu != to_gpu and waits:
         LOG.wait(f"blocking copy to {'GPU' if to_gpu else 'CPU'} of {tuple(source.shape)}")
     if target is None:
@@ -389,7 +409,7 @@ def _note(name: str, args: Any, options: dict[str, Any]) -> None:
     if name in WAITS or waits_for_length:
         LOG.wait(name)
     if name not in NO_LAUNCH:
-        LOG.launches[_line()] += 1
+        LOG.launch()
 
 
 def _check_generator(options: dict[str, Any]) -> None:
@@ -405,7 +425,7 @@ def _collective(func: Any, name: str, args: Any, options: dict[str, Any], on_gpu
             raise RuntimeError(f"No backend type associated with device type {device}")
     LOG.collectives[f"{'nccl' if on_gpu else 'gloo'} {name}"] += 1
     if on_gpu:
-        LOG.launches[_line()] += 1
+        LOG.launch()
     return func(*tree_map(_numbers, args), **tree_map(_numbers, options))
 
 
@@ -495,7 +515,7 @@ def _wrapped(leaf: Any) -> Any:
 
 
 def _to_gpu(made: torch.Tensor) -> PretendTensor:
-    LOG.launches[_line()] += 1
+    LOG.launch()
     LOG.wait(f"copy to GPU of numbers of the host {tuple(made.shape)}")
     return PretendTensor(made)
 

@@ -122,8 +122,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     wait = pretend_cuda.Log.wait
 
-    def warn(log: pretend_cuda.Log, reason: str) -> None:
-        wait(log, reason)
+    def warn(log: pretend_cuda.Log, reason: str, since: int | None = None) -> None:
+        wait(log, reason, since)
         # Of explicit waits torch does not warn; the stage itself does.
         if mode[0] == "warn" and "synchronize" not in reason:
             warnings.warn(f"called a {waits.SIGN}", stacklevel=2)

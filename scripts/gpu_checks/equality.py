@@ -10,6 +10,7 @@ from gpu_checks import evaluators, launches
 from gpu_checks.measure import Row, Setup, agreement, attempted, error
 from manyviews import recipe as recipes
 from manyviews.config import load
+from manyviews.data.images import Pictures
 from manyviews.engine import log_sum_exp, normalize, top_k
 from manyviews.objectives import Population
 from manyviews.recipe import Recipe
@@ -150,7 +151,8 @@ def views(setup: Setup) -> Iterator[Row]:
         shape = (count, channels, size, size)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         made = ViewsSettings.model_validate(settings).build(size=size, channels=channels, seed=0)
-        expected = made(pixels, torch.arange(count), 1)
-        actual = made.to(setup.device)(pixels.to(setup.device), torch.arange(count, device=setup.device), 1).cpu()
+        pictures = Pictures((pixels,))
+        (expected,) = made(pictures, torch.arange(count), 1)
+        (actual,) = made.to(setup.device)(pictures.to(setup.device), torch.arange(count, device=setup.device), 1)
         name = "colour" if channels == 3 else "grey"
-        yield agreement(f"views, {name}: mean difference", float((actual - expected).abs().mean()), 1e-3)
+        yield agreement(f"views, {name}: mean difference", float((actual.cpu() - expected).abs().mean()), 1e-3)

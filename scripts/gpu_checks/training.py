@@ -62,8 +62,8 @@ def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     if setup.cuda:
         torch.cuda.reset_peak_memory_stats()
     batch = next(iter(_loader(components, images)))
-    pixels, ids = batch.images, batch.ids
-    views = components.views(pixels, ids, 0)
+    pictures, ids = batch.images, batch.ids
+    views = components.views(pictures, ids, 0)
     alone = _rate(setup, case, partial(_pass, components, views))
     yield Row(f"{name}: encoder alone", alone, "images/s", note=f"two views of {case.batch} images, bf16 on a GPU")
     if setup.cuda:
@@ -71,7 +71,7 @@ def _measure(setup: Setup, case: Case) -> Iterator[Row]:
     del views
 
     def viewed() -> None:
-        _pass(components, components.views(pixels, ids, 0))
+        _pass(components, components.views(pictures, ids, 0))
 
     yield _share(f"{name}: with views", _rate(setup, case, viewed), alone)
     loads = iter(_loader(components, images))
@@ -108,8 +108,8 @@ def _loader(components: Components, images: Images) -> Loader:
     return Loader(images, batches(components.recipe, images, 1), device=components.accelerator.device)
 
 
-def _pass(components: Components, views: torch.Tensor) -> None:
-    embeddings = components.forward(views).embeddings
+def _pass(components: Components, views: tuple[torch.Tensor, ...]) -> None:
+    embeddings = components.forward(*views).embeddings
     embeddings.backward(torch.ones_like(embeddings))
     components.optimiser.zero_grad(set_to_none=True)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_checks.measure import Row, Setup, at_least
+from manyviews.data.images import Pictures
 from manyviews.views import ViewsSettings
 
 GOAL = 40_000
@@ -23,7 +24,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         images = torch.randint(256, shape, dtype=torch.uint8, device=setup.device)
         ids = torch.arange(count, device=setup.device)
         views = ViewsSettings().build(size=size, channels=3, seed=0).to(setup.device)
-        rate = count / setup.seconds(partial(views, images, ids, 0))
+        rate = count / setup.seconds(partial(views, Pictures((images,)), ids, 0))
         title = f"views at {size}"
         if size == 224:
             yield at_least(f"{title}: manyviews", rate, GOAL, "images/s")

@@ -45,14 +45,15 @@ def own_waits(log: Log) -> int:
     return sum(count for line, count in found.items() if not any(other in line for other in OTHERS))
 
 
-def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a_step(tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_no_step_waits(tmp_path: Path) -> None:
     expected = lines(pretrain(run(tmp_path / "cpu")))
     with pretend_cuda() as log:
-        found, waits = lines(pretrain(run(tmp_path / "gpu"))), own_waits(log)
-        assert log.waits[next(line for line in log.waits if line.startswith("train/not_finite"))] == 6
+        found, waits, looks = lines(pretrain(run(tmp_path / "gpu"))), own_waits(log), log.looks.total()
         log.clear()
         pretrain(run(tmp_path / "longer", steps=10))
-        assert own_waits(log) - waits == 4
+        assert own_waits(log) == waits
+        # The host asks for the step before, while the GPU has the next one to do.
+        assert log.looks.total() == looks + 4 >= 9
     assert [(line["step"], *line) for line in found] == [(line["step"], *line) for line in expected]
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=2e-2), line["step"]
@@ -61,9 +62,9 @@ def test_a_run_on_a_gpu_has_the_lines_of_the_cpu_in_their_order_and_waits_once_a
 @pytest.mark.parametrize(
     "words", [(), ("train.precision=fp16",), ("optim.name=lars",), ("optim.clip=1",), ("train.chunk=8",)]
 )
-def test_training_adds_one_wait_to_a_step(words: tuple[str, ...]) -> None:
+def test_training_adds_no_wait_to_a_step(words: tuple[str, ...]) -> None:
     log, _ = log_and_results("list_net", *words)
-    assert own_waits(log) == 1
+    assert (own_waits(log), log.looks.total()) == (0, 1)
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_to_the_same_bits(

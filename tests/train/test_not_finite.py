@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from test_step import NORMED, QUEUE, components, own
 from torch import Tensor
 
+from manyviews.data.images import Pictures
 from manyviews.system import distributed
 from manyviews.train.components import Components
 from manyviews.train.not_finite import MOST_IN_A_ROW, MOST_NAMED, SkippedStep, SkippedSteps, describe
@@ -63,9 +64,9 @@ def infinite_value(built: Components) -> Iterator[None]:
 
 @contextmanager
 def views_of_image_3_are_nan(built: Components) -> Iterator[None]:
-    def spoiled(pixels: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        made = forward(pixels, ids, epoch)
-        made[0, ids == 3] = torch.nan
+    def spoiled(pictures: Pictures, ids: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = forward(pictures, ids, epoch)
+        made[0][0].masked_fill_((ids == 3)[:, None, None, None], torch.nan)
         return made
 
     forward = built.views.forward

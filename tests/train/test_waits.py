@@ -6,7 +6,7 @@ import torch
 from manyviews import recipe
 from manyviews.config import load
 from manyviews.data import InMemory
-from manyviews.data.images import array_split
+from manyviews.data.images import Pictures, array_split
 from manyviews.system.launch import start
 from manyviews.train.components import build
 from manyviews.train.pretrain import train_step
@@ -41,11 +41,13 @@ def steps(name: str, *args: str, count: int = 2, log: Log | None = None) -> list
     results = []
     for step in range(count):
         ids = (torch.arange(BATCH) + step * BATCH) % len(data)
-        batch = data.read(ids).to(accelerator.device), ids.to(accelerator.device)
+        batch = Pictures((data.read(ids),)).to(accelerator.device), ids.to(accelerator.device)
         if log is not None:
             log.clear()
         result = train_step(components, *batch, 0, step)
         assert isinstance(result, StepResult)
+        # As the loop does: a GPU has work while the host asks for the step before.
+        assert not results or results[-1].skipped() is None
         results.append(result)
     return results
 
@@ -60,7 +62,8 @@ def test_the_steps_of_every_recipe_are_those_of_the_cpu(name: str) -> None:
         torch.testing.assert_close(result.embeddings.cpu(), expected.embeddings, rtol=1e-3, atol=1e-3)
 
 
-WAITS = 2
+OF_PAIRS = ("facenet", "margin_distance_weighted", "siamese")
+"""Recipes that wait once a step, for how many images of a class are in the batch, without `train.images_per_class`."""
 LAUNCHES = {
     "arcface": 380,
     "arcface_instances": 380,
@@ -91,7 +94,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("name", recipe.names())
 def test_the_step_of_every_recipe_keeps_to_its_budget_of_waits_and_launches(name: str) -> None:
     log, _ = log_and_results(name)
-    assert log.waits.total() <= WAITS, log
+    assert log.waits.total() == (name in OF_PAIRS), log
     assert log.launches.total() <= LAUNCHES[name], log
 
 

@@ -183,7 +183,9 @@ def test_presets_follow_size_and_channels():
         ViewsSettings().resolve(size=size, channels=channels)
         for size, channels in ((28, 1), (32, 3), (96, 3), (224, 3))
     )
-    assert grey.model_dump().keys() == {name for name, value in grey.model_dump().items() if value is not None}
+    open_ones = {name for name, value in grey.model_dump().items() if value is None}
+    assert open_ones == {"local_size", "local_scale"}
+    assert ViewsSettings(local=1).resolve(size=224, channels=3).local_size == 96
     assert (grey.crop_scale, small.crop_scale, large.crop_scale, huge.crop_scale) == (
         (0.6, 1),
         (0.2, 1),

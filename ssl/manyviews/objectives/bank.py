@@ -13,7 +13,7 @@ from manyviews.engine.rows import distinct, sum_of_groups
 from manyviews.objectives.cost import ID, NUMBER, STEP, Cost, Sizes, row_softmax, softmax_traffic
 from manyviews.objectives.losses import average, cross_entropy, float32_island, information, softmax_cross_entropy
 from manyviews.objectives.noise import DENSE, Noise, draw, log_sum_over_noise, noise_contrast, normaliser_from_noise
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, Storage, check_ids, fetch, overwrite, owned, unit_rows
 from manyviews.system import distributed
@@ -182,7 +182,7 @@ class BankObjective(Objective):
         return Loss(average(losses), terms)
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Moves the rows of all ranks' images towards their embeddings; stores the step's Z.
 
         row ← normalize(momentum · row + (1 − momentum) · mean of the image's embeddings in this step), over views but
@@ -195,7 +195,7 @@ class BankObjective(Objective):
         if indices.device.type == "cpu":
             here = owned(self.rows, indices)
             means, indices = means[here], indices[here]
-        self.steps += 1
+        self.steps += 1 if taken is None else taken.int()
         if len(self.rows):
             seen, groups = distinct(indices)
             sums = sum_of_groups(means, groups, len(seen))[groups]
@@ -204,11 +204,12 @@ class BankObjective(Objective):
             # Once for each image of the batch: those of equal images are equal.
             moved = momentum * self.rows[indices % len(self.rows)].to(sums.dtype)
             moved = normalize(moved + (1 - momentum) * sums / counts.unsqueeze(1))
-            overwrite(self.rows, indices, moved.to(self.rows.dtype))
-            overwrite(self.written, indices, self.steps.expand(len(indices)))
+            overwrite(self.rows, indices, moved.to(self.rows.dtype), taken)
+            overwrite(self.written, indices, self.steps.expand(len(indices)), taken)
         if self._pending_log_normaliser is not None:
-            self.log_normaliser.copy_(self._pending_log_normaliser)
-            self._pending_log_normaliser, self._normaliser_known = None, True
+            fresh, self._pending_log_normaliser = self._pending_log_normaliser, None
+            self.log_normaliser.copy_(fresh if taken is None else fresh.where(taken, self.log_normaliser))
+            self._normaliser_known = self._normaliser_known or taken is None
 
     def staleness(self) -> Float[Tensor, ""]:
         """Mean number of steps since this rank's rows were written."""

@@ -12,7 +12,7 @@ from manyviews.engine import normalize, top_k
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.in_batch import other_images
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import Ring
 from manyviews.system import distributed
@@ -107,9 +107,9 @@ class NearestNeighboursObjective(Objective):
         return Loss(average(mean_losses), terms | information(mean_losses, 1 + negatives))
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Enqueues view 0's projections of all ranks; the other views never enter the support set."""
-        self.ring.enqueue(_projections(embeddings, targets)[0], ids)
+        self.ring.enqueue(_projections(embeddings, targets)[0], ids, taken)
 
     @torch.no_grad()
     def neighbours(

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Embeddings = Float[Tensor, "views batch dim"]
 Targets = Float[Tensor, "others batch dim"]
 Ids = Int[Tensor, " batch"]
+Taken = Bool[Tensor, ""]
 
 
 class Loss(NamedTuple):
@@ -30,8 +31,11 @@ class Objective(nn.Module, ABC):
         """Loss of this rank's anchors; `targets` are the momentum twin's embeddings, if any."""
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None) -> None:
-        """Updates the memory after an optimizer step; does nothing by default."""
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
+        """Updates the memory after an optimizer step; does nothing by default.
+
+        Where `taken`, on a GPU, is false, the step was skipped and nothing may change; the host does not read it.
+        """
 
     def shards(self) -> dict[str, int]:
         """Length over all ranks of each entry of the state dict that is sharded.

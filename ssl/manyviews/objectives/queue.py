@@ -11,7 +11,7 @@ from manyviews.engine import log_sum_exp, normalize
 from manyviews.engine.rows import at_least_float32, distinct, sum_of_groups
 from manyviews.objectives.cost import ID, Cost, Sizes, softmax_traffic
 from manyviews.objectives.losses import average, float32_island, information, softmax_cross_entropy
-from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Taken, Targets
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import Ring, Storage
 from manyviews.system import distributed
@@ -126,13 +126,13 @@ class QueueObjective(Objective):
         return Loss(average(losses), terms | information(losses, candidates, positives=1 + counts))
 
     @torch.no_grad()
-    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None) -> None:
+    def update(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, taken: Taken | None = None) -> None:
         """Enqueues one key per image of all ranks: the twin's view 1.
 
         So does the symmetric loss: MoCo's notebook for CIFAR-10 enqueues both views, which halves the number of images
         in the queue.
         """
-        self.queue.enqueue(self._checked(embeddings, targets)[-1], ids)
+        self.queue.enqueue(self._checked(embeddings, targets)[-1], ids, taken)
 
     def _checked(self, embeddings: Tensor, targets: Tensor | None) -> Tensor:
         if targets is None:

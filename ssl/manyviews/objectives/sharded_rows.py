@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from manyviews.engine import normalize
 from manyviews.engine.rows import sum_of_groups
-from manyviews.objectives.objective import Objective
+from manyviews.objectives.objective import Objective, Taken
 from manyviews.objectives.settings import Population
 from manyviews.system import distributed
 from manyviews.system.keyed_random import torch_generator
@@ -42,18 +42,21 @@ class Ring(nn.Module):
         self.register_buffer("filled", torch.tensor(0))
 
     @torch.no_grad()
-    def enqueue(self, embeddings: Float[Tensor, "batch dim"], ids: Int[Tensor, " batch"]) -> None:
-        """Overwrites the oldest slots with the normalized embeddings of all ranks."""
+    def enqueue(
+        self, embeddings: Float[Tensor, "batch dim"], ids: Int[Tensor, " batch"], taken: Taken | None = None
+    ) -> None:
+        """Overwrites the oldest slots with the normalized embeddings of all ranks, unless `taken` is false."""
         lengths = distributed.counts(len(ids))
         keys = distributed.gather_without_gradient(normalize(embeddings).to(self.rows.dtype), lengths)
         key_ids = distributed.gather_without_gradient(ids, lengths)
         # Of a batch larger than the ring the last keys remain, where one after the other would have left them.
         skipped = max(len(keys) - self.size, 0)
         slots = (self.pointer + torch.arange(skipped, len(keys), device=keys.device)) % self.size - self.own.start
-        overwrite(self.rows, slots, keys[skipped:])
-        overwrite(self.ids, slots, key_ids[skipped:])
-        self.pointer.add_(len(keys)).remainder_(self.size)
-        self.filled.add_(len(keys)).clamp_(max=self.size)
+        overwrite(self.rows, slots, keys[skipped:], taken)
+        overwrite(self.ids, slots, key_ids[skipped:], taken)
+        added = len(keys) if taken is None else len(keys) * taken
+        self.pointer.add_(added).remainder_(self.size)
+        self.filled.add_(added).clamp_(max=self.size)
 
 
 class LearnedRows(Objective):
@@ -129,8 +132,11 @@ def owned(rows: Tensor, indices: Int[Tensor, "..."]) -> Tensor:
     return (indices >= 0) & (indices < len(rows))
 
 
-def overwrite(rows: Tensor, indices: Int[Tensor, " values"], values: Tensor) -> None:
-    """Writes values to this rank's rows, those of another rank's indices not; equal indices have equal values."""
+def overwrite(rows: Tensor, indices: Int[Tensor, " values"], values: Tensor, taken: Taken | None = None) -> None:
+    """Writes values to this rank's rows, those of another rank's indices not; equal indices have equal values.
+
+    Where `taken` is false nothing is written.
+    """
     if distributed.world_size() > 1 and len(rows) and len(indices):
         here = owned(rows, indices)
         if rows.device.type == "cpu":
@@ -141,6 +147,8 @@ def overwrite(rows: Tensor, indices: Int[Tensor, " values"], values: Tensor) -> 
             here, indices = here[chosen], indices[chosen].clamp(0, len(rows) - 1)
             values = values[chosen].where(here.view(-1, *[1] * (rows.ndim - 1)), rows[indices])
     if len(rows):
+        if taken is not None:
+            values = values.where(taken, rows[indices])
         rows.index_copy_(0, indices, values)
 
 

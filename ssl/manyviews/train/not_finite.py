@@ -1,8 +1,9 @@
-"""SkippedSteps steps with a non-finite loss or gradient, without a trace, and reports them."""
+"""Skips steps with a non-finite loss or gradient, without a trace, and reports them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch.nn.utils import get_total_norm
 from manyviews.run.checkpoints import not_finite, way_on
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
+from manyviews.system.background import HostCopy
 from manyviews.system.writing import write_json
-from manyviews.train.kept_buffers import KeptBuffers
+from manyviews.train.kept_buffers import Kept, KeptBuffers
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
@@ -46,28 +48,99 @@ class SkippedStep(NamedTuple):
 
 
 class Guard:
-    """SkippedSteps one step if its loss or a gradient is not finite on any rank.
+    """Leaves out one step if its loss or a gradient is not finite on any rank.
 
-    `modules` have gradients; the buffers of the modules in `passed` are restored when the step is skipped.
+    `modules` have gradients; the buffers of the modules in `passed` are restored when the step is left out. If `late`,
+    that is decided on the device and the host does not wait: `taken` is then a tensor, by which state is updated.
     """
 
+    taken: Bool[Tensor, ""] | None = None
+
     def __init__(
-        self, accelerator: Accelerator, optimiser: Any, modules: Mapping[str, nn.Module], *passed: nn.Module | None
+        self,
+        accelerator: Accelerator,
+        optimiser: Any,
+        modules: Mapping[str, nn.Module],
+        *passed: nn.Module | None,
+        late: bool = False,
     ) -> None:
-        self._accelerator, self._optimiser, self._modules = accelerator, optimiser, modules
-        self._buffers = KeptBuffers(*passed)
+        self._accelerator, self._optimiser, self._modules, self._late = accelerator, optimiser, modules, late
+        self._buffers, self._norms = KeptBuffers(*passed), dict[str, Tensor]()
 
     def gradient_norm(self, loss: Tensor) -> Tensor | None:
         """The gradient norm of the first module; None if the step must be skipped; collective.
 
-        Waits for the device, once: norms and loss of all ranks are judged on it.
+        Waits for the device, once, unless `late`: norms and loss of all ranks are judged on it.
         """
+        if self._late:
+            return self._judge(loss)
         # Unscales fp16; otherwise does nothing.
         self._accelerator.unscale_gradients(self._optimiser)
         norms = [_norm(module, loss.device) for module in self._modules.values()]
-        finite = torch.stack([number.isfinite() for number in (loss.detach(), *norms)]).all()
         # All ranks skip together: the collectives of the next step must match.
-        return None if int(distributed.total(finite.logical_not().int())) else norms[0]
+        return None if int(_unsound(loss, norms)) else norms[0]
+
+    def _judge(self, loss: Tensor) -> Tensor:
+        scaler, norms = self._accelerator.scaler, list[Tensor]()
+        for owner, module in self._modules.items():
+            named = module.named_parameters()
+            gradients = {f"{owner}.{name}": value.grad for name, value in named if value.grad is not None}
+            self._norms |= dict(zip(gradients, norms_of([*gradients.values()]), strict=True))
+            own = [self._norms[name] for name in gradients]
+            norms.append(torch.linalg.vector_norm(torch.stack(own)) if own else loss.new_zeros(()))
+        self.taken = _unsound(loss, norms) == 0
+        if scaler is not None:
+            # The scaler judges by gradients, and each rank for itself.
+            next(self._gradients()).masked_fill_(~self.taken, torch.nan)
+            norms[0] = norms[0] / scaler.scale(torch.ones_like(norms[0]))
+        self._accelerator.unscale_gradients(self._optimiser)
+        return norms[0]
+
+    def step(self) -> None:
+        """Takes the optimiser's step and drops the gradients; if `late`, nothing changes in a step that is left out."""
+        if self.taken is None:
+            self._optimiser.step()
+        else:
+            self._step_on_device(self.taken)
+            self._buffers.restore(~self.taken)
+        self._optimiser.zero_grad(set_to_none=True)
+
+    def _step_on_device(self, taken: Tensor) -> None:
+        optimiser = getattr(self._optimiser, "optimizer", self._optimiser)
+        for group in optimiser.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                if parameter.grad is not None and "momentum_buffer" not in optimiser.state[parameter]:
+                    # A first step that is left out would leave memory that was never written.
+                    optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if self._accelerator.scaler is not None:
+            self._optimiser.step()
+        elif all(group.get("fused") for group in optimiser.param_groups):
+            # Read by torch's fused optimisers; torch.amp.GradScaler sets it likewise.
+            optimiser.found_inf = (~taken).float()
+            self._optimiser.step()
+            del optimiser.found_inf
+        else:
+            moved = (parameter for group in optimiser.param_groups for parameter in group["params"])
+            with self.undone((*moved, *(value for state in optimiser.state.values() for value in state.values()))):
+                self._optimiser.step()
+
+    @contextmanager
+    def undone(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Undoes, if the step is left out and `late`, what the body changes in tensors."""
+        kept = Kept(tensors) if self.taken is not None else None
+        yield
+        if kept is not None and self.taken is not None:
+            kept.restore(~self.taken)
+
+    def skipped(self, skip: Callable[[], SkippedStep]) -> Callable[[], SkippedStep | None]:
+        """A function that returns None if the step was taken, else what `skip` returns; its first call may wait."""
+        copy = None if self.taken is None else HostCopy(self.taken)
+
+        @cache
+        def look() -> SkippedStep | None:
+            return None if copy is None or bool(copy.read()[0]) else skip()
+
+        return look
 
     def skip(
         self,
@@ -78,7 +151,7 @@ class Guard:
         embeddings: Bool[Tensor, " batch"],
         loss: Mapping[str, Tensor],
     ) -> SkippedStep:
-        """Drops the step with its gradients.
+        """Drops the step with its gradients, if that has not happened on the device.
 
         `views` and `embeddings` mark the images whose views and embeddings are finite; `loss` holds total and terms.
         """
@@ -86,16 +159,21 @@ class Guard:
         parameters = {
             f"{owner}.{name}": value for owner, module in modules for name, value in module.named_parameters()
         }
-        gradients = not_finite({name: value.grad for name, value in parameters.items()})
+        gradients = not_finite(self._norms or {name: value.grad for name, value in parameters.items()})
         numbers = {name: float(value) for name, value in loss.items()}
         images = (tuple(values.tolist()) for values in (ids, views, embeddings))
-        self._buffers.restore()
-        scaler = self._accelerator.scaler
-        if scaler is not None:
-            # As the scaler's own step does: in fp16 a scale that is too high is the usual reason.
-            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-        self._optimiser.zero_grad(set_to_none=True)
+        if self.taken is None:
+            self._buffers.restore()
+            scaler = self._accelerator.scaler
+            if scaler is not None:
+                # As the scaler's own step does: in fp16 a scale that is too high is the usual reason.
+                scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+            self._optimiser.zero_grad(set_to_none=True)
         return SkippedStep(step, epoch, numbers, tuple(gradients), tuple(not_finite(parameters)), *images)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for group in self._optimiser.param_groups:
+            yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
 
 
 class SkippedSteps:
@@ -180,7 +258,22 @@ def _some(names: Sequence[str]) -> list[str]:
     return [*names[:MOST_NAMED], *([f"and {rest} more"] if rest > 0 else [])]
 
 
+def norms_of(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The norm of each gradient; in one launch where torch has a function for it."""
+    together = getattr(torch, "_foreach_norm", None)
+    if together is None or not gradients:
+        return [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norms: Sequence[Tensor] = together(gradients)
+    return norms
+
+
 def _norm(module: nn.Module, device: torch.device) -> Tensor:
     """The norm of the gradient; finite if all numbers are, up to 1e19."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+
+
+def _unsound(loss: Tensor, norms: Sequence[Tensor]) -> Tensor:
+    """The number of ranks on which the loss or a norm is not finite; collective."""
+    finite = torch.stack([loss.detach(), *norms]).isfinite().all()
+    return distributed.total(finite.logical_not().int())

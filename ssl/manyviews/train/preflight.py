@@ -30,11 +30,12 @@ from manyviews.system.launch import Stop, start
 from manyviews.system.plural import plural
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import less_memory
+from manyviews.train.describe import describe
 from manyviews.train.pace import measure
 from manyviews.train.pretrain import train, train_step, warm_up
 from manyviews.train.recorder import state_of
 from manyviews.train.session import Session
-from manyviews.train.setup import Setup, describe, finished, folder_of, make_setup, open_run
+from manyviews.train.setup import Setup, finished, folder_of, make_setup, open_run
 from manyviews.views import standard_view
 
 STEPS = 2
@@ -169,6 +170,8 @@ def _seconds_of_a_step(setup: Setup, step: int) -> float:
     began = last = distributed.from_first_rank(time.monotonic())
     for images, ids, epoch in islice(loader, MOST_TIMED):
         train_step(components, images, ids, epoch, step + len(times))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = distributed.from_first_rank(time.monotonic())
         times.append(now - last)
         last = now

@@ -26,11 +26,12 @@ from manyviews.system.launch import start
 from manyviews.train.budget import Budget
 from manyviews.train.chunk_size import with_known_chunk
 from manyviews.train.components import Components, less_memory
+from manyviews.train.describe import describe
 from manyviews.train.kept_buffers import KeptBuffers
 from manyviews.train.not_finite import Guard, SkippedStep
 from manyviews.train.recorder import Recorder
 from manyviews.train.session import OnMetrics, Session, end, open_session
-from manyviews.train.setup import describe, finished, folder_of, make_setup, open_run
+from manyviews.train.setup import finished, folder_of, make_setup, open_run
 from manyviews.train.step import (
     StepResult,
     average_gradients,
@@ -126,7 +127,8 @@ def train_step(
     """Updates the weights, then the state of the objective and the twin.
 
     If the loss or a gradient is not finite on any rank, all ranks skip the step: weights, optimiser, objective, twin
-    and the statistics of batch norms stay as they were.
+    and the statistics of batch norms stay as they were. On a GPU that is decided there, and the host does not wait:
+    whether the step was skipped is known by the result's `skipped`.
 
     Args:
         components: the training components.
@@ -138,20 +140,25 @@ def train_step(
     encoder, twin, objective = components.encoder, components.twin, components.objective
     accelerator, optimiser, recipe = components.accelerator, components.optimiser, components.recipe
     # The objective has no buffers to restore: only its updates change it.
-    guard = Guard(accelerator, optimiser, {"encoder": encoder, "objective": objective}, encoder, twin)
+    modules, late = {"encoder": encoder, "objective": objective}, accelerator.device.type == "cuda"
+    guard = Guard(accelerator, optimiser, modules, encoder, twin, late=late)
     result = gradient(components, images, ids, epoch, step)
     norm = guard.gradient_norm(result.loss.total)
-    if norm is None:
+
+    def skip() -> SkippedStep:
         finite = finite_views(components, images, ids, epoch), result.embeddings.isfinite().all(2).all(0)
         return guard.skip(step, epoch, ids, *finite, {"loss": result.loss.total, **result.loss.terms})
+
+    if norm is None:
+        return skip()
     if recipe.optim.clip is not None:
         clip_grads_with_norm_(encoder.parameters(), recipe.optim.clip, norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    objective.update(result.embeddings, result.ids, result.targets)
+    guard.step()
+    objective.update(result.embeddings, result.ids, result.targets, guard.taken)
     if twin is not None and recipe.objective.traits.twin_momentum is not None:
-        twin.update(encoder, recipe.objective.traits.twin_momentum)
-    return result
+        with guard.undone(twin.state_dict().values()):
+            twin.update(encoder, recipe.objective.traits.twin_momentum)
+    return result._replace(skipped=guard.skipped(skip))
 
 
 def gradient(

@@ -1,7 +1,7 @@
 """Records pretraining: metrics, health of the embeddings, kNN monitoring and checkpoints."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -40,8 +40,8 @@ CURE = "a lower optim.rate or train.precision=fp32"
 class Recorder:
     """Measures, saves and logs pretraining when due; all methods are collective.
 
-    On a GPU a line of metrics is computed from copies, in a thread, while training goes on: it is written after a later
-    step, and before the next line, a measurement or a checkpoint.
+    On a GPU a step is added after the next one, which keeps the GPU busy, and its line of metrics is computed from
+    copies, in a thread: it is written after a later step, and before the next line, a measurement or a checkpoint.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class Recorder:
             session.saver.folder.parent, images.names, session.console.warn, cure=CURE, total=skipped
         )
         self._watch = Watch(min(recipe.train.batch_size, components.encoder.dim))
+        self._latest: Callable[[], None] | None = None
+        """Adds the latest step, of which the host does not know yet whether a GPU has skipped it."""
         self._line: Line | None = None
         self._last = self._begun, budget.seconds()
         """Step and seconds of the last line of metrics."""
@@ -121,7 +123,9 @@ class Recorder:
         # A buffer of the objective may be NaN until it is known.
         for part in checkpoint.parts.keys() - {"objective"}:
             weights |= {f"{part}.{key}": value for key, value in checkpoint.parts[part].items()}
-        if run is not None and (unreadable := newly_unreadable(self._images)):
+        # Collective: not only where there is a run folder to write to.
+        unreadable = newly_unreadable(self._images)
+        if run is not None and unreadable:
             run.unreadable(listed(unreadable))
         self._session.save(checkpoint, weights)
 
@@ -132,17 +136,35 @@ class Recorder:
             ValueError: after too many skipped steps in a row.
         """
         self.write_line(wait=False)
-        self._skips.count(result if isinstance(result, SkippedStep) else None)
-        if isinstance(result, StepResult):
+        self._add_latest()
+        rate = self._components.optimiser.param_groups[0]["lr"]
+        due = step == 1 or step % self._settings.log_every == 0 or progress >= 1
+        seconds = self._budget.seconds() if due else None
+        self._latest = partial(self._add, step, progress, rate, seconds, result)
+        if self._components.accelerator.device.type != "cuda":
+            self._add_latest()
+
+    def _add_latest(self) -> None:
+        """Adds the latest step, if it has not been; waits until a GPU has taken it."""
+        if self._latest is not None:
+            add, self._latest = self._latest, None
+            add()
+
+    def _add(
+        self, step: int, progress: float, rate: float, seconds: float | None, result: StepResult | SkippedStep
+    ) -> None:
+        """Adds a step; begins a line of metrics if it is due, `seconds` after the start of training."""
+        skipped = result.skipped() if isinstance(result, StepResult) else result
+        self._skips.count(skipped)
+        if skipped is None and isinstance(result, StepResult):
             self._averager.add(result.loss)
-        if not len(self._averager) or not (step == 1 or step % self._settings.log_every == 0 or progress >= 1):
+        if not len(self._averager) or seconds is None:
             return
         self.write_line()
-        before, self._last = self._last, (step, self._budget.seconds())
-        values = pace(self._order, before, self._last)
-        values |= {"rate": self._components.optimiser.param_groups[0]["lr"], "skipped": self._skips.total}
+        before, self._last = self._last, (step, seconds)
+        values = pace(self._order, before, self._last) | {"rate": rate, "skipped": self._skips.total}
         sample = seen = None
-        if isinstance(result, StepResult):
+        if skipped is None and isinstance(result, StepResult):
             views = slice(self._components.recipe.keys)
             targets = None if result.targets is None else result.targets[views]
             sample = glimpse(result.embeddings[views], result.ids, targets)
@@ -157,6 +179,8 @@ class Recorder:
 
     def write_line(self, *, wait: bool = True) -> None:
         """Writes the pending line of metrics, if any; without `wait` only if its figures are known."""
+        if wait:
+            self._add_latest()
         line, session = self._line, self._session
         if line is None or not (wait or line.figures.done()):
             return
@@ -184,6 +208,8 @@ class Recorder:
             yield
         except BaseException:
             with suppress(Exception):
+                if distributed.world_size() == 1:
+                    self._add_latest()
                 self.write_line(wait=False)
             raise
 

@@ -23,6 +23,7 @@ from manyviews.system.files import MEBIBYTE, read_text
 from manyviews.system.plural import plural
 from manyviews.system.writing import write_atomic
 from manyviews.train.budget import share_spent
+from manyviews.views import MEAN, STD
 
 OF_A_START = {"resume", "elastic", "extend"}
 """Settings of one start and not of the run."""
@@ -42,6 +43,8 @@ FREE = {
 """Settings that may change when a run is resumed."""
 SCHEDULE = {"train.epochs", "train.minutes"}
 """Settings that may change with extend=true: all learning rates depend on them."""
+OLDER = {"mean": MEAN, "std": STD, "crop_pct": 1.0}
+"""Settings of views in runs of versions that had no such settings."""
 EXTEND = "add extend=true to continue with the new schedule, or start another with output=…"
 OTHER_IMAGES = "ids would mean other images: put them back, or start another run with output=…"
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
@@ -75,7 +78,7 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
         console.warn(line)
     now = recipe.model_dump(mode="json")
     if (folder / CONFIG).exists():
-        before = load(Recipe, folder / CONFIG).model_dump(mode="json")
+        before = _as_now(load(Recipe, folder / CONFIG), recipe)
         check_settings(before, now, FREE | SCHEDULE | moved(before, now))
         if checkpoint is None and not recipe.extend:
             check_settings(before, now, FREE | LOCATIONS, EXTEND)
@@ -83,17 +86,35 @@ def resumable(recipe: Recipe, folder: Path, images: Images, processes: int, cons
         return None
     metadata = check_metadata(checkpoint, METADATA)
     # config.yaml may have been edited, or belong to another run.
-    check_settings(metadata["recipe"], now, FREE | SCHEDULE | moved(metadata["recipe"], now))
+    before = _as_now(validate(Recipe, metadata["recipe"]), recipe)
+    check_settings(before, now, FREE | SCHEDULE | moved(before, now))
     check_images(checkpoint, images)
     check_processes(checkpoint, processes, elastic=recipe.elastic, console=console)
     return checkpoint
+
+
+def with_known_views(recipe: Recipe, folder: Path) -> Recipe:
+    """A recipe whose null settings of views are those that its run was started with, if it was started."""
+    if not (folder / CONFIG).is_file():
+        return recipe
+    known = OLDER | {name: value for name, value in load(Recipe, folder / CONFIG).views if value is not None}
+    open_ones = {name: value for name, value in known.items() if getattr(recipe.views, name) is None}
+    return recipe.model_copy(update={"views": recipe.views.model_copy(update=open_ones)})
+
+
+def _as_now(before: Recipe, now: Recipe) -> dict[str, Any]:
+    """The settings of a run as JSON values; views that an older version wrote get what it lacked."""
+    views = {name: OLDER.get(name, getattr(now.views, name)) for name, value in before.views if value is None}
+    completed = before.model_copy(update={"views": before.views.model_copy(update=views)})
+    return completed.model_dump(mode="json")
 
 
 def check_images(checkpoint: Checkpoint, images: Images) -> None:
     """Raises ValueError for other images than those of a checkpoint."""
     if check_metadata(checkpoint, {"images": str})["images"] != images.fingerprint:
         raise ValueError(
-            "the images are not those that the run was started with (files, labels or how they are read have changed); "
+            "the images are not those that the run was started with (files, labels or how they are read, which "
+            "data.size, data.memory and data.cache decide, have changed); "
             f"{OTHER_IMAGES}"
         )
 

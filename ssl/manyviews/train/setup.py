@@ -8,16 +8,15 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import ClassOrder, Folder, Images, Order, Split, leave_out
-from manyviews.data.decoding.files import Files, listed
+from manyviews.data import Folder, Order, Split, leave_out
+from manyviews.data.decoding.files import listed
 from manyviews.data.images import Inventory
-from manyviews.data.listing.inventory import changes, copy_warnings, read_inventory, write_inventory
+from manyviews.data.listing.inventory import changes, read_inventory, write_inventory
 from manyviews.data.sampler import Composition
 from manyviews.encoder.backbone import description_of
 from manyviews.encoder.encoder import EncoderSettings
 from manyviews.encoder.timm_format import local_name
 from manyviews.features.limits import check_steps
-from manyviews.objectives.cost import Sizes
 from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import Checkpoint, newest_checkpoint, restore_optimiser, sync
 from manyviews.run.folder import CHECKPOINTS, CONFIG, DONE, INVENTORY, UNREADABLE, VIEWS, Run, read_unreadable
@@ -31,7 +30,7 @@ from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
 from manyviews.train.chunk_size import Step, with_found_chunk
-from manyviews.train.components import Components, batches, build, cautions, check_classes, negatives_of
+from manyviews.train.components import Components, batches, build, check_classes
 from manyviews.views.preview import preview
 
 
@@ -98,6 +97,7 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     """
     split = read_images(recipe, folder, console)
     channels = split.train.channels
+    recipe = resume.with_known_views(recipe, folder) if recipe.resume else recipe
     views = recipe.views.resolve(size=split.train.size, channels=channels, **_of_weights(recipe.encoder, channels))
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
@@ -132,70 +132,6 @@ def _of_weights(encoder: EncoderSettings, channels: int) -> dict[str, Any]:
         return values if len(values) == channels else sum(values) / len(values)
 
     return {"mean": of_channels(described.mean), "std": of_channels(described.std)}
-
-
-def describe(setup: Setup, folder: Path, console: Console) -> None:
-    """Prints what will run."""
-    split, order, components, contrasts = setup.split, setup.order, setup.components, setup.contrasts
-    recipe, accelerator, train = components.recipe, components.accelerator, split.train
-    processes, parameters = distributed.world_size(), sum(p.numel() for p in components.encoder.parameters())
-    local, chunk = recipe.train.batch_size // processes, recipe.train.part
-    each = f" ({local} on each)" if processes > 1 else ""
-    each += f" in chunks of {chunk}" if chunk is not None and chunk < local else ""
-    budget = plural(recipe.train.minutes, "minute") if recipe.train.minutes else plural(recipe.train.epochs, "epoch")
-    budget += f", {plural(order.steps_per_epoch, 'step')} an epoch"
-    precision = accelerator.mixed_precision.replace("no", "fp32")
-    console.say(f"images     {len(train):,} of {recipe.data.name}, {pixels_of(train)}")
-    if split.layout:
-        console.say(f"layout     {split.layout}")
-    if recipe.unseen and train.labels is not None:
-        learned = set(train.labels.tolist())
-        left_out = [name for number, name in enumerate(train.classes) if number not in learned]
-        console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
-    local = f" and {recipe.views.local} local ones, {recipe.views.local_size} px" if recipe.views.local else ""
-    console.say(f"views      {recipe.views.num_views} per image, {recipe.views.size} px{local}")
-    console.say(
-        f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
-    )
-    silent = (
-        "" if recipe.objective.traits.bounds_information else "; it bounds no information, so the metrics hold none"
-    )
-    console.say(f"objective  {recipe.objective.name}{silent}")
-    ids = len(train) if components.names is None else int(components.names.max()) + 1
-    views, dim = recipe.views.num_views + recipe.views.local, components.encoder.dim
-    sizes = Sizes(ids, views, recipe.train.batch_size, dim, processes, recipe.keys)
-    cost = recipe.objective.cost(sizes)
-    cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
-    console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")
-    console.say(
-        f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
-        f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
-    )
-    if setup.extended:
-        console.say(setup.extended)
-    console.say(f"run        {folder.resolve()}")
-    for caution in (*cautions(components), *(copy_warnings(split) if distributed.rank() == 0 else ())):
-        console.warn(caution)
-    if contrasts is not None and contrasts.without_negatives:
-        console.warn(
-            f"in {contrasts.without_negatives:,} of {plural(contrasts.batches, 'batch', 'batches')} all images are of "
-            "one class, and have no negatives; train.images_per_class=… fills each batch with several classes"
-        )
-    if isinstance(order, ClassOrder) and order.left_out:
-        console.warn(
-            f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
-            "images, and are left out of training"
-        )
-
-
-def pixels_of(images: Images) -> str:
-    """What is read of images: their pixels in memory, or crops of the files."""
-    channels = "grey" if images.channels == 1 else "in colour"
-    if isinstance(images, Files) and not images.whole:
-        return f"{channels}, cropped from the files as needed, at full resolution"
-    if images.aspects is None:
-        return f"{images.channels} × {images.size} × {images.size}"
-    return f"{channels}, whole and of any shape, squeezed to {images.size} × {images.size} in memory"
 
 
 def restore(components: Components, checkpoint: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """Parts of an update: forward passes, gradient in chunks, objective's gradients."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from manyviews.system import distributed
 from manyviews.system.keyed_random import seed_of
 from manyviews.train.components import Components, smallest_part
 from manyviews.train.kept_buffers import KeptBuffers
+from manyviews.train.not_finite import SkippedStep
 
 Groups = tuple[Float[Tensor, "_ batch channels _ _"], ...]
 """Views, those of each size in a tensor of their own; local ones come last."""
@@ -28,6 +30,8 @@ class StepResult(NamedTuple):
     ids: Int64[Tensor, " batch"]
     """The ids that the objective gets."""
     targets: Float[Tensor, "others batch dim"] | None
+    skipped: Callable[[], SkippedStep | None] = lambda: None
+    """What was not finite, if a GPU has skipped the step; waits until it has. Asked one step later, the GPU is busy."""
 
 
 def embed(components: Components, views: Groups, step: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:

@@ -140,8 +140,8 @@ class ViewsSettings(Settings):
             "mean": mean,
             "std": std,
             "crop_scale": (max(smallest, LOCAL_SCALE[1]) if self.local else smallest, 1.0),
-            "local_size": max(8, round(view * 3 / 7)),
-            "local_scale": LOCAL_SCALE,
+            "local_size": max(8, round(view * 3 / 7)) if self.local else None,
+            "local_scale": LOCAL_SCALE if self.local else None,
             "brightness": 0.8 * strength,
             "contrast": 0.8 * strength if colours or view >= 64 else 0.0,
             "gamma": 0.0 if colours or view >= 64 else 0.7,
@@ -240,8 +240,8 @@ class Views(nn.Module):
     ) -> Float[Tensor, "views batch 2 3"]:
         """Maps from the coordinates of all views to those of their images, both from -1 to 1."""
         draws = self._draws(ids, epoch, aspects)[WINDOW]
-        matrices = [window_matrix(group.draw(draws, aspects)) for group in self.groups]
-        return torch.cat(matrices).unflatten(0, (-1, len(ids)))
+        matrices = torch.cat([window_matrix(group.draw(draws, aspects)) for group in self.groups])
+        return matrices.view(-1, len(ids), 2, 3)
 
     def _draws(self, ids: Tensor, epoch: int, aspects: Tensor | None) -> dict[int, Float[Tensor, "draws views batch"]]:
         """The draws of each stage."""

@@ -16,6 +16,8 @@ GAP = 2
 """White pixels between the images."""
 SMALLEST = 64
 """Side in pixels to which smaller views are enlarged, without smoothing."""
+THIN = 100
+"""Side in pixels of an image up to which outlines are one pixel wide."""
 LINES = ((228, 26, 28), (55, 126, 184), (77, 175, 74), (152, 78, 163), (255, 127, 0), (166, 86, 40))
 """Colours of the outlines of crops, one for each view in turn."""
 
@@ -54,7 +56,7 @@ def original(
     picture = picture.resize((width, height), resample)
     draw, extent = ImageDraw.Draw(picture), torch.tensor([width - 1, height - 1])
     for number, corner in enumerate((corners + 1) / 2 * extent):
-        draw.polygon([(x, y) for x, y in corner.tolist()], outline=LINES[number % len(LINES)])
+        draw.polygon([(x, y) for x, y in corner.tolist()], outline=LINES[number % len(LINES)], width=1 + side // THIN)
     cell = Image.new("RGB", (side, side), "white")
     cell.paste(picture, ((side - width) // 2, (side - height) // 2))
     return torch.from_numpy(np.array(cell)).permute(2, 0, 1)
