@@ -24,7 +24,7 @@ def normalised(
     """
     if isinstance(mean, float) and isinstance(std, float):
         return pixels.mul_(1 / (255 * std)).sub_(mean / std)
-    return (pixels / 255 - _per_channel(mean, pixels.device)) / per_channel(std, pixels.device)
+    return (pixels / 255 - _per_channel(mean, pixels.device)) / _per_channel(std, pixels.device)
 
 
 def renormalised(
