@@ -27,9 +27,8 @@ def check_views(recipe: Recipe, *, images: int, channels: int, stored: int, proc
     """Raises ValueError if views do not fit in memory; `stored` is the images' side in pixels."""
     views, train = recipe.views.resolve(size=stored, channels=channels), recipe.train
     assert views.size is not None
-    assert views.local_size is not None
     local, size, picture = train.batch_size // processes, views.size, channels * views.size**2 * NUMBER
-    of_an_image = views.num_views * picture + views.local * channels * views.local_size**2 * NUMBER
+    of_an_image = views.num_views * picture + views.local * channels * (views.local_size or 0) ** 2 * NUMBER
     # With auto, what does not fit is tried.
     part = 1 if train.chunk == "auto" else min(train.part or local, local)
     of_images = f"of {channels} × {size} × {size} pixels"
