@@ -186,7 +186,7 @@ def test_two_processes_write_the_same_bytes_as_one_also_after_a_kill(run: Path, 
     # A third of the rows, as a killed process leaves them.
     shutil.copytree(tmp_path / "one", tmp_path / "two" / ".partial")
     key = manifest(tmp_path / "one")
-    names = ("weights", "input", "stored", "precision", "fingerprints", "layers")
+    names = ("weights", "input", "precision", "fingerprints", "layers")
     (tmp_path / "two" / ".partial" / "key.json").write_text(json.dumps({name: key[name] for name in names}))
     (tmp_path / "two" / ".partial" / "done-00003.txt").write_text("8 16 done\n16 2")
     for name in ("backbone.npy", "projector.npy"):
@@ -226,9 +226,9 @@ def test_a_backbone_that_sees_more_pixels_than_are_stored_is_told_of(
 ) -> None:
     given = [word for word in words(folder, tmp_path / "a") if not word.startswith("data.size")]
     assert cli.extract([str(run), *given, "data.size=16"]) == 0
-    assert "images are enlarged from 16 to 28 pixels" in (said := capsys.readouterr().out)
-    assert "data.size=28 keeps" in said
-    assert cli.extract([str(run), *given, "overwrite=true", "data.size=28"]) == 0
+    assert "images are enlarged from 14 to 28 pixels" in (said := capsys.readouterr().out)
+    assert "data.size=32 keeps" in said
+    assert cli.extract([str(run), *given, "overwrite=true", "data.size=32"]) == 0
     assert "enlarged" not in capsys.readouterr().out
 
 

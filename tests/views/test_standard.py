@@ -21,7 +21,7 @@ from manyviews.data.images import InMemory, Pictures
 from manyviews.data.pictures import pictures
 from manyviews.encoder.backbone import description_of
 from manyviews.features.backbone import view_of
-from manyviews.views import StandardView, ViewsSettings, standard_view
+from manyviews.views import StandardView, ViewsSettings, enlarged, standard_view
 from manyviews.views.standard import resampling
 
 SHAPES = ((500, 375), (375, 500), (640, 213), (1600, 1200), (224, 224), (100, 80))
@@ -194,6 +194,22 @@ def test_half_precision_around_it_changes_nothing() -> None:
 
 
 # Settings
+
+
+def test_a_view_with_more_pixels_than_half_of_the_images_keep_is_told_of(folder: Path) -> None:
+    data = Folder(path=str(folder), holdout=0.0, size=224)
+    images, files = data.build().train, Folder(path=str(folder), holdout=0.0, memory=0).build().train
+    # Half of them are 4 : 3 or longer.
+    message = enlarged(169, images, data)
+    assert message is not None
+    assert "enlarged from 168 to 169 pixels" in message
+    assert "data.size=226 keeps as many pixels" in message
+    assert message.endswith("data.memory=0 crops from the files")
+    assert enlarged(168, images, data) is None
+    assert enlarged(1000, files, data) is None
+    squares = InMemory(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), ["a"], None, (), "0" * 64)
+    assert enlarged(28, squares, data) is None
+    assert "data.size=29" in str(enlarged(29, squares, data))
 
 
 def test_the_share_that_is_seen_follows_the_size() -> None:

@@ -19,7 +19,7 @@ from manyviews.data import AnyData, Batch, Data, Split, shorthand
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Cropper, Images, Pictures
 from manyviews.data.loader import copied_ahead
-from manyviews.data.pictures import pictures, reads_crops
+from manyviews.data.pictures import pictures
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.placing import fits, placed_on_all_ranks
 from manyviews.system import distributed
@@ -71,8 +71,7 @@ def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Con
         )
     if split.layout:
         console.say(f"images     {split.layout}")
-    larger = None if reads_crops(split.train) else enlarged(opened.size, split.train.size, data)
-    if larger is not None:
+    if (larger := enlarged(opened.size, split.train, data)) is not None:
         console.warn(larger)
     return split
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from manyviews.data import Images
-from manyviews.data.pictures import reads_crops
 from manyviews.features import encoding, store
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import EncodeSettings, View
@@ -69,7 +68,6 @@ def key_of(
     return {
         "weights": dict(origin),
         "input": opened.view.described,
-        "stored": {part.name: None if reads_crops(part.images) else part.images.size for part in parts},
         "precision": precision,
         "fingerprints": {part.name: part.images.fingerprint for part in parts},
         "layers": {

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from manyviews.data import ClassOrder, Images, Order
 from manyviews.data.labels import values_of
-from manyviews.data.pictures import reads_crops
 from manyviews.data.sampler import Composition, composition, way_out
 from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
@@ -37,8 +36,8 @@ class Components(NamedTuple):
     """The id of each image for the objective (int64, [images]); None: its index."""
     shuffled: bool
     """Whether the twin's samples are shuffled between ranks, for its batch norms."""
-    stored: int | None
-    """Side of the squares that images are kept in, in pixels; None: crops are decoded from the files."""
+    enlarged: str | None
+    """A warning if views have more pixels than the images."""
     held_out: str | None = None
     """The fingerprint of the held-out images."""
 
@@ -84,7 +83,7 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     if names is not None:
         names = names.to(accelerator.device)
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
-    return Components(recipe, accelerator, *parts, None if reads_crops(images) else images.size)
+    return Components(recipe, accelerator, *parts, enlarged(views.window.size, images, recipe.data))
 
 
 def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:
@@ -213,9 +212,7 @@ def cautions(components: Components) -> list[str]:
     """Warnings to show before the first step."""
     recipe, processes = components.recipe, components.accelerator.num_processes
     chunk, normed, local = recipe.train.part, has_batch_norm(components.encoder), recipe.train.batch_size // processes
-    stored = components.stored
-    larger = None if stored is None else enlarged(components.views.window.size, stored, recipe.data)
-    warnings = [] if larger is None else [f"views.size: {larger}"]
+    warnings = [] if components.enlarged is None else [f"views.size: {components.enlarged}"]
     if chunk is not None and chunk >= local:
         warnings.append(f"train.chunk={chunk} changes nothing: a process has no more than {local} images of a batch")
     elif chunk is not None and normed:

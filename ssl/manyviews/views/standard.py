@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyviews.config import Settings
-from manyviews.data.images import Crops, Interpolation, Pictures
+from manyviews.data.images import Crops, Images, Interpolation, Pictures
+from manyviews.data.pictures import reads_crops
 from manyviews.system.precision import exact
 from manyviews.views.normalisation import MEAN, STD, normalised
 from manyviews.views.pipeline import ViewsSettings
@@ -154,16 +155,21 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, inner, torch.where(distance < 2, outer, 0.0))
 
 
-def enlarged(size: int, stored: int, data: Settings) -> str | None:
-    """A warning if images are viewed at `size` pixels and stored at fewer, else None.
+def enlarged(size: int, images: Images, data: Settings) -> str | None:
+    """A warning if most images in memory have fewer pixels than a view of `size` pixels takes, else None.
 
     `data` are the settings of their source.
     """
-    if size <= stored:
+    longest = 1.0 if images.aspects is None else float(torch.maximum(images.aspects, 1 / images.aspects).median())
+    # Along the longer side, which is squeezed.
+    kept = math.floor(images.size / longest)
+    if size <= kept or reads_crops(images):
         return None
-    cure = (
-        f"data.size={size} keeps as many pixels of them as the files have"
-        if "size" in type(data).model_fields
-        else f"these images have no more pixels, and data.size is for folders; a size of {stored} costs less"
-    )
-    return f"images are enlarged from {stored} to {size} pixels, which adds cost and no detail: {cure}"
+    cure = f"these images have no more pixels, and data.size is for folders; a size of {kept} costs less"
+    if "size" in type(data).model_fields:
+        needed = math.ceil(size * longest)
+        cure = f"data.size={needed} keeps as many pixels of them as the files have"
+        cure += (
+            ", and data.memory=0 crops from the files" if longest > 1 and "memory" in type(data).model_fields else ""
+        )
+    return f"images are enlarged from {kept} to {size} pixels, which adds cost and no detail: {cure}"
