@@ -9,6 +9,7 @@ import torch
 
 from manyviews import recipe
 from manyviews.config import load
+from manyviews.data.pictures import pictures
 from manyviews.recipe import Recipe
 from manyviews.train.pretrain import train_step
 from manyviews.train.step import StepResult
@@ -52,7 +53,7 @@ def test_a_recipe_for_gpus_takes_a_step(name: str) -> None:
     components = prepared(name, [*SMALL, *sized], images)
     components.forward.train()
     ids = torch.arange(16)
-    result = train_step(components, images.read(ids), ids, 0, 0)
+    result = train_step(components, pictures(images, ids, components.views), ids, 0, 0)
     assert isinstance(result, StepResult)
     assert result.loss.total.isfinite()
 

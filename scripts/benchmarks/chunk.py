@@ -10,6 +10,8 @@ from torch import Tensor
 from benchmarks import harness
 from manyviews.config import load
 from manyviews.data import Sample
+from manyviews.data.images import Pictures
+from manyviews.data.pictures import pictures
 from manyviews.recipe import Recipe
 from manyviews.system.launch import start
 from manyviews.train.components import Components, build
@@ -102,10 +104,11 @@ def prepare(encoder: str, batch: int, chunk: int | None, keep_views: bool) -> Ca
     components = build(recipe.model_copy(update={"views": views}), accelerator, images)
     components.forward.train()
     ids = torch.arange(batch) % len(images)
-    return partial(_gradient, components, images.read(ids).to(accelerator.device), ids.to(accelerator.device))
+    given = pictures(images, ids, components.views).to(accelerator.device)
+    return partial(_gradient, components, given, ids.to(accelerator.device))
 
 
-def _gradient(components: Components, images: Tensor, ids: Tensor) -> list[Tensor]:
+def _gradient(components: Components, images: Pictures, ids: Tensor) -> list[Tensor]:
     components.optimiser.zero_grad(set_to_none=True)
     gradient(components, images, ids, 0, 0)
     return [parameter.grad for parameter in components.encoder.parameters() if parameter.grad is not None]
