@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
 from benchmarks import (
     bank,
+    decode,
     distances,
     extract,
     finetune,
@@ -149,6 +150,18 @@ def test_chunks_give_the_gradient_of_the_whole_batch_where_no_batch_norm_sees_th
     assert chunks["16 in chunks"]["relative difference"] < 1e-4
     assert chunks["16 in chunks, views kept"]["relative difference"] < 1e-4
     assert chunks["16 in one piece"]["over one piece"] == 1
+
+
+def test_decode_stands_beside_the_loaders_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "SIZES", {500: (60, 45, 4)})
+    monkeypatch.setattr(decode, "VIEW", 16)
+    rows = rows_of("decode", tmp_path, "--sizes", "500", "--seconds", "0.1")
+    assert [row["loader"] for row in rows] == list(decode.LOADERS)
+    measured = {row["loader"]: row for row in rows if not isinstance(row["1 worker"], str)}
+    assert measured.keys() >= {decode.OURS, decode.THEIRS, "torchvision v2, tensors"}
+    assert measured[decode.THEIRS]["of torchvision's"] == 1
+    assert all(row["1 worker"]["median"] > 0 and row["per core"]["median"] > 0 for row in measured.values())
+    assert all("pip install" in row["1 worker"] for row in rows if row["loader"] not in measured)
 
 
 def test_distances_are_fitted_beside_the_rival_in_an_environment_of_its_own(

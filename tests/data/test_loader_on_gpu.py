@@ -14,6 +14,7 @@ from manyviews.data.decoding.files import Files
 from manyviews.features.encoding import encoded
 from manyviews.system import distributed, hardware
 from manyviews.system.launch import start
+from manyviews.views import StandardView, ViewsSettings
 from pretend_cuda import LOG, PretendTensor, pretend_cuda
 from processes import launched
 
@@ -30,7 +31,7 @@ def unpinned(monkeypatch):
 
 def folder(path: Path, count: int = 13) -> Folder:
     for index in range(count):
-        values = np.random.default_rng(index).integers(0, 256, (12, 15, 3), np.uint8)
+        values = np.random.default_rng(index).integers(0, 256, (12, 12, 3), np.uint8)
         Image.fromarray(values).save(path / f"{index:02d}.png")
     return Folder(path=str(path), size=8, memory=0)
 
@@ -44,11 +45,12 @@ def take(batches: Loader, steps: int) -> list:
 
 def check_equal(on_gpu: list, on_cpu: list) -> None:
     for given, expected in zip(on_gpu, on_cpu, strict=True):
-        assert isinstance(given.images, PretendTensor)
+        (pixels,) = given.images.squares
+        assert isinstance(pixels, PretendTensor)
         assert isinstance(given.ids, PretendTensor)
         assert given.epoch == expected.epoch
         assert torch.equal(given.ids.numbers, expected.ids)
-        assert torch.equal(given.images.numbers, expected.images)
+        assert torch.equal(pixels.numbers, expected.images.squares[0])
 
 
 def test_a_small_set_lives_on_the_gpu_and_a_step_copies_its_ids_alone():
@@ -79,7 +81,7 @@ def test_a_set_beyond_a_quarter_of_the_free_memory_stays_in_that_of_the_host(mon
             # The images are indexed, or copied with the ids.
             assert LOG.launches.total() == 6
             assert LOG.waits.total() == 0
-            assert {line.split()[0].split(":")[0] for line in LOG.launches} == {"data/loader.py"}
+            assert {line.split()[0].split(":")[0] for line in LOG.launches} <= {"data/loader.py", "data/images.py"}
             assert ("pixels" in batches.gi_frame.f_locals) == resident
         check_equal([first, *following], take(Loader(images, order), 4))
 
@@ -97,6 +99,27 @@ def test_batches_from_files_are_copied_two_ahead_without_a_wait(tmp_path, unpinn
         assert LOG.waits.total() == 0
         batches.close()
     check_equal(taken, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_and_aspects_are_copied_ahead_and_viewed_without_a_wait(tmp_path, unpinned, workers):
+    for index in range(9):
+        values = np.random.default_rng(index).integers(0, 256, (12 + index, 20, 3), np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{index:02d}.png")
+    images, order = Folder(path=str(tmp_path), size=8, memory=0).build().train, Order(9, 4, 1)
+    views = ViewsSettings(size=16, local=2, rotation=20.0).build(size=8, channels=3, seed=1)
+    expected = take(Loader(images, order, views, workers=workers), 3)
+    seen = [views(batch.images, batch.ids, batch.epoch) for batch in expected]
+    with pretend_cuda():
+        batches = iter(Loader(images, order, views, workers=workers, device=GPU))
+        views(*next(batches))
+        LOG.clear()
+        taken = [views(*next(batches)) for _ in range(2)]
+        assert LOG.waits.total() == 0, LOG
+        batches.close()
+    for made, groups in zip(taken, seen[1:], strict=True):
+        for one, other in zip(made, groups, strict=True):
+            torch.testing.assert_close(one.numbers, other, rtol=0, atol=1e-5)
 
 
 def test_each_batch_waits_for_its_copy_and_keeps_its_memory_until_it_was_used(monkeypatch):
@@ -123,7 +146,12 @@ def test_each_batch_waits_for_its_copy_and_keeps_its_memory_until_it_was_used(mo
         batches = iter(Loader(images, Order(10_000, 64, 3), device=GPU))
         first, second = next(batches), next(batches)
         assert events == ["copied"] * 3 + ["wait for copy 0", "copied", "wait for copy 1"]
-        assert [tensor for tensor, stream in kept] == [first.images, first.ids, second.images, second.ids]
+        assert [tensor for tensor, stream in kept] == [
+            *first.images.squares,
+            first.ids,
+            *second.images.squares,
+            second.ids,
+        ]
         assert {stream for _, stream in kept} == {user}
 
 
@@ -131,13 +159,11 @@ def test_features_are_those_of_the_cpu_and_batches_for_them_are_copied_ahead(tmp
     images = folder(tmp_path).build().train
     ids = torch.arange(13).split(3)
 
-    def prepare(pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().mean((2, 3))
-
-    expected = [rows for _, rows in encoded(torch.nn.Identity(), images, ids, prepare=prepare, workers=0)]
+    view, means = StandardView(8, 3), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    expected = [rows for _, rows in encoded(means, images, ids, view=view, workers=0)]
     for workers in (0, 2):
         with pretend_cuda():
-            rows = encoded(torch.nn.Identity(), images, ids, prepare=prepare, device=GPU, workers=workers)
+            rows = encoded(means, images, ids, view=view, device=GPU, workers=workers)
             on_gpu = [(batch, torch.as_tensor(values)) for batch, values in rows]
             assert not [line for line in LOG.waits if "to GPU" in line]
         assert torch.equal(torch.cat([batch for batch, _ in on_gpu]), torch.arange(13))
@@ -169,7 +195,7 @@ def test_workers_follow_from_the_cores_the_quota_and_the_processes(monkeypatch, 
 
 def test_batches_that_are_prefetched_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     images, requested = folder(tmp_path).build().train, []
-    monkeypatch.setattr(loader.Worker, "request", lambda worker, ids: requested.append(ids))
+    monkeypatch.setattr(loader.Worker, "request", lambda worker, request: requested.append(request))
     monkeypatch.setattr(loader.Worker, "get", lambda worker, timeout: (_ for _ in ()).throw(ValueError("enough")))
     for most, expected in ((1 << 32, 4), (3 * 4 * 3 * 64, 3), (1, 2)):
         monkeypatch.setattr(loader, "MOST_PREFETCHED", most)
@@ -192,8 +218,9 @@ def work(data: str, out: str) -> None:
             log.clear()
             for _ in range(2):
                 batch = next(batches)
-                assert batch.images.device == batch.ids.device == device
-                fed.append((batch.ids.numbers.tolist(), batch.images.numbers.flatten().tolist()))
+                (pixels,) = batch.images.squares
+                assert pixels.device == batch.ids.device == device
+                fed.append((batch.ids.numbers.tolist(), pixels.numbers.flatten().tolist()))
             # Images in memory are copied to the GPU once.
             assert log.waits.total() == (words["memory"] == 1), log
             batches.close()
@@ -208,7 +235,7 @@ def test_two_processes_with_a_gpu_each_are_fed_with_the_batches_of_the_cpu(tmp_p
     images, order = Folder(path=str(tmp_path), size=8, memory=1).build().train, Order(13, 8, 1)
     for rank in range(2):
         expected = [
-            [batch.ids.tolist(), batch.images.flatten().tolist()]
+            [batch.ids.tolist(), batch.images.squares[0].flatten().tolist()]
             for batch in take(Loader(images, order, rank=rank, size=2), 2)
         ]
         assert json.loads((out / f"{rank}.json").read_text()) == expected * 3

@@ -19,9 +19,8 @@ from manyviews.objectives.in_batch import InBatchObjective
 from manyviews.recipe import Recipe, find
 from manyviews.run.folder import read_metrics
 from manyviews.system.console import Console
-from manyviews.train import metric_line, recorder
+from manyviews.train import metric_line, recorder, setup
 from manyviews.train.pretrain import pretrain
-from manyviews.views import Views
 from processes import launched
 from stopped_runs import content, differing, stop_after
 
@@ -273,7 +272,7 @@ def test_no_measurement_and_no_picture_ends_the_training(
     straight = pretrain(recipe(tmp_path / "straight", steps=3))
     monkeypatch.setattr(recorder, "monitor_knn", fails)
     monkeypatch.setattr(metric_line, "similarities", fails)
-    monkeypatch.setattr(Views, "preview", fails)
+    monkeypatch.setattr(setup, "preview", fails)
     found = pretrain(recipe(tmp_path / "run", "train.monitor=2", steps=3))
     said = " ".join(capsys.readouterr().out.split())
     assert (found / "done").is_file()

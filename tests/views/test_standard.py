@@ -22,6 +22,7 @@ from manyviews.data.pictures import pictures
 from manyviews.encoder.backbone import description_of
 from manyviews.features.backbone import view_of
 from manyviews.views import StandardView, ViewsSettings, enlarged, standard_view
+from manyviews.views.preview import preview
 from manyviews.views.standard import resampling
 
 SHAPES = ((500, 375), (375, 500), (640, 213), (1600, 1200), (224, 224), (100, 80))
@@ -232,6 +233,13 @@ def test_views_are_normalised_by_their_own_mean_and_deviation() -> None:
     (own,) = views.model_copy(update={"mean": mean, "std": std}).build(size=32, channels=3, seed=0)(images, ids, 0)
     expected = (usual * 0.25 + 0.5 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+    # Their picture shows the same.
+    set_of_images = InMemory(images, ["a", "b", "c"], None, (), "0" * 64)
+    pictured = [
+        preview(given.build(size=32, channels=3, seed=0), set_of_images, ids, torch.device("cpu"), epochs=1)
+        for given in (views, views.model_copy(update={"mean": mean, "std": std}))
+    ]
+    assert (pictured[0].int() - pictured[1].int()).abs().max() <= 1
 
 
 def test_a_view_of_files_needs_no_stored_size(folder: Path) -> None:

@@ -128,12 +128,12 @@ class Loader:
         for request in self._plan():
             if self._decoder is not None:
                 with quiet():
-                    decoded = self._decoder.decode(request, lambda image: None, pin=self._pin)
-                yield self._batch(decoded, request.epoch)
+                    decoded = self._decoder.decode(request, lambda image: None)
+                pictures, ids, epoch = self._batch(decoded, request.epoch)
             else:
-                ids = torch.tensor(request.ids)
-                whole = Pictures((self.images.read(ids),), aspects_of(self.images, ids))
-                yield Batch(whole.pin_memory() if self._pin else whole, ids, request.epoch)
+                ids, epoch = torch.tensor(request.ids), request.epoch
+                pictures = Pictures((self.images.read(ids),), aspects_of(self.images, ids))
+            yield Batch(pictures.pin_memory() if self._pin else pictures, ids, epoch)
 
     def _batch(self, decoded: Decoded, epoch: int) -> Batch:
         """A batch of what was decoded; notes what could not be."""

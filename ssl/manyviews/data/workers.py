@@ -151,7 +151,9 @@ class Worker:
                     ready = self._is_ready(connection)
                     connection = connection if ready else None
                 if connection is None:
-                    decoded = self._packed.decoder.decode(request, self._mark, pin=self._pin)
+                    decoded = self._packed.decoder.decode(request, self._mark)
+                    if self._pin:
+                        decoded = decoded._replace(squares=tuple(square.pin_memory() for square in decoded.squares))
                 else:
                     decoded = self._received(connection, request)
                 self._done.put(decoded)

@@ -16,7 +16,7 @@ from manyviews.evaluators.results.measurement import Measurement
 from manyviews.features.encoding import evaluation_mode
 from manyviews.run import health
 from manyviews.system import distributed
-from manyviews.views import MEAN, STD, Views, per_channel
+from manyviews.views import MEAN, STD, Views, restored
 
 IMAGES = 25_600
 """Most images that are used, sampled from more (Garrido et al. 2023 report that the rank has settled by then)."""
@@ -190,5 +190,4 @@ class Pixels(nn.Module):
 
     def forward(self, views: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pixels"]:
         """Undoes the normalisation of the views."""
-        mean, std = (per_channel(value, views.device) for value in (self.mean, self.std))
-        return views.mul(std).add(mean).flatten(1)
+        return restored(views, self.mean, self.std).flatten(1)

@@ -32,6 +32,7 @@ FREE = {
         "output",
         "data.max_bad",
         "data.cache",
+        "data.memory",
         "train.workers",
         "train.threads",
         "train.log_every",

@@ -3,7 +3,7 @@
 from manyviews.data.images import Interpolation
 from manyviews.views.colour import RandomColour
 from manyviews.views.geometry import RandomWindow
-from manyviews.views.normalisation import MEAN, STD, normalised, per_channel, renormalised
+from manyviews.views.normalisation import MEAN, STD, normalised, renormalised, restored
 from manyviews.views.pipeline import Views, ViewsSettings
 from manyviews.views.standard import StandardView, enlarged, standard_view
 
@@ -18,7 +18,7 @@ __all__ = [
     "ViewsSettings",
     "enlarged",
     "normalised",
-    "per_channel",
     "renormalised",
+    "restored",
     "standard_view",
 ]

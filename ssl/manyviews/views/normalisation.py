@@ -24,7 +24,7 @@ def normalised(
     """
     if isinstance(mean, float) and isinstance(std, float):
         return pixels.mul_(1 / (255 * std)).sub_(mean / std)
-    return (pixels / 255 - per_channel(mean, pixels.device)) / per_channel(std, pixels.device)
+    return (pixels / 255 - _per_channel(mean, pixels.device)) / _per_channel(std, pixels.device)
 
 
 def renormalised(
@@ -38,12 +38,27 @@ def renormalised(
     """
     if (mean, std) == (MEAN, STD):
         return views
-    new_mean, new_std = (per_channel(value, views.device) for value in (mean, std))
+    new_mean, new_std = (_per_channel(value, views.device) for value in (mean, std))
     return views * (STD / new_std) + (MEAN - new_mean) / new_std
 
 
+def restored(
+    views: Float[Tensor, "*views channels height width"],
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+) -> Float[Tensor, "*views channels height width"]:
+    """The values in [0, 1] of views that were normalised by this mean and standard deviation.
+
+    Examples:
+        >>> restored(torch.zeros(1, 1, 1, 1), MEAN, STD).item()
+        0.5
+    """
+    new_mean, new_std = (_per_channel(value, views.device) for value in (mean, std))
+    return views.mul(new_std).add(new_mean)
+
+
 @cache
-def per_channel(values: float | tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
+def _per_channel(values: float | tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
     """Numbers for the channels of images, copied to a device once."""
     with torch.inference_mode(mode=False):
         return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyviews.data import Images
 from manyviews.data.pictures import pictures
-from manyviews.views.normalisation import MEAN, STD
+from manyviews.views.normalisation import restored
 from manyviews.views.pipeline import Views
 
 GAP = 2
@@ -39,7 +39,7 @@ def preview(
     columns = [torch.stack([original(square, aspect, outline, side) for square, aspect, outline in rows])]
     for epoch in range(epochs):
         for group in views(pictures(images, ids, views, epoch).to(device), ids.to(device), epoch):
-            columns += [_cell(view, zoom, side) for view in group.cpu()]
+            columns += [_cell(view, zoom, side) for view in restored(group, *views.normalisation).cpu()]
     cells = F.pad(torch.stack(columns), (GAP, 0, GAP, 0), value=255)
     picture = cells.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2)
     return F.pad(picture, (0, GAP, 0, GAP), value=255)
@@ -69,9 +69,9 @@ def outlines(windows: Float[Tensor, "*batch 2 3"]) -> Float[Tensor, "*batch 4 2"
 
 
 def _cell(
-    views: Float[Tensor, "batch channels height width"], zoom: int, side: int
+    values: Float[Tensor, "batch channels height width"], zoom: int, side: int
 ) -> UInt8[Tensor, "batch 3 side side"]:
-    pixels = ((views * STD + MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = (values * 255).round().clamp(0, 255).to(torch.uint8)
     if pixels.shape[1] != 3:
         pixels = pixels.float().mean(1, keepdim=True).byte().expand(-1, 3, -1, -1)
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
