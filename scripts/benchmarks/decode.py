@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ SIZES = {500: (500, 375, 64), 4000: (4000, 3000, 8)}
 VIEW, NOISE = 224, 4.0
 AHEAD = 4
 """Batches that are not timed, which a worker may have decoded before."""
-OURS, THEIRS = "manyviews", "torchvision v2, PIL"
+OURS, THEIRS = "manyviews, Pillow", "torchvision v2, PIL"
 NOTES = (
     "JPEGs of quality 90, two views of 224 pixels, crops of 0.08 to 1 of the area, bilinear; bytes are in the cache of",
     "the system. All hand over uint8 crops; none flips or changes colours.",
     "1 worker: images/s that arrive from one worker process: median (smallest-largest); the cases take turns.",
     "per core: images/s of processor time in one process with one thread, without transport.",
+    "manyviews, torchcodec: data.decoder=torchcodec, which decodes what is not decoded small; the pixels are the same.",
     "torchvision v2, PIL: Image.open, convert, and RandomResizedCrop and PILToTensor twice, in a DataLoader.",
     "torchvision v2, tensors: ToImage first, then RandomResizedCrop of uint8 tensors.",
     "datasets: imagefolder with with_transform of torchvision's two crops, in a DataLoader.",
@@ -145,11 +146,18 @@ def rates(
     return {name: harness.Spread.of(values) for name, values in found.items()}
 
 
-def _ours(folder: Path, batch: int, workers: int) -> Iterator[object]:
+def _ours(
+    folder: Path, batch: int, workers: int, decoder: Literal["pillow", "torchcodec"] = "pillow"
+) -> Iterator[object]:
     # Not in memory, and none held out.
-    images = Folder(path=str(folder), memory=0, holdout=0).build().train
+    images = Folder(path=str(folder), memory=0, holdout=0, decoder=decoder).build().train
     views = ViewsSettings(size=VIEW, crop_scale=(0.08, 1.0)).build(size=VIEW, channels=3, seed=0)
     return iter(Loader(images, Order(len(images), batch, seed=0), views, workers=workers))
+
+
+def _ours_by_torchcodec(folder: Path, batch: int, workers: int) -> Iterator[object]:
+    harness.rival("torchcodec.decoders", "decode_jpeg")
+    return _ours(folder, batch, workers, "torchcodec")
 
 
 def _loader(data: Dataset[Any], batch: int, workers: int) -> Iterator[object]:
@@ -195,6 +203,7 @@ def _torchcodec(folder: Path, batch: int, workers: int) -> Iterator[object]:
 
 LOADERS: dict[str, Callable[[Path, int, int], Iterator[object]]] = {
     OURS: _ours,
+    "manyviews, torchcodec": _ours_by_torchcodec,
     THEIRS: _torchvision,
     "torchvision v2, tensors": _tensors,
     "datasets": _datasets,

@@ -23,7 +23,7 @@ from manyviews.system.distributed import raise_on_all_ranks
 from manyviews.system.plural import plural
 from manyviews.views import StandardView
 
-DECODED = {"size", "channels", "background", "bits", "max_bad", "max_pixels", "memory"}
+DECODED = {"size", "channels", "background", "bits", "max_bad", "max_pixels", "memory", "decoder"}
 """Settings of a folder that change the pixels of its images, not which images there are."""
 HELD_OUT = {"test", "holdout", "holdout_seed"}
 SIDE = 8

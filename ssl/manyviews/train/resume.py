@@ -32,6 +32,7 @@ FREE = {
         "output",
         "data.max_bad",
         "data.cache",
+        "data.decoder",
         "data.memory",
         "train.workers",
         "train.threads",

@@ -1,10 +1,10 @@
 """Boxes of upright pictures in images that are stored turned, or decoded at a fraction of their size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ At this limit the squares of photographs differ from those of the full picture b
 DIVISORS = (8, 4, 2)
 """Fractions of its size to which a JPEG is decoded at less work."""
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,6 +35,16 @@ SIDEWAYS, LEFT_IS_RIGHT, TOP_IS_BOTTOM = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom."""
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def orientation_of(image: Image.Image, exif: Callable[[Image.Image], Image.Exif] | None = None) -> int:
+    """The EXIF orientation of an image, 1 for a TIFF, which Pillow turns itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        return int((image.getexif() if exif is None else exif(image)).get(ORIENTATION, 1))
+    except Exception:  # broken metadata of a valid image
+        return 1
 
 
 def stored_box(upright: Sequence[float], orientation: int) -> Box:
@@ -85,6 +96,16 @@ def rounded(pixels: UInt8[Tensor, "height width channels"], box: Box, side: int,
     left, top = min(left, width - 1), min(top, height - 1)
     part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)].permute(2, 0, 1).unsqueeze(0)
     return F.interpolate(part, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def check_boxes(boxes: Float[Tensor, "_ 4"]) -> None:
+    """Raises ValueError for a box that is empty, or outside the image."""
+    for left, top, right, bottom in boxes.tolist():
+        if not (max(left, 0) < min(right, 1) and max(top, 0) < min(bottom, 1)):
+            raise ValueError(
+                f"the box ({left:g}, {top:g}, {right:g}, {bottom:g}) is empty or outside the image; give left, top, "
+                "right and bottom as shares of its width and height, from 0 to 1"
+            )
 
 
 def _within(box: Box, width: int, height: int) -> Box:

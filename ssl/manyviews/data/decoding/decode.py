@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -20,7 +20,18 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from manyviews.data.decoding.bit_depth import eight_bits, metadata_follows, without_text
-from manyviews.data.decoding.crops import SIDEWAYS, TURNS, divisor, resized, rounded, stored_box, upright_pixels
+from manyviews.data.decoding.crops import (
+    SIDEWAYS,
+    TURNS,
+    check_boxes,
+    divisor,
+    orientation_of,
+    resized,
+    rounded,
+    stored_box,
+    upright_pixels,
+)
+from manyviews.data.decoding.jpeg import jpeg_pixels
 from manyviews.data.images import Interpolation
 from manyviews.system.files import RefusedFileError, open_regular, shown
 
@@ -43,7 +54,6 @@ SIGNATURES = (
 PILLOW_LIMIT = 178_956_970
 """Pillow itself refuses more pixels than this."""
 
-ORIENTATION = 0x0112
 JPEGS = ("JPEG", "MPO")
 
 
@@ -78,6 +88,8 @@ class Decoding:
     """Larger images are refused before they are decoded."""
     bits: int | None = None
     """Significant bits of 16-bit values that do not declare them; None: guessed from the largest."""
+    torchcodec: bool = field(default=False, repr=False, compare=False)
+    """Decode JPEGs by torchcodec where it can be, to the same pixels."""
 
     def read(self, path: Path, opener: Opener | None = None) -> UInt8[Tensor, "channels size size"]:
         """Decodes the whole image in a file, which `opener` opens if given, to a square.
@@ -123,7 +135,7 @@ class Decoding:
             ValueError: a box is empty, or outside the image.
         """
         for boxes, _ in crops:
-            _check_boxes(boxes)
+            check_boxes(boxes)
         return _of_picture(
             lambda image: self.squares(image, crops, interpolation, exact=exact), path, self.max_pixels, opener
         )
@@ -139,7 +151,7 @@ class Decoding:
     def square(self, image: Image.Image) -> UInt8[Tensor, "channels size size"]:
         """Converts an open image to a square."""
         converted = _in_mode(eight_bits(image, self.background, self.bits), "L" if self.channels == 1 else "RGB")
-        turn = TURNS.get(_orientation(image))
+        turn = TURNS.get(orientation_of(image))
         upright = converted if turn is None else converted.transpose(turn)
         shape = (self.size, self.size)
         pixels = np.array(upright.resize(shape, Image.Resampling.BICUBIC, reducing_gap=3.0))
@@ -155,23 +167,30 @@ class Decoding:
     ) -> list[UInt8[Tensor, "_ channels _ _"]]:
         """Converts boxes of an open image to squares, as `crop` does."""
         wanted = [(boxes.tolist(), side) for boxes, side in crops]
-        drafted = None
+        drafted, share = None, 0
         if image.format in JPEGS:
             width, height = image.size
-            orientation = _orientation(image)
+            orientation = orientation_of(image)
             stored = [(stored_box(box, orientation), side) for boxes, side in wanted for box in boxes]
             share = divisor(
                 ((right - left) * width, (bottom - top) * height, side) for (left, top, right, bottom), side in stored
             )
             # Of a grey image, the luma alone is decoded.
             drafted = image.draft("L" if self.channels == 1 else None, (width // share, height // share))
-        loaded = eight_bits(image, self.background, self.bits)
+        # Pillow alone decodes JPEGs small.
+        pixels = jpeg_pixels(image) if self.torchcodec and not exact and share == 1 else None
+        size = image.size
+        if pixels is None:
+            loaded = eight_bits(image, self.background, self.bits)
+            size = loaded.size
+            # Grey becomes colour as a square.
+            plain = loaded if loaded.mode == "L" else _in_mode(loaded, "L" if self.channels == 1 else "RGB")
+            cut = partial(resized, plain) if exact else partial(rounded, _pixels(plain))
+        else:
+            cut = partial(rounded, pixels)
         # Of a JPEG decoded small, the last pixels may lie partly outside.
-        wide, high = loaded.size if drafted is None else drafted[1][2:]
-        orientation = _orientation(image)
-        # Grey becomes colour as a square.
-        plain = loaded if loaded.mode == "L" else _in_mode(loaded, "L" if self.channels == 1 else "RGB")
-        cut = partial(resized, plain) if exact else partial(rounded, _pixels(plain))
+        wide, high = size if drafted is None else drafted[1][2:]
+        orientation = orientation_of(image)
         results = []
         for boxes, side in wanted:
             result = torch.empty(len(boxes), self.channels, side, side, dtype=torch.uint8)
@@ -193,7 +212,7 @@ def aspect(image: Image.Image) -> float:
     width, height = image.size
     # Pillow would load a PNG to look for EXIF behind its pixels.
     known = isinstance(image, PngImageFile) and not metadata_follows(image)
-    orientation = _orientation(image, Image.Image.getexif if known else None)
+    orientation = orientation_of(image, Image.Image.getexif if known else None)
     return height / width if orientation in SIDEWAYS else width / height
 
 
@@ -270,16 +289,6 @@ def _reason(error: Exception, path: Path) -> str:
     return shown(error) or type(error).__name__
 
 
-def _orientation(image: Image.Image, exif: Callable[[Image.Image], Image.Exif] | None = None) -> int:
-    """The EXIF orientation of an image, 1 for a TIFF, which Pillow turns itself."""
-    if image.format == "TIFF":
-        return 1
-    try:
-        return int((image.getexif() if exif is None else exif(image)).get(ORIENTATION, 1))
-    except Exception:  # broken metadata of a valid image
-        return 1
-
-
 def _pixels(image: Image.Image) -> UInt8[Tensor, "height width channels"]:
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1))
 
@@ -287,13 +296,3 @@ def _pixels(image: Image.Image) -> UInt8[Tensor, "height width channels"]:
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     # Pillow would copy an image that is in the mode.
     return image if image.mode == mode else image.convert(mode)
-
-
-def _check_boxes(boxes: Float[Tensor, "_ 4"]) -> None:
-    """Raises ValueError for a box that is empty, or outside the image."""
-    for left, top, right, bottom in boxes.tolist():
-        if not (max(left, 0) < min(right, 1) and max(top, 0) < min(bottom, 1)):
-            raise ValueError(
-                f"the box ({left:g}, {top:g}, {right:g}, {bottom:g}) is empty or outside the image; give left, top, "
-                "right and bottom as shares of its width and height, from 0 to 1"
-            )

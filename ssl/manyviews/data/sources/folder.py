@@ -25,6 +25,7 @@ from manyviews.data.decoding.files import (
     open_image,
     refuse_too_many,
 )
+from manyviews.data.decoding.jpeg import require_torchcodec
 from manyviews.data.decoding.picture_cache import DECODER, SPLITS, PictureCache
 from manyviews.data.images import Images, InMemory, Inventory, Names, Report, Split, fingerprint
 from manyviews.data.listing.digests import Digests, Rows, digests_of
@@ -97,6 +98,10 @@ class Folder(Settings):
     max_pixels: int = Field(default=120_000_000, gt=0, le=PILLOW_LIMIT)
     """Files of more pixels are refused before they are decoded."""
 
+    decoder: Literal["auto", "pillow", "torchcodec"] = "auto"
+    """What decodes a JPEG at its full size when training crops are taken from the files: torchcodec takes less time for
+    the same pixels. auto: torchcodec if it is installed and gives Pillow's pixels. All else is decoded by Pillow."""
+
     memory: float = Field(default=2.0, ge=0, le=1_000_000)
     """GiB per process that the decoded images may take; a larger set is decoded again in each epoch. 0: always."""
 
@@ -122,8 +127,8 @@ class Folder(Settings):
 
         Raises:
             ValueError: a folder is missing, may not be read or has no images, its layout is ambiguous, too many files
-                are unreadable, the cache is of other images, or the ranks do not see the same files; an OSError on the
-                other ranks, except for the last.
+                are unreadable, the cache is of other images, torchcodec is asked for and cannot be used, or the ranks
+                do not see the same files; an OSError on the other ranks, except for the last.
         """
         threads = cores() if workers is None else workers
         split = for_all_ranks(partial(self._find, threads, report, began or {}))
@@ -131,6 +136,8 @@ class Folder(Settings):
         return split
 
     def _find(self, threads: int, report: Report | None, began: Mapping[str, str]) -> Split:
+        if self.decoder == "torchcodec":
+            require_torchcodec()
         discovered = discover(
             existing_folder(self.path),
             None if self.test is None else existing_folder(self.test),
@@ -279,4 +286,5 @@ class Folder(Settings):
     def decoding(self) -> Decoding:
         """How files are decoded."""
         background = self.background if isinstance(self.background, tuple) else (GREYS[self.background],) * 3
-        return Decoding(self.channels, self.size, background, self.max_pixels, self.bits)
+        fast = self.decoder != "pillow"
+        return Decoding(self.channels, self.size, background, self.max_pixels, self.bits, torchcodec=fast)
