@@ -35,7 +35,7 @@ from manyviews.train.setup import make_setup
 from small_run import photographs, small_run
 
 NUMBERS = ("1e9", "1e20", "1e308", "-1", "-1e308", "nan", "inf", "1e400")
-PAIRS = ("crop_scale", "crop_ratio", "blur_sigma", "erase_scale", "unseen", "classes")
+PAIRS = ("crop_scale", "local_scale", "crop_ratio", "blur_sigma", "erase_scale", "unseen", "classes")
 """Keys whose bounds a validator knows, and classes by their numbers."""
 REQUIRED = {ExtractSettings: ["output=x"], Recipe: [], FinetuneSettings: [], EvaluateSettings: []}
 

@@ -65,7 +65,7 @@ def slow_reading(reached: Path) -> None:
 
 
 STAGES: dict[str, Callable[[Path], object]] = {
-    "decoding": lambda reached: slow(Decoding, "read", reached, seconds=0.05),
+    "decoding": lambda reached: slow(Decoding, "read_whole", reached, seconds=0.05),
     "training": lambda reached: slow(pretrain, "train_step", reached, from_call=2),
     "export": lambda reached: slow(pretrain, "export", reached, seconds=600),
     "reading": slow_reading,

@@ -24,7 +24,7 @@ LOCAL_SCALE = (0.05, 0.14)
 """Shares of the area that local views show (Caron et al. 2020, section 4.1), and what global ones then start from."""
 CROPPED_FROM, CROP_PCT = 160, 0.875
 """Side of a view from which the standard view leaves out the image's margins, and what it shows of the shorter side."""
-Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+Mean = Annotated[float, Field(ge=0, le=255)]
 Std = Annotated[float, Field(gt=0, le=1e4)]
 
 
