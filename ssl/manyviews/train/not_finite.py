@@ -23,7 +23,7 @@ from manyviews.train.kept_buffers import Kept, KeptBuffers
 
 REPORT = "not_finite.json"
 MOST_IN_A_ROW = 20
-"""SkippedStep steps in a row after which a run ends: it would not recover."""
+"""Skipped steps in a row after which a run ends: it would not recover."""
 MOST_NAMED = 64
 """Images, and tensors, that the report names for each rank."""
 

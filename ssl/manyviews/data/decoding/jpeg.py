@@ -88,7 +88,7 @@ def _tried() -> DecodeJpeg:
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(256, size=(23, 37, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, "JPEG")
-    found = decode(file.getvalue(), mode="RGB").permute(1, 2, 0).numpy()
-    if not np.array_equal(found, np.asarray(Image.open(file))):
+    decoded = decode(file.getvalue(), mode="RGB").permute(1, 2, 0).numpy()
+    if not np.array_equal(decoded, np.asarray(Image.open(file))):
         raise ValueError("it gives other pixels than Pillow")
     return decode
