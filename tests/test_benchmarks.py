@@ -144,6 +144,7 @@ def test_checkpointing_times_the_steps_beside_a_checkpoint_and_the_growth_of_mem
     assert growth["resident, at the end (MiB)"] > 0
 
 
+@pytest.mark.slow
 def test_chunks_give_the_gradient_of_the_whole_batch_where_no_batch_norm_sees_them(tmp_path: Path) -> None:
     rows = rows_of("chunk", tmp_path, "--batch", "16", "--chunk", "8", "--encoders", "test_vit")
     chunks = {row["batch"]: row for row in rows}

@@ -59,6 +59,7 @@ def test_the_fewest_parts_are_found_by_few_tries(local: int, smallest: int) -> N
         assert len(tried) <= 4 + 2 * local.bit_length()
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_its_chunk_is_bitwise_the_run_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

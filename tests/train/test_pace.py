@@ -92,6 +92,8 @@ class SlowDecoding(Decoding):
         return [torch.zeros(len(boxes), 3, side, side, dtype=torch.uint8) for boxes, side in crops]
 
 
+# By the clock, of which a busy machine has less.
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "expected"), [(1, 12.5), (3, 30.0)])
 def test_a_run_reaches_the_pace_that_was_foretold(
     photographs: Path, monkeypatch: pytest.MonkeyPatch, workers: int, expected: float

@@ -43,6 +43,8 @@ CASES = [
     ("margin", "sgd", "gradient"),
     ("nce", "adamw", "gradient"),
 ]
+FAST = {("bank", "adamw", "loss"), *(("queue", optimiser, "gradient") for optimiser in OPTIMISERS), CASES[-4]}
+"""What is tried by default."""
 
 
 def step(built: Components, number: int) -> StepResult | SkippedStep:
@@ -61,8 +63,11 @@ def content(built: Components) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in state(built).items() if bool(value.cpu().any())}
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["later step", "first step"])
-@pytest.mark.parametrize(("name", "optimiser", "spoil"), CASES)
+@pytest.mark.parametrize("first", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["later step", "first step"])
+@pytest.mark.parametrize(
+    ("name", "optimiser", "spoil"),
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_a_gpu_skips_what_the_cpu_skips_without_a_trace_and_without_a_wait(
     name: str, optimiser: str, spoil: str, first: bool
 ) -> None:

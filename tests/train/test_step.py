@@ -330,7 +330,15 @@ def check_that_a_run_compiles_nothing(*words: str) -> None:
 LOCAL_OF_SMALL = ("train.chunk=5", "views.local=2", "views.local_size=16")
 
 
-@pytest.mark.parametrize("words", [(), ("train.chunk=5",), LOCAL_OF_SMALL], ids=["whole", "chunks", "local views"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("train.chunk=5",), marks=pytest.mark.slow),
+        LOCAL_OF_SMALL,
+    ],
+    ids=["whole", "chunks", "chunks and local views"],
+)
 def test_a_run_compiles_nothing_after_its_start(words: tuple[str, ...]) -> None:
     # Of the last batch of an epoch, and of unequal chunks, too.
     in_a_process_of_its_own(f"check_that_a_run_compiles_nothing(*{words!r})")

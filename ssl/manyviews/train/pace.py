@@ -69,7 +69,9 @@ class Pace(NamedTuple):
         reached, needed = self.reached(workers), self.needed()
         if reached >= BUSY * self.learning:
             slower = "the encoder" if self.encoder <= self.augmentation else "the augmentation"
-            verdict = f"{slower}: {plural(workers, 'worker')} decode{'s' * (workers == 1)} as fast" if workers else slower
+            verdict = (
+                f"{slower}: {plural(workers, 'worker')} decode{'s' * (workers == 1)} as fast" if workers else slower
+            )
         else:
             verdict = f"decoding: {reached:,.0f} images/s of the {self.learning:,.0f} that could be learned from; "
             if needed is not None:
