@@ -60,8 +60,12 @@ def test_crops_of_a_photograph_decoded_small_are_within_a_grey_level_of_the_full
         photograph(name).save(tmp_path / name, quality=90)
         full = Image.open(tmp_path / name).convert("RGB")
         for boxes in random_boxes(16, seed).split(4):
-            found = crop(tmp_path / name, boxes, side, interpolation=interpolation)
-            differences.append(difference(found, of_whole(full, boxes, side, interpolation)))
+            squares = crop(tmp_path / name, boxes, side, interpolation=interpolation)
+            differences.append(difference(squares, of_whole(full, boxes, side, interpolation)))
+            if side <= 32:
+                # Decoded small, boxes are not rounded: a pixel is several of the file's.
+                rough = crop(tmp_path / name, boxes, side, interpolation=interpolation, exact=False)
+                assert torch.equal(rough, squares)
     assert sum(differences) / len(differences) < 1
 
 

@@ -19,7 +19,7 @@ class Kept:
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self._kept = [(alike, _joined(alike)) for alike in kinds.values()]
+        self._kept = [(group, _joined(group)) for group in kinds.values()]
 
     @torch.no_grad()
     def restore(self, where: Bool[Tensor, ""] | None = None) -> None:

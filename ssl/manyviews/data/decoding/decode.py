@@ -126,8 +126,8 @@ class Decoding:
             crops: for each side of squares, boxes (left, top, right, bottom) in shares of the upright image, and the
                 side in pixels.
             interpolation: the filter, antialiased.
-            exact: keep fractions of pixels. Otherwise boxes are rounded to whole pixels of what is decoded, as
-                torchvision's crops are, and resizing takes half the time.
+            exact: keep fractions of pixels. Otherwise boxes of a picture that is decoded at full size are rounded to
+                whole pixels, as torchvision's crops are, and resizing takes half the time.
             opener: opens the file instead.
 
         Raises:
@@ -185,7 +185,8 @@ class Decoding:
             size = loaded.size
             # Grey becomes colour as a square.
             plain = loaded if loaded.mode == "L" else _in_mode(loaded, "L" if self.channels == 1 else "RGB")
-            cut = partial(resized, plain) if exact else partial(rounded, _pixels(plain))
+            # A pixel of a picture that is decoded small is several of the file's.
+            cut = partial(resized, plain) if exact or share > 1 else partial(rounded, _pixels(plain))
         else:
             cut = partial(rounded, pixels)
         # Of a JPEG decoded small, the last pixels may lie partly outside.
