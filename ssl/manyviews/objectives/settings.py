@@ -12,6 +12,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.objectives.cost import Cost, Distance, Sizes
 from manyviews.objectives.objective import Objective
+from manyviews.objectives.relations import Kind, Lists
 
 
 class Population(NamedTuple):
@@ -26,6 +27,8 @@ class Population(NamedTuple):
     keys: int | None = None
     """Number of views, the first ones, that embeddings are compared with; None: all. Local views come after them: they
     are anchors, but nobody's positive or negative (Caron et al. 2020, SwAV, equation 6)."""
+    lists: Lists | None = None
+    """Relations of the images, of which batches are made then."""
 
     @property
     def size(self) -> int:
@@ -48,6 +51,8 @@ class Traits(NamedTuple):
     """Why `ids=labels` is not supported, as a clause about the objective; None: ids may be classes."""
     uses_values: Literal["always", "if given"] | None = None
     """Whether it takes the recipe's `values`, the continuous labels of images."""
+    relations: tuple[Kind, ...] = ()
+    """Kinds of relations between images that it can be trained by."""
     compares_embeddings: bool = False
     """Whether embeddings are trained to be compared with each other. Then they, and not the backbone's features, are
     used for retrieval, clustering and verification."""
