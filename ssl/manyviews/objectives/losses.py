@@ -65,6 +65,16 @@ def cross_entropy(
     return softplus(negatives - positives)
 
 
+def squared_distances(products: Float[Tensor, "*pairs"], *, normalized: bool) -> Float[Tensor, "*pairs"]:
+    """Squared distances from products: cosines of `normalized` rows, or else squared distances but for rounding."""
+    return 2 - 2 * products if normalized else products.clamp(min=0)
+
+
+def distances(squares: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    """Distances from squared ones; with a zero gradient where points coincide."""
+    return squares.clamp(min=torch.finfo(squares.dtype).eps).sqrt()
+
+
 def softplus(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(1 + e^x), exact in float64 too: PyTorch's own threshold of 20 is 2e-9 off."""
     return F.softplus(logits, threshold=40)
