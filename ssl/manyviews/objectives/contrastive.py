@@ -127,6 +127,7 @@ def contrastive_loss_of_pairs(
     batch's other images are items too, they are pairs with s = 0.
 
     Examples:
+        >>> from manyviews.objectives.relations import Relations
         >>> lists = Lists(Relations("pairs", torch.tensor([[0, 1]]), torch.tensor([[0.25]]), size=2))
         >>> loss = contrastive_loss_of_pairs(torch.eye(2)[None], torch.arange(2), lists, Contrastive(margin=2.0))
         >>> round(loss.total.item(), 4)  # 2 / 2 + (2 - 2 ** 0.5) ** 2 / 2

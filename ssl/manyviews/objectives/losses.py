@@ -42,9 +42,10 @@ def gather_views(
 def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tensor, "*figures"]:
     """This rank's part of a mean: the mean of the parts is Σ totals / Σ counts.
 
-    0, with a zero gradient, where nothing was counted; collective.
+    0, with a zero gradient, where nothing was counted; counts may be sums of weights. Collective.
     """
-    return total * distributed.world_size() / distributed.total(count).to(total.dtype).clamp(min=1)
+    whole = distributed.total(count).to(total.dtype)
+    return total * distributed.world_size() / whole.where(whole > 0, 1)
 
 
 def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
