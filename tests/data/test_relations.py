@@ -60,7 +60,7 @@ def test_any_delimiter_order_of_columns_and_json_lines_mean_the_same(header: str
     lines, columns = LINES[header], header.split(",")
     expected = read(tmp_path, "\n".join([header, *(",".join(map(str, line)) for line in lines)]))
     for delimiter in ",;\t|":
-        turned = [delimiter.join(map(str, line[::-1])) for line in [columns, *lines]]
+        turned = [delimiter.join(map(str, line[::-1])) for line in [[*columns], *lines]]
         again = read(tmp_path, "\ufeff" + "\r\n\r\n".join(turned) + "\r\n", "tsv")
         assert rows(again) == rows(expected)
     objects = [json.dumps(dict(zip(columns, line, strict=True))) for line in lines]
