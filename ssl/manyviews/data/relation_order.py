@@ -42,7 +42,7 @@ class RelationOrder(Order):
     Examples:
         >>> triplets = RelationTable("triplets", torch.tensor([[0, 1, 2], [3, 2, 0]]), torch.ones(2))
         >>> RelationOrder(triplets, 3, batch_size=6, seed=0).batch(0)[1].view(2, 3).tolist()
-        [[3, 2, 0], [0, 1, 2]]
+        [[0, 1, 2], [3, 2, 0]]
     """
 
     def __init__(self, relations: RelationTable, size: int, batch_size: int, seed: int, *, processes: int = 1) -> None:
@@ -75,9 +75,9 @@ class RelationOrder(Order):
             lists = np.where(generator.random((self.lists, 1)) < 0.5, lists, lists[:, ::-1])
         elif self.kind == "ranked":
             lists = self._drawn(generator)
-        return torch.from_numpy(lists[shuffled].astype(np.int64).ravel())
+        return torch.from_numpy(lists[shuffled].ravel())
 
-    def _drawn(self, generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    def _drawn(self, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Lists of the queries and items drawn for them."""
         owners = self._owners
         keys = generator.random(len(owners))
