@@ -36,7 +36,7 @@ class Margin(ObjectiveSettings):
     nu: float = Field(0.0, ge=0, le=1e4)
     """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
     sampling: Sampling = DistanceWeighted()
-    """Which pairs."""
+    """Which pairs; of given ones, all."""
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every embedding against all of the batch."""

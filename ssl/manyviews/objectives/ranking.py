@@ -112,15 +112,10 @@ class RankingObjective(Objective):
         self, loss: QueryLoss, cosines: Tensor, relevances: Tensor, there: Tensor | None, *threshold: Tensor
     ) -> Sums:
         """Sum of the losses of queries, and sums over these for the terms."""
-        low = high = relevances
-        if there is not None:
-            low, high = relevances.masked_fill(~there, torch.inf), relevances.masked_fill(~there, -torch.inf)
-        best = high.amax(1, keepdim=True)
-        asked = (best > low.amin(1, keepdim=True)).squeeze(1)
+        above, below = query_losses.unlike(relevances, there)
+        asked, first = above.any(1), above & ~below
         total = loss(cosines - threshold[0] if threshold else cosines, relevances, there).where(asked, 0).sum()
-        first = (high == best) & asked[:, None]
-        rest = ~first & asked[:, None] if there is None else ~first & asked[:, None] & there
-        figures = [asked, cosines.where(first, 0), first, rest]
+        figures = [asked, cosines.where(first, 0), first, below]
         return total, torch.stack([figure.detach().sum().double() for figure in figures])
 
     def _mean(self, total: Tensor, figures: Tensor) -> Loss:
