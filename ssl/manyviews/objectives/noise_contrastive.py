@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,9 +123,10 @@ class NoiseContrastiveObjective(LearnedRows):
             ValueError: if an id has no row (checked on CPU).
         """
         check_ids(ids, self.classes)
-        settings, views, real, there = self.settings, len(embeddings), None, None
-        if self.lists is not None:
-            embeddings, ids, real, there = pairs_of(embeddings, ids, self.lists)
+        settings, views = self.settings, len(embeddings)
+        pairs = None if self.lists is None else pairs_of(embeddings, ids, self.lists)
+        if pairs is not None:
+            embeddings, ids = pairs.embeddings, pairs.ids
         batch = distributed.counts(len(ids))
         measure = normalize if settings.normalized else at_least_float32
         anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)
@@ -143,23 +144,23 @@ class NoiseContrastiveObjective(LearnedRows):
             offsets=self._offsets(noise_ids, anchors),
             own_logits=own_logits.detach(),
             temperature=settings.temperature,
-            real=real,
+            real=None if pairs is None else pairs.same,
         )
         total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
         anchor_count = torch.full((), len(anchors), device=ids.device)
         cosines = F.cosine_similarity(anchors.detach(), own_rows.detach())
-        if real is None or there is None:
+        if pairs is None:
             loss = average(softplus(-own_logits)) + share_of_mean(total, anchor_count)
             similarity = cosines.mean()
         else:
-            own = (real * softplus(-own_logits) + (1 - real) * softplus(own_logits)).where(there, 0)
-            loss = share_of_mean(own.sum() + total, there.sum())
-            similarity = share_of_mean((cosines * real).sum(), real.sum())
+            own = pairs.same * softplus(-own_logits) + (1 - pairs.same) * softplus(own_logits)
+            loss = share_of_mean(own.where(pairs.there, 0).sum() + total, pairs.there.sum())
+            similarity = share_of_mean((cosines * pairs.same).sum(), pairs.same.sum())
         terms = {"positive_similarity": similarity, "negatives": figures[0] / anchor_count.clamp(min=1)}
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
         # Too few noise rows, too unlike the ids, give no bound.
-        if real is None and self._divergence < math.log1p(settings.traits.noise):
+        if pairs is None and self._divergence < math.log1p(settings.traits.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
         return Loss(loss, terms)
 
@@ -209,19 +210,27 @@ class NoiseContrastiveObjective(LearnedRows):
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 
-def pairs_of(embeddings: Embeddings, ids: Ids, lists: Lists) -> tuple[Embeddings, Ids, Tensor, Tensor]:
-    """Both embeddings of each pair of queries and items, in order of the lists, with the other one's id.
+class Pairs(NamedTuple):
+    """Both embeddings of each pair of queries and items, in the order of the lists."""
 
-    The third result is how similar the pairs are and the fourth a mask of those that exist, of all views.
-    """
-    seats = torch.arange(len(ids), device=ids.device).view(len(ids) // lists.size, 1, lists.size)
-    first, second = torch.broadcast_tensors(seats[..., :1], seats[..., 1:])
-    both, others = torch.cat([first, second], 1).flatten(), torch.cat([second, first], 1).flatten()
+    embeddings: Float[Tensor, "views pairs dim"]
+    ids: Int[Tensor, " pairs"]
+    """Of the other one of each pair."""
+    same: Float[Tensor, " all"]
+    """How similar the pairs are, of all views."""
+    there: Bool[Tensor, " all"]
+    """Mask of the pairs that exist."""
+
+
+def pairs_of(embeddings: Embeddings, ids: Ids, lists: Lists) -> Pairs:
+    """Pairs the queries with the items of their lists, and the items with the queries."""
+    by_list = torch.arange(len(ids), device=ids.device).view(len(ids) // lists.size, lists.size)
+    queries, items = torch.broadcast_tensors(by_list[:, None, :1], by_list[:, None, 1:])
+    own, others = torch.cat([queries, items], 1).flatten(), torch.cat([items, queries], 1).flatten()
     same, there = (
-        part[:, None].expand(-1, 2, -1).flatten().repeat(len(embeddings))
-        for part in lists.relevances(ids[seats.squeeze(1)])
+        part[:, None].expand(-1, 2, -1).flatten().repeat(len(embeddings)) for part in lists.relevances(ids[by_list])
     )
-    return embeddings[:, both], ids[others], same.to(at_least_float32(embeddings).dtype), there
+    return Pairs(embeddings[:, own], ids[others], same.to(at_least_float32(embeddings).dtype), there)
 
 
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
