@@ -57,7 +57,8 @@ LINES: dict[str, list[list[str | float]]] = {
 
 @pytest.mark.parametrize("header", LINES)
 def test_any_delimiter_order_of_columns_and_json_lines_mean_the_same(header: str, tmp_path: Path) -> None:
-    lines, columns = LINES[header], header.split(",")
+    lines = LINES[header]
+    columns: list[str | float] = [*header.split(",")]
     expected = read(tmp_path, "\n".join([header, *(",".join(map(str, line)) for line in lines)]))
     for delimiter in ",;\t|":
         turned = [delimiter.join(map(str, line[::-1])) for line in [columns, *lines]]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manyviews.objectives.relations import Lists, Measure, Relations, sum_over_lists
+from manyviews.objectives.relations import Lists, Measure, Relations, list_batch
 from manyviews.system import distributed
 from processes import start
 
@@ -17,7 +17,7 @@ TRIPLETS = Relations(
 )
 
 
-def weigh(products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+def weigh(lists: slice, products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Gives each item another weight, by its relevance."""
     total = (products.square() * (1 + relevances)).where(there, 0).sum()
     return total, torch.stack([there.sum(), relevances.sum()])
@@ -30,23 +30,27 @@ def of_pair(measure: Measure, first: Tensor, second: Tensor) -> Tensor:
     return product / (first.norm() * second.norm()) if measure == "cosine" else product
 
 
-def by_loops(embeddings: Tensor, ids: list[int], relations: Relations, measure: Measure) -> Tensor:
+def by_loops(
+    embeddings: Tensor, ids: list[int], relations: Relations, measure: Measure, keys: int | None = None
+) -> Tensor:
     """The sum of `weigh` over all lists of the whole batch."""
     known = {
         (row[0], *row[1:]): values for row, values in zip(relations.rows.tolist(), relations.relevances, strict=True)
     }
-    pairs = {(row[0], item) for row in relations.rows.tolist() for item in row[1:]}
+    pairs = {frozenset((row[0], item)) for row in relations.rows.tolist() for item in row[1:]}
+    compared = embeddings[:keys]
     width, total = relations.rows.shape[1] - 1, torch.zeros((), dtype=embeddings.dtype)
-    for view in embeddings:
+    for number, view in enumerate(embeddings):
+        own = compared[number % len(compared)]
         for first in range(0, len(ids), relations.size):
             query, items = ids[first], list(range(first + 1, first + relations.size))
             for group in range(0, len(items), width):
                 seats = items[group : group + width]
                 for seat, relevance in zip(seats, known.get((query, *(ids[seat] for seat in seats)), ()), strict=False):
-                    total = total + of_pair(measure, view[first], view[seat]) ** 2 * (1 + relevance)
-            for other in embeddings if relations.others else ():
+                    total = total + of_pair(measure, view[first], own[seat]) ** 2 * (1 + relevance)
+            for other in compared if relations.others else ():
                 for seat, image in enumerate(ids):
-                    if image != query and (query, image) not in pairs:
+                    if image != query and frozenset((query, image)) not in pairs:
                         total = total + of_pair(measure, view[first], other[seat]) ** 2
     return total
 
@@ -63,7 +67,7 @@ def test_the_sum_and_its_gradient_are_those_of_loops_over_lists(
     embeddings = drawn().requires_grad_()
     relations = relations._replace(others=others)
     expected = by_loops(embeddings, IDS, relations, measure)
-    total, _ = sum_over_lists(embeddings, torch.tensor(IDS), Lists(relations), measure, weigh)
+    total, _ = list_batch(embeddings, torch.tensor(IDS), Lists(relations), measure).sum(weigh)
     torch.testing.assert_close(total, expected)
     gradients = (torch.autograd.grad(value, embeddings)[0] for value in (total, expected))
     torch.testing.assert_close(*gradients)
@@ -75,9 +79,31 @@ def test_a_query_in_the_place_of_an_item_is_none() -> None:
     assert relevances.tolist() == [[0.5, 0.0], [0.0, 0.25], [0.0, 0.0]]
 
 
-def test_images_without_a_relation_are_those_that_no_row_of_the_query_has() -> None:
+@pytest.mark.parametrize("others", [False, True])
+def test_a_local_view_is_a_query_but_nobodys_item(others: bool) -> None:
+    embeddings, relations = torch.cat([drawn(), drawn() + 1]), PAIRS._replace(others=others)
+    total, _ = list_batch(embeddings, torch.tensor(IDS), Lists(relations), "cosine", keys=2).sum(weigh)
+    torch.testing.assert_close(total, by_loops(embeddings, IDS, relations, "cosine", keys=2))
+
+
+def test_images_without_a_relation_are_those_that_no_row_has_with_the_query() -> None:
     unrelated = Lists(TRIPLETS).unrelated(torch.tensor([0, 3]), torch.arange(6))
-    assert unrelated.tolist() == [[False, False, False, False, True, True], [True, True, True, False, True, True]]
+    assert unrelated.tolist() == [[False, False, False, False, True, True], [False, True, True, False, True, True]]
+
+
+def test_the_similarity_of_positives_is_weighted_by_relevance() -> None:
+    similarity = list_batch(drawn(), torch.tensor(IDS), Lists(PAIRS), "product").positive_similarity
+    weights = {(0, 1): 1.0, (0, 2): 0.25, (5, 3): 0.5}
+    known = [(first, item) for first in range(0, len(IDS), 3) for item in (first + 1, first + 2)]
+    shares = [weights.get((IDS[query], IDS[item]), 0.0) for query, item in known]
+    cosines = [[of_pair("cosine", view[query], view[item]) for query, item in known] for view in drawn()]
+    expected = sum(torch.dot(torch.stack(row), torch.tensor(shares).double()) for row in cosines) / (2 * sum(shares))
+    torch.testing.assert_close(similarity, expected)
+
+
+def test_lists_of_triplets_are_of_three_images() -> None:
+    with pytest.raises(ValueError, match="a triplet is a list of 3 images, and size is 5"):
+        Lists(TRIPLETS._replace(size=5))
 
 
 def drawn() -> Tensor:
@@ -89,7 +115,7 @@ def drawn() -> Tensor:
 def sums(embeddings: Tensor, ids: Tensor, others: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Total, figures and gradient."""
     embeddings = embeddings.detach().requires_grad_()
-    total, figures = sum_over_lists(embeddings, ids, Lists(PAIRS._replace(others=others)), "cosine", weigh)
+    total, figures = list_batch(embeddings, ids, Lists(PAIRS._replace(others=others)), "cosine").sum(weigh)
     return total.detach(), figures, torch.autograd.grad(total, embeddings)[0]
 
 

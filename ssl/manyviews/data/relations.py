@@ -13,6 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from manyviews.data.images import fingerprint
 from manyviews.data.relation_files import Kind, Records, open_relations
 from manyviews.data.tables import lookup, number_in, unknown_image
 from manyviews.system.files import shown
@@ -39,6 +40,16 @@ class RelationTable(NamedTuple):
     """What a person should know: relations that are left out, and those that contradict others."""
     sets: tuple[str, ...] = ()
     """Names of the sets, sorted."""
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change with any relation, but not with the order of the file."""
+        return fingerprint([self.kind, self.ids.numpy(), self.numbers.numpy()])
+
+    @property
+    def images(self) -> int:
+        """Number of images in a relation."""
+        return len(self.ids.unique())
 
 
 class _Read(NamedTuple):

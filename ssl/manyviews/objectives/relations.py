@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from manyviews.engine import normalize, squared_distance_rows, sum_over_tiles
 from manyviews.engine.rows import at_least_float32
-from manyviews.objectives.losses import gather_views
+from manyviews.objectives.losses import gather_views, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids
 
 Kind = Literal["pairs", "triplets", "ranked"]
 Measure = Literal["cosine", "product", "squared_distance"]
+Term = Callable[..., tuple[Tensor, Tensor]]
+"""Called with a slice of the lists, products, relevances, mask of existing items, parameters; see `ListBatch.sum`."""
 
 
 class Relations(NamedTuple):
@@ -25,8 +27,8 @@ class Relations(NamedTuple):
     relevances: Float[Tensor, "rows items"]
     """Relevance of each item of a row, 0 or more; of pairs at most 1."""
     size: int
-    """Images of a list in a batch: a query and its items. Batches are lists one after another; a list with fewer items
-    is filled up with its query."""
+    """Images of a list in a batch: a query and its items; of triplets 3. Batches are lists one after another; a list
+    with fewer items is filled up with its query."""
     others: bool = False
     """Whether images of a batch without a relation to a query are items of relevance 0 too."""
 
@@ -35,6 +37,9 @@ class Lists(nn.Module):
     """Looks up the relevances of the lists of a batch; equal on all ranks.
 
     They follow from the recipe and the images, so they are no part of a checkpoint.
+
+    Raises:
+        ValueError: if lists of triplets are not of 3 images.
 
     Examples:
         >>> triplets = Relations("triplets", torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0]]), size=3)
@@ -49,6 +54,8 @@ class Lists(nn.Module):
     def __init__(self, relations: Relations) -> None:
         super().__init__()
         rows, self.kind, self.size, self.others = relations.rows, relations.kind, relations.size, relations.others
+        if self.kind == "triplets" and self.size != 3:
+            raise ValueError(f"a triplet is a list of 3 images, and size is {self.size}")
         self.images = int(rows.max()) + 1
         # A row is found column by column: the number of its first columns, then those with the next one.
         self.columns = rows.shape[1] - 1
@@ -58,8 +65,9 @@ class Lists(nn.Module):
             self.register_buffer(f"known_{column}", known, persistent=False)
         values = torch.empty(len(known), self.columns).index_copy_(0, keys, relations.relevances.float())
         self.register_buffer("values", values, persistent=False)
-        pairs = torch.cat([rows[:, 0] * self.images + rows[:, column + 1] for column in range(self.columns)])
-        self.register_buffer("related", pairs.unique(), persistent=False)
+        queries, items = rows[:, :1].expand(-1, self.columns).flatten(), rows[:, 1:].flatten()
+        both = torch.cat([queries * self.images + items, items * self.images + queries])
+        self.register_buffer("related", both.unique(), persistent=False)
 
     def relevances(
         self, lists: Int[Tensor, "lists size"]
@@ -75,7 +83,7 @@ class Lists(nn.Module):
         return relevances.where(there, 0).flatten(1), there.flatten(1)
 
     def unrelated(self, queries: Int[Tensor, " rows"], ids: Int[Tensor, " all"]) -> Bool[Tensor, "rows all"]:
-        """Mask of the images that are neither the query nor in a relation with it."""
+        """Mask of the images that are neither the query nor in a relation with it, as its item or it as theirs."""
         _, known = self._find(queries[:, None].expand(-1, len(ids)), ids.expand(len(queries), -1), self.related)
         return ~known & (queries[:, None] != ids)
 
@@ -87,43 +95,85 @@ class Lists(nn.Module):
         return indices, known[indices] == wanted
 
 
-def sum_over_lists(
-    embeddings: Embeddings,
-    ids: Ids,
-    lists: Lists,
-    measure: Measure,
-    term: Callable[..., tuple[Tensor, Tensor]],
-    *parameters: Tensor,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
-    """Sums a term over this rank's lists; collective if the images of other lists are items too.
+class ListBatch(NamedTuple):
+    """This rank's lists of a batch, and the rows that their items are among.
 
-    Each call `term(products, relevances, there, *parameters)` is for some lists: the `measure` of their queries and
-    items, [lists, items], the relevances, and a mask of the items that exist. What it returns is as of
-    `sum_over_tiles`, which differentiates it. Each view of the images has its own lists.
-
-    Where a batch's other images are items, they follow the list's own ones; `lists.others` says so.
+    Every view of a query has its own list, with the items in the same view. Queries of local views have those of one of
+    the other views: a local view is nobody's item.
     """
-    views, batch = embeddings.shape[:2]
+
+    queries: Float[Tensor, "lists width"]
+    rows: Float[Tensor, "all width"]
+    """Products of queries and rows are what the batch was made to measure."""
+    items: Int[Tensor, "lists items"]
+    """Indices of each list's own items among the rows."""
+    relevances: Float[Tensor, "lists items"]
+    there: Bool[Tensor, "lists items"]
+    """Mask of the own items that exist."""
+    unrelated: Callable[[slice], Bool[Tensor, "some all"]] | None
+    """Mask of the rows that are further items of some lists, of relevance 0; None: no row is."""
+    positive_similarity: Float[Tensor, ""]
+    """This rank's part of the mean cosine of queries and items, weighted by relevance."""
+
+    def sum(self, term: Term, *parameters: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
+        """Sums a term over this rank's lists.
+
+        Each call `term(lists, products, relevances, there, *parameters)` is for a slice of the lists: the products of
+        their queries and items, [lists, items], the relevances, and a mask of the items that exist. Items that are only
+        of the batch follow the list's own ones. What it returns is as of `sum_over_tiles`, which differentiates it.
+        """
+
+        def tile(some: slice, products: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+            items, known, exist = products.gather(1, self.items[some]), self.relevances[some], self.there[some]
+            if self.unrelated is not None:
+                items = torch.cat([items, products], 1)
+                known = torch.cat([known, torch.zeros_like(products)], 1)
+                exist = torch.cat([exist, self.unrelated(some)], 1)
+            return term(some, items, known, exist, *learned)
+
+        return sum_over_tiles(self.queries, self.rows, tile, *parameters)
+
+    def terms(self, negatives: Tensor) -> dict[str, Tensor]:
+        """Terms of every loss over lists, from the number of items that this rank's were pushed below or away."""
+        count = torch.full_like(negatives, len(self.queries))
+        return {"positive_similarity": self.positive_similarity, "negatives": share_of_mean(negatives, count)}
+
+
+def list_batch(
+    embeddings: Embeddings, ids: Ids, lists: Lists, measure: Measure, *, keys: int | None = None
+) -> ListBatch:
+    """Makes queries and items of this rank's images, and of all ranks' if others are items too; collective.
+
+    `keys` as in `Population`.
+
+    Examples:
+        >>> lists = Lists(Relations("pairs", torch.tensor([[0, 1]]), torch.tensor([[0.5]]), size=2))
+        >>> points = torch.tensor([[0.0, 2.0], [0.0, 3.0]])
+        >>> batch = list_batch(points[None], torch.arange(2), lists, "product")
+        >>> total, _ = batch.sum(lambda _, products, same, there: ((products * same).sum(), same.new_zeros(1)))
+        >>> total.item()
+        3.0
+    """
+    views, count = len(embeddings), len(ids) // lists.size
+    used = normalize(embeddings) if measure == "cosine" else at_least_float32(embeddings)
     if lists.others:
-        rows, row_ids, own = gather_views(at_least_float32(embeddings), ids)
+        rows, row_ids, own = gather_views(used, ids, keys)
     else:
-        rows, row_ids = at_least_float32(embeddings).flatten(0, 1), ids.repeat(views)
-        own = torch.arange(views * batch, device=ids.device)
-    by_list, seats = ids.view(-1, lists.size), own.view(-1, lists.size)
-    query_ids, columns = by_list[:, 0].repeat(views), seats[:, 1:]
+        rows, row_ids = used[:keys].flatten(0, 1), ids.repeat(views if keys is None else keys)
+        own = torch.arange(views * len(ids), device=ids.device)
+    compared = torch.arange(views, device=ids.device) % (keys or views)
+    items = own.view(views, count, lists.size)[compared, :, 1:].flatten(0, 1)
+    by_list = ids.view(count, lists.size)
     relevances, there = (part.repeat(views, 1) for part in lists.relevances(by_list))
-    if measure == "cosine":
-        rows = normalize(rows)
-    queries = rows[seats[:, 0]]
+    relevances, query_ids = relevances.to(rows.dtype), by_list[:, 0].repeat(views)
+    queries = used[:, :: lists.size].flatten(0, 1)
+    with torch.no_grad():
+        cosines = torch.einsum("ld,lid->li", normalize(queries), normalize(rows[items]))
+        similarity = share_of_mean((cosines * relevances).sum(), relevances.sum())
     if measure == "squared_distance":
         queries, rows = squared_distance_rows(queries, rows)
 
-    def tile(some: slice, products: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
-        items, known, exist = products.gather(1, columns[some]), relevances[some].to(products.dtype), there[some]
-        if lists.others:
-            items = torch.cat([items, products], 1)
-            known = torch.cat([known, torch.zeros_like(products)], 1)
-            exist = torch.cat([exist, lists.unrelated(query_ids[some], row_ids)], 1)
-        return term(items, known, exist, *learned)
+    def unrelated(some: slice) -> Tensor:
+        return lists.unrelated(query_ids[some], row_ids)
 
-    return sum_over_tiles(queries, rows, tile, *parameters)
+    return ListBatch(queries, rows, items, relevances, there, unrelated if lists.others else None, similarity)

@@ -1,5 +1,6 @@
 """Triplet loss: an anchor is to be nearer to its positive than to a negative, by a margin."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,10 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
-from manyviews.objectives.cost import Cost, Sizes, all_pairs
-from manyviews.objectives.losses import float32_island, softplus, with_gradient
+from manyviews.objectives.cost import Cost, Distance, Sizes, all_pairs
+from manyviews.objectives.losses import (
+    distances,
+    float32_island,
+    share_of_mean,
+    softplus,
+    squared_distances,
+    with_gradient,
+)
 from manyviews.objectives.mining import Sampling, SemiHard, batch_of, choose, hardness, refuse_off_sphere, shares
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.query_losses import excess, logistic, ordered_pairs
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
@@ -50,7 +60,8 @@ class Triplet(ObjectiveSettings):
     @property
     def traits(self) -> Traits:
         """On the unit sphere the cosine orders as the Euclidean distance does."""
-        return Traits(compares_embeddings=True, distance="cosine" if self.normalized else "euclidean")
+        distance: Distance = "cosine" if self.normalized else "euclidean"
+        return Traits(relations=("triplets", "ranked"), compares_embeddings=True, distance=distance)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every embedding against all of the batch."""
@@ -58,7 +69,9 @@ class Triplet(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws triplets by `seed`."""
-        alike, keys = population.alike, population.keys
+        alike, keys, lists = population.alike, population.keys, population.lists
+        if lists is not None:
+            return Stateless(lambda z, ids, _: triplet_loss_of_lists(z, ids, lists, self, keys=keys))
         return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys))
 
 
@@ -115,6 +128,45 @@ def triplet_loss(
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[1:])
     compared = count if settings.average == "all" or settings.soft else active
     return Loss(total * distributed.world_size() / compared.clamp(min=1), terms)
+
+
+@float32_island
+def triplet_loss_of_lists(
+    embeddings: Embeddings, ids: Ids, lists: Lists, settings: Triplet, *, keys: int | None = None
+) -> Loss:
+    """Mean over given triplets of [d(a, p) − d(a, n) + margin]₊, as in `triplet_loss`.
+
+    They are those of the file, or all of a query and two items of its list, p more relevant than n. Where the batch's
+    other images are items too, they are further n. Nothing is sampled.
+
+    Examples:
+        >>> from manyviews.objectives.relations import Relations
+        >>> lists = Lists(Relations("triplets", torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0]]), size=3))
+        >>> views = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])  # squared distances of 2 and 4
+        >>> triplet_loss_of_lists(views, torch.arange(3), lists, Triplet(margin=3.0)).total.item()
+        1.0
+    """
+    normalized = settings.normalized
+    batch = list_batch(embeddings, ids, lists, "cosine" if normalized else "squared_distance", keys=keys)
+    loss = logistic if settings.soft else partial(excess, margin=settings.margin)
+    most = batch.items.shape[1]
+
+    def term(some: slice, products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        squares = squared_distances(products, normalized=normalized)
+        scores = -squares if settings.squared else -distances(squares)
+        triplets = ordered_pairs(scores, relevances, loss, there, most, detailed=True)
+        return triplets.sum().sum(), triplets.counts.sum(0)
+
+    total, (count, active, hard) = batch.sum(term)
+    shares = {
+        "active": active,
+        "easy": count - active.maximum(hard),
+        "semi_hard": active - active.minimum(hard),
+        "hard": hard,
+    }
+    compared = count if settings.average == "all" or settings.soft else active
+    terms = {name: share_of_mean(figure, count) for name, figure in shares.items()}
+    return Loss(share_of_mean(total, compared), batch.terms(count) | terms)
 
 
 def all_triplets(
