@@ -30,7 +30,7 @@ class Contrastive(ObjectiveSettings):
     average: Literal["active", "all"] = "active"
     """The mean over the negative pairs within the margin, or over all that were sampled."""
     sampling: Sampling = All()
-    """Which pairs."""
+    """Which pairs; of given ones, all."""
 
     @model_validator(mode="after")
     def _on_the_sphere(self) -> "Contrastive":
@@ -53,7 +53,7 @@ class Contrastive(ObjectiveSettings):
         """Builds the objective; it has no state, and draws pairs by `seed`."""
         alike, keys, lists = population.alike, population.keys, population.lists
         if lists is not None:
-            return Stateless(lambda z, ids, _: contrastive_loss_of_pairs(z, ids, lists, self, keys=keys))
+            return Stateless(lambda z, ids, _: contrastive_loss_of_pairs(z, ids, lists, self, keys=keys), lists)
         return Stateless(
             lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys)
         )

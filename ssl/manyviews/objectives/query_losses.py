@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyviews.engine.rows import tile_numbers
@@ -115,27 +115,25 @@ def list_mle(scores: Items, relevances: Items, there: There | None = None) -> Qu
         >>> list_mle(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # log 2
         tensor([0.6931])
     """
-    scores, relevances, least = _in_order(scores, relevances, there)
+    scores, relevances, above = _in_order(scores, relevances, there)
     ranks = torch.arange(scores.shape[1], device=scores.device)
     begins = torch.ones_like(relevances, dtype=torch.bool)
     begins[:, 1:] = relevances[:, 1:] != relevances[:, :-1]
     first_of_ties = torch.where(begins, ranks, 0).cummax(1).values
     tails = scores.flip(1).logcumsumexp(1).flip(1).gather(1, first_of_ties)
-    counted = relevances > least
-    return (tails - scores).where(counted, 0).sum(1) / counted.sum(1).clamp(min=1)
+    return (tails - scores).where(above, 0).sum(1) / above.sum(1).clamp(min=1)
 
 
-def n_pairs(scores: Items, relevances: Items, there: There | None = None) -> tuple[Queries, Int[Tensor, " queries"]]:
-    """Sum over items i of log(1 + Σ exp(sⱼ − sᵢ)) over all j less relevant than i, and their number (Sohn 2016, eq. 6).
+def n_pairs(scores: Items, relevances: Items, there: There | None = None) -> Queries:
+    """Sum over items i of log(1 + Σ exp(sⱼ − sᵢ)) over all j that are less relevant than i (Sohn 2016, eq. 6).
 
-    Items without a less relevant one do not count.
+    An item without a less relevant one has no loss.
 
     Examples:
-        >>> losses, counts = n_pairs(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 1.0]]))  # log 3
-        >>> losses, counts
-        (tensor([1.0986]), tensor([1]))
+        >>> n_pairs(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 1.0]]))  # log 3
+        tensor([1.0986])
     """
-    scores, relevances, least = _in_order(scores, relevances, there)
+    scores, relevances, above = _in_order(scores, relevances, there)
     # Of each item the first one that is less relevant: the next at which the relevance changes.
     items = scores.shape[1]
     ends = torch.full_like(relevances, items, dtype=torch.long)
@@ -143,8 +141,7 @@ def n_pairs(scores: Items, relevances: Items, there: There | None = None) -> tup
     ends[:, :-1] = torch.where(relevances[:, 1:] != relevances[:, :-1], ranks, items)
     ends = ends.flip(1).cummin(1).values.flip(1)
     tails = F.pad(scores.flip(1).logcumsumexp(1).flip(1), (0, 1), value=FAR).gather(1, ends)
-    counted = relevances > least
-    return softplus(tails - scores).where(counted, 0).sum(1), counted.sum(1)
+    return softplus(tails - scores).where(above, 0).sum(1)
 
 
 class OrderedPairs(NamedTuple):
@@ -183,7 +180,7 @@ def ordered_pairs(
     `loss` gets the scores of more and of less relevant items, and returns derivatives too: autograd would keep all
     pairs. `most`: see `rank_net`. If `detailed`, pairs with a loss and those out of order are counted too.
     """
-    scores, relevances, least = _in_order(scores, relevances, there)
+    scores, relevances, above = _in_order(scores, relevances, there)
     # What is not there is less relevant than all, and nothing is more relevant than it.
     others = relevances if there is None else relevances.masked_fill(relevances == -torch.inf, torch.inf)
     with torch.no_grad():
@@ -192,7 +189,7 @@ def ordered_pairs(
         counts = scores.new_zeros(queries, 3 if detailed else 1)
         if most is None:
             # With few relevant items nearly all pairs are ties.
-            most = int((relevances > least).sum(1).max()) if queries else 0
+            most = int(above.sum(1).max()) if queries else 0
         height = max(1, tile_numbers(scores.device, NUMBERS) // max(queries * items, 1))
         most = min(most, items)
         for first in range(0, most, height):
@@ -222,17 +219,29 @@ def logistic(more: Tensor, less: Tensor) -> OfPairs:
     return softplus(differences), slopes, slopes
 
 
+def unlike(relevances: Items, there: There | None = None) -> tuple[There, There]:
+    """Masks of the items that are more relevant than another one of the query, and of those that are less.
+
+    Examples:
+        >>> above, below = unlike(torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 1.0]]))
+        >>> above.tolist(), below.tolist()
+        ([[True, True, False], [False, False, False]], [[False, True, True], [False, False, False]])
+    """
+    low = high = relevances
+    if there is not None:
+        low, high = relevances.masked_fill(~there, torch.inf), relevances.masked_fill(~there, -torch.inf)
+    return high > low.amin(1, keepdim=True), low < high.amax(1, keepdim=True)
+
+
 def _mean(losses: Items, there: There | None) -> Queries:
     """Mean over the items."""
     return losses.mean(1) if there is None else losses.where(there, 0).sum(1) / there.sum(1).clamp(min=1)
 
 
-def _in_order(scores: Items, relevances: Items, there: There | None) -> tuple[Items, Items, Float[Tensor, "queries 1"]]:
-    """Scores and relevances in falling order of relevance, and the least one; what is not there comes last."""
+def _in_order(scores: Items, relevances: Items, there: There | None) -> tuple[Items, Items, There]:
+    """Scores, relevances and mask of `unlike`, in falling order of relevance; what is not there comes last."""
+    above, _ = unlike(relevances, there)
     if there is not None:
         scores, relevances = scores.masked_fill(~there, FAR), relevances.masked_fill(~there, -torch.inf)
     order = relevances.argsort(dim=1, descending=True, stable=True)
-    scores, relevances = scores.gather(1, order), relevances.gather(1, order)
-    if there is None:
-        return scores, relevances, relevances[:, -1:]
-    return scores, relevances, relevances.masked_fill(relevances == -torch.inf, torch.inf).amin(1, keepdim=True)
+    return scores.gather(1, order), relevances.gather(1, order), above.gather(1, order)

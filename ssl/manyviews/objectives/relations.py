@@ -87,6 +87,10 @@ class Lists(nn.Module):
         _, known = self._find(queries[:, None].expand(-1, len(ids)), ids.expand(len(queries), -1), self.related)
         return ~known & (queries[:, None] != ids)
 
+    def related_to(self, count: int) -> Int[Tensor, " images"]:
+        """Number of images in a relation with each of `count` images."""
+        return torch.bincount(self.related // self.images, minlength=count)
+
     def _find(self, keys: Tensor, ids: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of keys and ids among the known ones, and a mask of those that are among them."""
         # Images beyond the largest one of all relations have none.

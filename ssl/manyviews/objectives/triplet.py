@@ -50,7 +50,7 @@ class Triplet(ObjectiveSettings):
     average: Literal["active", "all"] = "active"
     """The mean over the triplets that violate the margin, or over all that were sampled."""
     sampling: Sampling = SemiHard()
-    """Which triplets."""
+    """Which triplets; of given ones, all."""
 
     @model_validator(mode="after")
     def _on_the_sphere(self) -> "Triplet":
@@ -71,7 +71,7 @@ class Triplet(ObjectiveSettings):
         """Builds the objective; it has no state, and draws triplets by `seed`."""
         alike, keys, lists = population.alike, population.keys, population.lists
         if lists is not None:
-            return Stateless(lambda z, ids, _: triplet_loss_of_lists(z, ids, lists, self, keys=keys))
+            return Stateless(lambda z, ids, _: triplet_loss_of_lists(z, ids, lists, self, keys=keys), lists)
         return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys))
 
 
