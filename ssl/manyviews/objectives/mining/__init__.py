@@ -2,7 +2,7 @@
 
 from manyviews.objectives.mining.batch import Batch, batch_of, most_alike
 from manyviews.objectives.mining.hardness import hardness, shares
-from manyviews.objectives.mining.sampling import (
+from manyviews.objectives.mining.samplers import (
     All,
     DistanceWeighted,
     Easiest,
@@ -11,9 +11,12 @@ from manyviews.objectives.mining.sampling import (
     Random,
     Sampling,
     SemiHard,
-    choose,
+    WithinMargin,
+    of_objective,
+    refuse_no_margin,
     refuse_off_sphere,
 )
+from manyviews.objectives.mining.sampling import choose
 
 __all__ = [
     "All",
@@ -25,10 +28,13 @@ __all__ = [
     "Random",
     "Sampling",
     "SemiHard",
+    "WithinMargin",
     "batch_of",
     "choose",
     "hardness",
     "most_alike",
+    "of_objective",
+    "refuse_no_margin",
     "refuse_off_sphere",
     "shares",
 ]

@@ -85,6 +85,12 @@ class Batch(NamedTuple):
         """A number that falls as the distance grows, without gradient."""
         return products.detach() if self.normalized else -products.detach()
 
+    def moved(self, nearness: Float[Tensor, "*pairs"], farther: float, *, squared: bool) -> Float[Tensor, "*pairs"]:
+        """Nearness of points that are farther by a distance or a squared distance."""
+        distance = self.squared_distances(nearness if self.normalized else -nearness).clamp(min=0)
+        distance = distance + farther if squared else (distance.sqrt() + farther).square()
+        return 1 - distance / 2 if self.normalized else -distance
+
     def terms(self) -> dict[str, Tensor]:
         """Terms of every loss of pairs: the mean cosine of positives, and the number of negatives."""
         negatives = self.negatives(slice(None)).to(self.anchors.dtype)
