@@ -123,8 +123,8 @@ OBJECTIVES: Mapping[str, str] = _by_name(
 
 _HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
 _FACENET = (
-    "FaceNet's nearest negative beyond the positive is objective.sampling=semi_hard, and one of those within the margin "
-    "objective.sampling=within_margin"
+    "FaceNet's nearest negative beyond the positive is objective.sampling=semi_hard, and one of those within the "
+    "margin objective.sampling=within_margin"
 )
 SAMPLINGS: Mapping[str, str] = _by_name(
     ("batch_hard batchhard hard_negative hardest_negative", _HARDEST),

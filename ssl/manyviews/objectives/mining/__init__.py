@@ -1,6 +1,6 @@
 """Selection of the pairs and triplets of a batch: positives, and negatives sampled for each."""
 
-from manyviews.objectives.mining.batch import Batch, batch_of, most_alike
+from manyviews.objectives.mining.batch import Batch, batch_of, batch_of_rows, most_alike
 from manyviews.objectives.mining.hardness import hardness, shares
 from manyviews.objectives.mining.samplers import (
     All,
@@ -17,6 +17,7 @@ from manyviews.objectives.mining.samplers import (
     refuse_off_sphere,
 )
 from manyviews.objectives.mining.sampling import choose
+from manyviews.objectives.mining.sphere import density
 
 __all__ = [
     "All",
@@ -30,7 +31,9 @@ __all__ = [
     "SemiHard",
     "WithinMargin",
     "batch_of",
+    "batch_of_rows",
     "choose",
+    "density",
     "hardness",
     "most_alike",
     "of_objective",
