@@ -4,9 +4,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.optimize import minimize
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
+from manyviews.data.sources.fashion_mnist import Sample
 from manyviews.linear_metrics import MMC
 from manyviews.linear_metrics.mmc import ascend, between, between_pairs
 
@@ -194,3 +198,29 @@ def test_pairs_that_define_no_metric_are_refused():
     with pytest.raises(ValueError, match="rank 2 of 4"):
         MMC(shrinkage=0.0).fit_pairs(features, pairs[few], same[few])
     assert MMC().fit_pairs(features, pairs[few], same[few]).figures["shrinkage"] > 0
+
+
+def drawn_pairs(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs of images, half of them of one class."""
+    pairs = torch.randint(len(labels), (20 * count, 2), generator=generator)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    chosen = torch.cat([kind.nonzero().squeeze(1)[: count // 2] for kind in (same, ~same)])
+    return pairs[chosen], same[chosen].double()
+
+
+def test_300_pairs_tell_pairs_of_other_images_apart_better_than_the_euclidean_distance():
+    split = Sample().build()
+    features, unseen = (avg_pool2d(images.pixels.float() / 255, 4).flatten(1) for images in (split.train, split.test))
+    gains = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        metric = MMC().fit_pairs(features, *drawn_pairs(split.train.labels, 300, generator))
+        pairs, same = drawn_pairs(split.test.labels, 2000, generator)
+        before, after = (
+            roc_auc_score(same, -(points[pairs[:, 0]] - points[pairs[:, 1]]).norm(dim=1))
+            for points in (unseen, metric.transform(unseen))
+        )
+        gains.append(after - before)
+    # The lower end of the interval of the mean.
+    assert np.mean(gains) - stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / np.sqrt(3) > 0.01
