@@ -110,11 +110,13 @@ def mean(values: list[Tensor], weights: list[float] | None = None) -> Tensor:
 def contrastive(lists: list[list[Item]], settings: Contrastive) -> Tensor:
     items = [item for items in lists for item in items]
     distances = [item.distance if settings.normalized else item.euclidean for item in items]
+    if settings.form == "hinge_of_squares":
+        distances = [distance**2 for distance in distances]
     pulls, pushes = distances, [(settings.margin - distance).clamp(min=0) for distance in distances]
     different = [1 - item.relevance for item in items]
     if settings.average == "active":
         different = [weight * float(push > 0) for weight, push in zip(different, pushes, strict=True)]
-    if settings.squared:
+    if settings.form == "squared_hinge":
         pulls, pushes = [pull**2 / 2 for pull in pulls], [push**2 / 2 for push in pushes]
     return mean(pulls, [item.relevance for item in items]) + mean(pushes, different)
 
@@ -124,10 +126,15 @@ def triplet(lists: list[list[Item]], settings: Triplet) -> Tensor:
         distance = item.distance if settings.normalized else item.euclidean
         return distance**2 if settings.squared else distance
 
-    differences = [apart(more) - apart(less) for items in lists for more, less in in_order(items)]
-    if settings.soft:
-        return mean([torch.log1p(difference.exp()) for difference in differences])
-    losses = [(difference + settings.margin).clamp(min=0) for difference in differences]
+    triplets = [(apart(more), apart(less)) for items in lists for more, less in in_order(items)]
+    if settings.form == "soft":
+        return mean([torch.log1p((near - far).exp()) for near, far in triplets])
+    if settings.form == "softmax":
+        return mean([torch.stack([near, far]).softmax(0)[0] ** 2 for near, far in triplets])
+    if settings.form == "ratio":
+        losses = [(1 - far / (near + settings.margin)).clamp(min=0) for near, far in triplets]
+    else:
+        losses = [(near - far + settings.margin).clamp(min=0) for near, far in triplets]
     return mean(losses, None if settings.average == "all" else [float(loss > 0) for loss in losses])
 
 
@@ -198,10 +205,13 @@ class Case(NamedTuple):
 CASES = {
     "contrastive": Case(Contrastive(), PAIRS, contrastive),
     "contrastive, all": Case(Contrastive(margin=1.9, average="all"), PAIRS, contrastive),
-    "contrastive, distances": Case(Contrastive(squared=False, normalized=False, margin=3.0), PAIRS, contrastive),
+    "contrastive, distances": Case(Contrastive(form="hinge", normalized=False, margin=3.0), PAIRS, contrastive),
+    "contrastive, squares": Case(Contrastive(form="hinge_of_squares", margin=1.5), PAIRS, contrastive),
     "triplet": Case(Triplet(margin=0.5), TRIPLETS, triplet),
     "triplet, all": Case(Triplet(margin=0.5, squared=False, normalized=False, average="all"), TRIPLETS, triplet),
-    "triplet, soft": Case(Triplet(soft=True), RANKED, triplet),
+    "triplet, soft": Case(Triplet(form="soft"), RANKED, triplet),
+    "triplet, softmax": Case(Triplet(form="softmax", squared=False), RANKED, triplet),
+    "triplet, ratio": Case(Triplet(form="ratio"), TRIPLETS, triplet),
     "triplet, ranked": Case(Triplet(), RANKED, triplet),
     "margin": Case(Margin(nu=0.1), TRIPLETS, margin),
     "margin, pairs": Case(Margin(nu=0.1, beta_per="class"), PAIRS, margin),
@@ -321,7 +331,7 @@ def test_the_shares_of_triplets_are_counted() -> None:
     relations = Relations("triplets", rows, torch.tensor([[1.0, 0.0]] * 3), size=3)
     population = Population(torch.arange(9), lists=Lists(relations))
     for soft, easy in ((False, 1), (True, 0)):
-        objective = Triplet(margin=0.2, soft=soft).build(dim=2, population=population, seed=0)
+        objective = Triplet(margin=0.2, form="soft" if soft else "hinge").build(dim=2, population=population, seed=0)
         terms = objective(points[None], torch.arange(9), None, 0).terms
         shares = [terms[name].item() * 3 for name in ("hard", "semi_hard", "easy", "active")]
         assert shares == pytest.approx([1, 2 - easy, easy, 3 - easy])

@@ -76,11 +76,11 @@ class LogRatioObjective(Objective):
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of the triplets whose anchors are this rank's."""
-        squared, epsilon = self.settings.squared, self.settings.epsilon
-        options = {"squared": squared, "epsilon": epsilon, "keys": self.keys}
+        squared, epsilon, keys = self.settings.squared, self.settings.epsilon, self.keys
         if self.lists is None:
-            return log_ratio(embeddings, ids, self.labels, **options)
-        return log_ratio_of_lists(embeddings, ids, self.labels, self.lists, **options)
+            return log_ratio(embeddings, ids, self.labels, squared=squared, epsilon=epsilon, keys=keys)
+        lists = self.lists
+        return log_ratio_of_lists(embeddings, ids, self.labels, lists, squared=squared, epsilon=epsilon, keys=keys)
 
 
 @float32_island

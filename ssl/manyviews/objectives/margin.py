@@ -1,16 +1,25 @@
 """Margin-based loss: positives nearer than a learned boundary, negatives farther."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.losses import distances, float32_island, share_of_mean, squared_distances
-from manyviews.objectives.mining import DistanceWeighted, Sampling, batch_of, choose, hardness, shares
+from manyviews.objectives.mining import (
+    DistanceWeighted,
+    Sampling,
+    batch_of,
+    choose,
+    hardness,
+    of_objective,
+    refuse_no_margin,
+    shares,
+)
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
 from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
@@ -24,8 +33,6 @@ class Margin(ObjectiveSettings):
     optimizer: one for all, or one for each id, which with ids=images is each image.
     """
 
-    traits: ClassVar[Traits] = Traits(relations=("pairs", "triplets"), compares_embeddings=True)
-
     name: Literal["margin"] = "margin"
     margin: float = Field(0.2, ge=0, le=1e4)
     """Distance on either side of the boundary within which pairs still cost something: the paper's α."""
@@ -37,6 +44,21 @@ class Margin(ObjectiveSettings):
     """Weight of the anchors' boundaries themselves: the larger, the smaller the boundaries."""
     sampling: Sampling = DistanceWeighted()
     """Which pairs; of given ones, all."""
+
+    @model_validator(mode="after")
+    def _with_a_margin(self) -> "Margin":
+        refuse_no_margin(self.sampling, self.margin)
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """Unit embeddings are compared."""
+        return Traits(relations=("pairs", "triplets"), compares_embeddings=True, sampling=self.sampler)
+
+    @property
+    def sampler(self) -> Sampling:
+        """The sampling, with this margin if it needs one and has none of its own."""
+        return of_objective(self.sampling, self.margin, squared=False)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of every embedding against all of the batch."""
@@ -98,10 +120,11 @@ def margin_loss(
         >>> round(loss.total.item(), 4)  # 0.2 - 2 ** 0.5 + 2
         0.7858
     """
+    sampling = settings.sampler
     batch = batch_of(embeddings, ids, normalized=True, seed=seed, step=step, alike=alike, keys=keys)
 
     def term(rows: slice, products: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        triples = choose(settings.sampling, batch, rows, products)
+        triples = choose(sampling, batch, rows, products)
         beta = beta[rows, None]
 
         def pushed(products: Tensor) -> Tensor:
@@ -121,7 +144,7 @@ def margin_loss(
     total, figures = sum_over_tiles(batch.anchors, batch.candidates, term, wide)
     figures = distributed.total(figures)
     active, count = figures[:2]
-    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(settings.sampling, figures[2:])
+    terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(sampling, figures[2:])
     return Loss((total * distributed.world_size() / active.clamp(min=1)).where(active > 0, 0), terms)
 
 

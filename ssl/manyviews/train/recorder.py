@@ -26,6 +26,7 @@ from manyviews.train.components import Components
 from manyviews.train.metric_line import Line, figures_of
 from manyviews.train.not_finite import SkippedStep, SkippedSteps
 from manyviews.train.resume import SCHEDULE, differences
+from manyviews.train.sampling_pictures import SamplingPictures
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 from manyviews.views import standard_view
@@ -69,6 +70,7 @@ class Recorder:
         self._last = self._begun, budget.seconds()
         """Step and seconds of the last line of metrics."""
         self._monitored = monitored_ids(images.labels, recipe, session.console)
+        self._sampling = SamplingPictures(recipe, session, budget.progress(self._begun))
         self._cut_off = bool(metadata.get("cut_off", False))
         """Whether a signal has interrupted a measurement, which is repeated then."""
         self._measured = max(int(budget.progress(self._begun) * recipe.train.monitor) - self._cut_off, 0)
@@ -158,6 +160,9 @@ class Recorder:
         self._skips.count(skipped)
         if skipped is None and isinstance(result, StepResult):
             self._averager.add(result.loss)
+            if self._sampling.due(progress):
+                with self._budget.paused():
+                    self._sampling.add(step, progress, result)
         if not len(self._averager) or seconds is None:
             return
         self.write_line()
