@@ -15,7 +15,7 @@ from manyviews import cli
 from manyviews.data import Sample
 from pages import PAGES, ROOT, commands
 
-SHORT = {"epochs": 0.6, "threads": 1, "monitor": 0, "preview": 0, "batch_size": 100}
+SHORT = {"epochs": 0.6, "threads": 1, "monitor": 0, "preview": 0, "batch_size": 120}
 EXTRA = {
     "pretrain": [f"train.{key}={value}" for key, value in SHORT.items()],
     "evaluate": [
@@ -28,6 +28,14 @@ EXTRA = {
     "finetune": ["epochs=1", "min_steps=1", "warmup_steps=0"],
 }
 """Settings that are added to a command, so that it takes seconds."""
+
+RELATIONS = {
+    "pairs.csv": ("a,b,same", 2, (",1", ",0")),
+    "triplets.csv": ("anchor,positive,negative", 3, ("",)),
+    "ranked.csv": ("query,items", 8, ("",)),
+    "sets.csv": ("name,set", 1, (",x", ",y")),
+}
+"""Files of relations: the header, the images of a line, and how lines end in turns."""
 
 NOT_RUN = {
     r"^make quickstart$": "installs torch into .venv; the four commands that it then runs are on the pages",
@@ -61,6 +69,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels[number]).save(root / "photos" / name)
         rows.append(f"{name},{label}")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
+    names = [row.partition(",")[0] for row in rows]
+    for file, (header, count, ends) in RELATIONS.items():
+        lines = [",".join(names[i : i + count]) + ends[i % len(ends)] for i in range(len(names) - count)]
+        (root / file).write_text("\n".join([header, *lines]) + "\n")
     for seed, name in enumerate(("mine", "other-0", "other-1")):
         data = {"name": "folder", "path": str(root / "photos"), "size": 16}
         manyviews.pretrain("simclr", data=data, output=root / "runs" / name, seed=seed, train=SHORT)
@@ -73,7 +85,8 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     assert program == "manyviews", command
     args = [re.sub(r"=(/my/images|/other/images|/photos|photos)$", f"={work / 'photos'}", arg) for arg in args]
     args = [arg for arg in args if not arg.startswith(("train.", "data.size="))]
-    for shown, path in {"labels.csv": work / "labels.csv", "/fast/photos-224": work / "cache"}.items():
+    files = {file: work / file for file in ("labels.csv", *RELATIONS)}
+    for shown, path in {**files, "/fast/photos-224": work / "cache"}.items():
         args = [arg.replace(shown, str(path)) for arg in args]
     if "facenet" in args:
         # Its 50 images of a class are more than there are.
