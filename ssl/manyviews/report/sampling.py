@@ -74,6 +74,7 @@ def shares_figure(metrics: Sequence[Mapping[str, float]]) -> Figure | None:
 
 
 def sampling_section(folder: Path, metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Returns the values of the page's section, whose figures are empty without anything to show."""
+    """Returns the values of the page's section; None without anything to show."""
     figures = sampling_figures_of(folder, metrics)
-    return {"sampling": {name: Markup(as_svg(figure, f"sampling, {name}")) for name, figure in figures.items()}}
+    drawn = {name: Markup(as_svg(figure, f"sampling, {name}")) for name, figure in figures.items()}
+    return {"sampling": {"distances": None, "shares": None, **drawn} if drawn else None}
