@@ -1,20 +1,31 @@
 """Pictures of the sampling in a run's folder and TensorBoard, alone and on several processes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from manyviews.config import load
-from manyviews.evaluators.sampling import OWN
+from manyviews.evaluators.sampling import OWN, sampling_figures
+from manyviews.objectives import Loss
+from manyviews.objectives.mining import DistanceWeighted
 from manyviews.recipe import Recipe
 from manyviews.report.sampling import read_sampling
-from manyviews.run.folder import DONE
+from manyviews.run.checkpoints import Saver
+from manyviews.run.folder import DONE, Run
+from manyviews.system import distributed
 from manyviews.system.console import Console
+from manyviews.system.launch import Stop
 from manyviews.train import sampling_pictures
 from manyviews.train.pretrain import pretrain
-from processes import launched
+from manyviews.train.sampling_pictures import SamplingPictures
+from manyviews.train.session import Session
+from manyviews.train.step import StepResult
+from processes import start
 from small_run import photographs
 
 WORDS = ("ids=labels", "train.batch_size=12", "train.epochs=1", "train.precision=fp32", "train.preview=0")
@@ -62,15 +73,29 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: 
     assert [text for text in warnings if text.startswith("step 4: there is no picture of the sampling")]
 
 
+def whole_batch() -> tuple[Tensor, Tensor]:
+    """Embeddings of two views and a local one, unevenly many for two processes, and their ids."""
+    return torch.randn(3, 11, 8, generator=torch.Generator().manual_seed(0)), torch.arange(11) // 3
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    embeddings, ids = whole_batch()
+    own = distributed.share(11)
+    run = Run(Path(folder) / "run") if rank == 0 else None
+    session = Session(run, cast("Saver", None), Console(quiet=True), cast("Stop", None))
+    made = recipe(Path(folder), Path(folder), "objective=margin", "views.local=1", "views.num_views=2")
+    pictures = SamplingPictures(made, session, 0.0)
+    assert pictures.due(1.0)
+    loss = Loss(torch.zeros(()), {})
+    pictures.add(3, 1.0, StepResult(loss, embeddings[:, own], ids[own], None))
+    assert not pictures.due(1.0)
+    dist.destroy_process_group()
+
+
 def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    words = (photographs(tmp_path / "images"), "objective=margin", "views.local=2", "train.epochs=0.25")
-    alone = pretrain(recipe(tmp_path / "alone", *words))
-    launched(pretrain, recipe(tmp_path / "together", *words))
-    first, second = (read_sampling(run) for run in (alone, tmp_path / "together"))
-    assert first is not None
-    assert second is not None
-    assert (second.embeddings, second.step, second.whole) == (first.embeddings, first.step, True) == (12, 1, True)
-    # A rounding error moves a distance over the edge of a bin.
-    for own, other in ((first.negatives, second.negatives), (first.chosen[OWN], second.chosen[OWN])):
-        assert sum(own) == sum(other) > 0
-        assert sum(abs(here - there) for here, there in zip(own, other, strict=True)) <= 0.1 * sum(own)
+    start(work, (str(tmp_path),), count=2)
+    embeddings, ids = whole_batch()
+    expected = sampling_figures(embeddings[:2], ids, DistanceWeighted(), normalized=True, seed=0, step=2)
+    assert expected.whole
+    assert read_sampling(tmp_path / "run") == expected.model_copy(update={"step": 3})
