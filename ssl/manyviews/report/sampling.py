@@ -48,7 +48,7 @@ def shares_figure(metrics: Sequence[Mapping[str, float]]) -> Figure | None:
         return None
     steps = [line["step"] for line in lines]
     shown = {kind: thin(steps, [line[kind] for line in lines]) for kind in KINDS}
-    figure, axes = new_axes(7.6, 2.1)
+    figure, axes = new_axes(8.4, 2.1)
     along = next(iter(shown.values())).steps
     # One line of metrics is no area.
     across = along if len(along) > 1 else np.asarray([along[0] - 0.5, along[0] + 0.5])
