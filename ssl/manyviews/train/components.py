@@ -72,8 +72,10 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     values = None if recipe.values is None else values_of(images, recipe.values)
     # No image comes twice in a batch, and with images per class no other number of a class.
     alike = 1 if names is None else recipe.train.images_per_class
-    population = Population(torch.arange(len(images)) if names is None else names, values, alike, recipe.keys)
-    check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
+    grid = None if encoder.context is None else encoder.context.grid.patches
+    population = Population(torch.arange(len(images)) if names is None else names, values, alike, recipe.keys, grid)
+    of_an_image = encoder.per_image(recipe.views.num_views + recipe.views.local)
+    check_objective(recipe, ids=population.size, embeddings=of_an_image, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.traits.twin_momentum is not None else None
