@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyviews.engine import pairs, softmax, tiles
 from manyviews.objectives import (
+    CPC,
     OBJECTIVES,
     Bank,
     Contrastive,
@@ -53,6 +54,8 @@ class Case(NamedTuple):
     narrow: bool = True
     """Whether float32 is good to 1e-6 over a few steps: not for products of long embeddings, which are exponents, for
     small distances, and at a temperature of 0.01."""
+    patches: int | None = None
+    """On a side of the grid of each image, whose patches and contexts are then in the place of views."""
 
     @property
     def keys(self) -> int | None:
@@ -61,7 +64,7 @@ class Case(NamedTuple):
     def build(self, *, seed: int = 3) -> Objective:
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
-        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys)
+        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys, patches=self.patches)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +86,8 @@ CASES: dict[str, Case] = {
     "in_batch, bilinear, hard": Case(
         InBatch(score="bilinear", temperature=20.0, hardness=0.5, decoupled=True), views=3
     ),
+    "cpc": Case(CPC(temperature=20.0), views=18, patches=3),
+    "cpc, farther rows": Case(CPC(temperature=20.0, steps=3, skip=1), views=32, patches=4),
     "supervised": Case(Supervised()),
     "supervised, three views": Case(Supervised(temperature=0.5), views=3),
     "nearest_neighbours": Case(NearestNeighbours(size=27)),

@@ -118,7 +118,7 @@ def predictive_coding(
     Examples:
         >>> z = torch.eye(4).unsqueeze(1).repeat(2, 3, 1)
         >>> predictive_coding(z, torch.arange(3), torch.eye(4)[None], range(1, 2), 0.5).total
-        tensor(2.5839)
+        tensor(2.6352)
     """
     side, batch, dim = math.isqrt(len(embeddings) // 2), len(ids), embeddings.shape[2]
     patches, contexts = at_least_float32(embeddings).unflatten(0, (2, side, side))
