@@ -13,7 +13,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 
 from manyviews.evaluators.lettering import lettering, shortened
@@ -134,6 +134,42 @@ def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float]
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    return figure
+
+
+def roc(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    equal_errors: Mapping[str, float],
+    mark: tuple[str, float],
+) -> Figure:
+    """Plots ROC curves: true accepts over the logarithm of false accepts, by name.
+
+    A point on each curve is its equal error rate, on the dashed line where false accepts equal false rejects; `mark` is
+    a vertical line.
+    """
+    figure, axes = _figure(6.4, 3.6)
+    least = min((rate for rates, _ in curves.values() for rate in rates if rate > 0), default=0.1)
+    least = min(least, 0.1)
+    chance = np.geomspace(least, 1, 200)
+    axes.plot(chance, 1 - chance, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+    for (name, (false, true)), colour, style in zip(
+        curves.items(), (FIRST, SECOND, THIRD, FAINT), ("-", "--", "-.", "-"), strict=False
+    ):
+        # Before the first wrong one, those that are accepted stand at the left end.
+        axes.plot(np.maximum(false, least), true, color=colour, linewidth=1.5, linestyle=style, label=name)
+        error = equal_errors[name]
+        label = f"EER {100 * error:.1f} %"
+        axes.plot([max(error, least)], [1 - error], "o", color=colour, markersize=5, label=label)
+    axes.axvline(max(mark[1], least), color=INK, linewidth=1.1, linestyle=":", label=mark[0])
+    axes.set_xscale("log")
+    axes.set_xlim(least, 1)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("false accept rate", color=INK, fontsize=9)
+    axes.set_ylabel("true accept rate", color=INK, fontsize=9)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

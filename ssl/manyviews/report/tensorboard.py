@@ -61,6 +61,8 @@ def _write(writer: SummaryWriter, findings: Findings, contents: Contents, seed: 
         writer.add_image("confusion", contents.matrix)
     if contents.histogram is not None:
         writer.add_image("similarities", as_pixels(contents.histogram, DPI))
+    if contents.verified is not None:
+        writer.add_image("verification/ROC curves", as_pixels(contents.verified.figure, DPI))
     if verdict := findings.evaluation.verdict():
         writer.add_text("verdict", verdict)
     _project(writer, findings, seed)
