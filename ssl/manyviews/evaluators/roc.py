@@ -87,7 +87,8 @@ def area(curve: Roc) -> Float64[Tensor, "*draws"]:
 def best_point(curve: Roc) -> Int64[Tensor, "*draws"]:
     """Returns the point with the most correct pairs, the highest threshold of equally good ones."""
     # Accepting is right for pairs of the same class, and wrong for the others.
-    return torch.argmax(curve.same - curve.different, dim=-1)
+    best: Tensor = (curve.same - curve.different).argmax(-1)
+    return best
 
 
 def intervals(
@@ -139,4 +140,5 @@ def thinned(curve: Roc, most: int) -> Int64[Tensor, " chosen"]:
     even = torch.linspace(0, 1, third, dtype=torch.float64)
     few = torch.logspace(-float(curve.different[-1].log10()), 0, third, dtype=torch.float64)
     chosen = [torch.searchsorted(rates, wanted) for rates, wanted in ((false, even), (false, few), (true, even))]
-    return torch.cat(chosen).clamp(1, points - 1).unique()
+    kept: Tensor = torch.cat(chosen).clamp(1, points - 1).unique()
+    return kept

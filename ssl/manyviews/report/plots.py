@@ -13,7 +13,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
 from manyviews.evaluators.lettering import lettering, shortened
@@ -144,7 +144,7 @@ def roc(
 ) -> Figure:
     """Plots ROC curves: true accepts over the logarithm of false accepts, by name.
 
-    A point on each curve is its equal error rate, on the dashed line where false accepts equal false rejects; `mark` is
+    A point on each curve is its equal error rate, on the dotted line where false accepts equal false rejects; `mark` is
     a vertical line.
     """
     figure, axes = _figure(6.4, 3.6)
@@ -156,16 +156,17 @@ def roc(
         curves.items(), (FIRST, SECOND, THIRD, FAINT), ("-", "--", "-.", "-"), strict=False
     ):
         # Before the first wrong one, those that are accepted stand at the left end.
-        axes.plot(np.maximum(false, least), true, color=colour, linewidth=1.5, linestyle=style, label=name)
+        axes.plot(np.maximum(false, least), true, color=colour, linewidth=1.5, linestyle=style)
         error = equal_errors[name]
-        label = f"EER {100 * error:.1f} %"
-        axes.plot([max(error, least)], [1 - error], "o", color=colour, markersize=5, label=label)
+        axes.plot([max(error, least)], [1 - error], "o", color=colour, markersize=5)
+        label = f"{name}: EER {100 * error:.1f} %"
+        axes.plot([], [], "o", color=colour, linewidth=1.5, linestyle=style, markersize=5, label=label)
     axes.axvline(max(mark[1], least), color=INK, linewidth=1.1, linestyle=":", label=mark[0])
     axes.set_xscale("log")
     axes.set_xlim(least, 1)
     axes.set_ylim(0, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("false accept rate", color=INK, fontsize=9)
     axes.set_ylabel("true accept rate", color=INK, fontsize=9)
