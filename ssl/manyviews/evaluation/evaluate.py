@@ -11,9 +11,11 @@ from manyviews.evaluation.run_tasks import (
     Job,
     gallery_of,
     geometries_of,
+    is_labelled,
     kinds_of,
     labelled_tasks,
     maps,
+    pairs_of,
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
@@ -61,6 +63,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     is_writable = not distributed.any_over_ranks(bool(problem))
     split = images_of(pretrained, settings, console)
     inventory = cautions.inventory_of(folder)
+    own = cautions.is_own(settings.data, recipe.data, inventory, split)
     failures: list[Failure] = []
 
     def on_failure(task: str, kind: str, problem: Exception) -> None:
@@ -68,25 +71,28 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             raise problem
         failures.append(Failure(task, kind, in_a_line(problem)))
 
-    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None)
-    labels = job.labels
-    planned = planned_tasks(settings, recipe, labelled=labels is not None)
+    planned = planned_tasks(settings, recipe, labelled=is_labelled(split))
+    with raise_on_all_ranks():
+        pairs = pairs_of(split, settings)
+    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None, pairs)
     layers = measured_layers(pretrained, settings, planned)
     tasks: list[Task] = [task for task in planned if task != "geometry"]
     gallery = None
-    if labels is not None and tasks:
-        gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
-        refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
+    if tasks:
+        gallery = gallery_of(job, own=own)
+        listed = pairs is not None
+        refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric, listed=listed)
         if len(refused) == len(planned):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))
         failures += [Failure(task, kind, reason) for task, reason in refused.items() for kind in layers.kinds]
         tasks = [task for task in tasks if task not in refused]
     for message in failure_messages(failures, layers.kinds):
         console.warn(message)
-    kinds = kinds_of(job, layers.kinds, training=takes_training(tasks, settings.metric))
+    training = takes_training(tasks, settings.metric) or bool(len(job.paired))
+    kinds = kinds_of(job, layers.kinds, training=training)
     with console.bar():
         evaluation = Evaluation()
-        if labels is not None and gallery is not None and tasks:
+        if gallery is not None and tasks:
             evaluation = labelled_tasks(job, kinds, tasks, gallery)
         more: list[Measurement] = []
         if "geometry" in planned:
@@ -107,6 +113,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         warnings=(
             *_warnings(folder, split, planned, settings, layers.missing),
             *cautions.whose(settings.data, recipe.data, inventory, split),
+            *(cautions.learned_pairs(job.paired, split.train, recipe.unseen) if own else ()),
             *about_images,
         ),
         layers=layers.reason,

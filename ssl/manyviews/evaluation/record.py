@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manyviews.evaluation.method_rows import leaves
 from manyviews.evaluation.old_records import converted
-from manyviews.evaluation.settings import EvaluateSettings
+from manyviews.evaluation.settings import EvaluateSettings, pairs_mark
 from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
@@ -26,8 +26,8 @@ from manyviews.report import Findings
 EVALUATION, OUTCOMES, KEPT = "evaluation.json", "outcomes.safetensors", "kept"
 OWN = ("predictions", "hits", "labels")
 """First parts of the names of the newest record's outcomes."""
-CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few")
-"""What results depend on beside task and kind of features."""
+CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few", "pairs")
+"""What results depend on beside task and kind of features; the last only where pairs were listed."""
 MOST_KEPT = 50
 """Most records of other weights, images or protocols: the file is read whole, so the oldest are dropped."""
 Record = dict[str, Any]
@@ -72,6 +72,8 @@ def record_of(
         outcomes |= {"labels": labels} if (labels := findings.shown.labels) is not None else {}
     # As in the settings: without a metric, each measurement names its own distance.
     record |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "few", "layer"})
+    if (mark := pairs_mark(settings)) is not None:
+        record["pairs"] = mark
     record["failures"] = [asdict(own) for own in findings.failures]
     record["warnings"] = list(findings.warnings)
     record["tasks"] = tasks_of(record)
@@ -99,7 +101,9 @@ def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
 
 def key_of(record: Mapping[str, Any]) -> str:
     """Returns the key of a record: a hash of its weights, images and protocol."""
-    context = json.dumps({name: record.get(name) for name in CONTEXT}, sort_keys=True)
+    context = json.dumps(
+        {name: record.get(name) for name in CONTEXT if name in record or name != "pairs"}, sort_keys=True
+    )
     return hashlib.sha256(context.encode()).hexdigest()[:12]
 
 

@@ -16,6 +16,7 @@ from manyviews.evaluators.distance import Euclidean
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
+from manyviews.evaluators.pair_lists import read_pairs
 from manyviews.evaluators.protocol import Gallery
 from manyviews.evaluators.results.measurement import (
     EMBEDDED,
@@ -28,6 +29,7 @@ from manyviews.evaluators.results.measurement import (
     in_order,
 )
 from manyviews.evaluators.splits import Prediction, num_classes
+from manyviews.evaluators.verification import Pairs
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
@@ -64,6 +66,8 @@ class Job(NamedTuple):
     """Called if a task fails on a kind of features, which is then left out."""
     output: Path | None
     """Folder for features and fitted metrics; None if it cannot be written to."""
+    pairs: Pairs | None = None
+    """Pairs to verify, by their positions in the images shown, then in the training images."""
 
     @property
     def recipe(self) -> Recipe:
@@ -76,10 +80,41 @@ class Job(NamedTuple):
         return self.split.train if self.split.test is None else self.split.test
 
     @property
-    def labels(self) -> tuple[Tensor, Tensor] | None:
-        """The classes of training and held-out images, if there are both."""
-        train, test = self.split.train.labels, None if self.split.test is None else self.split.test.labels
-        return None if train is None or test is None else (train, test)
+    def labelled(self) -> bool:
+        """Whether training and held-out images have classes."""
+        return is_labelled(self.split)
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """The classes of training images and images shown, −1 without one."""
+        train, test = self.split.train.labels, self.shown.labels
+        if not self.labelled or train is None or test is None:
+            return torch.full((len(self.split.train),), -1), torch.full((len(self.shown),), -1)
+        return train, test
+
+    @property
+    def paired(self) -> Tensor:
+        """Ids of training images, other than those shown, that the pairs have."""
+        images = torch.empty(0, dtype=torch.int64) if self.pairs is None else self.pairs.images.unique()
+        return images[images >= len(self.shown)] - len(self.shown)
+
+
+def is_labelled(split: Split) -> bool:
+    """Returns whether images are held out, and they and the training images have classes."""
+    return split.train.labels is not None and split.test is not None and split.test.labels is not None
+
+
+def pairs_of(split: Split, settings: EvaluateSettings) -> Pairs | None:
+    """Reads the pairs of the settings, of held-out or training images; None without a file.
+
+    Raises:
+        ValueError: as `read_pairs` does.
+    """
+    if settings.pairs is None:
+        return None
+    names = [*(split.train if split.test is None else split.test).names]
+    names += [] if split.test is None else [*split.train.names]
+    return read_pairs(settings.pairs, names, settings.protocol.verification, seed=settings.protocol.seed)
 
 
 def gallery_of(job: Job, *, own: bool) -> Gallery:
@@ -139,9 +174,8 @@ def _project(head: nn.Module, features: Tensor) -> Tensor:
 
 
 def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) -> Evaluation:
-    """Measures the tasks that compare features with labels; fitted metrics are saved."""
+    """Measures the tasks that compare features with labels or pairs; fitted metrics are saved."""
     settings, labels, output = job.settings, job.labels, job.output
-    assert labels is not None
 
     def keep(kind: str, fitted: LinearMetric) -> None:
         if distributed.rank() > 0 or output is None:
@@ -180,6 +214,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         settings.protocol,
         tasks=tasks,
         gallery=gallery,
+        pairs=job.pairs,
         few=settings.few,
         metric=settings.metric,
         distances={EMBEDDED: Euclidean()} if by_euclidean else None,

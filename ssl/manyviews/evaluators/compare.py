@@ -5,18 +5,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyviews.data import Report
 from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
 from manyviews.evaluators.failures import OnFailure, catch_failure
+from manyviews.evaluators.few_shot import measure_episodes
 from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
-from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
+from manyviews.evaluators.results.intervals import mean_interval, paired_difference, student_interval, wilson
 from manyviews.evaluators.results.measurement import (
     PROBES,
     TASKS,
@@ -30,7 +31,7 @@ from manyviews.evaluators.results.measurement import (
 )
 from manyviews.evaluators.retrieval import retrieve
 from manyviews.evaluators.splits import Prediction, balanced_accuracy, num_classes, uneven
-from manyviews.evaluators.verification import draw_pairs, verify
+from manyviews.evaluators.verification import Pairs, draw_pairs, measure_pairs
 from manyviews.features.placing import placed
 from manyviews.linear_metrics import LinearMetric
 
@@ -47,6 +48,8 @@ class Inputs(NamedTuple):
     test_labels: Int[Tensor, " test"]
     gallery: Int[Tensor, " gallery"]
     """Labelled test images that are compared with each other."""
+    pairs: Pairs | None
+    """Listed pairs to verify."""
     protocol: ProtocolSettings
     few: FractionSettings
     augmented: Callable[[str], Prediction] | None
@@ -62,6 +65,8 @@ class Outcome(NamedTuple):
     images: Int[Tensor, " tested"] | None = None
     """Which test images these are; None for pairs."""
     predictions: Int[Tensor, " tested"] | None = None
+    scores: Float[Tensor, " draws"] | None = None
+    """Accuracies of independent draws, whose paired mean is compared; None if `right` is, or nothing."""
 
 
 def compare(
@@ -72,6 +77,7 @@ def compare(
     *,
     tasks: Sequence[Task] = ("knn", "linear"),
     gallery: Gallery | None = None,
+    pairs: Pairs | None = None,
     few: FractionSettings | None = None,
     metric: Metric | None = None,
     distances: Mapping[str, Metric] | None = None,
@@ -91,7 +97,8 @@ def compare(
 
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
     `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
-    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
+    `gallery` defaults to all test images; `pairs`, by positions in the test images and then the training images, to
+    drawn pairs of the gallery; and `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
     each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
     a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.
 
@@ -102,13 +109,15 @@ def compare(
     protocol, few, metric = protocol or ProtocolSettings(), few or FractionSettings(), metric or Cosine()
     if gallery is None:
         gallery = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
-    for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
+    listed = pairs is not None
+    for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric, listed=listed).values():
         raise ValueError(reason)
     shown = gallery.images[test_labels[gallery.images] >= 0]
     by_metric = metric if any(map(searches, tasks)) else Cosine()
     fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
+    scores: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
     for kind, (train, test) in features.items():
@@ -126,7 +135,7 @@ def compare(
             if keep is not None and mapped.fitted is not None:
                 keep(kind, mapped.fitted)
         labels = train_labels, test_labels
-        inputs = Inputs(kind, train, test, mapped, *labels, shown, protocol, few, augmented, progress)
+        inputs = Inputs(kind, train, test, mapped, *labels, shown, pairs, protocol, few, augmented, progress)
         for task in [task for task in get_args(Task) if task in tasks]:
             outcome: Outcome | None = None
             if report is not None and task not in PROBES and mapped is not None:
@@ -138,6 +147,8 @@ def compare(
             measurements += outcome.measurements
             if outcome.right is not None:
                 right[task, kind] = outcome.right
+            if outcome.scores is not None:
+                scores[task, kind] = outcome.scores
             for values, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
                 if values is not None and outcome.images is not None:
                     of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
@@ -151,6 +162,10 @@ def compare(
             for other in sorted(others, key=is_learned)
             if (task, first) in right and (task, other) in right
         ]
+        for other in sorted(others, key=is_learned):
+            if (task, first) in scores and (task, other) in scores:
+                leads = scores[task, first] - scores[task, other]
+                differences.append(Difference(first, other, task, leads.mean().item(), *student_interval(leads, -1.0)))
     measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
     compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
     return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits)
@@ -165,7 +180,7 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
 
 def _probe(task: Task, inputs: Inputs) -> Outcome | None:
     """Measures the accuracy of predicted classes; None if its features are missing."""
-    kind, train, test, mapped, train_labels, test_labels, _, protocol, few, augmented, progress = inputs
+    kind, train, test, mapped, train_labels, test_labels, _, _, protocol, few, augmented, progress = inputs
     labelled = (test_labels >= 0).nonzero().squeeze(1)
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
     share, seed = protocol.held_out, protocol.seed
@@ -225,6 +240,18 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
     if mapped is None:
         return None
     features, labels, nearness = mapped.test[shown], inputs.test_labels[shown], mapped.nearness
+    how: dict[str, Any] = {"nearness": nearness, "distance": mapped.metric, "seed": protocol.seed}
+    if task == "few_shot":
+        measurements, scores = measure_episodes(inputs.kind, features, labels, protocol.few_shot, **how)
+        return Outcome(measurements, scores=scores)
+    if task == "verification":
+        if (pairs := inputs.pairs) is None:
+            pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
+            pairs = pairs._replace(images=shown[pairs.images])
+        compared = mapped.test
+        if mapped.train is not None and int(pairs.images.max()) >= len(compared):
+            compared = torch.cat([compared, mapped.train.to(compared.device)])
+        return Outcome(*measure_pairs(inputs.kind, compared, pairs, protocol.verification, **how))
     details: dict[str, Any] = {}
     rows: list[tuple[str, float, float | None, float | None, float | None]]
     right = images = None
@@ -242,19 +269,10 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
             for k, hits in zip(grid, result.recall, strict=True)
         ]
         rows += [(name, values.mean().item(), *mean_interval(values), None) for name, values in means.items()]
-    elif task == "clustering":
+    else:
         groups = clustering(features, labels, protocol.clustering, nearness=nearness, seed=protocol.seed)
         n = len(features)
         rows = [(name, value, None, None, None) for name, value in (("NMI", groups.nmi), ("AMI", groups.ami))]
-    else:
-        pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
-        judged = verify(features, pairs, protocol.verification, nearness=nearness)
-        right, n = judged.correct.flatten(), judged.correct.numel()
-        rows = [("accuracy", judged.accuracy, None, None, judged.deviation), ("AUC", judged.auc, None, None, None)]
-        rows += [
-            (f"TAR@FAR={rate:g}", mean, None, None, deviation)
-            for rate, (mean, deviation) in judged.true_accepts.items()
-        ]
     dim, distance = features.shape[1], mapped.metric
     measurements = tuple(
         Measurement(task, inputs.kind, name, value, low, high, n, deviation, dim, distance, details)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement, label
+from manyviews.evaluators.results.measurement import THRESHOLD, TITLES, Evaluation, Measurement, label
 from manyviews.features.layers import EMBEDDING
+from manyviews.system.files import spelled
 from manyviews.system.plural import plural
 
 ACCURACIES = (
@@ -18,7 +19,10 @@ ACCURACIES = (
 GROUPED = {
     "retrieval": "Each test image is a query among all others: are the nearest of its class? Higher is better.",
     "clustering": "k-means on the features, compared with the classes: 100 if both agree, 0 by chance (AMI).",
-    "verification": "Pairs of test images: are both of one class? Judged by one threshold for all. Higher is better.",
+    "verification": "Pairs of images: are both of one class? Judged by one threshold for all, chosen on other folds. "
+    "Higher is better, but for the EER, the rate at which as many are wrongly accepted as wrongly rejected.",
+    "few_shot": "Episodes of N classes (ways), each known by K images (shots): is another image nearest to its own "
+    "class? Mean ± half of the 95 % interval over episodes. Higher is better.",
 }
 GEOMETRY = {
     "effective rank": "Number of directions that the features use (RankMe), at most the smaller of dim and images. "
@@ -32,7 +36,7 @@ STALENESS = (
     "Cosine of each row of the memory bank with a fresh embedding of its image: 1 if nothing has moved since the row "
     "was written. Higher is better; a column such as 25 % is that quantile of the cosines."
 )
-SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": ""}
+SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": "", "TAR@FAR=": "TAR@"}
 """Abbreviations that make tables fit a terminal of 80 columns."""
 
 
@@ -69,7 +73,7 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
             title = "Balanced accuracy, the mean over the classes (%)"
             tables.append(_sheet(title, "Every class has the same weight.", balanced, lambda one: TITLES[one.task]))
     for task, meaning in GROUPED.items():
-        if own := list(evaluation.of(task)):
+        if own := [one for one in evaluation.of(task) if one.metric != THRESHOLD]:
             tables.append(_sheet(_grouped_title(own, evaluation), meaning, own))
     if own := list(evaluation.of("fractions")):
         draws = len(own[0].details["accuracies"])
@@ -101,6 +105,13 @@ def _grouped_title(own: Sequence[Measurement], evaluation: Evaluation) -> str:
     by, *others = dict.fromkeys(one.distance for one in sorted(own, key=lambda one: one.layer == EMBEDDING))
     by = f"{by}{''.join(f', the embedding by {other}' for other in others)}"
     pairs = f" of {own[0].n:,} pairs" if task == "verification" else ""
+    if source := own[0].details.get("pairs"):
+        return f"Verification by {by}{pairs} of {spelled(source)} (%)"
+    if task == "few_shot":
+        return (
+            f"Few-shot classification by {by}, {own[0].n:,} episodes among {gallery['images']:,} test images of "
+            f"{len(gallery['classes']):,} classes {gallery['origin']} (%)"
+        )
     apart = f", {left_out:,} left out that are alone in their class" if left_out else ""
     return (
         f"{task.capitalize()} by {by}{pairs} among {gallery['images']:,} test images of {len(gallery['classes']):,} "
@@ -134,6 +145,9 @@ def _sheet(
 
 def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
     note = own.choice if own.deviation is None else f"± {100 * own.deviation:.1f}"
+    if own.task == "few_shot" and own.low is not None and own.high is not None:
+        # As papers do: the half of the interval, not the spread of episodes.
+        note = f"± {50 * (own.high - own.low):.1f}"
     if own.low is None or own.high is None or not own.leads:
         return Cell(_text_of(own.task, own.metric, own.value), note=note)
     start, end = scale
