@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from manyviews.evaluators.clustering import ClusteringSettings, clustering, k_means
+from manyviews.evaluators.clustering import ClusteringSettings, clustering
+from manyviews.evaluators.k_means import k_means
 
 
 def groups(num: int, classes: int, noise: float, *, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,7 @@ def test_labels_drawn_at_random_have_an_adjusted_information_of_zero():
 
 def test_the_normalised_information_is_twice_the_mutual_one_over_both_entropies():
     features, labels = groups(150, 3, 0.7)
-    actual = k_means(features, 3)
+    actual = k_means(torch.nn.functional.normalize(features, dim=1), 3)
     joint = torch.zeros(3, 3, dtype=torch.float64)
     for cluster, label in zip(actual.tolist(), labels.tolist(), strict=True):
         joint[cluster, label] += 1 / 150
@@ -57,7 +58,8 @@ def test_the_seed_alone_decides_also_in_mini_batches(most):
     settings = ClusteringSettings(restarts=2, most=most)
     before = torch.random.get_rng_state()
     one, two = (clustering(features, labels, settings, seed=3) for _ in range(2))
-    assert one == two
+    assert torch.equal(one.groups, two.groups)
+    assert (one.nmi, one.silhouette) == (two.nmi, two.silhouette)
     assert one.nmi > 0.5
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -65,7 +67,7 @@ def test_the_seed_alone_decides_also_in_mini_batches(most):
 def test_unlabelled_images_take_no_part():
     features, labels = groups(100, 4, 0.3)
     labels[::4] = -1
-    assert clustering(features, labels) == clustering(features[labels >= 0], labels[labels >= 0])
+    assert clustering(features, labels).ami == clustering(features[labels >= 0], labels[labels >= 0]).ami
 
 
 def test_fewer_different_images_than_classes_are_no_reason_to_warn():

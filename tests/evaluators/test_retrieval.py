@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyviews.evaluators.clustering import clustering, k_means
+from manyviews.evaluators.clustering import clustering
+from manyviews.evaluators.k_means import k_means
 from manyviews.evaluators.retrieval import RetrievalResult, RetrievalSettings, retrieve
 
 GRID = RetrievalSettings(recall_at=(1, 3, 16), ndcg_at=(1, 10))

@@ -12,7 +12,14 @@ from manyviews.evaluation.evaluate import evaluate
 from manyviews.evaluation.method_rows import BASELINES, MeasuredRun, rows_of
 from manyviews.evaluation.record import evaluation_of, record_of, records_in
 from manyviews.evaluation.run_tasks import FEATURES
-from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
+from manyviews.evaluation.settings import (
+    AnyTask,
+    EvaluateSettings,
+    measured_layers,
+    planned_tasks,
+    recipe_of,
+    relations_mark,
+)
 from manyviews.evaluation.writing import read
 from manyviews.evaluators.failures import failure_messages
 from manyviews.evaluators.geometry import IMAGES, neighbourhood_overlap
@@ -123,6 +130,8 @@ def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks:
     }
     if GROUPING & set(tasks):
         required["classes"] = None if settings.classes is None else list(settings.classes)
+    if "ranking" in tasks:
+        required["relations"] = relations_mark(settings)
     if "fractions" in tasks:
         required["few"] = settings.few.model_dump(mode="json")
     if any(run.record.get(key) != value for key, value in required.items()):

@@ -1,6 +1,6 @@
 """Computes every kind of features of a run and measures its tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import Gallery
+from manyviews.evaluators.relevance import Relevance
 from manyviews.evaluators.results.measurement import (
     EMBEDDED,
     LEARNED,
@@ -63,7 +64,7 @@ class Job(NamedTuple):
     on_failure: OnFailure
     """Called if a task fails on a kind of features, which is then left out."""
     output: Path | None
-    """Folder for features and fitted metrics; None if it cannot be written to."""
+    """Folder for features, fitted metrics and clusters; None if it cannot be written to."""
 
     @property
     def recipe(self) -> Recipe:
@@ -76,10 +77,17 @@ class Job(NamedTuple):
         return self.split.train if self.split.test is None else self.split.test
 
     @property
-    def labels(self) -> tuple[Tensor, Tensor] | None:
-        """The classes of training and held-out images, if there are both."""
-        train, test = self.split.train.labels, None if self.split.test is None else self.split.test.labels
-        return None if train is None or test is None else (train, test)
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """The classes of training images and images shown, −1 without one."""
+        train, test = self.split.train.labels, self.shown.labels
+        if not is_labelled(self.split) or train is None or test is None:
+            return torch.full((len(self.split.train),), -1), torch.full((len(self.shown),), -1)
+        return train, test
+
+
+def is_labelled(split: Split) -> bool:
+    """Returns whether images are held out, and they and the training images have classes."""
+    return split.train.labels is not None and split.test is not None and split.test.labels is not None
 
 
 def gallery_of(job: Job, *, own: bool) -> Gallery:
@@ -138,10 +146,16 @@ def _project(head: nn.Module, features: Tensor) -> Tensor:
     return torch.cat([head(part.to(device)).float() for part in features.split(HEAD_BATCH)]).cpu()
 
 
-def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) -> Evaluation:
-    """Measures the tasks that compare features with labels; fitted metrics are saved."""
+def labelled_tasks(
+    job: Job,
+    kinds: Kinds,
+    tasks: Sequence[Task],
+    gallery: Gallery,
+    relevance: Relevance | None,
+    thresholds: Mapping[str, float],
+) -> Evaluation:
+    """Measures the tasks that compare images, with labels, relevances or none; fitted metrics are saved."""
     settings, labels, output = job.settings, job.labels, job.output
-    assert labels is not None
 
     def keep(kind: str, fitted: LinearMetric) -> None:
         if distributed.rank() > 0 or output is None:
@@ -180,6 +194,8 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         settings.protocol,
         tasks=tasks,
         gallery=gallery,
+        relevance=relevance,
+        thresholds=thresholds,
         few=settings.few,
         metric=settings.metric,
         distances={EMBEDDED: Euclidean()} if by_euclidean else None,

@@ -5,17 +5,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyviews.data import Report
-from manyviews.evaluators.clustering import clustering
+from manyviews.evaluators.clustering import measure_clusters
 from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
+from manyviews.evaluators.ranking import leads_of_rankings, measure_ranking
+from manyviews.evaluators.relevance import RankingExamples, Relevance
 from manyviews.evaluators.results.intervals import mean_interval, paired_difference, wilson
 from manyviews.evaluators.results.measurement import (
     PROBES,
@@ -46,7 +48,10 @@ class Inputs(NamedTuple):
     train_labels: Int[Tensor, " train"]
     test_labels: Int[Tensor, " test"]
     gallery: Int[Tensor, " gallery"]
-    """Labelled test images that are compared with each other."""
+    """Labelled test images that are compared with each other; all of them if none is labelled."""
+    relevance: Relevance | None
+    threshold: float | None
+    """At which images are of one class, by an earlier verification."""
     protocol: ProtocolSettings
     few: FractionSettings
     augmented: Callable[[str], Prediction] | None
@@ -62,6 +67,9 @@ class Outcome(NamedTuple):
     images: Int[Tensor, " tested"] | None = None
     """Which test images these are; None for pairs."""
     predictions: Int[Tensor, " tested"] | None = None
+    values: Float[Tensor, " tested"] | None = None
+    """Graded results of these images."""
+    examples: RankingExamples | None = None
 
 
 def compare(
@@ -72,6 +80,8 @@ def compare(
     *,
     tasks: Sequence[Task] = ("knn", "linear"),
     gallery: Gallery | None = None,
+    relevance: Relevance | None = None,
+    thresholds: Mapping[str, float] | None = None,
     few: FractionSettings | None = None,
     metric: Metric | None = None,
     distances: Mapping[str, Metric] | None = None,
@@ -91,7 +101,8 @@ def compare(
 
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
     `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
-    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
+    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `relevance`
+    is what rankings are judged by, `thresholds` those of an earlier verification for k=threshold, by kind. `keep` gets
     each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
     a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.
 
@@ -104,13 +115,16 @@ def compare(
         gallery = Gallery(torch.arange(len(test_labels)), "seen in training", torch.arange(len(train_labels)))
     for reason in refusals(tasks, gallery, train_labels, test_labels, protocol, metric).values():
         raise ValueError(reason)
-    shown = gallery.images[test_labels[gallery.images] >= 0]
+    labelled = gallery.images[test_labels[gallery.images] >= 0]
+    shown = labelled if len(labelled) else gallery.images
     by_metric = metric if any(map(searches, tasks)) else Cosine()
     fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    examples: dict[str, RankingExamples] = {}
     for kind, (train, test) in features.items():
         if train is not None:
             train = placed(train, 2)
@@ -126,7 +140,8 @@ def compare(
             if keep is not None and mapped.fitted is not None:
                 keep(kind, mapped.fitted)
         labels = train_labels, test_labels
-        inputs = Inputs(kind, train, test, mapped, *labels, shown, protocol, few, augmented, progress)
+        compared_by = relevance, (thresholds or {}).get(kind)
+        inputs = Inputs(kind, train, test, mapped, *labels, shown, *compared_by, protocol, few, augmented, progress)
         for task in [task for task in get_args(Task) if task in tasks]:
             outcome: Outcome | None = None
             if report is not None and task not in PROBES and mapped is not None:
@@ -138,10 +153,15 @@ def compare(
             measurements += outcome.measurements
             if outcome.right is not None:
                 right[task, kind] = outcome.right
-            for values, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
-                if values is not None and outcome.images is not None:
+            for numbers, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
+                if numbers is not None and outcome.images is not None:
                     of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
-                    of_all[outcome.images] = values.long()
+                    of_all[outcome.images] = numbers.long()
+            if outcome.values is not None and outcome.images is not None:
+                of_all = values[f"{task}/{kind}"] = torch.full((len(test_labels),), torch.nan)
+                of_all[outcome.images] = outcome.values.float()
+            if outcome.examples is not None:
+                examples[kind] = outcome.examples
     differences: list[Difference] = []
     for task in get_args(Task):
         first, *others = in_order(features, task)
@@ -151,9 +171,10 @@ def compare(
             for other in sorted(others, key=is_learned)
             if (task, first) in right and (task, other) in right
         ]
+    differences += leads_of_rankings(values, in_order(features, "ranking"), seed=protocol.seed)
     measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
     compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
-    return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits)
+    return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits, values, examples)
 
 
 def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
@@ -165,7 +186,7 @@ def _check(kind: str, features: Tensor, labels: Tensor, split: str) -> None:
 
 def _probe(task: Task, inputs: Inputs) -> Outcome | None:
     """Measures the accuracy of predicted classes; None if its features are missing."""
-    kind, train, test, mapped, train_labels, test_labels, _, protocol, few, augmented, progress = inputs
+    kind, train, test, mapped, train_labels, test_labels, *_, protocol, few, augmented, progress = inputs
     labelled = (test_labels >= 0).nonzero().squeeze(1)
     truth, classes = test_labels[labelled], num_classes(train_labels, test_labels)
     share, seed = protocol.held_out, protocol.seed
@@ -225,6 +246,20 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
     if mapped is None:
         return None
     features, labels, nearness = mapped.test[shown], inputs.test_labels[shown], mapped.nearness
+    how: dict[str, Any] = {"nearness": nearness, "distance": mapped.metric, "seed": protocol.seed}
+    if task == "ranking":
+        assert inputs.relevance is not None
+        ranked = measure_ranking(inputs.kind, mapped.test, inputs.relevance, protocol.ranking, **how)
+        return Outcome(
+            ranked.measurements, ranked.right, ranked.queries, values=ranked.values, examples=ranked.examples
+        )
+    if task == "clustering":
+        classes = labels if bool((labels >= 0).any()) else None
+        threshold = inputs.threshold
+        measured, result = measure_clusters(
+            inputs.kind, features, classes, protocol.clustering, threshold=threshold, **how
+        )
+        return Outcome(measured, images=shown, predictions=result.groups, values=result.distances)
     details: dict[str, Any] = {}
     rows: list[tuple[str, float, float | None, float | None, float | None]]
     right = images = None
@@ -242,10 +277,6 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
             for k, hits in zip(grid, result.recall, strict=True)
         ]
         rows += [(name, values.mean().item(), *mean_interval(values), None) for name, values in means.items()]
-    elif task == "clustering":
-        groups = clustering(features, labels, protocol.clustering, nearness=nearness, seed=protocol.seed)
-        n = len(features)
-        rows = [(name, value, None, None, None) for name, value in (("NMI", groups.nmi), ("AMI", groups.ami))]
     else:
         pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
         judged = verify(features, pairs, protocol.verification, nearness=nearness)

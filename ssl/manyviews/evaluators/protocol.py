@@ -14,6 +14,7 @@ from manyviews.evaluators.clustering import ClusteringSettings
 from manyviews.evaluators.distance import Metric, is_fitted
 from manyviews.evaluators.knn import MOST_HELD_OUT, KnnSettings
 from manyviews.evaluators.linear import LinearSettings
+from manyviews.evaluators.ranking import RankingSettings
 from manyviews.evaluators.results.measurement import GROUPING, PROBES, Task
 from manyviews.evaluators.retrieval import RetrievalSettings
 from manyviews.evaluators.splits import hold_out
@@ -28,22 +29,27 @@ class ProtocolSettings(Settings):
     linear: LinearSettings = LinearSettings()
     augmented: AugmentedSettings = AugmentedSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    ranking: RankingSettings = RankingSettings()
     clustering: ClusteringSettings = ClusteringSettings()
     verification: VerificationSettings = VerificationSettings()
     held_out: float = Field(0.2, gt=0, lt=1)
     """Share of each class's training images that is held out to choose k, temperature and regularisation."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of that sample, of the starts of k-means and of the pairs of verification."""
+    """Seed of that sample, of the queries of ranking, of the starts of k-means and of the pairs of verification."""
 
 
 class Gallery(NamedTuple):
-    """The test images that retrieval, clustering and verification compare with each other."""
+    """The test images that retrieval, ranking, clustering and verification compare with each other."""
 
     images: Int64[Tensor, " gallery"]
     origin: str
     """A remark on their classes, such as "never seen in training"."""
     fitting: Int64[Tensor, " fitting"]
     """Ids of the training images that a metric may be fitted on: of other classes, if these are to be unseen."""
+
+
+WITHOUT_LABELS: frozenset[Task] = frozenset({"ranking", "clustering"})
+"""Tasks that need no labels; what they take instead is looked for elsewhere."""
 
 
 def refusals(
@@ -55,25 +61,27 @@ def refusals(
     metric: Metric | None,
 ) -> dict[Task, str]:
     """Returns the tasks that these labels make impossible, in order, each with the reason."""
-    if not len(test_labels) or int(test_labels.max()) < 0:
-        return dict.fromkeys(tasks, "no test image has a label")
+    labels = test_labels[gallery.images]
+    labels = labels[labels >= 0]
     reasons: dict[Task, str] = {}
+    by_labels = [task for task in tasks if task not in WITHOUT_LABELS or (task == "clustering" and len(labels))]
+    labelled = bool((test_labels >= 0).any())
+    if not labelled:
+        reasons |= dict.fromkeys(by_labels, "no test image has a label")
     by_distance = [task for task in tasks if searches(task)]
     if is_fitted(metric) and by_distance:
         try:
             fitting_images(gallery, train_labels, protocol)
         except ValueError as problem:
             reasons |= dict.fromkeys(by_distance, str(problem))
-    labels = test_labels[gallery.images]
-    labels = labels[labels >= 0]
     classes = len(labels.unique())
-    if classes < 2:
+    if labelled and classes < 2:
         reason = (
             f"{plural(len(labels), 'test image')} of {plural(classes, 'class', 'classes')} are to be compared with "
             "each other; name 2 classes or more"
         )
-        reasons |= dict.fromkeys(GROUPING, reason)
-    elif "verification" in tasks:
+        reasons |= dict.fromkeys(GROUPING & set(by_labels), reason)
+    elif labelled and "verification" in tasks:
         try:
             draw_pairs(labels, protocol.verification, seed=protocol.seed)
         except ValueError as problem:
