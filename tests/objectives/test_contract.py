@@ -28,7 +28,7 @@ from manyviews.objectives import (
     noise,
 )
 from manyviews.objectives.cost import Cost, Sizes
-from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard
+from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard, WithinMargin
 from manyviews.objectives.objective import Loss, Objective
 from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.system import distributed
@@ -133,12 +133,17 @@ CASES: dict[str, Case] = {
     "ranking, hinge, values": Case(Ranking(loss="hinge"), values=True),
     "ranking, list_mle, values": Case(Ranking(loss="list_mle"), views=1, values=True),
     "contrastive": Case(Contrastive()),
-    "contrastive, un-normalised": Case(Contrastive(margin=5.0, squared=False, normalized=False, average="all")),
+    "contrastive, un-normalised": Case(Contrastive(margin=5.0, form="hinge", normalized=False, average="all")),
+    "contrastive, hinge of squares": Case(Contrastive(margin=1.5, form="hinge_of_squares")),
     "contrastive, random": Case(Contrastive(sampling=Random(positives="random"), average="all")),
     "contrastive, distance-weighted": Case(Contrastive(margin=1.4, sampling=DistanceWeighted())),
     "triplet": Case(Triplet(margin=1.0)),
     "triplet, all": Case(Triplet(sampling=All())),
-    "triplet, all, soft": Case(Triplet(sampling=All(), soft=True, squared=False, normalized=False)),
+    "triplet, all, soft": Case(Triplet(sampling=All(), form="soft", squared=False, normalized=False)),
+    "triplet, all, softmax": Case(Triplet(sampling=All(), form="softmax", squared=False)),
+    "triplet, all, ratio": Case(Triplet(sampling=All(), form="ratio", margin=0.5)),
+    "triplet, ratio": Case(Triplet(form="ratio", squared=False)),
+    "triplet, within the margin": Case(Triplet(sampling=WithinMargin(), margin=1.0)),
     "triplet, hard": Case(Triplet(sampling=Hard())),
     "triplet, semi-hard or left out": Case(Triplet(sampling=SemiHard(fallback=None))),
     "triplet, hardest, one view": Case(Triplet(sampling=Hardest(), squared=False), views=1),
@@ -146,6 +151,7 @@ CASES: dict[str, Case] = {
     "triplet, easiest, three views": Case(Triplet(sampling=Easiest(), average="all", margin=1.0), views=3),
     "margin": Case(Margin()),
     "margin, a boundary for each id": Case(Margin(beta_per="class", nu=0.1, sampling=SemiHard())),
+    "margin, within the margin": Case(Margin(sampling=WithinMargin(margin=0.6))),
     "margin, all": Case(Margin(sampling=All(), nu=0.1)),
     "in_batch, local": Case(InBatch(), local=3),
     "in_batch, three views, local": Case(InBatch(temperature=0.5, decoupled=True), views=3, local=2),

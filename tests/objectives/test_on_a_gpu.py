@@ -163,7 +163,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda size: f"{size} GPUs")
 def gpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder, size = tmp_path_factory.mktemp("gpus"), request.param
-    names = list(CASES) if size == 2 else list(OBJECTIVES)
+    names = list(OBJECTIVES) if size == 2 else list(CASES)
     start(work, (size, names, str(folder)), count=size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 

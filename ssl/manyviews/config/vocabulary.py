@@ -68,6 +68,10 @@ _SIMCLR = "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"
 _PAIRS = "the pairs' contrastive loss is objective=contrastive, as in recipes siamese and siamese_instances"
 _ANGLE = "{} is objective=margin_softmax objective.preset={}, as in recipe {}"
 _RANKING = "{} is objective=ranking objective.loss={}"
+_TRIPLET_NETWORK = (
+    "the triplet network's loss is objective=triplet objective.form=softmax objective.squared=false "
+    "objective.normalized=false"
+)
 _ABSENT = "{} and is not here; the nearest that is: objective={}"
 _PROXIES = (
     "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
@@ -91,6 +95,8 @@ OBJECTIVES: Mapping[str, str] = _by_name(
     ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
     ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
     ("triplet_margin", "the triplet loss with a margin is objective=triplet, as in recipe facenet"),
+    ("triplet_network triplet_net hoffer", _TRIPLET_NETWORK),
+    ("triplet_ratio ratio", "the ratio of distances is objective=triplet objective.form=ratio"),
     ("npair npairs", "the N-pair loss is objective=n_pair"),
     ("byol simsiam", _ABSENT.format("it has no negatives", "queue, with a momentum twin, as in recipe moco")),
     ("barlow_twins barlow vicreg", _ABSENT.format("it decorrelates dimensions", "in_batch, as in recipe simclr")),
@@ -116,12 +122,26 @@ OBJECTIVES: Mapping[str, str] = _by_name(
 """The name of a method, in lower case with underscores: its objective here."""
 
 _HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
+_FACENET = (
+    "FaceNet's nearest negative beyond the positive is objective.sampling=semi_hard, and one of those within the "
+    "margin objective.sampling=within_margin"
+)
 SAMPLINGS: Mapping[str, str] = _by_name(
     ("batch_hard batchhard hard_negative hardest_negative", _HARDEST),
     ("batch_all none no", "all pairs or triplets are objective.sampling=all"),
     ("distance dwm weighted", "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
+    ("semihard facenet", _FACENET),
 )
 """Names of ways to mine pairs or triplets."""
+
+_FORMS = (
+    "[margin - d²]₊ is objective.form=hinge_of_squares, [margin - d]₊ hinge, and the square of that squared_hinge; for "
+    "triplets, log(1 + e^x) is soft, Hoffer and Ailon's softmax, and Wohlhart and Lepetit's ratio"
+)
+FORMS: Mapping[str, str] = _by_name(
+    ("squared square soft_margin softplus logistic soft_triplet plain linear l2 d2 quotient", _FORMS),
+)
+"""Names of forms of the losses of pairs and triplets."""
 
 PRESETS: Mapping[str, str] = _by_name(
     ("lmcl am_softmax amsoftmax", "LMCL (AM-Softmax) is objective.preset=cosface"),
@@ -141,6 +161,7 @@ OPTIMIZERS: Mapping[str, str] = _by_name(
 VALUES: Mapping[str, Mapping[str, str]] = {
     "objective": OBJECTIVES,
     "objective.sampling": SAMPLINGS,
+    "objective.form": FORMS,
     "objective.preset": PRESETS,
     "optim.name": OPTIMIZERS,
 }

@@ -20,6 +20,7 @@ from manyviews.report.contents import Contents, contents_of, references
 from manyviews.report.findings import Findings, has_labels, labels_of
 from manyviews.report.history import History, facts, read_history, warnings_of
 from manyviews.report.pictures import data_uri, hover_map, picture_uri, uris
+from manyviews.report.sampling import sampling_section
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.system.files import spelled
 from manyviews.system.writing import write_atomic
@@ -57,11 +58,13 @@ def write_report(
     seed = history.recipe.seed if history.recipe is not None else 0
     contents = contents_of(findings, seed)
     values = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, contents, seed)
+    values |= sampling_section(findings.folder, history.metrics)
     sections = {
         ("warnings", "Warnings"): values["warnings"],
         ("run", "Run"): True,
         ("scores", "Scores"): True,
         ("curves", "Curves"): values["curves"] or values["no_curves"],
+        ("sampling", "Sampling"): values["sampling"],
         ("views", "Views"): values["views"],
         ("neighbours", "Neighbours"): True,
         ("ranking", "Rankings"): values["ranked"],
