@@ -27,7 +27,10 @@ def relevance_of(job: Job, gallery: Gallery) -> Relevance:
     if job.settings.relations is not None:
         others = [] if job.split.test is None else job.split.train.names
         path = Path(job.settings.relations).expanduser()
-        return relevance_in(path, read_relations(path, images.names, others))
+        table = read_relations(path, images.names, others, key="relations")
+        for note in table.notes:
+            job.console.warn(f"{shown(path)}: {note}")
+        return relevance_in(path, table)
     by = settings.by or job.recipe.values or "class"
     if by != "class":
         if settings.by is None and by.endswith(".npy") and job.split.test is not None:
