@@ -173,7 +173,7 @@ def compare(
         ]
     differences += leads_of_rankings(values, in_order(features, "ranking"), seed=protocol.seed)
     measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
-    compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
+    compared = {"images": len(shown), "classes": test_labels[labelled].unique().tolist(), "origin": gallery.origin}
     return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits, values, examples)
 
 
