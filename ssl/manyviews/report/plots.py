@@ -146,7 +146,7 @@ def roc(
     A point on each curve is its equal error rate, on the dotted line where false accepts equal false rejects; `mark` is
     a vertical line.
     """
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = new_axes(6.4, 3.6)
     least = min((rate for rates, _ in curves.values() for rate in rates if rate > 0), default=0.1)
     least = min(least, 0.1)
     chance = np.geomspace(least, 1, 200)
