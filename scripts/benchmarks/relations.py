@@ -106,7 +106,8 @@ def judged(name: str, case: Case, seed: int, images: int, folder: Path) -> tuple
     before = extract(untrained, split.test, view=view)
     if not case.words:
         relations = read_relations(file, split.train.names)
-        metric = MMC().fit_pairs(extract(untrained, split.train, view=view), relations.ids, relations.numbers)
+        used, pairs = relations.ids.unique(return_inverse=True)
+        metric = MMC().fit_pairs(extract(untrained, split.train, view=view, ids=used), pairs, relations.numbers)
         share, plain = (right(case.kind, rows, unseen, euclidean=True) for rows in (metric.transform(before), before))
         return share, share, plain
     if not (run_folder / "done").exists():

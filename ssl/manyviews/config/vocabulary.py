@@ -55,6 +55,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("log_interval print_freq log_freq log_every_n_steps", "log_every"),
         ("random_seed manual_seed", "seed"),
         ("labels_file label_file", "data.labels"),
+        ("relation pairs triplets rankings pairs_file triplets_file constraints", "data.relations"),
+        ("list_size slate_size slate_length", "items_per_query"),
         ("val val_dir test_dir valid eval_dir", "data.test"),
         ("label_fraction percent train_percent", "fraction"),
         ("layer_wise_decay lr_decay llrd", "layer_decay"),
