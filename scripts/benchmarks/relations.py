@@ -114,6 +114,7 @@ def judged(name: str, case: Case, seed: int, images: int, folder: Path) -> tuple
         words = [f"data.relations={file}", *VIEWS, *case.words, f"train.batch_size={BATCHES[case.kind]}"]
         length = {"pairs": 2, "triplets": 3, "ranked": 1 + ITEMS}[case.kind] * SEEN
         words += [f"train.epochs={images / length}", "train.precision=fp32", "train.monitor=0", "train.preview=0"]
+        words += ["resume=true"] if run_folder.exists() else []
         harness.commands(2, ["pretrain", "quickstart", *words, f"seed={seed}", f"output={run_folder}"])
     opened = open_run(run_folder)
     backbone = opened.backbone()
