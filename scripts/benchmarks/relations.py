@@ -152,18 +152,18 @@ def drawn(kind: str, images: Images, count: int, generator: np.random.Generator)
 
 def write(file: Path, kind: str, images: Images, generator: np.random.Generator) -> None:
     """Writes a file of relations of one kind."""
-    names, (rows, relevances) = images.names, drawn(kind, images, SEEN, generator)
-    lines = ["a,b,same"]
+    drawn_rows = drawn(kind, images, SEEN, generator)
+    rows = [[images.names[image] for image in row] for row in drawn_rows.rows.tolist()]
     if kind == "pairs":
         # Of every query one pair, similar or not.
-        chosen = generator.integers(2, size=len(rows))
-        lines += [f"{names[row[0]]},{names[row[1 + side]]},{1 - side}" for row, side in zip(rows, chosen, strict=True)]
+        chosen = generator.integers(2, size=len(rows)).tolist()
+        lines = ["a,b,same", *(f"{row[0]},{row[1 + side]},{1 - side}" for row, side in zip(rows, chosen, strict=True))]
     elif kind == "triplets":
-        lines = ["anchor,positive,negative", *(",".join(names[image] for image in row) for row in rows)]
+        lines = ["anchor,positive,negative", *map(",".join, rows)]
     else:
         lines = ["query,item,relevance"]
-        for (query, *items), grades in zip(rows, relevances, strict=True):
-            lines += [f"{names[query]},{names[item]},{grade}" for item, grade in zip(items, grades, strict=True)]
+        for (query, *items), grades in zip(rows, drawn_rows.relevances.tolist(), strict=True):
+            lines += [f"{query},{item},{grade}" for item, grade in zip(items, grades, strict=True)]
     file.write_text("\n".join(lines) + "\n")
 
 
