@@ -63,7 +63,9 @@ class _Read(NamedTuple):
     sets: list[str]
 
 
-def read_relations(path: Path, names: Sequence[str], others: Iterable[str] = ()) -> RelationTable:
+def read_relations(
+    path: Path, names: Sequence[str], others: Iterable[str] = (), *, option: str = "data.relations"
+) -> RelationTable:
     r"""Reads the relations between images from a table or JSON lines; the first line tells their kind.
 
     Items in order (query,items) have the relevance n, n − 1, …, 1, the first the highest. A pair, or an item of a
@@ -76,6 +78,7 @@ def read_relations(path: Path, names: Sequence[str], others: Iterable[str] = ())
             a list.
         names: the names of the images.
         others: names of images that exist and have no id; relations with them are left out and counted.
+        option: the key that names the file, for errors.
 
     Raises:
         ValueError: with the line, for an unknown header or name, a missing cell, a number out of range, an image
@@ -89,7 +92,7 @@ def read_relations(path: Path, names: Sequence[str], others: Iterable[str] = ())
         ...     read_relations(table, ["x.png", "y.png", "z.png"]).ids
         tensor([[0, 1, 2]])
     """
-    with open_relations(path) as (kind, columns, records):
+    with open_relations(path, option) as (kind, columns, records):
         read = _numbered(path, kind, columns, records, names, others)
     notes = list(_of_left_out(read))
     ids, numbers, lines = read.ids, read.numbers, read.lines

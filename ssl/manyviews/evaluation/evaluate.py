@@ -6,6 +6,7 @@ from pathlib import Path
 
 from manyviews.data import Split
 from manyviews.evaluation import cautions
+from manyviews.evaluation.metric_pairs import metric_pairs
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
     Job,
@@ -76,6 +77,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     gallery = None
     if labels is not None and tasks:
         gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
+        job = job._replace(metric_pairs=metric_pairs(settings.metric, split, gallery.fitting, console))
         refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
         if len(refused) == len(planned):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))

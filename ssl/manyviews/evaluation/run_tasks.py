@@ -12,7 +12,7 @@ from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, sel
 from manyviews.evaluation.settings import EvaluateSettings, recipe_of
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.distance import Euclidean
+from manyviews.evaluators.distance import Euclidean, MetricPairs
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
@@ -64,6 +64,8 @@ class Job(NamedTuple):
     """Called if a task fails on a kind of features, which is then left out."""
     output: Path | None
     """Folder for features and fitted metrics; None if it cannot be written to."""
+    metric_pairs: MetricPairs | None = None
+    """Pairs of training images that the metric is fitted on in place of classes."""
 
     @property
     def recipe(self) -> Recipe:
@@ -182,6 +184,7 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         gallery=gallery,
         few=settings.few,
         metric=settings.metric,
+        metric_pairs=job.metric_pairs,
         distances={EMBEDDED: Euclidean()} if by_euclidean else None,
         keep=keep,
         augmented=augmented,

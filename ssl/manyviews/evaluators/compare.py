@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manyviews.data import Report
 from manyviews.evaluators.clustering import clustering
-from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
+from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, MetricPairs, map_features, takes_classes
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.knn import knn
@@ -74,6 +74,7 @@ def compare(
     gallery: Gallery | None = None,
     few: FractionSettings | None = None,
     metric: Metric | None = None,
+    metric_pairs: MetricPairs | None = None,
     distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
     augmented: Callable[[str], Prediction] | None = None,
@@ -91,9 +92,10 @@ def compare(
 
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
     `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
-    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. `keep` gets
-    each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
-    a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.
+    `gallery` defaults to all test images, `metric` to the cosine; `distances` replaces it for single kinds. A metric
+    that names a file of relations is fitted on `metric_pairs`. `keep` gets each kind with its fitted metric.
+    `augmented` returns the prediction of the probe on augmented images of a kind. If a task fails on a kind,
+    `on_failure` is called and the kind is left out; without it the exception is raised.
 
     Raises:
         ValueError: if features and labels differ in number, features are not finite, no test image has a label, or the
@@ -106,7 +108,7 @@ def compare(
         raise ValueError(reason)
     shown = gallery.images[test_labels[gallery.images] >= 0]
     by_metric = metric if any(map(searches, tasks)) else Cosine()
-    fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
+    fitting = fitting_images(gallery, train_labels, protocol) if takes_classes(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
@@ -122,7 +124,7 @@ def compare(
         used = (distances or {}).get(kind, by_metric)
         mapped: MappedFeatures | None = None
         with catch_failure(f"metric={used.name}", kind, on_failure):
-            mapped = map_features(used, train, test, train_labels, fitting, report=progress)
+            mapped = map_features(used, train, test, train_labels, fitting, pairs=metric_pairs, report=progress)
             if keep is not None and mapped.fitted is not None:
                 keep(kind, mapped.fitted)
         labels = train_labels, test_labels

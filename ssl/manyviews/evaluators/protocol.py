@@ -11,7 +11,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.evaluators.augmented import AugmentedSettings
 from manyviews.evaluators.clustering import ClusteringSettings
-from manyviews.evaluators.distance import Metric, is_fitted
+from manyviews.evaluators.distance import Metric, is_fitted, takes_classes
 from manyviews.evaluators.knn import MOST_HELD_OUT, KnnSettings
 from manyviews.evaluators.linear import LinearSettings
 from manyviews.evaluators.results.measurement import GROUPING, PROBES, Task
@@ -59,7 +59,7 @@ def refusals(
         return dict.fromkeys(tasks, "no test image has a label")
     reasons: dict[Task, str] = {}
     by_distance = [task for task in tasks if searches(task)]
-    if is_fitted(metric) and by_distance:
+    if takes_classes(metric) and by_distance:
         try:
             fitting_images(gallery, train_labels, protocol)
         except ValueError as problem:
