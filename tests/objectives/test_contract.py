@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyviews.engine import pairs, softmax, tiles
 from manyviews.objectives import (
+    CPC,
     OBJECTIVES,
     Bank,
     Contrastive,
@@ -56,6 +57,8 @@ class Case(NamedTuple):
     small distances, and at a temperature of 0.01."""
     relations: Relations | None = None
     """Of which batches are made."""
+    patches: int | None = None
+    """On a side of the grid of each image, whose patches and contexts are then in the place of views."""
 
     @property
     def keys(self) -> int | None:
@@ -74,7 +77,8 @@ class Case(NamedTuple):
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
         lists = None if self.relations is None else Lists(self.relations)
-        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys, lists=lists)
+        ids = torch.arange(IMAGES) % self.classes
+        population = Population(ids, values, keys=self.keys, lists=lists, patches=self.patches)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +111,8 @@ CASES: dict[str, Case] = {
     "in_batch, bilinear, hard": Case(
         InBatch(score="bilinear", temperature=20.0, hardness=0.5, decoupled=True), views=3
     ),
+    "cpc": Case(CPC(temperature=20.0), views=18, patches=3),
+    "cpc, farther rows": Case(CPC(temperature=20.0, steps=3, skip=1), views=32, patches=4),
     "supervised": Case(Supervised()),
     "supervised, three views": Case(Supervised(temperature=0.5), views=3),
     "nearest_neighbours": Case(NearestNeighbours(size=27)),

@@ -16,6 +16,7 @@ from processes import start
 
 LAUNCHES = {
     "in_batch": 200,
+    "cpc": 300,
     "supervised": 150,
     "nearest_neighbours": 360,
     "queue": 150,

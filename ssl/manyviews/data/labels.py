@@ -78,15 +78,16 @@ ValuesSource = Annotated[str, AfterValidator(_source)]
 """Source of continuous labels: pixels, labels or a path, which is made absolute."""
 
 
-def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
-    """Continuous labels of training images, used by Euclidean distance and not standardised.
+def values_of(images: Images, source: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "images numbers"]:
+    """Continuous labels of images, used by Euclidean distance and not standardised.
 
     Args:
-        images: all training images.
+        images: all training images, or those that are evaluated.
         source: "pixels": thumbnails. "labels": thumbnails and one-hot classes, scaled so that images of two classes are
             farther from each other than most of one class. Or a file: .npy, [images, numbers] in the order of the
             images; or .csv, whose lines are the name of an image (for files the path below the folder) and its numbers,
             in any order; lines of other images are ignored.
+        dtype: float64 keeps differences that are equal in a file equal.
 
     Raises:
         ValueError: the file cannot be read, has another form or lacks an image; an image has no class; a number is not
@@ -97,12 +98,12 @@ def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
         if source == "labels":
             values = torch.cat([values, _classes(images, values)], 1)
     else:
-        values = _centred(Path(source), images)
+        values = torch.from_numpy(_centred(Path(source), images))
     if bool((values == values[:1]).all()):
         raise ValueError(
             f"values={source}: all {len(images):,} images have the same numbers, from which nothing can be learned"
         )
-    return values
+    return values.to(dtype)
 
 
 def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
@@ -114,7 +115,7 @@ def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
     return torch.cat(pieces)
 
 
-def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
+def _centred(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Numbers of a file minus their mean: float32 keeps the differences of dates, say."""
     if path.is_dir():
         raise ValueError(f"values={path} is a folder; name a .npy or .csv file")
@@ -136,7 +137,7 @@ def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
             f"{path}: the numbers of {images.names[image]} (image {image}) differ by {extremes[image]:g} from the "
             f"mean, and at most {LARGEST:g} can be squared in 32 bits; use a larger unit"
         )
-    return torch.from_numpy(numbers.astype(np.float32))
+    return numbers
 
 
 def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Float32[Tensor, "images classes"]:
@@ -160,7 +161,7 @@ def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     numbers = mapped[:, None] if mapped.ndim == 1 else mapped
     if numbers.ndim != 2 or len(numbers) != len(images) or not numbers.shape[1]:
         raise ValueError(
-            f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images to train on; it must "
+            f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images; it must "
             f"have a row for each, [{len(images)}, numbers], or be a .csv with their names"
         )
     copied: np.ndarray[tuple[int, int], np.dtype[np.float64]] = numbers.astype(np.float64)
@@ -184,7 +185,7 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     if len(missing):
         way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"
         raise ValueError(
-            f"{path} has no line for {len(missing):,} of {len(images):,} images to train on, the first of which is "
+            f"{path} has no line for {len(missing):,} of {len(images):,} images, the first of which is "
             f"{images.names[int(missing[0])]}; {way_out}"
         )
     return numbers

@@ -34,16 +34,16 @@ Records = Iterator[tuple[int, list[Any]]]
 
 
 @contextmanager
-def open_relations(path: Path, option: str = "data.relations") -> Iterator[tuple[Kind, tuple[str, ...], Records]]:
+def open_relations(path: Path, key: str = "data.relations") -> Iterator[tuple[Kind, tuple[str, ...], Records]]:
     """Opens a file of relations; yields their kind, the columns, and the rows as a stream.
 
     Raises:
         ValueError: there is no such file, it cannot be read, or its first line is of no kind.
     """
     if path.is_dir():
-        raise ValueError(f"{option}={shown(path)} is a folder; name a file")
+        raise ValueError(f"{key}={shown(path)} is a folder; name a file")
     if not path.is_file():
-        raise ValueError(f"{option}={shown(path)} does not exist; {nearest(path)}. {option}=null does without")
+        raise ValueError(f"{key}={shown(path)} does not exist; {nearest(path)}. {key}=null does without")
     with readable(path), open_lines(path) as lines:
         number, first = next(((number, line) for number, line in enumerate(lines, 1) if line.strip()), (1, ""))
         opened = _open_json if path.suffix.lower() in JSON_LINES else _open_table

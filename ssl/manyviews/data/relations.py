@@ -64,7 +64,7 @@ class _Read(NamedTuple):
 
 
 def read_relations(
-    path: Path, names: Sequence[str], others: Iterable[str] = (), *, option: str = "data.relations"
+    path: Path, names: Sequence[str], others: Iterable[str] = (), *, key: str = "data.relations"
 ) -> RelationTable:
     r"""Reads the relations between images from a table or JSON lines; the first line tells their kind.
 
@@ -78,7 +78,7 @@ def read_relations(
             a list.
         names: the names of the images.
         others: names of images that exist and have no id; relations with them are left out and counted.
-        option: the key that names the file, for errors.
+        key: the setting that named the file, for errors.
 
     Raises:
         ValueError: with the line, for an unknown header or name, a missing cell, a number out of range, an image
@@ -92,7 +92,7 @@ def read_relations(
         ...     read_relations(table, ["x.png", "y.png", "z.png"]).ids
         tensor([[0, 1, 2]])
     """
-    with open_relations(path, option) as (kind, columns, records):
+    with open_relations(path, key) as (kind, columns, records):
         read = _numbered(path, kind, columns, records, names, others)
     notes = list(_of_left_out(read))
     ids, numbers, lines = read.ids, read.numbers, read.lines
