@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manyviews.data import Split
 from manyviews.evaluation import cautions
-from manyviews.evaluation.inputs import relevance_of, thresholds_of
+from manyviews.evaluation.inputs import metric_pairs_of, relevance_of, thresholds_of
 from manyviews.evaluation.maps import maps
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
@@ -85,6 +85,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     thresholds: dict[str, float] = {}
     if tasks:
         gallery = gallery_of(job, own=own)
+        with raise_on_all_ranks():
+            job = job._replace(metric_pairs=metric_pairs_of(job, gallery))
         listed = pairs is not None
         refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric, listed=listed)
         if settings.relations is not None:

@@ -12,7 +12,7 @@ from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, sel
 from manyviews.evaluation.settings import EvaluateSettings, recipe_of
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.distance import Euclidean
+from manyviews.evaluators.distance import Euclidean, MetricPairs
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.pair_lists import read_pairs
@@ -66,6 +66,8 @@ class Job(NamedTuple):
     """Folder for features, fitted metrics and clusters; None if it cannot be written to."""
     pairs: Pairs | None = None
     """Pairs to verify, by their positions in the images shown, then in the training images."""
+    metric_pairs: MetricPairs | None = None
+    """Pairs of training images that the metric is fitted on in place of classes."""
 
     @property
     def recipe(self) -> Recipe:
@@ -224,6 +226,7 @@ def labelled_tasks(
         thresholds=thresholds,
         few=settings.few,
         metric=settings.metric,
+        metric_pairs=job.metric_pairs,
         distances={EMBEDDED: Euclidean()} if by_euclidean else None,
         keep=keep,
         augmented=augmented,
