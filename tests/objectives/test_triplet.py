@@ -20,9 +20,10 @@ from triples import (
 )
 
 from manyviews.engine import tiles
-from manyviews.objectives import triplet as module
+from manyviews.objectives import triplet_losses as module
 from manyviews.objectives.mining import All, Easiest, Hard, Hardest, Sampling, SemiHard
-from manyviews.objectives.triplet import Form, Triplet, triplet_loss
+from manyviews.objectives.triplet import Triplet, triplet_loss
+from manyviews.objectives.triplet_losses import Form
 
 FORMS: tuple[Form, ...] = ("hinge", "ratio")
 

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.data import AnyData, Folder, Images, InMemory, Split
+from manyviews.data import AnyData, Folder, Images, InMemory, Split, of_classes
 from manyviews.data.listing.inventory import read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluation.run_tasks import FOREIGN
@@ -45,6 +46,8 @@ def is_own(data: AnyData | None, own: AnyData, inventory: Mapping[str, str], spl
     `data` are the settings asked for (None: the run's own), `own` those of the run's recipe; `inventory`, the hashes of
     the run's files (see `inventory_of`), identifies a copy in another folder.
     """
+    # Relations change no image.
+    data = None if data is None else data.model_copy(update={"relations": own.relations})
     if data is None or data == own:
         return True
     if isinstance(data, Folder) and isinstance(own, Folder):
@@ -88,6 +91,16 @@ def _held_out_otherwise(data: Folder, own: Folder) -> bool:
     if data.test is None:
         return any(getattr(data, name) != getattr(own, name) for name in HELD_OUT)
     return data.test != own.test and Path(os.path.realpath(data.test)).is_relative_to(os.path.realpath(data.path))
+
+
+def learned_pairs(paired: Int[Tensor, " images"], train: Images, unseen: Sequence[int | str]) -> Iterator[str]:
+    """Warns of images to verify that a run may have learned from: of its `train` images, but not of unseen classes."""
+    known = paired[~torch.isin(paired, of_classes(train, unseen))] if unseen else paired
+    if len(known):
+        yield (
+            f"{plural(len(known), 'image')} of the pairs are training images of the run: their pairs are judged better "
+            "than those of new images; list held-out images alone"
+        )
 
 
 def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evaluation: Evaluation) -> Iterator[str]:

@@ -6,22 +6,27 @@ from pathlib import Path
 
 from manyviews.data import Split
 from manyviews.evaluation import cautions
+from manyviews.evaluation.inputs import relevance_of, thresholds_of
+from manyviews.evaluation.maps import maps
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
     Job,
     gallery_of,
     geometries_of,
+    is_labelled,
     kinds_of,
     labelled_tasks,
-    maps,
+    pairs_of,
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
-from manyviews.evaluation.writing import check_output, unwritable, write
+from manyviews.evaluation.writing import check_output, unwritable, write, write_clusters
+from manyviews.evaluators.clustering import cannot_cluster
 from manyviews.evaluators.failures import Failure, catch_failure, failure_messages
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
 from manyviews.evaluators.protocol import refusals, takes_training
+from manyviews.evaluators.relevance import Relevance
 from manyviews.evaluators.results.measurement import LEARNED, PIXELS, Evaluation, Measurement, Task
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import held_out_of_each
@@ -61,6 +66,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     is_writable = not distributed.any_over_ranks(bool(problem))
     split = images_of(pretrained, settings, console)
     inventory = cautions.inventory_of(folder)
+    own = cautions.is_own(settings.data, recipe.data, inventory, split)
     failures: list[Failure] = []
 
     def on_failure(task: str, kind: str, problem: Exception) -> None:
@@ -68,26 +74,45 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             raise problem
         failures.append(Failure(task, kind, in_a_line(problem)))
 
-    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None)
-    labels = job.labels
-    planned = planned_tasks(settings, recipe, labelled=labels is not None)
+    planned = planned_tasks(settings, recipe, labelled=is_labelled(split))
+    with raise_on_all_ranks():
+        pairs = pairs_of(split, settings)
+    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None, pairs)
     layers = measured_layers(pretrained, settings, planned)
     tasks: list[Task] = [task for task in planned if task != "geometry"]
     gallery = None
-    if labels is not None and tasks:
-        gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
-        refused = refusals(tasks, gallery, *labels, settings.protocol, settings.metric)
+    relevance: Relevance | None = None
+    thresholds: dict[str, float] = {}
+    if tasks:
+        gallery = gallery_of(job, own=own)
+        listed = pairs is not None
+        refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric, listed=listed)
+        if settings.relations is not None:
+            with raise_on_all_ranks():
+                relevance = relevance_of(job, gallery)
+        elif "ranking" in tasks:
+            with catch_failure(
+                "ranking", LEARNED, lambda _, __, problem: refused.update({"ranking": in_a_line(problem)})
+            ):
+                relevance = relevance_of(job, gallery)
+        if "clustering" in tasks and "clustering" not in refused:
+            thresholds = thresholds_of(job)
+            if problem := cannot_cluster(
+                settings.protocol.clustering, len(gallery.images), thresholds.get(layers.kinds[0])
+            ):
+                refused["clustering"] = problem
         if len(refused) == len(planned):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))
         failures += [Failure(task, kind, reason) for task, reason in refused.items() for kind in layers.kinds]
         tasks = [task for task in tasks if task not in refused]
     for message in failure_messages(failures, layers.kinds):
         console.warn(message)
-    kinds = kinds_of(job, layers.kinds, training=takes_training(tasks, settings.metric))
+    training = takes_training(tasks, settings.metric) or bool(len(job.paired))
+    kinds = kinds_of(job, layers.kinds, training=training)
     with console.bar():
         evaluation = Evaluation()
-        if labels is not None and gallery is not None and tasks:
-            evaluation = labelled_tasks(job, kinds, tasks, gallery)
+        if gallery is not None and tasks:
+            evaluation = labelled_tasks(job, kinds, tasks, gallery, relevance, thresholds)
         more: list[Measurement] = []
         if "geometry" in planned:
             more += geometries_of(job, kinds)
@@ -107,6 +132,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         warnings=(
             *_warnings(folder, split, planned, settings, layers.missing),
             *cautions.whose(settings.data, recipe.data, inventory, split),
+            *(cautions.learned_pairs(job.paired, split.train, recipe.unseen) if own else ()),
             *about_images,
         ),
         layers=layers.reason,
@@ -121,6 +147,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             page = write(findings, record, outcomes, output, console.warn, page=settings.report)
             if page is not None:
                 console.say(f"report: {page}")
+            if is_writable and (file := write_clusters(findings, output, console.warn)) is not None:
+                console.say(f"clusters: {file}")
     return findings
 
 
@@ -132,6 +160,8 @@ def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
     """
     nothing = not findings.evaluation.measurements
     named: set[str] = set(settings.tasks or ())
+    if settings.relations is not None:
+        named.add("ranking")
     if settings.metric is not None:
         named.add(f"metric={settings.metric.name}")
     missing = [own for own in findings.failures if nothing or own.task in named]

@@ -3,12 +3,13 @@
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Distance, Sizes, all_pairs
-from manyviews.objectives.losses import float32_island
+from manyviews.objectives.losses import distances, float32_island, share_of_mean, squared_distances
 from manyviews.objectives.mining import (
     All,
     Sampling,
@@ -20,6 +21,7 @@ from manyviews.objectives.mining import (
     shares,
 )
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits, renamed
 from manyviews.system import distributed
 
@@ -38,7 +40,7 @@ class Contrastive(ObjectiveSettings):
     average: Literal["active", "all"] = "active"
     """The mean over the negative pairs within the margin, or over all that were sampled."""
     sampling: Sampling = All()
-    """Which pairs."""
+    """Which pairs; of given ones, all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +56,7 @@ class Contrastive(ObjectiveSettings):
     def traits(self) -> Traits:
         """On the unit sphere the cosine orders as the Euclidean distance does."""
         distance: Distance = "cosine" if self.normalized else "euclidean"
-        return Traits(compares_embeddings=True, distance=distance, sampling=self.sampler)
+        return Traits(relations=("pairs",), compares_embeddings=True, distance=distance, sampling=self.sampler)
 
     @property
     def sampler(self) -> Sampling:
@@ -69,7 +71,9 @@ class Contrastive(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws pairs by `seed`."""
-        alike, keys = population.alike, population.keys
+        alike, keys, lists = population.alike, population.keys, population.lists
+        if lists is not None:
+            return Stateless(lambda z, ids, _: contrastive_loss_of_pairs(z, ids, lists, self, keys=keys), lists)
         return Stateless(
             lambda z, ids, step: contrastive_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys)
         )
@@ -105,21 +109,18 @@ def contrastive_loss(
         >>> round(loss.total.item(), 4)  # (2 - 2 ** 0.5) ** 2 / 2
         0.1716
     """
-    normalized, form, sampling = settings.normalized, settings.form, settings.sampler
+    normalized, sampling = settings.normalized, settings.sampler
     batch = batch_of(embeddings, ids, normalized=normalized, seed=seed, step=step, alike=alike, keys=keys)
     weight = torch.ones_like(batch.positive_similarity)
 
-    read = batch.squared_distances if form == "hinge_of_squares" else batch.distances
-
-    def hinge(products: Tensor) -> Tensor:
-        return (settings.margin - read(products)).relu()
+    def hinges_of(products: Tensor) -> Tensor:
+        return hinge(batch.squared_distances(products), settings)
 
     def term(rows: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         triples = choose(sampling, batch, rows, products)
-        near, hinges, count = triples.pairs(batch, rows, products, hinge)
-        pulls = batch.squared_distances(near) / 2 if form == "squared_hinge" else read(near)
-        pushes = hinges.square() / 2 if form == "squared_hinge" else hinges
-        total = pulls.where(triples.chosen, 0).sum() + weight * pushes.sum()
+        near, hinges, count = triples.pairs(batch, rows, products, hinges_of)
+        pulls = pull(batch.squared_distances(near), settings)
+        total = pulls.where(triples.chosen, 0).sum() + weight * push(hinges, settings).sum()
         counts = torch.stack([triples.chosen.sum(), (hinges.detach() > 0).sum(), count]).to(products.dtype)
         hard = hardness(triples, batch, rows, products, hinges.detach() == 0)
         return total, torch.cat([counts, triples.figures, hard])
@@ -134,3 +135,56 @@ def contrastive_loss(
     positives, active, count = figures[:3]
     terms = batch.terms() | {"active": active / count.clamp(min=1)} | shares(sampling, figures[3:])
     return Loss(total * distributed.world_size() / positives.clamp(min=1), terms)
+
+
+@float32_island
+def contrastive_loss_of_pairs(
+    embeddings: Embeddings, ids: Ids, lists: Lists, settings: Contrastive, *, keys: int | None = None
+) -> Loss:
+    """Mean of ½ d² over given pairs, weighted by s, plus that of ½ [margin − d]₊², weighted by 1 − s; or another form.
+
+    s is how similar a pair is, from 0 to 1: the Y of Hadsell et al. 2006, equation 4, is 1 − s, and may be any number
+    between. As in `contrastive_loss` the second mean is over the pairs within the margin, or over all. Where the
+    batch's other images are items too, they are pairs with s = 0.
+
+    Examples:
+        >>> from manyviews.objectives.relations import Relations
+        >>> lists = Lists(Relations("pairs", torch.tensor([[0, 1]]), torch.tensor([[0.25]]), size=2))
+        >>> loss = contrastive_loss_of_pairs(torch.eye(2)[None], torch.arange(2), lists, Contrastive(margin=2.0))
+        >>> round(loss.total.item(), 4)  # 2 / 2 + (2 - 2 ** 0.5) ** 2 / 2
+        1.1716
+    """
+    normalized = settings.normalized
+    batch = list_batch(embeddings, ids, lists, "cosine" if normalized else "squared_distance", keys=keys)
+
+    def pulled(some: slice, products: Tensor, same: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        pulls = pull(squared_distances(products, normalized=normalized), settings)
+        return (same * pulls).where(there, 0).sum(), same.where(there, 0).sum()[None]
+
+    def pushed(some: slice, products: Tensor, same: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        hinges = hinge(squared_distances(products, normalized=normalized), settings)
+        different = (1 - same).where(there, 0)
+        active = different.where(hinges.detach() > 0, 0).sum()
+        return (different * push(hinges, settings)).sum(), torch.stack([active, different.sum()])
+
+    pulls, (similar,) = batch.sum(pulled)
+    pushes, (active, count) = batch.sum(pushed)
+    loss = share_of_mean(pulls, similar) + share_of_mean(pushes, active if settings.average == "active" else count)
+    return Loss(loss, batch.terms(count) | {"active": share_of_mean(active, count)})
+
+
+def pull(squares: Float[Tensor, "*pairs"], settings: Contrastive) -> Float[Tensor, "*pairs"]:
+    """½ d², d or d², from squared distances."""
+    if settings.form == "hinge":
+        return distances(squares)
+    return squares / 2 if settings.form == "squared_hinge" else squares
+
+
+def hinge(squares: Float[Tensor, "*pairs"], settings: Contrastive) -> Float[Tensor, "*pairs"]:
+    """[margin − d]₊, or [margin − d²]₊, from squared distances."""
+    return (settings.margin - (squares if settings.form == "hinge_of_squares" else distances(squares))).relu()
+
+
+def push(hinges: Float[Tensor, "*pairs"], settings: Contrastive) -> Float[Tensor, "*pairs"]:
+    """½ of squared hinges, or the hinges."""
+    return hinges.square() / 2 if settings.form == "squared_hinge" else hinges

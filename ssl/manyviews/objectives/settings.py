@@ -13,6 +13,7 @@ from manyviews.config import Settings
 from manyviews.objectives.cost import Cost, Distance, Sizes
 from manyviews.objectives.mining import Sampling
 from manyviews.objectives.objective import Objective
+from manyviews.objectives.relations import Kind, Lists
 
 
 class Population(NamedTuple):
@@ -27,6 +28,10 @@ class Population(NamedTuple):
     keys: int | None = None
     """Number of views, the first ones, that embeddings are compared with; None: all. Local views come after them: they
     are anchors, but nobody's positive or negative (Caron et al. 2020, SwAV, equation 6)."""
+    lists: Lists | None = None
+    """Relations of the images, of which batches are made then."""
+    patches: int | None = None
+    """Patches on a side of the grid that each image is cut into; None: it is not."""
 
     @property
     def size(self) -> int:
@@ -49,6 +54,8 @@ class Traits(NamedTuple):
     """Why `ids=labels` is not supported, as a clause about the objective; None: ids may be classes."""
     uses_values: Literal["always", "if given"] | None = None
     """Whether it takes the recipe's `values`, the continuous labels of images."""
+    relations: tuple[Kind, ...] = ()
+    """Kinds of relations between images that it can be trained by."""
     compares_embeddings: bool = False
     """Whether embeddings are trained to be compared with each other. Then they, and not the backbone's features, are
     used for retrieval, clustering and verification."""
@@ -66,6 +73,8 @@ class Traits(NamedTuple):
     """Share of its old weights that a momentum twin keeps at each step; None: there is no twin."""
     bounds_information: bool = False
     """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+    predicts_patches: bool = False
+    """Whether it predicts the patches of one view from their contexts, the embeddings of an encoder with a context."""
     splits_views: bool = False
     """Whether the encoder gets view 0 (and the local views) and the twin view 1 only, instead of both views each."""
     shuffles: bool = False

@@ -1,16 +1,19 @@
 """Triplet loss: an anchor is to be nearer to its positive than to a negative, by a margin."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from manyviews.engine import sum_over_tiles
 from manyviews.objectives.cost import Cost, Distance, Sizes, all_pairs
-from manyviews.objectives.losses import float32_island, softplus, with_gradient
+from manyviews.objectives.losses import (
+    distances,
+    float32_island,
+    share_of_mean,
+    squared_distances,
+)
 from manyviews.objectives.mining import (
     Sampling,
     SemiHard,
@@ -23,14 +26,11 @@ from manyviews.objectives.mining import (
     shares,
 )
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.query_losses import ordered_pairs
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits, renamed
+from manyviews.objectives.triplet_losses import Form, Penalties, all_triplets, penalties
 from manyviews.system import distributed
-
-FEW = 32
-"""Positives of a row up to which a pass over the row for each is faster than a search among them."""
-
-
-Form = Literal["hinge", "soft", "softmax", "ratio"]
 
 
 class Triplet(ObjectiveSettings):
@@ -55,7 +55,7 @@ class Triplet(ObjectiveSettings):
     average: Literal["active", "all"] = "active"
     """The mean over the triplets that violate the margin, or over all that were sampled."""
     sampling: Sampling = SemiHard()
-    """Which triplets."""
+    """Which triplets; of given ones, all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +78,9 @@ class Triplet(ObjectiveSettings):
     def traits(self) -> Traits:
         """On the unit sphere the cosine orders as the Euclidean distance does."""
         distance: Distance = "cosine" if self.normalized else "euclidean"
-        return Traits(compares_embeddings=True, distance=distance, sampling=self.sampler)
+        return Traits(
+            relations=("triplets", "ranked"), compares_embeddings=True, distance=distance, sampling=self.sampler
+        )
 
     @property
     def sampler(self) -> Sampling:
@@ -91,7 +93,9 @@ class Triplet(ObjectiveSettings):
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
         """Builds the objective; it has no state, and draws triplets by `seed`."""
-        alike, keys = population.alike, population.keys
+        alike, keys, lists = population.alike, population.keys, population.lists
+        if lists is not None:
+            return Stateless(lambda z, ids, _: triplet_loss_of_lists(z, ids, lists, self, keys=keys), lists)
         return Stateless(lambda z, ids, step: triplet_loss(z, ids, self, seed=seed, step=step, alike=alike, keys=keys))
 
 
@@ -156,94 +160,42 @@ def triplet_loss(
     return Loss(total * distributed.world_size() / compared.clamp(min=1), terms)
 
 
-def all_triplets(
-    distances: Float[Tensor, "rows all"],
-    positives: Int[Tensor, "rows positives"],
-    there: Bool[Tensor, "rows positives"],
-    mates: Int[Tensor, "rows members"],
-    form: Form,
-    margin: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Sum of the losses of all triplets of some rows, and number of those above 0.
+@float32_island
+def triplet_loss_of_lists(
+    embeddings: Embeddings, ids: Ids, lists: Lists, settings: Triplet, *, keys: int | None = None
+) -> Loss:
+    """Mean over given triplets of [d(a, p) − d(a, n) + margin]₊, or another form, as in `triplet_loss`.
 
-    `distances` are those of the anchors from all candidates, `positives` the indices of each row's positives with their
-    mask `there`, `mates` the indices that are no negatives. A margin of None is the soft one.
+    They are those of the file, or all of a query and two items of its list, p more relevant than n. Where the batch's
+    other images are items too, they are further n. Nothing is sampled.
+
+    Examples:
+        >>> from manyviews.objectives.relations import Relations
+        >>> lists = Lists(Relations("triplets", torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0]]), size=3))
+        >>> views = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])  # squared distances of 2 and 4
+        >>> triplet_loss_of_lists(views, torch.arange(3), lists, Triplet(margin=3.0)).total.item()
+        1.0
     """
-    with torch.no_grad():
-        # A positive at −∞ and a negative at ∞ are in no triplet that costs anything.
-        own = distances.gather(1, positives).masked_fill_(~there, -torch.inf)
-        others = distances.scatter(1, mates, torch.inf)
-        if form == "hinge" and own.shape[1] > FEW:
-            total, own_weights, weights = _by_search(own + margin, others)
-            active = own_weights.sum()
-        else:
-            total, active, own_weights, weights = _by_passes(own, others, form, margin)
-        weights.scatter_add_(1, positives, own_weights)
-    # Autograd would keep a tile for each positive.
-    return with_gradient(distances, total, weights), active
+    normalized = settings.normalized
+    batch = list_batch(embeddings, ids, lists, "cosine" if normalized else "squared_distance", keys=keys)
+    form, margin, most = settings.form, settings.margin, batch.items.shape[1]
 
+    def loss(more: Tensor, less: Tensor) -> Penalties:
+        return penalties(-more, -less, form, margin)
 
-class Penalties(NamedTuple):
-    """Losses of triplets, and how fast they grow."""
+    def term(some: slice, products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        squares = squared_distances(products, normalized=normalized)
+        scores = -squares if settings.squared else -distances(squares)
+        triplets = ordered_pairs(scores, relevances, loss, there, most, detailed=True)
+        return triplets.sum().sum(), triplets.counts.sum(0)
 
-    losses: Float[Tensor, "*triplets"]
-    by_positive: Float[Tensor, "*triplets"]
-    """Derivatives in the distance of the positive."""
-    by_negative: Float[Tensor, "*triplets"]
-    """Derivatives in the distance of the negative, times −1: how fast the loss falls."""
-
-
-def penalties(
-    positive: Float[Tensor, "*#triplets"], negative: Float[Tensor, "*#triplets"], form: Form, margin: float
-) -> Penalties:
-    """Losses of triplets from the distances of positives and negatives; 0 at −∞ of the first or ∞ of the second."""
-    difference = positive - negative
-    match form:
-        case "hinge":
-            losses = (difference + margin).relu()
-            slopes = losses.sign()
-            return Penalties(losses, slopes, slopes)
-        case "soft":
-            slopes = difference.sigmoid()
-            return Penalties(softplus(difference), slopes, slopes)
-        case "softmax":
-            share = difference.sigmoid()
-            slopes = 2 * share.square() * (1 - share)
-            return Penalties(share.square(), slopes, slopes)
-        case "ratio":
-            # A squared distance may be a rounding error below 0.
-            least = positive.clamp(min=0) + margin
-            losses = (difference + margin).relu() / least
-            slopes = losses.sign() / least
-            return Penalties(losses, (1 - losses) * slopes, slopes)
-
-
-def _by_passes(own: Tensor, others: Tensor, form: Form, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, number of active triplets, and derivatives in the positives and in the negatives."""
-    totals, counts = torch.zeros_like(own), torch.zeros_like(own)
-    own_weights, weights = torch.zeros_like(own), torch.zeros_like(others)
-    for column in range(own.shape[1]):
-        losses, rises, falls = penalties(own[:, column, None], others, form, margin)
-        totals[:, column], own_weights[:, column] = losses.sum(1), rises.sum(1)
-        counts[:, column] = own_weights[:, column] if form == "hinge" else losses.sign().sum(1)
-        weights -= falls
-    return totals.sum(), counts.sum(), own_weights, weights
-
-
-def _by_search(limits: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, and derivatives in the positives (counts of negatives) and in the negatives.
-
-    A negative at d is in an active triplet with each positive whose limit, its distance plus the margin, is above d.
-    A search in the sorted limits finds the first of them: their number and, by cumulated sums from the end, the sum of
-    their limits give the loss of all triplets of the negative at once.
-    """
-    ordered, order = limits.sort(1)
-    count = ordered.shape[1]
-    firsts = torch.searchsorted(ordered, others, right=True)
-    # From each index to the end; 0 past the end. Limits of −∞ come first and are above nothing.
-    sums = F.pad(ordered.flip(1).cumsum(1).flip(1), (0, 1))
-    weights = (count - firsts).to(others.dtype)
-    total = (sums.gather(1, firsts) - weights * others.where(firsts < count, 0)).sum()
-    counts = torch.zeros_like(sums).scatter_add_(1, firsts, torch.ones_like(others))
-    own_weights = torch.zeros_like(limits).scatter_(1, order, counts.cumsum(1)[:, :-1])
-    return total, own_weights, weights.neg_()
+    total, (count, active, hard) = batch.sum(term)
+    shares = {
+        "active": active,
+        "easy": count - active.maximum(hard),
+        "semi_hard": active - active.minimum(hard),
+        "hard": hard,
+    }
+    compared = count if settings.average == "all" or form in ("soft", "softmax") else active
+    terms = {name: share_of_mean(figure, count) for name, figure in shares.items()}
+    return Loss(share_of_mean(total, compared), batch.terms(count) | terms)

@@ -172,11 +172,13 @@ class Recorder:
         if skipped is None and isinstance(result, StepResult):
             views = slice(self._components.recipe.keys)
             targets = None if result.targets is None else result.targets[views]
-            sample = glimpse(result.embeddings[views], result.ids, targets)
+            sample = glimpse(self._components.encoder.of_images(result.embeddings[views]), result.ids, targets)
         if sample is not None and self._session.run is not None:
             seen = HostCopy(*(part for part in sample if part is not None))
         histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0
-        work = partial(figures_of, self._averager.take(), seen, histograms=histograms)
+        # A batch of relations may hold an image several times.
+        once = self._components.relations is not None
+        work = partial(figures_of, self._averager.take(), seen, histograms=histograms, once=once)
         on_gpu = self._components.accelerator.device.type == "cuda"
         self._line = Line(step, progress, values, in_a_thread(work) if on_gpu else finished(work))
         if not on_gpu:
@@ -251,6 +253,7 @@ def state_of(components: Components, images: Images, step: int, known: Mapping[s
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(components.optimiser, sharded)
     metadata = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    metadata["relations"] = components.relations
     metadata["recipe"] = components.recipe.model_dump(mode="json")
     if components.accelerator.scaler is not None:
         metadata["scaler"] = components.accelerator.scaler.state_dict()

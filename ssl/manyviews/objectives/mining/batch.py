@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manyviews.engine import normalize, squared_distance_rows
 from manyviews.engine.rows import distinct, sum_of_groups
-from manyviews.objectives.losses import average, gather_views, share_of_mean
+from manyviews.objectives.losses import average, distances, gather_views, share_of_mean, squared_distances
 from manyviews.objectives.objective import Embeddings, Ids
 
 
@@ -75,11 +75,11 @@ class Batch(NamedTuple):
 
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Squared Euclidean distances from products."""
-        return 2 - 2 * products if self.normalized else products.clamp(min=0)
+        return squared_distances(products, normalized=self.normalized)
 
     def distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Euclidean distances from products; with a zero gradient where rows coincide."""
-        return self.squared_distances(products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
+        return distances(self.squared_distances(products))
 
     def nearness(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """A number that falls as the distance grows, without gradient."""
