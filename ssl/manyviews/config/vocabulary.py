@@ -72,6 +72,10 @@ _PAIRS = "the pairs' contrastive loss is objective=contrastive, as in recipes si
 _ANGLE = "{} is objective=margin_softmax objective.preset={}, as in recipe {}"
 _RANKING = "{} is objective=ranking objective.loss={}"
 _ABSENT = "{} and is not here; the nearest that is: objective={}"
+_CPC = (
+    "contrastive predictive coding is recipe cpc; of whole views, its bilinear score is objective=in_batch "
+    "objective.score=bilinear"
+)
 _PROXIES = (
     "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
     "by manyviews finetune)"
@@ -79,11 +83,7 @@ _PROXIES = (
 
 OBJECTIVES: Mapping[str, str] = _by_name(
     ("ntxent nt_xent simclr infonce info_nce", _SIMCLR),
-    (
-        "cpcv2 cpc_v2 contrastive_predictive_coding",
-        "contrastive predictive coding is recipe cpc; of whole views, its bilinear score is objective=in_batch "
-        "objective.score=bilinear",
-    ),
+    ("cpcv2 cpc_v2 contrastive_predictive_coding", _CPC),
     ("dcl decoupled", "decoupled contrastive learning is objective=in_batch objective.decoupled=true"),
     ("moco mocov2 mocov3", "MoCo is objective=queue, as in recipe moco"),
     ("supcon", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
