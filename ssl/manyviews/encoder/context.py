@@ -51,7 +51,7 @@ class ContextSettings(Settings):
     """Patches on a side of a view; null: 7, or 4 of views below 64 pixels."""
     overlap: float = Field(0.5, ge=0, lt=1)
     """Share of a patch's side that the next one shows too."""
-    jitter: float = Field(0.5, ge=0, le=10)
+    jitter: float = Field(0.7, ge=0, le=10)
     """Strength x: in training each patch has a contrast and a brightness of its own, its pixels times e^u plus v, with
     u and v uniform in -x to x. Drawn as dropout is, by step and process; 0: none."""
 
