@@ -24,9 +24,10 @@ from manyviews.evaluators.failures import Failure, catch_failure, failure_messag
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
 from manyviews.evaluators.protocol import refusals, takes_training
-from manyviews.evaluators.results.measurement import LEARNED, PIXELS, Evaluation, Measurement, Task
+from manyviews.evaluators.results.measurement import LEARNED, PIXELS, THRESHOLD, Evaluation, Measurement, Task
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import held_out_of_each
+from manyviews.evaluators.verification import threshold_text
 from manyviews.features.backbone import open_run
 from manyviews.features.encoding import images_of
 from manyviews.report import Findings
@@ -177,6 +178,8 @@ def _warnings(
 def _print(findings: Findings, console: Console) -> None:
     for sheet in sheets(findings.evaluation):
         console.rich.print(printed(sheet))
+    for own in findings.evaluation.of("verification", features=findings.kind, metric=THRESHOLD):
+        console.say(threshold_text(own))
     if verdict := findings.evaluation.verdict():
         console.say(verdict)
     if findings.layers:
