@@ -6,16 +6,13 @@ from pathlib import Path
 
 from manyviews.data import Split
 from manyviews.evaluation import cautions
+from manyviews.evaluation.job import Job, gallery_of, is_labelled, pairs_of
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
-    Job,
-    gallery_of,
     geometries_of,
-    is_labelled,
     kinds_of,
     labelled_tasks,
     maps,
-    pairs_of,
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
