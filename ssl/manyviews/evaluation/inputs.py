@@ -7,18 +7,16 @@ import torch
 
 from manyviews.data.labels import values_of
 from manyviews.data.relations import RelationTable, read_relations
+from manyviews.evaluation.job import Job
 from manyviews.evaluation.record import EVALUATION, evaluation_of, records_in
-from manyviews.evaluation.run_tasks import Job
 from manyviews.evaluators.distance import MetricPairs
 from manyviews.evaluators.protocol import Gallery
 from manyviews.evaluators.relevance import Lists, Relevance, Triplets, near_values, same_class
+from manyviews.evaluators.results.measurement import THRESHOLD
 from manyviews.linear_metrics import MMC
 from manyviews.linear_metrics.mmc import check_similarities
 from manyviews.system.files import read_json, shown
 from manyviews.system.plural import plural
-
-THRESHOLD = "threshold"
-"""The metric of verification at which two images are of one class."""
 
 
 def relevance_of(job: Job, gallery: Gallery) -> Relevance:
