@@ -60,6 +60,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(root / "photos" / name)
         rows.append(f"{name},{label}")
+    names = [row.split(",")[0] for row in rows]
+    ranked = [
+        f"{query},{item},{number % 3}" for query in names for number, item in enumerate(names[::9]) if item != query
+    ]
+    (root / "ranked.csv").write_text("\n".join(["query,item,relevance", *ranked]) + "\n")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
     for seed, name in enumerate(("mine", "other-0", "other-1")):
         data = {"name": "folder", "path": str(root / "photos"), "size": 16}
@@ -73,7 +78,11 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     assert program == "manyviews", command
     args = [re.sub(r"=(/my/images|/other/images|/photos|photos)$", f"={work / 'photos'}", arg) for arg in args]
     args = [arg for arg in args if not arg.startswith(("train.", "data.size="))]
-    for shown, path in {"labels.csv": work / "labels.csv", "/fast/photos-224": work / "cache"}.items():
+    for shown, path in {
+        "labels.csv": work / "labels.csv",
+        "/fast/photos-224": work / "cache",
+        "/my/ranked.csv": work / "ranked.csv",
+    }.items():
         args = [arg.replace(shown, str(path)) for arg in args]
     if "facenet" in args:
         # Its 50 images of a class are more than there are.

@@ -256,10 +256,10 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
     if task == "clustering":
         classes = labels if bool((labels >= 0).any()) else None
         threshold = inputs.threshold
-        measured, result = measure_clusters(
+        measured, clusters = measure_clusters(
             inputs.kind, features, classes, protocol.clustering, threshold=threshold, **how
         )
-        return Outcome(measured, images=shown, predictions=result.groups, values=result.distances)
+        return Outcome(measured, images=shown, predictions=clusters.groups, values=clusters.distances)
     details: dict[str, Any] = {}
     rows: list[tuple[str, float, float | None, float | None, float | None]]
     right = images = None
