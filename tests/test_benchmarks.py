@@ -25,6 +25,7 @@ from benchmarks import (
     bank,
     decode,
     distances,
+    distances_on_sphere,
     extract,
     finetune,
     harness,
@@ -188,6 +189,40 @@ def test_distances_are_fitted_beside_the_rival_in_an_environment_of_its_own(
     assert rows["metric-learn LMNN"]["times ours"] > 0
     assert rows["metric-learn MMC"]["seconds"] == "over 3"
     assert rows["MMC, prior=0 (the paper's)"]["within"] < rows["Euclidean"]["within"]
+
+
+def test_distances_on_the_sphere_are_drawn_and_pass_the_test_for_their_own_dimension_alone(tmp_path: Path) -> None:
+    picture = tmp_path / "sphere.png"
+    rows = rows_of("distances_on_sphere", tmp_path, "--dims", "3", "16", "--pairs", "2000", "--picture", str(picture))
+    assert [row["pairs"] for row in rows] == [2000, 2000]
+    assert all(row["p"] > distances_on_sphere.LEAST and abs(row["mean"] - row["mean of q(d)"]) < 0.05 for row in rows)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 400
+    drawn_distances = distances_on_sphere.random_distances(16, 20_000)
+    assert distances_on_sphere.fit_of(drawn_distances, 16).p > distances_on_sphere.LEAST
+    assert distances_on_sphere.fit_of(drawn_distances, 18).p < distances_on_sphere.LEAST
+
+
+def test_points_that_contradict_the_density_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = np.full(2000, 1.2)
+    monkeypatch.setattr(distances_on_sphere, "random_distances", lambda dim, pairs: near)
+    with pytest.raises(RuntimeError, match=r"random, n = 3: .* the distances are not those of q\(d\)"):
+        rows_of("distances_on_sphere", tmp_path, "--dims", "3", "--picture", str(tmp_path / "sphere.png"))
+
+
+def test_distances_of_a_runs_embeddings_stand_beside_the_density_of_their_dimension(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tmp_path / "run", *IMAGES, f"data={images}", "encoder.projector.dim=4", size=12)
+    overrides = ("--run", str(tmp_path / "run"), "--picture", str(tmp_path / "run.png"))
+    (row,) = rows_of("distances_on_sphere", tmp_path, *overrides)
+    assert row["points"] == "embeddings of run"
+    assert row["pairs"] == 30
+    assert row["mean of q(d)"] == pytest.approx(distances_on_sphere.mean_distance(4))
+    assert (tmp_path / "run.png").is_file()
+    for wrong in (("--picture", "sphere.jpg"), ("--dims", "1"), ("--pairs", "20")):
+        with pytest.raises(SystemExit, match=wrong[0]):
+            rows_of("distances_on_sphere", tmp_path, *wrong)
 
 
 def test_extract_is_compared_with_the_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manyviews import cli, recipe
-from manyviews.cli import SHELLS, completion_script
+from manyviews.config.completion import SHELLS, completion_script
 
 COMMANDS = {"pretrain": ["simclr", "moco", "train.epochs=", "train.batch_size="], "evaluate": ["tasks="]}
 BASH = """

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from manyviews.data import of_dataset as of_dataset
+    from manyviews.evaluation.verify import Verdict
     from manyviews.features.transformer import Features as Features
     from manyviews.recipe import Recipe
 
@@ -70,6 +71,27 @@ def evaluate(run: "str | PathLike[str] | Run", *others: "str | PathLike[str] | R
     with _interruptible():
         run_evaluate([*folders, *_args(settings)])
     return Run(folders[0])
+
+
+def verify(run: "str | PathLike[str] | Run", first: Any, second: Any, **settings: Any) -> "Verdict":
+    """Compares two images by a run, and judges by its verification whether they are of one class.
+
+    Images are paths, PIL images or uint8 arrays; keywords are the keys of `manyviews verify`. The result is true if
+    they are judged the same; its `missing` tells why there is no threshold.
+
+    Raises:
+        ValueError: if the run has no weights, or an image cannot be read.
+
+    Examples:
+        >>> verdict = verify("runs/photos", "a.jpg", "b.jpg")  # doctest: +SKIP
+        >>> verdict.same, verdict.value, verdict.false_accepts  # doctest: +SKIP
+        (True, 0.83, 0.003)
+    """
+    from manyviews.config import load
+    from manyviews.evaluation.verify import VerifySettings, verify_images
+
+    folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
+    return verify_images(folder, first, second, load(VerifySettings, None, _args(settings)))
 
 
 def extract(model: "str | PathLike[str] | Run", **settings: Any) -> Path:
@@ -185,6 +207,10 @@ class Run:
     def evaluate(self, **settings: Any) -> list[dict[str, Any]]:
         """Evaluates the run, with the keys of `manyviews evaluate`; returns `scores`."""
         return evaluate(self, **settings).scores()
+
+    def verify(self, first: Any, second: Any, **settings: Any) -> "Verdict":
+        """Compares two images, as `manyviews.verify`."""
+        return verify(self, first, second, **settings)
 
     @cached_property
     def _features(self) -> "Features":

@@ -1,24 +1,23 @@
 """Command lines: parse arguments, call the work, report an error in one sentence."""
 
-import argparse
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import shtab
-
 from manyviews import recipe as recipes
 from manyviews.config import Settings, field_at, help_text, keys, load
+from manyviews.config.completion import SHELLS, completion_script
 from manyviews.evaluation import EvaluateSettings, check_measured
 from manyviews.evaluation import evaluate as evaluate_run
 from manyviews.evaluation.compare_runs import compare_runs
+from manyviews.evaluation.verify import VerifySettings, verify_images
 from manyviews.features.extract import ExtractSettings
 from manyviews.features.extract import extract as extract_features
 from manyviews.recipe import Recipe
@@ -46,7 +45,6 @@ KEY = re.compile(r"[A-Za-z_][\w.]*|")
 MODEL = "a run folder or a timm model comes first, for example runs/quickstart or resnet18"
 AGAIN = "re-run the same command to continue"
 RESUME = "re-run the same command with resume=true to continue"
-SHELLS = ("bash", "zsh", "fish")
 
 
 class Command(NamedTuple):
@@ -179,6 +177,18 @@ def run_evaluate(args: Sequence[str]) -> None:
         check_measured(evaluate_run(folder, settings), settings)
 
 
+def run_verify(args: Sequence[str]) -> None:
+    """Compares two images as `manyviews verify` does."""
+    paths = list(takewhile(lambda arg: not is_setting(arg, VerifySettings), args))
+    if len(paths) != 3:
+        raise ValueError("a run folder and two images come first, for example runs/quickstart a.jpg b.jpg")
+    folder, first, second = paths
+    verdict = verify_images(Path(folder).expanduser(), first, second, load(VerifySettings, None, args[3:]))
+    console.write(f"{verdict}\n")
+    if verdict.missing:
+        _print_error(f"warning: {verdict.missing}\n")
+
+
 def run_extract(args: Sequence[str]) -> Path:
     """Extracts features as `manyviews extract` does; returns their folder."""
     model, overrides = first_of(args, ExtractSettings, MODEL), args[1:]
@@ -204,28 +214,6 @@ def _completion(args: Sequence[str]) -> None:
     console.write(completion_script(" ".join(args), choices))
 
 
-def completion_script(shell: str, commands: Mapping[str, Sequence[str]]) -> str:
-    """The completion script of `manyviews` for a shell.
-
-    The script is static: it lists every argument of each subcommand, and completing one does not start Python.
-
-    Raises:
-        ValueError: for a shell that is not in `SHELLS`.
-    """
-    if shell not in SHELLS:
-        raise ValueError(f"{shell or 'no shell'} is none of {', '.join(SHELLS)}")
-    parser = argparse.ArgumentParser("manyviews", add_help=False)
-    subparsers = parser.add_subparsers()
-    for name, choices in commands.items():
-        subparser = subparsers.add_parser(name, add_help=False, help=name)
-        argument = subparser.add_argument("args", nargs=argparse.REMAINDER, choices=choices)
-        if shell == "zsh":  # which would put a space between a key and its value
-            vars(argument)["complete"] = {"zsh": f"{{compadd -S '' -- {' '.join(choices)}}}"}
-    script: str = shtab.complete(parser, shell)
-    # As bash would.
-    return script.replace("complete -o bashdefault", "complete -o nospace -o bashdefault")
-
-
 def _print_error(text: str) -> None:
     sys.stdout.flush()
     console.write(text, error=True)
@@ -247,6 +235,13 @@ evaluate = Command(
     "with intervals.",
     EvaluateSettings,
     run_evaluate,
+)
+verify = Command(
+    "manyviews verify RUN IMAGE IMAGE [key=value …]",
+    "RUN is a run folder. Prints the cosine or distance of two images, and whether they are of one class by the "
+    "threshold of the run's verification (manyviews evaluate RUN tasks=verification).",
+    VerifySettings,
+    run_verify,
 )
 extract = Command(
     "manyviews extract RUN|TIMM data=/some/folder output=/some/features [key=value …]",
@@ -270,7 +265,7 @@ completion = Command(
     Settings,
     _completion,
 )
-COMMANDS = {"pretrain": pretrain, "evaluate": evaluate, "extract": extract, "finetune": finetune}
+COMMANDS = {"pretrain": pretrain, "evaluate": evaluate, "verify": verify, "extract": extract, "finetune": finetune}
 
 
 def main() -> int:

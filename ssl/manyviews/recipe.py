@@ -179,6 +179,26 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _patches_to_predict(self) -> "Recipe":
+        name, context, patches = self.objective.name, self.encoder.context, self.objective.traits.predicts_patches
+        if patches and context is None:
+            raise ValueError(
+                f"objective={name} predicts patches from the context of those above, and the encoder has none; set "
+                "encoder.context=gru, mean or attention"
+            )
+        if context is not None and not patches:
+            raise ValueError(
+                f"encoder.context={context.name} cuts views into patches, and objective={name} compares whole views; "
+                "set objective=cpc, or encoder.context=null"
+            )
+        if patches and self.views.local:
+            raise ValueError(
+                f"views.local={self.views.local}, but objective={name} predicts the patches of one view; set "
+                "views.local=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _views_to_contrast(self) -> "Recipe":
         # Items of lists are positives without another view; whether a file holds sets instead is not known yet.
         if self.data.relations is None or not self.objective.traits.relations:
@@ -197,13 +217,15 @@ class Recipe(Settings):
             self.objective.traits.most_views,
             self.views.num_views,
         )
-        if self.objective.traits.negatives_from == "batch" and self.ids == "images" and self.values is None:
+        name, patches = self.objective.name, self.objective.traits.predicts_patches
+        in_batch = self.objective.traits.negatives_from == "batch" and not patches
+        if in_batch and self.ids == "images" and self.values is None:
             # In the batch, an image has no positives but its own views.
             fewest = max(fewest, 2)
         if number < fewest or (most is not None and number > most):
-            bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
+            bound = f"{fewest} view{'s' if fewest > 1 else ''}" if fewest == most else f"at least {fewest} views"
             raise ValueError(
-                f"views.num_views={number}, but objective={self.objective.name} contrasts {bound} of each image; "
+                f"views.num_views={number}, but objective={name} contrasts {bound} of each image; "
                 f"set views.num_views={fewest}"
             )
 

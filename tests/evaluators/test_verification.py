@@ -8,7 +8,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from manyviews.evaluators.verification import (
-    Pairs,
     VerificationSettings,
     best_threshold,
     draw_pairs,
@@ -30,14 +29,15 @@ def test_pairs_are_different_rightly_named_and_balanced_in_every_fold():
     _, labels = faces(120, 7, 1.0)
     labels[::9] = -1
     pairs = draw_pairs(labels, SMALL, seed=1)
-    assert pairs.images.shape == (5, 80, 2)
-    assert len({frozenset(pair) for pair in pairs.images.flatten(0, 1).tolist()}) == 400
+    assert pairs.images.shape == (400, 2)
+    assert len({frozenset(pair) for pair in pairs.images.tolist()}) == 400
     assert (pairs.images[..., 0] != pairs.images[..., 1]).all()
-    first, second = labels[pairs.images].unbind(2)
+    first, second = labels[pairs.images].unbind(1)
     assert (first >= 0).all()
     assert (second >= 0).all()
     assert torch.equal(first == second, pairs.same)
-    assert pairs.same.sum(1).tolist() == [40] * 5
+    assert pairs.folds.bincount().tolist() == [80] * 5
+    assert pairs.folds[pairs.same].bincount().tolist() == [40] * 5
 
 
 def test_every_pair_has_the_same_chance():
@@ -45,7 +45,7 @@ def test_every_pair_has_the_same_chance():
     settings = VerificationSettings(pairs=4, folds=2)
     counts = dict.fromkeys((frozenset(pair) for pair in combinations(range(7), 2)), 0)
     for seed in range(1000):
-        for pair in draw_pairs(labels, settings, seed=seed).images.flatten(0, 1).tolist():
+        for pair in draw_pairs(labels, settings, seed=seed).images.tolist():
             counts[frozenset(pair)] += 1
     same = [count for pair, count in counts.items() if len({int(labels[image]) for image in pair}) == 1]
     different = [count for pair, count in counts.items() if len({int(labels[image]) for image in pair}) == 2]
@@ -58,7 +58,7 @@ def test_every_pair_has_the_same_chance():
 def test_few_pairs_are_all_taken_in_whole_folds():
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 2])
     pairs = draw_pairs(labels, VerificationSettings(pairs=6000, folds=3))
-    assert (pairs.images.shape, int(pairs.same.sum())) == ((3, 4, 2), 6)
+    assert (pairs.images.shape, int(pairs.same.sum())) == ((12, 2), 6)
     with pytest.raises(ValueError, match=r"7 labelled images of 3 classes have 6 pairs of the same class and 15"):
         draw_pairs(labels, VerificationSettings(folds=10))
     with pytest.raises(ValueError, match=r"0 pairs of the same class"):
@@ -70,7 +70,7 @@ def test_few_pairs_are_all_taken_in_whole_folds():
 def test_many_images_are_drawn_from_without_listing_their_pairs():
     labels = torch.arange(200_000) % 1000
     pairs = draw_pairs(labels)
-    assert len(pairs.images.flatten(0, 1).unique(dim=0)) == 6000
+    assert len(pairs.images.unique(dim=0)) == 6000
     assert torch.equal(labels[pairs.images[..., 0]] == labels[pairs.images[..., 1]], pairs.same)
     assert torch.equal(pairs.images, draw_pairs(labels).images)
     assert not torch.equal(pairs.images, draw_pairs(labels, seed=1).images)
@@ -81,8 +81,8 @@ def test_accuracies_and_accepts_equal_a_loop_over_every_threshold(nearness):
     features, labels = faces(100, 6, 1.5)
     pairs = draw_pairs(labels, SMALL)
     rows = features.double()
-    scores, same = [], pairs.same.flatten().tolist()
-    for one, two in pairs.images.flatten(0, 1).tolist():
+    scores, same = [], pairs.same.tolist()
+    for one, two in pairs.images.tolist():
         cosine = float(rows[one] @ rows[two] / rows[one].norm() / rows[two].norm())
         scores.append(cosine if nearness == "cosine" else -float((rows[one] - rows[two]).square().sum()))
     accuracies, accepts = [], {rate: [] for rate in (0.3, 0.1, 0.01)}
@@ -130,7 +130,7 @@ def test_the_area_is_that_of_scikit_learn():
     pairs = draw_pairs(labels, SMALL)
     unit = torch.nn.functional.normalize(features, dim=1).double()
     scores = (unit[pairs.images[..., 0]] * unit[pairs.images[..., 1]]).sum(-1)
-    expected = roc_auc_score(pairs.same.flatten(), scores.flatten())
+    expected = roc_auc_score(pairs.same, scores)
     assert verify(features, pairs, SMALL).auc == pytest.approx(expected, rel=1e-12)
 
 
@@ -159,6 +159,6 @@ def test_the_own_fold_is_never_looked_at_for_its_threshold():
     features, labels = faces(100, 6, 1.5)
     pairs = draw_pairs(labels, SMALL)
     before = verify(features, pairs, SMALL).correct
-    own = torch.arange(5) == 2
-    flipped = Pairs(pairs.images, torch.where(own[:, None], ~pairs.same, pairs.same))
+    own = pairs.folds == 2
+    flipped = pairs._replace(same=torch.where(own, ~pairs.same, pairs.same))
     assert torch.equal(verify(features, flipped, SMALL).correct[own], ~before[own])

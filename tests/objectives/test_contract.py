@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyviews.engine import pairs, softmax, tiles
 from manyviews.objectives import (
+    CPC,
     OBJECTIVES,
     Bank,
     Contrastive,
@@ -30,6 +31,7 @@ from manyviews.objectives import (
 from manyviews.objectives.cost import Cost, Sizes
 from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard, WithinMargin
 from manyviews.objectives.objective import Loss, Objective
+from manyviews.objectives.relations import Kind, Lists, Relations
 from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.system import distributed
 from processes import start
@@ -53,15 +55,30 @@ class Case(NamedTuple):
     narrow: bool = True
     """Whether float32 is good to 1e-6 over a few steps: not for products of long embeddings, which are exponents, for
     small distances, and at a temperature of 0.01."""
+    relations: Relations | None = None
+    """Of which batches are made."""
+    patches: int | None = None
+    """On a side of the grid of each image, whose patches and contexts are then in the place of views."""
 
     @property
     def keys(self) -> int | None:
         return self.views if self.local else None
 
+    @property
+    def size(self) -> int:
+        """Images that are not torn apart."""
+        return 1 if self.relations is None else self.relations.size
+
+    def batch(self, images: int) -> int:
+        """As many images, or half as many lists."""
+        return images if self.size == 1 else (images + 1) // 2 * self.size
+
     def build(self, *, seed: int = 3) -> Objective:
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
-        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys)
+        lists = None if self.relations is None else Lists(self.relations)
+        ids = torch.arange(IMAGES) % self.classes
+        population = Population(ids, values, keys=self.keys, lists=lists, patches=self.patches)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +87,17 @@ class Case(NamedTuple):
         if traits.splits_views:
             return torch.cat([views[:1], views[self.views :]]), seen[1:]
         return views, views if traits.twin_momentum is None else seen
+
+
+def related(kind: Kind, *, others: bool = False) -> Relations:
+    """Relations of many of the images: of two thirds of all pairs, or a fifth of all triplets."""
+    every = torch.arange(IMAGES)
+    rows = torch.cartesian_prod(*[every] * (3 if kind == "triplets" else 2))
+    apart = (rows[:, 0] != rows[:, 1]) & (rows[:, 0] != rows[:, -1]) & (rows[:, 1:2] != rows[:, 2:]).all(1)
+    rows = rows[apart & ((rows * torch.arange(1, rows.shape[1] + 1)).sum(1) % 5 < (1 if kind == "triplets" else 3))]
+    grades = (rows.prod(1, keepdim=True) % 5).float()
+    relevances = {"triplets": torch.tensor([1.0, 0.0]).repeat(len(rows), 1), "pairs": grades / 4, "ranked": grades}
+    return Relations(kind, rows, relevances[kind], size=2 if kind == "pairs" else 3, others=others)
 
 
 CASES: dict[str, Case] = {
@@ -83,6 +111,8 @@ CASES: dict[str, Case] = {
     "in_batch, bilinear, hard": Case(
         InBatch(score="bilinear", temperature=20.0, hardness=0.5, decoupled=True), views=3
     ),
+    "cpc": Case(CPC(temperature=20.0), views=18, patches=3),
+    "cpc, farther rows": Case(CPC(temperature=20.0, steps=3, skip=1), views=32, patches=4),
     "supervised": Case(Supervised()),
     "supervised, three views": Case(Supervised(temperature=0.5), views=3),
     "nearest_neighbours": Case(NearestNeighbours(size=27)),
@@ -179,6 +209,24 @@ CASES: dict[str, Case] = {
     "triplet, hardest, one view, local": Case(Triplet(sampling=Hardest(), squared=False), views=1, local=2),
     "margin, local": Case(Margin(), local=2),
     "margin, semi-hard, one view, local": Case(Margin(sampling=SemiHard()), views=1, local=2),
+    "contrastive, pairs": Case(Contrastive(), relations=related("pairs", others=True)),
+    "contrastive, pairs, un-normalised": Case(
+        Contrastive(margin=5.0, squared=False, normalized=False), views=1, relations=related("pairs")
+    ),
+    "triplet, triplets": Case(Triplet(margin=1.0), relations=related("triplets")),
+    "triplet, ranked, local": Case(Triplet(soft=True), views=1, local=2, relations=related("ranked", others=True)),
+    "margin, triplets": Case(Margin(beta_per="class", nu=0.1), relations=related("triplets", others=True)),
+    "log_ratio, triplets": Case(LogRatio(), narrow=False, relations=related("triplets")),
+    "ranking, cross_entropy, ranked": Case(Ranking(loss="cross_entropy"), relations=related("ranked", others=True)),
+    "ranking, hinge, ranked": Case(Ranking(loss="hinge"), views=1, relations=related("ranked")),
+    "ranking, list_mle, ranked": Case(Ranking(loss="list_mle"), views=1, relations=related("ranked", others=True)),
+    "n_pair, ranked": Case(NPair(), rate=1e-3, narrow=False, relations=related("ranked", others=True)),
+    "n_pair, one_vs_one, triplets": Case(
+        NPair(form="one_vs_one"), views=1, rate=1e-3, narrow=False, relations=related("triplets")
+    ),
+    "noise_contrastive, pairs": Case(
+        NoiseContrastive(negatives=12, correction=False, temperature=0.5), relations=related("pairs")
+    ),
 }
 for name, settings in OBJECTIVES.items():
     CASES.setdefault(name, Case(settings(), views=max(2, settings().traits.fewest_views)))
@@ -199,6 +247,7 @@ def step(objective: Objective, case: Case, views: Tensor, ids: Tensor, number: i
 def drawn(case: Case, batch: int = 8, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Embeddings of some images, one of which comes twice, and their ids."""
     generator = torch.Generator().manual_seed(seed)
+    batch = case.batch(batch)
     ids = torch.randperm(IMAGES, generator=generator)[:batch] % case.classes
     ids[-1] = ids[0]
     return torch.randn(case.views + case.local, batch, DIM, generator=generator, dtype=torch.float64), ids
@@ -322,8 +371,9 @@ def train(case: Case, *, double: bool = True, device: str = "cpu") -> dict[str, 
     objective = case.build().to(device, dtype)
     learned = [weight, *objective.parameters()]
     losses, gradients = [], []
-    for number, batch in enumerate(BATCHES):
-        own = distributed.share(batch)
+    for number, batch in enumerate(map(case.batch, BATCHES)):
+        lists = distributed.share(batch // case.size)
+        own = slice(lists.start * case.size, lists.stop * case.size)
         shape = (case.views + case.local, batch, INPUTS)
         images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         # The second half is another kind of data: a gradient that forgets the other processes shows.

@@ -101,6 +101,11 @@ def test_the_similarity_of_positives_is_weighted_by_relevance() -> None:
     torch.testing.assert_close(similarity, expected)
 
 
+def test_a_batch_is_of_whole_lists() -> None:
+    with pytest.raises(ValueError, match="11 images are no whole number of lists of 3"):
+        list_batch(drawn()[:, 1:], torch.tensor(IDS)[1:], Lists(PAIRS), "cosine")
+
+
 def test_lists_of_triplets_are_of_three_images() -> None:
     with pytest.raises(ValueError, match="a triplet is a list of 3 images, and size is 5"):
         Lists(TRIPLETS._replace(size=5))

@@ -16,6 +16,7 @@ from processes import start
 
 LAUNCHES = {
     "in_batch": 200,
+    "cpc": 300,
     "supervised": 150,
     "nearest_neighbours": 360,
     "queue": 150,
@@ -39,7 +40,7 @@ def waits(case: Case) -> int:
     """How often a host waits: once, where it has to know how many embeddings an id has and has no bound of it."""
     name, settings = case.settings.name, case.settings
     of_pairs = name in ("contrastive", "triplet", "margin") or getattr(settings, "loss", None) == "rank_net"
-    return int(of_pairs)
+    return int(of_pairs and case.relations is None)
 
 
 @every
@@ -103,7 +104,7 @@ def test_launches_stay_within_the_budget_where_a_batch_has_several_tiles(
     with pretend_cuda() as log:
         objective = case._replace(classes=classes).build().to("cuda")
         count, generator = case.views + case.local, torch.Generator().manual_seed(0)
-        ids = (torch.randperm(1000, generator=generator) % classes)[: embeddings // count]
+        ids = (torch.randperm(1000, generator=generator) % classes)[: embeddings // count // case.size * case.size]
         views = torch.randn(count, len(ids), 5, generator=torch.Generator().manual_seed(0)).to("cuda")
         views, ids = views.requires_grad_(), ids.to("cuda")
         for number in range(2):

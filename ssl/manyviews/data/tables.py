@@ -26,14 +26,15 @@ def lookup(images: Iterable[str]) -> Callable[[str], str | None]:
 
 
 @contextmanager
-def open_table(path: Path, images: Iterable[str]) -> Iterator[tuple[list[str], Rows]]:
+def open_table(path: Path, images: Iterable[str], *, repeated: bool = False) -> Iterator[tuple[list[str], Rows]]:
     """Opens a UTF-8 table whose first column names images; yields its header and rows.
 
     The delimiter is the one by which most of the first lines name an image. Without a header its names are numbers;
     empty lines are skipped. Names that differ only in the composition of accents (NFC, NFD) match if that is unique.
+    `repeated` is whether several rows may name one image.
 
     Raises:
-        ValueError: it cannot be read, the first line has less than two columns, or two rows name one image.
+        ValueError: it cannot be read, the first line has less than two columns, or rows name one image and may not.
     """
     known = lookup(images)
     with readable(path), open_lines(path) as lines:
@@ -55,7 +56,7 @@ def open_table(path: Path, images: Iterable[str]) -> Iterator[tuple[list[str], R
         if known(header[0]) is not None:
             numbered = chain([(1, header)], numbered)
             header = [f"column {number}" for number in range(1, len(header) + 1)]
-        yield header, _rows(path, numbered, known)
+        yield header, _rows(path, numbered, known, repeated=repeated)
 
 
 @contextmanager
@@ -84,7 +85,9 @@ def number_in(text: str, line: str, column: str) -> float:
         raise ValueError(f"{line}: {shown(repr(text))} in column {shown(repr(column))} is no number{hint}") from None
 
 
-def _rows(path: Path, numbered: Iterable[tuple[int, list[str]]], known: Callable[[str], str | None]) -> Rows:
+def _rows(
+    path: Path, numbered: Iterable[tuple[int, list[str]]], known: Callable[[str], str | None], *, repeated: bool
+) -> Rows:
     lines: dict[str, int] = {}
     for line, row in numbered:
         name = known(row[0])
@@ -92,6 +95,6 @@ def _rows(path: Path, numbered: Iterable[tuple[int, list[str]]], known: Callable
             raise ValueError(
                 f"{shown(path)}, line {line}: {shown(row[0].strip())} stands in line {lines[name]} already"
             )
-        if name is not None:
+        if name is not None and not repeated:
             lines[name] = line
         yield line, name, row

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyviews.data import AnyData, Folder, Images, InMemory, Split
+from manyviews.data import AnyData, Folder, Images, InMemory, Split, of_classes
 from manyviews.data.listing.inventory import read_inventory
 from manyviews.engine import top_k
 from manyviews.evaluation.run_tasks import FOREIGN
@@ -90,6 +91,16 @@ def _held_out_otherwise(data: Folder, own: Folder) -> bool:
     if data.test is None:
         return any(getattr(data, name) != getattr(own, name) for name in HELD_OUT)
     return data.test != own.test and Path(os.path.realpath(data.test)).is_relative_to(os.path.realpath(data.path))
+
+
+def learned_pairs(paired: Int[Tensor, " images"], train: Images, unseen: Sequence[int | str]) -> Iterator[str]:
+    """Warns of images to verify that a run may have learned from: of its `train` images, but not of unseen classes."""
+    known = paired[~torch.isin(paired, of_classes(train, unseen))] if unseen else paired
+    if len(known):
+        yield (
+            f"{plural(len(known), 'image')} of the pairs are training images of the run: their pairs are judged better "
+            "than those of new images; list held-out images alone"
+        )
 
 
 def of_measured(split: Split, pixels: tuple[Tensor | None, Tensor] | None, evaluation: Evaluation) -> Iterator[str]:

@@ -11,11 +11,12 @@ from manyviews.data import Images, Split, sample_ids
 from manyviews.evaluation.evaluate import evaluate
 from manyviews.evaluation.method_rows import BASELINES, MeasuredRun, rows_of
 from manyviews.evaluation.record import evaluation_of, record_of, records_in
-from manyviews.evaluation.run_tasks import FEATURES
+from manyviews.evaluation.run_tasks import FEATURES, is_labelled
 from manyviews.evaluation.settings import (
     AnyTask,
     EvaluateSettings,
     measured_layers,
+    pairs_mark,
     planned_tasks,
     recipe_of,
     relations_mark,
@@ -130,6 +131,8 @@ def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks:
     }
     if GROUPING & set(tasks):
         required["classes"] = None if settings.classes is None else list(settings.classes)
+    if "verification" in tasks:
+        required["pairs"] = pairs_mark(settings)
     if "ranking" in tasks:
         required["relations"] = relations_mark(settings)
     if "fractions" in tasks:
@@ -174,9 +177,9 @@ def _images(runs: Sequence[PretrainedBackbone], settings: EvaluateSettings, cons
             f"the images of these runs are not the same: {groups} (| stands between runs of different images); give "
             "data=… to measure all on the same ones"
         )
-    train, test = next(iter(splits.values()))[:2]
-    labelled = train.labels is not None and test is not None and test.labels is not None
-    return Shared(train if test is None else test, list(next(iter(by_fingerprints))), labelled)
+    split = next(iter(splits.values()))
+    shown = split.train if split.test is None else split.test
+    return Shared(shown, list(next(iter(by_fingerprints))), is_labelled(split))
 
 
 def _overlaps(

@@ -7,6 +7,7 @@ from pathlib import Path
 from manyviews.data import Split
 from manyviews.evaluation import cautions
 from manyviews.evaluation.inputs import relevance_of, thresholds_of
+from manyviews.evaluation.maps import maps
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
     Job,
@@ -15,7 +16,7 @@ from manyviews.evaluation.run_tasks import (
     is_labelled,
     kinds_of,
     labelled_tasks,
-    maps,
+    pairs_of,
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
@@ -65,6 +66,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     is_writable = not distributed.any_over_ranks(bool(problem))
     split = images_of(pretrained, settings, console)
     inventory = cautions.inventory_of(folder)
+    own = cautions.is_own(settings.data, recipe.data, inventory, split)
     failures: list[Failure] = []
 
     def on_failure(task: str, kind: str, problem: Exception) -> None:
@@ -72,16 +74,19 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             raise problem
         failures.append(Failure(task, kind, in_a_line(problem)))
 
-    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None)
     planned = planned_tasks(settings, recipe, labelled=is_labelled(split))
+    with raise_on_all_ranks():
+        pairs = pairs_of(split, settings)
+    job = Job(pretrained, split, settings, console, on_failure, output if is_writable else None, pairs)
     layers = measured_layers(pretrained, settings, planned)
     tasks: list[Task] = [task for task in planned if task != "geometry"]
     gallery = None
     relevance: Relevance | None = None
     thresholds: dict[str, float] = {}
     if tasks:
-        gallery = gallery_of(job, own=cautions.is_own(settings.data, recipe.data, inventory, split))
-        refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric)
+        gallery = gallery_of(job, own=own)
+        listed = pairs is not None
+        refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric, listed=listed)
         if settings.relations is not None:
             with raise_on_all_ranks():
                 relevance = relevance_of(job, gallery)
@@ -104,7 +109,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         tasks = [task for task in tasks if task not in refused]
     for message in failure_messages(failures, layers.kinds):
         console.warn(message)
-    kinds = kinds_of(job, layers.kinds, training=takes_training(tasks, settings.metric))
+    training = takes_training(tasks, settings.metric) or bool(len(job.paired))
+    kinds = kinds_of(job, layers.kinds, training=training)
     with console.bar():
         evaluation = Evaluation()
         if gallery is not None and tasks:
@@ -128,6 +134,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
         warnings=(
             *_warnings(folder, split, planned, settings, layers.missing),
             *cautions.whose(settings.data, recipe.data, inventory, split),
+            *(cautions.learned_pairs(job.paired, split.train, recipe.unseen) if own else ()),
             *about_images,
         ),
         layers=layers.reason,

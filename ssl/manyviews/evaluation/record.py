@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manyviews.evaluation.method_rows import leaves
 from manyviews.evaluation.old_records import converted
-from manyviews.evaluation.settings import EvaluateSettings, relations_mark
+from manyviews.evaluation.settings import EvaluateSettings, pairs_mark, relations_mark
 from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
@@ -26,8 +26,10 @@ from manyviews.report import Findings
 EVALUATION, OUTCOMES, KEPT = "evaluation.json", "outcomes.safetensors", "kept"
 OWN = ("predictions", "hits", "values", "labels")
 """First parts of the names of the newest record's outcomes."""
-CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few", "relations")
-"""What results depend on beside task and kind of features; the last only where there is a file of relations."""
+MARKS = ("pairs", "relations")
+"""Files that results depend on, in the context of a record only where they are given."""
+CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few", *MARKS)
+"""What results depend on beside task and kind of features."""
 MOST_KEPT = 50
 """Most records of other weights, images or protocols: the file is read whole, so the oldest are dropped."""
 Record = dict[str, Any]
@@ -73,8 +75,8 @@ def record_of(
         outcomes |= {"labels": labels} if (labels := findings.shown.labels) is not None else {}
     # As in the settings: without a metric, each measurement names its own distance.
     record |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "few", "layer"})
-    if (mark := relations_mark(settings)) is not None:
-        record["relations"] = mark
+    for name, mark in zip(MARKS, (pairs_mark(settings), relations_mark(settings)), strict=True):
+        record |= {} if mark is None else {name: mark}
     record["failures"] = [asdict(own) for own in findings.failures]
     record["warnings"] = list(findings.warnings)
     record["tasks"] = tasks_of(record)
@@ -103,7 +105,7 @@ def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
 def key_of(record: Mapping[str, Any]) -> str:
     """Returns the key of a record: a hash of its weights, images and protocol."""
     context = json.dumps(
-        {name: record.get(name) for name in CONTEXT if name in record or name != "relations"}, sort_keys=True
+        {name: record.get(name) for name in CONTEXT if name in record or name not in MARKS}, sort_keys=True
     )
     return hashlib.sha256(context.encode()).hexdigest()[:12]
 

@@ -40,17 +40,21 @@ class EvaluateSettings(EncodeSettings):
     """The layer that is measured: the backbone's features, or the embedding that the objective compares (the
     projector's output, or the predictor's if there is one). Null: both, if the objective trains embeddings to be
     compared (triplet, margin, margin_softmax, …) or images are compared with each other; else the backbone. The verdict
-    on retrieval, ranking, clustering and verification is then of the layer that the objective trains for it, and on kNN
-    and probes of the backbone."""
+    on retrieval, ranking, clustering, verification and few_shot is then of the layer that the objective trains for it,
+    and on kNN and probes of the backbone."""
     tasks: Annotated[tuple[AnyTask, ...] | None, BeforeValidator(_task_list)] = Field(None, min_length=1)
     """What is measured, one or several with commas: knn, linear, fractions (the probe from few labels), augmented (the
     probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, ranking (NDCG and rank
-    correlations, with relevance by class, continuous labels or relations=FILE), clustering, verification, geometry;
-    null: knn, linear, fractions and geometry, retrieval if the run has unseen classes, and ranking if it has values or
-    there are relations; without labels geometry, and ranking likewise. Ranking and clustering need no labels."""
+    correlations, with relevance by class, continuous labels or relations=FILE), clustering, verification, few_shot,
+    geometry; null: knn, linear, fractions and geometry, retrieval if the run has unseen classes, ranking if it has
+    values or there are relations, and verification if there are pairs; without labels geometry, and ranking and
+    verification likewise. Ranking, clustering and verification of pairs need no labels."""
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(as_list)] = Field(None, min_length=1)
-    """Classes, by name or number, whose test images are used for retrieval, ranking, clustering and verification; null:
-    those that the run left out of training (its unseen), or else all."""
+    """Classes, by name or number, whose test images are compared with each other (retrieval, ranking, clustering,
+    verification, few_shot); null: those that the run left out of training (its unseen), or else all."""
+    pairs: str | None = None
+    """A file of pairs for verification: lines a,b,same or a,b,same,fold (same is 1 or 0), or LFW's pairs.txt; no labels
+    are needed. Null: pairs drawn of those images."""
     relations: str | None = None
     """A file that rankings are judged by (csv, tsv or jsonl): ranked lists, query,item,relevance or query,items in
     order; or triplets, anchor,positive,negative."""
@@ -96,35 +100,42 @@ def planned_tasks(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool)
     """Returns the tasks of the settings, by default those that the images allow.
 
     Raises:
-        ValueError: if a task takes labels and there are none, or relations are given and no ranking is measured.
+        ValueError: if a task takes labels and there are none, or a file of pairs or relations is given for no task.
     """
+    by_pairs: tuple[AnyTask, ...] = ("verification",) if settings.pairs is not None else ()
     if settings.tasks is None:
         retrieval: tuple[AnyTask, ...] = ("retrieval",) if recipe.unseen else ()
         by_classes: tuple[AnyTask, ...] = ("knn", "linear", "fractions", *retrieval) if labelled else ()
-        is_ranked = recipe.values is not None or settings.relations is not None
-        return (*by_classes, *(("ranking",) if is_ranked else ()), "geometry")
-    if settings.relations is not None and "ranking" not in settings.tasks:
-        raise ValueError(
-            f"relations={settings.relations} is for tasks=ranking, and tasks={','.join(settings.tasks)}; add it, or "
-            "leave relations out"
-        )
-    if not labelled and not set(settings.tasks) <= {"geometry", *WITHOUT_LABELS}:
+        by_files: tuple[AnyTask, ...] = ("ranking",) if recipe.values is not None or settings.relations else ()
+        return (*by_classes, *by_files, *by_pairs, "geometry")
+    for key, file, task in (("pairs", settings.pairs, "verification"), ("relations", settings.relations, "ranking")):
+        if file is not None and task not in settings.tasks:
+            raise ValueError(
+                f"{key}={file} is for tasks={task}, and tasks={','.join(settings.tasks)}; add it, or leave {key} out"
+            )
+    if not labelled and not set(settings.tasks) <= {"geometry", *WITHOUT_LABELS, *by_pairs}:
         raise ValueError(
             f"tasks={','.join(settings.tasks)} takes labels and held-out images, and there are none: give "
-            "data=/a/folder that has one sub-folder per class, or tasks=geometry; clustering and ranking need none"
+            "data=/a/folder that has one sub-folder per class, or tasks=geometry; clustering, ranking, and "
+            "verification of pairs=FILE need none"
         )
     return settings.tasks
 
 
-def relations_mark(settings: EvaluateSettings) -> str | None:
-    """Returns the name and the hash of the file of relations; None without one.
+def pairs_mark(settings: EvaluateSettings) -> str | None:
+    """Returns the name and the hash of the file of pairs; None without one; OSError if it cannot be read."""
+    return _mark(settings.pairs)
 
-    Raises:
-        OSError: if it cannot be read.
-    """
-    if settings.relations is None:
+
+def relations_mark(settings: EvaluateSettings) -> str | None:
+    """Returns the name and the hash of the file of relations; None without one; OSError if it cannot be read."""
+    return _mark(settings.relations)
+
+
+def _mark(file: str | None) -> str | None:
+    if file is None:
         return None
-    path = Path(settings.relations).expanduser()
+    path = Path(file).expanduser()
     return f"{path.name} sha256:{sha256(path)[:16]}"
 
 

@@ -73,6 +73,16 @@ def similarity_of_pairs(
     return torch.cat(pieces)
 
 
+def distance_of(similarity: float, nearness: Nearness) -> float:
+    """Returns a result of `similarity_of_pairs` as the cosine, or as the Euclidean distance.
+
+    Examples:
+        >>> distance_of(-4.0, "euclidean"), distance_of(0.5, "cosine")
+        (2.0, 0.5)
+    """
+    return similarity if nearness == "cosine" else max(-similarity, 0.0) ** 0.5
+
+
 def is_fitted(metric: Metric | None) -> bool:
     """Returns whether the metric is learned from training features; None is the cosine."""
     return not isinstance(metric, Cosine | Euclidean | None)

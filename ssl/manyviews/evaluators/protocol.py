@@ -1,6 +1,6 @@
 """The protocol of an evaluation, and the tasks that the labels rule out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from manyviews.config import Settings
 from manyviews.evaluators.augmented import AugmentedSettings
 from manyviews.evaluators.clustering import ClusteringSettings
 from manyviews.evaluators.distance import Metric, is_fitted
+from manyviews.evaluators.few_shot import FewShotSettings, refuse_episodes
 from manyviews.evaluators.knn import MOST_HELD_OUT, KnnSettings
 from manyviews.evaluators.linear import LinearSettings
 from manyviews.evaluators.ranking import RankingSettings
@@ -32,14 +33,16 @@ class ProtocolSettings(Settings):
     ranking: RankingSettings = RankingSettings()
     clustering: ClusteringSettings = ClusteringSettings()
     verification: VerificationSettings = VerificationSettings()
+    few_shot: FewShotSettings = FewShotSettings()
     held_out: float = Field(0.2, gt=0, lt=1)
     """Share of each class's training images that is held out to choose k, temperature and regularisation."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of that sample, of the queries of ranking, of the starts of k-means and of the pairs of verification."""
+    """Seed of that sample, of the queries of ranking, the starts of k-means, the pairs of verification and the episodes
+    of few_shot."""
 
 
 class Gallery(NamedTuple):
-    """The test images that retrieval, ranking, clustering and verification compare with each other."""
+    """The test images that retrieval, ranking, clustering, verification and few_shot compare with each other."""
 
     images: Int64[Tensor, " gallery"]
     origin: str
@@ -59,12 +62,18 @@ def refusals(
     test_labels: Int[Tensor, " test"],
     protocol: ProtocolSettings,
     metric: Metric | None,
+    *,
+    listed: bool = False,
 ) -> dict[Task, str]:
-    """Returns the tasks that these labels make impossible, in order, each with the reason."""
+    """Returns the tasks that these labels make impossible, in order, each with the reason.
+
+    `listed` is whether pairs to verify are given, for which no labels are needed.
+    """
     labels = test_labels[gallery.images]
     labels = labels[labels >= 0]
     reasons: dict[Task, str] = {}
     by_labels = [task for task in tasks if task not in WITHOUT_LABELS or (task == "clustering" and len(labels))]
+    by_labels = [task for task in by_labels if task != "verification" or not listed]
     labelled = bool((test_labels >= 0).any())
     if not labelled:
         reasons |= dict.fromkeys(by_labels, "no test image has a label")
@@ -81,11 +90,17 @@ def refusals(
             "each other; name 2 classes or more"
         )
         reasons |= dict.fromkeys(GROUPING & set(by_labels), reason)
-    elif labelled and "verification" in tasks:
-        try:
-            draw_pairs(labels, protocol.verification, seed=protocol.seed)
-        except ValueError as problem:
-            reasons["verification"] = str(problem)
+    elif labelled:
+        checks: dict[Task, Callable[[], object]] = {
+            "verification": lambda: draw_pairs(labels, protocol.verification, seed=protocol.seed),
+            "few_shot": lambda: refuse_episodes(labels, protocol.few_shot),
+        }
+        for task, check in checks.items():
+            if task in by_labels:
+                try:
+                    check()
+                except ValueError as problem:
+                    reasons[task] = str(problem)
     return {task: reasons[task] for task in tasks if task in reasons}
 
 

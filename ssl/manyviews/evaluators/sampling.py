@@ -52,11 +52,11 @@ class SamplingFigures(Settings):
     """Whether all embeddings of the batch are compared; `own` then counts exactly what the objective compared."""
     normalized: bool
     """Whether the objective compares unit embeddings; distances are of their directions in any case."""
-    own: str = Field(max_length=40)
+    own: str = Field(pattern="^[a-z_]{1,40}$")
     """The name of the run's sampler."""
     positives: Counts
     negatives: Counts
-    chosen: dict[Annotated[str, Field(max_length=40)], Counts] = Field(max_length=10)
+    chosen: dict[Annotated[str, Field(pattern="^[a-z -]{1,40}$")], Counts] = Field(max_length=10)
     """By sampler, the negatives that it chooses; those of the run last, by the key `OWN`."""
     simulated: tuple[tuple[float, float], ...] = Field(max_length=POINTS)
     """Distances of negative pairs, and the variance of the gradient's direction under noise."""
@@ -137,7 +137,7 @@ def counts(distances: Float[Tensor, " pairs"]) -> tuple[int, ...]:
     return tuple(bins.bincount(minlength=BINS).tolist())
 
 
-def gradient_variance(distances: Float[np.ndarray, "*shape"], dim: int, noise: float) -> Float[np.ndarray, "*shape"]:
+def gradient_variance(distances: Float[np.ndarray, " pairs"], dim: int, noise: float) -> Float[np.ndarray, " pairs"]:
     """Variance of the direction of a negative's gradient, by its distance (Wu et al. 2017, figure 3).
 
     The gradient of a loss of pairs in the negative has the direction of h = f(a) − f(n). With noise z ~ N(0, σ²I) of

@@ -14,6 +14,7 @@ from manyviews.objectives.mining import density
 
 NOISES = (0.1, NOISE, 1.0)
 EDGES = np.linspace(0, 2, BINS + 1)
+NAMES = {"semi_hard": "semi-hard", "within_margin": "within the margin", "distance_weighted": "distance-weighted"}
 TICKS = (0, 0.5, 1, 1.5, 2)
 MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
 
@@ -26,20 +27,18 @@ def sampling_figure(figures: SamplingFigures) -> Figure:
         *((name, own, FIRST) for name, own in figures.chosen.items() if name != OWN),
     ]
     own = figures.chosen.get(OWN)
-    rows += [(f"{OWN}: {figures.own.replace('_', ' ')}", own, SECOND)] if own is not None else []
-    figure = Figure(figsize=(7.6, 0.9 + 0.5 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0.02, hspace=0.0))
-    grid = figure.add_gridspec(len(rows), 2, width_ratios=(1.45, 1))
+    rows += [(f"{OWN}: {NAMES.get(figures.own, figures.own)}", own, SECOND)] if own is not None else []
+    figure = Figure(figsize=(8.4, 1.1 + 0.48 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0.02, hspace=0.0))
+    figure.suptitle(_title(figures), x=0.01, ha="left", color=INK, fontsize=9)
+    grid = figure.add_gridspec(len(rows), 2, width_ratios=(1.35, 1))
     uniform = density(torch.from_numpy(MIDDLES), figures.dim).numpy() if figures.dim > 1 else None
     for number, (name, row, colour) in enumerate(rows):
         axes = figure.add_subplot(grid[number, 0])
         _draw_row(axes, name, row, colour, uniform, figures.dim)
         axes.tick_params(labelbottom=number == len(rows) - 1)
         if not number:
-            axes.set_title(_title(figures), color=INK, fontsize=9, loc="left")
-            axes.text(0.99, 0.62, "= variance", transform=axes.transAxes, color=INK, fontsize=7, va="top", ha="right")
-    if uniform is not None:
-        axes.legend(frameon=False, fontsize=7, labelcolor=INK, loc="center left", borderaxespad=0)
-    axes.set_xlabel("distance of unit embeddings", color=INK, fontsize=9)
+            axes.set_title("variance", color=INK, fontsize=8, loc="right")
+    axes.set_xlabel("distance of unit embeddings; dashed: q(d) of uniform points", color=INK, fontsize=9)
     _draw_variance(figure.add_subplot(grid[:, 1]), figures)
     return figure
 
@@ -63,20 +62,20 @@ def _draw_row(axes: Axes, name: str, row: Sequence[int], colour: str, uniform: n
     axes.set_xlim(0, 2)
     axes.set_xticks(TICKS)
     axes.set_yticks([])
-    heights, top = np.asarray(row, dtype=np.float64), 1.0
-    if heights.sum():
-        heights *= BINS / (2 * heights.sum())
-        top = max(top, heights.max())
+    heights = np.asarray(row, dtype=np.float64)
+    if heights.any():
+        # Each curve by its own maximum: a narrow one beside a wide one would hide it.
+        heights /= heights.max()
         axes.stairs(heights, EDGES, color=colour, fill=True, alpha=0.3)
         axes.stairs(heights, EDGES, color=colour, linewidth=1.0)
     if uniform is not None:
-        axes.plot(MIDDLES, uniform, color=FAINT, linewidth=1.1, linestyle="--", label="q(d), uniform")
-        top = max(top, float(uniform[1:-1].max()))
-    axes.set_ylim(0, 1.15 * top)
+        scaled = uniform / uniform.max()
+        axes.plot(MIDDLES, scaled, color=FAINT, linewidth=1.1, linestyle="--")
+    axes.set_ylim(0, 1.2)
     variance = mean_variance(row, dim)
     text = "none" if np.isnan(variance) else f"{variance:.2f}"
-    axes.text(0.01, 0.9, name, transform=axes.transAxes, color=INK, fontsize=8, va="top")
-    axes.text(0.99, 0.9, text, transform=axes.transAxes, color=INK, fontsize=8, va="top", ha="right")
+    axes.set_ylabel(name, rotation="horizontal", color=INK, fontsize=8, ha="right", va="center")
+    axes.text(1.02, 0.4, text, transform=axes.transAxes, color=INK, fontsize=8, va="center")
 
 
 def _draw_variance(axes: Axes, figures: SamplingFigures) -> None:

@@ -3,14 +3,18 @@
 from typing import Annotated, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
-from pydantic import Field
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from pydantic import BaseModel, Field
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from manyviews.config import Settings
-from manyviews.evaluators.distance import Nearness, similarity_of_pairs
+from manyviews.evaluators.distance import Nearness, distance_of, similarity_of_pairs
+from manyviews.evaluators.results.measurement import THRESHOLD, Measurement, label
+from manyviews.evaluators.roc import best_point, equal_error_rate, intervals, roc, thinned
 
+CURVE, WORST = 150, 8
+"""Points of a ROC curve that are kept, and wrongly judged pairs of each kind."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -26,10 +30,36 @@ class VerificationSettings(Settings):
 
 
 class Pairs(NamedTuple):
-    """Pairs of images; each fold has as many pairs of the same class as of different ones."""
+    """Pairs of images in folds."""
 
-    images: Int64[Tensor, "folds pairs 2"]
-    same: Bool[Tensor, "folds pairs"]
+    images: Int64[Tensor, "pairs 2"]
+    same: Bool[Tensor, " pairs"]
+    folds: Int64[Tensor, " pairs"]
+    """The fold of each pair, from 0; every fold has pairs of both kinds."""
+    source: str = ""
+    """The name of the file that lists them; empty if they were drawn."""
+
+
+class Curve(BaseModel):
+    """Points of a ROC curve: a pair is accepted by a cosine of at least `at`, or a distance of at most `at`."""
+
+    at: list[float]
+    false_accepts: list[float]
+    true_accepts: list[float]
+
+
+class ThresholdDetails(BaseModel):
+    """Details of the measurement "threshold"."""
+
+    pairs: str
+    """The name of the file that lists the pairs; empty if they were drawn."""
+    false_accepts: float
+    """Share of the pairs of different classes that the threshold accepts."""
+    true_accepts: float
+    curve: Curve
+    wrongly_accepted: list[tuple[int, int, float]]
+    """The pairs farthest on the wrong side of the threshold: images, and their cosine or distance."""
+    wrongly_rejected: list[tuple[int, int, float]]
 
 
 class VerificationResult(NamedTuple):
@@ -42,7 +72,9 @@ class VerificationResult(NamedTuple):
     """Area under the ROC curve of all pairs: the probability that a pair of one class is nearer than one of two."""
     true_accepts: dict[float, tuple[float, float]]
     """Mean and standard deviation over the folds of the true accept rate, by false accept rate."""
-    correct: Bool[Tensor, "folds pairs"]
+    correct: Bool[Tensor, " pairs"]
+    scores: Float64[Tensor, " pairs"]
+    """The similarity of each pair: the cosine, or minus the squared distance."""
 
 
 def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | None = None, *, seed: int = 0) -> Pairs:
@@ -58,7 +90,7 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
     Examples:
         >>> pairs = draw_pairs(torch.tensor([0, 0, 0, 1, 1, 1]), VerificationSettings(pairs=8, folds=2))
         >>> pairs.images.shape, int(pairs.same.sum())
-        (torch.Size([2, 4, 2]), 4)
+        (torch.Size([8, 2]), 4)
     """
     settings = settings or VerificationSettings()
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +116,8 @@ def draw_pairs(labels: Int[Tensor, " images"], settings: VerificationSettings | 
         first = torch.searchsorted(upto, drawn, right=True)
         second = begins[first] + drawn - (upto[first] - counts[first])
         kinds.append(torch.stack([order[first], order[second]], 1).view(settings.folds, numbers, 2))
-    return Pairs(torch.cat(kinds, 1), (torch.arange(2 * numbers) < numbers).repeat(settings.folds, 1))
+    same_class = (torch.arange(2 * numbers) < numbers).repeat(settings.folds)
+    return Pairs(torch.cat(kinds, 1).flatten(0, 1), same_class, torch.arange(len(same_class)) // (2 * numbers))
 
 
 def verify(
@@ -102,26 +135,111 @@ def verify(
     them.
     """
     settings = settings or VerificationSettings()
-    same, images = pairs.same, pairs.images.flatten(0, 1).to(features.device)
-    scores = similarity_of_pairs(features, images, nearness).cpu().view_as(same)
+    same = pairs.same
+    scores = similarity_of_pairs(features, pairs.images.to(features.device), nearness).cpu()
     correct = torch.zeros_like(same)
+    accuracies = []
     rates: dict[float, list[float]] = {}
-    for fold in range(len(same)):
-        others = torch.arange(len(same)) != fold
-        threshold = best_threshold(scores[others].flatten(), same[others].flatten())
-        correct[fold] = (scores[fold] > threshold) == same[fold]
-        negatives = scores[others][~same[others]]
+    for fold in range(int(pairs.folds.max()) + 1):
+        own, others = pairs.folds == fold, pairs.folds != fold
+        threshold = best_threshold(scores[others], same[others])
+        correct[own] = (scores[own] > threshold) == same[own]
+        accuracies.append(correct[own].double().mean())
+        negatives = scores[others & ~same]
         for rate in settings.false_accept_rates:
             if rate * len(negatives) >= 1:
-                accepted = scores[fold][same[fold]] > threshold_at(negatives, rate)
+                accepted = scores[own & same] > threshold_at(negatives, rate)
                 rates.setdefault(rate, []).append(accepted.double().mean().item())
-    by_fold = correct.double().mean(1)
+    by_fold = torch.stack(accuracies)
     true_accepts = {}
     for rate, by_folds in rates.items():
         shares = torch.tensor(by_folds, dtype=torch.float64)
         true_accepts[rate] = shares.mean().item(), shares.std().item()
-    auc = float(roc_auc_score(same.flatten().numpy(), scores.flatten().numpy()))
-    return VerificationResult(by_fold.mean().item(), by_fold.std().item(), auc, true_accepts, correct)
+    auc = float(roc_auc_score(same.numpy(), scores.numpy()))
+    return VerificationResult(by_fold.mean().item(), by_fold.std().item(), auc, true_accepts, correct, scores)
+
+
+def measure_pairs(
+    kind: str,
+    features: Float[Tensor, "images dim"],
+    pairs: Pairs,
+    settings: VerificationSettings,
+    *,
+    nearness: Nearness,
+    distance: str,
+    seed: int,
+) -> tuple[tuple[Measurement, ...], Bool[Tensor, " pairs"]]:
+    """Judges pairs by one kind of features; returns the measurements, and which pairs were right.
+
+    The measurement "threshold" is the best one on all pairs, as the cosine or the Euclidean distance, with
+    `ThresholdDetails`. AUC, EER and threshold have the intervals of `roc.intervals`.
+    """
+    judged = verify(features, pairs, settings, nearness=nearness)
+    scores, same = judged.scores, pairs.same
+    curve = roc(scores, same)
+    ends = intervals(scores, same, pairs.images, seed=seed)
+    best = best_point(curve)
+    threshold = curve.threshold[best].item()
+
+    def number(similarity: float) -> float:
+        return float(f"{distance_of(similarity, nearness):.7g}")
+
+    def worst(wrong: Tensor, *, highest: bool) -> list[tuple[int, int, float]]:
+        rows = wrong.nonzero().squeeze(1)
+        rows = rows[scores[rows].argsort(descending=highest, stable=True)[:WORST]]
+        first, second = pairs.images[rows].unbind(1)
+        values = map(number, scores[rows].tolist())
+        return list(zip(first.tolist(), second.tolist(), values, strict=True))
+
+    kept = thinned(curve, CURVE)
+    details = ThresholdDetails(
+        pairs=pairs.source,
+        false_accepts=curve.false_accepts[best].item(),
+        true_accepts=curve.true_accepts[best].item(),
+        curve=Curve(
+            at=[number(score) for score in curve.lowest[kept].tolist()],
+            false_accepts=[float(f"{rate:.7g}") for rate in curve.false_accepts[kept].tolist()],
+            true_accepts=[float(f"{rate:.7g}") for rate in curve.true_accepts[kept].tolist()],
+        ),
+        wrongly_accepted=worst(~same & (scores > threshold), highest=True),
+        wrongly_rejected=worst(same & (scores <= threshold), highest=False),
+    )
+    low, high = sorted(distance_of(end, nearness) for end in ends["threshold"])
+    rows: list[tuple[str, float, float | None, float | None, float | None]] = [
+        ("accuracy", judged.accuracy, None, None, judged.deviation),
+        ("AUC", judged.auc, *ends["AUC"], None),
+        ("EER", equal_error_rate(curve).item(), *ends["EER"], None),
+        *((f"TAR@FAR={rate:g}", mean, None, None, spread) for rate, (mean, spread) in judged.true_accepts.items()),
+        (THRESHOLD, distance_of(threshold, nearness), low, high, None),
+    ]
+    measurements = tuple(
+        Measurement(
+            "verification",
+            kind,
+            name,
+            value,
+            start,
+            end,
+            len(same),
+            deviation,
+            features.shape[1],
+            distance,
+            details.model_dump() if name == THRESHOLD else {"pairs": pairs.source},
+        )
+        for name, value, start, end, deviation in rows
+    )
+    return measurements, judged.correct
+
+
+def threshold_text(own: Measurement) -> str:
+    """Returns a measured threshold in a sentence."""
+    details = ThresholdDetails.model_validate(own.details)
+    unit, side = ("cosine", "above") if own.distance == "cosine" else ("distance", "below")
+    return (
+        f"Threshold of {label(own.features)} features: {unit} {own.value:.4g} (95 % {own.low:.4g} to {own.high:.4g}). "
+        f"{side.capitalize()} it are {100 * details.true_accepts:.1f} % of the pairs of one class and "
+        f"{100 * details.false_accepts:.1f} % of the others."
+    )
 
 
 def best_threshold(scores: Float[Tensor, " pairs"], same: Bool[Tensor, " pairs"]) -> float:

@@ -150,6 +150,9 @@ def list_batch(
 
     `keys` as in `Population`.
 
+    Raises:
+        ValueError: if the last list is not whole.
+
     Examples:
         >>> lists = Lists(Relations("pairs", torch.tensor([[0, 1]]), torch.tensor([[0.5]]), size=2))
         >>> points = torch.tensor([[0.0, 2.0], [0.0, 3.0]])
@@ -158,6 +161,10 @@ def list_batch(
         >>> total.item()
         3.0
     """
+    if len(ids) % lists.size:
+        raise ValueError(
+            f"{len(ids)} images are no whole number of lists of {lists.size}; give each process whole ones"
+        )
     views, count = len(embeddings), len(ids) // lists.size
     used = normalize(embeddings) if measure == "cosine" else at_least_float32(embeddings)
     if lists.others:

@@ -30,6 +30,8 @@ class Population(NamedTuple):
     are anchors, but nobody's positive or negative (Caron et al. 2020, SwAV, equation 6)."""
     lists: Lists | None = None
     """Relations of the images, of which batches are made then."""
+    patches: int | None = None
+    """Patches on a side of the grid that each image is cut into; None: it is not."""
 
     @property
     def size(self) -> int:
@@ -71,6 +73,8 @@ class Traits(NamedTuple):
     """Share of its old weights that a momentum twin keeps at each step; None: there is no twin."""
     bounds_information: bool = False
     """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+    predicts_patches: bool = False
+    """Whether it predicts the patches of one view from their contexts, the embeddings of an encoder with a context."""
     splits_views: bool = False
     """Whether the encoder gets view 0 (and the local views) and the twin view 1 only, instead of both views each."""
     shuffles: bool = False

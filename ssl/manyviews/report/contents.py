@@ -16,6 +16,7 @@ from manyviews.evaluators.splits import by_class
 from manyviews.report import plots
 from manyviews.report.findings import Findings, drawn, labels_of
 from manyviews.report.pictures import MOST_POINTS, TITLES, legend
+from manyviews.report.verified import Verified, verified_of
 from manyviews.system import keyed_random
 
 NEIGHBOURS = 8
@@ -93,6 +94,8 @@ class Contents(NamedTuple):
     views_at: float | None
     """The mean cosine of two views of one image."""
     maps: Mapping[str, UInt8[Tensor, "3 height width"]]
+    verified: Verified | None
+    """The ROC curves of pairs, and those judged wrongly."""
 
 
 def contents_of(findings: Findings, seed: int) -> Contents:
@@ -110,7 +113,7 @@ def contents_of(findings: Findings, seed: int) -> Contents:
     mark = None if views_at is None else ("two views of an image", views_at)
     histogram = plots.histogram(cosines, mark) if cosines else None
     alike, maps = look_alikes(findings, seed), _maps(findings, seed)
-    return Contents(random, wrong, alike, confusions, matrix, histogram, views_at, maps)
+    return Contents(random, wrong, alike, confusions, matrix, histogram, views_at, maps, verified_of(findings))
 
 
 def references(findings: Findings) -> tuple[Images, Float[Tensor, "images dim"], bool]:

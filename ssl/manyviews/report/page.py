@@ -22,6 +22,7 @@ from manyviews.report.history import History, facts, read_history, warnings_of
 from manyviews.report.pictures import data_uri, hover_map, picture_uri, uris
 from manyviews.report.sampling import sampling_section
 from manyviews.report.tensorboard import write_tensorboard
+from manyviews.report.verified import judged_pictures
 from manyviews.system.files import spelled
 from manyviews.system.writing import write_atomic
 
@@ -72,6 +73,7 @@ def write_report(
         ("map-section", "Map"): values["map"],
         ("confusion", "Confusions"): contents.confusions,
         ("similarities", "Similarities"): values["histogram"],
+        ("verification", "Verification"): contents.verified,
     }
     values["sections"] = [anchor_and_name for anchor_and_name, content in sections.items() if content]
     page = (output or findings.folder) / REPORT
@@ -184,4 +186,6 @@ def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, An
         "still": None if first_map is None else picture_uri(first_map, "png"),
         "histogram": Markup(plots.as_svg(contents.histogram, "similarities")) if contents.histogram else None,
         "histogram_meaning": meaning,
+        "roc": Markup(plots.as_svg(contents.verified.figure, "ROC curves")) if contents.verified else None,
+        "judged": judged_pictures(findings, contents.verified, SIDE) if contents.verified else {},
     }

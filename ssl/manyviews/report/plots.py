@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
 from manyviews.evaluators.drawing import FAINT, FIRST, INK, SECOND, THIRD, new_axes
@@ -133,6 +133,43 @@ def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float]
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    return figure
+
+
+def roc(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    equal_errors: Mapping[str, float],
+    mark: tuple[str, float],
+) -> Figure:
+    """Plots ROC curves: true accepts over the logarithm of false accepts, by name.
+
+    A point on each curve is its equal error rate, on the dotted line where false accepts equal false rejects; `mark` is
+    a vertical line.
+    """
+    figure, axes = new_axes(6.4, 3.6)
+    least = min((rate for rates, _ in curves.values() for rate in rates if rate > 0), default=0.1)
+    least = min(least, 0.1)
+    chance = np.geomspace(least, 1, 200)
+    axes.plot(chance, 1 - chance, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+    for (name, (false, true)), colour, style in zip(
+        curves.items(), (FIRST, SECOND, THIRD, FAINT), ("-", "--", "-.", "-"), strict=False
+    ):
+        # Before the first wrong one, those that are accepted stand at the left end.
+        axes.plot(np.maximum(false, least), true, color=colour, linewidth=1.5, linestyle=style)
+        error = equal_errors[name]
+        axes.plot([max(error, least)], [1 - error], "o", color=colour, markersize=5)
+        label = f"{name}: EER {100 * error:.1f} %"
+        axes.plot([], [], "o", color=colour, linewidth=1.5, linestyle=style, markersize=5, label=label)
+    axes.axvline(max(mark[1], least), color=INK, linewidth=1.1, linestyle=":", label=mark[0])
+    axes.set_xscale("log")
+    axes.set_xlim(least, 1)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("false accept rate", color=INK, fontsize=9)
+    axes.set_ylabel("true accept rate", color=INK, fontsize=9)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

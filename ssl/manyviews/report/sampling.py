@@ -48,7 +48,7 @@ def shares_figure(metrics: Sequence[Mapping[str, float]]) -> Figure | None:
         return None
     steps = [line["step"] for line in lines]
     shown = {kind: thin(steps, [line[kind] for line in lines]) for kind in KINDS}
-    figure, axes = new_axes(7.6, 2.1)
+    figure, axes = new_axes(8.4, 2.1)
     along = next(iter(shown.values())).steps
     # One line of metrics is no area.
     across = along if len(along) > 1 else np.asarray([along[0] - 0.5, along[0] + 0.5])
@@ -74,6 +74,7 @@ def shares_figure(metrics: Sequence[Mapping[str, float]]) -> Figure | None:
 
 
 def sampling_section(folder: Path, metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Returns the values of the page's section, whose figures are empty without anything to show."""
+    """Returns the values of the page's section; None without anything to show."""
     figures = sampling_figures_of(folder, metrics)
-    return {"sampling": {name: Markup(as_svg(figure, f"sampling, {name}")) for name, figure in figures.items()}}
+    drawn = {name: Markup(as_svg(figure, f"sampling, {name}")) for name, figure in figures.items()}
+    return {"sampling": {"distances": None, "shares": None, **drawn} if drawn else None}

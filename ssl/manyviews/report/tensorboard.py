@@ -63,6 +63,8 @@ def _write(writer: SummaryWriter, findings: Findings, contents: Contents, seed: 
         writer.add_image("confusion", contents.matrix)
     if contents.histogram is not None:
         writer.add_image("similarities", as_pixels(contents.histogram, DPI))
+    if contents.verified is not None:
+        writer.add_image("verification/ROC curves", as_pixels(contents.verified.figure, DPI))
     for name, figure in sampling_figures_of(findings.folder, read_history(findings.folder).metrics).items():
         writer.add_image(f"sampling/{name}", as_pixels(figure, DPI))
     if verdict := findings.evaluation.verdict():

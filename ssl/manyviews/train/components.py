@@ -86,8 +86,10 @@ def build(
     lists = lists_of(recipe, relations)
     lists = None if lists is None else lists.to(accelerator.device)
     ids = torch.arange(len(images)) if names is None else names
-    population = Population(ids, values, alike, recipe.keys, lists)
-    check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
+    grid = None if encoder.context is None else encoder.context.grid.patches
+    population = Population(ids, values, alike, recipe.keys, lists, grid)
+    of_an_image = encoder.per_image(recipe.views.num_views + recipe.views.local)
+    check_objective(recipe, ids=population.size, embeddings=of_an_image, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.traits.twin_momentum is not None else None

@@ -39,6 +39,9 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
         console.say(f"relations  {relations_in_words(setup.relations, order, recipe.unrelated == 'negatives')}")
     views = recipe.views
     small = f" and {views.local} local ones, {views.local_size} px" if views.local else ""
+    context = components.encoder.context
+    if context is not None:
+        small = f", cut into {context.grid.patches} × {context.grid.patches} patches of {context.grid.side} px"
     console.say(f"views      {views.num_views} per image, {views.size} px{small}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
@@ -49,7 +52,8 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     console.say(f"objective  {recipe.objective.name}{silent}")
     ids = len(train) if components.names is None else int(components.names.max()) + 1
     dim = components.encoder.dim
-    sizes = Sizes(ids, views.num_views + views.local, recipe.train.batch_size, dim, processes, recipe.keys)
+    of_an_image = components.encoder.per_image(views.num_views + views.local)
+    sizes = Sizes(ids, of_an_image, recipe.train.batch_size, dim, processes, recipe.keys)
     cost = recipe.objective.cost(sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
     if setup.relations is None:

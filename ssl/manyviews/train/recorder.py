@@ -172,7 +172,7 @@ class Recorder:
         if skipped is None and isinstance(result, StepResult):
             views = slice(self._components.recipe.keys)
             targets = None if result.targets is None else result.targets[views]
-            sample = glimpse(result.embeddings[views], result.ids, targets)
+            sample = glimpse(self._components.encoder.of_images(result.embeddings[views]), result.ids, targets)
         if sample is not None and self._session.run is not None:
             seen = HostCopy(*(part for part in sample if part is not None))
         histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0

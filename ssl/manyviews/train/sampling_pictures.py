@@ -10,7 +10,7 @@ from manyviews.system.launch import in_a_line, lost_process
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 
-DPI = 110
+DPI = 100
 
 
 class SamplingPictures:

@@ -13,10 +13,12 @@ from manyviews.features.layers import BACKBONE, EMBEDDING
 LEARNED, EMBEDDED, RANDOM, PIXELS = "learned", "learned (embedding)", "random weights", "raw pixels"
 LAYERS: Mapping[str, str] = {LEARNED: BACKBONE, EMBEDDED: EMBEDDING, RANDOM: BACKBONE}
 """The encoder's layer of each kind of features; raw pixels have none."""
-Task = Literal["knn", "linear", "augmented", "retrieval", "ranking", "clustering", "verification", "fractions"]
+Task = Literal[
+    "knn", "linear", "augmented", "retrieval", "ranking", "clustering", "verification", "few_shot", "fractions"
+]
 PROBES: tuple[Task, ...] = ("knn", "linear", "augmented", "fractions")
 """Tasks that learn from labelled training images to predict the classes of test images."""
-GROUPING: frozenset[Task] = frozenset({"retrieval", "ranking", "clustering", "verification"})
+GROUPING: frozenset[Task] = frozenset({"retrieval", "ranking", "clustering", "verification", "few_shot"})
 """Tasks that compare test images with each other."""
 TITLES: Mapping[str, str] = {
     "knn": "kNN",
@@ -26,10 +28,13 @@ TITLES: Mapping[str, str] = {
     "ranking": "ranking",
     "clustering": "AMI",
     "verification": "verification",
+    "few_shot": "few-shot accuracy",
 }
 """Names in tables of the tasks that compare features, or of their leading metric."""
 LEADING: Mapping[str, str] = {**dict.fromkeys(TITLES, "accuracy"), "retrieval": "Recall@1", "clustering": "AMI"}
 """The leading metric of each of these tasks, which compares features; that of ranking is in its details."""
+THRESHOLD = "threshold"
+"""The metric of verification that is no share: a cosine or distance."""
 TASKS = (*get_args(Task), "geometry", "staleness")
 """All tasks, in the order of their results."""
 CHOICES = {"neighbours": "k", "temperature": "T", "regularisation": "λ", "rate": "rate", "decay": "decay"}
@@ -60,11 +65,12 @@ class Measurement:
     task: str
     features: str
     metric: str
-    """Usual name: accuracy, Recall@1, MAP@R, AMI, TAR@FAR=0.01, effective rank; for few labels, their number."""
+    """Usual name: accuracy, Recall@1, MAP@R, AMI, TAR@FAR=0.01, 5-way 1-shot, effective rank; for few labels, their
+    number."""
     value: float
-    """Accuracies and the like are shares from 0 to 1."""
+    """Accuracies and the like are shares from 0 to 1; a threshold is in the unit of `distance`."""
     low: float | None = None
-    """Lower end of the 95 % interval over draws of the test images, if there is one."""
+    """Lower end of the 95 % interval over draws of the test images, or of episodes, if there is one."""
     high: float | None = None
     n: int = 0
     """Number of images, queries, pairs or rows; for few labels, their number."""
@@ -106,7 +112,8 @@ class Difference:
     task: str
     difference: float
     low: float
-    """Lower end of the 95 % interval: of paired proportions (Agresti and Min 2005) within a run, else by bootstrap."""
+    """Lower end of the 95 % interval: within a run of paired proportions (Agresti and Min 2005) or of a paired mean
+    over episodes (Student), else by bootstrap."""
     high: float
 
     def __str__(self) -> str:

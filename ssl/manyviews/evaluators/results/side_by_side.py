@@ -147,12 +147,13 @@ class Comparison:
 def by_title(evaluation: Evaluation, kind: str, tasks: Collection[str]) -> dict[str, Measurement]:
     """Returns the measurements of a kind that a table of methods shows, by their titles.
 
-    These are the leading metric of each task, every number of labels of `fractions`, and every metric of `geometry`.
+    These are the leading metric of each task, every number of labels of `fractions` or of ways and shots of `few_shot`,
+    and every metric of `geometry`.
     """
     return {
         TITLES[own.task].removesuffix(" probe") if own.leads else own.metric: own
         for own in evaluation.of(*tasks, features=kind)
-        if own.leads or own.task in ("fractions", "geometry")
+        if own.leads or own.task in ("fractions", "few_shot", "geometry")
     }
 
 

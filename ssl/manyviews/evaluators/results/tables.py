@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from manyviews.evaluators.results.measurement import TITLES, Evaluation, Measurement, label
+from manyviews.evaluators.results.measurement import THRESHOLD, TITLES, Evaluation, Measurement, label
 from manyviews.features.layers import EMBEDDING
 from manyviews.system.files import spelled
 from manyviews.system.plural import plural
@@ -24,7 +24,10 @@ GROUPED = {
     "clustering": "Clusters of the features. Against classes: 100 if both agree, 0 by chance (AMI); purity also grows "
     "with the number of clusters. Silhouette: near 1 if clusters are far apart, below 0 if they overlap; largest: the "
     "share of the largest cluster.",
-    "verification": "Pairs of test images: are both of one class? Judged by one threshold for all. Higher is better.",
+    "verification": "Pairs of images: are both of one class? Judged by one threshold for all, chosen on other folds. "
+    "Higher is better, but for the EER, the rate at which as many are wrongly accepted as wrongly rejected.",
+    "few_shot": "Episodes of N classes (ways), each known by K images (shots): is another image nearest to its own "
+    "class? Mean ± half of the 95 % interval over episodes. Higher is better.",
 }
 GEOMETRY = {
     "effective rank": "Number of directions that the features use (RankMe), at most the smaller of dim and images. "
@@ -42,6 +45,7 @@ SHORT = {
     "Recall@": "R@",
     "R-precision": "R-prec.",
     " probe": "",
+    "TAR@FAR=": "TAR@",
     "Kendall ": "",
     "Spearman ": "",
     "B-cubed ": "B³ ",
@@ -83,7 +87,8 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
             title = "Balanced accuracy, the mean over the classes (%)"
             tables.append(_sheet(title, "Every class has the same weight.", balanced, lambda one: TITLES[one.task]))
     for task, meaning in GROUPED.items():
-        for number, own in enumerate(_tables_of(task, list(evaluation.of(task)))):
+        measured = [one for one in evaluation.of(task) if one.metric != THRESHOLD]
+        for number, own in enumerate(_tables_of(task, measured)):
             tables.append(_sheet(_grouped_title(own, evaluation), "" if number else meaning, own))
     if own := list(evaluation.of("fractions")):
         draws = len(own[0].details["accuracies"])
@@ -115,6 +120,13 @@ def _grouped_title(own: Sequence[Measurement], evaluation: Evaluation) -> str:
     by, *others = dict.fromkeys(one.distance for one in sorted(own, key=lambda one: one.layer == EMBEDDING))
     by = f"{by}{''.join(f', the embedding by {other}' for other in others)}"
     pairs = f" of {own[0].n:,} pairs" if task == "verification" else ""
+    if source := own[0].details.get("pairs"):
+        return f"Verification by {by}{pairs} of {spelled(source)} (%)"
+    if task == "few_shot":
+        return (
+            f"Few-shot classification by {by}, {own[0].n:,} episodes among {gallery['images']:,} test images of "
+            f"{len(gallery['classes']):,} classes {gallery['origin']} (%)"
+        )
     if task == "ranking":
         return _ranking_title(own[0], by)
     if task == "clustering":
@@ -180,6 +192,9 @@ def _sheet(
 
 def _cell(own: Measurement, scale: tuple[float, float]) -> Cell:
     note = own.choice if own.deviation is None else f"± {100 * own.deviation:.1f}"
+    if own.task == "few_shot" and own.low is not None and own.high is not None:
+        # As papers do: the half of the interval, not the spread of episodes.
+        note = f"± {50 * (own.high - own.low):.1f}"
     if own.low is None or own.high is None or not own.leads:
         return Cell(_text_of(own.task, own.metric, own.value), note=note)
     start, end = scale
