@@ -389,6 +389,7 @@ def test_objectives_show_backbone_and_embedding_side_by_side(
     harness.show(report)
 
 
+@pytest.mark.slow
 def test_objectives_by_values_are_ranked_in_grades_on_the_held_out_images(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
