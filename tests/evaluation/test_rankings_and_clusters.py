@@ -182,7 +182,7 @@ def test_without_labels_images_are_clustered_and_ranked_by_their_pixels(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "All, by size" in page
     assert '<section id="ranking"' in page
-    assert "the number of clusters chosen by silhouette" in " ".join(capsys.readouterr().out.split())
+    assert "the number of clusters chosen by silhouette among 2 to 5" in " ".join(capsys.readouterr().out.split())
     # The class of an image takes labels.
     assert cli.evaluate([str(run), *args, "tasks=ranking", "protocol.ranking.by=class"]) == 2
     assert "ranking by class takes images of 2 classes or more, and these have 0" in capsys.readouterr().err
