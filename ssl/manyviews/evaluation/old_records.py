@@ -16,7 +16,8 @@ LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
 def converted(record: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the results of an old record to measurements, and adds new settings to its protocol.
 
-    Settings that did not exist are those by default: a task without them was measured as with these. Raises KeyError, TypeError, AttributeError or ValueError for a record in neither format.
+    Settings that did not exist are those by default: a task without them was measured as with these. Raises
+    KeyError, TypeError, AttributeError or ValueError for a record in neither format.
     """
     record = {**record, "protocol": _with_new_settings(record["protocol"])} if "protocol" in record else record
     if not any(name in record for name in LISTS):
