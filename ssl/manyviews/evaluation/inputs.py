@@ -1,19 +1,22 @@
-"""What tasks take beside features: relevances of rankings, and thresholds of clusters."""
+"""What tasks take beside features: relevances of rankings, thresholds of clusters, pairs of a metric."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from manyviews.data.labels import values_of
 from manyviews.data.relations import RelationTable, read_relations
+from manyviews.evaluation.job import Job
 from manyviews.evaluation.record import EVALUATION, evaluation_of, records_in
-from manyviews.evaluation.run_tasks import Job
+from manyviews.evaluators.distance import MetricPairs
 from manyviews.evaluators.protocol import Gallery
 from manyviews.evaluators.relevance import Lists, Relevance, Triplets, near_values, same_class
+from manyviews.evaluators.results.measurement import THRESHOLD
+from manyviews.linear_metrics import MMC
+from manyviews.linear_metrics.mmc import check_similarities
 from manyviews.system.files import read_json, shown
-
-THRESHOLD = "threshold"
-"""The metric of verification at which two images are of one class."""
+from manyviews.system.plural import plural
 
 
 def relevance_of(job: Job, gallery: Gallery) -> Relevance:
@@ -68,6 +71,35 @@ def relevance_in(path: Path, table: RelationTable) -> Lists | Triplets:
         f"relations={shown(path)} has {table.kind}, which put no images into an order; {way_out[table.kind]}, or give "
         "ranked lists (query,item,relevance) or triplets (anchor,positive,negative)"
     )
+
+
+def metric_pairs_of(job: Job, gallery: Gallery) -> MetricPairs | None:
+    """Reads the pairs of metric.relations, those of training images that are not to stay unseen; None without.
+
+    Raises:
+        ValueError: if the file cannot be read or holds no pairs, or those that can be used are all similar, or all
+            dissimilar.
+    """
+    metric, split = job.settings.metric, job.split
+    if not isinstance(metric, MMC) or metric.relations is None:
+        return None
+    path = Path(metric.relations).expanduser()
+    held_out = () if split.test is None else split.test.names
+    others = chain(held_out, split.left_out, (name for name, _ in split.unreadable))
+    table = read_relations(path, split.train.names, others, key="metric.relations")
+    if table.kind != "pairs":
+        raise ValueError(
+            f"metric.relations={shown(path)} holds no pairs: metric=mmc is fitted on pairs of images (a,b,same)"
+        )
+    usable = torch.isin(table.ids, gallery.fitting).all(1)
+    for note in table.notes:
+        job.console.warn(f"{shown(path)}: {note}")
+    if dropped := int((~usable).sum()):
+        job.console.warn(
+            f"{shown(path)}: {plural(dropped, 'pair')} of classes that are to stay unseen left out of metric=mmc"
+        )
+    check_similarities(table.numbers[usable])
+    return MetricPairs(table.ids[usable], table.numbers[usable])
 
 
 def thresholds_of(job: Job) -> dict[str, float]:

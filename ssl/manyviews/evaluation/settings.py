@@ -62,7 +62,7 @@ class EvaluateSettings(EncodeSettings):
     """The distance by which neighbours are searched; null: the cosine, and for the embedding of an objective that
     trains Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but cosine and
     euclidean are fitted on labelled training images, without those of the classes named or unseen, for each kind of
-    features, and saved in OUTPUT/metrics."""
+    features, and saved in OUTPUT/metrics. metric=mmc metric.relations=FILE is fitted on given pairs of them."""
     protocol: ProtocolSettings = ProtocolSettings()
     few: FractionSettings = FractionSettings()
     """The numbers of labels of the task fractions."""

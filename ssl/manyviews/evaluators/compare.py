@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyviews.data import Report
-from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, is_fitted, map_features
+from manyviews.evaluators.distance import Cosine, MappedFeatures, Metric, MetricPairs, map_features, takes_classes
 from manyviews.evaluators.failures import OnFailure, catch_failure
 from manyviews.evaluators.fractions import FractionSettings
 from manyviews.evaluators.one_task import Inputs, Outcome, group, probe
@@ -46,6 +46,7 @@ def compare(
     thresholds: Mapping[str, float] | None = None,
     few: FractionSettings | None = None,
     metric: Metric | None = None,
+    metric_pairs: MetricPairs | None = None,
     distances: Mapping[str, Metric] | None = None,
     keep: Callable[[str, LinearMetric], object] | None = None,
     augmented: Callable[[str], Prediction] | None = None,
@@ -64,10 +65,11 @@ def compare(
     `features` holds, by kind, those of training [train, dim] and test images [test, dim]. The leading kind (see
     `in_order`) is compared with each other one; training features may be None if no task takes them (`takes_training`).
     `gallery` defaults to all test images; `pairs`, by positions in the test images and then the training images, to
-    drawn pairs of the gallery; and `metric` to the cosine; `distances` replaces it for single kinds. `relevance` is
-    what rankings are judged by, `thresholds` those of an earlier verification for k=threshold, by kind. `keep` gets
-    each kind with its fitted metric. `augmented` returns the prediction of the probe on augmented images of a kind. If
-    a task fails on a kind, `on_failure` is called and the kind is left out; without it the exception is raised.
+    drawn pairs of the gallery; and `metric` to the cosine; `distances` replaces it for single kinds. A metric that
+    names a file of relations is fitted on `metric_pairs`. `relevance` is what rankings are judged by, `thresholds`
+    those of an earlier verification for k=threshold, by kind. `keep` gets each kind with its fitted metric.
+    `augmented` returns the prediction of the probe on augmented images of a kind. If a task fails on a kind,
+    `on_failure` is called and the kind is left out; without it the exception is raised.
 
     Raises:
         ValueError: if features and labels differ in number, features are not finite, no test image has a label, or the
@@ -82,7 +84,7 @@ def compare(
     labelled = gallery.images[test_labels[gallery.images] >= 0]
     shown = labelled if len(labelled) else gallery.images
     by_metric = metric if any(map(searches, tasks)) else Cosine()
-    fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
+    fitting = fitting_images(gallery, train_labels, protocol) if takes_classes(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
     scores: dict[tuple[str, str], Tensor] = {}
@@ -101,7 +103,7 @@ def compare(
         used = (distances or {}).get(kind, by_metric)
         mapped: MappedFeatures | None = None
         with catch_failure(f"metric={used.name}", kind, on_failure):
-            mapped = map_features(used, train, test, train_labels, fitting, report=progress)
+            mapped = map_features(used, train, test, train_labels, fitting, pairs=metric_pairs, report=progress)
             if keep is not None and mapped.fitted is not None:
                 keep(kind, mapped.fitted)
         labels = train_labels, test_labels

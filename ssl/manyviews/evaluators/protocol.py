@@ -11,7 +11,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.evaluators.augmented import AugmentedSettings
 from manyviews.evaluators.clustering import ClusteringSettings
-from manyviews.evaluators.distance import Metric, is_fitted
+from manyviews.evaluators.distance import Metric, is_fitted, takes_classes
 from manyviews.evaluators.few_shot import FewShotSettings, refuse_episodes
 from manyviews.evaluators.knn import MOST_HELD_OUT, KnnSettings
 from manyviews.evaluators.linear import LinearSettings
@@ -78,7 +78,7 @@ def refusals(
     if not labelled:
         reasons |= dict.fromkeys(by_labels, "no test image has a label")
     by_distance = [task for task in tasks if searches(task)]
-    if is_fitted(metric) and by_distance:
+    if takes_classes(metric) and by_distance:
         try:
             fitting_images(gallery, train_labels, protocol)
         except ValueError as problem:

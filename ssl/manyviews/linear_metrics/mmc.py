@@ -225,6 +225,16 @@ def root(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
     return symmetric
 
 
+def check_similarities(same: Same) -> None:
+    """Raises ValueError unless some pairs are similar and some dissimilar."""
+    similar, dissimilar = bool((same > 0).any()), bool((same < 1).any())
+    if not (similar and dissimilar):
+        raise ValueError(
+            f"none of the {len(same)} pairs is {'dissimilar' if similar else 'similar'}: a metric pulls similar ones "
+            "together and pushes dissimilar ones apart; give both, same=1 and same=0"
+        )
+
+
 def _differences(features: Features, pairs: Pairs, same: Same) -> tuple[Tensor, Tensor, Tensor]:
     """Differences of the features of pairs, the mean of all their images, and how similar they are; in float64."""
     last = int(pairs.max()) if len(pairs) else -1
@@ -234,12 +244,7 @@ def _differences(features: Features, pairs: Pairs, same: Same) -> tuple[Tensor, 
             f"{len(features)} images whose features were given"
         )
     pairs, near = pairs.to(features.device), same.to(features.device).double()
-    if not bool((near > 0).any() and (near < 1).any()):
-        which = "dissimilar" if bool((near > 0).any()) else "similar"
-        raise ValueError(
-            f"none of the {len(pairs)} pairs is {which}: a metric pulls similar ones together and pushes dissimilar "
-            "ones apart; give both, same=1 and same=0"
-        )
+    check_similarities(near)
     used = features.detach()[pairs.unique()].double()
     if not used.isfinite().all():
         raise ValueError("some features are not finite; extract them again in fp32, or train the backbone anew")
