@@ -430,6 +430,21 @@ def test_objectives_show_backbone_and_embedding_side_by_side(
     harness.show(report)
 
 
+@pytest.mark.slow
+def test_objectives_by_values_are_ranked_in_grades_on_the_held_out_images(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "GRADED", {"log_ratio": "log_ratio values={values}"})
+    options.graded = "pixels"
+    own, *others = objectives.run(options).rows
+    assert (own["positives"], own["judged by"]) == ("values", "embedding")
+    assert list(own)[4:] == [
+        *("NDCG@10, backbone", "NDCG@10, embedding", "Kendall τ-b, backbone", "Kendall τ-b, embedding"),
+        "seeds",
+    ]
+    assert [row["objective"] for row in others] == ["random weights", "raw pixels"]
+
+
 def test_sampling_shows_what_was_published_beside_both_layers(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,6 @@ EXTRA = {
 
 RELATIONS = {
     "triplets.csv": ("anchor,positive,negative", 3, ("",)),
-    "ranked.csv": ("query,items", 8, ("",)),
     "sets.csv": ("name,set", 1, (",x", ",y")),
 }
 """Files of relations: the header, the images of a line, and how lines end in turns."""
@@ -69,8 +68,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(root / "photos" / name)
         rows.append(f"{name},{label}")
+    names = [row.split(",")[0] for row in rows]
+    ranked = [
+        f"{query},{item},{number % 3}" for query in names for number, item in enumerate(names[::9]) if item != query
+    ]
+    (root / "ranked.csv").write_text("\n".join(["query,item,relevance", *ranked]) + "\n")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
-    names = [row.partition(",")[0] for row in rows]
     for file, (header, count, ends) in RELATIONS.items():
         lines = [",".join(names[i : i + count]) + ends[i % len(ends)] for i in range(len(names) - count)]
         (root / file).write_text("\n".join([header, *lines]) + "\n")
@@ -92,7 +95,7 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     assert program == "manyviews", command
     args = [re.sub(r"=(/my/images|/other/images|/photos|photos)$", f"={work / 'photos'}", arg) for arg in args]
     args = [arg for arg in args if not arg.startswith(("train.", "data.size="))]
-    files = {file: work / file for file in ("labels.csv", "pairs.csv", *RELATIONS)}
+    files = {file: work / file for file in ("labels.csv", "pairs.csv", "ranked.csv", *RELATIONS)}
     # There are three held-out images of each of ten classes.
     replaced = {**files, "/fast/photos-224": work / "cache", "shots=1,5": "shots=1", "ways=5,20": "ways=5"}
     for shown, path in replaced.items():

@@ -91,9 +91,11 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             with raise_on_all_ranks():
                 relevance = relevance_of(job, gallery)
         elif "ranking" in tasks:
-            with catch_failure(
-                "ranking", LEARNED, lambda _, __, problem: refused.update({"ranking": in_a_line(problem)})
-            ):
+
+            def refuse(_task: str, _kind: str, problem: Exception) -> None:
+                refused["ranking"] = in_a_line(problem)
+
+            with catch_failure("ranking", LEARNED, refuse):
                 relevance = relevance_of(job, gallery)
         if "clustering" in tasks and "clustering" not in refused:
             thresholds = thresholds_of(job)

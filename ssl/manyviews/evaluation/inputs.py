@@ -103,12 +103,13 @@ def metric_pairs_of(job: Job, gallery: Gallery) -> MetricPairs | None:
 
 
 def thresholds_of(job: Job) -> dict[str, float]:
-    """Reads the thresholds of an earlier verification with these weights, by kind of features."""
+    """Reads the thresholds of an earlier verification with these weights and metric, by kind of features."""
     folder = job.output or job.pretrained.folder
     assert folder is not None
+    metric = None if job.settings.metric is None else job.settings.metric.model_dump(mode="json")
     try:
         for record, _ in records_in(read_json(folder / EVALUATION)):
-            if record.get("weights") == dict(job.pretrained.origin):
+            if (record.get("weights"), record.get("metric")) == (dict(job.pretrained.origin), metric):
                 measured = evaluation_of(record).of("verification", metric=THRESHOLD)
                 if found := {own.features: own.value for own in measured}:
                     return found
