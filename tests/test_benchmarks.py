@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from manyviews import cli
-from manyviews.data import InMemory, Sample
+from manyviews.data import InMemory, Sample, Split, read_relations, select
 from small_run import small_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -37,6 +37,7 @@ from benchmarks import (
     objectives,
     pipeline,
     recipes,
+    relations,
     sampling,
 )
 
@@ -349,6 +350,46 @@ def test_recipes_are_measured_beside_random_weights_and_pixels(tmp_path: Path, i
     assert all(0 <= row[name]["median"] <= 100 for row in rows for name in ("knn", "linear"))
 
 
+def test_relations_are_judged_beside_the_untrained_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Sample().build()
+    assert split.test is not None
+    few = Split(select(split.train, torch.arange(400)), select(split.test, torch.arange(200)))
+    monkeypatch.setattr(relations, "Sample", lambda: SimpleNamespace(build=lambda: few))
+    monkeypatch.setattr(relations, "UNSEEN", 100)
+    monkeypatch.setattr(relations, "SEEN", 60)
+    (row,) = rows_of("relations", tmp_path, "--images", "120", "--seeds", "1", "--only", "triplet")
+    assert row["lead"] == pytest.approx(row["embedding"]["median"] - row["untrained"]["median"], abs=0.01)
+    assert all(0 < row[name]["median"] <= 100 for name in ("embedding", "backbone", "untrained"))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets", "ranked"])
+def test_relations_of_the_benchmark_follow_its_rule(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Sample().build().train
+    monkeypatch.setattr(relations, "SEEN", 60)
+    relations.write(tmp_path / "relations.csv", kind, train, np.random.default_rng(0))
+    table = read_relations(tmp_path / "relations.csv", train.names)
+    assert (table.kind, table.notes) == (kind, ())
+    assert train.labels is not None
+    first, *others = train.labels[table.ids].unbind(1)
+    kinds = torch.tensor(relations.KINDS)
+    if kind == "pairs":
+        assert torch.equal(table.numbers, (first == others[0]).double())
+    elif kind == "triplets":
+        assert torch.equal(first, others[0])
+        assert bool((first != others[1]).all())
+    else:
+        grades = (first == others[0]).double() + (kinds[first] == kinds[others[0]])
+        assert torch.equal(table.numbers, grades)
+
+
+@pytest.mark.slow
+def test_relations_alone_beat_the_untrained_encoder_on_relations_not_seen(tmp_path: Path) -> None:
+    rows = rows_of("relations", tmp_path, "--images", "6000", "--seeds", "3")
+    assert [row["objective"] for row in rows] == list(relations.CASES)
+    # The paired interval over the seeds is above 0.
+    assert all(row["lead"] > row["±"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_soak_ends_bitwise_as_if_nothing_had_happened(tmp_path: Path) -> None:
     rows = rows_of("soak", tmp_path, "--share", "0.02", "--place", str(tmp_path))
@@ -387,6 +428,21 @@ def test_objectives_show_backbone_and_embedding_side_by_side(
     assert not {"Recall@1, embedding", "epochs"} & {key for key, value in random.items() if value is not None}
     assert isinstance(pixels["MAP@R, backbone"], harness.Spread)
     harness.show(report)
+
+
+@pytest.mark.slow
+def test_objectives_by_values_are_ranked_in_grades_on_the_held_out_images(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "GRADED", {"log_ratio": "log_ratio values={values}"})
+    options.graded = "pixels"
+    own, *others = objectives.run(options).rows
+    assert (own["positives"], own["judged by"]) == ("values", "embedding")
+    assert list(own)[4:] == [
+        *("NDCG@10, backbone", "NDCG@10, embedding", "Kendall τ-b, backbone", "Kendall τ-b, embedding"),
+        "seeds",
+    ]
+    assert [row["objective"] for row in others] == ["random weights", "raw pixels"]
 
 
 def test_sampling_shows_what_was_published_beside_both_layers(

@@ -98,4 +98,4 @@ def test_another_shell_and_another_command_are_answered(
         assert answer in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["manyviews"])
     assert cli.main() == 0
-    assert "usage: manyviews {pretrain,evaluate,extract,finetune,completion}" in capsys.readouterr().out
+    assert "usage: manyviews {pretrain,evaluate,verify,extract,finetune,completion}" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from torch.distributed.run import get_args_parser
 from manyviews import cli, recipe
 from manyviews.config import keys, load, vocabulary
 from manyviews.evaluation import EvaluateSettings
+from manyviews.evaluation.verify import VerifySettings
 from manyviews.features.extract import ExtractSettings
 from manyviews.objectives import Objective
 from manyviews.recipe import Recipe
@@ -200,6 +201,7 @@ def test_every_command_in_the_docs_names_scripts_and_keys_that_exist() -> None:
     models = {
         "pretrain": Recipe,
         "evaluate": EvaluateSettings,
+        "verify": VerifySettings,
         "extract": ExtractSettings,
         "finetune": FinetuneSettings,
     }

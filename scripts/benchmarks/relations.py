@@ -13,13 +13,15 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks import harness
-from manyviews.data import Images, Sample
-from manyviews.features.backbone import open_run
+from manyviews.data import Images, Sample, read_relations
+from manyviews.features.backbone import open_run, seeded_backbone
 from manyviews.features.encoding import extract
 from manyviews.features.layers import EMBEDDING, Layers, OneLayer
+from manyviews.linear_metrics import MMC
+from manyviews.views import StandardView
 
 KINDS = (0, 1, 0, 0, 0, 2, 0, 2, 3, 2)
-"""Tops, trousers, shoes and bags, of Fashion-MNIST's ten classes."""
+"""Tops, trousers, shoes or bags, for each of Fashion-MNIST's ten classes."""
 SEEN, ITEMS = 300, 8
 """Relations in a file, and items of a ranked list."""
 UNSEEN = 4_000
@@ -35,9 +37,11 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
+    "MMC of untrained features": Case("pairs", ()),
     "contrastive": Case("pairs", ("objective=contrastive",)),
     "triplet": Case("triplets", ("objective=triplet",)),
     "ranking: RankNet": Case("ranked", ("objective=ranking", "objective.loss=rank_net")),
+    "margin": Case("triplets", ("objective=margin",)),
     "ranking: ListNet": Case("ranked", ("objective=ranking", "objective.loss=list_net")),
 }
 BATCHES = {"pairs": 60, "triplets": 60, "ranked": 63}
@@ -94,24 +98,30 @@ def judged(name: str, case: Case, seed: int, images: int, folder: Path) -> tuple
     """Shares of unseen relations that a run gets right: by its embedding, its backbone, and that untrained."""
     split = Sample().build()
     assert split.test is not None
-    run_folder = folder / harness.file_name(f"{name} {seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file, run_folder = folder / f"{case.kind}-{seed}.csv", folder / harness.file_name(f"{name} {seed}")
+    write(file, case.kind, split.train, np.random.default_rng(seed))
+    unseen = drawn(case.kind, split.test, UNSEEN, np.random.default_rng(1000 + seed))
+    view, untrained = StandardView(28, 1), seeded_backbone("light_resnet", seed, 1, 28)
+    before = extract(untrained, split.test, view=view)
+    if not case.words:
+        relations = read_relations(file, split.train.names)
+        used, pairs = relations.ids.unique(return_inverse=True)
+        metric = MMC().fit_pairs(extract(untrained, split.train, view=view, ids=used), pairs, relations.numbers)
+        share, plain = (right(case.kind, rows, unseen, euclidean=True) for rows in (metric.transform(before), before))
+        return share, share, plain
     if not (run_folder / "done").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{case.kind}-{seed}.csv"
-        write(file, case.kind, split.train, np.random.default_rng(seed))
         words = [f"data.relations={file}", *VIEWS, *case.words, f"train.batch_size={BATCHES[case.kind]}"]
         length = {"pairs": 2, "triplets": 3, "ranked": 1 + ITEMS}[case.kind] * SEEN
         words += [f"train.epochs={images / length}", "train.precision=fp32", "train.monitor=0", "train.preview=0"]
+        words += ["resume=true"] if run_folder.exists() else []
         harness.commands(2, ["pretrain", "quickstart", *words, f"seed={seed}", f"output={run_folder}"])
     opened = open_run(run_folder)
-    backbone, untrained = opened.backbone(), opened.untrained()
+    backbone = opened.backbone()
     embedding = OneLayer(Layers(backbone, [EMBEDDING], {EMBEDDING: opened.head(EMBEDDING).module}))
-    unseen = drawn(case.kind, split.test, UNSEEN, np.random.default_rng(1000 + seed))
-    held_out, view = split.test, opened.view
-    shares = [
-        right(case.kind, extract(module, held_out, view=view), unseen) for module in (embedding, backbone, untrained)
-    ]
-    return shares[0], shares[1], shares[2]
+    learned = [extract(module, split.test, view=view) for module in (embedding, backbone)]
+    first, second, last = (right(case.kind, rows, unseen) for rows in (*learned, before))
+    return first, second, last
 
 
 class Relations(NamedTuple):
@@ -125,7 +135,7 @@ def drawn(kind: str, images: Images, count: int, generator: np.random.Generator)
     """Draws relations by the rule: 2 for images of one class, 1 for classes of one kind, 0 for any other."""
     assert images.labels is not None
     labels = images.labels.numpy()
-    kinds = np.array(KINDS)[labels]
+    kinds = np.array(KINDS)[labels] if kind == "ranked" else labels
     wanted = {"pairs": (2, 0), "triplets": (2, 0), "ranked": (2, 2, 1, 1, 0, 0, 0, 0)}[kind]
     rows = np.empty((count, 1 + len(wanted)), np.int64)
     # No query comes twice before each has come once.
@@ -142,28 +152,29 @@ def drawn(kind: str, images: Images, count: int, generator: np.random.Generator)
 
 def write(file: Path, kind: str, images: Images, generator: np.random.Generator) -> None:
     """Writes a file of relations of one kind."""
-    names, (rows, relevances) = images.names, drawn(kind, images, SEEN, generator)
-    lines = ["a,b,same"]
+    drawn_rows = drawn(kind, images, SEEN, generator)
+    rows = [[images.names[image] for image in row] for row in drawn_rows.rows.tolist()]
     if kind == "pairs":
         # Of every query one pair, similar or not.
-        chosen = generator.integers(2, size=len(rows))
-        lines += [f"{names[row[0]]},{names[row[1 + side]]},{1 - side}" for row, side in zip(rows, chosen, strict=True)]
+        chosen = generator.integers(2, size=len(rows)).tolist()
+        lines = ["a,b,same", *(f"{row[0]},{row[1 + side]},{1 - side}" for row, side in zip(rows, chosen, strict=True))]
     elif kind == "triplets":
-        lines = ["anchor,positive,negative", *(",".join(names[image] for image in row) for row in rows)]
+        lines = ["anchor,positive,negative", *map(",".join, rows)]
     else:
         lines = ["query,item,relevance"]
-        for (query, *items), grades in zip(rows, relevances, strict=True):
-            lines += [f"{names[query]},{names[item]},{grade}" for item, grade in zip(items, grades, strict=True)]
+        for (query, *items), grades in zip(rows, drawn_rows.relevances.tolist(), strict=True):
+            lines += [f"{query},{item},{grade}" for item, grade in zip(items, grades, strict=True)]
     file.write_text("\n".join(lines) + "\n")
 
 
-def right(kind: str, features: Float[Tensor, "images dim"], relations: Relations) -> float:
-    """Share of pairs of items in the right order, by cosine; of pairs, of similar ones before dissimilar ones."""
-    unit = torch.nn.functional.normalize(features.double())
+def right(kind: str, features: Float[Tensor, "images dim"], relations: Relations, *, euclidean: bool = False) -> float:
+    """Share of items in the right order, by cosine or distance; of pairs, of similar ones before dissimilar ones."""
+    points = features.double() if euclidean else torch.nn.functional.normalize(features.double())
     rows, relevances = torch.from_numpy(relations.rows), torch.from_numpy(relations.relevances)
-    cosines = torch.einsum("rd,rid->ri", unit[rows[:, 0]], unit[rows[:, 1:]])
+    # On the unit sphere the distance orders as the cosine does.
+    nearness = -(points[rows[:, :1]] - points[rows[:, 1:]]).norm(dim=2)
     if kind == "pairs":
         # A pair has one number for all queries.
-        cosines, relevances = cosines.reshape(1, -1), relevances.reshape(1, -1)
+        nearness, relevances = nearness.reshape(1, -1), relevances.reshape(1, -1)
     ordered = relevances[:, :, None] > relevances[:, None]
-    return float(((cosines[:, :, None] > cosines[:, None]) & ordered).sum() / ordered.sum())
+    return float(((nearness[:, :, None] > nearness[:, None]) & ordered).sum() / ordered.sum())

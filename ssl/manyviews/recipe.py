@@ -183,8 +183,8 @@ class Recipe(Settings):
         name, context, patches = self.objective.name, self.encoder.context, self.objective.traits.predicts_patches
         if patches and context is None:
             raise ValueError(
-                f"objective={name} predicts patches from the context of those above, and the encoder has none; set "
-                "encoder.context=gru, mean or attention"
+                f"objective={name} predicts patches from the context of those above, and the encoder has none; begin "
+                "with recipe cpc, or set encoder.context=gru, mean or attention"
             )
         if context is not None and not patches:
             raise ValueError(

@@ -97,6 +97,28 @@ def test_patches_cover_a_view_of_any_size_from_edge_to_edge(size: int, overlap: 
     assert all(abs(after - before - grid.side * (1 - overlap)) <= 1.5 for before, after in pairwise(starts))
 
 
+def test_in_training_each_patch_has_a_contrast_and_a_brightness_of_its_own() -> None:
+    module = ContextSettings(jitter=0.5).build(size=28, dim=6)
+    views = torch.randn(1, 64, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    plain = module.grid.cut(views)
+    assert torch.equal(module.eval().patches_of(views), plain)
+    torch.manual_seed(3)
+    found = module.train().patches_of(views)
+    torch.manual_seed(3)
+    assert torch.equal(module.patches_of(views), found)
+    flat, jittered = plain.flatten(2), found.flatten(2)
+    contrast = jittered.std(2) / flat.std(2)
+    brightness = jittered.mean(2) - contrast * flat.mean(2)
+    torch.testing.assert_close(jittered, contrast[..., None] * flat + brightness[..., None], rtol=1e-4, atol=1e-4)
+    for drawn_values in (contrast.log(), brightness):
+        assert drawn_values.abs().max() < 0.501
+        # Uniform, over patches and over images.
+        assert abs(drawn_values.mean()) < 0.05
+        assert abs(drawn_values.std() - 0.5 / 3**0.5) < 0.02
+        assert min(drawn_values.std(0).min(), drawn_values.std(1).min()) > 0.1
+    assert torch.equal(ContextSettings(jitter=0).build(size=28, dim=6).patches_of(views), plain)
+
+
 def build(**options: object) -> Encoder:
     torch.manual_seed(0)
     return EncoderSettings(projector=ProjectorSettings(hidden=16, dim=8), **options).build(channels=1, size=28)

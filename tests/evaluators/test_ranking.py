@@ -153,6 +153,8 @@ def test_queries_whose_items_are_all_alike_are_refused() -> None:
     features, _, _ = images()
     with pytest.raises(ValueError, match="none of 24 queries has items of different relevance"):
         rank_items(features, same_class(torch.zeros(24).long(), torch.arange(24)), ALL)
+    with pytest.raises(ValueError, match="none of 1 queries"):
+        rank_items(features, near_values(torch.ones(24, 1), torch.arange(1), "x"), ALL)
 
 
 def test_triplets_are_in_the_right_order_if_the_positive_is_nearer_by_a_loop() -> None:

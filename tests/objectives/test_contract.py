@@ -211,10 +211,10 @@ CASES: dict[str, Case] = {
     "margin, semi-hard, one view, local": Case(Margin(sampling=SemiHard()), views=1, local=2),
     "contrastive, pairs": Case(Contrastive(), relations=related("pairs", others=True)),
     "contrastive, pairs, un-normalised": Case(
-        Contrastive(margin=5.0, squared=False, normalized=False), views=1, relations=related("pairs")
+        Contrastive(margin=5.0, form="hinge", normalized=False), views=1, relations=related("pairs")
     ),
     "triplet, triplets": Case(Triplet(margin=1.0), relations=related("triplets")),
-    "triplet, ranked, local": Case(Triplet(soft=True), views=1, local=2, relations=related("ranked", others=True)),
+    "triplet, ranked, local": Case(Triplet(form="soft"), views=1, local=2, relations=related("ranked", others=True)),
     "margin, triplets": Case(Margin(beta_per="class", nu=0.1), relations=related("triplets", others=True)),
     "log_ratio, triplets": Case(LogRatio(), narrow=False, relations=related("triplets")),
     "ranking, cross_entropy, ranked": Case(Ranking(loss="cross_entropy"), relations=related("ranked", others=True)),

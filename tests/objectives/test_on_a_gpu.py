@@ -27,7 +27,7 @@ LAUNCHES = {
     "log_ratio": 260,
     "ranking": 320,
     "contrastive": 780,
-    "triplet": 310,
+    "triplet": 350,
     "margin": 500,
 }
 """Launches of a step at most, forward, backward and update, with tiles that are to it as those of a GPU are to one of

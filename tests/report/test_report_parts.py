@@ -235,7 +235,7 @@ def test_tensorboard_has_the_same_pictures_once(given: Findings) -> None:
     written = EventAccumulator(str(folder), size_guidance={"images": 0})
     written.Reload()
     tags = {"neighbours/drawn at random", "neighbours/wrong", "neighbours/mistakes alike", "map/PCA", "map/t-SNE"}
-    assert set(written.Tags()["images"]) == tags | {"confusion", "similarities"}
+    assert set(written.Tags()["images"]) == tags | {"confusion", "similarities", "verification/ROC curves"}
     encoded = written.Images("neighbours/drawn at random")[0]
     assert (encoded.width, encoded.height) == (9 * 76, 6 * 76)
 

@@ -99,3 +99,12 @@ def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
     expected = sampling_figures(embeddings[:2], ids, DistanceWeighted(), normalized=True, seed=0, step=2)
     assert expected.whole
     assert read_sampling(tmp_path / "run") == expected.model_copy(update={"step": 3})
+
+
+def test_given_relations_are_not_sampled(tmp_path: Path) -> None:
+    session = Session(None, cast("Saver", None), Console(quiet=True), cast("Stop", None))
+    words = ("objective=contrastive", "ids=images", "views.num_views=2")
+    sampled = recipe(tmp_path, tmp_path, *words)
+    related = recipe(tmp_path, tmp_path, *words, f"data.relations={tmp_path / 'pairs.csv'}")
+    assert SamplingPictures(sampled, session, 0.0).due(1.0)
+    assert not SamplingPictures(related, session, 0.0).due(1.0)

@@ -41,6 +41,9 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("k", "objective.size", "knn.neighbours"),
         ("knn_k neighbors n_neighbors", "knn.neighbours", "neighbours"),
         ("moco_m ema_decay", "objective.momentum", "ema"),
+        ("num_steps_ahead steps_to_predict prediction_steps", "objective.steps"),
+        ("steps_to_ignore", "objective.skip"),
+        ("patches_per_side num_patches grid_size", "encoder.context.patches"),
         ("nce_k nce_m num_negatives n_negatives neg", "objective.negatives"),
         ("m", "objective.negatives", "objective.m2", "objective.momentum", "objective.margin"),
         ("alpha", "objective.margin", "mixup"),
@@ -55,6 +58,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("log_interval print_freq log_freq log_every_n_steps", "log_every"),
         ("random_seed manual_seed", "seed"),
         ("labels_file label_file", "data.labels"),
+        ("relation pairs triplets rankings pairs_file triplets_file constraints", "data.relations"),
+        ("list_size slate_size slate_length", "items_per_query"),
         ("val val_dir test_dir valid eval_dir", "data.test"),
         ("label_fraction percent train_percent", "fraction"),
         ("layer_wise_decay lr_decay llrd", "layer_decay"),
@@ -73,6 +78,10 @@ _TRIPLET_NETWORK = (
     "objective.normalized=false"
 )
 _ABSENT = "{} and is not here; the nearest that is: objective={}"
+_CPC = (
+    "contrastive predictive coding is recipe cpc; of whole views, its bilinear score is objective=in_batch "
+    "objective.score=bilinear"
+)
 _PROXIES = (
     "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
     "by manyviews finetune)"
@@ -80,7 +89,7 @@ _PROXIES = (
 
 OBJECTIVES: Mapping[str, str] = _by_name(
     ("ntxent nt_xent simclr infonce info_nce", _SIMCLR),
-    ("cpc", "CPC's bilinear score is objective=in_batch objective.score=bilinear"),
+    ("cpcv2 cpc_v2 contrastive_predictive_coding", _CPC),
     ("dcl decoupled", "decoupled contrastive learning is objective=in_batch objective.decoupled=true"),
     ("moco mocov2 mocov3", "MoCo is objective=queue, as in recipe moco"),
     ("supcon", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
@@ -176,6 +185,7 @@ def plain(name: str) -> str:
 RECIPES: Mapping[str, str] = _by_name(
     ("ntxent nt_xent infonce info_nce contrastive_learning", "simclr"),
     ("in_batch dcl decoupled", "quickstart"),
+    ("cpcv2 cpc_v2 contrastive_predictive_coding", "cpc"),
     ("queue mocov2 moco_v2", "moco"),
     ("bank npid instdisc memory_bank wu2018", "instance_discrimination"),
     ("nce", "instance_discrimination_nce"),

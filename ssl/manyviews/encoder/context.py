@@ -1,6 +1,7 @@
 """Contrastive predictive coding's patches of an image, and the context of those above."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,11 +46,14 @@ class ContextSettings(Settings):
 
     name: Literal["gru", "mean", "attention"] = "gru"
     """The context of a patch: a GRU down its column, the mean of its column down to it, or a layer of self-attention
-    over all patches of its row and of those above."""
+    over all patches of its row and of those above. encoder.context=null, the default: views are whole."""
     patches: int | None = Field(None, ge=2, le=64)
     """Patches on a side of a view; null: 7, or 4 of views below 64 pixels."""
     overlap: float = Field(0.5, ge=0, lt=1)
     """Share of a patch's side that the next one shows too."""
+    jitter: float = Field(0.7, ge=0, le=10)
+    """Strength x: in training each patch has a contrast and a brightness of its own, its pixels times e^u plus v, with
+    u and v uniform in -x to x. Drawn as dropout is, by step and process; 0: none."""
 
     def grid(self, size: int) -> Grid:
         """The patches of a view of this side.
@@ -73,8 +77,12 @@ class ContextSettings(Settings):
 
     def build(self, *, size: int, dim: int) -> "Context":
         """Builds the network for views of this side and patches of `dim` numbers; raises as `grid`."""
-        kinds = {"gru": RecurrentContext, "mean": MeanContext, "attention": AttentiveContext}
-        return kinds[self.name](self.grid(size), dim)
+        kinds: dict[str, Callable[[Grid, int, float], Context]] = {
+            "gru": RecurrentContext,
+            "mean": MeanContext,
+            "attention": AttentiveContext,
+        }
+        return kinds[self.name](self.grid(size), dim, self.jitter)
 
 
 class Context(nn.Module, ABC):
@@ -88,9 +96,23 @@ class Context(nn.Module, ABC):
         torch.Size([16, 5, 8])
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, dim: int, jitter: float = 0.0) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.jitter = grid, jitter
+
+    def patches_of(
+        self, views: Float[Tensor, "views batch channels size size"]
+    ) -> Float[Tensor, "_ batch channels _ _"]:
+        """The patches of views, as `Grid.cut`; in training each with a contrast and a brightness of its own.
+
+        As in CPC v2 (Hénaff et al. 2020), what patches have in common must not be their light alone.
+        """
+        patches = self.grid.cut(views)
+        if not self.training or not self.jitter:
+            return patches
+        shape = 2, *patches.shape[:2], 1, 1, 1
+        contrast, brightness = self.jitter * (2 * torch.rand(shape, device=patches.device) - 1)
+        return patches * contrast.exp() + brightness
 
     def forward(self, patches: Float[Tensor, "patches batch dim"]) -> Float[Tensor, "patches batch dim"]:
         """The context of every patch of a grid, row by row."""
@@ -104,8 +126,8 @@ class Context(nn.Module, ABC):
 class RecurrentContext(Context):
     """A GRU that runs down every column, with the same weights."""
 
-    def __init__(self, grid: Grid, dim: int) -> None:
-        super().__init__(grid)
+    def __init__(self, grid: Grid, dim: int, jitter: float = 0.0) -> None:
+        super().__init__(grid, dim, jitter)
         self.cell = nn.GRUCell(dim, dim)
 
     def contexts(self, z: Float[Tensor, "rows columns batch dim"]) -> Float[Tensor, "rows columns batch dim"]:
@@ -119,9 +141,6 @@ class RecurrentContext(Context):
 class MeanContext(Context):
     """The mean of the patches of a column, down to each; it has no weights."""
 
-    def __init__(self, grid: Grid, dim: int) -> None:
-        super().__init__(grid)
-
     def contexts(self, z: Float[Tensor, "rows columns batch dim"]) -> Float[Tensor, "rows columns batch dim"]:
         """The running mean over the rows."""
         numbers = torch.arange(1, len(z) + 1, device=z.device).view(-1, 1, 1, 1)
@@ -131,8 +150,8 @@ class MeanContext(Context):
 class AttentiveContext(Context):
     """A layer of self-attention, added to its input, over the patches of a row and of those above."""
 
-    def __init__(self, grid: Grid, dim: int) -> None:
-        super().__init__(grid)
+    def __init__(self, grid: Grid, dim: int, jitter: float = 0.0) -> None:
+        super().__init__(grid, dim, jitter)
         self.positions = nn.Parameter(0.02 * torch.randn(grid.patches**2, dim))
         self.norm = nn.LayerNorm(dim)
         self.inputs, self.output = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -147,4 +166,5 @@ class AttentiveContext(Context):
         rows = torch.arange(patches.shape[1], device=z.device) // z.shape[1]
         queries, keys, values = self.inputs(self.norm(patches + self.positions)).chunk(3, -1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=rows[:, None] >= rows)
-        return (patches + self.output(attended)).transpose(0, 1).reshape(z.shape)
+        contexts: Tensor = (patches + self.output(attended)).transpose(0, 1).reshape(z.shape)
+        return contexts

@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         pass in their place.
         """
         if self.context is not None:
-            groups = tuple(self.context.grid.cut(views) for views in groups)
+            groups = tuple(self.context.patches_of(views) for views in groups)
         features = [summary(self.backbone, views.flatten(0, 1)) for views in groups]
         projections: Tensor = self.projector(torch.cat(features) if len(features) > 1 else features[0])
         embeddings: Tensor = self.predictor(projections)

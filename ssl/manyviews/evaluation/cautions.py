@@ -12,7 +12,7 @@ from torch import Tensor
 from manyviews.data import AnyData, Folder, Images, InMemory, Split, of_classes
 from manyviews.data.listing.inventory import read_inventory
 from manyviews.engine import top_k
-from manyviews.evaluation.run_tasks import FOREIGN
+from manyviews.evaluation.job import FOREIGN
 from manyviews.evaluators.distance import searchable
 from manyviews.evaluators.results.measurement import Evaluation, is_learned, label
 from manyviews.evaluators.splits import uneven

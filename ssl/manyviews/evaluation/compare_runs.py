@@ -9,9 +9,10 @@ from torch import Tensor
 
 from manyviews.data import Images, Split, sample_ids
 from manyviews.evaluation.evaluate import evaluate
+from manyviews.evaluation.job import is_labelled
 from manyviews.evaluation.method_rows import BASELINES, MeasuredRun, rows_of
 from manyviews.evaluation.record import evaluation_of, record_of, records_in
-from manyviews.evaluation.run_tasks import FEATURES, is_labelled
+from manyviews.evaluation.run_tasks import FEATURES
 from manyviews.evaluation.settings import (
     AnyTask,
     EvaluateSettings,

@@ -7,16 +7,13 @@ from pathlib import Path
 from manyviews.data import Split
 from manyviews.evaluation import cautions
 from manyviews.evaluation.inputs import metric_pairs_of, relevance_of, thresholds_of
-from manyviews.evaluation.maps import maps
+from manyviews.evaluation.job import Job, gallery_of, is_labelled, pairs_of
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
-    Job,
-    gallery_of,
     geometries_of,
-    is_labelled,
     kinds_of,
     labelled_tasks,
-    pairs_of,
+    maps,
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
@@ -27,9 +24,10 @@ from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
 from manyviews.evaluators.protocol import refusals, takes_training
 from manyviews.evaluators.relevance import Relevance
-from manyviews.evaluators.results.measurement import LEARNED, PIXELS, Evaluation, Measurement, Task
+from manyviews.evaluators.results.measurement import LEARNED, PIXELS, THRESHOLD, Evaluation, Measurement, Task
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import held_out_of_each
+from manyviews.evaluators.verification import threshold_text
 from manyviews.features.backbone import open_run
 from manyviews.features.encoding import images_of
 from manyviews.report import Findings
@@ -93,9 +91,11 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             with raise_on_all_ranks():
                 relevance = relevance_of(job, gallery)
         elif "ranking" in tasks:
-            with catch_failure(
-                "ranking", LEARNED, lambda _, __, problem: refused.update({"ranking": in_a_line(problem)})
-            ):
+
+            def refuse(_task: str, _kind: str, problem: Exception) -> None:
+                refused["ranking"] = in_a_line(problem)
+
+            with catch_failure("ranking", LEARNED, refuse):
                 relevance = relevance_of(job, gallery)
         if "clustering" in tasks and "clustering" not in refused:
             thresholds = thresholds_of(job)
@@ -202,6 +202,8 @@ def _warnings(
 def _print(findings: Findings, console: Console) -> None:
     for sheet in sheets(findings.evaluation):
         console.rich.print(printed(sheet))
+    for own in findings.evaluation.of("verification", features=findings.kind, metric=THRESHOLD):
+        console.say(threshold_text(own))
     if verdict := findings.evaluation.verdict():
         console.say(verdict)
     if findings.layers:

@@ -7,18 +7,16 @@ import torch
 
 from manyviews.data.labels import values_of
 from manyviews.data.relations import RelationTable, read_relations
+from manyviews.evaluation.job import Job
 from manyviews.evaluation.record import EVALUATION, evaluation_of, records_in
-from manyviews.evaluation.run_tasks import Job
 from manyviews.evaluators.distance import MetricPairs
 from manyviews.evaluators.protocol import Gallery
 from manyviews.evaluators.relevance import Lists, Relevance, Triplets, near_values, same_class
+from manyviews.evaluators.results.measurement import THRESHOLD
 from manyviews.linear_metrics import MMC
 from manyviews.linear_metrics.mmc import check_similarities
 from manyviews.system.files import read_json, shown
 from manyviews.system.plural import plural
-
-THRESHOLD = "threshold"
-"""The metric of verification at which two images are of one class."""
 
 
 def relevance_of(job: Job, gallery: Gallery) -> Relevance:
@@ -105,12 +103,13 @@ def metric_pairs_of(job: Job, gallery: Gallery) -> MetricPairs | None:
 
 
 def thresholds_of(job: Job) -> dict[str, float]:
-    """Reads the thresholds of an earlier verification with these weights, by kind of features."""
+    """Reads the thresholds of an earlier verification with these weights and metric, by kind of features."""
     folder = job.output or job.pretrained.folder
     assert folder is not None
+    metric = None if job.settings.metric is None else job.settings.metric.model_dump(mode="json")
     try:
         for record, _ in records_in(read_json(folder / EVALUATION)):
-            if record.get("weights") == dict(job.pretrained.origin):
+            if (record.get("weights"), record.get("metric")) == (dict(job.pretrained.origin), metric):
                 measured = evaluation_of(record).of("verification", metric=THRESHOLD)
                 if found := {own.features: own.value for own in measured}:
                     return found

@@ -179,7 +179,8 @@ def evaluation_of(record: Mapping[str, Any], outcomes: Mapping[str, Tensor] | No
                 raise ValueError(f"{name} of {OUTCOMES} is not a number for each image")
             parts[part][rest] = value
     gallery = {} if own.gallery is None else own.gallery.model_dump()
-    return Evaluation(own.measurements, own.differences, gallery, **parts)
+    by_image = parts["predictions"], parts["hits"], parts["values"]
+    return Evaluation(own.measurements, own.differences, gallery, *by_image)
 
 
 def _merged(record: Record, old: Mapping[str, Any]) -> Record:

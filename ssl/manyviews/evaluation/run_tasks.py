@@ -1,21 +1,19 @@
 """Computes every kind of features of a run and measures its tasks."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from manyviews.data import Images, Split, leave_out, of_classes, sample_ids, select
-from manyviews.evaluation.settings import EvaluateSettings, recipe_of
+from manyviews.data import Images, leave_out, sample_ids, select
+from manyviews.evaluation.job import Job
 from manyviews.evaluators.augmented import augmented_probe
 from manyviews.evaluators.compare import compare
-from manyviews.evaluators.distance import Euclidean, MetricPairs
-from manyviews.evaluators.failures import OnFailure, catch_failure
+from manyviews.evaluators.distance import Euclidean
+from manyviews.evaluators.failures import catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
-from manyviews.evaluators.pair_lists import read_pairs
+from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import Gallery
 from manyviews.evaluators.relevance import Relevance
 from manyviews.evaluators.results.measurement import (
@@ -29,109 +27,26 @@ from manyviews.evaluators.results.measurement import (
     in_order,
 )
 from manyviews.evaluators.splits import Prediction, num_classes
-from manyviews.evaluators.verification import Pairs
 from manyviews.features import encoding
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.cached import features_of
 from manyviews.features.layers import BACKBONE, EMBEDDING, OneLayer, layers_of
 from manyviews.features.placing import placed
 from manyviews.linear_metrics import LinearMetric
-from manyviews.recipe import Recipe
 from manyviews.run.checkpoints import newest_checkpoint
 from manyviews.run.folder import CHECKPOINTS
 from manyviews.system import distributed
-from manyviews.system.console import Console
+from manyviews.system.plural import plural
 from manyviews.system.writing import make_folder, replacing
 
 FEATURES = "features"
-FOREIGN = "of other data than the run's"
-PAIRED = 2_000
-"""Images that two views are made of: more would take longer and show no more."""
+PAIRED, MAPPED = 2_000, 2_000
+"""Images that two views are made of, and images on a map: more would take longer and show no more."""
+FEWEST_MAPPED = 3
 HEAD_BATCH = 8192
 """Features that go through the projector at once."""
 Kinds = dict[str, tuple[Tensor | None, Tensor]]
 """Features by kind: of the training images, if they are needed, and of the images shown."""
-
-
-class Job(NamedTuple):
-    """A run to measure, the images to measure it on, and where messages and files go."""
-
-    pretrained: PretrainedBackbone
-    split: Split
-    settings: EvaluateSettings
-    console: Console
-    on_failure: OnFailure
-    """Called if a task fails on a kind of features, which is then left out."""
-    output: Path | None
-    """Folder for features, fitted metrics and clusters; None if it cannot be written to."""
-    pairs: Pairs | None = None
-    """Pairs to verify, by their positions in the images shown, then in the training images."""
-    metric_pairs: MetricPairs | None = None
-    """Pairs of training images that the metric is fitted on in place of classes."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """The run's recipe."""
-        return recipe_of(self.pretrained)
-
-    @property
-    def shown(self) -> Images:
-        """The held-out images, or the training images if there are none."""
-        return self.split.train if self.split.test is None else self.split.test
-
-    @property
-    def labelled(self) -> bool:
-        """Whether training and held-out images have classes."""
-        return is_labelled(self.split)
-
-    @property
-    def labels(self) -> tuple[Tensor, Tensor]:
-        """The classes of training images and images shown, −1 without one."""
-        train, test = self.split.train.labels, self.shown.labels
-        if not self.labelled or train is None or test is None:
-            return torch.full((len(self.split.train),), -1), torch.full((len(self.shown),), -1)
-        return train, test
-
-    @property
-    def paired(self) -> Tensor:
-        """Ids of training images, other than those shown, that the pairs have."""
-        images = torch.empty(0, dtype=torch.int64) if self.pairs is None else self.pairs.images.unique()
-        return images[images >= len(self.shown)] - len(self.shown)
-
-
-def is_labelled(split: Split) -> bool:
-    """Returns whether images are held out, and they and the training images have classes."""
-    return split.train.labels is not None and split.test is not None and split.test.labels is not None
-
-
-def pairs_of(split: Split, settings: EvaluateSettings) -> Pairs | None:
-    """Reads the pairs of the settings, of held-out or training images; None without a file.
-
-    Raises:
-        ValueError: as `read_pairs` does.
-    """
-    if settings.pairs is None:
-        return None
-    names = [*(split.train if split.test is None else split.test).names]
-    names += [] if split.test is None else [*split.train.names]
-    return read_pairs(settings.pairs, names, settings.protocol.verification, seed=settings.protocol.seed)
-
-
-def gallery_of(job: Job, *, own: bool) -> Gallery:
-    """Returns the test images of the given classes, or of the run's unseen ones, or all.
-
-    `own` is whether the images are the run's.
-    """
-    train, test, recipe, settings = job.split.train, job.shown, job.recipe, job.settings
-    others = torch.arange(len(train))
-    classes = settings.classes or (recipe.unseen if own else ())
-    if not classes:
-        return Gallery(torch.arange(len(test)), "seen in training" if own else FOREIGN, others)
-    named = of_classes(train, classes)
-    unseen = of_classes(train, recipe.unseen) if own and recipe.unseen else others[:0]
-    new = torch.isin(named, unseen)
-    origin = "never seen in training" if new.all() else f"{'some of them ' if new.any() else ''}seen in training"
-    return Gallery(of_classes(test, classes), origin if own else FOREIGN, others[~torch.isin(others, named)])
 
 
 def kinds_of(job: Job, learned: Sequence[str], *, training: bool) -> Kinds:
@@ -295,3 +210,20 @@ def stale_rows(job: Job) -> tuple[Measurement, ...]:
     rows = checkpoint.parts["objective"]["rows"][sampled].float().to(_device())
     rows = distributed.gather_without_gradient(rows, distributed.counts(len(rows))).cpu()
     return staleness(rows, fresh)
+
+
+def maps(job: Job, kinds: Kinds) -> dict[str, tuple[Tensor, Tensor]]:
+    """Computes maps of some of the images shown, by the first kind of features; on rank 0 alone."""
+    leading, (_, rows) = next(iter(kinds.items()))
+    seed = job.settings.protocol.seed
+    if len(rows) < FEWEST_MAPPED or distributed.rank() > 0:
+        return {}
+    ids = sample_ids(len(rows), MAPPED, seed=seed)
+    points: dict[str, tuple[Tensor, Tensor]] = {}
+    for method in job.settings.maps:
+        job.console.say(f"map of {plural(len(ids), 'image')}: {method}")
+        try:
+            points[method] = ids, flat_map(rows[ids], method, seed=seed)
+        except Exception as problem:
+            job.on_failure(f"the map {method}", leading, problem)
+    return points

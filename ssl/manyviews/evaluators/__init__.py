@@ -1,1 +1,1 @@
-"""Tasks on features: kNN, probes, retrieval, clustering, verification, geometry."""
+"""Tasks on features: kNN, probes, retrieval, clustering, verification, few-shot, geometry."""

@@ -17,6 +17,7 @@ from manyviews.evaluators.distance import Nearness
 from manyviews.evaluators.k_means import MOST, k_means
 from manyviews.evaluators.number_of_clusters import FEWEST, MOST_MERGED, SAMPLE, Linkage, agglomerate, choose_k
 from manyviews.evaluators.results.measurement import Measurement
+from manyviews.system.plural import plural
 
 
 class ClusteringSettings(Settings):
@@ -88,26 +89,28 @@ def clustering(
     if labels is not None:
         features, labels = features[labels >= 0], labels[labels >= 0].cpu()
     rows = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features
-    k, tried = settings.k, dict[int, float]()
-    if k is None and labels is not None:
-        k = len(labels.unique())
-        if k < 2:
-            raise ValueError(f"images of {k} class{'' if k == 1 else 'es'} cannot be clustered; give 2 or more")
-    elif k is None or k == "auto":
-        tried = choose_k(rows, settings.largest_k, restarts=settings.restarts, seed=seed)
-        k = max(tried, key=lambda number: tried[number])
     if problem := cannot_cluster(settings, len(rows), threshold):
         raise ValueError(problem)
-    threshold = threshold if settings.threshold is None else settings.threshold
-    if k == "threshold":
+    tried: dict[int, float] = {}
+    if settings.k == "threshold":
+        threshold = threshold if settings.threshold is None else settings.threshold
         assert threshold is not None
         groups = agglomerate(rows, threshold, settings.linkage, nearness)
     else:
+        if isinstance(settings.k, int):
+            k = settings.k
+        elif settings.k is None and labels is not None:
+            k = len(labels.unique())
+            if k < FEWEST:
+                raise ValueError(f"images of {plural(k, 'class', 'classes')} cannot be clustered; give 2 or more")
+        else:
+            tried = choose_k(rows, settings.largest_k, restarts=settings.restarts, seed=seed)
+            k = max(tried, key=lambda number: tried[number])
         groups = k_means(rows, k, restarts=settings.restarts, most=settings.most, seed=seed)
     groups = by_size(groups)
     distances = distances_to_centres(rows, groups)
-    agreement = (None, None, None, None) if labels is None else agreement_of(groups, labels)
-    return ClusteringResult(groups, distances, silhouette(rows, groups, seed=seed), *agreement, tried)
+    nmi, ami, purity, b_cubed = (None, None, None, None) if labels is None else agreement_of(groups, labels)
+    return ClusteringResult(groups, distances, silhouette(rows, groups, seed=seed), nmi, ami, purity, b_cubed, tried)
 
 
 def cannot_cluster(settings: ClusteringSettings, images: int, threshold: float | None) -> str:

@@ -44,7 +44,7 @@ class Episodes(NamedTuple):
     """Whether a query is one; classes of few images have fewer."""
 
 
-def classes_of(labels: Int[Tensor, " images"], shots: int) -> tuple[Int64[Tensor, " images"], Int64[Tensor, " kept"]]:
+def classes_of(labels: Int[Tensor, " images"], shots: int) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " classes"]]:
     """Returns images in the order of their classes, and sizes of the classes with more than `shots` images.
 
     Images labelled −1 are left out, and those of the other classes.

@@ -39,6 +39,8 @@ class Graded(NamedTuple):
 
     def blocks(self, features: Float[Tensor, "all dim"], chosen: Positions, nearness: Nearness) -> Iterator[Block]:
         """Yields the chosen queries with all other images as items, by their position."""
+        if len(self.images) < 2:
+            return
         own = features[self.images.to(features.device)]
         left, right = searchable(own[chosen.to(features.device)], own, nearness)
         columns = torch.arange(len(own) - 1)
@@ -122,7 +124,8 @@ def same_class(labels: Int[Tensor, " images"], images: Int64[Tensor, " gallery"]
 def near_values(values: Float[Tensor, "images numbers"], images: Int64[Tensor, " gallery"], source: str) -> Graded:
     """Returns relevance 1 / (1 + d), with d the Euclidean distance of continuous labels.
 
-    With linear gain, NDCG is then that of Kim et al. 2019, section 5.1: gain 2^r with r = −log2(1 + d). `source` is
+    With linear gain, NDCG is then that of Kim et al. 2019 and of the authors' code: gain 2^r with r = −log2(1 + d).
+    `source` names the values in titles.
 
     Examples:
         >>> near_values(torch.tensor([[0.0], [1.0], [3.0]]), torch.arange(3), "file").of(torch.tensor([0])).tolist()

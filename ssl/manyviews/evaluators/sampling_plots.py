@@ -51,7 +51,7 @@ def mean_variance(row: Sequence[int], dim: int) -> float:
 
 def _title(figures: SamplingFigures) -> str:
     part = "" if figures.whole else " of a larger batch"
-    directions = "" if figures.normalized else ", compared by length too"
+    directions = "" if figures.normalized else ", not normalised (distances of directions)"
     return f"step {figures.step:,}: {figures.embeddings:,} embeddings{part}, {figures.dim} dimensions{directions}"
 
 

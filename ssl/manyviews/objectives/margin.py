@@ -106,9 +106,11 @@ def margin_loss(
 
     Wu et al. 2017, section 4.2: β is the boundary of the anchor's image, d the distance of unit vectors, and a pair
     with a loss above zero is active. Unlike a triplet loss it compares distances with a boundary and not with each
-    other, which is isotonic regression: only the order of all distances counts. To the sum ν β is added for each
-    positive pair, as in the authors' code. With it a boundary rests where the active positive pairs outnumber the
-    active negative ones by ν for each pair that is compared, and without it where they are as many.
+    other. The minimum over β is isotonic regression with a single step: β rests at a quantile of d + α of positives and
+    d − α of negatives, the distances after each has been moved to its wrong side (loss augmentation), so that only
+    their order counts. To the sum ν β is added for each positive pair, as in the authors' code. With it a boundary
+    rests where the active positive pairs outnumber the active negative ones by ν for each pair that is compared, and
+    without it where they are as many.
 
     The pairs are those of the sampled triples: each positive with the negative sampled for it, or, with `all`,
     each embedding of this rank with each other one of its id, and with each one of another id, on all ranks.

@@ -41,7 +41,8 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     small = f" and {views.local} local ones, {views.local_size} px" if views.local else ""
     context = components.encoder.context
     if context is not None:
-        small = f", cut into {context.grid.patches} × {context.grid.patches} patches of {context.grid.side} px"
+        side, passing = context.grid.patches, context.grid.patches**2 * min(chunk or local, local)
+        small = f", cut into {side} × {side} patches of {context.grid.side} px: {passing:,} pass the encoder at once"
     console.say(f"views      {views.num_views} per image, {views.size} px{small}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"

@@ -16,11 +16,12 @@ DPI = 100
 class SamplingPictures:
     """Writes the figures of a step's batch as often as kNN is monitored, and of the last step; `add` is collective.
 
-    Objectives that sample no pairs or triplets have none. One that fails is a warning.
+    Objectives that sample no pairs or triplets have none, nor do given relations. One that fails is a warning.
     """
 
     def __init__(self, recipe: Recipe, session: Session, progress: float) -> None:
-        self._recipe, self._session, self._sampling = recipe, session, recipe.objective.traits.sampling
+        self._recipe, self._session = recipe, session
+        self._sampling = recipe.objective.traits.sampling if recipe.data.relations is None else None
         self._times = max(recipe.train.monitor, 1)
         self._written = int(progress * self._times)
 

@@ -90,7 +90,8 @@ class Measurement:
     @property
     def leads(self) -> bool:
         """Whether it is the leading metric of its task."""
-        return self.metric == self.details.get("leading", LEADING.get(self.task))
+        leading: str | None = self.details.get("leading", LEADING.get(self.task))
+        return self.metric == leading
 
     @property
     def choice(self) -> str:

@@ -157,8 +157,9 @@ def _ranking_title(first: Measurement, by: str) -> str:
 
 def _clustering_title(first: Measurement, by: str, evaluation: Evaluation) -> str:
     k, classes = first.details.get("k", "classes"), len(evaluation.gallery["classes"])
+    tried = first.details.get("silhouettes", {})
     how = {
-        "auto": "the number of clusters chosen by silhouette",
+        "auto": f"the number of clusters chosen by silhouette among 2 to {max(map(int, tried), default=2)}",
         "threshold": f"merged by {first.details.get('linkage')} linkage up to the threshold",
         "classes": "as many clusters as classes",
     }.get(k, f"{k} clusters")

@@ -183,7 +183,7 @@ def _between(
     shares: Float[Tensor, "rows positives"],
 ) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
     """Index at these shares of each row's numbers strictly between two bounds, and whether there is one."""
-    ordered, order = others.sort(1)
+    ordered, order = others.sort(dim=1, stable=True)
     first = torch.searchsorted(ordered, lows, right=True)
     count = torch.searchsorted(ordered, highs) - first
     # In float64: float32 has fewer numbers than a large batch has negatives.
