@@ -17,7 +17,7 @@ from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.knn import knn
 from manyviews.evaluators.linear import linear
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
-from manyviews.evaluators.results.intervals import mean_interval, paired_difference, student_interval, wilson
+from manyviews.evaluators.results.intervals import mean_interval, paired_difference, weighted_difference, wilson
 from manyviews.evaluators.results.measurement import (
     PROBES,
     TASKS,
@@ -65,8 +65,8 @@ class Outcome(NamedTuple):
     images: Int[Tensor, " tested"] | None = None
     """Which test images these are; None for pairs."""
     predictions: Int[Tensor, " tested"] | None = None
-    scores: Float[Tensor, " draws"] | None = None
-    """Accuracies of independent draws, whose paired mean is compared; None if `right` is, or nothing."""
+    shares: Float[Tensor, "2 images"] | None = None
+    """What each image adds to the accuracy, and may add at most, if it was asked more than once."""
 
 
 def compare(
@@ -117,7 +117,7 @@ def compare(
     fitting = fitting_images(gallery, train_labels, protocol) if is_fitted(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
-    scores: dict[tuple[str, str], Tensor] = {}
+    shares: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
     for kind, (train, test) in features.items():
@@ -147,8 +147,8 @@ def compare(
             measurements += outcome.measurements
             if outcome.right is not None:
                 right[task, kind] = outcome.right
-            if outcome.scores is not None:
-                scores[task, kind] = outcome.scores
+            if outcome.shares is not None:
+                shares[task, kind] = outcome.shares
             for values, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
                 if values is not None and outcome.images is not None:
                     of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
@@ -163,9 +163,9 @@ def compare(
             if (task, first) in right and (task, other) in right
         ]
         for other in sorted(others, key=is_learned):
-            if (task, first) in scores and (task, other) in scores:
-                leads = scores[task, first] - scores[task, other]
-                differences.append(Difference(first, other, task, leads.mean().item(), *student_interval(leads, -1.0)))
+            if (task, first) in shares and (task, other) in shares:
+                (own, weights), (others_own, _) = shares[task, first], shares[task, other]
+                differences.append(Difference(first, other, task, *weighted_difference(own, others_own, weights)))
     measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
     compared = {"images": len(shown), "classes": test_labels[shown].unique().tolist(), "origin": gallery.origin}
     return Evaluation(tuple(measurements), tuple(differences), compared, predictions, hits)
@@ -242,8 +242,8 @@ def _group(task: Task, inputs: Inputs) -> Outcome | None:
     features, labels, nearness = mapped.test[shown], inputs.test_labels[shown], mapped.nearness
     how: dict[str, Any] = {"nearness": nearness, "distance": mapped.metric, "seed": protocol.seed}
     if task == "few_shot":
-        measurements, scores = measure_episodes(inputs.kind, features, labels, protocol.few_shot, **how)
-        return Outcome(measurements, scores=scores)
+        measurements, shares = measure_episodes(inputs.kind, features, labels, protocol.few_shot, **how)
+        return Outcome(measurements, shares=shares)
     if task == "verification":
         if (pairs := inputs.pairs) is None:
             pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)
