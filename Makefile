@@ -33,12 +33,15 @@ test-slow: .venv/installed-test
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The pictures in docs/, of a quickstart run (minutes); the report's needs Chromium.
+# The pictures in docs/, of a quickstart and a facenet run (minutes); the report's needs Chromium.
 pictures: .venv/installed-test
 	$(BIN)/manyviews pretrain quickstart output=runs/pictures resume=true
 	$(BIN)/manyviews evaluate runs/pictures tasks=knn,linear
 	cp runs/pictures/views.png docs/images/views.png
 	$(BIN)/python scripts/picture.py runs/pictures docs/images/report.png
+	$(BIN)/manyviews pretrain facenet train.epochs=2 output=runs/sampling resume=true
+	cp runs/sampling/sampling.png docs/images/sampling.png
+	$(BIN)/python scripts/benchmark.py distances_on_sphere --picture docs/images/distances_on_sphere.png
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from manyviews import cli
-from manyviews.data import InMemory, Sample
+from manyviews.data import InMemory, Sample, Split, read_relations, select
 from small_run import small_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -25,6 +25,7 @@ from benchmarks import (
     bank,
     decode,
     distances,
+    distances_on_sphere,
     extract,
     finetune,
     harness,
@@ -36,6 +37,7 @@ from benchmarks import (
     objectives,
     pipeline,
     recipes,
+    relations,
     sampling,
 )
 
@@ -190,6 +192,40 @@ def test_distances_are_fitted_beside_the_rival_in_an_environment_of_its_own(
     assert rows["MMC, prior=0 (the paper's)"]["within"] < rows["Euclidean"]["within"]
 
 
+def test_distances_on_the_sphere_are_drawn_and_pass_the_test_for_their_own_dimension_alone(tmp_path: Path) -> None:
+    picture = tmp_path / "sphere.png"
+    rows = rows_of("distances_on_sphere", tmp_path, "--dims", "3", "16", "--pairs", "2000", "--picture", str(picture))
+    assert [row["pairs"] for row in rows] == [2000, 2000]
+    assert all(row["p"] > distances_on_sphere.LEAST and abs(row["mean"] - row["mean of q(d)"]) < 0.05 for row in rows)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 400
+    drawn_distances = distances_on_sphere.random_distances(16, 20_000)
+    assert distances_on_sphere.fit_of(drawn_distances, 16).p > distances_on_sphere.LEAST
+    assert distances_on_sphere.fit_of(drawn_distances, 18).p < distances_on_sphere.LEAST
+
+
+def test_points_that_contradict_the_density_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = np.full(2000, 1.2)
+    monkeypatch.setattr(distances_on_sphere, "random_distances", lambda dim, pairs: near)
+    with pytest.raises(RuntimeError, match=r"random, n = 3: .* the distances are not those of q\(d\)"):
+        rows_of("distances_on_sphere", tmp_path, "--dims", "3", "--picture", str(tmp_path / "sphere.png"))
+
+
+def test_distances_of_a_runs_embeddings_stand_beside_the_density_of_their_dimension(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tmp_path / "run", *IMAGES, f"data={images}", "encoder.projector.dim=4", size=12)
+    overrides = ("--run", str(tmp_path / "run"), "--picture", str(tmp_path / "run.png"))
+    (row,) = rows_of("distances_on_sphere", tmp_path, *overrides)
+    assert row["points"] == "embeddings of run"
+    assert row["pairs"] == 30
+    assert row["mean of q(d)"] == pytest.approx(distances_on_sphere.mean_distance(4))
+    assert (tmp_path / "run.png").is_file()
+    for wrong in (("--picture", "sphere.jpg"), ("--dims", "1"), ("--pairs", "20")):
+        with pytest.raises(SystemExit, match=wrong[0]):
+            rows_of("distances_on_sphere", tmp_path, *wrong)
+
+
 def test_extract_is_compared_with_the_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "BATCH", 16)
     overrides = ("--data", "sample", "--sizes", "28", "--share", "0.001", "--threads", "1", "--folder", str(tmp_path))
@@ -314,6 +350,46 @@ def test_recipes_are_measured_beside_random_weights_and_pixels(tmp_path: Path, i
     assert all(0 <= row[name]["median"] <= 100 for row in rows for name in ("knn", "linear"))
 
 
+def test_relations_are_judged_beside_the_untrained_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Sample().build()
+    assert split.test is not None
+    few = Split(select(split.train, torch.arange(400)), select(split.test, torch.arange(200)))
+    monkeypatch.setattr(relations, "Sample", lambda: SimpleNamespace(build=lambda: few))
+    monkeypatch.setattr(relations, "UNSEEN", 100)
+    monkeypatch.setattr(relations, "SEEN", 60)
+    (row,) = rows_of("relations", tmp_path, "--images", "120", "--seeds", "1", "--only", "triplet")
+    assert row["lead"] == pytest.approx(row["embedding"]["median"] - row["untrained"]["median"], abs=0.01)
+    assert all(0 < row[name]["median"] <= 100 for name in ("embedding", "backbone", "untrained"))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets", "ranked"])
+def test_relations_of_the_benchmark_follow_its_rule(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Sample().build().train
+    monkeypatch.setattr(relations, "SEEN", 60)
+    relations.write(tmp_path / "relations.csv", kind, train, np.random.default_rng(0))
+    table = read_relations(tmp_path / "relations.csv", train.names)
+    assert (table.kind, table.notes) == (kind, ())
+    assert train.labels is not None
+    first, *others = train.labels[table.ids].unbind(1)
+    kinds = torch.tensor(relations.KINDS)
+    if kind == "pairs":
+        assert torch.equal(table.numbers, (first == others[0]).double())
+    elif kind == "triplets":
+        assert torch.equal(first, others[0])
+        assert bool((first != others[1]).all())
+    else:
+        grades = (first == others[0]).double() + (kinds[first] == kinds[others[0]])
+        assert torch.equal(table.numbers, grades)
+
+
+@pytest.mark.slow
+def test_relations_alone_beat_the_untrained_encoder_on_relations_not_seen(tmp_path: Path) -> None:
+    rows = rows_of("relations", tmp_path, "--images", "6000", "--seeds", "3")
+    assert [row["objective"] for row in rows] == list(relations.CASES)
+    # The paired interval over the seeds is above 0.
+    assert all(row["lead"] > row["±"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_soak_ends_bitwise_as_if_nothing_had_happened(tmp_path: Path) -> None:
     rows = rows_of("soak", tmp_path, "--share", "0.02", "--place", str(tmp_path))
@@ -352,6 +428,21 @@ def test_objectives_show_backbone_and_embedding_side_by_side(
     assert not {"Recall@1, embedding", "epochs"} & {key for key, value in random.items() if value is not None}
     assert isinstance(pixels["MAP@R, backbone"], harness.Spread)
     harness.show(report)
+
+
+@pytest.mark.slow
+def test_objectives_by_values_are_ranked_in_grades_on_the_held_out_images(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "GRADED", {"log_ratio": "log_ratio values={values}"})
+    options.graded = "pixels"
+    own, *others = objectives.run(options).rows
+    assert (own["positives"], own["judged by"]) == ("values", "embedding")
+    assert list(own)[4:] == [
+        *("NDCG@10, backbone", "NDCG@10, embedding", "Kendall τ-b, backbone", "Kendall τ-b, embedding"),
+        "seeds",
+    ]
+    assert [row["objective"] for row in others] == ["random weights", "raw pixels"]
 
 
 def test_sampling_shows_what_was_published_beside_both_layers(

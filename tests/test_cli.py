@@ -219,6 +219,7 @@ def test_a_mistake_in_what_is_measured_is_one_sentence_before_any_image_is_encod
     assert "encoding" not in shown.out
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_finished_is_measured_by_its_newest_checkpoint(
     run: Path, tmp_path: Path, classes: Path
 ) -> None:
@@ -267,6 +268,7 @@ def test_features_of_a_folder_without_labels_have_names(run: Path, tmp_path: Pat
     assert json.loads((output / "manifest.json").read_text())["images"][2] == ["train", 2, "2.png"]
 
 
+@pytest.mark.slow
 def test_a_run_started_from_the_scripts_folder_stops_at_a_signal_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     args = [word for word in SHORT if "epochs" not in word]

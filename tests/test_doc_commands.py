@@ -17,7 +17,7 @@ from manyviews import cli
 from manyviews.data import Sample
 from pages import PAGES, ROOT, commands
 
-SHORT = {"epochs": 0.6, "threads": 1, "monitor": 0, "preview": 0, "batch_size": 100}
+SHORT = {"epochs": 0.6, "threads": 1, "monitor": 0, "preview": 0, "batch_size": 120}
 EXTRA = {
     "pretrain": [f"train.{key}={value}" for key, value in SHORT.items()],
     "evaluate": [
@@ -30,6 +30,12 @@ EXTRA = {
     "finetune": ["epochs=1", "min_steps=1", "warmup_steps=0"],
 }
 """Settings that are added to a command, so that it takes seconds."""
+
+RELATIONS = {
+    "triplets.csv": ("anchor,positive,negative", 3, ("",)),
+    "sets.csv": ("name,set", 1, (",x", ",y")),
+}
+"""Files of relations: the header, the images of a line, and how lines end in turns."""
 
 NOT_RUN = {
     r"^make quickstart$": "installs torch into .venv; the four commands that it then runs are on the pages",
@@ -62,7 +68,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(root / "photos" / name)
         rows.append(f"{name},{label}")
+    names = [row.split(",")[0] for row in rows]
+    ranked = [
+        f"{query},{item},{number % 3}" for query in names for number, item in enumerate(names[::9]) if item != query
+    ]
+    (root / "ranked.csv").write_text("\n".join(["query,item,relevance", *ranked]) + "\n")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
+    for file, (header, count, ends) in RELATIONS.items():
+        lines = [",".join(names[i : i + count]) + ends[i % len(ends)] for i in range(len(names) - count)]
+        (root / file).write_text("\n".join([header, *lines]) + "\n")
     named = [row.split(",") for row in rows]
     pairs = [
         f"{one},{two},{int(kind == other)}" for (one, kind), (two, other) in pairwise(sorted(named, key=itemgetter(1)))
@@ -81,9 +95,9 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     assert program == "manyviews", command
     args = [re.sub(r"=(/my/images|/other/images|/photos|photos)$", f"={work / 'photos'}", arg) for arg in args]
     args = [arg for arg in args if not arg.startswith(("train.", "data.size="))]
-    replaced = {"labels.csv": work / "labels.csv", "pairs.csv": work / "pairs.csv", "/fast/photos-224": work / "cache"}
+    files = {file: work / file for file in ("labels.csv", "pairs.csv", "ranked.csv", *RELATIONS)}
     # There are three held-out images of each of ten classes.
-    replaced |= {"shots=1,5": "shots=1", "ways=5,20": "ways=5"}
+    replaced = {**files, "/fast/photos-224": work / "cache", "shots=1,5": "shots=1", "ways=5,20": "ways=5"}
     for shown, path in replaced.items():
         args = [arg.replace(shown, str(path)) for arg in args]
     photos = sorted((work / "photos").rglob("*.png"))

@@ -139,6 +139,7 @@ def test_an_objective_outside_of_the_package_trains_resumes_and_is_evaluated(
     assert cli.pretrain([*args, "resume=true"]) == 0
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -23,7 +23,7 @@ def test_pictures_exist_and_are_small() -> None:
         for path, text in PAGES.items()
         for name in re.findall(r"(?:!\[[^\]]*\]\(|<img src=\")([^\")]+)", text)
     }
-    assert {file.name for file in shown} == {"views.png", "report.png"}
+    assert {file.name for file in shown} == {"views.png", "report.png", "sampling.png", "distances_on_sphere.png"}
     assert all(file.stat().st_size <= 250_000 for file in shown)
 
 

@@ -62,7 +62,8 @@ def all_commands(root: str) -> None:
         assert cli.finetune([f"{root}/whole", data, f"output={root}/finetuned", *SHORT]) == 0
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_command_runs_on_gpus_with_the_results_of_the_cpu(count: int, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 60)
     if count == 1:

@@ -40,7 +40,7 @@ VARIANTS: dict[str, Sequence[str]] = {
     "RankNet": ("objective=ranking", "objective.loss=rank_net"),
     "ListMLE": ("objective=ranking", "objective.loss=list_mle"),
     "triplet, hardest": ("objective=triplet", "objective.sampling=hardest"),
-    "triplet, all, soft": ("objective=triplet", "objective.sampling=all", "objective.soft=true"),
+    "triplet, all, soft": ("objective=triplet", "objective.sampling=all", "objective.form=soft"),
     "contrastive, distance-weighted": ("objective=contrastive", "objective.sampling=distance_weighted"),
     "one-vs-one N-pair": ("objective=n_pair", "objective.form=one_vs_one"),
     "word2vec": ("objective=noise_contrastive", "objective.correction=false", "objective.negatives=64"),

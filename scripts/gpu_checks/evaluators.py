@@ -10,10 +10,10 @@ from torch import Tensor
 from gpu_checks.measure import Row, Setup, agreement, attempted, error
 from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.fractions import FractionSettings, fractions
+from manyviews.evaluators.gains import ndcg
 from manyviews.evaluators.geometry import geometry, neighbourhood_overlap
 from manyviews.evaluators.knn import predict
 from manyviews.evaluators.linear import LinearSettings, linear
-from manyviews.evaluators.ranking import ndcg
 from manyviews.evaluators.retrieval import retrieve
 from manyviews.evaluators.verification import draw_pairs, verify
 from manyviews.linear_metrics import LMNN, MMC, Mahalanobis

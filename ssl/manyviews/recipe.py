@@ -22,7 +22,7 @@ class TrainSettings(Settings):
     """Budget, batch, device and logging of training."""
 
     epochs: float = Field(100, gt=0, le=1_000_000)
-    """Passes over the images; a part of one is allowed."""
+    """Passes over the images, or with data.relations over the relations; a part of one is allowed."""
     minutes: float | None = Field(None, gt=0, le=10_000_000)
     """Wall-clock minutes of training, instead of epochs; the schedule then follows the clock."""
     batch_size: int = Field(256, ge=2, le=1_048_576)
@@ -35,6 +35,9 @@ class TrainSettings(Settings):
     images_per_class: int | None = Field(None, ge=1, le=1_048_576)
     """Images of each class in a batch, which then has batch_size / images_per_class different classes (with
     ids=labels); null: images as they come. An epoch is as many batches as can be filled so."""
+    items_per_query: int | None = Field(None, ge=1, le=1_048_575)
+    """Items of a ranked list of data.relations in a batch, drawn anew in each epoch; null: those of the longest list,
+    and at most 15."""
     keep_views: bool = False
     """Keep the views of all chunks for the second pass, instead of making them again with less memory."""
     drop_last: bool = True
@@ -106,6 +109,9 @@ class Recipe(Settings):
     """Continuous labels, for objectives that compare distances with theirs: pixels (each image's 7 × 7 thumbnail),
     labels (its thumbnail and its class), or a file of numbers: .npy with a row for each training image, or .csv with
     their names (name, numbers in each line)."""
+    unrelated: Literal["ignored", "negatives"] = "ignored"
+    """With data.relations, what the other images of a batch are, those without a relation to the query: nothing, or
+    negatives (items of relevance 0)."""
     unseen: Annotated[tuple[int | str, ...], BeforeValidator(as_list)] = ()
     """Classes, by name or by number, whose images are left out of training: retrieval is then measured on them."""
     optim: OptimSettings = OptimSettings()
@@ -130,6 +136,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"objective={name} compares distances with those of continuous labels, and there are none; set "
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
+            )
+        if self.unrelated == "negatives" and self.data.relations is None:
+            raise ValueError(
+                "unrelated=negatives is for batches of relations; name their file with data.relations=FILE, or leave "
+                "it out"
+            )
+        if self.train.items_per_query is not None and self.data.relations is None:
+            raise ValueError(
+                f"train.items_per_query={self.train.items_per_query} is for ranked lists; name their file with "
+                "data.relations=FILE, or leave it out"
             )
         if self.values is not None and use is None:
             able = (f"objective={other}" for other, settings in OBJECTIVES.items() if settings().traits.uses_values)
@@ -163,27 +179,55 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _views_to_contrast(self) -> "Recipe":
-        fewest, most, number = (
-            self.objective.traits.fewest_views,
-            self.objective.traits.most_views,
-            self.views.num_views,
-        )
-        if self.objective.traits.negatives_from == "batch" and self.ids == "images" and self.values is None:
-            # In the batch, an image has no positives but its own views.
-            fewest = max(fewest, 2)
-        if number < fewest or (most is not None and number > most):
-            bound = f"{fewest} views" if fewest == most else f"at least {fewest} views"
+    def _patches_to_predict(self) -> "Recipe":
+        name, context, patches = self.objective.name, self.encoder.context, self.objective.traits.predicts_patches
+        if patches and context is None:
             raise ValueError(
-                f"views.num_views={number}, but objective={self.objective.name} contrasts {bound} of each image; "
-                f"set views.num_views={fewest}"
+                f"objective={name} predicts patches from the context of those above, and the encoder has none; begin "
+                "with recipe cpc, or set encoder.context=gru, mean or attention"
             )
+        if context is not None and not patches:
+            raise ValueError(
+                f"encoder.context={context.name} cuts views into patches, and objective={name} compares whole views; "
+                "set objective=cpc, or encoder.context=null"
+            )
+        if patches and self.views.local:
+            raise ValueError(
+                f"views.local={self.views.local}, but objective={name} predicts the patches of one view; set "
+                "views.local=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_to_contrast(self) -> "Recipe":
+        # Items of lists are positives without another view; whether a file holds sets instead is not known yet.
+        if self.data.relations is None or not self.objective.traits.relations:
+            self.check_views()
         if self.views.local and self.objective.traits.pairs_off:
             raise ValueError(
                 f"views.local={self.views.local}, but objective={self.objective.name} compares pairs, in which each "
                 "view has one partner; set views.local=0, or use objective=in_batch"
             )
         return self
+
+    def check_views(self) -> None:
+        """Raises ValueError for another number of views than the objective contrasts."""
+        fewest, most, number = (
+            self.objective.traits.fewest_views,
+            self.objective.traits.most_views,
+            self.views.num_views,
+        )
+        name, patches = self.objective.name, self.objective.traits.predicts_patches
+        in_batch = self.objective.traits.negatives_from == "batch" and not patches
+        if in_batch and self.ids == "images" and self.values is None:
+            # In the batch, an image has no positives but its own views.
+            fewest = max(fewest, 2)
+        if number < fewest or (most is not None and number > most):
+            bound = f"{fewest} view{'s' if fewest > 1 else ''}" if fewest == most else f"at least {fewest} views"
+            raise ValueError(
+                f"views.num_views={number}, but objective={name} contrasts {bound} of each image; "
+                f"set views.num_views={fewest}"
+            )
 
 
 def folder() -> Path:

@@ -49,6 +49,7 @@ def test_the_sample_holds_the_images_that_its_names_say():
         assert torch.equal(full.labels[ids], part.labels)
 
 
+@pytest.mark.slow
 @needs_source
 def test_the_script_makes_the_files_again(tmp_path, monkeypatch):
     make(DEBIAN, tmp_path)

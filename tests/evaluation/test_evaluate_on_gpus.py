@@ -20,6 +20,7 @@ PROTOCOL = ["protocol.knn.neighbours=[1, 5]", "protocol.linear.regularisations=[
 PAIRS = ["protocol.verification.pairs=40", "protocol.verification.folds=2", "protocol.augmented.epochs=2"]
 TASKS = "tasks=knn,linear,augmented,retrieval,clustering,verification,geometry,fractions"
 METRIC = "metric=mahalanobis"
+COUNTS = [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 4))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def measured_by_the_cpu(run: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", COUNTS)
 def test_gpus_measure_what_the_cpu_measures(count: int, run: Path, measured_by_the_cpu: Path, tmp_path: Path) -> None:
     folders = measured_by_the_cpu, shutil.copytree(run, tmp_path / "gpu")
     args = [str(folders[1]), *FEW, *PROTOCOL, *PAIRS, TASKS, METRIC]
@@ -69,7 +70,7 @@ def test_gpus_measure_what_the_cpu_measures(count: int, run: Path, measured_by_t
         assert not log["collectives"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", COUNTS)
 def test_gpus_extract_what_the_cpu_extracts(count: int, run: Path, tmp_path: Path) -> None:
     outputs = [tmp_path / name for name in ("cpu", "gpu")]
     args = [str(run), "batch_size=16", "layers=backbone,projector"]

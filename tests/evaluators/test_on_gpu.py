@@ -8,19 +8,20 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from manyviews.evaluators.clustering import clustering, k_means
+from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.confusion import confusion, worst
 from manyviews.evaluators.distance import Euclidean
 from manyviews.evaluators.few_shot import FewShotSettings, classify_episodes, draw_episodes
 from manyviews.evaluators.fractions import FractionSettings, fractions
+from manyviews.evaluators.gains import ndcg
 from manyviews.evaluators.geometry import geometry, neighbourhood_overlap, staleness, uniformity
+from manyviews.evaluators.k_means import k_means
 from manyviews.evaluators.knn import KnnSettings, knn, monitor_knn
 from manyviews.evaluators.linear import LinearSettings, linear
 from manyviews.evaluators.logistic import logistic_regression
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import ProtocolSettings
-from manyviews.evaluators.ranking import ndcg
 from manyviews.evaluators.retrieval import retrieve
 from manyviews.evaluators.verification import VerificationSettings, draw_pairs, verify
 from manyviews.features.placing import placed
@@ -213,9 +214,9 @@ def test_all_tasks_together_measure_the_same_whatever_fits_on_the_gpu(
 
 @pytest.mark.parametrize("clusters", [2, 5, 40, 300])
 def test_k_means_on_a_gpu_finds_the_clusters_of_scikit_learn(clusters: int, log: Log) -> None:
-    expected = k_means(TRAIN, clusters, nearness="euclidean")
+    expected = k_means(TRAIN, clusters)
     log.clear()
-    found = k_means(TRAIN.to("cuda"), clusters, nearness="euclidean")
+    found = k_means(TRAIN.to("cuda"), clusters)
     centres = [torch.stack([TRAIN[own == group].mean(0) for group in own.unique()]) for own in (found, expected)]
     spread = [torch.cdist(TRAIN, own).amin(1).square().sum().item() for own in centres]
     assert spread[0] == pytest.approx(spread[1], rel=0.03, abs=1e-2)
@@ -227,8 +228,8 @@ def test_k_means_on_a_gpu_finds_the_clusters_of_scikit_learn(clusters: int, log:
 
 def test_k_means_on_a_gpu_leaves_no_cluster_empty_where_rows_differ(log: Log) -> None:
     rows = torch.arange(12.0).repeat(2)[:, None].to("cuda")
-    assert len(k_means(rows, 12, nearness="euclidean").unique()) == 12
-    assert len(k_means(rows * 0, 3, nearness="euclidean").unique()) <= 3
+    assert len(k_means(rows, 12).unique()) == 12
+    assert len(k_means(rows * 0, 3).unique()) <= 3
 
 
 def test_the_probe_leaves_a_gpu_without_room_for_it_and_no_cpu(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyviews.engine import pairs, softmax, tiles
 from manyviews.objectives import (
+    CPC,
     OBJECTIVES,
     Bank,
     Contrastive,
@@ -28,8 +29,9 @@ from manyviews.objectives import (
     noise,
 )
 from manyviews.objectives.cost import Cost, Sizes
-from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard
+from manyviews.objectives.mining import All, DistanceWeighted, Easiest, Hard, Hardest, Random, SemiHard, WithinMargin
 from manyviews.objectives.objective import Loss, Objective
+from manyviews.objectives.relations import Kind, Lists, Relations
 from manyviews.objectives.settings import ObjectiveSettings, Population
 from manyviews.system import distributed
 from processes import start
@@ -53,15 +55,30 @@ class Case(NamedTuple):
     narrow: bool = True
     """Whether float32 is good to 1e-6 over a few steps: not for products of long embeddings, which are exponents, for
     small distances, and at a temperature of 0.01."""
+    relations: Relations | None = None
+    """Of which batches are made."""
+    patches: int | None = None
+    """On a side of the grid of each image, whose patches and contexts are then in the place of views."""
 
     @property
     def keys(self) -> int | None:
         return self.views if self.local else None
 
+    @property
+    def size(self) -> int:
+        """Images that are not torn apart."""
+        return 1 if self.relations is None else self.relations.size
+
+    def batch(self, images: int) -> int:
+        """As many images, or half as many lists."""
+        return images if self.size == 1 else (images + 1) // 2 * self.size
+
     def build(self, *, seed: int = 3) -> Objective:
         needed = self.values or self.settings.traits.uses_values == "always"
         values = torch.sin(torch.arange(2.0 * IMAGES)).view(IMAGES, 2) if needed else None
-        population = Population(torch.arange(IMAGES) % self.classes, values, keys=self.keys)
+        lists = None if self.relations is None else Lists(self.relations)
+        ids = torch.arange(IMAGES) % self.classes
+        population = Population(ids, values, keys=self.keys, lists=lists, patches=self.patches)
         return self.settings.build(dim=DIM, population=population, seed=seed)
 
     def encoded(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +87,17 @@ class Case(NamedTuple):
         if traits.splits_views:
             return torch.cat([views[:1], views[self.views :]]), seen[1:]
         return views, views if traits.twin_momentum is None else seen
+
+
+def related(kind: Kind, *, others: bool = False) -> Relations:
+    """Relations of many of the images: of two thirds of all pairs, or a fifth of all triplets."""
+    every = torch.arange(IMAGES)
+    rows = torch.cartesian_prod(*[every] * (3 if kind == "triplets" else 2))
+    apart = (rows[:, 0] != rows[:, 1]) & (rows[:, 0] != rows[:, -1]) & (rows[:, 1:2] != rows[:, 2:]).all(1)
+    rows = rows[apart & ((rows * torch.arange(1, rows.shape[1] + 1)).sum(1) % 5 < (1 if kind == "triplets" else 3))]
+    grades = (rows.prod(1, keepdim=True) % 5).float()
+    relevances = {"triplets": torch.tensor([1.0, 0.0]).repeat(len(rows), 1), "pairs": grades / 4, "ranked": grades}
+    return Relations(kind, rows, relevances[kind], size=2 if kind == "pairs" else 3, others=others)
 
 
 CASES: dict[str, Case] = {
@@ -83,6 +111,8 @@ CASES: dict[str, Case] = {
     "in_batch, bilinear, hard": Case(
         InBatch(score="bilinear", temperature=20.0, hardness=0.5, decoupled=True), views=3
     ),
+    "cpc": Case(CPC(temperature=20.0), views=18, patches=3),
+    "cpc, farther rows": Case(CPC(temperature=20.0, steps=3, skip=1), views=32, patches=4),
     "supervised": Case(Supervised()),
     "supervised, three views": Case(Supervised(temperature=0.5), views=3),
     "nearest_neighbours": Case(NearestNeighbours(size=27)),
@@ -133,12 +163,17 @@ CASES: dict[str, Case] = {
     "ranking, hinge, values": Case(Ranking(loss="hinge"), values=True),
     "ranking, list_mle, values": Case(Ranking(loss="list_mle"), views=1, values=True),
     "contrastive": Case(Contrastive()),
-    "contrastive, un-normalised": Case(Contrastive(margin=5.0, squared=False, normalized=False, average="all")),
+    "contrastive, un-normalised": Case(Contrastive(margin=5.0, form="hinge", normalized=False, average="all")),
+    "contrastive, hinge of squares": Case(Contrastive(margin=1.5, form="hinge_of_squares")),
     "contrastive, random": Case(Contrastive(sampling=Random(positives="random"), average="all")),
     "contrastive, distance-weighted": Case(Contrastive(margin=1.4, sampling=DistanceWeighted())),
     "triplet": Case(Triplet(margin=1.0)),
     "triplet, all": Case(Triplet(sampling=All())),
-    "triplet, all, soft": Case(Triplet(sampling=All(), soft=True, squared=False, normalized=False)),
+    "triplet, all, soft": Case(Triplet(sampling=All(), form="soft", squared=False, normalized=False)),
+    "triplet, all, softmax": Case(Triplet(sampling=All(), form="softmax", squared=False)),
+    "triplet, all, ratio": Case(Triplet(sampling=All(), form="ratio", margin=0.5)),
+    "triplet, ratio": Case(Triplet(form="ratio", squared=False)),
+    "triplet, within the margin": Case(Triplet(sampling=WithinMargin(), margin=1.0)),
     "triplet, hard": Case(Triplet(sampling=Hard())),
     "triplet, semi-hard or left out": Case(Triplet(sampling=SemiHard(fallback=None))),
     "triplet, hardest, one view": Case(Triplet(sampling=Hardest(), squared=False), views=1),
@@ -146,6 +181,7 @@ CASES: dict[str, Case] = {
     "triplet, easiest, three views": Case(Triplet(sampling=Easiest(), average="all", margin=1.0), views=3),
     "margin": Case(Margin()),
     "margin, a boundary for each id": Case(Margin(beta_per="class", nu=0.1, sampling=SemiHard())),
+    "margin, within the margin": Case(Margin(sampling=WithinMargin(margin=0.6))),
     "margin, all": Case(Margin(sampling=All(), nu=0.1)),
     "in_batch, local": Case(InBatch(), local=3),
     "in_batch, three views, local": Case(InBatch(temperature=0.5, decoupled=True), views=3, local=2),
@@ -173,6 +209,24 @@ CASES: dict[str, Case] = {
     "triplet, hardest, one view, local": Case(Triplet(sampling=Hardest(), squared=False), views=1, local=2),
     "margin, local": Case(Margin(), local=2),
     "margin, semi-hard, one view, local": Case(Margin(sampling=SemiHard()), views=1, local=2),
+    "contrastive, pairs": Case(Contrastive(), relations=related("pairs", others=True)),
+    "contrastive, pairs, un-normalised": Case(
+        Contrastive(margin=5.0, form="hinge", normalized=False), views=1, relations=related("pairs")
+    ),
+    "triplet, triplets": Case(Triplet(margin=1.0), relations=related("triplets")),
+    "triplet, ranked, local": Case(Triplet(form="soft"), views=1, local=2, relations=related("ranked", others=True)),
+    "margin, triplets": Case(Margin(beta_per="class", nu=0.1), relations=related("triplets", others=True)),
+    "log_ratio, triplets": Case(LogRatio(), narrow=False, relations=related("triplets")),
+    "ranking, cross_entropy, ranked": Case(Ranking(loss="cross_entropy"), relations=related("ranked", others=True)),
+    "ranking, hinge, ranked": Case(Ranking(loss="hinge"), views=1, relations=related("ranked")),
+    "ranking, list_mle, ranked": Case(Ranking(loss="list_mle"), views=1, relations=related("ranked", others=True)),
+    "n_pair, ranked": Case(NPair(), rate=1e-3, narrow=False, relations=related("ranked", others=True)),
+    "n_pair, one_vs_one, triplets": Case(
+        NPair(form="one_vs_one"), views=1, rate=1e-3, narrow=False, relations=related("triplets")
+    ),
+    "noise_contrastive, pairs": Case(
+        NoiseContrastive(negatives=12, correction=False, temperature=0.5), relations=related("pairs")
+    ),
 }
 for name, settings in OBJECTIVES.items():
     CASES.setdefault(name, Case(settings(), views=max(2, settings().traits.fewest_views)))
@@ -193,6 +247,7 @@ def step(objective: Objective, case: Case, views: Tensor, ids: Tensor, number: i
 def drawn(case: Case, batch: int = 8, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Embeddings of some images, one of which comes twice, and their ids."""
     generator = torch.Generator().manual_seed(seed)
+    batch = case.batch(batch)
     ids = torch.randperm(IMAGES, generator=generator)[:batch] % case.classes
     ids[-1] = ids[0]
     return torch.randn(case.views + case.local, batch, DIM, generator=generator, dtype=torch.float64), ids
@@ -316,8 +371,9 @@ def train(case: Case, *, double: bool = True, device: str = "cpu") -> dict[str, 
     objective = case.build().to(device, dtype)
     learned = [weight, *objective.parameters()]
     losses, gradients = [], []
-    for number, batch in enumerate(BATCHES):
-        own = distributed.share(batch)
+    for number, batch in enumerate(map(case.batch, BATCHES)):
+        lists = distributed.share(batch // case.size)
+        own = slice(lists.start * case.size, lists.stop * case.size)
         shape = (case.views + case.local, batch, INPUTS)
         images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         # The second half is another kind of data: a gradient that forgets the other processes shows.

@@ -1,5 +1,6 @@
 """The formulas for memory, traffic and arithmetic against measurements, and docs/scaling.md against the formulas."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyviews.engine import tiles
-from manyviews.objectives import OBJECTIVES as ALL
 from manyviews.objectives import (
+    CPC,
     Bank,
     Contrastive,
     InBatch,
@@ -27,6 +28,7 @@ from manyviews.objectives import (
     Supervised,
     Triplet,
 )
+from manyviews.objectives import OBJECTIVES as ALL
 from manyviews.objectives.cost import Cost, Sizes, amount
 from manyviews.objectives.mining import DistanceWeighted, Hardest
 from manyviews.objectives.settings import ObjectiveSettings
@@ -36,12 +38,21 @@ from processes import start
 BATCH, DIM, IMAGES = 64, 24, 203
 LOCAL = 2
 """Local views of the objectives that have "local" in their names."""
-VIEWS = {"n_pair, five views, both ways round": 5, "supervised": 3, "nearest_neighbours": 3, "bank": 1}
+VIEWS = {
+    "cpc": 18,
+    "cpc, farther rows": 32,
+    "n_pair, five views, both ways round": 5,
+    "supervised": 3,
+    "nearest_neighbours": 3,
+    "bank": 1,
+}
 OBJECTIVES: dict[str, ObjectiveSettings] = {
     "in_batch": InBatch(),
     "in_batch, hard negatives": InBatch(hardness=0.5, positive_probability=0.1),
     "in_batch, bilinear": InBatch(score="bilinear"),
     "in_batch, bilinear, hard negatives": InBatch(score="bilinear", hardness=0.5),
+    "cpc": CPC(),
+    "cpc, farther rows": CPC(steps=3, skip=1),
     "supervised": Supervised(),
     "nearest_neighbours": NearestNeighbours(size=70),
     "queue": Queue(size=70),
@@ -141,7 +152,9 @@ def step(objective: Any, name: str, number: int) -> Tensor:
 def build(name: str) -> Any:
     settings = OBJECTIVES[name]
     values = torch.arange(1.0 * IMAGES).unsqueeze(1) if settings.traits.uses_values == "always" else None
-    return settings.build(dim=DIM, population=Population(torch.arange(IMAGES), values, keys=keys(name)), seed=0)
+    patches = math.isqrt(views(name) // 2) if isinstance(settings, CPC) else None
+    population = Population(torch.arange(IMAGES), values, keys=keys(name), patches=patches)
+    return settings.build(dim=DIM, population=population, seed=0)
 
 
 def work(rank: int, processes: int, folder: str) -> None:
@@ -183,7 +196,9 @@ def test_traffic_memory_and_negatives_are_what_processes_measure(
     name: str, measured: list[list[dict[str, Any]]]
 ) -> None:
     # What every process holds besides: a pointer, a count, a normaliser, a matrix; a digest of what it was built with.
-    rest = {"in_batch, bilinear": 4 * DIM**2, "log_ratio": 32}.get(
+    # A matrix for each of two steps.
+    square = 4 * DIM**2
+    rest = {"in_batch, bilinear": square, "log_ratio": 32, "cpc": 2 * square, "cpc, farther rows": 2 * square}.get(
         name.removesuffix(", hard negatives").removesuffix(", local"), 16
     )
     for ranks in measured:

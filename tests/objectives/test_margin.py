@@ -109,6 +109,25 @@ def test_nu_is_the_excess_of_active_positive_pairs_at_which_a_boundary_rests() -
         assert gradient.sum().item() == pytest.approx(expected)
 
 
+def test_the_best_boundary_is_a_quantile_of_the_augmented_distances() -> None:
+    z, ids, margin = embeddings(1, 60, 8).detach(), torch.arange(60) // 4, 0.2
+    table = table_of(z)
+    pairs = {(a, b): ids[a] == ids[b] for a in range(60) for b in range(60) if a != b}
+    moved = sorted(float(table[pair]) + (margin if same else -margin) for pair, same in pairs.items())
+    positives = sum(map(bool, pairs.values()))
+    best = (moved[positives - 1] + moved[positives]) / 2
+
+    def total(boundary: float) -> tuple[float, float]:
+        beta = torch.full((15,), boundary, dtype=torch.float64, requires_grad=True)
+        found = margin_loss(z, ids, beta[ids], Margin(sampling=All()), seed=0, step=0)
+        (gradient,) = torch.autograd.grad(found.total, beta)
+        return float(found.total.detach() * found.terms["active"]), float(gradient.sum())
+
+    least, slope = total(best)
+    assert slope == pytest.approx(0, abs=1e-12)
+    assert all(total(best + step)[0] > least for step in (-0.2, -0.05, 0.05, 0.2))
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_it_equals_pytorch_metric_learning_on_batch_hard_pairs(learned: bool) -> None:
     losses = rival("pytorch_metric_learning.losses")

@@ -32,11 +32,15 @@ from manyviews.objectives.mining import (
     Random,
     Sampling,
     SemiHard,
+    WithinMargin,
     choose,
+    of_objective,
+    refuse_no_margin,
     refuse_off_sphere,
     sampling,
 )
-from manyviews.objectives.mining.sampling import draw, log_weights
+from manyviews.objectives.mining.sampling import draw
+from manyviews.objectives.mining.sphere import log_weights
 from manyviews.objectives.triplet import Triplet, triplet_loss
 from manyviews.recipe import Recipe
 
@@ -48,6 +52,7 @@ FIXED: dict[str, type[Any]] = {
     "hardest": Hardest,
 }
 DRAWN: list[Sampling] = [Random(), Random(positives="random"), DistanceWeighted(), DistanceWeighted(farthest=None)]
+DRAWN.append(WithinMargin(margin=0.9, squared=True))
 EVERY: list[Sampling] = [*(kind() for kind in FIXED.values()), *DRAWN]
 
 
@@ -278,7 +283,7 @@ def test_equal_and_opposite_points_draw_negatives_too(kind: Sampling, dim: int) 
     ids = torch.tensor([0, 0, 1, 1, 2, 2])
     triples = sampled(kind, prepared(z, ids))
     assert all(ids[a] == ids[p] != ids[n] for a, p, n in triples)
-    assert triples or kind.name == "semi_hard"
+    assert triples or kind.name in ("semi_hard", "within_margin")
 
 
 def test_semi_hard_triples_are_among_those_of_pytorch_metric_learning() -> None:
@@ -318,6 +323,73 @@ def test_the_weights_are_those_of_pytorch_metric_learning(monkeypatch: pytest.Mo
     torch.testing.assert_close(found.double(), seen[0], rtol=0, atol=1e-4)
 
 
+def within(table: Tensor, ids: Tensor, margin: float, *, squared: bool) -> dict[tuple[int, int], list[int]]:
+    """By anchor and positive, the negatives that are farther, but not by the margin."""
+    power, count = 2 if squared else 1, len(ids)
+    pairs = [(a, p) for a in range(count) for p in range(count) if a != p and ids[a] == ids[p]]
+    return {
+        (a, p): [
+            n
+            for n in range(count)
+            if ids[n] != ids[a] and table[a, p] < table[a, n] and table[a, n] ** power < table[a, p] ** power + margin
+        ]
+        for a, p in pairs
+    }
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_negative_within_the_margin_is_any_of_those_of_a_loop_and_all_come(squared: bool, normalized: bool) -> None:
+    z, margin = embeddings().detach(), 0.5 if normalized else 2.0
+    expected = within(table_of(z, normalized=normalized), REPEATED.repeat(2), margin, squared=squared)
+    drawn: dict[tuple[int, int], Counter[int]] = {pair: Counter() for pair in expected}
+    kind, rounds = WithinMargin(margin=margin, squared=squared), 150
+    for step in range(rounds):
+        for a, p, n in sampled(kind, prepared(z, REPEATED, normalized=normalized, step=step)):
+            drawn[a, p][n] += 1
+    assert {pair: sorted(counts) for pair, counts in drawn.items()} == expected
+    assert any(not negatives for negatives in expected.values())
+    for counts in drawn.values():
+        chance = 1 / max(len(counts), 1)
+        deviation = math.sqrt(rounds * chance * (1 - chance))
+        assert all(abs(number - rounds * chance) <= 5 * deviation for number in counts.values())
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.4])
+def test_negatives_within_the_margin_are_among_those_of_pytorch_metric_learning(margin: float) -> None:
+    miners = rival("pytorch_metric_learning.miners")
+    z, ids = embeddings(batch=10, dim=5).detach(), REPEATED.repeat(2)
+    theirs = miners.TripletMarginMiner(margin, "semihard")(z.flatten(0, 1), ids)
+    listed = set(zip(*(part.tolist() for part in theirs), strict=True))
+    kind = WithinMargin(margin=margin, squared=False)
+    drawn = {triple for step in range(80) for triple in sampled(kind, prepared(z, REPEATED, step=step))}
+    assert drawn == listed
+
+
+def test_every_triplet_within_the_margin_of_the_loss_is_semi_hard() -> None:
+    for settings in (Triplet(sampling=WithinMargin()), Triplet(sampling=WithinMargin(), squared=False, margin=0.4)):
+        terms = triplet_loss(embeddings(), REPEATED, settings, seed=3, step=7).terms
+        assert terms["semi_hard"] == terms["active"] == 1
+        assert 0 < terms["without_negative"] < 1
+
+
+def test_a_margin_of_the_sampling_itself_is_kept_and_else_it_is_that_of_the_objective() -> None:
+    assert of_objective(WithinMargin(), 0.3, squared=True) == WithinMargin(margin=0.3, squared=True)
+    own = WithinMargin(margin=0.1, squared=False)
+    assert of_objective(own, 0.3, squared=True) == own
+    assert of_objective(SemiHard(), 0.3, squared=True) == SemiHard()
+    assert Contrastive(form="hinge_of_squares", sampling=WithinMargin()).sampler == WithinMargin(
+        margin=1.0, squared=True
+    )
+    assert Margin(sampling=WithinMargin()).sampler == WithinMargin(margin=0.2, squared=False)
+    for settings in (Triplet, Margin):
+        with pytest.raises(ValueError, match="within_margin needs a margin above 0"):
+            settings(margin=0, sampling=WithinMargin())
+    refuse_no_margin(own, 0.0)
+    with pytest.raises(ValueError, match="complete it by `of_objective`"):
+        sampled(WithinMargin(), prepared(embeddings(), REPEATED))
+
+
 def test_a_bound_below_the_cutoff_is_refused() -> None:
     with pytest.raises(ValueError, match=r"farthest 0\.4 must be beyond cutoff 0\.5; set farthest=null"):
         DistanceWeighted(farthest=0.4)
@@ -336,7 +408,7 @@ def test_distance_weighted_sampling_off_the_sphere_is_refused() -> None:
 @every_sampler
 @pytest.mark.parametrize(
     "settings",
-    [Triplet(), Triplet(soft=True), Contrastive(), Contrastive(average="all"), Margin(nu=0.5, beta_per="class")],
+    [Triplet(), Triplet(form="soft"), Contrastive(), Contrastive(average="all"), Margin(nu=0.5, beta_per="class")],
     ids=["triplet", "triplet, soft", "contrastive", "contrastive, all", "margin"],
 )
 @pytest.mark.parametrize(

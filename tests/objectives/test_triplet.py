@@ -20,9 +20,12 @@ from triples import (
 )
 
 from manyviews.engine import tiles
-from manyviews.objectives import triplet as module
+from manyviews.objectives import triplet_losses as module
 from manyviews.objectives.mining import All, Easiest, Hard, Hardest, Sampling, SemiHard
 from manyviews.objectives.triplet import Triplet, triplet_loss
+from manyviews.objectives.triplet_losses import Form
+
+FORMS: tuple[Form, ...] = ("hinge", "ratio")
 
 
 def loss(z: Tensor, ids: Tensor, **options: Any) -> Tensor:
@@ -30,26 +33,39 @@ def loss(z: Tensor, ids: Tensor, **options: Any) -> Tensor:
 
 
 def oracle(
-    table: Tensor, triples: list[Triple], *, margin: float, squared: bool, soft: bool = False, average: str = "active"
+    table: Tensor, triples: list[Triple], *, margin: float, squared: bool, form: str = "hinge", average: str = "active"
 ) -> Tensor:
     power = 2 if squared else 1
     losses = []
     for a, p, n in triples:
-        difference = table[a, p] ** power - table[a, n] ** power
-        losses.append(torch.log(1 + difference.exp()) if soft else (difference + margin).clamp(min=0))
+        positive, negative = table[a, p] ** power, table[a, n] ** power
+        if form == "softmax":
+            # Hoffer and Ailon: the mean squared error of both shares, whose target is (0, 1).
+            shares = torch.stack([positive, negative]).exp()
+            shares = shares / shares.sum()
+            losses.append((shares[0] ** 2 + (shares[1] - 1) ** 2) / 2)
+        elif form == "ratio":
+            losses.append((1 - negative / (positive + margin)).clamp(min=0))
+        elif form == "soft":
+            losses.append(torch.log(1 + (positive - negative).exp()))
+        else:
+            losses.append((positive - negative + margin).clamp(min=0))
     active = sum(float(found.detach()) > 0 for found in losses)
     return torch.stack(losses).sum() / (len(losses) if average == "all" else active)
 
 
 @pytest.mark.parametrize("numbers", [60, 1 << 18], ids=["small tiles", "one tile"])
 @pytest.mark.parametrize(
-    ("margin", "squared", "soft", "normalized", "average"),
+    ("margin", "squared", "form", "normalized", "average"),
     [
-        (0.2, True, False, True, "active"),
-        (0.5, False, False, True, "all"),
-        (0.1, False, False, False, "active"),
-        (0.2, True, True, True, "active"),
-        (0.2, False, True, False, "all"),
+        (0.2, True, "hinge", True, "active"),
+        (0.5, False, "hinge", True, "all"),
+        (0.1, False, "hinge", False, "active"),
+        (0.2, True, "soft", True, "active"),
+        (0.2, False, "soft", False, "all"),
+        (0.2, False, "softmax", False, "active"),
+        (0.3, True, "ratio", True, "active"),
+        (0.2, False, "ratio", False, "all"),
     ],
 )
 @every_sampler
@@ -57,7 +73,7 @@ def test_loss_and_gradient_equal_the_sum_over_triples(
     kind: Sampling,
     margin: float,
     squared: bool,
-    soft: bool,
+    form: str,
     normalized: bool,
     average: Any,
     numbers: int,
@@ -69,9 +85,9 @@ def test_loss_and_gradient_equal_the_sum_over_triples(
     z = embeddings()
     triples = sampled(kind, prepared(z, REPEATED, normalized=normalized))
     expected = oracle(
-        table_of(z, normalized=normalized), triples, margin=margin, squared=squared, soft=soft, average=average
+        table_of(z, normalized=normalized), triples, margin=margin, squared=squared, form=form, average=average
     )
-    options: dict[str, Any] = {"margin": margin, "squared": squared, "soft": soft, "normalized": normalized}
+    options: dict[str, Any] = {"margin": margin, "squared": squared, "form": form, "normalized": normalized}
     compare(loss(z, REPEATED, sampling=kind, average=average, **options), expected, z)
 
 
@@ -198,7 +214,10 @@ def test_all_triplets_equal_those_of_pytorch_metric_learning(squared: bool, soft
         reducer=reducers.AvgNonZeroReducer(),
     )(z.flatten(0, 1), REPEATED.repeat(2))
     torch.testing.assert_close(
-        loss(z, REPEATED, sampling=All(), squared=squared, soft=soft), theirs, rtol=1e-5, atol=1e-6
+        loss(z, REPEATED, sampling=All(), squared=squared, form="soft" if soft else "hinge"),
+        theirs,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -209,3 +228,40 @@ def test_batch_hard_equals_that_of_pytorch_metric_learning() -> None:
     rows = z.flatten(0, 1)
     theirs = losses.TripletMarginLoss(margin=0.2)(rows, ids, miners.BatchHardMiner()(rows, ids))
     torch.testing.assert_close(loss(z, REPEATED, sampling=Hardest(), squared=False), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["hinge", "soft", "softmax", "ratio"])
+def test_the_derivatives_of_every_form_are_those_of_autograd(form: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (2 * torch.rand(200, generator=generator, dtype=torch.float64) for _ in range(2))
+    positive.requires_grad_()
+    negative.requires_grad_()
+    found = module.penalties(positive, negative, form, 0.3)
+    rises, falls = torch.autograd.grad(found.losses.sum(), [positive, negative])
+    torch.testing.assert_close(found.by_positive, rises)
+    torch.testing.assert_close(found.by_negative, -falls)
+    nowhere = module.penalties(torch.tensor([-torch.inf, 1.0]), torch.tensor([0.1, torch.inf]), form, 0.3)
+    assert not any(part.any() for part in nowhere)
+
+
+def test_a_ratio_costs_less_than_one_and_where_the_hinge_does() -> None:
+    z = embeddings(seed=4)
+    hinge, ratio = (triplet_loss(z, REPEATED, Triplet(sampling=All(), form=form), seed=0, step=0) for form in FORMS)
+    assert ratio.terms["active"] == hinge.terms["active"] > 0
+    assert 0 < ratio.total < 1
+    with pytest.raises(ValueError, match=r"form=ratio divides by .* set margin above 0"):
+        Triplet(form="ratio", margin=0)
+
+
+def test_the_softmax_loss_is_small_only_where_the_ratio_of_distances_is() -> None:
+    # Hoffer and Ailon 2015, section 3: it vanishes only as d(a, p) / d(a, n) does; at equal distances it is 1 / 4.
+    near, far = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([30.0, 1.0, 31.0])
+    found = module.penalties(near, far, "softmax", 0.0).losses
+    assert found.tolist() == pytest.approx([0, 0.25, 0], abs=1e-12)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_form() -> None:
+    assert Triplet.model_validate({"soft": True}) == Triplet(form="soft")
+    assert Triplet.model_validate({"soft": False}) == Triplet()
+    with pytest.raises(ValueError, match="soft"):
+        Triplet.model_validate({"soft": True, "form": "hinge"})

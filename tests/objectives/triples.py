@@ -17,6 +17,7 @@ from manyviews.objectives.mining import (
     Random,
     Sampling,
     SemiHard,
+    WithinMargin,
     batch_of,
     choose,
 )
@@ -26,7 +27,7 @@ REPEATED = torch.tensor([3, 3, 3, 8, 5, 5, 0, 9, 5, 3])
 """One id four times, one three times, three alone; over two views all have a positive."""
 SAMPLERS: list[Sampling] = [
     *(All(), All(positives="hard"), Random(), Easiest(), SemiHard(), SemiHard(fallback=None)),
-    *(Hard(), Hardest(), DistanceWeighted()),
+    *(Hard(), Hardest(), DistanceWeighted(), WithinMargin(margin=0.8, squared=True)),
 ]
 every_sampler = pytest.mark.parametrize("kind", SAMPLERS, ids=lambda kind: kind.name)
 

@@ -170,7 +170,7 @@ def test_all_that_the_page_loads_is_in_it(made: tuple[Findings, Page]) -> None:
 
 
 def test_there_is_a_section_for_everything_there_is(made: tuple[Findings, Page]) -> None:
-    assert len(made[1].sections()) == 10
+    assert len(made[1].sections()) == 11
 
 
 def test_the_same_findings_make_the_same_page(made: tuple[Findings, Page]) -> None:

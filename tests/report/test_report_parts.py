@@ -11,11 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from manyviews.data import InMemory
 from manyviews.evaluators.confusion import as_pixels, confusion_picture
+from manyviews.evaluators.sampling import sampling_figures
+from manyviews.objectives.mining import SemiHard
+from manyviews.report import write_report
 from manyviews.report.contents import contents_of, count_confusions, look_alikes, look_up, queries, similarities
 from manyviews.report.findings import Findings, drawn
 from manyviews.report.history import in_words
 from manyviews.report.pictures import hover_map, sprite, thumbnails
 from manyviews.report.plots import PALETTE, as_svg, curves, histogram, thin
+from manyviews.report.sampling import read_sampling, shares_figure
 from manyviews.report.tensorboard import neighbour_rows, write_tensorboard
 from manyviews.views import ViewsSettings
 from report_findings import features, findings, images, run_folder
@@ -259,3 +263,34 @@ def test_frames_in_tensorboard_differ_by_more_than_colour(given: Findings) -> No
             kinds.setdefault(near.right, set()).add(int((edge.mean(0) < 250).sum()))
     assert kinds[True] == {76}
     assert max(kinds[False]) < 45
+
+
+def test_shares_are_stacked_to_one_over_the_steps_that_have_them() -> None:
+    lines = [{"step": step, "easy": 0.5, "semi_hard": 0.3, "hard": 0.2} for step in (1.0, 2.0, 3.0)]
+    lines.insert(1, {"step": 1.5, "easy": math.nan, "semi_hard": 0.3, "hard": 0.2})
+    figure = shares_figure(lines)
+    assert figure is not None
+    polygons = figure.axes[0].collections
+    tops = [float(own.get_paths()[0].vertices[:, 1].max()) for own in polygons]
+    assert tops == pytest.approx([0.5, 0.8, 1.0])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["hard", "semi-hard", "easy"]
+    assert figure.axes[0].get_xlim() == (1, 3)
+    assert shares_figure(lines[:1]) is not None
+    assert shares_figure([{"step": 1.0, "loss": 2.0}]) is None
+
+
+def test_a_run_that_samples_has_a_section_and_pictures_and_damaged_figures_are_left_out(tmp_path: Path) -> None:
+    given = findings(tmp_path / "run")
+    page = write_report(given).read_text()
+    assert 'id="sampling"' not in page
+    rows, ids = features(images(40, ("a", "b")), noise=0.6)[None], torch.arange(40) % 2
+    measured = sampling_figures(rows, ids, SemiHard(), normalized=True, seed=0, step=0)
+    (given.folder / "sampling.json").write_text(measured.model_dump_json())
+    page = write_report(given).read_text()
+    assert 'href="#sampling"' in page
+    assert page.count("this run: semi-hard") == 1
+    events = EventAccumulator(str(given.folder / "tensorboard" / "evaluation"), size_guidance={"images": 0})
+    events.Reload()
+    assert "sampling/distances" in events.Tags()["images"]
+    (given.folder / "sampling.json").write_text(measured.model_dump_json().replace("semi_hard", "$bad$"))
+    assert read_sampling(given.folder) is None

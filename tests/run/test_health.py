@@ -14,7 +14,17 @@ from manyviews.encoder.encoder import Embedded, Encoder
 from manyviews.engine import normalize
 from manyviews.recipe import Recipe
 from manyviews.run.folder import read_metrics
-from manyviews.run.health import PATIENCE, Watch, effective_rank, figures, glimpse, similarities, spread
+from manyviews.run.health import (
+    PATIENCE,
+    EmbeddingSample,
+    Watch,
+    effective_rank,
+    figures,
+    glimpse,
+    similarities,
+    spread,
+    without_repeats,
+)
 from manyviews.system import distributed
 from manyviews.train.pretrain import pretrain
 from processes import start
@@ -297,3 +307,12 @@ def test_a_run_whose_encoder_says_the_same_of_every_image_is_warned_of_it_once(
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["ceiling"], abs=1e-4)
     for text in ("the embeddings have collapsed:", "collapsed to a line", "the loss sits at log N"):
         assert shown.count(text) == 1
+
+
+def test_an_image_that_comes_several_times_counts_once_in_a_sample_without_repeats() -> None:
+    sample = EmbeddingSample(torch.eye(5), torch.eye(5) * 2, torch.tensor([7, 3, 7, 9, 3]))
+    seen = without_repeats(sample)
+    assert seen.ids.tolist() == [3, 7, 9]
+    assert torch.equal(seen.embeddings, torch.eye(5)[[1, 0, 3]])
+    assert seen.others is not None
+    assert torch.equal(seen.others, 2 * torch.eye(5)[[1, 0, 3]])

@@ -64,7 +64,8 @@ def killed(rank: int, size: int, port: int, images: Path, output: Path) -> None:
     run(images, output)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_any_number_of_workers_and_a_run_that_was_killed_learn_the_same_bits(
     tmp_path: Path, folder: Path, processes: int
 ) -> None:

@@ -51,14 +51,8 @@ BY_TWO = ("arcface_instances", "instance_discrimination", "moco", LOCAL[0])
 """The recipes that two processes try by default: rows of weights, of a bank and of a queue, each spread over them."""
 
 
-def first_of_each_objective() -> set[str]:
-    first: dict[str, str] = {}
-    for name in names():
-        first.setdefault(load(Recipe, find(name)).objective.name, name)
-    return set(first.values())
-
-
-DEFAULT = first_of_each_objective()
+DEFAULT = ("quickstart", "moco", "nnclr", "instance_discrimination_nce", "noise_contrastive", "arcface", "facenet")
+"""The recipes that one process tries by default: without state, and with each kind of it."""
 
 
 def recipe(name: str, images: Path, output: Path, *words: str) -> Recipe:

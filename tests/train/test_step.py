@@ -57,6 +57,10 @@ OBJECTIVES = {
 }
 # timm resizes positions in float32, so that a ViT of several sizes is not to be had in float64.
 LOCAL = ["encoder.name=test_convnext", "views.size=48", "views.local=3", "views.local_size=32"]
+CPC = [
+    *("objective=cpc", "views.num_views=1", "encoder.name=test_convnext", "views.size=48"),
+    *("encoder.context=attention", "encoder.context.patches=2", "encoder.context.jitter=0"),
+]
 PREDICTED = ["encoder.predictor.layers=2", "encoder.predictor.batch_norm=false"]
 OBJECTIVES |= {
     "in_batch, local": [*OBJECTIVES["in_batch"], *LOCAL],
@@ -66,6 +70,7 @@ OBJECTIVES |= {
     "bank, local": [*OBJECTIVES["bank"], *LOCAL],
     "nearest_neighbours, local": ["objective=nearest_neighbours", "objective.size=20", *PREDICTED, *LOCAL],
     "triplet, local": ["objective=triplet", *LOCAL],
+    "cpc": CPC,
 }
 
 

@@ -68,6 +68,7 @@ LAUNCHES = {
     "arcface": 380,
     "arcface_instances": 380,
     "cosface": 380,
+    "cpc": 600,
     "facenet": 430,
     "facenet_instances": 430,
     "instance_discrimination": 350,

@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from manyviews import recipe
 from manyviews.config import dump_yaml, load
-from manyviews.data import InMemory
+from manyviews.data import InMemory, read_relations
 from manyviews.data.decoding.decode import Decoding
 from manyviews.data.labels import read_labels, values_of
 from manyviews.data.sources.fashion_mnist import read_split
@@ -68,6 +68,7 @@ def kinds(place: Path) -> list[Kind]:
         Kind("recipe (YAML)", 3, text=True, samples=_recipes(), read=_read_recipe),
         Kind("labels (CSV)", 1, text=True, samples=_labels(), read=_read_labels),
         Kind("values (CSV)", 1, text=True, samples=_values(), read=_read_values),
+        Kind("relations (CSV, JSON lines)", 2, text=True, samples=_relations(), read=_read_relations),
         Kind("metrics.jsonl", 2, text=True, samples=_metrics(), read=_read_metrics),
         Kind("evaluation.json", 1, text=True, samples=_evaluations(), read=_read_json),
         Kind("config.json of a backbone", 2, text=True, samples=_descriptions(), read=_read_description),
@@ -188,6 +189,24 @@ def _values() -> list[bytes]:
 def _read_values(place: Path, content: bytes) -> None:
     images = InMemory(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), NAMES, None, (), "0" * 64)
     values_of(images, str(_written(place / "x.csv", content)))
+
+
+def _relations() -> list[bytes]:
+    a, b, c, d, *_ = NAMES
+    tables = {
+        "a,b,same": [(a, b, "1"), (c, a, "0.5"), (b, a, "0")],
+        "anchor,positive,negative": [(a, b, c), (a, c, b), (d, a, b)],
+        "query,item,relevance": [(a, b, "2.5"), (a, c, "0"), (b, d, "1e3")],
+        "query,items": [(a, b, c, d), (b, a)],
+        "name,set": [(a, "x"), (b, "y"), (c, "x")],
+    }
+    found = ["\n".join([header, *(",".join(line) for line in lines)]) for header, lines in tables.items()]
+    objects = [{"a": a, "b": b, "same": True}, {"a": a, "b": c, "same": 0.25}], [{"query": a, "items": [b, c]}]
+    return [text.encode() for text in [*found, *("\n".join(map(json.dumps, lines)) for lines in objects)]]
+
+
+def _read_relations(place: Path, content: bytes) -> None:
+    read_relations(_written(place / f"x.{'jsonl' if content[:1] == b'{' else 'csv'}", content), NAMES)
 
 
 def _metrics() -> list[bytes]:

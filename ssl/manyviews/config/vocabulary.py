@@ -41,6 +41,9 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("k", "objective.size", "knn.neighbours"),
         ("knn_k neighbors n_neighbors", "knn.neighbours", "neighbours"),
         ("moco_m ema_decay", "objective.momentum", "ema"),
+        ("num_steps_ahead steps_to_predict prediction_steps", "objective.steps"),
+        ("steps_to_ignore", "objective.skip"),
+        ("patches_per_side num_patches grid_size", "encoder.context.patches"),
         ("nce_k nce_m num_negatives n_negatives neg", "objective.negatives"),
         ("m", "objective.negatives", "objective.m2", "objective.momentum", "objective.margin"),
         ("alpha", "objective.margin", "mixup"),
@@ -55,6 +58,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         ("log_interval print_freq log_freq log_every_n_steps", "log_every"),
         ("random_seed manual_seed", "seed"),
         ("labels_file label_file", "data.labels"),
+        ("relation pairs triplets rankings pairs_file triplets_file constraints", "data.relations"),
+        ("list_size slate_size slate_length", "items_per_query"),
         ("val val_dir test_dir valid eval_dir", "data.test"),
         ("label_fraction percent train_percent", "fraction"),
         ("layer_wise_decay lr_decay llrd", "layer_decay"),
@@ -68,7 +73,15 @@ _SIMCLR = "NT-Xent (InfoNCE) is objective=in_batch, as in recipe simclr"
 _PAIRS = "the pairs' contrastive loss is objective=contrastive, as in recipes siamese and siamese_instances"
 _ANGLE = "{} is objective=margin_softmax objective.preset={}, as in recipe {}"
 _RANKING = "{} is objective=ranking objective.loss={}"
+_TRIPLET_NETWORK = (
+    "the triplet network's loss is objective=triplet objective.form=softmax objective.squared=false "
+    "objective.normalized=false"
+)
 _ABSENT = "{} and is not here; the nearest that is: objective={}"
+_CPC = (
+    "contrastive predictive coding is recipe cpc; of whole views, its bilinear score is objective=in_batch "
+    "objective.score=bilinear"
+)
 _PROXIES = (
     "a softmax over weights of classes is objective=margin_softmax objective.preset=norm_face (a classifier is trained "
     "by manyviews finetune)"
@@ -76,7 +89,7 @@ _PROXIES = (
 
 OBJECTIVES: Mapping[str, str] = _by_name(
     ("ntxent nt_xent simclr infonce info_nce", _SIMCLR),
-    ("cpc", "CPC's bilinear score is objective=in_batch objective.score=bilinear"),
+    ("cpcv2 cpc_v2 contrastive_predictive_coding", _CPC),
     ("dcl decoupled", "decoupled contrastive learning is objective=in_batch objective.decoupled=true"),
     ("moco mocov2 mocov3", "MoCo is objective=queue, as in recipe moco"),
     ("supcon", "SupCon is objective=supervised with ids=labels, as in recipe supervised"),
@@ -91,6 +104,8 @@ OBJECTIVES: Mapping[str, str] = _by_name(
     ("facenet triplets", "FaceNet's loss is objective=triplet objective.sampling=semi_hard, as in recipe facenet"),
     ("batch_hard", "the batch-hard triplet loss is objective=triplet objective.sampling=hardest"),
     ("triplet_margin", "the triplet loss with a margin is objective=triplet, as in recipe facenet"),
+    ("triplet_network triplet_net hoffer", _TRIPLET_NETWORK),
+    ("triplet_ratio ratio", "the ratio of distances is objective=triplet objective.form=ratio"),
     ("npair npairs", "the N-pair loss is objective=n_pair"),
     ("byol simsiam", _ABSENT.format("it has no negatives", "queue, with a momentum twin, as in recipe moco")),
     ("barlow_twins barlow vicreg", _ABSENT.format("it decorrelates dimensions", "in_batch, as in recipe simclr")),
@@ -116,12 +131,26 @@ OBJECTIVES: Mapping[str, str] = _by_name(
 """The name of a method, in lower case with underscores: its objective here."""
 
 _HARDEST = "batch-hard mining (Hermans et al. 2017) is objective.sampling=hardest"
+_FACENET = (
+    "FaceNet's nearest negative beyond the positive is objective.sampling=semi_hard, and one of those within the "
+    "margin objective.sampling=within_margin"
+)
 SAMPLINGS: Mapping[str, str] = _by_name(
     ("batch_hard batchhard hard_negative hardest_negative", _HARDEST),
     ("batch_all none no", "all pairs or triplets are objective.sampling=all"),
     ("distance dwm weighted", "that of Wu et al. 2017 is objective.sampling=distance_weighted"),
+    ("semihard facenet", _FACENET),
 )
 """Names of ways to mine pairs or triplets."""
+
+_FORMS = (
+    "[margin - d²]₊ is objective.form=hinge_of_squares, [margin - d]₊ hinge, and the square of that squared_hinge; for "
+    "triplets, log(1 + e^x) is soft, Hoffer and Ailon's softmax, and Wohlhart and Lepetit's ratio"
+)
+FORMS: Mapping[str, str] = _by_name(
+    ("squared square soft_margin softplus logistic soft_triplet plain linear l2 d2 quotient", _FORMS),
+)
+"""Names of forms of the losses of pairs and triplets."""
 
 PRESETS: Mapping[str, str] = _by_name(
     ("lmcl am_softmax amsoftmax", "LMCL (AM-Softmax) is objective.preset=cosface"),
@@ -141,6 +170,7 @@ OPTIMIZERS: Mapping[str, str] = _by_name(
 VALUES: Mapping[str, Mapping[str, str]] = {
     "objective": OBJECTIVES,
     "objective.sampling": SAMPLINGS,
+    "objective.form": FORMS,
     "objective.preset": PRESETS,
     "optim.name": OPTIMIZERS,
 }
@@ -155,6 +185,7 @@ def plain(name: str) -> str:
 RECIPES: Mapping[str, str] = _by_name(
     ("ntxent nt_xent infonce info_nce contrastive_learning", "simclr"),
     ("in_batch dcl decoupled", "quickstart"),
+    ("cpcv2 cpc_v2 contrastive_predictive_coding", "cpc"),
     ("queue mocov2 moco_v2", "moco"),
     ("bank npid instdisc memory_bank wu2018", "instance_discrimination"),
     ("nce", "instance_discrimination_nce"),

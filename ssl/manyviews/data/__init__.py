@@ -9,7 +9,10 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 
 from manyviews.data.images import Images, InMemory, Report, Split
 from manyviews.data.loader import Batch, Loader
+from manyviews.data.relation_order import RelationOrder
+from manyviews.data.relations import RelationTable, read_relations
 from manyviews.data.sampler import ClassOrder, Order
+from manyviews.data.sets import with_sets
 from manyviews.data.sources.cifar import CIFAR10, CIFAR100
 from manyviews.data.sources.dataset import DATASET, MapDataset, TorchDataset, of_dataset
 from manyviews.data.sources.fashion_mnist import FashionMNIST, Sample
@@ -35,6 +38,8 @@ __all__ = [
     "Loader",
     "MapDataset",
     "Order",
+    "RelationOrder",
+    "RelationTable",
     "Report",
     "Sample",
     "Split",
@@ -43,9 +48,11 @@ __all__ = [
     "leave_out",
     "of_classes",
     "of_dataset",
+    "read_relations",
     "sample_ids",
     "select",
     "shorthand",
+    "with_sets",
 ]
 
 logger = logging.getLogger(__name__)

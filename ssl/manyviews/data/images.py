@@ -141,6 +141,8 @@ class Split(NamedTuple):
     """One line on the folders that were read, the classes, and what was passed over; empty for other data."""
     inventory: "Inventory | None" = None
     """The files of the training folder."""
+    left_out: Sequence[str] = ()
+    """Names of the training images of classes that are left out."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,8 @@
 """Labels of images from CSV tables, and continuous labels from files, pixels and classes."""
 
-import csv
 import logging
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,82 +14,20 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from manyviews.data.images import Images
-from manyviews.data.sources.paths import nearest, same_spelling
+from manyviews.data.sources.paths import nearest
+from manyviews.data.tables import number_in, open_table, unknown_image
 from manyviews.system.arrays import mapped_array
-from manyviews.system.files import open_lines, shown
-from manyviews.system.names import closest
+from manyviews.system.files import shown
 from manyviews.system.path_bytes import NOT_UTF8, is_raw
 
 logger = logging.getLogger(__name__)
 
-DELIMITERS = (",", ";", "\t", "|")
-COMPARED = 50
-"""Lines by which the delimiter is chosen."""
 SIDE = 7
 """Side of a thumbnail, in pixels."""
 BATCH = 1024
 FILES = (".npy", ".csv")
 LARGEST = 1e18
 MOST_COLUMNS = 10_000
-
-Rows = Iterator[tuple[int, str | None, list[str]]]
-"""Of each row its line, the image that it names, None for an unknown name, and its columns."""
-
-
-@contextmanager
-def open_table(path: Path, images: Iterable[str], *, repeated: bool = False) -> Iterator[tuple[list[str], Rows]]:
-    """Opens a UTF-8 table whose first column names images; yields its header and rows.
-
-    The delimiter is the one by which most of the first lines name an image. Without a header its names are numbers;
-    empty lines are skipped. Names that differ only in the composition of accents (NFC, NFD) match if that is unique.
-    `repeated` is whether several rows may name one image.
-
-    Raises:
-        ValueError: it cannot be read, the first line has less than two columns, or rows name one image and may not.
-    """
-    spelled = same_spelling(images)
-
-    def known(text: str) -> str | None:
-        return spelled(text) or spelled(text.strip())
-
-    try:
-        with open_lines(path) as lines:
-            first = list(islice(lines, COMPARED))
-
-            def matches(delimiter: str) -> tuple[int, int]:
-                rows = [row for row in csv.reader(first, delimiter=delimiter) if len(row) > 1]
-                return sum(known(row[0]) is not None for row in rows), len(rows)
-
-            # The first of equal ones: the comma.
-            reader = csv.reader(chain(first, lines), delimiter=max(DELIMITERS, key=matches))
-            header = next(reader, [])
-            if len(header) < 2:
-                raise ValueError(
-                    f"{shown(path)}: its first line has {'one column' if header else 'no columns'}; it needs at least "
-                    "two, the image's name and its label or numbers, with commas, semicolons or tabs between them"
-                )
-            numbered: Iterator[tuple[int, list[str]]] = ((reader.line_num, row) for row in reader if row)
-            if known(header[0]) is not None:
-                numbered = chain([(1, header)], numbered)
-                header = [f"column {number}" for number in range(1, len(header) + 1)]
-            yield header, _rows(path, numbered, known, repeated=repeated)
-    except (OSError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _rows(
-    path: Path, numbered: Iterable[tuple[int, list[str]]], known: Callable[[str], str | None], *, repeated: bool
-) -> Rows:
-    lines: dict[str, int] = {}
-    for line, row in numbered:
-        name = known(row[0])
-        if name in lines:
-            raise ValueError(
-                f"{shown(path)}, line {line}: {shown(row[0].strip())} stands in line {lines[name]} already"
-            )
-        if name is not None and not repeated:
-            lines[name] = line
-        yield line, name, row
 
 
 def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
@@ -116,10 +51,7 @@ def read_labels(path: Path, names: Collection[str]) -> Mapping[str, str]:
             text, label = row[0].strip(), unicodedata.normalize("NFC", row[1].strip())
             not_utf8 = not_utf8 or is_raw(text + label)
             if name is None:
-                near = closest(text, names, 1, 0.5)
-                hint = f"did you mean {shown(near[0])}?" if near else "names are those below the folder, a/b/1.jpg"
-                hint = NOT_UTF8 if is_raw(text) else hint
-                raise ValueError(f"{line}: {shown(repr(text))} is not among the {len(names):,} images; {hint}")
+                raise unknown_image(line, text, names)
             if not label:
                 raise ValueError(f"{line}: {shown(name)} has an empty label; leave the line out if it has none")
             labels[name] = label
@@ -146,15 +78,16 @@ ValuesSource = Annotated[str, AfterValidator(_source)]
 """Source of continuous labels: pixels, labels or a path, which is made absolute."""
 
 
-def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
-    """Continuous labels of training images, used by Euclidean distance and not standardised.
+def values_of(images: Images, source: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "images numbers"]:
+    """Continuous labels of images, used by Euclidean distance and not standardised.
 
     Args:
-        images: all training images.
+        images: all training images, or those that are evaluated.
         source: "pixels": thumbnails. "labels": thumbnails and one-hot classes, scaled so that images of two classes are
             farther from each other than most of one class. Or a file: .npy, [images, numbers] in the order of the
             images; or .csv, whose lines are the name of an image (for files the path below the folder) and its numbers,
             in any order; lines of other images are ignored.
+        dtype: float64 keeps differences that are equal in a file equal.
 
     Raises:
         ValueError: the file cannot be read, has another form or lacks an image; an image has no class; a number is not
@@ -165,12 +98,12 @@ def values_of(images: Images, source: str) -> Float32[Tensor, "images numbers"]:
         if source == "labels":
             values = torch.cat([values, _classes(images, values)], 1)
     else:
-        values = _centred(Path(source), images)
+        values = torch.from_numpy(_centred(Path(source), images))
     if bool((values == values[:1]).all()):
         raise ValueError(
             f"values={source}: all {len(images):,} images have the same numbers, from which nothing can be learned"
         )
-    return values
+    return values.to(dtype)
 
 
 def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
@@ -182,7 +115,7 @@ def thumbnails(images: Images) -> Float32[Tensor, "images numbers"]:
     return torch.cat(pieces)
 
 
-def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
+def _centred(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Numbers of a file minus their mean: float32 keeps the differences of dates, say."""
     if path.is_dir():
         raise ValueError(f"values={path} is a folder; name a .npy or .csv file")
@@ -204,7 +137,7 @@ def _centred(path: Path, images: Images) -> Float32[Tensor, "images numbers"]:
             f"{path}: the numbers of {images.names[image]} (image {image}) differ by {extremes[image]:g} from the "
             f"mean, and at most {LARGEST:g} can be squared in 32 bits; use a larger unit"
         )
-    return torch.from_numpy(numbers.astype(np.float32))
+    return numbers
 
 
 def _classes(images: Images, thumbnail: Float[Tensor, "images numbers"]) -> Float32[Tensor, "images classes"]:
@@ -228,7 +161,7 @@ def _from_npy(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     numbers = mapped[:, None] if mapped.ndim == 1 else mapped
     if numbers.ndim != 2 or len(numbers) != len(images) or not numbers.shape[1]:
         raise ValueError(
-            f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images to train on; it must "
+            f"{path} holds {list(numbers.shape)} numbers, but there are {len(images):,} images; it must "
             f"have a row for each, [{len(images)}, numbers], or be a .csv with their names"
         )
     copied: np.ndarray[tuple[int, int], np.dtype[np.float64]] = numbers.astype(np.float64)
@@ -252,7 +185,7 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
     if len(missing):
         way_out = NOT_UTF8 if not_utf8 else "names must be spelled like that"
         raise ValueError(
-            f"{path} has no line for {len(missing):,} of {len(images):,} images to train on, the first of which is "
+            f"{path} has no line for {len(missing):,} of {len(images):,} images, the first of which is "
             f"{images.names[int(missing[0])]}; {way_out}"
         )
     return numbers
@@ -261,13 +194,5 @@ def _from_csv(path: Path, images: Images) -> np.ndarray[tuple[int, int], np.dtyp
 def _numbers(path: Path, line: int, row: list[str], header: list[str]) -> list[float]:
     if len(row) != len(header):
         raise ValueError(f"{path}, line {line}: {len(row)} columns, where the header has {len(header)}")
-    numbers = []
-    for name, text in zip(header[1:], row[1:], strict=True):
-        try:
-            numbers.append(float(text))
-        except ValueError:
-            hint = f"; write {text.replace(',', '.')}" if text.count(",") == 1 else ""
-            raise ValueError(
-                f"{path}, line {line}: {shown(repr(text))} in column {shown(repr(name))} is no number{hint}"
-            ) from None
-    return numbers
+    where = f"{path}, line {line}"
+    return [number_in(text, where, name) for name, text in zip(header[1:], row[1:], strict=True)]

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from manyviews.config import Settings
 from manyviews.encoder.backbone import create_backbone, summary, widths
 from manyviews.encoder.batch_norm import split_batch_norms
+from manyviews.encoder.context import Context, ContextSettings
 
 WIDEST = 16_384
 """Largest width of a layer: beyond it one layer alone would take a gigabyte."""
@@ -67,32 +68,58 @@ class EncoderSettings(Settings):
     """From the features to the embeddings."""
     predictor: PredictorSettings = PredictorSettings()
     """From the projector's output to the embeddings, for objectives that contrast predictions with projections."""
+    context: ContextSettings | None = None
+    """Cuts each view into patches, whose embeddings are predicted from those above (CPC), for objective=cpc."""
+
+    @model_validator(mode="after")
+    def _context_stands_alone(self) -> "EncoderSettings":
+        if self.context is not None and self.predictor.layers:
+            raise ValueError(
+                f"predictor.layers={self.predictor.layers} and context={self.context.name} exclude each other: "
+                "with a context, objective=cpc predicts, by a matrix for each step; set predictor.layers=0"
+            )
+        if self.context is not None and self.batch_norm_splits > 1:
+            raise ValueError(
+                f"batch_norm_splits={self.batch_norm_splits} is for a momentum twin, and context={self.context.name} "
+                "has none; set batch_norm_splits=1"
+            )
+        return self
 
     def build(self, *, channels: int, size: int, local_size: int | None = None) -> "Encoder":
-        """Builds the encoder for square images, of a second size too; raises as `create_backbone` and `widths` do."""
+        """Builds the encoder for square images, of a second size too; raises as `create_backbone` and `widths` do.
+
+        With a `context` the second size is that of its patches.
+        """
+        second, key = (local_size, "views.local_size")
+        if self.context is not None:
+            second, key = self.context.grid(size).side, "encoder.context.patches"
         backbone = create_backbone(
             self.name,
             channels=channels,
             size=size,
             pretrained=self.pretrained,
             drop_path=self.drop_path,
-            several_sizes=local_size is not None,
+            several_sizes=second is not None,
             key="encoder.pretrained",
         )
         num_features, width = widths(backbone, channels=channels, size=size)
-        if local_size is not None:
-            _, local_width = widths(backbone, channels=channels, size=local_size, key="views.local_size")
-            if local_width != width:
+        if second is not None:
+            _, second_width = widths(backbone, channels=channels, size=second, key=key)
+            if second_width != width:
+                cure = "set views.local=0, or take" if self.context is None else "take"
                 raise ValueError(
-                    f"encoder.name={self.name} returns {width:,} features of {size} pixels and {local_width:,} of "
-                    f"{local_size}, and local views share the projector; set views.local=0, or take another encoder"
+                    f"encoder.name={self.name} returns {width:,} features of {size} pixels and {second_width:,} of "
+                    f"{second} ({key}), which share the projector; {cure} another encoder"
                 )
         projector = self.projector.build(width)
         dim = self.projector.dim if self.projector.layers else width
+        predictor = self.predictor.build(dim)
+        context = None if self.context is None else self.context.build(size=size, dim=dim)
         return Encoder(
             backbone,
             projector,
-            self.predictor.build(dim),
+            predictor,
+            context,
             num_features=num_features,
             dim=dim,
             batch_norm_splits=self.batch_norm_splits,
@@ -103,13 +130,14 @@ class Embedded(NamedTuple):
     """Outputs of an encoder, not normalised."""
 
     embeddings: Float[Tensor, "views batch dim"]
-    """Input of the loss: the predictions, or without a predictor the projections."""
+    """Input of the loss: the predictions, or without a predictor the projections; with a context, the projections of
+    all patches, then their contexts."""
     projections: Float[Tensor, "views batch dim"]
     """The projector's output; without a predictor the same tensor."""
 
 
 class Encoder(nn.Module):
-    """A timm backbone without classifier, a projector, and a predictor, which may be empty.
+    """A timm backbone without classifier, a projector, a predictor, which may be empty, and a context or none.
 
     `num_features` is the width of the backbone's features, `dim` that of the embeddings. The projector reads the
     backbone's `forward_summary` where it has one.
@@ -125,13 +153,14 @@ class Encoder(nn.Module):
         backbone: nn.Module,
         projector: nn.Sequential,
         predictor: nn.Sequential,
+        context: Context | None = None,
         *,
         num_features: int,
         dim: int,
         batch_norm_splits: int = 1,
     ) -> None:
         super().__init__()
-        self.backbone, self.projector, self.predictor = backbone, projector, predictor
+        self.backbone, self.projector, self.predictor, self.context = backbone, projector, predictor, context
         self.num_features, self.dim = num_features, dim
         self.batch_norm_splits = batch_norm_splits
         if batch_norm_splits > 1:
@@ -141,13 +170,27 @@ class Encoder(nn.Module):
         """Embeddings and projections of all views, of a group for each size.
 
         A group passes the backbone at once, so that its batch norms have the statistics of one size; projector and
-        predictor get all views together (as the code of Caron et al. 2020, SwAV).
+        predictor get all views together (as the code of Caron et al. 2020, SwAV). With a context, the patches of views
+        pass in their place.
         """
+        if self.context is not None:
+            groups = tuple(self.context.patches_of(views) for views in groups)
         features = [summary(self.backbone, views.flatten(0, 1)) for views in groups]
         projections: Tensor = self.projector(torch.cat(features) if len(features) > 1 else features[0])
         embeddings: Tensor = self.predictor(projections)
         shape = sum(len(views) for views in groups), groups[0].shape[1], -1
-        return Embedded(embeddings.view(shape), projections.view(shape))
+        embeddings, projections = embeddings.view(shape), projections.view(shape)
+        if self.context is not None:
+            embeddings = torch.cat([embeddings, self.context(embeddings)])
+        return Embedded(embeddings, projections)
+
+    def per_image(self, views: int) -> int:
+        """Number of embeddings of an image of so many views."""
+        return views if self.context is None else 2 * self.context.grid.patches**2
+
+    def of_images(self, embeddings: Float[Tensor, "embeddings batch dim"]) -> Float[Tensor, "_ batch dim"]:
+        """Embeddings of whole images, to monitor; of patches the mean, and that of their contexts."""
+        return embeddings if self.context is None else embeddings.unflatten(0, (2, -1)).mean(1)
 
 
 class MomentumTwin(nn.Module):

@@ -46,6 +46,8 @@ def is_own(data: AnyData | None, own: AnyData, inventory: Mapping[str, str], spl
     `data` are the settings asked for (None: the run's own), `own` those of the run's recipe; `inventory`, the hashes of
     the run's files (see `inventory_of`), identifies a copy in another folder.
     """
+    # Relations change no image.
+    data = None if data is None else data.model_copy(update={"relations": own.relations})
     if data is None or data == own:
         return True
     if isinstance(data, Folder) and isinstance(own, Folder):

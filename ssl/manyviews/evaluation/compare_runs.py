@@ -20,6 +20,7 @@ from manyviews.evaluation.settings import (
     pairs_mark,
     planned_tasks,
     recipe_of,
+    relations_mark,
 )
 from manyviews.evaluation.writing import read
 from manyviews.evaluators.failures import failure_messages
@@ -133,6 +134,8 @@ def _covers(run: MeasuredRun, images: Shared, settings: EvaluateSettings, tasks:
         required["classes"] = None if settings.classes is None else list(settings.classes)
     if "verification" in tasks:
         required["pairs"] = pairs_mark(settings)
+    if "ranking" in tasks:
+        required["relations"] = relations_mark(settings)
     if "fractions" in tasks:
         required["few"] = settings.few.model_dump(mode="json")
     if any(run.record.get(key) != value for key, value in required.items()):

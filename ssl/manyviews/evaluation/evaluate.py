@@ -6,6 +6,7 @@ from pathlib import Path
 
 from manyviews.data import Split
 from manyviews.evaluation import cautions
+from manyviews.evaluation.inputs import metric_pairs_of, relevance_of, thresholds_of
 from manyviews.evaluation.job import Job, gallery_of, is_labelled, pairs_of
 from manyviews.evaluation.record import record_of
 from manyviews.evaluation.run_tasks import (
@@ -16,11 +17,13 @@ from manyviews.evaluation.run_tasks import (
     stale_rows,
 )
 from manyviews.evaluation.settings import AnyTask, EvaluateSettings, measured_layers, planned_tasks, recipe_of
-from manyviews.evaluation.writing import check_output, unwritable, write
+from manyviews.evaluation.writing import check_output, unwritable, write, write_clusters
+from manyviews.evaluators.clustering import cannot_cluster
 from manyviews.evaluators.failures import Failure, catch_failure, failure_messages
 from manyviews.evaluators.knn import MOST_HELD_OUT
 from manyviews.evaluators.logistic import cut_short
 from manyviews.evaluators.protocol import refusals, takes_training
+from manyviews.evaluators.relevance import Relevance
 from manyviews.evaluators.results.measurement import LEARNED, PIXELS, THRESHOLD, Evaluation, Measurement, Task
 from manyviews.evaluators.results.tables import printed, sheets
 from manyviews.evaluators.splits import held_out_of_each
@@ -76,10 +79,30 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     layers = measured_layers(pretrained, settings, planned)
     tasks: list[Task] = [task for task in planned if task != "geometry"]
     gallery = None
+    relevance: Relevance | None = None
+    thresholds: dict[str, float] = {}
     if tasks:
         gallery = gallery_of(job, own=own)
+        with raise_on_all_ranks():
+            job = job._replace(metric_pairs=metric_pairs_of(job, gallery))
         listed = pairs is not None
         refused = refusals(tasks, gallery, *job.labels, settings.protocol, settings.metric, listed=listed)
+        if settings.relations is not None:
+            with raise_on_all_ranks():
+                relevance = relevance_of(job, gallery)
+        elif "ranking" in tasks:
+
+            def refuse(_task: str, _kind: str, problem: Exception) -> None:
+                refused["ranking"] = in_a_line(problem)
+
+            with catch_failure("ranking", LEARNED, refuse):
+                relevance = relevance_of(job, gallery)
+        if "clustering" in tasks and "clustering" not in refused:
+            thresholds = thresholds_of(job)
+            if problem := cannot_cluster(
+                settings.protocol.clustering, len(gallery.images), thresholds.get(layers.kinds[0])
+            ):
+                refused["clustering"] = problem
         if len(refused) == len(planned):
             raise ValueError("\n".join(dict.fromkeys(refused.values())))
         failures += [Failure(task, kind, reason) for task, reason in refused.items() for kind in layers.kinds]
@@ -91,7 +114,7 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
     with console.bar():
         evaluation = Evaluation()
         if gallery is not None and tasks:
-            evaluation = labelled_tasks(job, kinds, tasks, gallery)
+            evaluation = labelled_tasks(job, kinds, tasks, gallery, relevance, thresholds)
         more: list[Measurement] = []
         if "geometry" in planned:
             more += geometries_of(job, kinds)
@@ -126,6 +149,8 @@ def evaluate(folder: Path, settings: EvaluateSettings, *, quiet: bool = False) -
             page = write(findings, record, outcomes, output, console.warn, page=settings.report)
             if page is not None:
                 console.say(f"report: {page}")
+            if is_writable and (file := write_clusters(findings, output, console.warn)) is not None:
+                console.say(f"clusters: {file}")
     return findings
 
 
@@ -137,6 +162,8 @@ def check_measured(findings: Findings, settings: EvaluateSettings) -> None:
     """
     nothing = not findings.evaluation.measurements
     named: set[str] = set(settings.tasks or ())
+    if settings.relations is not None:
+        named.add("ranking")
     if settings.metric is not None:
         named.add(f"metric={settings.metric.name}")
     missing = [own for own in findings.failures if nothing or own.task in named]

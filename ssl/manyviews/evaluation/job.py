@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manyviews.data import Images, Split, of_classes
 from manyviews.evaluation.settings import EvaluateSettings, recipe_of
+from manyviews.evaluators.distance import MetricPairs
 from manyviews.evaluators.failures import OnFailure
 from manyviews.evaluators.pair_lists import read_pairs
 from manyviews.evaluators.protocol import Gallery
@@ -29,9 +30,11 @@ class Job(NamedTuple):
     on_failure: OnFailure
     """Called if a task fails on a kind of features, which is then left out."""
     output: Path | None
-    """Folder for features and fitted metrics; None if it cannot be written to."""
+    """Folder for features, fitted metrics and clusters; None if it cannot be written to."""
     pairs: Pairs | None = None
     """Pairs to verify, by their positions in the images shown, then in the training images."""
+    metric_pairs: MetricPairs | None = None
+    """Pairs of training images that the metric is fitted on in place of classes."""
 
     @property
     def recipe(self) -> Recipe:

@@ -83,6 +83,13 @@ def _shared(
     shared = [title for title in of_any if all(title in own for own in measured)]
     if missing := [title for title in of_any if title not in shared]:
         notes.append(f"{', '.join(missing)}: left out, because not all runs have it; tasks=… measures it for all")
+    by = {str(own.details.get("by")) for run in runs for own in run.evaluation.of("ranking")}
+    if len(by) > 1 and (ranked := [title for title in shared if of_any[title].task == "ranking"]):
+        notes.append(
+            f"{', '.join(ranked)}: left out, because the runs were judged by different relevances ({', '.join(by)}); "
+            "protocol.ranking.by=… names the same one for all"
+        )
+        shared = [title for title in shared if title not in ranked]
     if len({str(run.evaluation.gallery.get("classes")) for run in runs}) > 1:
         # Retrieval among other classes is harder or easier.
         if grouped := [title for title in shared if of_any[title].task in GROUPING]:

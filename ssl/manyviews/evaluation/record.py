@@ -7,7 +7,7 @@ others follow under `kept`, newest first, in the same format.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import itemgetter
 from typing import Any
 
@@ -17,17 +17,19 @@ from torch import Tensor
 
 from manyviews.evaluation.method_rows import leaves
 from manyviews.evaluation.old_records import converted
-from manyviews.evaluation.settings import EvaluateSettings, pairs_mark
+from manyviews.evaluation.settings import EvaluateSettings, pairs_mark, relations_mark
 from manyviews.evaluators.failures import Failure
 from manyviews.evaluators.results.measurement import LAYERS, TASKS, Difference, Evaluation, Measurement
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.report import Findings
 
 EVALUATION, OUTCOMES, KEPT = "evaluation.json", "outcomes.safetensors", "kept"
-OWN = ("predictions", "hits", "labels")
+OWN = ("predictions", "hits", "values", "labels")
 """First parts of the names of the newest record's outcomes."""
-CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few", "pairs")
-"""What results depend on beside task and kind of features; the last only where pairs were listed."""
+MARKS = ("pairs", "relations")
+"""Files that results depend on, in the context of a record only where they are given."""
+CONTEXT = ("weights", "images", "classes", "precision", "protocol", "metric", "few", *MARKS)
+"""What results depend on beside task and kind of features."""
 MOST_KEPT = 50
 """Most records of other weights, images or protocols: the file is read whole, so the oldest are dropped."""
 Record = dict[str, Any]
@@ -69,11 +71,12 @@ def record_of(
         record["gallery"]["names"] = [findings.train.classes[number] for number in record["gallery"]["classes"]]
         outcomes = {f"predictions/{name}": value for name, value in evaluation.predictions.items()}
         outcomes |= {f"hits/{name}": value for name, value in evaluation.hits.items()}
+        outcomes |= {f"values/{name}": value for name, value in evaluation.values.items()}
         outcomes |= {"labels": labels} if (labels := findings.shown.labels) is not None else {}
     # As in the settings: without a metric, each measurement names its own distance.
     record |= settings.model_dump(mode="json", include={"classes", "precision", "protocol", "metric", "few", "layer"})
-    if (mark := pairs_mark(settings)) is not None:
-        record["pairs"] = mark
+    for name, mark in zip(MARKS, (pairs_mark(settings), relations_mark(settings)), strict=True):
+        record |= {} if mark is None else {name: mark}
     record["failures"] = [asdict(own) for own in findings.failures]
     record["warnings"] = list(findings.warnings)
     record["tasks"] = tasks_of(record)
@@ -102,7 +105,7 @@ def records_in(whole: Mapping[str, Any]) -> Iterator[tuple[Record, str]]:
 def key_of(record: Mapping[str, Any]) -> str:
     """Returns the key of a record: a hash of its weights, images and protocol."""
     context = json.dumps(
-        {name: record.get(name) for name in CONTEXT if name in record or name != "pairs"}, sort_keys=True
+        {name: record.get(name) for name in CONTEXT if name in record or name not in MARKS}, sort_keys=True
     )
     return hashlib.sha256(context.encode()).hexdigest()[:12]
 
@@ -152,7 +155,8 @@ def with_kept(findings: Findings, whole: Mapping[str, Any], outcomes: Outcomes) 
                 # Written by another version: it stays in the file.
                 continue
     failures = stored(record).failures
-    return findings._replace(evaluation=evaluation_of(record, outcomes), failures=failures, also=tuple(also))
+    evaluation = replace(evaluation_of(record, outcomes), ranked=findings.evaluation.ranked)
+    return findings._replace(evaluation=evaluation, failures=failures, also=tuple(also))
 
 
 def stored(record: Mapping[str, Any]) -> Stored:
@@ -167,15 +171,16 @@ def stored(record: Mapping[str, Any]) -> Stored:
 def evaluation_of(record: Mapping[str, Any], outcomes: Mapping[str, Tensor] | None = None) -> Evaluation:
     """Returns the evaluation in a record and its outcomes; raises ValueError for another format."""
     own = stored(record)
-    parts: dict[str, Outcomes] = {"predictions": {}, "hits": {}}
+    parts: dict[str, Outcomes] = {"predictions": {}, "hits": {}, "values": {}}
     for name, value in (outcomes or {}).items():
         part, _, rest = name.partition("/")
         if part in parts:
-            if value.dtype != torch.int64 or value.ndim != 1:
-                raise ValueError(f"{name} of {OUTCOMES} is not an integer for each image")
+            if value.dtype != (torch.float32 if part == "values" else torch.int64) or value.ndim != 1:
+                raise ValueError(f"{name} of {OUTCOMES} is not a number for each image")
             parts[part][rest] = value
     gallery = {} if own.gallery is None else own.gallery.model_dump()
-    return Evaluation(own.measurements, own.differences, gallery, **parts)
+    by_image = parts["predictions"], parts["hits"], parts["values"]
+    return Evaluation(own.measurements, own.differences, gallery, *by_image)
 
 
 def _merged(record: Record, old: Mapping[str, Any]) -> Record:

@@ -1,6 +1,6 @@
 """Computes every kind of features of a run and measures its tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from manyviews.evaluators.failures import catch_failure
 from manyviews.evaluators.geometry import Pixels, geometry, staleness, two_views
 from manyviews.evaluators.map import flat_map
 from manyviews.evaluators.protocol import Gallery
+from manyviews.evaluators.relevance import Relevance
 from manyviews.evaluators.results.measurement import (
     EMBEDDED,
     LEARNED,
@@ -87,8 +88,15 @@ def _project(head: nn.Module, features: Tensor) -> Tensor:
     return torch.cat([head(part.to(device)).float() for part in features.split(HEAD_BATCH)]).cpu()
 
 
-def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Gallery) -> Evaluation:
-    """Measures the tasks that compare features with labels or pairs; fitted metrics are saved."""
+def labelled_tasks(
+    job: Job,
+    kinds: Kinds,
+    tasks: Sequence[Task],
+    gallery: Gallery,
+    relevance: Relevance | None,
+    thresholds: Mapping[str, float],
+) -> Evaluation:
+    """Measures the tasks that compare images, with labels, pairs, relevances or none; fitted metrics are saved."""
     settings, labels, output = job.settings, job.labels, job.output
 
     def keep(kind: str, fitted: LinearMetric) -> None:
@@ -129,8 +137,11 @@ def labelled_tasks(job: Job, kinds: Kinds, tasks: Sequence[Task], gallery: Galle
         tasks=tasks,
         gallery=gallery,
         pairs=job.pairs,
+        relevance=relevance,
+        thresholds=thresholds,
         few=settings.few,
         metric=settings.metric,
+        metric_pairs=job.metric_pairs,
         distances={EMBEDDED: Euclidean()} if by_euclidean else None,
         keep=keep,
         augmented=augmented,

@@ -10,7 +10,7 @@ from manyviews.config import as_list
 from manyviews.evaluators.distance import Metric
 from manyviews.evaluators.fractions import FractionSettings
 from manyviews.evaluators.map import Method
-from manyviews.evaluators.protocol import ProtocolSettings
+from manyviews.evaluators.protocol import WITHOUT_LABELS, ProtocolSettings
 from manyviews.evaluators.results.measurement import EMBEDDED, GROUPING, LEARNED, Task
 from manyviews.features.backbone import PretrainedBackbone
 from manyviews.features.encoding import EncodeSettings
@@ -40,24 +40,29 @@ class EvaluateSettings(EncodeSettings):
     """The layer that is measured: the backbone's features, or the embedding that the objective compares (the
     projector's output, or the predictor's if there is one). Null: both, if the objective trains embeddings to be
     compared (triplet, margin, margin_softmax, …) or images are compared with each other; else the backbone. The verdict
-    on retrieval, clustering, verification and few_shot is then of the layer that the objective trains for it, and on
-    kNN and probes of the backbone."""
+    on retrieval, ranking, clustering, verification and few_shot is then of the layer that the objective trains for it,
+    and on kNN and probes of the backbone."""
     tasks: Annotated[tuple[AnyTask, ...] | None, BeforeValidator(_task_list)] = Field(None, min_length=1)
     """What is measured, one or several with commas: knn, linear, fractions (the probe from few labels), augmented (the
-    probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, clustering, verification,
-    few_shot, geometry; null: knn, linear, fractions and geometry, retrieval if the run has unseen classes, and
-    verification if there are pairs; without labels geometry, and verification of pairs."""
+    probe as papers train it, on new crops in every epoch: minutes, not seconds), retrieval, ranking (NDCG and rank
+    correlations, with relevance by class, continuous labels or relations=FILE), clustering, verification, few_shot,
+    geometry; null: knn, linear, fractions and geometry, retrieval if the run has unseen classes, ranking if it has
+    values or there are relations, and verification if there are pairs; without labels geometry, and ranking and
+    verification likewise. Ranking, clustering and verification of pairs need no labels."""
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(as_list)] = Field(None, min_length=1)
-    """Classes, by name or number, whose test images are compared with each other (retrieval, clustering, verification,
-    few_shot); null: those that the run left out of training (its unseen), or else all."""
+    """Classes, by name or number, whose test images are compared with each other (retrieval, ranking, clustering,
+    verification, few_shot); null: those that the run left out of training (its unseen), or else all."""
     pairs: str | None = None
     """A file of pairs for verification: lines a,b,same or a,b,same,fold (same is 1 or 0), or LFW's pairs.txt; no labels
     are needed. Null: pairs drawn of those images."""
+    relations: str | None = None
+    """A file that rankings are judged by (csv, tsv or jsonl): ranked lists, query,item,relevance or query,items in
+    order; or triplets, anchor,positive,negative."""
     metric: Metric | None = None
     """The distance by which neighbours are searched; null: the cosine, and for the embedding of an objective that
     trains Euclidean distances (log_ratio; triplet and contrastive with normalized=false) that one. All but cosine and
     euclidean are fitted on labelled training images, without those of the classes named or unseen, for each kind of
-    features, and saved in OUTPUT/metrics."""
+    features, and saved in OUTPUT/metrics. metric=mmc metric.relations=FILE is fitted on given pairs of them."""
     protocol: ProtocolSettings = ProtocolSettings()
     few: FractionSettings = FractionSettings()
     """The numbers of labels of the task fractions."""
@@ -95,34 +100,42 @@ def planned_tasks(settings: EvaluateSettings, recipe: Recipe, *, labelled: bool)
     """Returns the tasks of the settings, by default those that the images allow.
 
     Raises:
-        ValueError: if a task takes labels and there are none, or pairs are given and not verified.
+        ValueError: if a task takes labels and there are none, or a file of pairs or relations is given for no task.
     """
     by_pairs: tuple[AnyTask, ...] = ("verification",) if settings.pairs is not None else ()
     if settings.tasks is None:
         retrieval: tuple[AnyTask, ...] = ("retrieval",) if recipe.unseen else ()
         by_classes: tuple[AnyTask, ...] = ("knn", "linear", "fractions", *retrieval) if labelled else ()
-        return (*by_classes, *by_pairs, "geometry")
-    if not set(by_pairs) <= set(settings.tasks):
-        raise ValueError(
-            f"pairs={settings.pairs} is for tasks=verification, and tasks={','.join(settings.tasks)}; add it, or leave "
-            "pairs out"
-        )
-    if not labelled and not set(settings.tasks) <= {"geometry", *by_pairs}:
+        by_files: tuple[AnyTask, ...] = ("ranking",) if recipe.values is not None or settings.relations else ()
+        return (*by_classes, *by_files, *by_pairs, "geometry")
+    for key, file, task in (("pairs", settings.pairs, "verification"), ("relations", settings.relations, "ranking")):
+        if file is not None and task not in settings.tasks:
+            raise ValueError(
+                f"{key}={file} is for tasks={task}, and tasks={','.join(settings.tasks)}; add it, or leave {key} out"
+            )
+    if not labelled and not set(settings.tasks) <= {"geometry", *WITHOUT_LABELS, *by_pairs}:
         raise ValueError(
             f"tasks={','.join(settings.tasks)} takes labels and held-out images, and there are none: give "
-            "data=/a/folder that has one sub-folder per class, or tasks=geometry; verification takes pairs=FILE instead"
+            "data=/a/folder that has one sub-folder per class, or tasks=geometry; clustering, ranking, and "
+            "verification of pairs=FILE need none"
         )
     return settings.tasks
 
 
 def pairs_mark(settings: EvaluateSettings) -> str | None:
-    """Returns the name and the hash of the file of pairs; None without one.
+    """Returns the name and the hash of the file of pairs; None without one; OSError if it cannot be read."""
+    return _mark(settings.pairs)
 
-    Raises ValueError or OSError if it cannot be read.
-    """
-    if settings.pairs is None:
+
+def relations_mark(settings: EvaluateSettings) -> str | None:
+    """Returns the name and the hash of the file of relations; None without one; OSError if it cannot be read."""
+    return _mark(settings.relations)
+
+
+def _mark(file: str | None) -> str | None:
+    if file is None:
         return None
-    path = Path(settings.pairs).expanduser()
+    path = Path(file).expanduser()
     return f"{path.name} sha256:{sha256(path)[:16]}"
 
 

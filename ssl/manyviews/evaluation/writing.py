@@ -1,5 +1,7 @@
 """Writes the files of an evaluation atomically; a file that cannot be written is a warning."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +19,13 @@ from manyviews.system.arrays import read_tensors
 from manyviews.system.disk import nearest_existing
 from manyviews.system.files import read_json, sha256
 from manyviews.system.launch import in_a_line
-from manyviews.system.writing import aside_of, make_folder, open_new, remove, rename, replacing
+from manyviews.system.writing import aside_of, make_folder, open_new, remove, rename, replacing, write_atomic
 
 LOCK, LOCK_SECONDS = ".evaluation.lock", 120.0
 PROBED = 1 << 20
 """Bytes written to find out whether a folder is writable: about the size of a report."""
 DAMAGED = "evaluation.damaged.json"
+CLUSTERS = "clusters.csv"
 Warn = Callable[[str], object]
 
 
@@ -85,6 +88,37 @@ def read(output: Path) -> tuple[dict[str, Any], Outcomes]:
     if whole.get("outcomes") != sha256(output / OUTCOMES):
         raise ValueError(f"{output / EVALUATION} does not belong to {OUTCOMES}; evaluate the run again")
     return whole, dict(read_tensors(output / OUTCOMES))
+
+
+def write_clusters(findings: Findings, output: Path, warn: Warn) -> Path | None:
+    """Writes clusters.csv: each image's name, its cluster and its distance to the cluster's centre.
+
+    The clusters are those of the leading kind of features, the largest first, their images from the centre outwards.
+    Called on one rank; returns the path, or None if there are no clusters or it could not be written.
+    """
+    task = f"clustering/{findings.kind}"
+    groups, distances = findings.evaluation.predictions.get(task), findings.evaluation.values.get(task)
+    if groups is None or distances is None:
+        return None
+    ids = (groups >= 0).nonzero().squeeze(1)
+    ids = ids[distances[ids].argsort(stable=True)]
+    ids = ids[groups[ids].argsort(stable=True)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("name", "cluster", "distance"))
+    names = findings.shown.names
+    columns = (column[ids].tolist() for column in (groups, distances))
+    table.writerows(
+        (names[index], *row[:1], f"{row[1]:.6g}") for index, *row in zip(ids.tolist(), *columns, strict=True)
+    )
+    file = output / CLUSTERS
+    try:
+        # Names of files need not be valid UTF-8.
+        write_atomic(file, [text.getvalue().encode("utf-8", "surrogateescape")])
+    except OSError as problem:
+        warn(f"{file} could not be written: {in_a_line(problem)}")
+        return None
+    return file
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from manyviews.config import Settings
 from manyviews.data import Report
 from manyviews.engine import squared_distance_rows
 from manyviews.features.placing import placed
-from manyviews.linear_metrics import LinearMetric
+from manyviews.linear_metrics import MMC, LinearMetric
 from manyviews.linear_metrics import Metric as Fitted
 
 Nearness = Literal["cosine", "euclidean"]
@@ -31,6 +31,15 @@ class Euclidean(Settings):
 
 
 Metric = Annotated[Cosine | Euclidean | Fitted, Field(discriminator="name")]
+
+
+class MetricPairs(NamedTuple):
+    """Pairs of training images that a metric is fitted on in place of classes."""
+
+    images: Int[Tensor, "pairs 2"]
+    """Their indices."""
+    same: Float[Tensor, " pairs"]
+    """How similar they are, from 0 to 1."""
 
 
 class MappedFeatures(NamedTuple):
@@ -88,6 +97,11 @@ def is_fitted(metric: Metric | None) -> bool:
     return not isinstance(metric, Cosine | Euclidean | None)
 
 
+def takes_classes(metric: Metric | None) -> bool:
+    """Returns whether the metric is learned from the classes of training images."""
+    return is_fitted(metric) and not (isinstance(metric, MMC) and metric.relations is not None)
+
+
 def map_features(
     metric: Metric,
     train: Float[Tensor, "train dim"] | None,
@@ -95,12 +109,16 @@ def map_features(
     labels: Int[Tensor, " train"],
     fitting: Int[Tensor, " fitting"],
     *,
+    pairs: MetricPairs | None = None,
     report: Report | None = None,
 ) -> MappedFeatures:
-    """Fits the metric's linear map on the images `fitting`, if it has one, and applies it."""
+    """Fits the metric's linear map on the images `fitting`, or on `pairs`, if it has one, and applies it."""
     if isinstance(metric, Cosine | Euclidean):
         return MappedFeatures(train, test, metric.name, None, metric.name)
     assert train is not None, "a metric is fitted on training images"
-    # Copies in float64: of the features, centred, and their residuals.
-    fitted = metric.fit(placed(train[fitting], 8), labels[fitting], report=report)
+    if pairs is not None and isinstance(metric, MMC):
+        fitted = metric.fit_pairs(train, *pairs, report=report)
+    else:
+        # Copies in float64: of the features, centred, and their residuals.
+        fitted = metric.fit(placed(train[fitting], 8), labels[fitting], report=report)
     return MappedFeatures(fitted.transform(train), fitted.transform(test), "euclidean", fitted, metric.name)

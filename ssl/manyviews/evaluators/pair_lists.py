@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from manyviews.data.labels import open_table
 from manyviews.data.sources.paths import nearest, same_spelling
+from manyviews.data.tables import open_table
 from manyviews.evaluators.verification import Pairs, VerificationSettings
 from manyviews.system import keyed_random
 from manyviews.system.files import open_lines, shown

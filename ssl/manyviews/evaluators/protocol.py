@@ -11,10 +11,11 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.evaluators.augmented import AugmentedSettings
 from manyviews.evaluators.clustering import ClusteringSettings
-from manyviews.evaluators.distance import Metric, is_fitted
+from manyviews.evaluators.distance import Metric, is_fitted, takes_classes
 from manyviews.evaluators.few_shot import FewShotSettings, refuse_episodes
 from manyviews.evaluators.knn import MOST_HELD_OUT, KnnSettings
 from manyviews.evaluators.linear import LinearSettings
+from manyviews.evaluators.ranking import RankingSettings
 from manyviews.evaluators.results.measurement import GROUPING, PROBES, Task
 from manyviews.evaluators.retrieval import RetrievalSettings
 from manyviews.evaluators.splits import hold_out
@@ -29,23 +30,29 @@ class ProtocolSettings(Settings):
     linear: LinearSettings = LinearSettings()
     augmented: AugmentedSettings = AugmentedSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    ranking: RankingSettings = RankingSettings()
     clustering: ClusteringSettings = ClusteringSettings()
     verification: VerificationSettings = VerificationSettings()
     few_shot: FewShotSettings = FewShotSettings()
     held_out: float = Field(0.2, gt=0, lt=1)
     """Share of each class's training images that is held out to choose k, temperature and regularisation."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of that sample, of the starts of k-means, the pairs of verification and the episodes of few_shot."""
+    """Seed of that sample, of the queries of ranking, the starts of k-means, the pairs of verification and the episodes
+    of few_shot."""
 
 
 class Gallery(NamedTuple):
-    """The test images that retrieval, clustering, verification and few_shot compare with each other."""
+    """The test images that retrieval, ranking, clustering, verification and few_shot compare with each other."""
 
     images: Int64[Tensor, " gallery"]
     origin: str
     """A remark on their classes, such as "never seen in training"."""
     fitting: Int64[Tensor, " fitting"]
     """Ids of the training images that a metric may be fitted on: of other classes, if these are to be unseen."""
+
+
+WITHOUT_LABELS: frozenset[Task] = frozenset({"ranking", "clustering"})
+"""Tasks that need no labels; what they take instead is looked for elsewhere."""
 
 
 def refusals(
@@ -62,32 +69,34 @@ def refusals(
 
     `listed` is whether pairs to verify are given, for which no labels are needed.
     """
+    labels = test_labels[gallery.images]
+    labels = labels[labels >= 0]
     reasons: dict[Task, str] = {}
+    by_labels = [task for task in tasks if task not in WITHOUT_LABELS or (task == "clustering" and len(labels))]
+    by_labels = [task for task in by_labels if task != "verification" or not listed]
+    labelled = bool((test_labels >= 0).any())
+    if not labelled:
+        reasons |= dict.fromkeys(by_labels, "no test image has a label")
     by_distance = [task for task in tasks if searches(task)]
-    if is_fitted(metric) and by_distance:
+    if takes_classes(metric) and by_distance:
         try:
             fitting_images(gallery, train_labels, protocol)
         except ValueError as problem:
             reasons |= dict.fromkeys(by_distance, str(problem))
-    labels = test_labels[gallery.images]
-    labels = labels[labels >= 0]
     classes = len(labels.unique())
-    by_classes = [task for task in tasks if not (listed and task == "verification")]
-    if not len(test_labels) or int(test_labels.max()) < 0:
-        reasons |= dict.fromkeys(by_classes, "no test image has a label")
-    elif classes < 2:
+    if labelled and classes < 2:
         reason = (
             f"{plural(len(labels), 'test image')} of {plural(classes, 'class', 'classes')} are to be compared with "
             "each other; name 2 classes or more"
         )
-        reasons |= dict.fromkeys(GROUPING & set(by_classes), reason)
-    else:
+        reasons |= dict.fromkeys(GROUPING & set(by_labels), reason)
+    elif labelled:
         checks: dict[Task, Callable[[], object]] = {
             "verification": lambda: draw_pairs(labels, protocol.verification, seed=protocol.seed),
             "few_shot": lambda: refuse_episodes(labels, protocol.few_shot),
         }
         for task, check in checks.items():
-            if task in by_classes:
+            if task in by_labels:
                 try:
                     check()
                 except ValueError as problem:

@@ -10,7 +10,7 @@ from torch import Tensor
 from manyviews.config import Settings
 from manyviews.engine import top_k
 from manyviews.evaluators.distance import Nearness, searchable
-from manyviews.evaluators.ranking import discounted, ideal_hits
+from manyviews.evaluators.gains import discounted, ideal_hits
 
 HITS = 1 << 22
 """Ranks of one block of queries: 32 MiB for a float64 number at each rank. It changes no result."""
@@ -58,7 +58,7 @@ def retrieve(
     """Ranks the references by similarity to each query and scores the ranking, exactly.
 
     Recall@k as in Jégou et al. 2011 and Song et al. 2016; R-precision and MAP@R as in Musgrave et al. 2020, section
-    3.2; NDCG as in `ranking`, with relevances of 0 and 1. Equal similarities go to the lower reference. Without
+    3.2; NDCG as in `gains`, with relevances of 0 and 1. Equal similarities go to the lower reference. Without
     references each query is compared with all others. A reference with the query's id is left out of its ranking and of
     its number of relevant ones, as are all images labelled −1. Queries are ranked block by block: no table of all
     queries and references is stored. With `shared`, collective: all ranks pass the same, each searches its share of the

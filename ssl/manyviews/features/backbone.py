@@ -105,7 +105,9 @@ class PretrainedBackbone:
         state, origin = self.encoder, dict(self.origin)
         if state is None:
             state, origin = newest_encoder(self.folder, layer, self.weights, self.origin["file"])
-        random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False})
+        # Patches' context is no layer, and may depend on the size.
+        state = {key: value for key, value in state.items() if not key.startswith("context.")}
+        random = self.recipe.encoder.model_copy(update={"name": self.model, "pretrained": False, "context": None})
         build = partial(random.build, channels=self.channels, size=self.size)
         check_count(shown(self.name), _bytes(state), build)
         with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manyviews.config import Settings
-from manyviews.data import AnyData, Batch, Data, Split, shorthand
+from manyviews.data import AnyData, Batch, Data, Split, shorthand, with_sets
 from manyviews.data.decoding.files import Files
 from manyviews.data.images import Cropper, Images, Pictures
 from manyviews.data.loader import copied_ahead
@@ -62,7 +62,7 @@ def images_of(opened: PretrainedBackbone, settings: EncodeSettings, console: Con
             f"{opened.name} has no images of its own; say which with data=FOLDER, or the name of a data set"
         )
     with console.bar():
-        split = data.build(workers=settings.workers, report=console.report)
+        split = with_sets(data.build(workers=settings.workers, report=console.report), data)
     # Fewer channels are fine: the view repeats them.
     if split.train.channels > opened.channels:
         raise ValueError(

@@ -59,13 +59,14 @@ def check_encoder(settings: EncoderSettings, *, channels: int, size: int) -> Non
     )
 
 
-def check_objective(recipe: Recipe, *, ids: int, dim: int, processes: int) -> None:
+def check_objective(recipe: Recipe, *, ids: int, embeddings: int, dim: int, processes: int) -> None:
     """Raises ValueError if the objective's rows, or those drawn in a step, do not fit in memory.
 
-    `ids` is the number of images, or of classes where these are the ids; `dim` that of the embeddings.
+    `ids` is the number of images, or of classes where these are the ids; `embeddings` that of an image in a step, of
+    `dim` dimensions.
     """
     settings, batch = recipe.objective, recipe.train.batch_size
-    cost = settings.cost(Sizes(ids, recipe.views.num_views + recipe.views.local, batch, dim, processes, recipe.keys))
+    cost = settings.cost(Sizes(ids, embeddings, batch, dim, processes, recipe.keys))
     length = "objective.size, " if "size" in type(settings).model_fields else ""
     _check(
         cost.memory,

@@ -82,7 +82,7 @@ def inverse_root(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim
     if float(values[0]) <= least:
         raise ValueError(
             f"the covariance has rank {int((values > least).sum())} of {len(values)}: there are directions in which "
-            "the images of a class do not differ; leave shrinkage unset, or give one above 0"
+            "the images of a class, or of similar pairs, do not differ; leave shrinkage unset, or give one above 0"
         )
     root: Tensor = (vectors * values.rsqrt()) @ vectors.T
     return root

@@ -6,6 +6,7 @@ from pydantic import Field, SerializeAsAny, WrapValidator
 
 from manyviews.objectives.bank import Bank
 from manyviews.objectives.contrastive import Contrastive
+from manyviews.objectives.cpc import CPC
 from manyviews.objectives.in_batch import InBatch
 from manyviews.objectives.log_ratio import LogRatio
 from manyviews.objectives.margin import Margin
@@ -23,6 +24,7 @@ from manyviews.objectives.triplet import Triplet
 
 Objective = Annotated[
     InBatch
+    | CPC
     | Queue
     | Bank
     | Supervised
@@ -46,6 +48,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
 """Settings class of every objective of the union, by name."""
 
 __all__ = [
+    "CPC",
     "OBJECTIVES",
     "Bank",
     "Contrastive",

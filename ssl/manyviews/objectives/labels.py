@@ -50,6 +50,14 @@ class Labels(nn.Module):
 
         return tile
 
+    def of_pairs(
+        self, first: Int[Tensor, "*#pairs"], second: Int[Tensor, "*#pairs"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "*pairs"], Bool[Tensor, "*pairs"]]:
+        """Squared label distances of pairs of images, and a mask of equal labels."""
+        kinds, others = self.kinds[first], self.kinds[second]
+        differences = self.distinct[kinds].to(dtype) - self.distinct[others].to(dtype)
+        return differences.square().sum(-1), kinds == others
+
     def get_extra_state(self) -> UInt8[Tensor, " bytes"]:
         """The digest, which is saved in checkpoints."""
         return self._digest

@@ -1,5 +1,6 @@
 """Log-ratio loss (Kim et al. 2019): ratios of distances become those of continuous labels."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from manyviews.objectives.cost import Cost, Sizes, all_pairs
 from manyviews.objectives.labels import Labels, mean_squared_distance
 from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 
 Squared = Literal["both", "embeddings", "neither"]
@@ -25,7 +27,9 @@ class LogRatio(ObjectiveSettings):
     from any two others are to be in the ratio of its label distances.
     """
 
-    traits: ClassVar[Traits] = Traits(uses_values="always", compares_embeddings=True, distance="euclidean")
+    traits: ClassVar[Traits] = Traits(
+        uses_values="always", relations=("triplets",), compares_embeddings=True, distance="euclidean"
+    )
 
     name: Literal["log_ratio"] = "log_ratio"
     squared: Squared = "both"
@@ -42,27 +46,41 @@ class LogRatio(ObjectiveSettings):
         """Builds the objective, with the label of each image.
 
         Raises:
-            ValueError: if the population has no values.
+            ValueError: if the population has no values, or other images are to be items of lists.
         """
         if population.values is None:
             raise ValueError(
                 "objective=log_ratio compares distances with those of continuous labels, and there are none; set "
                 "values=pixels, values=labels, or values=FILE with numbers for each image"
             )
-        return LogRatioObjective(self, population.values, population.keys)
+        if population.lists is not None and population.lists.others:
+            raise ValueError(
+                "objective=log_ratio compares distances within each triplet, with no other images of the batch; leave "
+                "them out, or leave out the relations: then all triplets of the batch are compared"
+            )
+        return LogRatioObjective(self, population.values, population.keys, population.lists)
 
 
 class LogRatioObjective(Objective):
     """Log-ratio loss with the labels of all images."""
 
-    def __init__(self, settings: LogRatio, values: Float[Tensor, "images numbers"], keys: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: LogRatio,
+        values: Float[Tensor, "images numbers"],
+        keys: int | None = None,
+        lists: Lists | None = None,
+    ) -> None:
         super().__init__()
-        self.settings, self.labels, self.keys = settings, Labels(values), keys
+        self.settings, self.labels, self.keys, self.lists = settings, Labels(values), keys, lists
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of the triplets whose anchors are this rank's."""
-        squared, epsilon = self.settings.squared, self.settings.epsilon
-        return log_ratio(embeddings, ids, self.labels, squared=squared, epsilon=epsilon, keys=self.keys)
+        squared, epsilon, keys = self.settings.squared, self.settings.epsilon, self.keys
+        if self.lists is None:
+            return log_ratio(embeddings, ids, self.labels, squared=squared, epsilon=epsilon, keys=keys)
+        lists = self.lists
+        return log_ratio_of_lists(embeddings, ids, self.labels, lists, squared=squared, epsilon=epsilon, keys=keys)
 
 
 @float32_island
@@ -95,20 +113,77 @@ def log_ratio(
         0.0
     """
     gathered = gather_views(at_least_float32(embeddings), ids, keys)
-    dtype = gathered.rows.dtype
     left, right = squared_distance_rows(embeddings.flatten(0, 1), gathered.rows)
-    between = labels.between(ids.repeat(len(embeddings)), gathered.ids, dtype)
-    # Never 0, or the logarithm would be unbounded where all coincide.
-    least = torch.finfo(dtype).eps ** 2
-    smallest = epsilon * mean_squared_distance(gathered.rows.detach()) + least
-    smallest_label = epsilon * labels.scale.to(dtype) + least
-    power, label_power = (1.0 if squared != "neither" else 0.5), (1.0 if squared == "both" else 0.5)
+    between = labels.between(ids.repeat(len(embeddings)), gathered.ids, gathered.rows.dtype)
+    term_of = _term(gathered.rows, labels, squared, epsilon)
 
     def term(tile: slice, products: Tensor) -> tuple[Tensor, Tensor]:
         label_squares, equal = between(tile)
+        return term_of(products, label_squares, ~equal)
+
+    total, figures = sum_over_tiles(left, right, term)
+    return _loss(total, figures, len(left))
+
+
+@float32_island
+def log_ratio_of_lists(
+    embeddings: Embeddings,
+    ids: Ids,
+    labels: Labels,
+    lists: Lists,
+    *,
+    squared: Squared,
+    epsilon: float,
+    keys: int | None = None,
+) -> Loss:
+    """Mean of the same over given triplets a, i, j instead of all of the batch.
+
+    Which of i and j is the positive does not matter: the ratio of the label distances says it. Where one of them has
+    the anchor's label there is no ratio, and no loss.
+
+    Examples:
+        >>> from manyviews.objectives.relations import Relations
+        >>> lists = Lists(Relations("triplets", torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0]]), size=3))
+        >>> points, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [9.0]])
+        >>> loss = log_ratio_of_lists(
+        ...     points[None], torch.arange(3), Labels(labels), lists, squared="embeddings", epsilon=1e-6
+        ... )
+        >>> round(loss.total.item(), 4)  # squared distances as the labels have them
+        0.0
+    """
+    batch = list_batch(embeddings, ids, lists, "squared_distance", keys=keys)
+    everyone = gather_views(at_least_float32(embeddings.detach()), ids, keys).rows
+    term_of = _term(everyone, labels, squared, epsilon)
+    by_list = ids.view(len(ids) // lists.size, lists.size)
+    label_squares, equal = (
+        part.repeat(len(embeddings), 1) for part in labels.of_pairs(by_list[:, :1], by_list[:, 1:], everyone.dtype)
+    )
+
+    def term(some: slice, products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        return term_of(products, label_squares[some], there & ~equal[some])
+
+    total, figures = batch.sum(term)
+    loss = _loss(total, figures, len(batch.queries))
+    return loss._replace(terms=loss.terms | {"positive_similarity": batch.positive_similarity})
+
+
+def _term(
+    rows: Float[Tensor, "all dim"], labels: Labels, squared: Squared, epsilon: float
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Function of squared distances, those of labels, and a mask of the compared: their losses' sum, and figures.
+
+    `rows` are the embeddings of the batch.
+    """
+    dtype = rows.dtype
+    # Never 0, or the logarithm would be unbounded where all coincide.
+    least = torch.finfo(dtype).eps ** 2
+    smallest = epsilon * mean_squared_distance(rows.detach()) + least
+    smallest_label = epsilon * labels.scale.to(dtype) + least
+    power, label_power = (1.0 if squared != "neither" else 0.5), (1.0 if squared == "both" else 0.5)
+
+    def term(squares: Tensor, label_squares: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
         label_distances = label_squares.add(smallest_label).log() * label_power
-        distances = products.clamp(min=0).add(smallest).log() * power
-        compared = ~equal
+        distances = squares.clamp(min=0).add(smallest).log() * power
         others = compared.sum(1)
         misfit = _squares_about_the_mean(distances - label_distances, compared)
         spread = _squares_about_the_mean(label_distances, compared)
@@ -116,11 +191,16 @@ def log_ratio(
         figures = [triplets.sum(), others.sum(), (others * misfit).sum(), (others * spread).sum()]
         return (others * misfit).sum(), torch.stack([figure.detach().double() for figure in figures])
 
-    total, (triplets, negatives, misfit, spread) = sum_over_tiles(left, right, term)
+    return term
+
+
+def _loss(total: Tensor, figures: Tensor, anchors: int) -> Loss:
+    """Mean over the triplets of all ranks, with its terms."""
+    triplets, negatives, misfit, spread = figures
     # Embeddings with equal distances throughout would have a misfit equal to the spread of the labels.
     explained = torch.where(spread > 0, 1 - misfit / spread, 0)
-    terms = {"negatives": negatives / max(len(left), 1), "explained": explained}
-    return Loss(share_of_mean(total, triplets), {name: figure.to(dtype) for name, figure in terms.items()})
+    terms = {"negatives": negatives / max(anchors, 1), "explained": explained}
+    return Loss(share_of_mean(total, triplets), {name: figure.to(total.dtype) for name, figure in terms.items()})
 
 
 def _squares_about_the_mean(numbers: Tensor, counted: Tensor) -> Tensor:

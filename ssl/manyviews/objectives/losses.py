@@ -42,9 +42,10 @@ def gather_views(
 def share_of_mean(total: Float[Tensor, "*figures"], count: Tensor) -> Float[Tensor, "*figures"]:
     """This rank's part of a mean: the mean of the parts is Σ totals / Σ counts.
 
-    0, with a zero gradient, where nothing was counted; collective.
+    0, with a zero gradient, where nothing was counted; counts may be sums of weights. Collective.
     """
-    return total * distributed.world_size() / distributed.total(count).to(total.dtype).clamp(min=1)
+    whole = distributed.total(count).to(total.dtype)
+    return total * distributed.world_size() / whole.where(whole > 0, 1)
 
 
 def average(losses: Float[Tensor, " anchors"]) -> Float[Tensor, ""]:
@@ -63,6 +64,16 @@ def cross_entropy(
     0, with a zero gradient, where the log-sum-exp is −inf because there are no negatives.
     """
     return softplus(negatives - positives)
+
+
+def squared_distances(products: Float[Tensor, "*pairs"], *, normalized: bool) -> Float[Tensor, "*pairs"]:
+    """Squared distances from products: cosines of `normalized` rows, or else squared distances but for rounding."""
+    return 2 - 2 * products if normalized else products.clamp(min=0)
+
+
+def distances(squares: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    """Distances from squared ones; with a zero gradient where points coincide."""
+    return squares.clamp(min=torch.finfo(squares.dtype).eps).sqrt()
 
 
 def softplus(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -13,6 +13,7 @@ from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import NUMBER, Cost, Sizes, gathered_traffic, softmax_traffic
 from manyviews.objectives.losses import (
     Gathered,
+    average,
     cross_entropy,
     float32_island,
     gather_views,
@@ -21,12 +22,12 @@ from manyviews.objectives.losses import (
     softplus,
 )
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Stateless
+from manyviews.objectives.query_losses import FAR, logistic, n_pairs, ordered_pairs, unlike
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Traits
 from manyviews.system import distributed
 
 Form = Literal["multi_class", "one_vs_one"]
-FAR = -1e30
-"""Product of a query with what is no pair: neither costs anything."""
 
 
 class NPair(ObjectiveSettings):
@@ -47,7 +48,12 @@ class NPair(ObjectiveSettings):
     @property
     def traits(self) -> Traits:
         """N-pair-mc is InfoNCE of the products."""
-        return Traits(pairs_off=True, compares_embeddings=True, bounds_information=self.form == "multi_class")
+        return Traits(
+            pairs_off=True,
+            relations=("triplets", "ranked"),
+            compares_embeddings=True,
+            bounds_information=self.form == "multi_class",
+        )
 
     def cost(self, sizes: Sizes) -> Cost:
         """Cost of the first of each pair (views, or images of a class) against all second ones."""
@@ -62,7 +68,19 @@ class NPair(ObjectiveSettings):
         return sizes.cost(pairs - of_an_id, traffic=traffic, products=products)
 
     def build(self, *, dim: int, population: Population, seed: int) -> Objective:
-        """Builds the objective; it has no state."""
+        """Builds the objective; it has no state.
+
+        Raises:
+            ValueError: if queries and items of lists are to be exchanged.
+        """
+        lists = population.lists
+        if lists is not None:
+            if self.symmetric:
+                raise ValueError(
+                    "objective.symmetric=true exchanges anchors and positives, and in relations the query of a list is "
+                    "no item of its items' lists; set objective.symmetric=false"
+                )
+            return Stateless(lambda z, ids, _: n_pair_of_lists(z, ids, lists, self, keys=population.keys), lists)
         options = self.model_dump(exclude={"name"})
         return Stateless(lambda z, ids, _: n_pair(z, ids, **options))
 
@@ -108,6 +126,42 @@ def n_pair(embeddings: Embeddings, ids: Ids, *, form: Form, symmetric: bool, nor
     if form == "multi_class":
         terms |= information(losses, 1 + negatives, counted=there)
     return Loss(loss, terms)
+
+
+@float32_island
+def n_pair_of_lists(
+    embeddings: Embeddings, ids: Ids, lists: Lists, settings: NPair, *, keys: int | None = None
+) -> Loss:
+    """Mean over items f⁺ of lists of the loss against the items f⁻ of the same list that are less relevant.
+
+    With the query f it is the loss of `n_pair`: log(1 + Σ exp(f·f⁻ − f·f⁺)), N-pair with several negatives for each
+    positive, or one-vs-one Σ log(1 + exp(f·f⁻ − f·f⁺)). Where the batch's other images are items too, they are further
+    f⁻, as in the paper's batches. An item without a less relevant one has no loss.
+
+    Examples:
+        >>> from manyviews.objectives.relations import Relations
+        >>> lists = Lists(Relations("triplets", torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0]]), size=3))
+        >>> views = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])  # both products are 0
+        >>> loss = n_pair_of_lists(views, torch.arange(3), lists, NPair(norm_penalty=0.0))
+        >>> round(loss.total.item(), 4)  # log 2
+        0.6931
+    """
+    batch = list_batch(embeddings, ids, lists, "product", keys=keys)
+    most = batch.items.shape[1]
+
+    def term(some: slice, products: Tensor, relevances: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        above, below = unlike(relevances, there)
+        if settings.form == "multi_class":
+            losses = n_pairs(products, relevances, there)
+        else:
+            losses = ordered_pairs(products, relevances, logistic, there, most).sum()
+        return losses.sum(), torch.stack([above.sum(), below.sum()])
+
+    total, (positives, negatives) = batch.sum(term)
+    loss = share_of_mean(total, positives)
+    if settings.norm_penalty:
+        loss = loss + settings.norm_penalty / 2 * average(at_least_float32(embeddings).flatten(0, 1).square().sum(1))
+    return Loss(loss, batch.terms(negatives))
 
 
 class _Compared(NamedTuple):

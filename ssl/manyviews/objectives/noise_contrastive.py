@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from manyviews.engine.rows import at_least_float32
 from manyviews.objectives.cost import ID, NUMBER, Cost, Sizes
 from manyviews.objectives.losses import average, cross_entropy, float32_island, share_of_mean, softplus
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.relations import Lists
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 from manyviews.objectives.sharded_rows import LearnedRows, check_ids, fetch
 from manyviews.system import distributed
@@ -33,6 +34,11 @@ class NoiseContrastive(ObjectiveSettings):
 
     Ids are images or, with `ids=labels`, classes. The rows are learned by the optimizer, where those of `bank` follow
     the embeddings, and are sharded over the ranks.
+
+    Given pairs of images are the real pairs: the embedding of one and the row of the other, as word and context are
+    (Mikolov et al. 2013, equation 4), and the other way round. A pair that is not the same is one more noise row; one
+    of similarity s is real by s and noise by 1 − s. An image is as frequent as it has pairs; the others are no noise,
+    unless the recipe has them as negatives: then as if each were in one pair.
     """
 
     name: Literal["noise_contrastive"] = "noise_contrastive"
@@ -61,6 +67,7 @@ class NoiseContrastive(ObjectiveSettings):
             negatives_from="rows",
             noise=self.negatives or (1024 if self.correction else 5),
             one_draw=self.correction if self.shared is None else self.shared,
+            relations=("pairs",),
             bounds_information=True,
         )
 
@@ -93,11 +100,14 @@ class NoiseContrastiveObjective(LearnedRows):
 
     def __init__(self, settings: NoiseContrastive, *, dim: int, population: Population, seed: int) -> None:
         super().__init__(population, dim=dim, seed=seed)
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.lists = settings, seed, population.lists
+        frequencies = population.ids.bincount()
+        if self.lists is not None:
+            frequencies = self.lists.related_to(self.classes).clamp(min=int(self.lists.others))
         # Follows from the images, so no part of a checkpoint.
-        self.register_buffer("frequencies", population.ids.bincount(), persistent=False)
-        frequencies = self.frequencies.cpu().double()
-        weights = frequencies**settings.power
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        frequencies = frequencies.cpu().double()
+        weights = (frequencies**settings.power).where(frequencies > 0, 0)
         self._cumulative = weights.cumsum(0)
         # KL divergence of the ids' frequencies from the noise, Σ p log(p / q): InfoNCE bounds information beyond it.
         shares = frequencies / frequencies.sum()
@@ -113,7 +123,11 @@ class NoiseContrastiveObjective(LearnedRows):
             ValueError: if an id has no row (checked on CPU).
         """
         check_ids(ids, self.classes)
-        settings, views, batch = self.settings, len(embeddings), distributed.counts(len(ids))
+        settings, views = self.settings, len(embeddings)
+        pairs = None if self.lists is None else pairs_of(embeddings, ids, self.lists)
+        if pairs is not None:
+            embeddings, ids = pairs.embeddings, pairs.ids
+        batch = distributed.counts(len(ids))
         measure = normalize if settings.normalized else at_least_float32
         anchors, anchor_ids = measure(embeddings).flatten(0, 1), ids.repeat(views)
         own_rows = measure(fetch(self.weight, self.own.start, ids, batch)).repeat(views, 1)
@@ -130,20 +144,25 @@ class NoiseContrastiveObjective(LearnedRows):
             offsets=self._offsets(noise_ids, anchors),
             own_logits=own_logits.detach(),
             temperature=settings.temperature,
+            real=None if pairs is None else pairs.same,
         )
         total, figures = sum_over_tiles(anchors, measure(noise_rows), term, log_normaliser)
         anchor_count = torch.full((), len(anchors), device=ids.device)
-        own = softplus(-own_logits)
-        terms = {
-            "positive_similarity": F.cosine_similarity(anchors.detach(), own_rows.detach()).mean(),
-            "negatives": figures[0] / anchor_count.clamp(min=1),
-        }
+        cosines = F.cosine_similarity(anchors.detach(), own_rows.detach())
+        if pairs is None:
+            loss = average(softplus(-own_logits)) + share_of_mean(total, anchor_count)
+            similarity = cosines.mean()
+        else:
+            own = pairs.same * softplus(-own_logits) + (1 - pairs.same) * softplus(own_logits)
+            loss = share_of_mean(own.where(pairs.there, 0).sum() + total, pairs.there.sum())
+            similarity = share_of_mean((cosines * pairs.same).sum(), pairs.same.sum())
+        terms = {"positive_similarity": similarity, "negatives": figures[0] / anchor_count.clamp(min=1)}
         if log_normaliser.requires_grad:
             terms["normaliser"] = log_normaliser.detach().exp()
         # Too few noise rows, too unlike the ids, give no bound.
-        if self._divergence < math.log1p(settings.traits.noise):
+        if pairs is None and self._divergence < math.log1p(settings.traits.noise):
             terms["information"], terms["ceiling"] = share_of_mean(figures[1:], anchor_count) - self._divergence
-        return Loss(average(own) + share_of_mean(total, anchor_count), terms)
+        return Loss(loss, terms)
 
     def _noise(
         self, batch: list[int], views: int, step: int, like: Tensor
@@ -191,6 +210,29 @@ class NoiseContrastiveObjective(LearnedRows):
         return settings.power * self.frequencies[ids].to(like.dtype).log() + expected
 
 
+class Pairs(NamedTuple):
+    """Both embeddings of each pair of queries and items, in the order of the lists."""
+
+    embeddings: Float[Tensor, "views pairs dim"]
+    ids: Int[Tensor, " pairs"]
+    """Of the other one of each pair."""
+    same: Float[Tensor, " all"]
+    """How similar the pairs are, of all views."""
+    there: Bool[Tensor, " all"]
+    """Mask of the pairs that exist."""
+
+
+def pairs_of(embeddings: Embeddings, ids: Ids, lists: Lists) -> Pairs:
+    """Pairs the queries with the items of their lists, and the items with the queries."""
+    by_list = torch.arange(len(ids), device=ids.device).view(len(ids) // lists.size, lists.size)
+    queries, items = torch.broadcast_tensors(by_list[:, None, :1], by_list[:, None, 1:])
+    own, others = torch.cat([queries, items], 1).flatten(), torch.cat([items, queries], 1).flatten()
+    same, there = (
+        part[:, None].expand(-1, 2, -1).flatten().repeat(len(embeddings)) for part in lists.relevances(ids[by_list])
+    )
+    return Pairs(embeddings[:, own], ids[others], same.to(at_least_float32(embeddings).dtype), there)
+
+
 def draw(cumulative: Float64[Tensor, " ids"], count: int, *, seed: int, step: int) -> Int64[Tensor, " count"]:
     """Draws ids by cumulated weights, from seed and step alone; on the CPU for all devices."""
     numbers = torch.rand(count, generator=torch_generator(seed, step), dtype=torch.float64)
@@ -208,12 +250,14 @@ def noise_term(
     offsets: Float[Tensor, " noise"],
     own_logits: Float[Tensor, " all"],
     temperature: float,
+    real: Float[Tensor, " all"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 3"]]:
     """Σ −log σ(−s) with s = product / τ − log Z − offset, and three sums over the anchors.
 
     Each noise row counts as often as it was drawn (`times`), but not for an anchor of its own id if `ids`, those of all
-    anchors, are given. The sums are of the noise rows N − 1 that counted, of log N minus the InfoNCE loss of the same
-    scores, with `own_logits` those of the anchors' own rows, and of log N.
+    anchors, are given. The losses of each anchor are weighted by `real`, if given. The sums, which are not, are of the
+    noise rows N − 1 that counted, of log N minus the InfoNCE loss of the same scores, with `own_logits` those of the
+    anchors' own rows, and of log N.
     """
     logits = products / temperature - (log_normaliser + offsets)
     weights = times(rows).expand_as(products)
@@ -224,4 +268,6 @@ def noise_term(
         losses = cross_entropy((logits + weights.log()).logsumexp(1), own_logits[rows])
         highest = counts.log1p()
         figures = torch.stack([counts.sum(), (highest - losses).sum(), highest.sum()])
+    if real is not None:
+        weights = weights * real[rows, None]
     return (weights * softplus(logits)).sum(), figures

@@ -46,11 +46,12 @@ class Objective(nn.Module, ABC):
 
 
 class Stateless(Objective):
-    """Wraps a pure function of embeddings, ids and step."""
+    """Wraps a pure function of embeddings, ids and step, and the lists of relations that it reads, if any."""
 
-    def __init__(self, loss: Callable[[Embeddings, Ids, int], Loss]) -> None:
+    def __init__(self, loss: Callable[[Embeddings, Ids, int], Loss], lists: nn.Module | None = None) -> None:
         super().__init__()
-        self.loss = loss
+        # As a part of this module they move with it to another device.
+        self.loss, self.lists = loss, lists
 
     def forward(self, embeddings: Embeddings, ids: Ids, targets: Targets | None, step: int) -> Loss:
         """Loss of this rank's anchors against the embeddings of all ranks."""

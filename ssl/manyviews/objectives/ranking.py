@@ -16,9 +16,11 @@ from manyviews.objectives.labels import Labels
 from manyviews.objectives.losses import float32_island, gather_views, share_of_mean
 from manyviews.objectives.mining import most_alike
 from manyviews.objectives.objective import Embeddings, Ids, Loss, Objective, Targets
+from manyviews.objectives.relations import Lists, list_batch
 from manyviews.objectives.settings import ObjectiveSettings, Population, Temperature, Traits
 
 Relevance = Callable[[slice], Tensor]
+QueryLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Sums = tuple[Tensor, Tensor]
 RankingLoss = Literal["squared_error", "cross_entropy", "rank_net", "hinge", "list_net", "list_mle"]
 
@@ -27,10 +29,13 @@ class Ranking(ObjectiveSettings):
     """Ranking losses over all other embeddings of the batch: by point, by pair or by list.
 
     The relevance of an item to a query is 1 where they have the same id and 0 elsewhere; with the recipe's `values`
-    it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it.
+    it is 1 / (1 + distance of their labels), as Kim et al. 2019 measure it. Of the recipe's relations it is that of the
+    file, divided by the highest one if that is above 1, and items are those of the query's list.
     """
 
-    traits: ClassVar[Traits] = Traits(uses_values="if given", compares_embeddings=True)
+    traits: ClassVar[Traits] = Traits(
+        uses_values="if given", relations=("triplets", "ranked"), compares_embeddings=True
+    )
 
     name: Literal["ranking"] = "ranking"
     loss: RankingLoss = "list_net"
@@ -58,6 +63,8 @@ class RankingObjective(Objective):
         super().__init__()
         self.settings, self.alike, self.keys = settings, population.alike, population.keys
         self.labels = None if population.values is None else Labels(population.values)
+        self.lists = population.lists
+        self.highest = 1.0 if self.lists is None else max(float(self.lists.values.max()), 1.0)
         # Few items are relevant: at 1 nearly all are predicted to be irrelevant (Zhai et al. 2023, section 3.2).
         self.threshold = nn.Parameter(torch.tensor(1.0)) if settings.loss == "cross_entropy" else None
 
@@ -67,6 +74,8 @@ class RankingObjective(Objective):
 
         Items are all embeddings of the batch, on all ranks, but the query itself; local views are no items.
         """
+        if self.lists is not None:
+            return self._of_lists(embeddings, ids, self.lists)
         gathered = gather_views(normalize(embeddings), ids, self.keys)
         queries, query_ids = normalize(embeddings).flatten(0, 1), ids.repeat(len(embeddings))
         loss = self._loss(self._most(gathered.ids, self.keys or len(embeddings)))
@@ -78,12 +87,7 @@ class RankingObjective(Objective):
                 cosines, relevances = (_without(own[tile], items) for items in (cosines, relevances))
             if not cosines.shape[1]:
                 return cosines.sum(), products.new_zeros(4, dtype=torch.float64)
-            best = relevances.amax(1, keepdim=True)
-            asked = (best > relevances.amin(1, keepdim=True)).squeeze(1)
-            total = loss(cosines - threshold[0] if threshold else cosines, relevances).where(asked, 0).sum()
-            first = (relevances == best) & asked[:, None]
-            figures = [asked, cosines.where(first, 0), first, ~first & asked[:, None]]
-            return total, torch.stack([figure.detach().sum().double() for figure in figures])
+            return self._sums(loss, cosines, relevances, None, *threshold)
 
         keys = len(queries) if self.keys is None else self.keys * len(ids)
         sums = []
@@ -91,11 +95,36 @@ class RankingObjective(Objective):
             relevance = self._relevance(query_ids[part], gathered.ids, queries.dtype)
             own = gathered.own[part] if part.start == 0 else None
             sums.append(sum_over_tiles(queries[part], gathered.rows, partial(term, own, relevance), *learned))
-        total, (asked, similarities, first, rest) = (torch.stack(values).sum(0) for values in zip(*sums, strict=True))
+        return self._mean(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
+
+    def _of_lists(self, embeddings: Tensor, ids: Tensor, lists: Lists) -> Loss:
+        """Loss of this rank's lists, averaged over those with items of different relevance."""
+        batch = list_batch(embeddings, ids, lists, "cosine", keys=self.keys)
+        loss = self._loss(batch.items.shape[1])
+        learned = () if self.threshold is None else (self.threshold,)
+
+        def term(some: slice, cosines: Tensor, relevances: Tensor, there: Tensor, *threshold: Tensor) -> Sums:
+            return self._sums(loss, cosines, relevances / self.highest, there, *threshold)
+
+        return self._mean(*batch.sum(term, *learned))
+
+    def _sums(
+        self, loss: QueryLoss, cosines: Tensor, relevances: Tensor, there: Tensor | None, *threshold: Tensor
+    ) -> Sums:
+        """Sum of the losses of queries, and sums over these for the terms."""
+        above, below = query_losses.unlike(relevances, there)
+        asked, first = above.any(1), above & ~below
+        total = loss(cosines - threshold[0] if threshold else cosines, relevances, there).where(asked, 0).sum()
+        figures = [asked, cosines.where(first, 0), first, below]
+        return total, torch.stack([figure.detach().sum().double() for figure in figures])
+
+    def _mean(self, total: Tensor, figures: Tensor) -> Loss:
+        """Mean over the queries that were asked, of all ranks, with its terms."""
+        asked, similarities, first, rest = figures
         terms = {"positive_similarity": similarities / first.clamp(min=1), "negatives": rest / asked.clamp(min=1)}
         if self.threshold is not None:
             terms["threshold"] = self.threshold.detach().clone()
-        return Loss(share_of_mean(total, asked), {name: figure.to(queries.dtype) for name, figure in terms.items()})
+        return Loss(share_of_mean(total, asked), {name: figure.to(total.dtype) for name, figure in terms.items()})
 
     def _most(self, ids: Tensor, views: int) -> int | None:
         """On a GPU an upper bound of a query's relevant items, for which each tile would wait."""
@@ -107,20 +136,23 @@ class RankingObjective(Objective):
         members = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
         return most_alike(members, self.alike, views=views) - (self.keys is None)
 
-    def _loss(self, most: int | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Loss function of the cosines and relevances of queries' items."""
+    def _loss(self, most: int | None) -> QueryLoss:
+        """Loss function of the cosines and relevances of queries' items, and the mask of those that exist."""
         settings = self.settings
-        name = "binary_hinge" if settings.loss == "hinge" and self.labels is None else settings.loss
+        binary = settings.loss == "hinge" and self.labels is None and self.lists is None
+        name = "binary_hinge" if binary else settings.loss
         loss: Callable[..., Tensor] = getattr(query_losses, name)
         if name == "squared_error":
             return loss
         if name == "list_net":
-            return lambda cosines, relevances: loss(
-                cosines / settings.temperature, relevances / settings.label_temperature
+            return lambda cosines, relevances, there: loss(
+                cosines / settings.temperature, relevances / settings.label_temperature, there
             )
+        if binary:
+            return lambda cosines, relevances, there: loss(cosines / settings.temperature, relevances)
         if name in ("rank_net", "hinge"):
             loss = partial(loss, most=most)
-        return lambda cosines, relevances: loss(cosines / settings.temperature, relevances)
+        return lambda cosines, relevances, there: loss(cosines / settings.temperature, relevances, there)
 
     def _relevance(self, query_ids: Tensor, ids: Tensor, dtype: torch.dtype) -> Relevance:
         """Relevance of items of these ids to a slice of the queries."""

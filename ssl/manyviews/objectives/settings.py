@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float, Int
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from manyviews.config import Settings
 from manyviews.objectives.cost import Cost, Distance, Sizes
+from manyviews.objectives.mining import Sampling
 from manyviews.objectives.objective import Objective
+from manyviews.objectives.relations import Kind, Lists
 
 
 class Population(NamedTuple):
@@ -26,6 +28,10 @@ class Population(NamedTuple):
     keys: int | None = None
     """Number of views, the first ones, that embeddings are compared with; None: all. Local views come after them: they
     are anchors, but nobody's positive or negative (Caron et al. 2020, SwAV, equation 6)."""
+    lists: Lists | None = None
+    """Relations of the images, of which batches are made then."""
+    patches: int | None = None
+    """Patches on a side of the grid that each image is cut into; None: it is not."""
 
     @property
     def size(self) -> int:
@@ -48,6 +54,8 @@ class Traits(NamedTuple):
     """Why `ids=labels` is not supported, as a clause about the objective; None: ids may be classes."""
     uses_values: Literal["always", "if given"] | None = None
     """Whether it takes the recipe's `values`, the continuous labels of images."""
+    relations: tuple[Kind, ...] = ()
+    """Kinds of relations between images that it can be trained by."""
     compares_embeddings: bool = False
     """Whether embeddings are trained to be compared with each other. Then they, and not the backbone's features, are
     used for retrieval, clustering and verification."""
@@ -59,10 +67,14 @@ class Traits(NamedTuple):
     """Whether all anchors share one draw of noise."""
     follows_images: bool = False
     """Whether its state has `rows`, one per image, that follow the projector's embeddings."""
+    sampling: Sampling | None = None
+    """How pairs or triplets of a batch are sampled; None: they are not."""
     twin_momentum: float | None = None
     """Share of its old weights that a momentum twin keeps at each step; None: there is no twin."""
     bounds_information: bool = False
     """Whether its loss, or the scores that it compares, bound the mutual information of anchor and positive."""
+    predicts_patches: bool = False
+    """Whether it predicts the patches of one view from their contexts, the embeddings of an encoder with a context."""
     splits_views: bool = False
     """Whether the encoder gets view 0 (and the local views) and the twin view 1 only, instead of both views each."""
     shuffles: bool = False
@@ -119,3 +131,10 @@ def validate_external(value: Any, validate: Callable[[Any], Any]) -> Any:
         return value
     # Members of the union are validated by it, for the paths in its errors.
     return validate(value) if settings is None or settings.__module__.startswith(__package__) else settings(**value)
+
+
+def renamed(values: Any, old: str, new: str, meanings: Mapping[bool, str]) -> Any:
+    """Reads the setting that an earlier version called `old`, true or false, as the `new` one."""
+    if not isinstance(values, dict) or not isinstance(values.get(old), bool) or new in values:
+        return values
+    return {key: value for key, value in values.items() if key != old} | {new: meanings[values[old]]}

@@ -80,6 +80,8 @@ def facts(history: History, findings: Findings) -> list[tuple[str, str]]:
     rows = [("features", width)]
     if recipe is not None:
         positives = "views of the same image" if recipe.ids == "images" else "images of the same label"
+        if recipe.data.relations is not None and recipe.ids == "images" and recipe.objective.traits.relations:
+            positives = "those of the relations"
         start = "pretrained" if recipe.encoder.pretrained else "from random weights"
         projector = recipe.encoder.projector
         projected = f"projected onto {projector.dim:,}" if projector.layers else "no projector"

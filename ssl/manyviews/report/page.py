@@ -15,10 +15,12 @@ from manyviews.evaluators.failures import failure_messages
 from manyviews.evaluators.results.measurement import label
 from manyviews.evaluators.results.tables import sheets
 from manyviews.report import plots
+from manyviews.report.clusters import clusters_of
 from manyviews.report.contents import Contents, contents_of, references
-from manyviews.report.findings import Findings, has_labels
+from manyviews.report.findings import Findings, has_labels, labels_of
 from manyviews.report.history import History, facts, read_history, warnings_of
 from manyviews.report.pictures import data_uri, hover_map, picture_uri, uris
+from manyviews.report.sampling import sampling_section
 from manyviews.report.tensorboard import write_tensorboard
 from manyviews.report.verified import judged_pictures
 from manyviews.system.files import spelled
@@ -57,13 +59,17 @@ def write_report(
     seed = history.recipe.seed if history.recipe is not None else 0
     contents = contents_of(findings, seed)
     values = _run(findings, history) | _scores(findings) | _curves(history) | _pictures(findings, contents, seed)
+    values |= sampling_section(findings.folder, history.metrics)
     sections = {
         ("warnings", "Warnings"): values["warnings"],
         ("run", "Run"): True,
         ("scores", "Scores"): True,
         ("curves", "Curves"): values["curves"] or values["no_curves"],
+        ("sampling", "Sampling"): values["sampling"],
         ("views", "Views"): values["views"],
         ("neighbours", "Neighbours"): True,
+        ("ranking", "Rankings"): values["ranked"],
+        ("clusters", "Clusters"): values["clusters"],
         ("map-section", "Map"): values["map"],
         ("confusion", "Confusions"): contents.confusions,
         ("similarities", "Similarities"): values["histogram"],
@@ -144,6 +150,10 @@ def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, An
     queries, confusions = (*contents.random, *contents.wrong, *contents.alike), contents.confusions
     own = [query.id for query in queries]
     own += [example for pair in (confusions.worst if confusions else ()) for example in pair.examples]
+    ranked, clusters = findings.evaluation.ranked.get(findings.kind), clusters_of(findings)
+    for query in (*ranked.worst, *ranked.best) if ranked is not None else ():
+        own += [query.query, *(item for item, _ in (*query.ranked, *query.ideal))]
+    own += [image for _, group in (clusters.groups if clusters else ()) for one in group for image in one.images]
     views = findings.folder / "views.png"
     has_views = views.is_file() and views.stat().st_size <= LARGEST_PICTURE
     first_map = next(iter(contents.maps.values()), None)
@@ -169,6 +179,9 @@ def _pictures(findings: Findings, contents: Contents, seed: int) -> dict[str, An
         "where": f"{searched} images",
         "where_one": f"{searched} image",
         "wrong_by": "kNN" if f"knn/{findings.kind}" in findings.evaluation.hits else "retrieval",
+        "ranked": ranked,
+        "clusters": clusters,
+        "shown_labels": labels_of(findings.shown).tolist(),
         "map": hover_map(findings, seed),
         "still": None if first_map is None else picture_uri(first_map, "png"),
         "histogram": Markup(plots.as_svg(contents.histogram, "similarities")) if contents.histogram else None,

@@ -4,25 +4,24 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
+from manyviews.evaluators.drawing import FAINT, FIRST, INK, SECOND, THIRD, new_axes
 from manyviews.evaluators.lettering import lettering, shortened
 from manyviews.system.files import spelled
 
 SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-INK, FAINT, FIRST, SECOND, THIRD = "#1f2328", "#9aa1a9", "#2f6fb5", "#c9662b", "#3a8f63"
 THEME = {INK: "ink", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
 """Variables of the page's style that replace these colours, for dark mode."""
 PALETTE = (
@@ -91,7 +90,7 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = MOST_POINT
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
     """Plots curves over the steps, by name: the first solid, the others dashed; at most three."""
     # An automatic layout would take longer than drawing.
-    figure, axes = _figure(CURVE_WIDTH, 1.9, layout=None)
+    figure, axes = new_axes(CURVE_WIDTH, 1.9, layout=None)
     for number, ((name, (steps, values)), colour) in enumerate(
         zip(lines.items(), (FIRST, SECOND, THIRD), strict=False)
     ):
@@ -118,7 +117,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figu
 
 def histogram(values: Mapping[str, Float[Tensor, " _"]], mark: tuple[str, float] | None = None) -> Figure:
     """Plots the distribution of cosines, each kind with an area of 1, and marks one value."""
-    figure, axes = _figure(5.4, 2.6)
+    figure, axes = new_axes(5.4, 2.6)
     low = min(float(own.min()) for own in values.values())
     low = math.floor(20 * min(low, mark[1] if mark else 1.0) - 1e-6) / 20
     edges = np.linspace(max(low, -1.0), 1.0, BINS + 1) if low < 1 else np.linspace(0.95, 1.0, BINS + 1)
@@ -147,7 +146,7 @@ def roc(
     A point on each curve is its equal error rate, on the dotted line where false accepts equal false rejects; `mark` is
     a vertical line.
     """
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = new_axes(6.4, 3.6)
     least = min((rate for rates, _ in curves.values() for rate in rates if rate > 0), default=0.1)
     least = min(least, 0.1)
     chance = np.geomspace(least, 1, 200)
@@ -176,7 +175,7 @@ def roc(
 
 def scatter(points: Float[Tensor, "points 2"], colours: Sequence[str], names: Mapping[str, str]) -> Figure:
     """Plots a map, a point for each image; `names` are the legend's entries and colours."""
-    figure, axes = _figure(7.0, 5.2)
+    figure, axes = new_axes(7.0, 5.2)
     axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=9, c=list(colours), linewidths=0, alpha=0.85)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -217,19 +216,6 @@ def as_svg(figure: Figure, description: str) -> str:
     for colour, name in THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout=layout)
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.grid(visible=True, axis="y", color=FAINT, alpha=0.35, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
-        spine.set_linewidth(0.6)
-    return figure, axes
 
 
 def panels(metrics: Sequence[dict[str, float]]) -> tuple[list[Panel], list[Panel]]:

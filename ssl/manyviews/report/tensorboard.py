@@ -15,7 +15,9 @@ from manyviews.evaluators.confusion import as_pixels
 from manyviews.evaluators.map import principal_components
 from manyviews.report.contents import DPI, Contents, Query, references
 from manyviews.report.findings import Findings, drawn, labels_of
+from manyviews.report.history import read_history
 from manyviews.report.pictures import sheet, thumbnails
+from manyviews.report.sampling import sampling_figures_of
 from manyviews.system.files import spelled
 from manyviews.system.writing import aside_of, folder_path, make_folder, remove, rename
 from manyviews.views import StandardView
@@ -63,6 +65,8 @@ def _write(writer: SummaryWriter, findings: Findings, contents: Contents, seed: 
         writer.add_image("similarities", as_pixels(contents.histogram, DPI))
     if contents.verified is not None:
         writer.add_image("verification/ROC curves", as_pixels(contents.verified.figure, DPI))
+    for name, figure in sampling_figures_of(findings.folder, read_history(findings.folder).metrics).items():
+        writer.add_image(f"sampling/{name}", as_pixels(figure, DPI))
     if verdict := findings.evaluation.verdict():
         writer.add_text("verdict", verdict)
     _project(writer, findings, seed)

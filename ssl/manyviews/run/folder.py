@@ -31,7 +31,8 @@ CLASSIFIER = "classifier"
 """The export of fine-tuning, instead of a backbone."""
 FOLDERS = ("backbone", CHECKPOINTS, CLASSIFIER, "tensorboard")
 UNREADABLE, INVENTORY = "unreadable.txt", "images.jsonl"
-VIEWS = "views"
+VIEWS, SAMPLING = "views", "sampling"
+"""Names of pictures."""
 HISTOGRAM_BINS = 100
 START = ".start-"
 SMALL = (CONFIG, UNREADABLE, f"{VIEWS}.png")
@@ -58,7 +59,7 @@ class Run:
     ) -> None:
         self.folder, metrics = folder, folder / METRICS
         self._warn, self._lock_again = warn, lock_again
-        for name in (*SMALL, INVENTORY, METRICS, DONE):
+        for name in (*SMALL, INVENTORY, METRICS, DONE, f"{SAMPLING}.png", f"{SAMPLING}.json"):
             for left in folder.glob(f".{name}.*.partial"):
                 remove(left)
         if metrics.exists() or metrics.is_symlink():
@@ -102,6 +103,13 @@ class Run:
         except OSError as problem:
             self._warn(f"{file} could not be written: {problem}")
         self._curves.show(summary.image(name, picture, dataformats="CHW"), step)
+
+    def keep(self, name: str, text: str) -> None:
+        """Writes a small file of the run; one that cannot be written is a warning."""
+        try:
+            write_atomic(self.folder / name, [f"{text}\n".encode()])
+        except OSError as problem:
+            self._warn(f"{self.folder / name} could not be written: {problem}")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Writes a histogram of the finite values to TensorBoard."""

@@ -65,6 +65,14 @@ def glimpse(
     )
 
 
+def without_repeats(sample: EmbeddingSample) -> EmbeddingSample:
+    """The sample with the first embedding of each image."""
+    ids, where = sample.ids.unique(return_inverse=True)
+    first = torch.full_like(ids, len(where)).scatter_reduce_(0, where, torch.arange(len(where)), "amin")
+    others = None if sample.others is None else sample.others[first]
+    return EmbeddingSample(sample.embeddings[first], others, ids)
+
+
 def spread(embeddings: Float[Tensor, "images dim"]) -> float:
     """Standard deviation of unit embeddings, times √dim: 1 if uniform, 0 if collapsed.
 

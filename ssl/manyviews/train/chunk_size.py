@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from manyviews.config import load
-from manyviews.data import Images, Order
+from manyviews.data import Images, Order, RelationTable
 from manyviews.data.images import Pictures
 from manyviews.data.pictures import pictures
 from manyviews.optim import set_rate
@@ -32,7 +33,14 @@ def with_known_chunk(recipe: Recipe, folder: Path) -> Recipe:
     return _with_chunk(recipe, load(Recipe, folder / CONFIG).train.part)
 
 
-def with_found_chunk(recipe: Recipe, accelerator: Accelerator, images: Images, order: Order, step: Step) -> Recipe:
+def with_found_chunk(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    images: Images,
+    order: Order,
+    step: Step,
+    relations: RelationTable | None = None,
+) -> Recipe:
     """With train.chunk=auto, a recipe with the largest chunk that fits on every rank; collective.
 
     `step` is tried on other components, built for it and dropped: nothing has to be restored.
@@ -53,7 +61,8 @@ def with_found_chunk(recipe: Recipe, accelerator: Accelerator, images: Images, o
     parts = 0
     # A rank that runs out of memory leaves a step in which the others would wait for it.
     with raise_on_all_ranks(), distributed.alone():
-        parts = _fewest_parts(recipe, accelerator, images, order, own, step)
+        build_here = partial(build, recipe, accelerator, images, relations, alone=True)
+        parts = _fewest_parts(build_here, images, order, own, step)
     # Accelerate keeps what it has wrapped.
     accelerator.free_memory()
     torch.cuda.empty_cache()
@@ -84,23 +93,20 @@ def fewest_parts(local: int, smallest: int, fits: Callable[[int], bool]) -> int:
     return parts
 
 
-def _fewest_parts(
-    recipe: Recipe, accelerator: Accelerator, images: Images, order: Order, own: slice, step: Step
-) -> int:
+def _fewest_parts(build_here: Callable[[], Components], images: Images, order: Order, own: slice, step: Step) -> int:
     """As `fewest_parts`, by steps of this rank on its share of the first batch."""
-    device, (epoch, batch) = accelerator.device, order.batch(0)
-    ids = batch[own]
-    components = build(recipe, accelerator, images, alone=True)
+    components, (epoch, batch) = build_here(), order.batch(0)
+    device, ids = components.accelerator.device, batch[own]
     read, numbers = pictures(images, ids, components.views, epoch).to(device), ids.to(device)
     components.forward.train()
     # Averages are allocated, and the weights stay.
     set_rate(components.optimiser, 0.0)
     weights = sum(parameter.nbytes for parameter in components.encoder.parameters())
-    buckets = weights if accelerator.num_processes > 1 else 0
+    buckets = weights if components.accelerator.num_processes > 1 else 0
     _reserve = torch.empty(buckets + int(RESERVE * hardware.device()), dtype=torch.uint8, device=device)
 
     def fits(parts: int) -> bool:
-        tried = components._replace(recipe=_with_chunk(recipe, -(-len(ids) // parts)))
+        tried = components._replace(recipe=_with_chunk(components.recipe, -(-len(ids) // parts)))
         fitting = _runs(lambda: step(tried, read, numbers, epoch, 0))
         _clear(components)
         return fitting

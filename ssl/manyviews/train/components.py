@@ -7,8 +7,9 @@ from accelerate import Accelerator
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from manyviews.data import ClassOrder, Images, Order
+from manyviews.data import ClassOrder, Images, Order, RelationOrder, RelationTable
 from manyviews.data.labels import values_of
+from manyviews.data.relation_order import list_size
 from manyviews.data.sampler import Composition, composition, way_out
 from manyviews.encoder.encoder import Encoder, MomentumTwin
 from manyviews.encoder.sync_batch_norm import synchronise_batch_norms
@@ -16,6 +17,7 @@ from manyviews.features.limits import check_encoder, check_objective, check_view
 from manyviews.objectives import ObjectiveModule, Population
 from manyviews.recipe import Recipe
 from manyviews.system import distributed
+from manyviews.train.relations import lists_of
 from manyviews.train.session import wrap
 from manyviews.views import Views, enlarged
 
@@ -40,9 +42,18 @@ class Components(NamedTuple):
     """A warning if views have more pixels than the images."""
     held_out: str | None = None
     """The fingerprint of the held-out images."""
+    relations: str | None = None
+    """The fingerprint of the relations."""
 
 
-def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bool = False) -> Components:
+def build(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    images: Images,
+    relations: RelationTable | None = None,
+    *,
+    alone: bool = False,
+) -> Components:
     """Builds all components for a set of images; `alone`, as if there were one process, and not compiled.
 
     Raises:
@@ -70,10 +81,15 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     if recipe.train.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
     values = None if recipe.values is None else values_of(images, recipe.values)
-    # No image comes twice in a batch, and with images per class no other number of a class.
-    alike = 1 if names is None else recipe.train.images_per_class
-    population = Population(torch.arange(len(images)) if names is None else names, values, alike, recipe.keys)
-    check_objective(recipe, ids=population.size, dim=encoder.dim, processes=processes)
+    # Without relations no image comes twice in a batch, and with images per class no other number of a class.
+    alike = None if relations is not None else 1 if names is None else recipe.train.images_per_class
+    lists = lists_of(recipe, relations)
+    lists = None if lists is None else lists.to(accelerator.device)
+    ids = torch.arange(len(images)) if names is None else names
+    grid = None if encoder.context is None else encoder.context.grid.patches
+    population = Population(ids, values, alike, recipe.keys, lists, grid)
+    of_an_image = encoder.per_image(recipe.views.num_views + recipe.views.local)
+    check_objective(recipe, ids=population.size, embeddings=of_an_image, dim=encoder.dim, processes=processes)
     objective = recipe.objective.build(dim=encoder.dim, population=population, seed=recipe.seed)
     objective, views = objective.to(accelerator.device), views.to(accelerator.device)
     twin = MomentumTwin(encoder) if recipe.objective.traits.twin_momentum is not None else None
@@ -83,11 +99,18 @@ def build(recipe: Recipe, accelerator: Accelerator, images: Images, *, alone: bo
     if names is not None:
         names = names.to(accelerator.device)
     parts = (views, encoder, forward, twin, objective, optimiser, names, shuffled)
-    return Components(recipe, accelerator, *parts, enlarged(views.window.size, images, recipe.data))
+    built = Components(recipe, accelerator, *parts, enlarged(views.window.size, images, recipe.data))
+    return built if relations is None else built._replace(relations=relations.fingerprint)
 
 
-def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None = None) -> Order:
-    """The batch sampler of a run; with `train.images_per_class` it samples by label.
+def batches(
+    recipe: Recipe,
+    images: Images,
+    processes: int,
+    begun_on: int | None = None,
+    relations: RelationTable | None = None,
+) -> Order:
+    """The batch sampler of a run: of relations, with `train.images_per_class` by label, or else of all images.
 
     With `train.drop_last=false` an epoch ends with a smaller batch, if that has 2 images for each process and each part
     of a split batch norm. `begun_on` is the world size of the run that is resumed.
@@ -96,6 +119,9 @@ def batches(recipe: Recipe, images: Images, processes: int, begun_on: int | None
         ValueError: if there are too few images, or an epoch has other steps than on the `begun_on` processes.
     """
     num_images, per_class = len(images), recipe.train.images_per_class
+    if relations is not None:
+        size = list_size(relations, recipe.train.items_per_query)
+        return RelationOrder(relations, size, recipe.train.batch_size, recipe.seed, processes=processes)
     if per_class is not None:
         return ClassOrder(labels_of(images), recipe.train.batch_size, per_class, recipe.seed)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from manyviews.data import ClassOrder, Images
+from manyviews.data import ClassOrder, Images, RelationOrder, RelationTable
 from manyviews.data.listing.inventory import copy_warnings
 from manyviews.data.pictures import reads_crops
+from manyviews.data.relation_order import LISTS
 from manyviews.objectives.cost import Sizes
 from manyviews.system import distributed
 from manyviews.system.console import Console
@@ -34,8 +35,14 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
         learned = set(train.labels.tolist())
         left_out = [name for number, name in enumerate(train.classes) if number not in learned]
         console.say(f"unseen     {shown(', '.join(left_out))}: left out of training")
+    if isinstance(order, RelationOrder) and setup.relations is not None:
+        console.say(f"relations  {relations_in_words(setup.relations, order, recipe.unrelated == 'negatives')}")
     views = recipe.views
     small = f" and {views.local} local ones, {views.local_size} px" if views.local else ""
+    context = components.encoder.context
+    if context is not None:
+        side, passing = context.grid.patches, context.grid.patches**2 * min(chunk or local, local)
+        small = f", cut into {side} × {side} patches of {context.grid.side} px: {passing:,} pass the encoder at once"
     console.say(f"views      {views.num_views} per image, {views.size} px{small}")
     console.say(
         f"encoder    {recipe.encoder.name}: {components.encoder.num_features:,} features, {parameters:,} parameters"
@@ -46,10 +53,12 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
     console.say(f"objective  {recipe.objective.name}{silent}")
     ids = len(train) if components.names is None else int(components.names.max()) + 1
     dim = components.encoder.dim
-    sizes = Sizes(ids, views.num_views + views.local, recipe.train.batch_size, dim, processes, recipe.keys)
+    of_an_image = components.encoder.per_image(views.num_views + views.local)
+    sizes = Sizes(ids, of_an_image, recipe.train.batch_size, dim, processes, recipe.keys)
     cost = recipe.objective.cost(sizes)
     cost = cost._replace(negatives=negatives_of(recipe, split.train, contrasts, cost.negatives))
-    console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")
+    if setup.relations is None:
+        console.say(f"negatives  {cost}{' on average' if contrasts is not None else ''}")
     console.say(
         f"training   {budget}, batch {recipe.train.batch_size}{each}, {recipe.optim.name}, {precision} on "
         f"{processes} × {accelerator.device.type} ({plural(torch.get_num_threads(), 'thread')})"
@@ -69,6 +78,17 @@ def describe(setup: Setup, folder: Path, console: Console) -> None:
             f"{order.left_out:,} images have no class, or one of fewer than train.images_per_class={order.per_class} "
             "images, and are left out of training"
         )
+
+
+def relations_in_words(relations: RelationTable, order: RelationOrder, negatives: bool) -> str:
+    """What the relations are, how many images they have, and how batches and epochs are made of them."""
+    own = order.size - 1
+    lists = plural(order.lists, LISTS[order.kind])
+    of_items = f", {len(relations.ids):,} relevances" if order.kind == "ranked" else ""
+    each = f" of a query and {plural(own, 'item')}" if order.kind == "ranked" else ""
+    others = "; other images of a batch are negatives" if negatives else ""
+    batch = f"a batch has {order.batch_size // order.size:,}{each}, an epoch is a pass over them{others}"
+    return f"{lists}{of_items}, of {plural(relations.images, 'image')}; {batch}"
 
 
 def pixels_of(images: Images) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from manyviews.run.health import EmbeddingSample, figures, similarities
+from manyviews.run.health import EmbeddingSample, figures, similarities, without_repeats
 from manyviews.system.background import HostCopy
 from manyviews.train.budget import LossHistory
 
@@ -31,14 +31,15 @@ class Line(NamedTuple):
     figures: "Future[Figures]"
 
 
-def figures_of(losses: LossHistory, sample: HostCopy | None, *, histograms: bool) -> Figures:
-    """Computes the figures of a line from copies, in any thread."""
+def figures_of(losses: LossHistory, sample: HostCopy | None, *, histograms: bool, once: bool = False) -> Figures:
+    """Computes the figures of a line from copies, in any thread; with `once`, of each image once."""
     known = Figures(losses.means(), {}, {}, None)
     if sample is None:
         return known
     try:
         first, *others, ids = sample.read()
         seen = EmbeddingSample(first, others[0] if others else None, ids)
+        seen = without_repeats(seen) if once else seen
         return known._replace(histograms=similarities(seen) if histograms else {}, health=figures(seen))
     except Exception as problem:
         return known._replace(problem=problem)

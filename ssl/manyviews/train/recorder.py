@@ -26,6 +26,7 @@ from manyviews.train.components import Components
 from manyviews.train.metric_line import Line, figures_of
 from manyviews.train.not_finite import SkippedStep, SkippedSteps
 from manyviews.train.resume import SCHEDULE, differences
+from manyviews.train.sampling_pictures import SamplingPictures
 from manyviews.train.session import Session
 from manyviews.train.step import StepResult
 from manyviews.views import standard_view
@@ -69,6 +70,7 @@ class Recorder:
         self._last = self._begun, budget.seconds()
         """Step and seconds of the last line of metrics."""
         self._monitored = monitored_ids(images.labels, recipe, session.console)
+        self._sampling = SamplingPictures(recipe, session, budget.progress(self._begun))
         self._cut_off = bool(metadata.get("cut_off", False))
         """Whether a signal has interrupted a measurement, which is repeated then."""
         self._measured = max(int(budget.progress(self._begun) * recipe.train.monitor) - self._cut_off, 0)
@@ -158,6 +160,9 @@ class Recorder:
         self._skips.count(skipped)
         if skipped is None and isinstance(result, StepResult):
             self._averager.add(result.loss)
+            if self._sampling.due(progress):
+                with self._budget.paused():
+                    self._sampling.add(step, progress, result)
         if not len(self._averager) or seconds is None:
             return
         self.write_line()
@@ -167,11 +172,13 @@ class Recorder:
         if skipped is None and isinstance(result, StepResult):
             views = slice(self._components.recipe.keys)
             targets = None if result.targets is None else result.targets[views]
-            sample = glimpse(result.embeddings[views], result.ids, targets)
+            sample = glimpse(self._components.encoder.of_images(result.embeddings[views]), result.ids, targets)
         if sample is not None and self._session.run is not None:
             seen = HostCopy(*(part for part in sample if part is not None))
         histograms = step == 1 or step % (LINES_PER_HISTOGRAM * self._settings.log_every) == 0
-        work = partial(figures_of, self._averager.take(), seen, histograms=histograms)
+        # A batch of relations may hold an image several times.
+        once = self._components.relations is not None
+        work = partial(figures_of, self._averager.take(), seen, histograms=histograms, once=once)
         on_gpu = self._components.accelerator.device.type == "cuda"
         self._line = Line(step, progress, values, in_a_thread(work) if on_gpu else finished(work))
         if not on_gpu:
@@ -246,6 +253,7 @@ def state_of(components: Components, images: Images, step: int, known: Mapping[s
     shards = {f"objective.{name}": length for name, length in lengths.items()}
     shards |= optimiser_shards(components.optimiser, sharded)
     metadata = {**known, "images": images.fingerprint, "channels": images.channels, "held_out": components.held_out}
+    metadata["relations"] = components.relations
     metadata["recipe"] = components.recipe.model_dump(mode="json")
     if components.accelerator.scaler is not None:
         metadata["scaler"] = components.accelerator.scaler.state_dict()

@@ -61,11 +61,12 @@ METADATA = {
     "losses": dict[str, Annotated[list[float], Field(min_length=1)]] | None,
     "score": Measured | None,
     "held_out": str | None,
+    "relations": str | None,
     "channels": Annotated[int, Field(ge=1, le=64)] | None,
     "scaler": dict[str, Measured | int] | None,
 }
 """Checkpoint metadata that resuming needs, with their types; older versions lack some."""
-LOCATIONS = {"data.path", "data.key", "data.test", "data.labels", "values"}
+LOCATIONS = {"data.path", "data.key", "data.test", "data.labels", "data.relations", "values"}
 """Settings that may change if the content of the files is the same."""
 
 
@@ -231,9 +232,13 @@ def differences(
 
 def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     """The keys of `LOCATIONS` that hold a location in both trees."""
-    sources = [tree.get("values") for tree in (before, now)]
-    files = all(isinstance(source, str) and os.path.isabs(source) for source in sources)
-    return LOCATIONS if files else LOCATIONS - {"values"}
+    sources = {key: (_flat(before).get(key), _flat(now).get(key)) for key in ("values", "data.relations")}
+    others = {
+        key
+        for key, values in sources.items()
+        if not all(isinstance(value, str) and os.path.isabs(value) for value in values)
+    }
+    return LOCATIONS - others
 
 
 def _in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:

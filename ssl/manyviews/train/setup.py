@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from manyviews.config import dump_yaml, load
-from manyviews.data import Folder, Order, Split, leave_out
+from manyviews.data import Folder, Order, RelationTable, Split, leave_out, with_sets
 from manyviews.data.decoding.files import listed
 from manyviews.data.images import Inventory
 from manyviews.data.listing.inventory import changes, read_inventory, write_inventory
@@ -31,6 +31,7 @@ from manyviews.system.writing import make_folder, remove, write_atomic
 from manyviews.train import resume
 from manyviews.train.chunk_size import Step, with_found_chunk
 from manyviews.train.components import Components, batches, build, check_classes
+from manyviews.train.relations import check_relations, relations_of
 from manyviews.views.preview import preview
 
 
@@ -46,6 +47,8 @@ class Setup(NamedTuple):
     """A message about an extended schedule."""
     contrasts: Composition | None = None
     """Positives and negatives of the batches, with ids=labels."""
+    relations: RelationTable | None = None
+    """Relations that batches are made of."""
 
 
 def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
@@ -62,7 +65,10 @@ def read_images(recipe: Recipe, folder: Path, console: Console) -> Split:
         if recipe.resume and isinstance(recipe.data, Folder) and split.inventory is not None:
             began = _began_with(folder, split, split.inventory, console)
             split = recipe.data.build(**options, began=began) if began else split
-    return split._replace(train=leave_out(split.train, recipe.unseen))
+        split = with_sets(split, recipe.data)
+    train = leave_out(split.train, recipe.unseen)
+    left_out = sorted({*split.train.names} - {*train.names}) if recipe.unseen else ()
+    return split._replace(train=train, left_out=left_out)
 
 
 def _began_with(folder: Path, split: Split, now: Inventory, console: Console) -> dict[str, str] | None:
@@ -102,21 +108,25 @@ def make_setup(recipe: Recipe, accelerator: Accelerator, folder: Path, console: 
     recipe = recipe.model_copy(update={"views": views})
     processes = accelerator.num_processes
     checkpoint = resume.resumable(recipe, folder, split.train, processes, console) if recipe.resume else None
-    order = batches(recipe, split.train, processes, checkpoint.metadata["processes"] if checkpoint else None)
+    relations = relations_of(recipe, split, console)
+    if checkpoint is not None:
+        check_relations(checkpoint, relations)
+    begun_on = checkpoint.metadata["processes"] if checkpoint else None
+    order = batches(recipe, split.train, processes, begun_on, relations)
     check_steps(recipe.train, order.steps_per_epoch)
     contrasts = check_classes(recipe, split.train, order)
     extended = resume.check_schedule(checkpoint, recipe, order.steps_per_epoch) if checkpoint else None
-    found = with_found_chunk(recipe, accelerator, split.train, order, step)
+    found = with_found_chunk(recipe, accelerator, split.train, order, step, relations)
     if found is not recipe:
         console.say(f"chunk      {found.train.part or 'the whole batch'}: the most images that fit (train.chunk=auto)")
-    components = build(found, accelerator, split.train)
+    components = build(found, accelerator, split.train, relations)
     if split.test is not None:
         components = components._replace(held_out=split.test.fingerprint)
     if checkpoint is not None:
         if checkpoint.metadata.get("held_out", components.held_out) != components.held_out:
             console.warn("the held-out images are not those that the run was started with: scores are not comparable")
         restore(components, checkpoint)
-    return Setup(split, order, components, checkpoint, extended, contrasts)
+    return Setup(split, order, components, checkpoint, extended, contrasts, relations)
 
 
 def _of_weights(encoder: EncoderSettings, channels: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torchvision
 
-from manyviews.config import Settings
 from manyviews.data.images import InMemory, Report, Split, array_split
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
+from manyviews.data.sources.source import Source
 from manyviews.system.files import RefusedFileError, read_bytes
 
 LARGEST = 1 << 28
@@ -30,7 +30,7 @@ ALLOWED = {
 """Names in pickles of arrays, numbers and texts."""
 
 
-class CIFAR10(Settings):
+class CIFAR10(Source):
     """CIFAR-10: ten classes."""
 
     name: Literal["cifar10"] = "cifar10"
@@ -43,7 +43,7 @@ class CIFAR10(Settings):
         return _build(torchvision.datasets.CIFAR10, self.name, self.path)
 
 
-class CIFAR100(Settings):
+class CIFAR100(Source):
     """CIFAR-100: a hundred classes."""
 
     name: Literal["cifar100"] = "cifar100"

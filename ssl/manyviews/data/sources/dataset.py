@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from os import PathLike, fspath
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,9 +11,9 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding, aspect
 from manyviews.data.images import InMemory, Report, Split, array_split, fingerprint
+from manyviews.data.sources.source import Source
 
 DATASET: Literal["dataset"] = "dataset"
 WHITE = (255, 255, 255)
@@ -27,7 +28,7 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class TorchDataset(Settings):
+class TorchDataset(Source):
     """A dataset of the running Python program; `of_dataset` makes these settings."""
 
     name: Literal["dataset"] = DATASET
@@ -63,7 +64,13 @@ class TorchDataset(Settings):
 _PASSED: dict[str, tuple[MapDataset, MapDataset | None]] = {}
 
 
-def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int | None = None) -> TorchDataset:
+def of_dataset(
+    train: MapDataset,
+    test: MapDataset | None = None,
+    *,
+    size: int | None = None,
+    relations: str | PathLike[str] | None = None,
+) -> TorchDataset:
     """Settings for the images of torch datasets, to be passed as `data`.
 
     An item is an image (PIL, uint8 array [height, width(, channels)] or uint8 tensor [channels, height, width]), or a
@@ -75,6 +82,8 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
         test: the held-out images, for evaluation.
         size: side of the square that images are squeezed into, with their aspect ratios kept beside them; by default
             all must be squares of one size.
+        relations: a file of relations between the images, as `data.relations`. Their names are the dataset's class
+            name, the split and the index: CIFAR10/train/00000.
 
     Raises:
         ValueError: if a dataset is empty.
@@ -87,7 +96,7 @@ def of_dataset(train: MapDataset, test: MapDataset | None = None, *, size: int |
         number += 1
         key = f"{type(train).__name__}-{number}"
     _PASSED[key] = train, test
-    return TorchDataset(key=key, size=size)
+    return TorchDataset(key=key, size=size, relations=None if relations is None else fspath(relations))
 
 
 def _of_item(item: Any) -> tuple[Any, int]:

@@ -12,9 +12,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from manyviews.config import Settings
 from manyviews.data.images import InMemory, Names, Report, Split, array_split, fingerprint
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
+from manyviews.data.sources.source import Source
 from manyviews.system.files import open_regular
 
 CLASSES = (
@@ -38,7 +38,7 @@ LARGEST = 1 << 26
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class FashionMNIST(Settings):
+class FashionMNIST(Source):
     """All of Fashion-MNIST."""
 
     name: Literal["fashion_mnist"] = "fashion_mnist"
@@ -61,7 +61,7 @@ class FashionMNIST(Settings):
         return Split(splits[0], splits[1])
 
 
-class Sample(Settings):
+class Sample(Source):
     """A balanced, lossless part of Fashion-MNIST, bundled; `data/sample/make.py` made it.
 
     Examples:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from manyviews.config import Settings
 from manyviews.data.decoding.decode import PILLOW_LIMIT, Decoding
 from manyviews.data.decoding.files import (
     DIGEST,
@@ -33,6 +32,7 @@ from manyviews.data.listing.discover import ReadSplit, discover
 from manyviews.data.listing.listing import Listing
 from manyviews.data.listing.one_rank import check_files, for_all_ranks
 from manyviews.data.sources.paths import WORDS, FolderPath, LabelsSource, existing_folder
+from manyviews.data.sources.source import Source
 from manyviews.system.hardware import cores, host
 
 GREYS = {"white": 255, "grey": 128, "black": 0}
@@ -48,7 +48,7 @@ class Table(NamedTuple):
     """Width over height of the upright image; 1 for what cannot be read."""
 
 
-class Folder(Settings):
+class Folder(Source):
     """Images in a folder, at any depth.
 
     Ids count the readable images in natural order of their names. Every run checks which files are readable; the

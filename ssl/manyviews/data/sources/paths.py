@@ -20,6 +20,8 @@ def _absolute(path: str) -> str:
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
 """A folder, made absolute: a recorded run must not depend on the working directory."""
+FilePath = FolderPath
+"""A file, made absolute."""
 WORDS = ("none", "folders")
 
 

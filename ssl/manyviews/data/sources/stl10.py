@@ -10,10 +10,10 @@ import torchvision
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from manyviews.config import Settings
 from manyviews.data.images import Names, Report, Split, fingerprint
 from manyviews.data.listing.digests import file_digests
 from manyviews.data.sources.paths import FolderPath, cache_folder, download
+from manyviews.data.sources.source import Source
 from manyviews.system.files import LONGEST_LINE, read_bytes, read_text
 
 SIZE = 96
@@ -23,7 +23,7 @@ LARGEST = 1 << 24
 FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin", "class_names.txt")
 
 
-class STL10(Settings):
+class STL10(Source):
     """STL-10, whose labelled and unlabelled images are learnt from together."""
 
     name: Literal["stl10"] = "stl10"

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 NORMAL_95 = 1.959963984540054
-RESAMPLES = 10_000
+RESAMPLES, RESAMPLES_OF_MEANS = 10_000, 2_000
 COUNTS = 1 << 24
 """Numbers held at once: 128 MiB."""
 
@@ -88,6 +88,27 @@ def paired_difference(first: Bool[Tensor, " images"], second: Bool[Tensor, " ima
     middle = (gained - lost) / adjusted
     reach = NORMAL_95 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / adjusted) / adjusted
     return (gained - lost) / total, max(-1.0, middle - reach), min(1.0, middle + reach)
+
+
+def bootstrap_means(
+    values: Float[Tensor, "queries figures"], *, seed: int, resamples: int = RESAMPLES_OF_MEANS
+) -> list[tuple[float, float]]:
+    """Computes the 95 % bootstrap interval of each column's mean, over draws of the rows.
+
+    The interval is that of the percentiles (Efron & Tibshirani 1993, chapter 13). All columns are resampled by the same
+    draws.
+
+    Examples:
+        >>> bootstrap_means(torch.ones(3, 1), seed=0)
+        [(1.0, 1.0)]
+    """
+    generator, rows = np.random.default_rng(seed), values.double().numpy()
+    count = len(rows)
+    at_once = max(1, COUNTS // count)
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    shares = np.full(count, 1 / count)
+    means = np.concatenate([generator.multinomial(count, shares, size) @ rows / count for size in sizes])
+    return [(float(low), float(high)) for low, high in np.quantile(means, [0.025, 0.975], axis=0).T]
 
 
 def bootstrap_differences(

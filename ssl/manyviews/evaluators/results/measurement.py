@@ -4,31 +4,35 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from manyviews.evaluators.relevance import RankingExamples
 from manyviews.features.layers import BACKBONE, EMBEDDING
 
 LEARNED, EMBEDDED, RANDOM, PIXELS = "learned", "learned (embedding)", "random weights", "raw pixels"
 LAYERS: Mapping[str, str] = {LEARNED: BACKBONE, EMBEDDED: EMBEDDING, RANDOM: BACKBONE}
 """The encoder's layer of each kind of features; raw pixels have none."""
-Task = Literal["knn", "linear", "augmented", "retrieval", "clustering", "verification", "few_shot", "fractions"]
+Task = Literal[
+    "knn", "linear", "augmented", "retrieval", "ranking", "clustering", "verification", "few_shot", "fractions"
+]
 PROBES: tuple[Task, ...] = ("knn", "linear", "augmented", "fractions")
 """Tasks that learn from labelled training images to predict the classes of test images."""
-GROUPING: frozenset[Task] = frozenset({"retrieval", "clustering", "verification", "few_shot"})
+GROUPING: frozenset[Task] = frozenset({"retrieval", "ranking", "clustering", "verification", "few_shot"})
 """Tasks that compare test images with each other."""
 TITLES: Mapping[str, str] = {
     "knn": "kNN",
     "linear": "linear probe",
     "augmented": "augmented probe",
     "retrieval": "Recall@1",
+    "ranking": "ranking",
     "clustering": "AMI",
     "verification": "verification",
     "few_shot": "few-shot accuracy",
 }
 """Names in tables of the tasks that compare features, or of their leading metric."""
 LEADING: Mapping[str, str] = {**dict.fromkeys(TITLES, "accuracy"), "retrieval": "Recall@1", "clustering": "AMI"}
-"""The leading metric of each of these tasks, which compares features."""
+"""The leading metric of each of these tasks, which compares features; that of ranking is in its details."""
 THRESHOLD = "threshold"
 """The metric of verification that is no share: a cosine or distance."""
 TASKS = (*get_args(Task), "geometry", "staleness")
@@ -86,7 +90,8 @@ class Measurement:
     @property
     def leads(self) -> bool:
         """Whether it is the leading metric of its task."""
-        return self.metric == LEADING.get(self.task)
+        leading: str | None = self.details.get("leading", LEADING.get(self.task))
+        return self.metric == leading
 
     @property
     def choice(self) -> str:
@@ -135,9 +140,15 @@ class Evaluation:
     gallery: Mapping[str, Any] = field(default_factory=dict)
     """The test images that were compared with each other: `images` (count), `classes` (numbers) and `origin`."""
     predictions: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
-    """Predicted class of each test image, by "knn/learned" and so on; −1 for an image without a label."""
+    """Predicted class of each test image, by "knn/learned" and so on, and its cluster, by "clustering/learned"; −1 for
+    an image without one."""
     hits: Mapping[str, Int64[Tensor, " images"]] = field(default_factory=dict, compare=False)
     """By "knn/learned", "retrieval/learned" and so on, for each test image: 1 right, 0 wrong, −1 not tested."""
+    values: Mapping[str, Float[Tensor, " images"]] = field(default_factory=dict, compare=False)
+    """By "ranking/learned" the NDCG of each query, by "clustering/learned" each image's distance to its cluster's
+    centre; NaN for other images."""
+    ranked: Mapping[str, RankingExamples] = field(default_factory=dict, compare=False)
+    """By kind, the queries of the worst and best rankings."""
 
     def of(self, *tasks: str, features: str | None = None, metric: str | None = None) -> Iterator[Measurement]:
         """Yields the measurements of some tasks, by default of all features and metrics."""

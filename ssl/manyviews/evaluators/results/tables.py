@@ -18,7 +18,12 @@ ACCURACIES = (
 )
 GROUPED = {
     "retrieval": "Each test image is a query among all others: are the nearest of its class? Higher is better.",
-    "clustering": "k-means on the features, compared with the classes: 100 if both agree, 0 by chance (AMI).",
+    "ranking": "All other images, or those listed, are ranked for each query by similarity: do the relevant ones come "
+    "first? Means over queries, with bootstrap intervals. NDCG is 100 for the best order, rank correlations are 0 by "
+    "chance and 1 at best. Higher is better.",
+    "clustering": "Clusters of the features. Against classes: 100 if both agree, 0 by chance (AMI); purity also grows "
+    "with the number of clusters. Silhouette: near 1 if clusters are far apart, below 0 if they overlap; largest: the "
+    "share of the largest cluster.",
     "verification": "Pairs of images: are both of one class? Judged by one threshold for all, chosen on other folds. "
     "Higher is better, but for the EER, the rate at which as many are wrongly accepted as wrongly rejected.",
     "few_shot": "Episodes of N classes (ways), each known by K images (shots): is another image nearest to its own "
@@ -36,7 +41,16 @@ STALENESS = (
     "Cosine of each row of the memory bank with a fresh embedding of its image: 1 if nothing has moved since the row "
     "was written. Higher is better; a column such as 25 % is that quantile of the cosines."
 )
-SHORT = {"Recall@": "R@", "R-precision": "R-prec.", " probe": "", "TAR@FAR=": "TAR@"}
+SHORT = {
+    "Recall@": "R@",
+    "R-precision": "R-prec.",
+    " probe": "",
+    "TAR@FAR=": "TAR@",
+    "Kendall ": "",
+    "Spearman ": "",
+    "B-cubed ": "B³ ",
+    "silhouette": "silh.",
+}
 """Abbreviations that make tables fit a terminal of 80 columns."""
 
 
@@ -73,8 +87,9 @@ def sheets(evaluation: Evaluation) -> list[Sheet]:
             title = "Balanced accuracy, the mean over the classes (%)"
             tables.append(_sheet(title, "Every class has the same weight.", balanced, lambda one: TITLES[one.task]))
     for task, meaning in GROUPED.items():
-        if own := [one for one in evaluation.of(task) if one.metric != THRESHOLD]:
-            tables.append(_sheet(_grouped_title(own, evaluation), meaning, own))
+        measured = [one for one in evaluation.of(task) if one.metric != THRESHOLD]
+        for number, own in enumerate(_tables_of(task, measured)):
+            tables.append(_sheet(_grouped_title(own, evaluation), "" if number else meaning, own))
     if own := list(evaluation.of("fractions")):
         draws = len(own[0].details["accuracies"])
         title = f"Linear probe from few labels, mean ± standard deviation over {draws} draws (%)"
@@ -112,11 +127,44 @@ def _grouped_title(own: Sequence[Measurement], evaluation: Evaluation) -> str:
             f"Few-shot classification by {by}, {own[0].n:,} episodes among {gallery['images']:,} test images of "
             f"{len(gallery['classes']):,} classes {gallery['origin']} (%)"
         )
+    if task == "ranking":
+        return _ranking_title(own[0], by)
+    if task == "clustering":
+        return _clustering_title(own[0], by, evaluation)
     apart = f", {left_out:,} left out that are alone in their class" if left_out else ""
     return (
         f"{task.capitalize()} by {by}{pairs} among {gallery['images']:,} test images of {len(gallery['classes']):,} "
         f"classes {gallery['origin']}{apart} (%)"
     )
+
+
+def _tables_of(task: str, own: Sequence[Measurement]) -> list[list[Measurement]]:
+    """The measurements of a task in tables that fit a terminal: a table for each further k of rankings."""
+    ks = list(dict.fromkeys(one.metric.partition("@")[2] for one in own if "@" in one.metric))
+    if task != "ranking" or len(ks) < 2:
+        return [list(own)] if own else []
+    return [[one for one in own if one.metric.endswith(f"@{k}") or (k == ks[0] and "@" not in one.metric)] for k in ks]
+
+
+def _ranking_title(first: Measurement, by: str) -> str:
+    relevant, left_out = spelled(first.details["by"]), first.details.get("left_out")
+    if left_out is None:
+        return f"Ranking by {by}, {first.n:,} {relevant} (%)"
+    apart = f", {left_out:,} left out whose items are all alike" if left_out else ""
+    items = f"{plural(first.details['items'], 'item')} each, relevance: {relevant}"
+    return f"Ranking by {by} for {plural(first.n, 'query', 'queries')}{apart}, {items} (NDCG in %)"
+
+
+def _clustering_title(first: Measurement, by: str, evaluation: Evaluation) -> str:
+    k, classes = first.details.get("k", "classes"), len(evaluation.gallery["classes"])
+    tried = first.details.get("silhouettes", {})
+    how = {
+        "auto": f"the number of clusters chosen by silhouette among 2 to {max(map(int, tried), default=2)}",
+        "threshold": f"merged by {first.details.get('linkage')} linkage up to the threshold",
+        "classes": "as many clusters as classes",
+    }.get(k, f"{k} clusters")
+    of = f" of {classes:,} classes {evaluation.gallery['origin']}" if classes else ""
+    return f"Clustering by {by}, {how}, of {first.n:,} images{of} (%; silhouette from −1 to 1)"
 
 
 def _sheet(
@@ -161,7 +209,11 @@ def _text_of(task: str, metric: str, value: float) -> str:
         return f"{value:.3f}"
     if task == "geometry":
         return f"{value:.1f}" if metric == "effective rank" else f"{value:.2f}"
-    return f"{100 * value:.1f}"
+    if metric.startswith(("CG@", "DCG@", "IDCG@")):
+        return f"{value:.2f}"
+    if metric in ("Kendall τ-b", "Spearman ρ", "silhouette"):
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if metric == "clusters" else f"{100 * value:.1f}"
 
 
 def _scale(own: Sequence[Measurement]) -> tuple[float, float]:

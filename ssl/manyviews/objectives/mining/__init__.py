@@ -1,8 +1,8 @@
 """Selection of the pairs and triplets of a batch: positives, and negatives sampled for each."""
 
-from manyviews.objectives.mining.batch import Batch, batch_of, most_alike
+from manyviews.objectives.mining.batch import Batch, batch_of, batch_of_rows, most_alike
 from manyviews.objectives.mining.hardness import hardness, shares
-from manyviews.objectives.mining.sampling import (
+from manyviews.objectives.mining.samplers import (
     All,
     DistanceWeighted,
     Easiest,
@@ -11,9 +11,13 @@ from manyviews.objectives.mining.sampling import (
     Random,
     Sampling,
     SemiHard,
-    choose,
+    WithinMargin,
+    of_objective,
+    refuse_no_margin,
     refuse_off_sphere,
 )
+from manyviews.objectives.mining.sampling import choose
+from manyviews.objectives.mining.sphere import density
 
 __all__ = [
     "All",
@@ -25,10 +29,15 @@ __all__ = [
     "Random",
     "Sampling",
     "SemiHard",
+    "WithinMargin",
     "batch_of",
+    "batch_of_rows",
     "choose",
+    "density",
     "hardness",
     "most_alike",
+    "of_objective",
+    "refuse_no_margin",
     "refuse_off_sphere",
     "shares",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manyviews.engine import normalize, squared_distance_rows
 from manyviews.engine.rows import distinct, sum_of_groups
-from manyviews.objectives.losses import average, gather_views, share_of_mean
+from manyviews.objectives.losses import average, distances, gather_views, share_of_mean, squared_distances
 from manyviews.objectives.objective import Embeddings, Ids
 
 
@@ -75,15 +75,21 @@ class Batch(NamedTuple):
 
     def squared_distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Squared Euclidean distances from products."""
-        return 2 - 2 * products if self.normalized else products.clamp(min=0)
+        return squared_distances(products, normalized=self.normalized)
 
     def distances(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Euclidean distances from products; with a zero gradient where rows coincide."""
-        return self.squared_distances(products).clamp(min=torch.finfo(products.dtype).eps).sqrt()
+        return distances(self.squared_distances(products))
 
     def nearness(self, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """A number that falls as the distance grows, without gradient."""
         return products.detach() if self.normalized else -products.detach()
+
+    def moved(self, nearness: Float[Tensor, "*pairs"], farther: float, *, squared: bool) -> Float[Tensor, "*pairs"]:
+        """Nearness of points that are farther by a distance or a squared distance."""
+        distance = self.squared_distances(nearness if self.normalized else -nearness).clamp(min=0)
+        distance = distance + farther if squared else (distance.sqrt() + farther).square()
+        return 1 - distance / 2 if self.normalized else -distance
 
     def terms(self) -> dict[str, Tensor]:
         """Terms of every loss of pairs: the mean cosine of positives, and the number of negatives."""
@@ -137,3 +143,22 @@ def most_alike(members: Int[Tensor, " anchors"], alike: int | None, *, views: in
     if alike is not None and members.device.type != "cpu":
         return views * alike
     return int(members.max()) if len(members) else 0
+
+
+def batch_of_rows(
+    rows: Float[Tensor, "all dim"], ids: Int[Tensor, " all"], *, normalized: bool, seed: int, step: int
+) -> Batch:
+    """Makes anchors and candidates of the same rows, as `batch_of` does of those of all ranks; not collective.
+
+    Without the mean cosine of positives, which is 0.
+    """
+    used = normalize(rows) if normalized else rows
+    ordered, order = ids.sort(stable=True)
+    seats = torch.empty_like(order)
+    seats[order] = torch.arange(len(order), device=order.device)
+    starts = torch.searchsorted(ordered, ids)
+    members = torch.searchsorted(ordered, ids, right=True) - starts
+    anchors, candidates = (used, used) if normalized else squared_distance_rows(used, used)
+    indices, largest = torch.arange(len(ids), device=ids.device), int(members.max()) if len(members) else 0
+    by_id = (order, indices, seats, starts, members, largest, False)
+    return Batch(anchors, candidates, normalized, rows.shape[1], (seed, step), used.new_zeros(()), *by_id)

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyviews.objectives.mining.batch import Batch
-from manyviews.objectives.mining.sampling import DistanceWeighted, Sampling, SemiHard, Triples
+from manyviews.objectives.mining.samplers import DistanceWeighted, Sampling, SemiHard
+from manyviews.objectives.mining.sampling import Triples
 
 
 @torch.no_grad()

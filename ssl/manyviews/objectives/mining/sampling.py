@@ -1,17 +1,27 @@
-"""Samplers, chosen by name, of triples of anchor, positive and negative."""
+"""Choice of the triples of anchor, positive and negative of a batch by a sampler."""
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyviews.config import Settings
 from manyviews.objectives.mining.batch import Batch
+from manyviews.objectives.mining.samplers import (
+    All,
+    DistanceWeighted,
+    Easiest,
+    Hard,
+    Hardest,
+    Sampling,
+    SemiHard,
+    Which,
+    WithinMargin,
+)
+from manyviews.objectives.mining.sphere import log_weights
 from manyviews.system.keyed_random import uniform
 
 FEW = 32
@@ -20,93 +30,6 @@ POSITIVES, NEGATIVES = 0, 1
 """Two streams of random numbers."""
 EXCLUDED = 1e30
 """Subtracted from the log-weights of non-candidates: their weights are exactly 0."""
-
-Which = Literal["all", "random", "easy", "hard"]
-
-
-class Sampler(Settings):
-    """What all samplers have in common."""
-
-    positives: Which = "all"
-    """Of each anchor: all, one at random, the nearest (easy) or the farthest (hard)."""
-
-
-class All(Sampler):
-    """Every positive with every negative."""
-
-    name: Literal["all"] = "all"
-
-
-class Random(Sampler):
-    """For each positive one negative, all equally likely."""
-
-    name: Literal["random"] = "random"
-
-
-class Easiest(Sampler):
-    """The farthest negative: what is left to learn is little."""
-
-    name: Literal["easiest"] = "easiest"
-
-
-class SemiHard(Sampler):
-    """For each positive the nearest of the negatives that are farther (FaceNet: Schroff et al. 2015, equation 4).
-
-    Where no negative is farther than the positive there is none, and the paper does not say what then. By default the
-    farthest negative is used, as by TensorFlow's `triplet_semihard_loss`; the term `fallback` says how often.
-    pytorch-metric-learning leaves such positives out (fallback=null).
-    """
-
-    name: Literal["semi_hard"] = "semi_hard"
-    fallback: Literal["easiest", "hardest"] | None = "easiest"
-    """The negative of a positive that is farther than all negatives: the farthest (easiest), which is the nearest to
-    being semi-hard, or the nearest (hardest), with the largest loss; null: such positives are left out."""
-
-
-class Hard(Sampler):
-    """For each positive the nearest negative, if it is nearer than the positive: d(a, n) < d(a, p).
-
-    Positives that are nearer than all negatives are left out, and counted: no negative is hard for them.
-    """
-
-    name: Literal["hard"] = "hard"
-
-
-class Hardest(Sampler):
-    """The nearest negative; by default with the farthest positive: batch-hard (Hermans et al. 2017, equation 5).
-
-    The nearest negative need not be nearer than the positive. With the nearest positive (positives=easy) it is what
-    Xuan et al. 2020 propose.
-    """
-
-    name: Literal["hardest"] = "hardest"
-    positives: Which = "hard"
-    """Of each anchor: all, one at random, the nearest (easy) or the farthest (hard)."""
-
-
-class DistanceWeighted(Sampler):
-    """For each positive one negative, as likely as its distance is rare on the sphere (Wu et al. 2017, section 4.1).
-
-    Where a row has no candidate, one of its negatives is drawn, all equally likely: the authors' code then draws from
-    the whole batch, the anchor's own class included.
-    """
-
-    name: Literal["distance_weighted"] = "distance_weighted"
-    cutoff: float = Field(0.5, gt=0, lt=2)
-    """Distance below which negatives weigh as much as at it; bounds the variance of the gradient."""
-    farthest: float | None = Field(1.4, gt=0, le=1e4)
-    """Distance from which negatives are no candidates, for the loss ignores them; null: all are candidates."""
-
-    @model_validator(mode="after")
-    def _room_for_candidates(self) -> "DistanceWeighted":
-        if self.farthest is not None and self.farthest <= self.cutoff:
-            raise ValueError(
-                f"farthest {self.farthest} must be beyond cutoff {self.cutoff}; set farthest=null for no bound"
-            )
-        return self
-
-
-Sampling = Annotated[All | Random | Easiest | SemiHard | Hard | Hardest | DistanceWeighted, Field(discriminator="name")]
 
 
 class Triples(NamedTuple):
@@ -147,29 +70,6 @@ def choose(sampling: Sampling, batch: Batch, rows: slice, products: Float[Tensor
     chosen = there & available
     figures = [there.sum(), (there & ~available).sum(), (chosen & fallback).sum()]
     return Triples(positives, negatives, chosen, torch.stack(figures).to(products.dtype))
-
-
-def refuse_off_sphere(sampling: Sampling, normalized: bool) -> None:
-    """Raises ValueError for distance-weighted sampling of points off the unit sphere."""
-    if isinstance(sampling, DistanceWeighted) and not normalized:
-        raise ValueError(
-            "sampling=distance_weighted needs the density of distances on the unit sphere; set normalized=true, or use "
-            "another sampling"
-        )
-
-
-def log_weights(cosines: Float[Tensor, "*pairs"], dim: int, cutoff: float) -> Float[Tensor, "*pairs"]:
-    """Log of min(λ, 1 / q(d)), up to a constant, from cosines (Wu et al. 2017, section 4.1).
-
-    q(d) ∝ d^(n−2) (1 − d²/4)^((n−3)/2) is the density of the distance of two points that are uniform on the sphere in n
-    dimensions. λ is given as a distance, as in the authors' code: pairs nearer than `cutoff` weigh as those at it. With
-    d² = 2 − 2s the factors are powers of 1 − s and of 1 + s. Where the second one is singular, in two dimensions at
-    opposite points, these count as a little less far apart.
-    """
-    least = torch.finfo(cosines.dtype).eps
-    cosines = cosines.clamp(least - 1, 1 - cutoff**2 / 2)
-    near, far = (1 - cosines).log_(), (1 + cosines).log_()
-    return near.mul_(1 - dim / 2).add_(far, alpha=(3 - dim) / 2)
 
 
 def draw(
@@ -241,6 +141,14 @@ def _negatives(
             fallback = (_easiest if sampling.fallback == "easiest" else _hardest)(nearness, mates)
             return negatives.where(farther, fallback), available, ~farther
     shares = uniform(batch.indices[rows, None] * nearness.shape[1] + positives, *batch.key, NEGATIVES)
+    if isinstance(sampling, WithinMargin):
+        if sampling.margin is None or sampling.squared is None:
+            raise ValueError(
+                "sampling=within_margin has no margin; complete it by `of_objective`, or set both its keys"
+            )
+        own, others = nearness.gather(1, positives), nearness.scatter(1, mates, math.inf)
+        negatives, within = _between(others, batch.moved(own, sampling.margin, squared=sampling.squared), own, shares)
+        return negatives, available & within, none
     anywhere = batch.negative_at(rows, shares)
     if not isinstance(sampling, DistanceWeighted):
         return anywhere, available, none
@@ -266,3 +174,18 @@ def _next_farther(others: Tensor, own: Tensor) -> Tensor:
         return torch.stack([gap.argmin(1) for gap in gaps], 1)
     ordered, order = others.sort(1)
     return order.gather(1, (torch.searchsorted(ordered, own) - 1).clamp(min=0))
+
+
+def _between(
+    others: Float[Tensor, "rows all"],
+    lows: Float[Tensor, "rows positives"],
+    highs: Float[Tensor, "rows positives"],
+    shares: Float[Tensor, "rows positives"],
+) -> tuple[Int[Tensor, "rows positives"], Bool[Tensor, "rows positives"]]:
+    """Index at these shares of each row's numbers strictly between two bounds, and whether there is one."""
+    ordered, order = others.sort(dim=1, stable=True)
+    first = torch.searchsorted(ordered, lows, right=True)
+    count = torch.searchsorted(ordered, highs) - first
+    # In float64: float32 has fewer numbers than a large batch has negatives.
+    number = (shares.double() * count).long().minimum(count - 1).clamp(min=0)
+    return order.gather(1, (first + number).clamp(max=others.shape[1] - 1)), count > 0
