@@ -5,7 +5,8 @@ and update, as `distributed.traffic` counts it: of what all ranks gather, or add
 all but its own W-th part. Left out is what does not grow: the exchanges of how many images each rank has, 8 bytes from
 every other rank, a dozen times at most, and without local views.
 
-Throughout, anchors are the embeddings of a step that have a loss, over all ranks: its views of its images.
+Throughout, anchors are the embeddings of a step that have a loss, over all ranks: its views of its images. Batches of
+relations cost less: only queries are anchors, and of the other images only those that are items too are compared.
 """
 
 from typing import Literal, NamedTuple
