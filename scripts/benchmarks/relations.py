@@ -24,7 +24,7 @@ KINDS = (0, 1, 0, 0, 0, 2, 0, 2, 3, 2)
 """Tops, trousers, shoes or bags, for each of Fashion-MNIST's ten classes."""
 SEEN, ITEMS = 300, 8
 """Relations in a file, and items of a ranked list."""
-UNSEEN = 4_000
+UNSEEN = 2_000
 """Relations of held-out images that are judged."""
 VIEWS = ("views.num_views=1", "views.crop_scale=[0.6,1.0]", "views.brightness=0", "views.contrast=0", "views.blur=0")
 
@@ -49,7 +49,7 @@ BATCHES = {"pairs": 60, "triplets": 60, "ranked": 63}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is trained, and for how long."""
-    parser.add_argument("--images", type=int, default=24_000, help="images passed in training, for each run (24,000)")
+    parser.add_argument("--images", type=int, default=6_000, help="images passed in training, for each run (6,000)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each objective (3)")
     parser.add_argument("--only", nargs="+", default=[], help="objectives whose line begins so (all)")
     parser.add_argument("--keep", type=Path, help="folder for the runs; those already there are not run again")

@@ -38,6 +38,9 @@ class TrainSettings(Settings):
     items_per_query: int | None = Field(None, ge=1, le=1_048_575)
     """Items of a ranked list of data.relations in a batch, drawn anew in each epoch; null: those of the longest list,
     and at most 15."""
+    unrelated: int = Field(0, ge=0, le=1_048_576)
+    """Images of each batch that are in no relation of data.relations, drawn from all of these: with
+    unrelated=negatives they are negatives of every query."""
     keep_views: bool = False
     """Keep the views of all chunks for the second pass, instead of making them again with less memory."""
     drop_last: bool = True
@@ -141,6 +144,11 @@ class Recipe(Settings):
             raise ValueError(
                 "unrelated=negatives is for batches of relations; name their file with data.relations=FILE, or leave "
                 "it out"
+            )
+        if self.train.unrelated and self.unrelated == "ignored":
+            raise ValueError(
+                f"train.unrelated={self.train.unrelated} images of a batch would be ignored; set unrelated=negatives, "
+                "or leave it out"
             )
         if self.train.items_per_query is not None and self.data.relations is None:
             raise ValueError(

@@ -241,6 +241,7 @@ class Nested(Settings):
 
     choice: Annotated[Outer | Other, Field(discriminator="name")] = Other()
     twice: Annotated[Small | Same, Field(discriminator="name")] = Same()
+    thrice: Annotated[Small | Same | Other, Field(discriminator="name")] = Same()
 
 
 def test_a_key_of_a_nested_component_is_answered_with_the_choices_that_are_missing() -> None:
@@ -251,8 +252,13 @@ def test_a_key_of_a_nested_component_is_answered_with_the_choices_that_are_missi
 
 
 def test_components_with_the_same_keys_share_one_entry() -> None:
-    (entry,) = [entry for entry in keys(Nested) if entry.key == "twice.temperature"]
+    (entry,) = [entry for entry in keys(Nested) if entry.key == "thrice.temperature"]
     assert entry.needs[0].names == ("small", "same")
+
+
+def test_a_key_of_all_components_depends_on_none() -> None:
+    (entry,) = [entry for entry in keys(Nested) if entry.key == "twice.temperature"]
+    assert entry.needs == ()
 
 
 def test_a_small_default_is_shown_as_it_is() -> None:

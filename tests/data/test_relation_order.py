@@ -105,6 +105,29 @@ def test_ranks_share_whole_lists_and_together_have_the_batch_of_one() -> None:
     assert all(torch.equal(one, again) for one, again in zip(whole[5:], taken(0, 1, start=5), strict=True))
 
 
+def test_images_of_no_relation_stand_in_whole_groups_between_the_lists() -> None:
+    others = torch.arange(21, 34)
+    order = RelationOrder(TRIPLETS, 3, 15, seed=0, processes=1, others=others, unrelated=6)
+    assert (order.steps_per_epoch, order.images(2)) == (2, 30)
+    seen = []
+    for step in range(4):
+        groups = order.batch(step)[1].view(5, 3)
+        drawn = groups.min(1).values >= 21
+        assert int(drawn.sum()) == 2
+        assert groups[~drawn].tolist() == [row for row in groups.tolist() if row in TRIPLETS.ids.tolist()]
+        # Either half of the batch has one.
+        assert int(drawn[:2].sum()) == int(drawn[2:].sum()) == 1
+        assert len(groups[drawn].unique()) == 6
+        seen.append(groups[drawn].flatten())
+    assert len(torch.cat(seen[:2]).unique()) == 12
+    with pytest.raises(ValueError, match=r"train.unrelated=4 must .* a multiple of 3, as they are; use 3"):
+        RelationOrder(TRIPLETS, 3, 15, seed=0, others=others, unrelated=4)
+    with pytest.raises(ValueError, match=r"train.unrelated=15 must leave room .* use 12"):
+        RelationOrder(TRIPLETS, 3, 15, seed=0, others=others, unrelated=15)
+    with pytest.raises(ValueError, match=r"train.unrelated=15, and 13 images of all are in no relation; use 12"):
+        RelationOrder(TRIPLETS, 3, 30, seed=0, others=others, unrelated=15)
+
+
 @pytest.mark.parametrize(
     ("batch", "processes", "message"),
     [

@@ -235,7 +235,7 @@ def test_a_task_fails_alone_and_the_others_are_shown_and_kept(
     def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError("17 GiB")
 
-    monkeypatch.setattr("manyviews.evaluators.compare.measure_clusters", out_of_memory)
+    monkeypatch.setattr("manyviews.evaluators.one_task.measure_clusters", out_of_memory)
     assert cli.evaluate([str(run), *BARE, "tasks=clustering,retrieval,knn,geometry"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: clustering could not be measured: MemoryError: 17 GiB\n"

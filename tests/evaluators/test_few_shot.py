@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from manyviews.evaluators.distance import Nearness
 from manyviews.evaluators.few_shot import (
     Episodes,
     FewShotSettings,
+    accuracies,
     classify_episodes,
     draw_episodes,
     measure_episodes,
     refuse_episodes,
 )
-from manyviews.evaluators.results.intervals import student_interval
+from manyviews.evaluators.results.intervals import student_interval, weighted_difference
 
 FEW = FewShotSettings(queries=4, episodes=40)
 
@@ -76,9 +78,13 @@ def test_an_episode_is_a_pure_function_of_labels_and_seed_however_many_there_are
     assert not torch.equal(few.examples, other.examples)
 
 
+def accuracy(features: Tensor, episodes: Episodes, nearness: Nearness = "cosine") -> Tensor:
+    return accuracies(classify_episodes(features, episodes, nearness=nearness), episodes)
+
+
 def by_loops(features: Tensor, episodes: Episodes, nearness: str) -> list[float]:
     rows = features.double()
-    accuracies = []
+    shares = []
     for episode in range(len(episodes.examples)):
         right = asked = 0
         prototypes = []
@@ -95,8 +101,8 @@ def by_loops(features: Tensor, episodes: Episodes, nearness: str) -> list[float]
                     if alike > best:
                         nearest, best = other, alike
                 right, asked = right + (nearest == way), asked + 1
-        accuracies.append(right / asked)
-    return accuracies
+        shares.append(right / asked)
+    return shares
 
 
 @pytest.mark.parametrize("nearness", ["cosine", "euclidean"])
@@ -108,31 +114,32 @@ def test_accuracies_equal_a_loop_over_every_query(
     episodes = draw_episodes(labels, ways, shots, FEW)
     expected = by_loops(features, episodes, nearness)
     assert 0.2 < sum(expected) / len(expected) < 0.95, "a rule that is always right or wrong would show nothing"
-    assert classify_episodes(features, episodes, nearness=nearness).tolist() == pytest.approx(expected, abs=1e-15)
+    assert accuracy(features, episodes, nearness=nearness).tolist() == pytest.approx(expected, abs=1e-15)
     monkeypatch.setattr("manyviews.evaluators.few_shot.HELD", 100)
-    assert classify_episodes(features, episodes, nearness=nearness).tolist() == pytest.approx(expected, abs=1e-15)
+    assert accuracy(features, episodes, nearness=nearness).tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_equal_features_are_right_by_chance_and_far_classes_always() -> None:
     far, labels = classes((20, 20, 20, 20, 20), noise=1e-3)
     episodes = draw_episodes(labels, 5, 1, FEW)
-    assert classify_episodes(far, episodes).tolist() == [1.0] * 40
-    assert classify_episodes(torch.ones(100, 3), episodes).mean().item() == pytest.approx(0.2)
+    assert accuracy(far, episodes).tolist() == [1.0] * 40
+    assert accuracy(torch.ones(100, 3), episodes).mean().item() == pytest.approx(0.2)
 
 
 def test_ways_and_shots_are_each_measured_on_the_same_episodes_for_every_kind() -> None:
     features, labels = classes((9, 9, 9, 2, 9))
     settings = FewShotSettings(ways=(2, 4), shots=(1, 5), queries=4, episodes=40)
     how = {"nearness": "cosine", "distance": "cosine", "seed": 3}
-    measured, first = measure_episodes("learned", features, labels, settings, **how)
+    measured, shares = measure_episodes("learned", features, labels, settings, **how)
     assert [own.metric for own in measured] == ["2-way 1-shot", "2-way 5-shot", "4-way 1-shot", "4-way 5-shot"]
     assert [(own.details["classes"], own.details["left_out"]) for own in measured] == [(5, 0), (4, 1)] * 2
-    assert measured[0].value == first.mean().item()
+    assert shares.sum(1).tolist() == pytest.approx([measured[0].value, 1])
+    assert (shares[0] <= shares[1] + 1e-15).all()
     for own in measured:
         ways, shots = (int(part.partition("-")[0]) for part in own.metric.split())
-        accuracies = classify_episodes(features, draw_episodes(labels, ways, shots, settings, seed=3))
-        assert (own.low, own.high) == student_interval(accuracies)
-        assert (own.n, own.deviation) == (40, accuracies.std().item())
+        values = accuracy(features, draw_episodes(labels, ways, shots, settings, seed=3))
+        assert (own.low, own.high) == student_interval(values)
+        assert (own.n, own.deviation) == (40, values.std().item())
 
 
 def test_fewer_classes_than_ways_are_refused_with_the_numbers() -> None:
@@ -147,13 +154,30 @@ def test_fewer_classes_than_ways_are_refused_with_the_numbers() -> None:
 
 def test_intervals_over_episodes_cover_the_mean_of_all_episodes() -> None:
     features, labels = classes((12, 9, 12, 20, 10, 15), noise=2.0)
-    truth = classify_episodes(features, draw_episodes(labels, 3, 1, FewShotSettings(queries=5, episodes=5_000))).mean()
+    truth = accuracy(features, draw_episodes(labels, 3, 1, FewShotSettings(queries=5, episodes=5_000))).mean()
     covered = 0
     for seed in range(1, 101):
-        accuracies = classify_episodes(
-            features, draw_episodes(labels, 3, 1, FewShotSettings(queries=5, episodes=20), seed=seed)
-        )
-        low, high = student_interval(accuracies)
+        few = FewShotSettings(queries=5, episodes=20)
+        low, high = student_interval(accuracy(features, draw_episodes(labels, 3, 1, few, seed=seed)))
         covered += low <= truth.item() <= high
     # 95 on average; the binomial spread is 2.2.
     assert 88 <= covered <= 99
+
+
+def test_a_difference_is_that_of_the_accuracies_and_its_interval_covers_equal_features_over_images() -> None:
+    settings = FewShotSettings(ways=(3,), shots=(1,), queries=4, episodes=400)
+    covered = 0
+    for seed in range(40):
+        # Two kinds of features that are equally good, of few images: over episodes alone one would seem better.
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(60) % 6
+        centres = torch.randn(6, 8, generator=generator)
+        kinds = [centres[labels] + torch.randn(60, 8, generator=generator) for _ in range(2)]
+        how = {"nearness": "cosine", "distance": "cosine", "seed": 0}
+        (one, first), (two, second) = (measure_episodes("x", kind, labels, settings, **how) for kind in kinds)
+        difference, low, high = weighted_difference(first[0], second[0], first[1])
+        assert difference == pytest.approx(one[0].value - two[0].value)
+        assert low <= difference <= high
+        covered += low <= 0 <= high
+    # Examples are drawn too, which images as queries alone do not show: not quite 95 %.
+    assert covered >= 30

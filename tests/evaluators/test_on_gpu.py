@@ -12,6 +12,7 @@ from manyviews.evaluators.clustering import clustering
 from manyviews.evaluators.compare import compare
 from manyviews.evaluators.confusion import confusion, worst
 from manyviews.evaluators.distance import Euclidean
+from manyviews.evaluators.few_shot import FewShotSettings, classify_episodes, draw_episodes
 from manyviews.evaluators.fractions import FractionSettings, fractions
 from manyviews.evaluators.gains import ndcg
 from manyviews.evaluators.geometry import geometry, neighbourhood_overlap, staleness, uniformity
@@ -44,6 +45,7 @@ TRAIN, TRAIN_LABELS = clusters(300)
 TEST, TEST_LABELS = clusters(120)
 KNOWN = TRAIN_LABELS >= 0
 PAIRS = VerificationSettings(pairs=200, folds=5)
+EPISODES = FewShotSettings(episodes=20)
 FEW = FractionSettings(draws=2, shares=(0.2,), shots=(1, 3))
 
 EVALUATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -58,6 +60,10 @@ EVALUATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "retrieval": lambda train, test: retrieve(test, TEST_LABELS),
     "retrieval of others": lambda train, test: retrieve(test, TEST_LABELS, train, TRAIN_LABELS, nearness="euclidean"),
     "verification": lambda train, test: verify(test, draw_pairs(TEST_LABELS, PAIRS), PAIRS),
+    "few-shot": lambda train, test: [
+        classify_episodes(test, draw_episodes(TEST_LABELS, 3, 2, EPISODES), nearness=nearness)
+        for nearness in ("cosine", "euclidean")
+    ],
     "clustering": lambda train, test: clustering(test, TEST_LABELS),
     "geometry": lambda train, test: geometry("x", test, (test, test.roll(1, 0)), seed=0),
     "uniformity": lambda train, test: uniformity(train),

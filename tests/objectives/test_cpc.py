@@ -1,11 +1,13 @@
 """Contrastive predictive coding against a loop over contexts, steps and candidates."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from manyviews.encoder.context import ContextSettings
 from manyviews.objectives import CPC, Population
 from manyviews.objectives.cpc import predictive_coding
 
@@ -105,6 +107,27 @@ def test_the_farthest_patches_have_no_gradient_where_their_rows_are_not_predicte
     contexts = gradient[16:].view(4, 4, 4, 5)
     assert not contexts[3].any()
     assert all(contexts[row].any() for row in range(3))
+
+
+@pytest.mark.parametrize("name", ["gru", "mean", "attention"])
+def test_it_learns_what_the_patches_of_an_image_have_in_common(name: Literal["gru", "mean", "attention"]) -> None:
+    torch.manual_seed(0)
+    encoder, context = nn.Linear(12, 8), ContextSettings(name=name, patches=3).build(size=28, dim=8)
+    objective = CPC().build(dim=8, population=Population(torch.arange(16), patches=3), seed=0)
+    parameters = [*encoder.parameters(), *context.parameters(), *objective.parameters()]
+    optimiser, found = torch.optim.Adam(parameters, 0.02), []
+    for step in range(120):
+        # Four numbers are those of the image, and eight are noise, which is larger.
+        images = torch.cat([torch.randn(1, 16, 4).expand(9, 16, 4), 2 * torch.randn(9, 16, 8)], 2)
+        patches = encoder(images)
+        loss = objective(torch.cat([patches, context(patches)]), torch.arange(16), None, step)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+        found.append(loss.terms["information"].item())
+    # All nine patches of an image are alike: log 16 = 2.8 nats are to be learned.
+    assert found[0] < 0.5
+    assert 1 < sum(found[-10:]) / 10 < math.log(16)
 
 
 @pytest.mark.parametrize(

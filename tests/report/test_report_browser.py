@@ -102,7 +102,7 @@ def test_every_plot_is_drawn(desktop: Seen) -> None:
         "[...document.querySelectorAll('svg.plot')].filter(s => !s.closest('details'))"
         ".map(s => [s.getBoundingClientRect().width, s.querySelectorAll('path').length])"
     )
-    assert len(sizes) == 7
+    assert len(sizes) == 8
     assert all(width > 200 and paths > 3 for width, paths in sizes)
 
 

@@ -280,3 +280,19 @@ def test_an_epoch_is_a_pass_over_the_relations(tmp_path: Path, data: Path, monke
     seen = seen_by(monkeypatch)
     pretrain(run_of(tmp_path / "run", data, write(tmp_path / "triplets.csv", "triplets"), "triplets", "train.epochs=1"))
     assert sorted(torch.cat(seen).view(-1, 3).tolist()) == [[i, (i + 2) % COUNT, (i + 3) % COUNT] for i in range(COUNT)]
+
+
+def test_images_of_no_relation_join_a_batch_as_negatives(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, seen = tmp_path / "pairs.csv", seen_by(monkeypatch)
+    file.write_text("a,b,same\n" + "".join(f"{i:02d}.png,{i + 1:02d}.png,1\n" for i in range(0, 16, 2)))
+    words = ("train.batch_size=8", "train.epochs=1", "unrelated=negatives", "train.unrelated=4")
+    run = pretrain(run_of(tmp_path / "run", data, file, "pairs", *words))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 pairs, of 16 images; a batch has 2 and 4 images of none" in said
+    assert all(int((ids >= 16).sum()) == 4 for ids in seen)
+    # Of two queries with a pair 6 images each, of two without one 7.
+    assert {line["negatives"] for line in read_metrics(run) if "negatives" in line} == {6.5}
+    with pytest.raises(ValueError, match=r"train.unrelated=4 images of a batch would be ignored; set unrelated="):
+        run_of(tmp_path / "run", data, file, "pairs", "train.unrelated=4")

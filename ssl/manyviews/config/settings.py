@@ -98,7 +98,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
-    """Yields every key once, in the order of the fields; components share equal keys."""
+    """Yields every key once, in the order of the fields; components share equal keys, those of all come first."""
     for name, field in model.model_fields.items():
         key, members = f"{prefix}{name}", members_of(field.annotation)
         if not members:
@@ -109,10 +109,13 @@ def keys(model: type[Settings], prefix: str = "") -> Iterator[Key]:
             chosen = field.get_default(call_default_factory=True)
             choices = " | ".join(str(member) for member in members)
             yield Key(f"{key}.name", choices, str(getattr(chosen, "name", "null")), field.description or "")
+            listed = {member: [*keys(settings, f"{key}.")] for member, settings in members.items()}
+            listed = {member: [own for own in all_ if own.key != f"{key}.name"] for member, all_ in listed.items()}
+            shared = [own for own in next(iter(listed.values())) if all(own in others for others in listed.values())]
+            yield from shared
             groups: dict[tuple[Key, ...], list[str]] = {}
-            for member, settings in members.items():
-                entries = tuple(entry for entry in keys(settings, f"{key}.") if entry.key != f"{key}.name")
-                groups.setdefault(entries, []).append(str(member))
+            for member, own_keys in listed.items():
+                groups.setdefault(tuple(own for own in own_keys if own not in shared), []).append(str(member))
             for entries, names in groups.items():
                 about = (members[names[0]].__doc__ or "").strip().partition("\n")[0] if len(names) == 1 else ""
                 need = Need(key, tuple(names), about)

@@ -36,8 +36,12 @@ class RelationOrder(Order):
     each epoch, one of the most relevant among them and, if there are any, a less relevant one. A shorter one is filled
     up with its query. The ranks' shares of a batch are whole lists.
 
+    `unrelated` of the images of a batch are drawn from `others`, ids of images in no relation, and stand between the
+    lists in groups of `size`: each comes once before one comes again.
+
     Raises:
-        ValueError: the batch is not a multiple of `size` for each process, or there are too few relations for one.
+        ValueError: the batch, or the unrelated images of it, are not a multiple of `size` for each process, or there
+            are too few relations or unrelated images for one.
 
     Examples:
         >>> triplets = RelationTable("triplets", torch.tensor([[0, 1, 2], [3, 2, 0]]), torch.ones(2))
@@ -45,7 +49,17 @@ class RelationOrder(Order):
         [[0, 1, 2], [3, 2, 0]]
     """
 
-    def __init__(self, relations: RelationTable, size: int, batch_size: int, seed: int, *, processes: int = 1) -> None:
+    def __init__(
+        self,
+        relations: RelationTable,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        processes: int = 1,
+        others: Int64[Tensor, " others"] | None = None,
+        unrelated: int = 0,
+    ) -> None:
         self._rows, self._numbers = relations.ids.numpy(), relations.numbers.numpy()
         self._queries, self._owners = np.unique(self._rows[:, 0], return_inverse=True)
         self.kind, self.size = relations.kind, size
@@ -57,25 +71,47 @@ class RelationOrder(Order):
                 f"train.batch_size={batch_size} does not hold whole lists of {size} images, which a {name} takes"
                 f"{on_each}; use {max(round(batch_size / whole), 1) * whole}"
             )
-        if self.lists * size < batch_size:
-            most = self.lists // processes * whole
+        if unrelated % whole or unrelated >= batch_size:
+            most = batch_size - whole
+            raise ValueError(
+                f"train.unrelated={unrelated} must leave room for lists in a batch of {batch_size} images, and be a "
+                f"multiple of {whole}, as they are; use {min(max(round(unrelated / whole), 1) * whole, most)}"
+            )
+        self._others, self.unrelated = torch.empty(0, dtype=torch.int64) if others is None else others, unrelated
+        if len(self._others) < unrelated:
+            raise ValueError(
+                f"train.unrelated={unrelated}, and {plural(len(self._others), 'image')} of all are in no relation; use "
+                f"{len(self._others) // whole * whole}"
+            )
+        self.per_batch = (batch_size - unrelated) // size
+        if self.lists < self.per_batch:
+            most = self.lists // processes * whole + unrelated
             way_out = f"use train.batch_size={most}, or give more relations"
             raise ValueError(
-                f"{plural(self.lists, name)} are fewer than the {batch_size // size} in a batch of {batch_size} "
-                f"images; {way_out if most else 'give more relations, or start fewer processes'}"
+                f"{plural(self.lists, name)} are fewer than the {self.per_batch} in a batch of {batch_size} "
+                f"images; {way_out if most > unrelated else 'give more relations, or start fewer processes'}"
             )
-        super().__init__(self.lists * size, batch_size, seed)
+        super().__init__(batch_size, batch_size, seed)
+        self.steps_per_epoch = self.lists // self.per_batch
         self.images_per_epoch = self.steps_per_epoch * batch_size
 
     def _arrange(self, epoch: int) -> Int64[Tensor, " images"]:
         generator = numpy_generator("relations", self.seed, epoch)
-        shuffled = generator.permutation(self.lists)[: self.images_per_epoch // self.size]
+        steps = self.steps_per_epoch
+        shuffled = generator.permutation(self.lists)[: steps * self.per_batch]
         lists = self._rows
         if self.kind == "pairs":
             lists = np.where(generator.random((self.lists, 1)) < 0.5, lists, lists[:, ::-1])
         elif self.kind == "ranked":
             lists = self._drawn(generator)
-        return torch.from_numpy(lists[shuffled].ravel())
+        batches = lists[shuffled].reshape(steps, self.per_batch, self.size)
+        if self.unrelated:
+            groups = self.unrelated // self.size
+            drawn = np.resize(generator.permutation(self._others.numpy()), (steps, groups, self.size))
+            # Evenly among the lists, so that each rank gets as many.
+            places = (np.arange(groups) * (self.per_batch + groups)) // groups
+            batches = np.insert(batches, places - np.arange(groups), drawn, axis=1)
+        return torch.from_numpy(batches.ravel())
 
     def _drawn(self, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Lists of the queries and items drawn for them."""

@@ -112,7 +112,8 @@ class Context(nn.Module, ABC):
             return patches
         shape = 2, *patches.shape[:2], 1, 1, 1
         contrast, brightness = self.jitter * (2 * torch.rand(shape, device=patches.device) - 1)
-        return patches * contrast.exp() + brightness
+        varied: Tensor = patches * contrast.exp() + brightness
+        return varied
 
     def forward(self, patches: Float[Tensor, "patches batch dim"]) -> Float[Tensor, "patches batch dim"]:
         """The context of every patch of a grid, row by row."""

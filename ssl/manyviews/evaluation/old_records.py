@@ -1,20 +1,25 @@
-"""Converts old records of evaluation.json, with one list for each kind of result."""
+"""Converts old records of evaluation.json: one list for each kind of result, fewer settings of the protocol."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from manyviews.evaluators.fractions import mean_of_draws
 from manyviews.evaluators.geometry import BANK
+from manyviews.evaluators.protocol import ProtocolSettings
 from manyviews.evaluators.results.measurement import CHOICES, TASKS, Measurement
 
 LISTS = ("scores", "figures", "fractions", "geometry", "staleness")
 
 
 def converted(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the results of an old record to measurements; a new record is returned as it is.
+    """Converts the results of an old record to measurements, and adds new settings to its protocol.
 
-    Raises KeyError, TypeError, AttributeError or ValueError for a record in neither format.
+    Settings that did not exist are those by default: a task without them was measured as with these. Raises
+    KeyError, TypeError, AttributeError or ValueError for a record in neither format.
     """
+    record = {**record, "protocol": _with_new_settings(record["protocol"])} if "protocol" in record else record
     if not any(name in record for name in LISTS):
         return dict(record)
     measurements = sorted(_measurements(record), key=lambda own: TASKS.index(own.task))
@@ -24,6 +29,14 @@ def converted(record: Mapping[str, Any]) -> dict[str, Any]:
     ]
     others = {name: value for name, value in record.items() if name not in LISTS}
     return others | {"measurements": [own.to_json() for own in measurements], "differences": differences}
+
+
+def _with_new_settings(protocol: Any) -> Any:
+    """The protocol with all settings that there are; of another version as it is."""
+    try:
+        return ProtocolSettings.model_validate(protocol).model_dump(mode="json")
+    except ValidationError:
+        return protocol
 
 
 def _measurements(record: Mapping[str, Any]) -> Iterator[Measurement]:

@@ -15,7 +15,7 @@ from manyviews.evaluators.one_task import Inputs, Outcome, group, probe
 from manyviews.evaluators.protocol import Gallery, ProtocolSettings, fitting_images, refusals, searches
 from manyviews.evaluators.ranking import leads_of_rankings
 from manyviews.evaluators.relevance import RankingExamples, Relevance
-from manyviews.evaluators.results.intervals import paired_difference, student_interval
+from manyviews.evaluators.results.intervals import paired_difference, weighted_difference
 from manyviews.evaluators.results.measurement import (
     PROBES,
     TASKS,
@@ -87,7 +87,7 @@ def compare(
     fitting = fitting_images(gallery, train_labels, protocol) if takes_classes(by_metric) else gallery.fitting
     measurements: list[Measurement] = []
     right: dict[tuple[str, str], Tensor] = {}
-    scores: dict[tuple[str, str], Tensor] = {}
+    shares: dict[tuple[str, str], Tensor] = {}
     predictions: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
@@ -121,8 +121,8 @@ def compare(
             measurements += outcome.measurements
             if outcome.right is not None:
                 right[task, kind] = outcome.right
-            if outcome.scores is not None:
-                scores[task, kind] = outcome.scores
+            if outcome.shares is not None:
+                shares[task, kind] = outcome.shares
             for numbers, by_name in ((outcome.right, hits), (outcome.predictions, predictions)):
                 if numbers is not None and outcome.images is not None:
                     of_all = by_name[f"{task}/{kind}"] = torch.full((len(test_labels),), -1)
@@ -142,9 +142,9 @@ def compare(
             if (task, first) in right and (task, other) in right
         ]
         for other in sorted(others, key=is_learned):
-            if (task, first) in scores and (task, other) in scores:
-                leads = scores[task, first] - scores[task, other]
-                differences.append(Difference(first, other, task, leads.mean().item(), *student_interval(leads, -1.0)))
+            if (task, first) in shares and (task, other) in shares:
+                (own, weights), (others_own, _) = shares[task, first], shares[task, other]
+                differences.append(Difference(first, other, task, *weighted_difference(own, others_own, weights)))
     differences += leads_of_rankings(values, in_order(features, "ranking"), seed=protocol.seed)
     measurements.sort(key=lambda own: (TASKS.index(own.task), in_order(features, own.task).index(own.features)))
     compared = {"images": len(shown), "classes": test_labels[labelled].unique().tolist(), "origin": gallery.origin}

@@ -123,8 +123,8 @@ def _distinct(
 @torch.no_grad()
 def classify_episodes(
     features: Float[Tensor, "images dim"], episodes: Episodes, *, nearness: Nearness = "cosine"
-) -> Float64[Tensor, " episodes"]:
-    """Computes the share of queries of each episode whose class is the nearest.
+) -> Bool[Tensor, "episodes ways queries"]:
+    """Returns which queries are nearest to their own class; those that are none are not.
 
     A query q belongs to the class whose prototype cₖ, the mean of its K examples, is nearest to it (Snell et al. 2017,
     equations 1 and 2): argmaxₖ cos(q, cₖ) of the mean of unit features, or argminₖ ‖q − cₖ‖. With one example it is the
@@ -133,14 +133,15 @@ def classify_episodes(
 
     Examples:
         >>> features = torch.eye(5).repeat(4, 1)
-        >>> classify_episodes(features, draw_episodes(torch.arange(20) % 5, ways=5, shots=1)).mean().item()
-        1.0
+        >>> episodes = draw_episodes(torch.arange(20) % 5, ways=5, shots=1)
+        >>> torch.equal(classify_episodes(features, episodes), episodes.asked)
+        True
     """
     features = F.normalize(features, dim=1, eps=1e-6) if nearness == "cosine" else features - features.mean(0)
-    return torch.cat([rights.cpu() for rights in _classified(features, episodes, nearness)])
+    return torch.cat([right.cpu() for right in _classified(features, episodes, nearness)])
 
 
-def _classified(features: Tensor, episodes: Episodes, nearness: Nearness) -> Iterator[Float64[Tensor, " part"]]:
+def _classified(features: Tensor, episodes: Episodes, nearness: Nearness) -> Iterator[Bool[Tensor, "part _ _"]]:
     _, ways, queries = episodes.queries.shape
     at_once = max(1, HELD // (ways * (queries + episodes.examples.shape[2]) * features.shape[1]))
     truth = torch.arange(ways, device=features.device)[:, None]
@@ -153,8 +154,12 @@ def _classified(features: Tensor, episodes: Episodes, nearness: Nearness) -> Ite
         if nearness == "euclidean":
             # ‖q − c‖² less what is equal for all classes.
             scores = 2 * scores - prototypes.square().sum(2)[:, None]
-        right = (scores.argmax(2).view_as(asking) == truth) & asked
-        yield right.sum((1, 2)).double() / asked.sum((1, 2))
+        yield (scores.argmax(2).view_as(asking) == truth) & asked
+
+
+def accuracies(right: Bool[Tensor, "episodes ways queries"], episodes: Episodes) -> Float64[Tensor, " episodes"]:
+    """Computes the share of right queries of each episode."""
+    return right.sum((1, 2)).double() / episodes.asked.sum((1, 2))
 
 
 def measure_episodes(
@@ -166,33 +171,39 @@ def measure_episodes(
     nearness: Nearness,
     distance: str,
     seed: int,
-) -> tuple[tuple[Measurement, ...], Float64[Tensor, " episodes"]]:
-    """Measures every number of ways and shots; returns the accuracies of the first's episodes too.
+) -> tuple[tuple[Measurement, ...], Float64[Tensor, "2 images"]]:
+    """Measures every number of ways and shots; returns each image's share of the first's accuracy too.
 
-    All kinds of features are measured by the same episodes.
+    All kinds of features are measured by the same episodes. The second row is what an image adds if it is always right:
+    episodes share images, so that kinds are compared over images and not over episodes.
     """
     measurements: list[Measurement] = []
-    first: Tensor | None = None
+    shares: Tensor | None = None
     total = len(classes_of(labels, 0)[1])
     for ways in settings.ways:
         for shots in settings.shots:
             episodes = draw_episodes(labels, ways, shots, settings, seed=seed)
-            accuracies = classify_episodes(features, episodes, nearness=nearness)
-            first = accuracies if first is None else first
+            right = classify_episodes(features, episodes, nearness=nearness)
+            values = accuracies(right, episodes)
+            if shares is None:
+                weights = (episodes.asked / (len(values) * episodes.asked.sum((1, 2), keepdim=True))).double()
+                shares = torch.zeros(2, len(features), dtype=torch.float64)
+                for row, added in zip(shares, (weights * right, weights), strict=True):
+                    row.index_add_(0, episodes.queries.flatten(), added.flatten())
             classes = len(classes_of(labels, shots)[1])
             measurements.append(
                 Measurement(
                     "few_shot",
                     kind,
                     f"{ways}-way {shots}-shot",
-                    accuracies.mean().item(),
-                    *student_interval(accuracies),
-                    n=len(accuracies),
-                    deviation=accuracies.std().item(),
+                    values.mean().item(),
+                    *student_interval(values),
+                    n=len(values),
+                    deviation=values.std().item(),
                     dim=features.shape[1],
                     distance=distance,
                     details={"queries": settings.queries, "classes": classes, "left_out": total - classes},
                 )
             )
-    assert first is not None
-    return tuple(measurements), first
+    assert shares is not None
+    return tuple(measurements), shares

@@ -61,8 +61,8 @@ class Outcome(NamedTuple):
     images: Int[Tensor, " tested"] | None = None
     """Which test images these are; None for pairs."""
     predictions: Int[Tensor, " tested"] | None = None
-    scores: Float[Tensor, " draws"] | None = None
-    """Accuracies of independent draws, whose paired mean is compared; None if `right` is, or nothing."""
+    shares: Float[Tensor, "2 images"] | None = None
+    """What each image adds to the accuracy, and may add at most, if it was asked more than once."""
     values: Float[Tensor, " tested"] | None = None
     """Graded results of these images."""
     examples: RankingExamples | None = None
@@ -132,8 +132,8 @@ def group(task: Task, inputs: Inputs) -> Outcome | None:
     features, labels, nearness = mapped.test[shown], inputs.test_labels[shown], mapped.nearness
     how: dict[str, Any] = {"nearness": nearness, "distance": mapped.metric, "seed": protocol.seed}
     if task == "few_shot":
-        measurements, scores = measure_episodes(inputs.kind, features, labels, protocol.few_shot, **how)
-        return Outcome(measurements, scores=scores)
+        measurements, shares = measure_episodes(inputs.kind, features, labels, protocol.few_shot, **how)
+        return Outcome(measurements, shares=shares)
     if task == "verification":
         if (pairs := inputs.pairs) is None:
             pairs = draw_pairs(labels, protocol.verification, seed=protocol.seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DRAWS = 1_000
 FEWEST_DRAWS = 100
-HELD, LARGEST = 1 << 22, 1 << 28
+HELD, LARGEST = 1 << 22, 1 << 26
 """Weights of pairs held at once, and weights of pairs drawn: of many pairs fewer draws are made."""
 
 
@@ -104,7 +104,7 @@ def intervals(
     Percentiles (Efron and Tibshirani 1993, chapter 13). Images are drawn with replacement and a pair counts as often as
     both of its images together, cᵢ cⱼ: pairs that share an image are not independent. The spread is rather too large
     than too small (Owen 2007, The pigeonhole bootstrap), up to √3 times if no two pairs share an image. Of more than
-    268,000 pairs fewer draws are made, at least 100.
+    67,000 pairs fewer draws are made, at least 100.
     """
     generator = np.random.default_rng(seed)
     used, rows = images.unique(return_inverse=True)

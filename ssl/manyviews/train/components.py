@@ -120,8 +120,10 @@ def batches(
     """
     num_images, per_class = len(images), recipe.train.images_per_class
     if relations is not None:
-        size = list_size(relations, recipe.train.items_per_query)
-        return RelationOrder(relations, size, recipe.train.batch_size, recipe.seed, processes=processes)
+        size, others = list_size(relations, recipe.train.items_per_query), torch.ones(num_images, dtype=torch.bool)
+        others[relations.ids] = False
+        drawn: dict[str, Any] = {"others": others.nonzero().flatten(), "unrelated": recipe.train.unrelated}
+        return RelationOrder(relations, size, recipe.train.batch_size, recipe.seed, processes=processes, **drawn)
     if per_class is not None:
         return ClassOrder(labels_of(images), recipe.train.batch_size, per_class, recipe.seed)
 

@@ -87,7 +87,8 @@ def relations_in_words(relations: RelationTable, order: RelationOrder, negatives
     of_items = f", {len(relations.ids):,} relevances" if order.kind == "ranked" else ""
     each = f" of a query and {plural(own, 'item')}" if order.kind == "ranked" else ""
     others = "; other images of a batch are negatives" if negatives else ""
-    batch = f"a batch has {order.batch_size // order.size:,}{each}, an epoch is a pass over them{others}"
+    each += f" and {order.unrelated:,} images of none" if order.unrelated else ""
+    batch = f"a batch has {order.per_batch:,}{each}, an epoch is a pass over them{others}"
     return f"{lists}{of_items}, of {plural(relations.images, 'image')}; {batch}"
 
 

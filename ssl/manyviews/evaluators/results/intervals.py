@@ -38,10 +38,8 @@ def mean_interval(values: Float[Tensor, " values"]) -> tuple[float, float]:
     return max(0.0, mean - reach), min(1.0, mean + reach)
 
 
-def student_interval(values: Float[Tensor, " values"], least: float = 0.0) -> tuple[float, float]:
-    """Computes the 95 % interval of a mean of independent numbers in [least, 1] (Student 1908).
-
-    Differences of accuracies have −1 as the least.
+def student_interval(values: Float[Tensor, " values"]) -> tuple[float, float]:
+    """Computes the 95 % interval of a mean of independent numbers in [0, 1] (Student 1908).
 
     Examples:
         >>> [round(end, 3) for end in student_interval(torch.tensor([0.5, 0.6, 0.7]))]
@@ -49,7 +47,29 @@ def student_interval(values: Float[Tensor, " values"], least: float = 0.0) -> tu
     """
     mean, spread = values.double().mean().item(), values.double().std().item() / math.sqrt(len(values))
     reach = float(student.ppf(0.975, len(values) - 1)) * spread
-    return max(least, mean - reach), min(1.0, mean + reach)
+    return max(0.0, mean - reach), min(1.0, mean + reach)
+
+
+def weighted_difference(
+    first: Float[Tensor, " images"], second: Float[Tensor, " images"], weights: Float[Tensor, " images"]
+) -> tuple[float, float, float]:
+    """Computes a difference of two sums over the same images, and its 95 % interval over draws of the images.
+
+    `weights` add up to 1, and an image adds as much to a sum at most. Linearised variance of a ratio (Cochran 1977,
+    section 6.8), Student's t.
+
+    Examples:
+        >>> weighted_difference(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5]))
+        (0.5, -1.0, 1.0)
+    """
+    used = weights > 0
+    leads, weights, count = (first - second)[used], weights[used], int(used.sum())
+    difference = leads.sum().item()
+    if count < 2:
+        return difference, -1.0, 1.0
+    spread = math.sqrt(count / (count - 1) * (leads - weights * difference).square().sum().item())
+    reach = float(student.ppf(0.975, count - 1)) * spread
+    return difference, max(-1.0, difference - reach), min(1.0, difference + reach)
 
 
 def paired_difference(first: Bool[Tensor, " images"], second: Bool[Tensor, " images"]) -> tuple[float, float, float]:

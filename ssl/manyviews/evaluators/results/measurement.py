@@ -112,8 +112,8 @@ class Difference:
     task: str
     difference: float
     low: float
-    """Lower end of the 95 % interval: within a run of paired proportions (Agresti and Min 2005) or of a paired mean
-    over episodes (Student), else by bootstrap."""
+    """Lower end of the 95 % interval: within a run of paired proportions (Agresti and Min 2005) or of paired shares of
+    the images that were asked (few-shot), else by bootstrap."""
     high: float
 
     def __str__(self) -> str:
