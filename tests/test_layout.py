@@ -217,7 +217,7 @@ def test_every_command_in_the_docs_names_scripts_and_keys_that_exist() -> None:
             # The tutorial's objective exists in its test only.
             if "objective=uniformity" in line:
                 continue
-            known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective", "metric"}
+            known = {entry.key for entry in keys(models[match[1]])} | {"data", "objective", "metric", "encoder.context"}
             assert {word.split("=")[0] for word in match[2].split() if "=" in word} <= known, line
             checked += 1
     assert checked >= 30
