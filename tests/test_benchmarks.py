@@ -226,6 +226,7 @@ def test_distances_of_a_runs_embeddings_stand_beside_the_density_of_their_dimens
             rows_of("distances_on_sphere", tmp_path, *wrong)
 
 
+@pytest.mark.slow
 def test_extract_is_compared_with_the_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "BATCH", 16)
     overrides = ("--data", "sample", "--sizes", "28", "--share", "0.001", "--threads", "1", "--folder", str(tmp_path))
@@ -234,6 +235,7 @@ def test_extract_is_compared_with_the_backbone_alone(tmp_path: Path, monkeypatch
     assert rows[0]["of the backbone alone"] == 1
 
 
+@pytest.mark.slow
 def test_finetune_stands_beside_the_probe_and_training_from_scratch(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +256,7 @@ def test_infonce_stands_beside_the_rivals_and_the_limit(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == ["manyviews", *infonce.RIVALS, "limit"]
 
 
+@pytest.mark.slow
 def test_knn_stands_beside_the_rivals_and_the_limits(tmp_path: Path) -> None:
     rows = rows_of("knn", tmp_path, "--sizes", "600x50", "--dims", "16", "--neighbours", "5", "--features", "classes")
     assert seconds_of(rows, "by").keys() >= {knn.OURS, knn.PLAIN, knn.VOTE, *knn.LIMITS}
@@ -300,6 +303,7 @@ def test_negatives_are_counted_beside_the_accuracy_and_verdicts_name_the_order(
     assert "queue: " in json.loads((tmp_path / "figures.json").read_text())["notes"][-1]
 
 
+@pytest.mark.slow
 def test_pipeline_is_compared_with_the_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = pipeline.CASES[28]._replace(batch_size=8, steps=2)
     monkeypatch.setattr(pipeline, "CASES", {28: case})
@@ -332,6 +336,7 @@ def test_ranks_of_two_processes_hold_half_of_the_rows_each(tmp_path: Path) -> No
     assert exact[2]["received (MiB)"] > 0
 
 
+@pytest.mark.slow
 def test_recipes_are_measured_beside_random_weights_and_pixels(tmp_path: Path, images: Path) -> None:
     overrides = (
         "--minutes",

@@ -81,7 +81,7 @@ def test_help_lists_every_key_once_with_its_line(capsys: pytest.CaptureFixture[s
         (["objective.alpha=0.1"], "objective.margin belongs to objective=contrastive or triplet or margin"),
         (["objective=bank", "objective.normaliser=z"], "it must be exact | first_batch | ema | float > 0"),
         (["unseen=Sneaker,Bagg"], "did you mean Bag?"),
-        (["objective=moko"], "none of in_batch, queue, bank"),
+        (["objective=moko"], "none of in_batch, cpc, queue, bank"),
         (["train.batch_size=20000"], "10,000 images are fewer than a batch of 20000"),
         (["encoder.name=resnet18_smal"], "resnet18_small"),
         (["data=/no/such/place"], "/no/such/place"),

@@ -17,6 +17,8 @@ from manyviews.recipe import Recipe
 from manyviews.views import ViewsSettings
 
 CLASSES = 10
+PATCHES = 3
+"""Patches on a side of an image, for objectives that predict them."""
 TOLERANCE = 2e-3
 """Of a float32 result: sums in another order, and products of ten bits where a bound allows them."""
 SIXTEEN_BITS = 2e-2
@@ -79,11 +81,14 @@ def _two_steps(recipe: Recipe, device: torch.device, setup: Setup) -> dict[str, 
     generator = torch.Generator().manual_seed(0)
     names = torch.arange(images) % (CLASSES if recipe.ids == "labels" else images)
     values = torch.randn(images, 4, generator=generator) if recipe.values is not None else None
-    objective = recipe.objective.build(dim=dim, population=Population(names, values), seed=0).to(device)
     traits = recipe.objective.traits
+    patches = PATCHES if traits.predicts_patches else None
+    views = recipe.views.num_views if patches is None else 2 * patches**2
+    population = Population(names, values, patches=patches)
+    objective = recipe.objective.build(dim=dim, population=population, seed=0).to(device)
     losses, gradients = [], []
     for step in range(2):
-        drawn = torch.randn(2, recipe.views.num_views, batch, dim, generator=generator)
+        drawn = torch.randn(2, views, batch, dim, generator=generator)
         ids = names[torch.randperm(images, generator=generator)[:batch]].to(device)
         own, targets = ((part[:1], part[1:]) if traits.splits_views else (part, part) for part in drawn.unbind())
         embeddings = own[0].to(device).requires_grad_()

@@ -185,6 +185,7 @@ def trapped(path: Path, name: str) -> Trapped:
     return Trapped(**{field.name: getattr(disk, field.name) for field in dataclasses.fields(disk)})
 
 
+@pytest.mark.slow
 def test_a_file_that_is_never_read_to_its_end_is_an_error_that_names_it(tmp_path):
     disk = trapped(folder(tmp_path), "3.png")
     with pytest.raises(TimeoutError, match=r"for 8 seconds; being read: .*/3\.png"):
@@ -250,6 +251,7 @@ def test_no_thread_or_process_outlives_the_iterator(tmp_path):
     assert threading.active_count() <= before
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_in_the_middle_leaves_quietly(tmp_path):
     program = tmp_path / "program.py"
     (tmp_path / "images").mkdir()

@@ -94,7 +94,7 @@ def test_features_of_another_width_at_the_local_size_are_refused(monkeypatch: py
             return images.flatten(1)
 
     monkeypatch.setattr("manyviews.encoder.encoder.create_backbone", lambda *names, **options: Flat())
-    with pytest.raises(ValueError, match=r"returns 192 features of 8 pixels and 48 of 4, .*set views\.local=0"):
+    with pytest.raises(ValueError, match=r"returns 192 features of 8 pixels and 48 of 4 .*set views\.local=0"):
         build("flat", size=8, local_size=4)
 
 

@@ -147,10 +147,16 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
         launched(cli.evaluate, [*args, "batch_size=16"], count=processes)
         records.append(recorded(folder))
         outcomes.append(load_file(folder / "outcomes.safetensors"))
-    # Sums over pairs are added up in another order.
-    shapes = [measured(record, "geometry") for record in records]
+    # Sums over pairs are added up in another order, and distances to centres are rounded otherwise.
+    shapes = [
+        [row for row in record["measurements"] if row["task"] == "geometry" or row["metric"] == "silhouette"]
+        for record in records
+    ]
     for record in records:
-        record["measurements"] = [row for row in record["measurements"] if row["task"] != "geometry"]
+        record["measurements"] = [
+            row for row in record["measurements"] if row["task"] != "geometry" and row["metric"] != "silhouette"
+        ]
+        del record["outcomes"]
         assert {row["n"] for row in measured(record, "staleness")} == {81}
     assert records[0] == records[1]
     for one, two in zip(*shapes, strict=True):
@@ -159,7 +165,9 @@ def test_two_processes_measure_what_one_does(photographs: Path, tmp_path: Path) 
         assert one.pop("value") == pytest.approx(two.pop("value"), rel=1e-6, abs=near)
         assert one == two
     assert outcomes[0].keys() == outcomes[1].keys()
-    assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
+    for name, outcome in outcomes[0].items():
+        rounding = 1e-5 if outcome.is_floating_point() else 0
+        torch.testing.assert_close(outcome, outcomes[1][name], rtol=rounding, atol=rounding, equal_nan=True)
 
 
 class Noise:

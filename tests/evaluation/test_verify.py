@@ -183,7 +183,7 @@ def test_pairs_add_verification_to_the_tasks_by_default() -> None:
     settings, recipe = EvaluateSettings(pairs="pairs.csv"), Recipe()
     assert planned_tasks(settings, recipe, labelled=False) == ("verification", "geometry")
     assert planned_tasks(settings, recipe, labelled=True) == ("knn", "linear", "fractions", "verification", "geometry")
-    with pytest.raises(ValueError, match="verification takes pairs=FILE instead"):
+    with pytest.raises(ValueError, match="verification of pairs=FILE need none"):
         planned_tasks(EvaluateSettings(tasks=("verification",)), recipe, labelled=False)
 
 
@@ -233,6 +233,7 @@ def test_the_other_layer_has_its_own_threshold_and_pictures_in_memory_their_dist
     assert manyviews.verify(verified, one, one, layer="backbone").value == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_without_a_fitting_threshold_the_distance_is_printed_with_the_command_that_makes_one(
     verified: Path, run: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,10 @@ def test_where_the_number_of_images_of_an_id_is_bounded_nothing_waits(name: str,
         torch.testing.assert_close([part.cpu() for part in found], expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != CUBIC])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OBJECTIVES else pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != CUBIC],
+)
 def test_launches_stay_within_the_budget_where_a_batch_has_several_tiles(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ CLOCKED = {"images_per_second", "seconds"}
 LOCAL = ("moco views.local=2", "nnclr views.local=2")
 """Recipes with local views too: a queue and a twin, neighbours and a predictor."""
 BY_TWO = ("arcface_instances", "instance_discrimination", "moco", LOCAL[0])
-"""The recipes that two processes try by default: rows of weights, of a bank and of a queue, each spread over them."""
+"""The recipes that two processes try first: rows of weights, of a bank and of a queue, each spread over them."""
 
 
 DEFAULT = ("quickstart", "moco", "nnclr", "instance_discrimination_nce", "noise_contrastive", "arcface", "facenet")
@@ -168,6 +168,7 @@ def others(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_TWO)
 def test_two_processes_that_were_stopped_three_times_end_as_two_that_never_were(few: Path, name: str) -> None:
     check(few / name)

@@ -29,7 +29,7 @@ class ClusteringSettings(Settings):
     than the threshold, as for identities. Null: as many as classes, or auto without labels."""
     largest_k: int = Field(50, ge=2, le=10_000)
     """Largest number of clusters that k=auto tries."""
-    threshold: float | None = Field(None, ge=-1, le=1e18)
+    threshold: float | None = Field(None, gt=-1, le=1e18)
     """For k=threshold, the mean cosine (or Euclidean distance) of two clusters at which merging ends; null: the
     threshold that tasks=verification has put into evaluation.json."""
     linkage: Linkage = "average"
