@@ -77,7 +77,7 @@ def verify(run: "str | PathLike[str] | Run", first: Any, second: Any, **settings
     """Compares two images by a run, and judges by its verification whether they are of one class.
 
     Images are paths, PIL images or uint8 arrays; keywords are the keys of `manyviews verify`. The result is true if
-    they are judged the same; its `missing` tells why there is no threshold.
+    they are judged the same; its `missing` says why there is no threshold.
 
     Raises:
         ValueError: if the run has no weights, or an image cannot be read.

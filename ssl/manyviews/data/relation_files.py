@@ -52,17 +52,17 @@ def open_relations(path: Path, key: str = "data.relations") -> Iterator[tuple[Ki
 
 def _open_table(path: Path, number: int, first: str, lines: Iterator[str]) -> tuple[Kind, tuple[str, ...], Records]:
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in DELIMITERS}
-    found = {delimiter: [cell.strip().lower() for cell in header] for delimiter, header in headers.items()}
+    split_by = {delimiter: [cell.strip().lower() for cell in header] for delimiter, header in headers.items()}
     # Spreadsheets fill lines up to the longest one with empty cells.
-    found = {delimiter: header[: _length(header)] for delimiter, header in found.items()}
-    for delimiter, header in found.items():
+    split_by = {delimiter: header[: _length(header)] for delimiter, header in split_by.items()}
+    for delimiter, header in split_by.items():
         for kind, columns in FORMS:
             if sorted(header) == sorted(columns):
                 if columns[-1] == "items" and header[-1] != "items":
                     raise ValueError(f"{shown(path)}: items is the last column, for a line has as many as it needs")
                 order = [header.index(column) for column in columns]
                 return kind, columns, _rows_of(path, number, columns, order, csv.reader(lines, delimiter=delimiter))
-    raise _of_no_kind(path, max(found.values(), key=len), "columns")
+    raise _of_no_kind(path, max(split_by.values(), key=len), "columns")
 
 
 def _length(row: list[str]) -> int:

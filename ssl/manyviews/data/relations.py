@@ -66,7 +66,7 @@ class _Read(NamedTuple):
 def read_relations(
     path: Path, names: Sequence[str], others: Iterable[str] = (), *, key: str = "data.relations"
 ) -> RelationTable:
-    r"""Reads the relations between images from a table or JSON lines; the first line tells their kind.
+    r"""Reads the relations between images from a table or JSON lines; the first line has their kind.
 
     Items in order (query,items) have the relevance n, n − 1, …, 1, the first the highest. A pair, or an item of a
     query, that comes with several numbers has their mean; triplets that contradict each other are kept. `notes` counts
@@ -144,7 +144,7 @@ def _numbered(
     for line, cells in records:
         where = f"{shown(path)}, line {line}"
         images = cells if columns[-1] in ("negative", "items") else cells[: len(columns) - 1]
-        found = [id_of(image, where) for image in images]
+        row_ids = [id_of(image, where) for image in images]
         same = [known(image) or elsewhere(image) for image in images]
         if len(set(same)) < len(same):
             twice = next(image for number, image in enumerate(images) if same[number] in same[:number])
@@ -152,7 +152,7 @@ def _numbered(
         values = [1.0]
         if columns[-1] == "items":
             # Of n items the first has the relevance n.
-            values = [float(number) for number in range(len(found) - 1, 0, -1)]
+            values = [float(number) for number in range(len(row_ids) - 1, 0, -1)]
             if (first := queries.setdefault(str(same[0]), line)) != line:
                 raise ValueError(
                     f"{where}: the items of {shown(same[0])} stand in line {first}; put all of them into one line"
@@ -162,10 +162,10 @@ def _numbered(
             values = [float(sets.setdefault(label, len(sets)))]
         elif kind != "triplets":
             values = [_number(cells[2], where, columns[2])]
-        rows = [[found[0], item] for item in found[1:]] if columns[-1] == "items" else [found]
+        rows = [[row_ids[0], item] for item in row_ids[1:]] if columns[-1] == "items" else [row_ids]
         for row, value in zip(rows, values, strict=True):
             if -1 in row:
-                gone = next(image for image, number in zip(images, found, strict=True) if number == -1)
+                gone = next(image for image, number in zip(images, row_ids, strict=True) if number == -1)
                 left_out.append((line, gone.strip()))
                 continue
             ids.extend(row)

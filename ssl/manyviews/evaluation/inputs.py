@@ -111,8 +111,8 @@ def thresholds_of(job: Job) -> dict[str, float]:
         for record, _ in records_in(read_json(folder / EVALUATION)):
             if (record.get("weights"), record.get("metric")) == (dict(job.pretrained.origin), metric):
                 measured = evaluation_of(record).of("verification", metric=THRESHOLD)
-                if found := {own.features: own.value for own in measured}:
-                    return found
+                if thresholds := {own.features: own.value for own in measured}:
+                    return thresholds
     except (OSError, ValueError):
         pass
     return {}

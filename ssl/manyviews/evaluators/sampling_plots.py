@@ -85,8 +85,8 @@ def _draw_variance(axes: Axes, figures: SamplingFigures) -> None:
         variance = gradient_variance(distances, figures.dim, noise)
         axes.plot(distances, variance, color=INK, linestyle=linestyle, linewidth=1.2, label=f"noise {noise:g}")
     if figures.simulated:
-        found = np.asarray(figures.simulated)
-        axes.plot(found[:, 0], found[:, 1], "o", color=FIRST, markersize=3.5, label=f"simulated, {NOISE:g}")
+        simulated = np.asarray(figures.simulated)
+        axes.plot(simulated[:, 0], simulated[:, 1], "o", color=FIRST, markersize=3.5, label=f"simulated, {NOISE:g}")
     axes.set_xlim(0, 2)
     axes.set_xticks(TICKS)
     axes.set_ylim(0, 1.02)

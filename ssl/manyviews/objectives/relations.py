@@ -57,7 +57,7 @@ class Lists(nn.Module):
         if self.kind == "triplets" and self.size != 3:
             raise ValueError(f"a triplet is a list of 3 images, and size is {self.size}")
         self.images = int(rows.max()) + 1
-        # A row is found column by column: the number of its first columns, then those with the next one.
+        # A row is looked up column by column: the number of its first columns, then those with the next one.
         self.columns = rows.shape[1] - 1
         keys = rows[:, 0]
         for column in range(self.columns):
