@@ -250,6 +250,7 @@ def test_finetune_stands_beside_the_probe_and_training_from_scratch(
     assert all(0 <= float(row["mean"]) <= 100 for row in rows)
 
 
+@pytest.mark.slow
 def test_infonce_stands_beside_the_rivals_and_the_limit(tmp_path: Path) -> None:
     rows = rows_of("infonce", tmp_path, "--sizes", "64")
     assert seconds_of(rows, "loss").keys() >= {"manyviews", "limit"}

@@ -95,6 +95,7 @@ def test_a_thread_does_the_work_of_a_process_that_ends_before_it_began(tmp_path,
     assert caplog.text.count("it ended before it began, exit status 7") == 2
 
 
+@pytest.mark.slow
 def test_a_thread_that_never_reads_a_file_to_its_end_is_an_error_that_names_it(tmp_path, monkeypatch):
     disk = trapped(folder(tmp_path), "3.png")
     refuse_processes(monkeypatch, 0)

@@ -81,6 +81,7 @@ def test_a_run_that_finds_its_chunk_is_bitwise_the_run_that_names_it(
     assert differing(content(named), content(found)) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_fits_is_not_divided_and_what_never_fits_is_refused(tmp_path: Path) -> None:
     with pretend_cuda(), room_for(32) as given:
         pretrain(run(tmp_path / "whole", "train.chunk=auto", "train.monitor=0", steps=2))

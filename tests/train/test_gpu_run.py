@@ -114,6 +114,7 @@ def stopped_on_gpus(folder: Path, *words: str) -> None:
             on_gpus(folder, *words)
 
 
+@pytest.mark.slow
 def test_a_run_on_several_gpus_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     # With a bank, whose rows are sharded.
     launched(on_gpus, tmp_path / "straight", "objective=bank", count=2)
