@@ -94,7 +94,8 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     program, name, *args = shlex.split(command)
     assert program == "manyviews", command
     args = [re.sub(r"=(/my/images|/other/images|/photos|photos)$", f"={work / 'photos'}", arg) for arg in args]
-    args = [arg for arg in args if not arg.startswith(("train.", "data.size="))]
+    kept = "train.items_per_query="
+    args = [arg for arg in args if arg.startswith(kept) or not arg.startswith(("train.", "data.size="))]
     files = {file: work / file for file in ("labels.csv", "pairs.csv", "ranked.csv", *RELATIONS)}
     # There are three held-out images of each of ten classes.
     replaced = {**files, "/fast/photos-224": work / "cache", "shots=1,5": "shots=1", "ways=5,20": "ways=5"}
