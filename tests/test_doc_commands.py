@@ -44,6 +44,7 @@ NOT_RUN = {
     r"^(accelerate launch|torchrun) ": "tests/system/test_launch.py starts launchers; test_layout parses the arguments",
     r"^python3? scripts/gpu_check.py ": "tests/test_gpu_check.py runs all of it in small",
     r"^scripts/gpu_wheels.sh |^python3 -m pip install": "needs a network, and a machine without one",
+    r"^python scripts/benchmark.py ": "tests/test_benchmarks.py runs every benchmark in small",
     r"objective=uniformity": "tests/objectives/test_new_objective.py runs it in a copy of the package",
 }
 """Commands that this test leaves out: a pattern, and why."""
@@ -70,7 +71,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(f"{name},{label}")
     names = [row.split(",")[0] for row in rows]
     ranked = [
-        f"{query},{item},{number % 3}" for query in names for number, item in enumerate(names[::9]) if item != query
+        f"{query},{item},{number}" for query in names for number, item in enumerate(names[::2]) if item != query
     ]
     (root / "ranked.csv").write_text("\n".join(["query,item,relevance", *ranked]) + "\n")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
@@ -105,7 +106,7 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
     args = [str(photos["ab".index(arg[0])]) if arg in ("a.jpg", "b.jpg") else arg for arg in args]
     if "facenet" in args:
         # Its 50 images of a class are more than there are.
-        args.append("train.images_per_class=20")
+        args += ["train.images_per_class=20", "train.batch_size=100"]
     if name == "pretrain" and not any(arg.startswith("data=") for arg in args):
         args.append(f"data={work / 'photos'}")
     if any(arg.startswith("data=") for arg in args):
@@ -114,7 +115,8 @@ def arguments(command: str, work: Path) -> tuple[str, list[str]]:
         args += ["metric.iterations=2", "baselines=false"]
     if importlib.util.find_spec("umap") is None:
         args = [arg for arg in args if arg != "maps=umap"]
-    return name, [*args, *EXTRA.get(name, [])]
+    own = {arg.partition("=")[0] for arg in args}
+    return name, [*args, *(extra for extra in EXTRA.get(name, []) if extra.partition("=")[0] not in own)]
 
 
 @pytest.mark.slow
