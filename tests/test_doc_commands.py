@@ -70,9 +70,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels[number]).save(root / "photos" / name)
         rows.append(f"{name},{label}")
     names = [row.split(",")[0] for row in rows]
-    ranked = [
-        f"{query},{item},{number}" for query in names for number, item in enumerate(names[::2]) if item != query
-    ]
+    ranked = [f"{query},{item},{number}" for query in names for number, item in enumerate(names[::2]) if item != query]
     (root / "ranked.csv").write_text("\n".join(["query,item,relevance", *ranked]) + "\n")
     (root / "labels.csv").write_text("\n".join(["name,label", *rows]) + "\n")
     for file, (header, count, ends) in RELATIONS.items():

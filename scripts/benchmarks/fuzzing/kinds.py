@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from benchmarks.fuzzing import tables
+from benchmarks.fuzzing.tables import written
 from manyviews import recipe
 from manyviews.config import dump_yaml, load
-from manyviews.data import InMemory, read_relations
 from manyviews.data.decoding.decode import Decoding
-from manyviews.data.labels import read_labels, values_of
 from manyviews.data.sources.fashion_mnist import read_split
 from manyviews.encoder.timm_format import read_folder
 from manyviews.features import store
@@ -32,7 +32,6 @@ from manyviews.system.files import read_json
 
 PIXELS = 1_000_000
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-NAMES = [f"{number}.png" for number in range(6)]
 KEY: dict[str, Any] = {
     "weights": {"sha256": "0" * 64},
     "layers": {"backbone": {"file": "backbone.npy", "shape": [6, 3]}},
@@ -66,9 +65,9 @@ def kinds(place: Path) -> list[Kind]:
         Kind("array (npy)", 2, text=False, samples=_arrays(), read=_read_array),
         Kind("Fashion-MNIST (idx, gzip)", 1, text=False, samples=_idx(), read=_read_idx),
         Kind("recipe (YAML)", 3, text=True, samples=_recipes(), read=_read_recipe),
-        Kind("labels (CSV)", 1, text=True, samples=_labels(), read=_read_labels),
-        Kind("values (CSV)", 1, text=True, samples=_values(), read=_read_values),
-        Kind("relations (CSV, JSON lines)", 2, text=True, samples=_relations(), read=_read_relations),
+        Kind("labels (CSV)", 1, text=True, samples=tables.labels(), read=tables.check_labels),
+        Kind("values (CSV)", 1, text=True, samples=tables.values(), read=tables.check_values),
+        Kind("relations (CSV, JSON lines)", 2, text=True, samples=tables.relations(), read=tables.check_relations),
         Kind("metrics.jsonl", 2, text=True, samples=_metrics(), read=_read_metrics),
         Kind("evaluation.json", 1, text=True, samples=_evaluations(), read=_read_json),
         Kind("config.json of a backbone", 2, text=True, samples=_descriptions(), read=_read_description),
@@ -102,7 +101,7 @@ def _pictures(form: str) -> list[bytes]:
 
 
 def _image(place: Path, content: bytes) -> None:
-    pixels = Decoding(3, 8, (255, 255, 255), PIXELS).read(_written(place / "x.jpg", content))
+    pixels = Decoding(3, 8, (255, 255, 255), PIXELS).read(written(place / "x.jpg", content))
     assert pixels.shape == (3, 8, 8)
 
 
@@ -115,7 +114,7 @@ def _tensors() -> list[bytes]:
 
 
 def _read_tensors(place: Path, content: bytes) -> None:
-    for value in read_tensors(_written(place / "x.safetensors", content)).values():
+    for value in read_tensors(written(place / "x.safetensors", content)).values():
         value.float().sum()
 
 
@@ -126,7 +125,7 @@ def _metrics_of_distance(place: Path) -> list[bytes]:
 
 
 def _read_metric(place: Path, content: bytes) -> None:
-    LinearMetric.load(_written(place / "x.safetensors", content)).transform(torch.zeros(2, 3))
+    LinearMetric.load(written(place / "x.safetensors", content)).transform(torch.zeros(2, 3))
 
 
 def _arrays() -> list[bytes]:
@@ -147,7 +146,7 @@ def _arrays() -> list[bytes]:
 
 
 def _read_array(place: Path, content: bytes) -> None:
-    mapped_array(_written(place / "x.npy", content)).sum()
+    mapped_array(written(place / "x.npy", content)).sum()
 
 
 def _idx() -> list[bytes]:
@@ -158,9 +157,9 @@ def _idx() -> list[bytes]:
 def _read_idx(place: Path, content: bytes) -> None:
     compressed = content[:2] == b"\x1f\x8b"
     file = place / f"train-images-idx3-ubyte{'.gz' if compressed else ''}"
-    _written(place / "train-labels-idx1-ubyte", b"\0\0\x08\1" + struct.pack(">I", 2) + bytes(2))
+    written(place / "train-labels-idx1-ubyte", b"\0\0\x08\1" + struct.pack(">I", 2) + bytes(2))
     try:
-        read_split(_written(file, content).parent, "train")
+        read_split(written(file, content).parent, "train")
     finally:
         file.unlink()
 
@@ -171,42 +170,7 @@ def _recipes() -> list[bytes]:
 
 
 def _read_recipe(place: Path, content: bytes) -> None:
-    load(Recipe, _written(place / "x.yaml", content))
-
-
-def _labels() -> list[bytes]:
-    return [b"name,label\n" + "".join(f"{name},{'ab'[index % 2]}\n" for index, name in enumerate(NAMES)).encode()]
-
-
-def _read_labels(place: Path, content: bytes) -> None:
-    read_labels(_written(place / "x.csv", content), NAMES)
-
-
-def _values() -> list[bytes]:
-    return [b"name,x,y\n" + "".join(f"{name},{index},{index / 2}\n" for index, name in enumerate(NAMES)).encode()]
-
-
-def _read_values(place: Path, content: bytes) -> None:
-    images = InMemory(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), NAMES, None, (), "0" * 64)
-    values_of(images, str(_written(place / "x.csv", content)))
-
-
-def _relations() -> list[bytes]:
-    a, b, c, d, *_ = NAMES
-    tables = {
-        "a,b,same": [(a, b, "1"), (c, a, "0.5"), (b, a, "0")],
-        "anchor,positive,negative": [(a, b, c), (a, c, b), (d, a, b)],
-        "query,item,relevance": [(a, b, "2.5"), (a, c, "0"), (b, d, "1e3")],
-        "query,items": [(a, b, c, d), (b, a)],
-        "name,set": [(a, "x"), (b, "y"), (c, "x")],
-    }
-    found = ["\n".join([header, *(",".join(line) for line in lines)]) for header, lines in tables.items()]
-    objects = [{"a": a, "b": b, "same": True}, {"a": a, "b": c, "same": 0.25}], [{"query": a, "items": [b, c]}]
-    return [text.encode() for text in [*found, *("\n".join(map(json.dumps, lines)) for lines in objects)]]
-
-
-def _read_relations(place: Path, content: bytes) -> None:
-    read_relations(_written(place / f"x.{'jsonl' if content[:1] == b'{' else 'csv'}", content), NAMES)
+    load(Recipe, written(place / "x.yaml", content))
 
 
 def _metrics() -> list[bytes]:
@@ -219,10 +183,10 @@ def _metrics() -> list[bytes]:
 
 
 def _read_metrics(place: Path, content: bytes) -> None:
-    _written(place / "metrics.jsonl", content)
-    _written(place / "unreadable.txt", content)
-    _written(place / "done", content)
-    _written(place / "config.yaml", dump_yaml(load(Recipe, recipe.find("quickstart"))).encode())
+    written(place / "metrics.jsonl", content)
+    written(place / "unreadable.txt", content)
+    written(place / "done", content)
+    written(place / "config.yaml", dump_yaml(load(Recipe, recipe.find("quickstart"))).encode())
     history = read_history(place)
     warnings_of(history, 128)
 
@@ -233,7 +197,7 @@ def _evaluations() -> list[bytes]:
 
 
 def _read_json(place: Path, content: bytes) -> None:
-    read_json(_written(place / "x.json", content))
+    read_json(written(place / "x.json", content))
 
 
 def _descriptions() -> list[bytes]:
@@ -250,7 +214,7 @@ def _descriptions() -> list[bytes]:
 
 
 def _read_description(place: Path, content: bytes) -> None:
-    _written(place / "config.json", content)
+    written(place / "config.json", content)
     read_folder(place).options(pretrained=True)
 
 
@@ -260,7 +224,7 @@ def _manifests() -> list[bytes]:
 
 
 def _read_manifest(place: Path, content: bytes) -> None:
-    _written(place / store.MANIFEST, content)
+    written(place / store.MANIFEST, content)
     np.save(place / "backbone.npy", np.zeros((6, 3), np.float32))
     try:
         store.state(place, KEY)
@@ -287,7 +251,7 @@ def _checkpoints(place: Path) -> list[Kind]:
     def reader(name: str) -> Callable[[Path, bytes], None]:
         def read(folder: Path, content: bytes) -> None:
             shutil.copytree(whole, folder / "checkpoints")
-            damaged = _written(folder / "checkpoints" / made.name / name, content)
+            damaged = written(folder / "checkpoints" / made.name / name, content)
             _seal(damaged.with_name("manifest.json"), damaged)
             found, skipped = newest_checkpoint(folder / "checkpoints")
             if found is None:
@@ -316,8 +280,3 @@ def _seal(manifest: Path, damaged: Path) -> None:
         manifest.write_text(json.dumps(said))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # what is no manifest at all has no seal
-
-
-def _written(file: Path, content: bytes) -> Path:
-    file.write_bytes(content)
-    return file
